@@ -1,0 +1,67 @@
+# GNU make on Linux and macOS. `make` alone lists the targets.
+#   PYTHON=python3.12  the interpreter for .venv (3.10 to 3.13); a .venv of another one is made anew
+#   ARGS="..."         goes to the command that the target runs
+# PWM_FAST_BUILD, CXX, CXXFLAGS and LDFLAGS reach setup.py; another value installs again.
+
+SHELL := /bin/sh
+PYTHON ?= python3
+ARGS ?=
+
+RUN := .venv/bin/python -m
+INPUTS := pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/*)
+# Prints the version and the home of a Python, and fails if pwm_fast does not support it.
+PROBE := -c 'import sys; v = sys.version_info[:2]; print("%d.%d of %s" % (v + (sys.base_prefix,))); \
+	sys.exit(not (3, 10) <= v <= (3, 13))'
+
+.PHONY: help setup train test bench lint clean FORCE
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@echo 'PYTHON=python3.12 picks the interpreter, ARGS="..." goes to the command that is run.'
+
+setup: .venv/.installed ## create .venv and install pwm_fast into it, unless that is done already
+
+train: setup ## train; without ARGS the quickstart, else Hydra overrides: ARGS="seed=1"
+	$(RUN) pwm_fast.train $(ARGS)
+
+test: setup ## run the tests
+	$(RUN) pytest tests $(ARGS)
+
+bench: setup ## run the benchmarks
+	$(RUN) pytest bench --benchmark-only $(ARGS)
+
+lint: setup ## check style and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+clean: ## remove .venv, builds and caches; runs stay
+	rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -f pwm_fast/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Written last, so an interrupted install is taken up again.
+.venv/.installed: .venv/.key $(INPUTS)
+	@rm -f pwm_fast/_C.*.so
+	@$(RUN) pip --version >/dev/null 2>&1 || $(RUN) ensurepip
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@test "$$PWM_FAST_BUILD" = 0 || ls pwm_fast/_C.*.so >/dev/null 2>&1 || \
+		echo 'NOTE: installed without the native extension; "make setup PWM_FAST_BUILD=1" says why.'
+	@touch $@
+
+# Changes, and so makes .installed out of date, only when what it records does.
+.venv/.key: FORCE
+	@have=$$(.venv/bin/python $(PROBE) 2>/dev/null) || have=; want=$$have; \
+	if [ -z "$$have" ] || [ '$(origin PYTHON)' != file ]; then \
+		want=$$("$(PYTHON)" $(PROBE) 2>/dev/null) || { \
+			echo "error: $(PYTHON) is not a Python from 3.10 to 3.13 ($${want:-it does not run});" \
+				'name one, as in "make setup PYTHON=python3.12"' >&2; exit 1; }; \
+	fi; \
+	if [ "$$have" != "$$want" ]; then \
+		echo "creating .venv with Python $$want"; \
+		"$(PYTHON)" -m venv --clear .venv || { rm -rf .venv; \
+			echo 'error: this Python cannot create a virtual environment;' \
+				'on Debian and Ubuntu install the package python3-venv' >&2; exit 1; }; \
+	fi; \
+	key="$$want | $$PWD | $$CXX | $$CXXFLAGS | $$LDFLAGS | $${PWM_FAST_BUILD:-auto}"; \
+	[ "$$key" = "$$(cat $@ 2>/dev/null)" ] || printf "%s\n" "$$key" >$@

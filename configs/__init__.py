@@ -1,0 +1,1 @@
+"""Hydra configuration of the trainer, installed as ``pwm_fast.configs``."""

@@ -1,0 +1,40 @@
+// pwm_fast._C: the Python face of the native code. setup.py defines PWM_FAST_FLAGS.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu_features.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// What this extension was built with. No date and no path: the same sources give the same binary.
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang";
+  info["compiler_version"] = __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc";
+  info["compiler_version"] = __VERSION__;
+#else
+  info["compiler"] = "unknown";
+  info["compiler_version"] = "unknown";
+#endif
+  info["cxx_standard"] = "c++" + std::to_string(__cplusplus / 100 % 100);
+  info["flags"] = PWM_FAST_FLAGS;
+  info["cuda"] = false;
+  info["cuda_detail"] = "this version has no CUDA sources";
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native code of pwm_fast.";
+  m.def(
+      "cpu_isa", [] { return pwm_fast::isa_name(pwm_fast::cpu_isa()); },
+      "The instruction set CPU kernels use: PWM_FAST_ISA if set, else the best this CPU has.");
+  m.def("build_info", &build_info, "The compiler, its flags and the CUDA support of this build.");
+}

@@ -1,0 +1,5 @@
+"""Home of the GPU kernels in Triton, one module per op; none is shipped yet.
+
+Installed as ``pwm_fast.kernels``. Importing this package does not import triton: each kernel module
+does that for itself, so that the package also imports where triton does not exist.
+"""

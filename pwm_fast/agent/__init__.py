@@ -1,0 +1,5 @@
+"""The learning algorithm."""
+
+from pwm_fast.agent.pwm import PWM
+
+__all__ = ["PWM"]

@@ -1,0 +1,88 @@
+"""Imagined rollouts: the policy acting inside the world model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pwm_fast.models import GaussianActor, LatentModel
+
+
+class Rollout(NamedTuple):
+    """An imagined rollout of H macro steps, time first.
+
+    Attributes:
+        z: latents ``[H+1, B, D]``.
+        action: ``[H, B, A]``.
+        reward: ``[H, B]``, in the environment's units (a scalar head: as it was trained).
+        continues: ``[H, B]``: probability that step t does not terminate; None without that head.
+    """
+
+    z: Tensor
+    action: Tensor
+    reward: Tensor
+    continues: Tensor | None
+
+
+def imagine(
+    model: LatentModel,
+    actor: GaussianActor,
+    z: Tensor,
+    noise: Tensor,
+    *,
+    detach: bool = True,
+    task: Tensor | None = None,
+) -> Rollout:
+    """Roll the policy out in the world model, differentiably.
+
+    Only policy and dynamics are sequential; reward and termination run once over all steps.
+
+    Args:
+        model: the world model.
+        actor: the policy.
+        z: start latents ``[B, D]``.
+        noise: standard normal ``[H, B, A]``.
+        detach: the policy sees latents without their gradient.
+        task: task numbers ``[B]``, or None.
+    """
+    latents, actions = [z], []
+    for eps in noise.unbind(0):
+        a = actor(z.detach() if detach else z, eps)
+        z = model.next(z, a, task)
+        actions.append(a)
+        latents.append(z)
+    zs, action = torch.stack(latents), torch.stack(actions)
+    reward = model.decode_reward(model.reward(zs[:-1], action, task))
+    ending = model.termination(zs[:-1], action, task)
+    return Rollout(zs, action, reward, None if ending is None else torch.sigmoid(-ending))
+
+
+def discounted_return(rollout: Rollout, last_value: Tensor, gamma: float) -> Tensor:
+    """``sum_t gamma^t r_t + gamma^H V(z_H)`` of each rollout, ``[B]``.
+
+    With a termination head the product of the steps' continuation probabilities multiplies the
+    discount.
+    """
+    total = last_value
+    steps = rollout.reward.shape[0]
+    for t in range(steps - 1, -1, -1):
+        discount = gamma if rollout.continues is None else gamma * rollout.continues[t]
+        total = rollout.reward[t] + discount * total
+    return total
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of the modules requires a gradient, so none is computed or kept."""
+    params = [p for m in modules for p in m.parameters() if p.requires_grad]
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)

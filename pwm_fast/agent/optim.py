@@ -1,0 +1,80 @@
+"""Adam with gradient clipping, which skips updates that are not finite, without a host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GuardedAdam:
+    """Clip, check and apply gradients.
+
+    Where the loss or the gradient's norm is not finite, parameters and Adam's moments stay as they
+    are and the skip is counted on the device; the trainer reads the counts when it logs.
+
+    Args:
+        params: parameters to learn.
+        lr: learning rate; a device tensor inside, so that it can change under a captured graph.
+        betas: Adam's betas.
+        grad_norm: the gradient's total norm is clipped to this.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, betas: Sequence[float], grad_norm: float
+    ) -> None:
+        self.params = list(params)
+        device = self.params[0].device
+        self.initial_lr = float(lr)
+        self.lr = torch.tensor(self.initial_lr, device=device)
+        self.adam = torch.optim.Adam(
+            self.params, lr=self.lr, betas=(betas[0], betas[1]), fused=True
+        )
+        self.grad_norm = grad_norm
+        self.keep_gradients = False  # leave clipped gradients in `.grad`, for histograms
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Backpropagate ``loss`` and apply the update; return the gradient's norm before clipping."""
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+        for p, g in zip(self.params, grads, strict=True):
+            p.grad = torch.zeros_like(p) if g is None else g
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        nn.utils.clip_grads_with_norm_(self.params, self.grad_norm, norm)
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
+        # Fused Adam leaves parameters, moments and its step count alone where found_inf is 1.
+        self.adam.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.adam.step()
+        if not self.keep_gradients:
+            for p in self.params:
+                p.grad = None
+        self.skipped += bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
+        return norm
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate in place."""
+        self.lr.fill_(lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, step count, learning rate and skip counts."""
+        return {
+            "adam": self.adam.state_dict(),
+            "skipped": self.skipped.clone(),
+            "skipped_in_a_row": self.skipped_in_a_row.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.adam.load_state_dict(state["adam"])
+        # Adam has replaced its learning-rate tensor by the saved one: take that up as ours.
+        device = self.params[0].device
+        self.lr = torch.as_tensor(self.adam.param_groups[0]["lr"], device=device).clone()
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr
+        self.skipped.copy_(state["skipped"])
+        self.skipped_in_a_row.copy_(state["skipped_in_a_row"])

@@ -1,0 +1,296 @@
+"""The PWM agent: learns a world model from replay and a policy by gradients through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pwm_fast import ops
+from pwm_fast.agent.imagination import Rollout, discounted_return, frozen, imagine
+from pwm_fast.agent.losses import world_model_loss
+from pwm_fast.agent.normalizers import RunningMeanStd
+from pwm_fast.agent.optim import GuardedAdam
+from pwm_fast.config import AlgConfig
+from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
+from pwm_fast.replay import Windows
+
+Metrics = dict[str, Tensor]
+
+
+class PWM:
+    """Policy learning with a world model (arXiv 2407.02466), on MLP or flow dynamics.
+
+    No method but :meth:`state_dict` and :meth:`load_state_dict` synchronises with the host: metrics
+    are scalars on the device.
+
+    Args:
+        obs_dim: O.
+        action_dim: A.
+        config: networks and learning.
+        can_terminate: the task can end in a terminal state, so the model learns where.
+        device: where everything lives.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        config: AlgConfig,
+        *,
+        can_terminate: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.action_dim = action_dim
+        self.world_model = make_world_model(
+            obs_dim, action_dim, config.world_model, can_terminate
+        ).to(self.device)
+        self.actor = GaussianActor(
+            config.world_model.latent_dim,
+            action_dim,
+            config.actor.units,
+            config.actor.init_logstd,
+            config.actor.min_logstd,
+        ).to(self.device)
+        self.critic = CriticEnsemble(
+            config.world_model.latent_dim, config.critic.units, config.critic.members
+        ).to(self.device)
+        self.obs_rms = RunningMeanStd((obs_dim,)).to(self.device)
+        self.reward_rms = RunningMeanStd().to(self.device)
+        self.return_rms = RunningMeanStd().to(self.device)
+        self.optimizers = {
+            name: GuardedAdam(module.parameters(), part.lr, part.betas, part.grad_norm)
+            for name, module, part in (
+                ("wm", self.world_model, config.model_learning),
+                ("actor", self.actor, config.actor),
+                ("critic", self.critic, config.critic),
+            )
+        }
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {
+            "world_model": self.world_model,
+            "actor": self.actor,
+            "critic": self.critic,
+            "obs_rms": self.obs_rms,
+            "rew_rms": self.reward_rms,
+            "ret_rms": self.return_rms,
+        }
+
+    # --- acting ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
+        """Actions ``[N, A]`` for observations ``[N, O]``; sampled unless ``deterministic``."""
+        obs = obs.to(self.device)
+        z = self._encode(obs, self._task(obs.shape[0]))
+        noise = None if deterministic else self._noise(obs.shape[0])
+        return self.actor(z, noise)
+
+    def observe(self, obs: Tensor, reward: Tensor) -> None:
+        """Update the running statistics with collected ``obs [N, O]`` and ``reward [N]``."""
+        if self.config.normalize_obs:
+            self.obs_rms.update(obs.to(self.device))
+        if self.config.normalize_rewards:
+            self.reward_rms.update(reward.to(self.device))
+
+    # --- learning -------------------------------------------------------------------------------
+
+    def update_world_model(self, windows: Windows) -> Metrics:
+        """One world-model update on a batch of windows."""
+        reward = windows.reward
+        if self.config.normalize_rewards:
+            reward = reward / self.reward_rms.scale()
+        loss = world_model_loss(
+            self.world_model,
+            self._normalize(windows.obs),
+            windows.action,
+            reward,
+            windows.terminated,
+            self.config.model_learning,
+            gamma=self.config.gamma,
+            task=self._task(windows.action.shape[1]),
+        )
+        norm = self.optimizers["wm"].step(loss.total)
+        metrics = {
+            "wm_loss": loss.total.detach(),
+            "dynamics_loss": loss.dynamics,
+            "reward_loss": loss.reward,
+            "wm_grad_norm": norm,
+            "latent_std": loss.latent_std,
+        }
+        if self.world_model._termination is not None:
+            metrics["termination_loss"] = loss.termination
+        return metrics
+
+    def update_policy(self, obs: Tensor) -> Metrics:
+        """One actor update on rollouts imagined from ``obs [B, O]``, then the critics' updates."""
+        with frozen(self.world_model, self.critic):
+            rollout, returns = self._imagine(obs)
+            self.return_rms.update(returns)
+            loss = self._actor_loss(returns)
+            norm = self.optimizers["actor"].step(loss)
+        metrics = {
+            "actor_loss": loss.detach(),
+            "actor_grad_norm": norm,
+            "imagined_return": returns.detach().mean(),
+            "actor_std": self.actor.std().detach().mean(),
+        }
+        metrics.update(self._update_critic(rollout))
+        return metrics
+
+    def actor_esnr(self, obs: Tensor, samples: int) -> Metrics:
+        """Signal-to-noise ratio of the actor's gradient over ``samples`` micro-batches of ``obs``.
+
+        Args:
+            obs: ``[B, O]``; the first ``B // samples * samples`` rows are used.
+            samples: M, from 2 to B.
+        """
+        size = obs.shape[0] // samples
+        params = list(self.actor.parameters())
+        grads = []
+        with frozen(self.world_model, self.critic):
+            for part in obs[: size * samples].split(size):
+                loss = self._actor_loss(self._imagine(part)[1])
+                grads.append(torch.autograd.grad(loss, params))
+        result = ops.esnr(grads)
+        metrics = {"esnr": result.ratio, "esnr_db": result.db}
+        for (name, _), ratio in zip(
+            self.actor.named_parameters(), result.tensor_ratio, strict=True
+        ):
+            metrics[f"esnr_by_layer/{name}"] = ratio
+        return metrics
+
+    def set_progress(self, fraction: float) -> dict[str, float]:
+        """Decay all learning rates linearly; ``fraction`` in [0, 1] is the part of the run done."""
+        rates = {}
+        for name, optimizer in self.optimizers.items():
+            start, end = optimizer.initial_lr, self.config.final_lr
+            rates[f"lr_{name}"] = end + (start - end) * (1.0 - fraction) if start > end else start
+            optimizer.set_lr(rates[f"lr_{name}"])
+        return rates
+
+    def skipped_updates(self) -> Metrics:
+        """Skipped updates so far, in all and in a row at the moment (the worst optimiser's)."""
+        total = torch.stack([o.skipped for o in self.optimizers.values()]).sum()
+        row = torch.stack([o.skipped_in_a_row for o in self.optimizers.values()]).amax()
+        return {"skipped_updates": total, "skipped_in_a_row": row}
+
+    def gradients(self) -> Metrics:
+        """Clipped gradients of the last updates, of optimisers whose ``keep_gradients`` is set."""
+        return {
+            f"{key}.{name}": p.grad
+            for key, module in self._modules().items()
+            for name, p in module.named_parameters()
+            if p.grad is not None
+        }
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, statistics and optimisers; the keys of published PWM files where they exist."""
+        state: dict[str, Any] = {k: m.state_dict() for k, m in self._modules().items()}
+        for name, optimizer in self.optimizers.items():
+            state[_OPTIMIZER_KEYS[name]] = optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], *, optimizers: bool = True) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Raises:
+            ValueError: parameters are missing, unknown or of other shapes; nothing was changed.
+        """
+        modules = self._modules()
+        problems = []
+        for key, module in modules.items():
+            problems += _mismatches(key, module.state_dict(), state.get(key))
+        if problems:
+            shown = "; ".join(problems[:4])
+            more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise ValueError(f"the saved agent is of another architecture: {shown}{more}")
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
+        if optimizers:
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state[_OPTIMIZER_KEYS[name]])
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _task(self, batch: int) -> Tensor | None:
+        if self.config.world_model.task_dim == 0:
+            return None
+        return torch.zeros(batch, dtype=torch.int64, device=self.device)
+
+    def _noise(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, self.action_dim, device=self.device)
+
+    def _normalize(self, obs: Tensor) -> Tensor:
+        return self.obs_rms.normalize(obs) if self.config.normalize_obs else obs
+
+    def _encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
+        return self.world_model.encode(self._normalize(obs), task)
+
+    def _imagine(self, obs: Tensor) -> tuple[Rollout, Tensor]:
+        task = self._task(obs.shape[0])
+        rollout = imagine(
+            self.world_model,
+            self.actor,
+            self._encode(obs, task),
+            self._noise(self.config.horizon, obs.shape[0]),
+            detach=self.config.actor.detach,
+            task=task,
+        )
+        rollout = rollout._replace(reward=rollout.reward * self.config.value_scale)
+        value = self.critic.minimum(rollout.z[-1])
+        return rollout, discounted_return(rollout, value, self.config.gamma)
+
+    def _actor_loss(self, returns: Tensor) -> Tensor:
+        loss = -returns.mean()
+        return loss / self.return_rms.scale() if self.config.normalize_returns else loss
+
+    def _update_critic(self, rollout: Rollout) -> Metrics:
+        config = self.config.critic
+        with torch.no_grad():
+            z = rollout.z.detach()
+            continues = rollout.continues
+            targets = ops.td_lambda(
+                rollout.reward.detach(),
+                self.critic.minimum(z),
+                gamma=self.config.gamma,
+                lam=config.lam,
+                continues=None if continues is None else continues.detach(),
+            ).flatten()
+            states = z[:-1].flatten(0, 1)
+        size = -(-states.shape[0] // config.minibatches)
+        losses, norms = [], []
+        for _ in range(config.passes):
+            order = torch.randperm(states.shape[0], device=self.device)
+            for index in order.split(size):
+                loss = (self.critic(states[index]) - targets[index]).square().mean()
+                norms.append(self.optimizers["critic"].step(loss))
+                losses.append(loss.detach())
+        if not losses:
+            return {}
+        return {
+            "value_loss": torch.stack(losses).mean(),
+            "critic_grad_norm": torch.stack(norms).mean(),
+        }
+
+
+_OPTIMIZER_KEYS = {"wm": "world_model_opt", "actor": "actor_opt", "critic": "critic_opt"}
+
+
+def _mismatches(name: str, own: dict[str, Tensor], saved: dict[str, Tensor] | None) -> list[str]:
+    if saved is None:
+        return [f"{name} is missing"]
+    problems = [f"{name}.{k} is missing" for k in own if k not in saved]
+    problems += [f"{name}.{k} is unknown" for k in saved if k not in own]
+    problems += [
+        f"{name}.{k} is {list(saved[k].shape)} instead of {list(own[k].shape)}"
+        for k in own
+        if k in saved and saved[k].shape != own[k].shape
+    ]
+    return problems

@@ -1,0 +1,487 @@
+"""Typed configuration of a run: the schema behind the YAML files in ``configs/``.
+
+The defaults here are PWM's published single-task values unless a comment says otherwise. Every
+class checks its own values, so a wrong number is named before any work starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be used; the message names the key and the value."""
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} must be {expected}, got {value!r}")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+
+
+def _widths(key: str, units: list[int]) -> None:
+    _require(all(u > 0 for u in units), key, list(units), "a list of positive widths")
+
+
+def _positive(prefix: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{prefix}.{name}", value, "positive")
+
+
+def _adam(prefix: str, config: Any) -> None:
+    _positive(prefix, config, "lr", "grad_norm")
+    ok = len(config.betas) == 2 and all(0.0 <= b < 1.0 for b in config.betas)
+    _require(ok, f"{prefix}.betas", list(config.betas), "two numbers in [0, 1)")
+
+
+@dataclass
+class WorldModelConfig:
+    """Networks of the world model.
+
+    Attributes:
+        kind: ``mlp`` (PWM's baseline) or ``flow``.
+        latent_dim: D, a multiple of 8 (the SimNorm groups).
+        units: hidden widths of the dynamics, or of the velocity field.
+        encoder_units: hidden widths of the encoder.
+        reward_units: hidden widths of the reward and termination heads.
+        num_bins: two-hot bins of the reward head; 1 is a scalar head.
+        vmin: first bin centre, in symlog space.
+        vmax: last bin centre, in symlog space.
+        task_dim: width E of the task embedding; 0 is a single-task model.
+        num_tasks: number of tasks with an embedding.
+        head: last layer of the velocity field, ``linear`` or ``simnorm`` (cannot fit its target).
+        integrator: ``heun`` or ``euler``.
+        substeps: K, integrator steps a macro step.
+        project: put latents back on the simplices after every macro step.
+    """
+
+    kind: str = "flow"
+    latent_dim: int = 512
+    units: list[int] = field(default_factory=lambda: [512, 512])
+    encoder_units: list[int] = field(default_factory=lambda: [256])
+    reward_units: list[int] = field(default_factory=lambda: [512, 512])
+    num_bins: int = 101
+    vmin: float = -10.0
+    vmax: float = 10.0
+    task_dim: int = 0
+    num_tasks: int = 1
+    head: str = "linear"
+    integrator: str = "heun"
+    substeps: int = 2
+    project: bool = False
+
+    def __post_init__(self) -> None:
+        key = "alg.world_model"
+        _one_of(f"{key}.kind", self.kind, ("mlp", "flow"))
+        _one_of(f"{key}.head", self.head, ("linear", "simnorm"))
+        _one_of(f"{key}.integrator", self.integrator, ("heun", "euler"))
+        _positive(key, self, "latent_dim", "num_bins", "num_tasks", "substeps")
+        _require(
+            self.latent_dim % 8 == 0, f"{key}.latent_dim", self.latent_dim, "a multiple of 8 (SimNorm)"
+        )
+        _require(self.task_dim >= 0, f"{key}.task_dim", self.task_dim, "0 or more")
+        _require(
+            self.task_dim > 0 or self.num_tasks == 1,
+            f"{key}.num_tasks",
+            self.num_tasks,
+            "1 where task_dim is 0",
+        )
+        _require(self.vmin < self.vmax, f"{key}.vmin", self.vmin, f"below vmax ({self.vmax})")
+        for name in ("units", "encoder_units", "reward_units"):
+            _widths(f"{key}.{name}", getattr(self, name))
+
+
+@dataclass
+class ModelLearningConfig:
+    """World-model updates.
+
+    Attributes:
+        updates: updates an epoch.
+        bootstrap_updates: updates before the first policy update; null is one episode's length.
+        batch_size: windows a batch.
+        lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
+        betas: Adam's betas.
+        grad_norm: the gradient's norm is clipped to this.
+        dynamics_coef: weight of the dynamics (or flow-matching) loss. 20 and 0.1 are TD-MPC2's
+            weights for a cross-entropy reward.
+        reward_coef: weight of the reward loss.
+        termination_coef: weight of the termination loss.
+        tau_sampling: flow times of the flow-matching loss, ``uniform``, or ``midpoint`` (0.5 alone,
+            an ablation: Heun also evaluates 0 and 1).
+        flow_start: where a flow-matching path starts: ``rollout`` (the model's own latent) or
+            ``teacher`` (the encoded observation; no rollout is computed).
+        target_grad: let the gradient reach the start latent through the velocity target too.
+    """
+
+    updates: int = 8
+    bootstrap_updates: Optional[int] = None
+    batch_size: int = 256
+    lr: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.7, 0.95])
+    grad_norm: float = 20.0
+    dynamics_coef: float = 20.0
+    reward_coef: float = 0.1
+    termination_coef: float = 0.1
+    tau_sampling: str = "uniform"
+    flow_start: str = "rollout"
+    target_grad: bool = True
+
+    def __post_init__(self) -> None:
+        key = "alg.model_learning"
+        _one_of(f"{key}.tau_sampling", self.tau_sampling, ("uniform", "midpoint"))
+        _one_of(f"{key}.flow_start", self.flow_start, ("rollout", "teacher"))
+        _positive(key, self, "batch_size")
+        _adam(key, self)
+        for name in ("updates", "dynamics_coef", "reward_coef", "termination_coef"):
+            _require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
+        if self.bootstrap_updates is not None:
+            value = self.bootstrap_updates
+            _require(value >= 0, f"{key}.bootstrap_updates", value, "0 or more, or null")
+
+
+@dataclass
+class ActorConfig:
+    """Policy network and updates.
+
+    Attributes:
+        units: hidden widths.
+        init_logstd: log standard deviation at the start.
+        min_logstd: its lower bound.
+        updates: updates an epoch, each on freshly imagined rollouts.
+        batch_size: imagined rollouts a update, started from replayed observations.
+        lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
+        betas: Adam's betas.
+        grad_norm: the gradient's norm is clipped to this.
+        detach: the policy sees latents without their gradient (the dynamics still carry it).
+    """
+
+    units: list[int] = field(default_factory=lambda: [400, 200, 100])
+    init_logstd: float = -1.0
+    min_logstd: float = -1.427
+    updates: int = 1
+    batch_size: int = 128
+    lr: float = 5e-4
+    betas: list[float] = field(default_factory=lambda: [0.7, 0.95])
+    grad_norm: float = 1.0
+    detach: bool = True
+
+    def __post_init__(self) -> None:
+        _widths("alg.actor.units", self.units)
+        _positive("alg.actor", self, "batch_size")
+        _require(self.updates >= 0, "alg.actor.updates", self.updates, "0 or more")
+        _adam("alg.actor", self)
+
+
+@dataclass
+class CriticConfig:
+    """Value functions and their updates, which follow every actor update.
+
+    Attributes:
+        units: hidden widths.
+        members: size of the ensemble; the value is its minimum.
+        passes: passes over the imagined states an actor update leaves.
+        minibatches: minibatches a pass.
+        lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
+        betas: Adam's betas.
+        grad_norm: the gradient's norm is clipped to this.
+        lam: lambda of the TD(lambda) targets.
+    """
+
+    units: list[int] = field(default_factory=lambda: [400, 200])
+    members: int = 3
+    passes: int = 8
+    minibatches: int = 4
+    lr: float = 5e-4
+    betas: list[float] = field(default_factory=lambda: [0.7, 0.95])
+    grad_norm: float = 100.0
+    lam: float = 0.95
+
+    def __post_init__(self) -> None:
+        _widths("alg.critic.units", self.units)
+        _positive("alg.critic", self, "members", "minibatches")
+        _require(self.passes >= 0, "alg.critic.passes", self.passes, "0 or more")
+        _require(0.0 <= self.lam <= 1.0, "alg.critic.lam", self.lam, "in [0, 1]")
+        _adam("alg.critic", self)
+
+
+@dataclass
+class AlgConfig:
+    """The PWM agent.
+
+    Attributes:
+        name: of the configuration, for run directories and tables.
+        world_model: networks of the world model.
+        model_learning: its updates.
+        actor: policy.
+        critic: value functions.
+        horizon: H, macro steps of replay windows and imagined rollouts.
+        gamma: discount a step.
+        steps_per_epoch: environment steps every world takes an epoch.
+        random_epochs: epochs of uniform random actions before any update.
+        replay_capacity: transitions that replay holds, over all worlds.
+        normalize_obs: encode observations divided by their running standard deviation.
+        normalize_rewards: train a scalar reward head on rewards divided by theirs.
+        normalize_returns: divide the actor's loss by the returns' running standard deviation.
+        value_scale: imagined rewards are multiplied by this before returns and values are formed from
+            them. A critic whose targets are in the hundreds takes thousands of updates to reach them.
+        final_lr: what all learning rates decay to, linearly, over the run.
+        max_skipped_updates: stop after this many updates in a row were skipped as non-finite.
+    """
+
+    name: str = "pwm"
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    model_learning: ModelLearningConfig = field(default_factory=ModelLearningConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    horizon: int = 16
+    gamma: float = 0.99
+    steps_per_epoch: int = 16
+    random_epochs: int = 2
+    replay_capacity: int = 1_000_000
+    normalize_obs: bool = False
+    normalize_rewards: bool = False
+    normalize_returns: bool = True
+    value_scale: float = 1.0
+    final_lr: float = 1e-5
+    max_skipped_updates: int = 20
+
+    def __post_init__(self) -> None:
+        _positive("alg", self, "horizon", "steps_per_epoch", "replay_capacity", "max_skipped_updates")
+        _require(0.0 < self.gamma <= 1.0, "alg.gamma", self.gamma, "in (0, 1]")
+        _positive("alg", self, "value_scale")
+        _require(self.final_lr >= 0, "alg.final_lr", self.final_lr, "0 or more")
+        _require(self.random_epochs >= 1, "alg.random_epochs", self.random_epochs, "at least 1")
+        _require(
+            not (self.normalize_rewards and self.world_model.num_bins > 1),
+            "alg.normalize_rewards",
+            self.normalize_rewards,
+            "false for a two-hot reward head (num_bins > 1), whose bins are in symlog units",
+        )
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on real episodes, with the deterministic policy.
+
+    Attributes:
+        every: epochs between evaluations; 0 evaluates at the start and the end alone.
+        episodes: episodes an evaluation.
+        final_episodes: episodes of the evaluation at the end.
+    """
+
+    every: int = 25
+    episodes: int = 12
+    final_episodes: int = 32
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "eval.every", self.every, "0 or more")
+        _positive("eval", self, "episodes", "final_episodes")
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints in ``run_dir/checkpoints``.
+
+    Attributes:
+        every: epochs between ``latest`` checkpoints; 0 writes none but at the end or on a signal.
+    """
+
+    every: int = 50
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+
+
+@dataclass
+class EsnrConfig:
+    """Signal-to-noise ratio of the actor's gradient.
+
+    Attributes:
+        every: epochs between measurements; 0 measures never.
+        samples: M, gradient samples, each of ``alg.actor.batch_size`` / M imagined rollouts.
+    """
+
+    every: int = 10
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "esnr.every", self.every, "0 or more")
+        _require(self.samples >= 2, "esnr.samples", self.samples, "at least 2")
+
+
+@dataclass
+class WandbConfig:
+    """Logging to Weights & Biases, beside the run directory's own files.
+
+    Attributes:
+        mode: ``disabled``, ``offline`` (no login, no network) or ``online``.
+        project: project name.
+        entity: team or user; null is the login's.
+        name: run name; null composes one of environment, algorithm and seed.
+        gradients: log histograms of the gradients at evaluations.
+    """
+
+    mode: str = "disabled"
+    project: str = "pwm_fast"
+    entity: Optional[str] = None
+    name: Optional[str] = None
+    gradients: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("wandb.mode", self.mode, ("disabled", "offline", "online"))
+
+
+@dataclass
+class EnvConfig:
+    """Worlds to act in.
+
+    Attributes:
+        name: of the robot or adapter.
+        num_envs: default number of worlds.
+        max_episode_steps: time limit; null is the task's own.
+        threads: physics threads.
+        options: what the task itself takes, such as ``start`` of the cart-pole.
+    """
+
+    name: str
+    num_envs: int = 64
+    max_episode_steps: Optional[int] = None
+    threads: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _positive("env", self, "num_envs", "threads")
+        if self.max_episode_steps is not None:
+            _positive("env", self, "max_episode_steps")
+
+
+@dataclass
+class TrainConfig:
+    """One training run; ``python -m pwm_fast.train --cfg job`` prints it resolved.
+
+    Attributes:
+        env: the worlds.
+        alg: the agent.
+        seed: of every random number generator.
+        epochs: epochs of ``alg.steps_per_epoch`` steps in each world.
+        num_envs: number of worlds; null is ``env.num_envs``.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
+        run_dir: where everything of the run is written.
+        resume: ``auto`` continues a run found in ``run_dir``, a path continues that checkpoint,
+            null refuses a ``run_dir`` that holds a run.
+        checkpoint: checkpoints.
+        eval: evaluation.
+        esnr: gradient signal-to-noise ratio.
+        wandb: Weights & Biases.
+    """
+
+    env: EnvConfig
+    alg: AlgConfig = field(default_factory=AlgConfig)
+    seed: int = 0
+    epochs: int = 1000
+    num_envs: Optional[int] = None
+    device: str = "auto"
+    threads: Optional[int] = None
+    run_dir: str = "runs/default"
+    resume: Optional[str] = "auto"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    esnr: EsnrConfig = field(default_factory=EsnrConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+        ok = self.device in ("auto", "cpu", "cuda") or (
+            self.device.startswith("cuda:") and self.device[5:].isdigit()
+        )
+        _require(ok, "device", self.device, "auto, cpu, cuda or cuda:N")
+        for name in ("num_envs", "threads"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "positive or null")
+        _require(self.run_dir != "", "run_dir", self.run_dir, "a path")
+        if self.esnr.every:
+            samples, batch = self.esnr.samples, self.alg.actor.batch_size
+            _require(
+                samples <= batch, "esnr.samples", samples, f"at most alg.actor.batch_size ({batch})"
+            )
+
+    @property
+    def worlds(self) -> int:
+        """Number of worlds of the run."""
+        return self.num_envs or self.env.num_envs
+
+
+def hydra_schema() -> Any:
+    """The configuration's typed keys and defaults, for Hydra to compose on.
+
+    The environment's keys stay open here, since each brings its own; :func:`from_dict` sorts them.
+    """
+    from omegaconf import OmegaConf
+
+    typed = OmegaConf.structured(TrainConfig)
+    return OmegaConf.create(
+        {key: {} if key == "env" else typed._get_node(key) for key in typed.keys()}
+    )
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain containers, for checkpoints and files."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """A checked configuration from plain containers, as :func:`to_dict` gives them.
+
+    Options of the environment may stand beside its other keys (as in the YAML files).
+
+    Raises:
+        ConfigError: unknown keys, wrong types, or values out of range; the message names the key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    values = dict(values)
+    env = dict(values.get("env") or {})
+    known = {f.name for f in dataclasses.fields(EnvConfig)}
+    options = dict(env.get("options") or {})
+    options.update({k: v for k, v in env.items() if k not in known})
+    values["env"] = {**{k: v for k, v in env.items() if k in known}, "options": options}
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), values)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_readable(error)) from error
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def from_hydra(cfg: Any) -> TrainConfig:
+    """A checked configuration from Hydra's; the only place that sees OmegaConf's containers.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, or values out of range; the message names the key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_readable(error)) from error
+    assert isinstance(values, dict)
+    return from_dict({str(k): v for k, v in values.items()})
+
+
+def _readable(error: Exception) -> str:
+    """OmegaConf's message as ``key: what is wrong``, without its internals."""
+    message = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {message}" if key else message

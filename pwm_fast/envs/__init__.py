@@ -1,0 +1,88 @@
+"""Environments: the protocol, the built-in robots and how to make one by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from pwm_fast.envs.dm_control_adapter import DMControlEnv
+from pwm_fast.envs.gymnasium_adapter import GymnasiumEnv
+from pwm_fast.envs.mujoco_cpu import MujocoEnv
+from pwm_fast.envs.protocol import SAME_STEP, Box, StateNotSupported, VectorEnv
+from pwm_fast.envs.tasks.ant import Ant
+from pwm_fast.envs.tasks.base import Task
+from pwm_fast.envs.tasks.cartpole import CartPole
+from pwm_fast.envs.tasks.hopper import Hopper
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Ant, CartPole, Hopper)}
+ADAPTERS: dict[str, Callable[..., VectorEnv]] = {
+    "dmc": DMControlEnv,
+    "gym": GymnasiumEnv.from_id,
+}
+
+__all__ = [
+    "ADAPTERS",
+    "SAME_STEP",
+    "TASKS",
+    "Box",
+    "DMControlEnv",
+    "GymnasiumEnv",
+    "MujocoEnv",
+    "StateNotSupported",
+    "Task",
+    "VectorEnv",
+    "make",
+]
+
+
+def make(
+    name: str,
+    num_envs: int,
+    *,
+    seed: int = 0,
+    max_episode_steps: int | None = None,
+    threads: int = 1,
+    **options: Any,
+) -> VectorEnv:
+    """Make N worlds of a built-in robot or of another library.
+
+    Args:
+        name: one of :data:`TASKS` or of :data:`ADAPTERS`.
+        num_envs: N.
+        seed: seed of the reset states.
+        max_episode_steps: time limit; the task's own by default.
+        threads: physics threads; the adapters take 1.
+        **options: the task's or adapter's own arguments, such as ``start`` of the cart-pole,
+            ``id`` of ``gym``, ``domain`` and ``task`` of ``dmc``.
+
+    Raises:
+        ValueError: unknown name or option, a missing one, or a number out of range.
+        ImportError: what the environment needs is missing or too old.
+    """
+    if name in TASKS:
+        _check_options(name, TASKS[name], {}, options)
+        return MujocoEnv(
+            TASKS[name](**options),
+            num_envs,
+            seed=seed,
+            max_episode_steps=max_episode_steps,
+            threads=threads,
+        )
+    if name in ADAPTERS:
+        if threads != 1:
+            raise ValueError(f"env.threads must be 1 for env {name!r}, got {threads}")
+        common = {"num_envs": num_envs, "seed": seed, "max_episode_steps": max_episode_steps}
+        _check_options(name, ADAPTERS[name], common, options)
+        return ADAPTERS[name](**common, **options)
+    known = ", ".join(sorted((*TASKS, *ADAPTERS)))
+    raise ValueError(f"env.name must be one of {known}, got {name!r}")
+
+
+def _check_options(
+    name: str, factory: Callable[..., Any], common: dict[str, Any], options: dict[str, Any]
+) -> None:
+    try:
+        inspect.signature(factory).bind(**common, **options)
+    except TypeError as error:
+        raise ValueError(f"env {name!r}: {error}, got the options {sorted(options)}") from error

@@ -1,0 +1,47 @@
+"""Checks of what a caller hands to an environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def positive(**numbers: int) -> None:
+    """Raise ValueError, naming it, where a number is below 1."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def unit_action(action: Tensor, num_envs: int, action_dim: int) -> Tensor:
+    """The action ``[N, A]`` on the CPU in float32, clipped to [-1, 1].
+
+    Raises:
+        ValueError: another shape, or a value that is not finite.
+    """
+    expected = (num_envs, action_dim)
+    if tuple(action.shape) != expected:
+        raise ValueError(f"action must have shape {expected}, got {tuple(action.shape)}")
+    action = action.detach().to(device="cpu", dtype=torch.float32)
+    if not bool(torch.isfinite(action).all()):
+        raise ValueError("action has non-finite values")
+    return action.clamp(-1.0, 1.0)
+
+
+def reset_mask(options: dict[str, Any] | None, num_envs: int) -> Tensor:
+    """``options["reset_mask"]`` as a bool tensor ``[N]`` on the CPU; all True if not given.
+
+    Raises:
+        ValueError: another dtype or shape.
+    """
+    mask = (options or {}).get("reset_mask")
+    if mask is None:
+        return torch.ones(num_envs, dtype=torch.bool)
+    mask = torch.as_tensor(mask, device="cpu")
+    if mask.dtype != torch.bool or tuple(mask.shape) != (num_envs,):
+        raise ValueError(
+            f"reset_mask must be a bool tensor [{num_envs}], got {mask.dtype} {tuple(mask.shape)}"
+        )
+    return mask

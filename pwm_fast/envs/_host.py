@@ -1,0 +1,235 @@
+"""What the adapters to other libraries share: worlds of NumPy arrays behind the torch protocol."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pwm_fast.envs import _checks
+from pwm_fast.envs.protocol import SAME_STEP, Box
+
+
+class Outcome(NamedTuple):
+    """What one control step of all worlds came to.
+
+    Attributes:
+        obs: ``[N, O]`` observations to act on next, after the resets.
+        final_obs: ``[N, O]`` observations before them; NaN in a world whose physics diverged.
+        reward: ``[N]``.
+        terminated: bool ``[N]``.
+        truncated: bool ``[N]``.
+    """
+
+    obs: np.ndarray
+    final_obs: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+
+
+class HostEnv(ABC):
+    """N worlds of another library; implements :class:`pwm_fast.envs.protocol.VectorEnv`.
+
+    Actions in [-1, 1] are stretched to the library's own bounds. A world with a non-finite
+    observation or reward terminates with its last sound observation and reward 0, and a warning
+    says so once.
+
+    Args:
+        num_envs: N, at least 1.
+        obs_dim: O, the size of a flattened observation.
+        low: lowest actions ``[A]``, finite.
+        high: highest actions ``[A]``, finite.
+        max_episode_steps: time limit in control steps.
+        can_terminate: False where an episode only ends by its time limit.
+
+    Raises:
+        ValueError: unbounded actions.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        obs_dim: int,
+        low: np.ndarray,
+        high: np.ndarray,
+        max_episode_steps: int,
+        can_terminate: bool,
+    ) -> None:
+        self._low = np.asarray(low, dtype=np.float64).reshape(-1)
+        self._high = np.asarray(high, dtype=np.float64).reshape(-1)
+        if not (np.isfinite(self._low).all() and np.isfinite(self._high).all()):
+            raise ValueError("the actions must be bounded: [-1, 1] is stretched to their bounds")
+        self.num_envs = num_envs
+        self.device = torch.device("cpu")
+        self.single_observation_space = Box((obs_dim,))
+        self.single_action_space = Box(self._low.shape, -1.0, 1.0)
+        self.max_episode_steps = max_episode_steps
+        self.can_terminate = can_terminate
+        self.metadata: dict[str, Any] = {"autoreset_mode": SAME_STEP}
+        self._obs = torch.zeros(num_envs, obs_dim)
+        self._steps = torch.zeros(num_envs, dtype=torch.int64)
+        self._returns = torch.zeros(num_envs)
+        self._warned = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
+        mask = _checks.reset_mask(options, self.num_envs)
+        if bool(mask.any()):
+            obs = _float32(self._reset_worlds(mask.numpy(), seed))
+            self._obs = torch.where(mask.unsqueeze(-1), torch.from_numpy(obs), self._obs)
+            self._steps.masked_fill_(mask, 0)
+            self._returns.masked_fill_(mask, 0.0)
+        return self._obs.clone(), {}
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Advance all worlds by one control step; see the protocol for what comes back."""
+        unit = _checks.unit_action(action, self.num_envs, self._low.size).double().numpy()
+        outcome = self._step_worlds(self._low + 0.5 * (unit + 1.0) * (self._high - self._low))
+        obs, final_obs = _float32(outcome.obs), _float32(outcome.final_obs)
+        reward = _float32(outcome.reward)
+        terminated, truncated = outcome.terminated.copy(), outcome.truncated.copy()
+
+        unsound = ~(np.isfinite(final_obs).all(axis=1) & np.isfinite(reward))
+        if unsound.any():
+            self._warn(int(unsound.sum()))
+            final_obs[unsound] = self._obs.numpy()[unsound]
+            reward[unsound] = 0.0
+            restart = unsound & ~(terminated | truncated)
+            if restart.any():
+                obs[restart] = _float32(self._reset_worlds(restart, None))[restart]
+            terminated |= unsound
+
+        rewards = torch.from_numpy(reward)
+        done = torch.from_numpy(terminated | truncated)
+        self._steps += 1
+        self._returns += rewards
+        info = {
+            "final_obs": torch.from_numpy(final_obs),
+            "episode": {
+                "return": self._returns.clone(),
+                "length": self._steps.clone(),
+                "mask": done,
+            },
+        }
+        self._steps.masked_fill_(done, 0)
+        self._returns.masked_fill_(done, 0.0)
+        self._obs = torch.from_numpy(obs)
+        return (
+            self._obs.clone(),
+            rewards,
+            torch.from_numpy(terminated),
+            torch.from_numpy(truncated),
+            info,
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that decides the future: physics, counters and random numbers.
+
+        Raises:
+            StateNotSupported: the worlds cannot be saved to the bit.
+        """
+        return {
+            "worlds": [self._world_state(i) for i in range(self.num_envs)],
+            "obs": self._obs.clone(),
+            "steps": self._steps.clone(),
+            "returns": self._returns.clone(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a state of :meth:`get_state`, to the bit.
+
+        Raises:
+            StateNotSupported: the worlds cannot be restored to the bit.
+            ValueError: the state is of another environment or number of worlds.
+        """
+        if tuple(state["obs"].shape) != tuple(self._obs.shape):
+            raise ValueError(
+                f"the saved state holds observations {tuple(state['obs'].shape)}, this environment "
+                f"has {tuple(self._obs.shape)}"
+            )
+        for i, world in enumerate(state["worlds"]):
+            self._restore_world(i, world)
+        self._obs = state["obs"].clone()
+        self._steps.copy_(state["steps"])
+        self._returns.copy_(state["returns"])
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the worlds hold."""
+
+    @abstractmethod
+    def _reset_worlds(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
+        """Restart where ``mask`` ``[N]``, world i from ``seed + i``; ``[N, O]``, valid there."""
+
+    @abstractmethod
+    def _step_worlds(self, action: np.ndarray) -> Outcome:
+        """Advance all worlds with actions ``[N, A]`` in the library's own units."""
+
+    @abstractmethod
+    def _world_state(self, index: int) -> dict[str, Any]:
+        """What decides the future of one world: tensors, numbers and strings."""
+
+    @abstractmethod
+    def _restore_world(self, index: int, state: dict[str, Any]) -> None:
+        """Undo :meth:`_world_state`."""
+
+    def _warn(self, count: int) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{count} of {self.num_envs} worlds diverged; they were restarted (said once)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def physics_state(model: Any, data: Any) -> Tensor:
+    """MuJoCo's whole integration state of one world, float64."""
+    import mujoco
+
+    state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION.value))
+    mujoco.mj_getState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION.value)
+    return torch.from_numpy(state)
+
+
+def restore_physics(model: Any, data: Any, state: Tensor) -> None:
+    """Undo :func:`physics_state`.
+
+    Raises:
+        ValueError: the state is of another model.
+    """
+    import mujoco
+
+    size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION.value)
+    if tuple(state.shape) != (size,):
+        raise ValueError(
+            f"the saved physics state has {state.numel()} numbers, this world's has {size}"
+        )
+    mujoco.mj_setState(model, data, state.numpy(), mujoco.mjtState.mjSTATE_INTEGRATION.value)
+
+
+def dump_random(state: dict[str, Any]) -> str:
+    """The state of one of NumPy's bit generators as JSON: its integers have up to 128 bits."""
+    return json.dumps(state, default=lambda array: array.tolist())
+
+
+def load_random(text: str) -> dict[str, Any]:
+    """Undo :func:`dump_random`."""
+    state: dict[str, Any] = json.loads(text)
+    if "key" in state["state"]:  # of the Mersenne Twister
+        state["state"]["key"] = np.asarray(state["state"]["key"], dtype=np.uint32)
+    return state
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    """A copy in float32; numbers beyond its range become infinite."""
+    with np.errstate(over="ignore"):
+        return np.array(array, dtype=np.float32)

@@ -1,0 +1,189 @@
+"""Tasks of the dm_control suite behind the protocol."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from pwm_fast.envs import _checks, _host
+from pwm_fast.envs.protocol import StateNotSupported
+
+
+class DMControlEnv(_host.HostEnv):
+    """N worlds of a task of the dm_control suite, stepped one after another.
+
+    Observations are the task's, flattened in its order. The reward of a step is the sum over its
+    repeats.
+
+    Args:
+        domain: such as ``"cheetah"``.
+        task: such as ``"run"``.
+        num_envs: N.
+        seed: seed of the start states; world i gets ``seed + i``.
+        max_episode_steps: time limit in control steps of this environment, repeats not counted
+            apart; the task's own by default.
+        action_repeat: how often an action is applied in a step.
+
+    Raises:
+        ImportError: dm_control is missing, or does not work with the installed MuJoCo.
+        ValueError: unknown task, unbounded actions, no time limit, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        domain: str,
+        task: str,
+        num_envs: int,
+        *,
+        seed: int = 0,
+        max_episode_steps: int | None = None,
+        action_repeat: int = 2,
+    ) -> None:
+        _checks.positive(num_envs=num_envs, action_repeat=action_repeat)
+        suite, control = _dm_control()
+        if (domain, task) not in suite.ALL_TASKS:
+            tasks = [t for d, t in suite.ALL_TASKS if d == domain]
+            domains = sorted({d for d, _ in suite.ALL_TASKS})
+            known = f"env.task is one of {tasks}" if tasks else f"env.domain is one of {domains}"
+            raise ValueError(f"dm_control has no task {domain} {task}: {known}")
+        try:
+            self._envs = [
+                suite.load(domain, task, task_kwargs={"random": seed + i}) for i in range(num_envs)
+            ]
+        except AttributeError as error:  # dm_control mirrors MuJoCo's structs, version by version
+            raise ImportError(
+                "this dm-control does not work with the installed MuJoCo "
+                f"({error}): pip install 'pwm-fast[dmc]'"
+            ) from error
+
+        # The time limit is kept here; in the loop it would hide whether the task has terminated.
+        limit = self._envs[0]._step_limit
+        for env in self._envs:
+            env._step_limit = math.inf
+        if max_episode_steps is None:
+            if not math.isfinite(limit):
+                raise ValueError(f"{domain} {task} has no time limit: set env.max_episode_steps")
+            max_episode_steps = -(-round(limit) // action_repeat)
+        _checks.positive(max_episode_steps=max_episode_steps)
+
+        self.action_repeat = action_repeat
+        self._physics_error = control.PhysicsError
+        self._pristine = [copy.copy(env.physics.model.ptr) for env in self._envs]
+        self._model_arrays = [
+            name
+            for name in dir(self._pristine[0])
+            if isinstance(getattr(self._pristine[0], name), np.ndarray)
+        ]
+        self._fingerprints = [self._fingerprint(model) for model in self._pristine]
+        actions = self._envs[0].action_spec()
+        self._action_dtype = actions.dtype
+        sizes = [int(np.prod(spec.shape)) for spec in self._envs[0].observation_spec().values()]
+        terminates = type(self._envs[0].task).get_termination is not control.Task.get_termination
+        super().__init__(
+            num_envs,
+            sum(sizes),
+            np.broadcast_to(actions.minimum, actions.shape),
+            np.broadcast_to(actions.maximum, actions.shape),
+            max_episode_steps,
+            can_terminate=terminates,
+        )
+        self.reset()
+
+    def close(self) -> None:
+        """Close the worlds."""
+        for env in self._envs:
+            env.close()
+
+    def _reset_worlds(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
+        obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
+        for i in np.flatnonzero(mask):
+            if seed is not None:
+                self._envs[i].task.random.seed(seed + int(i))
+            obs[i] = _flat(self._envs[i].reset().observation)
+        return obs
+
+    def _step_worlds(self, action: np.ndarray) -> _host.Outcome:
+        obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
+        reward = np.zeros(self.num_envs)
+        terminated = np.zeros(self.num_envs, dtype=bool)
+        for i, env in enumerate(self._envs):
+            try:
+                for _ in range(self.action_repeat):
+                    step = env.step(action[i].astype(self._action_dtype))
+                    reward[i] += step.reward
+                    if step.last():
+                        terminated[i] = True
+                        break
+                obs[i] = _flat(step.observation)
+            except self._physics_error:
+                obs[i] = np.nan
+        truncated = self._steps.numpy() + 1 >= self.max_episode_steps
+        final_obs = obs.copy()
+        done = terminated | truncated
+        if done.any():
+            obs[done] = self._reset_worlds(done, None)[done]
+        return _host.Outcome(obs, final_obs, reward, terminated, truncated)
+
+    def _world_state(self, index: int) -> dict[str, Any]:
+        env = self._envs[index]
+        model = env.physics.model.ptr
+        # Some tasks move their target by writing into the model.
+        changed = {name: torch.tensor(getattr(model, name)) for name in self._changed_arrays(index)}
+        return {
+            "physics": _host.physics_state(model, env.physics.data.ptr),
+            "fingerprint": self._fingerprints[index],
+            "model": changed,
+            "random": _host.dump_random(env.task.random.get_state(legacy=False)),
+        }
+
+    def _restore_world(self, index: int, state: dict[str, Any]) -> None:
+        import mujoco
+
+        if state["fingerprint"] != self._fingerprints[index]:  # the lqr tasks draw their model
+            raise StateNotSupported(
+                "the saved world has another model: make the environment with the seed it had"
+            )
+        env = self._envs[index]
+        model, data = env.physics.model.ptr, env.physics.data.ptr
+        for name in self._changed_arrays(index):
+            getattr(model, name)[...] = getattr(self._pristine[index], name)
+        for name, value in state["model"].items():
+            getattr(model, name)[...] = value.numpy()
+        _host.restore_physics(model, data, state["physics"])
+        # Between steps dm_control keeps what follows from position and velocity up to date.
+        mujoco.mj_step1(model, data)
+        env.task.random.set_state(_host.load_random(state["random"]))
+
+    def _fingerprint(self, model: Any) -> str:
+        arrays = b"".join(getattr(model, name).tobytes() for name in self._model_arrays)
+        return hashlib.sha256(arrays).hexdigest()
+
+    def _changed_arrays(self, index: int) -> list[str]:
+        """The arrays of a world's model that differ from what was compiled."""
+        model, pristine = self._envs[index].physics.model.ptr, self._pristine[index]
+        return [
+            name
+            for name in self._model_arrays
+            if getattr(model, name).tobytes() != getattr(pristine, name).tobytes()
+        ]
+
+
+def _flat(observation: dict[str, Any]) -> np.ndarray:
+    return np.concatenate([np.ravel(value) for value in observation.values()])
+
+
+def _dm_control() -> tuple[Any, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a machine without a display
+            from dm_control import suite
+            from dm_control.rl import control
+    except ImportError as error:
+        raise ImportError("env=dmc needs dm-control: pip install 'pwm-fast[dmc]'") from error
+    return suite, control

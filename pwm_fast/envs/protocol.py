@@ -1,0 +1,98 @@
+"""What the trainer asks of an environment: a batch of worlds with torch tensors in and out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+SAME_STEP = "SameStep"
+
+
+class StateNotSupported(RuntimeError):
+    """The environment cannot save or restore its state to the bit; see ``get_state``."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """Bounds of one world's observations or actions, with the attributes of Gymnasium's ``Box``.
+
+    Attributes:
+        shape: shape of one item.
+        low: lower bound of every entry.
+        high: upper bound of every entry.
+        dtype: dtype of the tensors.
+    """
+
+    shape: tuple[int, ...]
+    low: float = -float("inf")
+    high: float = float("inf")
+    dtype: torch.dtype = field(default=torch.float32)
+
+
+@runtime_checkable
+class VectorEnv(Protocol):
+    """A batch of N worlds with Gymnasium's 5-tuple, torch tensors and same-step autoreset.
+
+    ``step`` takes actions ``[N, A]`` in [-1, 1] (clipped inside) and returns
+
+    - ``obs`` ``[N, O]`` float32: the observation to act on next, of the new episode where one
+      ended;
+    - ``reward`` ``[N]`` float32: ``r(s_t, a_t)``, from the state and action before the step;
+    - ``terminated`` ``[N]`` bool: the episode ended in a terminal state (no bootstrap);
+    - ``truncated`` ``[N]`` bool: it ended by its time limit (bootstrap);
+    - ``info``: ``final_obs`` ``[N, O]``, always dense: the true next observation before any reset,
+      equal to ``obs`` where no episode ended; ``episode``, a dict of ``return`` ``[N]``, ``length``
+      ``[N]`` and ``mask`` ``[N]`` (True where an episode ended in this step); optionally ``goal``
+      ``[N]`` bool: the state reached (before a reset) is one the task is after.
+
+    Attributes:
+        num_envs: N.
+        device: where the tensors live.
+        single_observation_space: ``shape`` is ``(O,)``.
+        single_action_space: ``shape`` is ``(A,)``, bounds -1 and 1.
+        max_episode_steps: time limit of an episode, in steps.
+        can_terminate: False where ``terminated`` is never True in normal operation.
+        metadata: ``metadata["autoreset_mode"]`` is :data:`SAME_STEP`.
+    """
+
+    num_envs: int
+    device: torch.device
+    single_observation_space: Any
+    single_action_space: Any
+    max_episode_steps: int
+    can_terminate: bool
+    metadata: dict[str, Any]
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
+        ...
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Advance all worlds by one control step."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that decides the future: physics, counters, last action, random numbers.
+
+        Raises:
+            StateNotSupported: the simulator cannot be saved to the bit.
+        """
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a state of :meth:`get_state`, to the bit.
+
+        Raises:
+            StateNotSupported: the simulator cannot be restored to the bit.
+            ValueError: the state is of another environment or number of worlds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what the worlds hold."""
+        ...

@@ -1,0 +1,75 @@
+"""What makes a robot a task, as torch functions of (qpos, qvel, last action) for any engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from importlib import resources
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Task(ABC):
+    """Observation, reward, termination and reset of one robot.
+
+    The functions are pure, batched and free of host synchronisation, so that an engine on the CPU
+    and one inside a CUDA graph share them. States are MuJoCo's: z up, free joints as position and
+    ``wxyz`` quaternion with world-frame linear and body-frame angular velocity.
+
+    Attributes:
+        name: what ``env=`` calls it.
+        asset: file name of the MJCF model in ``pwm_fast/envs/assets``.
+        obs_dim: O.
+        action_dim: A.
+        substeps: physics steps a control step.
+        control_dt: seconds a control step.
+        max_episode_steps: default time limit in control steps.
+        can_terminate: whether :meth:`terminated` can be True.
+    """
+
+    name: ClassVar[str]
+    asset: ClassVar[str]
+    obs_dim: ClassVar[int]
+    action_dim: ClassVar[int]
+    substeps: ClassVar[int] = 4
+    control_dt: ClassVar[float] = 1.0 / 60.0
+    max_episode_steps: ClassVar[int] = 1000
+    can_terminate: ClassVar[bool] = False
+
+    def mjcf(self) -> str:
+        """The MJCF model as text."""
+        return (resources.files("pwm_fast.envs") / "assets" / self.asset).read_text("utf-8")
+
+    @abstractmethod
+    def observation(self, qpos: Tensor, qvel: Tensor, last_action: Tensor) -> Tensor:
+        """Observations ``[N, O]`` of states and last actions ``[N, A]``, zero after a reset."""
+
+    @abstractmethod
+    def reward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Rewards ``r(s_t, a_t)`` ``[N]`` of observations and clipped actions ``[N, A]``."""
+
+    def terminated(self, obs: Tensor) -> Tensor:
+        """Where an observation ``[N, O]`` is of a terminal state: bool ``[N]``."""
+        return torch.zeros(obs.shape[0], dtype=torch.bool, device=obs.device)
+
+    def goal(self, obs: Tensor) -> Tensor | None:
+        """Where an observation is of a state the task is after: bool ``[N]``; None if undefined."""
+        return None
+
+    @abstractmethod
+    def sample_reset(
+        self, n: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """``n`` start states ``(qpos [n, nq], qvel [n, nv])``."""
+
+
+def uniform(
+    shape: tuple[int, ...],
+    bound: float,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Samples of ``U(-bound, bound)``."""
+    return (torch.rand(shape, generator=generator, dtype=dtype, device=device) * 2.0 - 1.0) * bound

@@ -1,0 +1,26 @@
+"""World models, policy and critics, with the parameter names of the published models."""
+
+from pwm_fast.models.actor import GaussianActor
+from pwm_fast.models.critic import Critic, CriticEnsemble
+from pwm_fast.models.layers import MLP, NormedLinear, mlp
+from pwm_fast.models.world_model import (
+    FlowWorldModel,
+    LatentModel,
+    WorldModel,
+    make_world_model,
+    project_simplex,
+)
+
+__all__ = [
+    "MLP",
+    "Critic",
+    "CriticEnsemble",
+    "FlowWorldModel",
+    "GaussianActor",
+    "LatentModel",
+    "NormedLinear",
+    "WorldModel",
+    "make_world_model",
+    "mlp",
+    "project_simplex",
+]

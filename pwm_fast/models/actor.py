@@ -1,0 +1,56 @@
+"""The Gaussian policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pwm_fast.models.layers import init_orthogonal_
+
+
+class GaussianActor(nn.Module):
+    """``a = tanh(mu(z) + std * noise)`` with a learned, state-independent ``std``.
+
+    Args:
+        latent_dim: D.
+        action_dim: A.
+        units: hidden widths; each layer is Linear, Mish, LayerNorm.
+        init_logstd: log standard deviation at the start.
+        min_logstd: its lower bound.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        units: Sequence[int] = (400, 200, 100),
+        init_logstd: float = -1.0,
+        min_logstd: float = -1.427,
+    ) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        width = latent_dim
+        for n in units:
+            modules += [nn.Linear(width, n), nn.Mish(), nn.LayerNorm(n)]
+            width = n
+        self.mu_net = nn.Sequential(*modules, nn.Linear(width, action_dim))
+        self.logstd = nn.Parameter(torch.full((action_dim,), float(init_logstd)))
+        self.min_logstd = min_logstd
+        self.action_dim = action_dim
+        init_orthogonal_(self.mu_net, gain=1.0)
+
+    def std(self) -> Tensor:
+        """Standard deviations before the tanh, ``[A]``."""
+        return self.logstd.clamp_min(self.min_logstd).exp()
+
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Actions ``[..., A]`` in (-1, 1) of latents ``[..., D]``.
+
+        Args:
+            z: latents.
+            noise: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``.
+        """
+        mu = self.mu_net(z)
+        return torch.tanh(mu if noise is None else mu + self.std() * noise)

@@ -1,0 +1,72 @@
+"""The ensemble of state-value functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pwm_fast import ops
+from pwm_fast.models.layers import init_orthogonal_
+from pwm_fast.ops import Layer
+
+
+class Critic(nn.Module):
+    """One value function: an MLP of Linear, Mish, LayerNorm layers and a Linear of width 1."""
+
+    def __init__(self, latent_dim: int, units: Sequence[int] = (400, 200)) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        width = latent_dim
+        for n in units:
+            modules += [nn.Linear(width, n), nn.Mish(), nn.LayerNorm(n)]
+            width = n
+        self.critic = nn.Sequential(*modules, nn.Linear(width, 1))
+        init_orthogonal_(self.critic, gain=2.0**0.5)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Values ``[...]`` of latents ``[..., D]``."""
+        return self.critic(z).squeeze(-1)
+
+
+class CriticEnsemble(nn.Module):
+    """E critics whose parameters are stacked along a first axis, as in published files.
+
+    ``params`` holds, in the order of one :class:`Critic`'s parameters, tensors ``[E, ...]``.
+
+    Args:
+        latent_dim: D.
+        units: hidden widths.
+        members: E.
+    """
+
+    def __init__(
+        self, latent_dim: int, units: Sequence[int] = (400, 200), members: int = 3
+    ) -> None:
+        super().__init__()
+        critics = [Critic(latent_dim, units) for _ in range(members)]
+        self.params = nn.ParameterList(
+            nn.Parameter(torch.stack([p.detach() for p in group]))
+            for group in zip(*(c.parameters() for c in critics), strict=True)
+        )
+        self.members = members
+
+    def _layers(self) -> list[Layer]:
+        params = list(self.params)
+        hidden = [
+            Layer(*params[i : i + 4], act="mish")  # type: ignore[arg-type]
+            for i in range(0, len(params) - 2, 4)
+        ]
+        return [*hidden, Layer(params[-2], params[-1])]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Values ``[E, ...]`` of latents ``[..., D]``."""
+        x = z.reshape(-1, z.shape[-1])
+        for layer in self._layers():
+            x = ops.linear_act_norm(x, layer)
+        return x.reshape(self.members, *z.shape[:-1])
+
+    def minimum(self, z: Tensor) -> Tensor:
+        """The least of the members' values, ``[...]``."""
+        return self(z).amin(0)

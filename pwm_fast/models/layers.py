@@ -1,0 +1,101 @@
+"""Modules whose forward is an operation of :mod:`pwm_fast.ops`, with the published parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pwm_fast import ops
+from pwm_fast.ops import Activation, Layer
+
+
+class NormedLinear(nn.Linear):
+    """Linear, LayerNorm, activation in one module: ``weight``, ``bias``, ``ln.weight``, ``ln.bias``.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        act: ``"mish"``, ``"simnorm"`` or ``"none"``.
+        simnorm_dim: group width for ``act="simnorm"``.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, act: Activation = "mish", simnorm_dim: int = 8
+    ) -> None:
+        super().__init__(in_features, out_features)
+        if act == "simnorm" and out_features % simnorm_dim:
+            raise ValueError(f"{out_features} features are no multiple of simnorm_dim={simnorm_dim}")
+        self.ln = nn.LayerNorm(out_features, eps=1e-5)
+        self.act: Activation = act
+        self.simnorm_dim = simnorm_dim
+
+    def layer(self) -> Layer:
+        """The parameters as the operations take them."""
+        return Layer(
+            self.weight,
+            self.bias,
+            self.ln.weight,
+            self.ln.bias,
+            self.act,
+            self.simnorm_dim,
+            self.ln.eps,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K] -> [..., N]``."""
+        return ops.linear_norm_act(x, self.layer())
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        return f"{super().extra_repr()}, act={self.act}"
+
+
+class MLP(nn.Sequential):
+    """NormedLinear layers and a last layer, over logically concatenated inputs."""
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Parameters of every layer, as the operations take them."""
+        return tuple(
+            m.layer() if isinstance(m, NormedLinear) else Layer(m.weight, m.bias)  # type: ignore[arg-type]
+            for m in self
+        )
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """``[..., K_i]`` each, widths adding up to K, to ``[..., N]``."""
+        return ops.mlp(inputs, self.layers())
+
+
+def mlp(
+    in_features: int, units: Sequence[int], out_features: int, last: Activation | None = None
+) -> MLP:
+    """An MLP of NormedLinear(Mish) layers; ``last=None`` ends in a plain Linear."""
+    widths = [in_features, *units]
+    modules: list[nn.Module] = [
+        NormedLinear(k, n) for k, n in zip(widths[:-1], widths[1:], strict=True)
+    ]
+    if last is None:
+        modules.append(nn.Linear(widths[-1], out_features))
+    else:
+        modules.append(NormedLinear(widths[-1], out_features, act=last))
+    return MLP(*modules)
+
+
+@torch.no_grad()
+def init_world_model_(module: nn.Module) -> None:
+    """TD-MPC2's initialisation: truncated normal weights of std 0.02, zero biases."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+@torch.no_grad()
+def init_orthogonal_(module: nn.Module, gain: float) -> None:
+    """Orthogonal weights of the given gain, zero biases."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.orthogonal_(m.weight, gain)
+            nn.init.zeros_(m.bias)

@@ -1,0 +1,186 @@
+"""The baseline world model and what every world model shares: encoder, reward, termination."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from pwm_fast import ops
+from pwm_fast.config import WorldModelConfig
+from pwm_fast.models.layers import init_world_model_, mlp
+
+
+class LatentModel(nn.Module, ABC):
+    """Encoder, reward and termination heads around a latent transition.
+
+    Latents live on a product of simplices: groups of 8, non-negative, each summing to 1.
+
+    Args:
+        obs_dim: O.
+        action_dim: A.
+        config: widths, bins and options.
+        can_terminate: add a termination head.
+    """
+
+    def __init__(
+        self, obs_dim: int, action_dim: int, config: WorldModelConfig, can_terminate: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.latent_dim = config.latent_dim
+        self.action_dim = action_dim
+        self.task_dim = config.task_dim
+        pair = config.latent_dim + config.task_dim + action_dim
+        self._encoder = mlp(
+            obs_dim + config.task_dim, config.encoder_units, config.latent_dim, last="simnorm"
+        )
+        self._build_transition(pair)
+        self._reward = mlp(pair, config.reward_units, config.num_bins)
+        self._termination = mlp(pair, config.reward_units, 1) if can_terminate else None
+        self._task_emb = (
+            nn.Embedding(config.num_tasks, config.task_dim, max_norm=1.0)
+            if config.task_dim
+            else None
+        )
+        init_world_model_(self)
+        nn.init.zeros_(self._last_weight(self._reward))
+        if self._termination is not None:
+            nn.init.zeros_(self._last_weight(self._termination))
+        if self._task_emb is not None:
+            nn.init.uniform_(self._task_emb.weight, -0.02, 0.02)
+
+    @staticmethod
+    def _last_weight(head: nn.Sequential) -> Tensor:
+        weight = head[-1].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @abstractmethod
+    def _build_transition(self, pair_dim: int) -> None:
+        """Create the transition's network; ``pair_dim`` is D + E + A."""
+
+    @abstractmethod
+    def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
+        """Next latents ``[..., D]`` of latents ``[..., D]`` and actions ``[..., A]``."""
+
+    def embed(self, task: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+        """Task embeddings ``[..., E]`` of task numbers, in a tuple; empty for a single-task model.
+
+        Args:
+            task: integers, a scalar or of the leading shape of ``like`` (or one that broadcasts
+                to it); None for a single-task model.
+            like: a tensor ``[..., K]`` that the embeddings accompany.
+
+        Raises:
+            ValueError: task numbers missing, or given to a single-task model.
+        """
+        if self._task_emb is None:
+            if task is not None:
+                raise ValueError("this is a single-task world model (task_dim=0): task must be None")
+            return ()
+        if task is None:
+            raise ValueError(f"task numbers are required: the model has task_dim={self.task_dim}")
+        return (self._task_emb(task).expand(*like.shape[:-1], -1),)
+
+    def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
+        """Latents ``[..., D]`` of observations ``[..., O]``."""
+        return self._encoder(obs, *self.embed(task, obs))
+
+    def reward(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
+        """Reward logits ``[..., bins]`` of taking actions ``[..., A]`` in latents ``[..., D]``."""
+        return self._reward(z, *self.embed(task, z), a)
+
+    def decode_reward(self, logits: Tensor) -> Tensor:
+        """Rewards ``[...]`` that logits ``[..., bins]`` stand for (the scalar itself for one bin)."""
+        if self.config.num_bins == 1:
+            return logits.squeeze(-1)
+        return ops.two_hot_decode(logits, self.config.vmin, self.config.vmax)
+
+    def termination(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor | None:
+        """Logits ``[...]`` that the step terminates; None for a model without that head."""
+        if self._termination is None:
+            return None
+        return self._termination(z, *self.embed(task, z), a).squeeze(-1)
+
+    def step(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Next latents ``[..., D]`` and reward logits ``[..., bins]``."""
+        return self.next(z, a, task), self.reward(z, a, task)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters per component, and ``total``.
+
+        ``total`` leaves out the termination head, which the published models do not have.
+        """
+        counts = {
+            name.lstrip("_"): sum(p.numel() for p in child.parameters())
+            for name, child in self.named_children()
+        }
+        counts["total"] = sum(n for name, n in counts.items() if name != "termination")
+        return counts
+
+
+class WorldModel(LatentModel):
+    """PWM's baseline: ``z' = F(z, task, a)``, an MLP that ends in SimNorm (arXiv 2407.02466)."""
+
+    def _build_transition(self, pair_dim: int) -> None:
+        self._dynamics = mlp(pair_dim, self.config.units, self.config.latent_dim, last="simnorm")
+
+    def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
+        """Next latents ``[..., D]`` of latents ``[..., D]`` and actions ``[..., A]``."""
+        return self._dynamics(z, *self.embed(task, z), a)
+
+
+class FlowWorldModel(LatentModel):
+    """Flow dynamics: the latent moves along a velocity field ``v(z, a, tau, task)``, tau in [0, 1].
+
+    The head ``config.head`` is ``"linear"``, or ``"simnorm"``, which cannot represent the
+    flow-matching target (``docs/simnorm_head.md``) and is kept to read published checkpoints.
+    """
+
+    def _build_transition(self, pair_dim: int) -> None:
+        last = None if self.config.head == "linear" else "simnorm"
+        self._velocity = mlp(
+            pair_dim + 1,
+            self.config.units,
+            self.config.latent_dim,
+            last=last,  # type: ignore[arg-type]
+        )
+
+    def velocity(
+        self, z: Tensor, a: Tensor, tau: Tensor | float, task: Tensor | None = None
+    ) -> Tensor:
+        """Velocities ``[..., D]`` at latents ``[..., D]`` and flow times tau (scalar, ``[...]`` or ``[..., 1]``)."""
+        tau = torch.as_tensor(tau, dtype=z.dtype, device=z.device)
+        embedding = self.embed(task, z)
+        return ops.velocity_field(
+            z, a, tau, self._velocity.layers(), task=embedding[0] if embedding else None
+        )
+
+    def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
+        """Next latents ``[..., D]``: the velocity field integrated from tau = 0 to 1."""
+        embedding = self.embed(task, z)
+        z = ops.flow_step(
+            z,
+            a,
+            self._velocity.layers(),
+            self.config.substeps,
+            self.config.integrator,  # type: ignore[arg-type]
+            task=embedding[0] if embedding else None,
+        )
+        return project_simplex(z) if self.config.project else z
+
+
+def project_simplex(z: Tensor, dim: int = 8) -> Tensor:
+    """Clamp latents ``[..., D]`` at 0 and renormalise every group of ``dim`` to sum 1."""
+    groups = z.unflatten(-1, (-1, dim)).clamp_min(0.0)
+    return (groups / groups.sum(-1, keepdim=True).clamp_min(1e-6)).flatten(-2)
+
+
+def make_world_model(
+    obs_dim: int, action_dim: int, config: WorldModelConfig, can_terminate: bool = False
+) -> LatentModel:
+    """The world model that ``config.kind`` names: ``"mlp"`` (baseline) or ``"flow"``."""
+    kind = FlowWorldModel if config.kind == "flow" else WorldModel
+    return kind(obs_dim, action_dim, config, can_terminate)

@@ -1,0 +1,44 @@
+"""Operations of flow-matching world models, for anybody's reinforcement-learning code.
+
+All functions are differentiable, take any floating dtype and import nothing but torch::
+
+    from pwm_fast import ops
+
+    z_next = ops.flow_step(z, a, net, substeps=2, method="heun")   # net: a sequence of ops.Layer
+"""
+
+from pwm_fast.ops.esnr import esnr
+from pwm_fast.ops.heads import (
+    symexp,
+    symlog,
+    td_lambda,
+    two_hot_cross_entropy,
+    two_hot_decode,
+    two_hot_encode,
+)
+from pwm_fast.ops.integration import flow_interpolate, flow_step, integrate, velocity_field
+from pwm_fast.ops.layers import layer_norm_act, linear_act_norm, linear_norm_act, mlp, simnorm
+from pwm_fast.ops.types import ESNR, Activation, Layer, Method
+
+__all__ = [
+    "ESNR",
+    "Activation",
+    "Layer",
+    "Method",
+    "esnr",
+    "flow_interpolate",
+    "flow_step",
+    "integrate",
+    "layer_norm_act",
+    "linear_act_norm",
+    "linear_norm_act",
+    "mlp",
+    "simnorm",
+    "symexp",
+    "symlog",
+    "td_lambda",
+    "two_hot_cross_entropy",
+    "two_hot_decode",
+    "two_hot_encode",
+    "velocity_field",
+]

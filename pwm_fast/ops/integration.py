@@ -1,0 +1,134 @@
+"""Public operations on velocity fields: evaluation, integration, the flow-matching path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pwm_fast.ops import _checks
+from pwm_fast.ops.reference import integration as reference
+from pwm_fast.ops.types import Layer, Method, VelocityFn
+
+
+def integrate(
+    velocity: VelocityFn, z: Tensor, substeps: int = 2, method: Method = "heun"
+) -> Tensor:
+    """Integrate ``dz/dtau = velocity(z, tau)`` from tau = 0 to 1 with fixed steps ``dt = 1/K``.
+
+    Euler: ``z += dt v(z, t)``. Heun (the explicit trapezoidal rule, RK2): ``k1 = v(z, t)``,
+    ``k2 = v(z + dt k1, t + dt)``, ``z += dt/2 (k1 + k2)``. Orders of convergence 1 and 2.
+
+    Args:
+        velocity: any callable ``(z, tau) -> dz/dtau``; ``tau`` is a Python float in [0, 1].
+        z: start, any shape and floating dtype; differentiable, as is whatever ``velocity`` uses.
+        substeps: K, at least 1.
+        method: ``"heun"`` (2K evaluations) or ``"euler"`` (K evaluations).
+
+    Returns:
+        The state at tau = 1 in the shape and dtype of ``z``: slopes of another dtype (of a velocity
+        under autocast, say) are converted before they are added.
+
+    Raises:
+        TypeError: ``z`` is not a floating tensor or ``velocity`` is not callable.
+        ValueError: ``substeps`` or ``method`` is out of range.
+    """
+    if not callable(velocity):
+        raise TypeError(f"velocity must be callable, got {type(velocity).__name__}")
+    _checks.floating("z", z)
+    _checks.positive_int("substeps", substeps)
+    _checks.method(method)
+    return reference.integrate(velocity, z, substeps, method)
+
+
+def velocity_field(
+    z: Tensor, a: Tensor, tau: Tensor, net: Sequence[Layer], *, task: Tensor | None = None
+) -> Tensor:
+    """Evaluate a velocity MLP on the logical concatenation ``[z, a, tau, task]``.
+
+    Args:
+        z: latents ``[..., D]``.
+        a: actions ``[..., A]``.
+        tau: flow times in [0, 1]: a scalar, ``[...]`` or ``[..., 1]``.
+        net: layers of the MLP; input width ``D + A + 1 (+ E)``, output width D.
+        task: task embeddings ``[..., E]``, or None.
+
+    Returns:
+        Velocities ``[..., D]``.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices or options do not fit.
+    """
+    _check_field(z, a, net, task)
+    _checks.flow_time(tau, "z", z)
+    return reference.velocity_field(z, a, tau, net, task)
+
+
+def flow_step(
+    z: Tensor,
+    a: Tensor,
+    net: Sequence[Layer],
+    substeps: int = 2,
+    method: Method = "heun",
+    *,
+    task: Tensor | None = None,
+) -> Tensor:
+    """One macro step of flow dynamics: integrate the velocity MLP over tau at a fixed action.
+
+    Args:
+        z: latents ``[..., D]``.
+        a: actions ``[..., A]``.
+        net: layers of the velocity MLP; input ``[z, a, tau, task]``, output width D.
+        substeps: K, at least 1.
+        method: ``"heun"`` or ``"euler"``.
+        task: task embeddings ``[..., E]``, or None.
+
+    Returns:
+        Next latents ``[..., D]``; differentiable in ``z``, ``a``, ``task`` and all parameters.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices or options do not fit.
+    """
+    _check_field(z, a, net, task)
+    _checks.positive_int("substeps", substeps)
+    _checks.method(method)
+    return reference.flow_step(z, a, net, substeps, method, task)
+
+
+def flow_interpolate(z0: Tensor, z1: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Point and target of rectified flow on the straight path from ``z0`` to ``z1``.
+
+    Args:
+        z0: start latents ``[..., D]``.
+        z1: end latents ``[..., D]``.
+        tau: flow times in [0, 1]: a scalar, ``[...]`` or ``[..., 1]``.
+
+    Returns:
+        ``z_tau = (1 - tau) z0 + tau z1`` and the velocity target ``z1 - z0``, both ``[..., D]``.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: the shapes differ, or ``tau`` does not fit them.
+
+    Source: Liu et al. 2022 (arXiv 2209.03003), equation 1; Lipman et al. 2022 (arXiv 2210.02747).
+    """
+    _checks.vectors("z0", z0)
+    _checks.floating("z1", z1)
+    if z0.shape != z1.shape:
+        raise ValueError(f"z1 must be shaped as z0 {tuple(z0.shape)}, got {tuple(z1.shape)}")
+    _checks.flow_time(tau, "z0", z0)
+    return reference.flow_interpolate(z0, z1, tau)
+
+
+def _check_field(z: Tensor, a: Tensor, net: Sequence[Layer], task: Tensor | None) -> None:
+    _checks.vectors("z", z)
+    _checks.same_rows("a", a, "z", z)
+    inputs = z.shape[-1] + a.shape[-1] + 1
+    if task is not None:
+        _checks.same_rows("task", task, "z", z)
+        inputs += task.shape[-1]
+    outputs = _checks.layers("net", net, inputs, z.device)
+    if outputs != z.shape[-1]:
+        raise ValueError(f"net has output width {outputs}, but the latent z has {z.shape[-1]}")

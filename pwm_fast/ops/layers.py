@@ -1,0 +1,143 @@
+"""Public layer operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pwm_fast.ops import _checks
+from pwm_fast.ops.reference import layers as reference
+from pwm_fast.ops.types import ACTIVATIONS, Activation, Layer
+
+
+def simnorm(x: Tensor, dim: int = 8) -> Tensor:
+    """Softmax over consecutive groups of the last axis (simplicial normalisation).
+
+    Args:
+        x: ``[..., D]``, any floating dtype; D a multiple of ``dim``.
+        dim: group width V.
+
+    Returns:
+        ``[..., D]``: every group of V is non-negative and sums to 1.
+
+    Raises:
+        TypeError: ``x`` is not a floating tensor.
+        ValueError: D is not a multiple of ``dim``.
+
+    Source: Lavoie et al. 2022 (arXiv 2204.00616); TD-MPC2 (arXiv 2310.16828), section 3.1.
+    """
+    _checks.vectors("x", x)
+    _checks.simnorm_width("x", x.shape[-1], "dim", dim)
+    return reference.simnorm(x, dim)
+
+
+def layer_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    act: Activation = "mish",
+    simnorm_dim: int = 8,
+    eps: float = 1e-5,
+) -> Tensor:
+    """LayerNorm over the last axis followed by an activation.
+
+    Args:
+        x: ``[..., N]``, any floating dtype.
+        weight: scale ``[N]``.
+        bias: shift ``[N]``.
+        act: ``"mish"`` (``x tanh(softplus(x))``), ``"simnorm"`` or ``"none"``.
+        simnorm_dim: group width for ``act="simnorm"``.
+        eps: added to the variance.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: a shape, ``act`` or ``simnorm_dim`` does not fit.
+    """
+    _checks.vectors("x", x)
+    width = x.shape[-1]
+    for name, vector in (("weight", weight), ("bias", bias)):
+        _checks.floating(name, vector)
+        if tuple(vector.shape) != (width,):
+            raise ValueError(f"{name} must be [{width}], got {tuple(vector.shape)}")
+    _checks.one_of("act", act, ACTIVATIONS)
+    if act == "simnorm":
+        _checks.simnorm_width("x", width, "simnorm_dim", simnorm_dim)
+    return reference.layer_norm_act(x, weight, bias, act, simnorm_dim, eps)
+
+
+def linear_norm_act(x: Tensor, layer: Layer) -> Tensor:
+    """NormedLinear: ``act(LayerNorm(x W^T + b))``, the layer of PWM's and TD-MPC2's world models.
+
+    Args:
+        x: ``[..., K]``, any floating dtype.
+        layer: parameters; without ``ln_weight`` it is Linear and activation.
+
+    Returns:
+        ``[..., N]``.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes or options of ``layer`` do not fit ``x``.
+    """
+    _checks.vectors("x", x)
+    _checks.layer("layer", layer, x.shape[-1], x.device)
+    return reference.linear_norm_act(x, layer)
+
+
+def linear_act_norm(x: Tensor, layer: Layer) -> Tensor:
+    """``LayerNorm(act(x W^T + b))``, the order of PWM's actor and critics; ensembles in one call.
+
+    Args:
+        x: ``[..., K]``; for an ensemble ``[B, K]`` (shared) or ``[E, B, K]`` (one per member).
+        layer: ``weight [N, K]``, or ``[E, N, K]`` with vectors ``[E, N]`` for an ensemble.
+
+    Returns:
+        ``[..., N]``, or ``[E, B, N]`` for an ensemble.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes or options do not fit.
+    """
+    _checks.vectors("x", x)
+    _checks.floating("layer.weight", layer.weight)
+    axes = layer.weight.dim()
+    if axes not in (2, 3):
+        raise ValueError(f"layer.weight must be [N, K] or [E, N, K], got {axes} axes")
+    if axes == 3:
+        members = layer.weight.shape[0]
+        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != members):
+            raise ValueError(
+                f"x must be [B, K] or [{members}, B, K] for an ensemble of {members}, "
+                f"got {tuple(x.shape)}"
+            )
+    _checks.layer("layer", layer, x.shape[-1], x.device, ensemble=axes == 3)
+    return reference.linear_act_norm(x, layer)
+
+
+def mlp(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> Tensor:
+    """A stack of :func:`linear_norm_act` layers over logically concatenated inputs.
+
+    Args:
+        inputs: tensors ``[..., K_i]`` with one leading shape; their widths add up to the first
+            layer's input width, in this order.
+        layers: parameters of each layer, first to last.
+
+    Returns:
+        ``[..., N]`` of the last layer.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices or options do not fit.
+    """
+    if len(inputs) == 0:
+        raise ValueError("inputs must hold at least one tensor")
+    _checks.vectors("inputs[0]", inputs[0])
+    for i, x in enumerate(inputs[1:], start=1):
+        _checks.same_rows(f"inputs[{i}]", x, "inputs[0]", inputs[0])
+    _checks.layers("layers", layers, sum(x.shape[-1] for x in inputs), inputs[0].device)
+    return reference.mlp(inputs, layers)

@@ -1,0 +1,65 @@
+"""NormedLinear layers, SimNorm and MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pwm_fast.ops.types import Activation, Layer
+
+
+def simnorm(x: Tensor, dim: int = 8) -> Tensor:
+    return torch.softmax(x.unflatten(-1, (-1, dim)), dim=-1).flatten(-2)
+
+
+def activate(x: Tensor, act: Activation, simnorm_dim: int = 8) -> Tensor:
+    if act == "mish":
+        return F.mish(x)
+    if act == "simnorm":
+        return simnorm(x, simnorm_dim)
+    return x
+
+
+def layer_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, act: Activation, simnorm_dim: int, eps: float
+) -> Tensor:
+    return activate(F.layer_norm(x, x.shape[-1:], weight, bias, eps), act, simnorm_dim)
+
+
+def linear_norm_act(x: Tensor, layer: Layer) -> Tensor:
+    h = F.linear(x, layer.weight, layer.bias)
+    if layer.ln_weight is not None:
+        h = F.layer_norm(h, h.shape[-1:], layer.ln_weight, layer.ln_bias, layer.eps)
+    return activate(h, layer.act, layer.simnorm_dim)
+
+
+def linear_act_norm(x: Tensor, layer: Layer) -> Tensor:
+    """Linear, activation, LayerNorm; ``[E, N, K]`` weights (an ensemble) give ``[E, B, N]``."""
+    if layer.weight.dim() == 2:
+        h = activate(F.linear(x, layer.weight, layer.bias), layer.act, layer.simnorm_dim)
+        if layer.ln_weight is None:
+            return h
+        return F.layer_norm(h, h.shape[-1:], layer.ln_weight, layer.ln_bias, layer.eps)
+    members = layer.weight.shape[0]
+    if x.dim() == 2:
+        x = x.expand(members, *x.shape)
+    weight = layer.weight.transpose(1, 2)
+    if layer.bias is None:
+        h = torch.bmm(x, weight)
+    else:
+        h = torch.baddbmm(layer.bias.unsqueeze(1), x, weight)
+    h = activate(h, layer.act, layer.simnorm_dim)
+    if layer.ln_weight is None or layer.ln_bias is None:
+        return h
+    h = F.layer_norm(h, h.shape[-1:], eps=layer.eps)
+    return torch.addcmul(layer.ln_bias.unsqueeze(1), h, layer.ln_weight.unsqueeze(1))
+
+
+def mlp(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> Tensor:
+    x = inputs[0] if len(inputs) == 1 else torch.cat(tuple(inputs), dim=-1)
+    for layer in layers:
+        x = linear_norm_act(x, layer)
+    return x

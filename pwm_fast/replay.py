@@ -1,0 +1,203 @@
+"""Experience replay: one packed, preallocated ring per world, on the training device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Windows(NamedTuple):
+    """A batch of B windows of H consecutive transitions, time first.
+
+    Attributes:
+        obs: ``[H+1, B, O]``; the last may be a terminal observation.
+        action: ``[H, B, A]``.
+        reward: ``[H, B]``.
+        terminated: ``[H, B]``, 1.0 where the transition ended in a terminal state.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+
+
+class Replay:
+    """Stores the steps of N worlds and samples windows that never cross an episode's end.
+
+    A row is ``[obs, action, reward, terminated]``; each world writes its own ring of T rows. After a
+    transition the true next observation (``final_obs``) goes into the following row. If the episode
+    goes on, the next transition overwrites that row with the same observation and its action; if it
+    ended, the row stays as the terminal observation and the next episode starts behind it. A window
+    may therefore end on the observation after any transition, terminal or not, and none crosses from
+    one episode into the next. Nothing here synchronises with the host, except ``__len__`` and
+    :meth:`num_windows`.
+
+    Args:
+        capacity: transitions to hold, over all worlds.
+        num_envs: N.
+        obs_dim: O.
+        action_dim: A.
+        horizon: H, transitions a window.
+        device: where the rows live.
+
+    Raises:
+        ValueError: the capacity holds no window for each world.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        obs_dim: int,
+        action_dim: int,
+        horizon: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        rows = capacity // num_envs
+        if rows < horizon + 2:
+            raise ValueError(
+                f"alg.replay_capacity={capacity} leaves {rows} rows for each of {num_envs} worlds; "
+                f"a window of {horizon} transitions needs {horizon + 2}: at least "
+                f"{num_envs * (horizon + 2)}"
+            )
+        self.num_envs, self.rows, self.horizon = num_envs, rows, horizon
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.device = torch.device(device)
+        width = obs_dim + action_dim + 2
+        self._data = torch.zeros(num_envs, rows, width, device=self.device)
+        # Transitions of the same episode that end with this row; 0 marks terminal and unused rows.
+        self._run = torch.zeros(num_envs, rows, dtype=torch.int32, device=self.device)
+        self._cursor = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
+        self._length = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
+        self._worlds = torch.arange(num_envs, device=self.device)
+        self._window_cdf: Tensor | None = None
+        self._row_cdf: Tensor | None = None
+
+    def add(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        terminated: Tensor,
+        done: Tensor,
+        final_obs: Tensor,
+    ) -> None:
+        """Store one step of every world.
+
+        Args:
+            obs: ``[N, O]`` that was acted on.
+            action: ``[N, A]``.
+            reward: ``[N]``.
+            terminated: ``[N]`` bool.
+            done: ``[N]`` bool, terminated or truncated.
+            final_obs: ``[N, O]``, the true next observation.
+        """
+        row = torch.cat(
+            (obs, action, reward.unsqueeze(-1), terminated.to(obs.dtype).unsqueeze(-1)), dim=-1
+        ).to(self.device, self._data.dtype)
+        done = done.to(self.device)
+        self._data[self._worlds, self._cursor] = row
+        self._length += 1
+        self._run[self._worlds, self._cursor] = self._length
+
+        following = (self._cursor + 1) % self.rows
+        tail = torch.zeros_like(row)
+        tail[:, : self.obs_dim] = final_obs
+        self._data[self._worlds, following] = tail
+        self._run[self._worlds, following] = 0
+
+        self._length.masked_fill_(done, 0)
+        self._cursor = torch.where(done, (self._cursor + 2) % self.rows, following)
+        self._window_cdf = self._row_cdf = None
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Windows:
+        """``batch_size`` windows, uniformly among all that the ring holds, with replacement.
+
+        Call it only where :meth:`num_windows` is positive.
+        """
+        if self._window_cdf is None:
+            self._window_cdf = self._window_ends().flatten().cumsum(0)
+        index = self._draw(self._window_cdf, batch_size, generator)
+        world, end = index // self.rows, index % self.rows
+        offsets = torch.arange(1 - self.horizon, 2, device=self.device).unsqueeze(-1)
+        # [H+1, B, F]: advanced indexing gathers the windows time first.
+        windows = self._data[world, (end + offsets) % self.rows]
+        o, a = self.obs_dim, self.action_dim
+        return Windows(
+            windows[..., :o],
+            windows[:-1, :, o : o + a],
+            windows[:-1, :, o + a],
+            windows[:-1, :, o + a + 1],
+        )
+
+    def sample_obs(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """``batch_size`` observations ``[B, O]`` that were acted on, uniformly, with replacement."""
+        if self._row_cdf is None:
+            self._row_cdf = (self._run > 0).flatten().cumsum(0)
+        index = self._draw(self._row_cdf, batch_size, generator)
+        return self._data.view(-1, self._data.shape[-1])[index, : self.obs_dim]
+
+    def num_windows(self) -> int:
+        """Number of windows that :meth:`sample` draws from."""
+        return int(self._window_ends().sum())
+
+    def __len__(self) -> int:
+        """Number of transitions held."""
+        return int((self._run > 0).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The contents, without the rows that were never written."""
+        used = int((self._run.amax(0) > 0).nonzero().amax()) + 2 if len(self) else 0
+        used = min(used, self.rows)
+        return {
+            "shape": [self.num_envs, self.rows, self.obs_dim, self.action_dim, self.horizon],
+            "data": self._data[:, :used].clone(),
+            "run": self._run[:, :used].clone(),
+            "cursor": self._cursor.clone(),
+            "length": self._length.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the contents of :meth:`state_dict`.
+
+        Raises:
+            ValueError: they are of other worlds, observations, actions, capacity or horizon.
+        """
+        shape = [self.num_envs, self.rows, self.obs_dim, self.action_dim, self.horizon]
+        if list(state["shape"]) != shape:
+            raise ValueError(
+                "the saved replay has [worlds, rows, obs, action, horizon] = "
+                f"{list(state['shape'])}, this run needs {shape}"
+            )
+        used = state["data"].shape[1]
+        self._data.zero_()
+        self._run.zero_()
+        self._data[:, :used] = state["data"].to(self.device)
+        self._run[:, :used] = state["run"].to(self.device)
+        self._cursor = state["cursor"].to(self.device)
+        self._length = state["length"].to(self.device)
+        self._window_cdf = self._row_cdf = None
+
+    def _window_ends(self) -> Tensor:
+        """Where a window may end, ``[N, T]``.
+
+        A run of H transitions ends there, and none of them has been overwritten: a new episode that
+        wraps around the ring eats the oldest rows from the front.
+        """
+        ends = self._run >= self.horizon
+        row = torch.arange(self.rows, device=self.device)
+        # Rows between the cursor and a row, walking backwards; the row at the cursor itself holds
+        # the tentative next observation.
+        age = (self._cursor.unsqueeze(-1) - row - 1) % self.rows
+        return ends & (age + self.horizon < self.rows)
+
+    def _draw(self, cdf: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+        """Indices of n set entries of the mask whose running sum is ``cdf``, uniformly."""
+        total = cdf[-1]
+        # float64: float32 cannot tell the entries of a large ring apart.
+        u = torch.rand(n, dtype=torch.float64, device=self.device, generator=generator)
+        rank = (u * total).long().clamp_max(total - 1)
+        return torch.searchsorted(cdf, rank + 1)

@@ -7,8 +7,10 @@ class checks its own values, so a wrong number is named before any work starts.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -34,8 +36,15 @@ def _positive(prefix: str, config: Any, *names: str) -> None:
         _require(value > 0, f"{prefix}.{name}", value, "positive")
 
 
+def _finite(prefix: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(math.isfinite(value), f"{prefix}.{name}", value, "finite")
+
+
 def _adam(prefix: str, config: Any) -> None:
     _positive(prefix, config, "lr", "grad_norm")
+    _finite(prefix, config, "lr")  # an infinite grad_norm clips nothing
     ok = len(config.betas) == 2 and all(0.0 <= b < 1.0 for b in config.betas)
     _require(ok, f"{prefix}.betas", list(config.betas), "two numbers in [0, 1)")
 
@@ -82,9 +91,8 @@ class WorldModelConfig:
         _one_of(f"{key}.head", self.head, ("linear", "simnorm"))
         _one_of(f"{key}.integrator", self.integrator, ("heun", "euler"))
         _positive(key, self, "latent_dim", "num_bins", "num_tasks", "substeps")
-        _require(
-            self.latent_dim % 8 == 0, f"{key}.latent_dim", self.latent_dim, "a multiple of 8 (SimNorm)"
-        )
+        groups = self.latent_dim % 8 == 0
+        _require(groups, f"{key}.latent_dim", self.latent_dim, "a multiple of 8 (SimNorm)")
         _require(self.task_dim >= 0, f"{key}.task_dim", self.task_dim, "0 or more")
         _require(
             self.task_dim > 0 or self.num_tasks == 1,
@@ -92,6 +100,7 @@ class WorldModelConfig:
             self.num_tasks,
             "1 where task_dim is 0",
         )
+        _finite(key, self, "vmin", "vmax")
         _require(self.vmin < self.vmax, f"{key}.vmin", self.vmin, f"below vmax ({self.vmax})")
         for name in ("units", "encoder_units", "reward_units"):
             _widths(f"{key}.{name}", getattr(self, name))
@@ -120,7 +129,7 @@ class ModelLearningConfig:
     """
 
     updates: int = 8
-    bootstrap_updates: Optional[int] = None
+    bootstrap_updates: int | None = None
     batch_size: int = 256
     lr: float = 3e-4
     betas: list[float] = field(default_factory=lambda: [0.7, 0.95])
@@ -140,6 +149,7 @@ class ModelLearningConfig:
         _adam(key, self)
         for name in ("updates", "dynamics_coef", "reward_coef", "termination_coef"):
             _require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
+        _finite(key, self, "dynamics_coef", "reward_coef", "termination_coef")
         if self.bootstrap_updates is not None:
             value = self.bootstrap_updates
             _require(value >= 0, f"{key}.bootstrap_updates", value, "0 or more, or null")
@@ -174,6 +184,7 @@ class ActorConfig:
     def __post_init__(self) -> None:
         _widths("alg.actor.units", self.units)
         _positive("alg.actor", self, "batch_size")
+        _finite("alg.actor", self, "init_logstd", "min_logstd")
         _require(self.updates >= 0, "alg.actor.updates", self.updates, "0 or more")
         _adam("alg.actor", self)
 
@@ -225,11 +236,13 @@ class AlgConfig:
         steps_per_epoch: environment steps every world takes an epoch.
         random_epochs: epochs of uniform random actions before any update.
         replay_capacity: transitions that replay holds, over all worlds.
-        normalize_obs: encode observations divided by their running standard deviation.
+        normalize_obs: encode observations less their running mean, divided by their running
+            standard deviation.
         normalize_rewards: train a scalar reward head on rewards divided by theirs.
         normalize_returns: divide the actor's loss by the returns' running standard deviation.
-        value_scale: imagined rewards are multiplied by this before returns and values are formed from
-            them. A critic whose targets are in the hundreds takes thousands of updates to reach them.
+        value_scale: imagined rewards are multiplied by this before returns and values are formed
+            from them. A critic whose targets are in the hundreds takes thousands of updates to
+            reach them.
         final_lr: what all learning rates decay to, linearly, over the run.
         max_skipped_updates: stop after this many updates in a row were skipped as non-finite.
     """
@@ -252,10 +265,11 @@ class AlgConfig:
     max_skipped_updates: int = 20
 
     def __post_init__(self) -> None:
-        _positive("alg", self, "horizon", "steps_per_epoch", "replay_capacity", "max_skipped_updates")
+        _positive("alg", self, "horizon", "steps_per_epoch", "replay_capacity")
+        _positive("alg", self, "max_skipped_updates", "value_scale")
         _require(0.0 < self.gamma <= 1.0, "alg.gamma", self.gamma, "in (0, 1]")
-        _positive("alg", self, "value_scale")
         _require(self.final_lr >= 0, "alg.final_lr", self.final_lr, "0 or more")
+        _finite("alg", self, "value_scale", "final_lr")
         _require(self.random_epochs >= 1, "alg.random_epochs", self.random_epochs, "at least 1")
         _require(
             not (self.normalize_rewards and self.world_model.num_bins > 1),
@@ -329,8 +343,8 @@ class WandbConfig:
 
     mode: str = "disabled"
     project: str = "pwm_fast"
-    entity: Optional[str] = None
-    name: Optional[str] = None
+    entity: str | None = None
+    name: str | None = None
     gradients: bool = False
 
     def __post_init__(self) -> None:
@@ -351,7 +365,7 @@ class EnvConfig:
 
     name: str
     num_envs: int = 64
-    max_episode_steps: Optional[int] = None
+    max_episode_steps: int | None = None
     threads: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -386,11 +400,11 @@ class TrainConfig:
     alg: AlgConfig = field(default_factory=AlgConfig)
     seed: int = 0
     epochs: int = 1000
-    num_envs: Optional[int] = None
+    num_envs: int | None = None
     device: str = "auto"
-    threads: Optional[int] = None
+    threads: int | None = None
     run_dir: str = "runs/default"
-    resume: Optional[str] = "auto"
+    resume: str | None = "auto"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     esnr: EsnrConfig = field(default_factory=EsnrConfig)
@@ -427,9 +441,7 @@ def hydra_schema() -> Any:
     from omegaconf import OmegaConf
 
     typed = OmegaConf.structured(TrainConfig)
-    return OmegaConf.create(
-        {key: {} if key == "env" else typed._get_node(key) for key in typed.keys()}
-    )
+    return OmegaConf.create({key: {} if key == "env" else typed._get_node(key) for key in typed})
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -449,9 +461,19 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     values = dict(values)
+    sections = {
+        f.name
+        for f in dataclasses.fields(TrainConfig)
+        if f.default_factory is not dataclasses.MISSING
+    }
+    for key in ("env", *sections):
+        given = values.get(key, {})
+        _require(given is None or isinstance(given, Mapping), key, given, "a mapping of its keys")
     env = dict(values.get("env") or {})
     known = {f.name for f in dataclasses.fields(EnvConfig)}
-    options = dict(env.get("options") or {})
+    options = env.get("options") or {}
+    _require(isinstance(options, Mapping), "env.options", options, "a mapping of its keys")
+    options = dict(options)
     options.update({k: v for k, v in env.items() if k not in known})
     values["env"] = {**{k: v for k, v in env.items() if k in known}, "options": options}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ class Evaluation:
             "reward_min": self.returns.min().item(),
             "reward_max": self.returns.max().item(),
             "episode_length_mean": self.lengths.float().mean().item(),
+            "episode_length_std": self.lengths.float().std(correction=0).item(),
             "success": None if self.held is None else self.held.float().mean().item(),
             "returns": self.returns.tolist(),
             "lengths": self.lengths.tolist(),
@@ -55,7 +57,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(agent: PWM, env: VectorEnv, seed: int, *, deterministic: bool = True) -> Evaluation:
+def evaluate(
+    agent: PWM,
+    env: VectorEnv,
+    seed: int,
+    *,
+    deterministic: bool = True,
+    check: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Run the first episode of every world of ``env`` to its end.
 
     Args:
@@ -63,6 +72,7 @@ def evaluate(agent: PWM, env: VectorEnv, seed: int, *, deterministic: bool = Tru
         env: one world an episode.
         seed: of the start states.
         deterministic: act with the mean of the policy.
+        check: called before every step; it may raise to stop.
 
     Raises:
         RuntimeError: an episode does not end within the environment's time limit.
@@ -75,6 +85,7 @@ def evaluate(agent: PWM, env: VectorEnv, seed: int, *, deterministic: bool = Tru
     streak = torch.zeros(n, dtype=torch.int64, device=env.device)
     has_goal = False
     for _ in range(env.max_episode_steps):
+        check()
         action = agent.act(obs, deterministic=deterministic).to(env.device)
         obs, reward, terminated, truncated, info = env.step(action)
         returns += torch.where(running, reward, 0.0)

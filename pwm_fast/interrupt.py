@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupt:
-    """Remembers the first SIGINT or SIGTERM, so that the loop can stop where its state is whole.
+class Interrupted(Exception):
+    """A signal asked to stop; raised by :meth:`Interrupt.check` where the run's state is whole."""
 
-    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python allows no
-    signal handlers, it never triggers.
+
+class Interrupt:
+    """Remembers the first SIGINT or SIGTERM, so that the run can stop where its state is whole.
+
+    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python allows
+    no signal handlers, it never triggers.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
 
-    def __bool__(self) -> bool:
-        return self.signum is not None
+    def check(self) -> None:
+        """Raise :class:`Interrupted` if a signal has come."""
+        if self.signum is not None:
+            raise Interrupted
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as a shell reports a process that a signal ended."""
-        return 128 + (self.signum or 0)
+        """128 + the signal's number, as a shell reports a process that a signal ended; else 0."""
+        return 0 if self.signum is None else 128 + self.signum
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -45,6 +54,11 @@ class Interrupt:
             signal.signal(s, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.signum is not None:
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.signum = signum
+        text = f"\n{signal.Signals(signum).name}: stopping; a checkpoint will be written\n"
+        with suppress(OSError, ValueError):  # print is not safe within a handler
+            os.write(sys.stderr.fileno(), text.encode())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pwm_fast import config as configuration
-from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.config import TrainConfig
 from pwm_fast.metrics import MetricsFile, Row
+from pwm_fast.wandb_run import WandbRun
 
 BAR = {"reward": "reward", "wm_loss": "wm", "actor_loss": "actor", "value_loss": "value"}
 
@@ -27,73 +28,64 @@ class RunLogger:
         last_epoch: see :class:`~pwm_fast.metrics.MetricsFile`.
 
     Raises:
-        ConfigError: wandb was asked for and is not installed, or not logged in.
+        ConfigError: wandb was asked for and cannot start; the metrics file is as it was.
+        OSError: the metrics file cannot be written.
     """
 
     def __init__(self, config: TrainConfig, last_epoch: int | None = None) -> None:
         self.config = config
-        self.run_dir = Path(config.run_dir)
-        self._wandb = _start_wandb(config)
-        self.file = MetricsFile(self.run_dir / "metrics.jsonl", last_epoch)
+        self._wandb = None if config.wandb.mode == "disabled" else WandbRun(config)
+        self._file = MetricsFile(Path(config.run_dir) / "metrics.jsonl", last_epoch)
         self.interactive = sys.stderr.isatty()
         self._bar = _progress_bar(config.epochs, last_epoch or 0, self.interactive)
 
     def write(self, row: Row) -> None:
         """Log one epoch."""
-        self.file.write(row)
+        self._file.write(row)
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in row.items() if v is not None}, step=row["epoch"])
-        self._bar.n = row["epoch"]
-        self._bar.set_postfix(
-            {label: f"{row[k]:.3g}" for k, label in BAR.items() if row.get(k) is not None}
-        )
-        if "eval_reward" in row and not self.interactive:
-            success = row.get("eval_success")
-            self.say(
-                f"epoch {row['epoch']}/{self.config.epochs}  env_steps {row['env_steps']}  "
-                f"reward {row['eval_reward']:.1f} +- {row['eval_reward_std']:.1f}"
-                + (f"  success {success:.0%}" if success is not None else "")
-                + f"  {row['wall_time']:.0f} s"
+            self._wandb.log(row)
+        if self.interactive:
+            self._bar.set_postfix(
+                {label: f"{row[k]:.3g}" for k, label in BAR.items() if row.get(k) is not None},
+                refresh=False,
             )
+            self._bar.update(row["epoch"] - self._bar.n)
+        elif "eval_reward" in row:
+            self.say(_line(row, self.config.epochs))
 
     def status(self, text: str) -> None:
-        """Show what goes on within an epoch."""
-        self._bar.set_description(text)
+        """Show on the bar what goes on within an epoch."""
+        self._bar.set_description_str(text)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who read our output is gone; that is no reason to stop
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def histograms(self, epoch: int, gradients: Mapping[str, Tensor]) -> None:
+    def log_gradients(self, epoch: int, gradients: Mapping[str, Tensor]) -> None:
         """Log histograms of gradients to wandb."""
         if self._wandb is not None:
-            import wandb
+            self._wandb.log_gradients(epoch, gradients)
 
-            self._wandb.log(
-                {
-                    f"gradients/{name}": wandb.Histogram(g.detach().float().cpu().numpy())
-                    for name, g in gradients.items()
-                    if bool(torch.isfinite(g).all())
-                },
-                step=epoch,
-            )
-
-    def best(self, values: Mapping[str, Any]) -> None:
-        """Record best-so-far values in wandb's summary."""
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Put values into wandb's summary."""
         if self._wandb is not None:
-            self._wandb.summary.update(dict(values))
+            self._wandb.summarize(values)
 
     def sync(self) -> None:
         """Make what was logged so far durable."""
-        self.file.sync()
+        self._file.sync()
 
-    def close(self, status: str) -> None:
+    def close(self, *, ok: bool) -> None:
         """End the bar, the file and the wandb run."""
         self._bar.close()
-        self.file.close()
+        with suppress(OSError):  # everything was written, or its failure is on its way already
+            self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if status == "finished" else 1)
+            self._wandb.finish(ok=ok)
 
 
 def _progress_bar(epochs: int, done: int, interactive: bool) -> Any:
@@ -104,39 +96,11 @@ def _progress_bar(epochs: int, done: int, interactive: bool) -> Any:
     )
 
 
-def run_name(config: TrainConfig) -> str:
-    """Name of a run for people: environment, algorithm and seed."""
-    return config.wandb.name or f"{config.env.name}-{config.alg.name}-seed{config.seed}"
-
-
-def _start_wandb(config: TrainConfig) -> Any:
-    if config.wandb.mode == "disabled":
-        return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"wandb.mode={config.wandb.mode} needs wandb: pip install 'pwm-fast[wandb]'"
-        ) from error
-    run_dir = Path(config.run_dir)
-    # One wandb run a run directory: a resumed run continues it.
-    id_file = run_dir / "wandb_id"
-    if not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id(), "utf-8")
-    try:
-        return wandb.init(
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            name=run_name(config),
-            id=id_file.read_text("utf-8").strip(),
-            resume="allow",
-            dir=str(run_dir),
-            mode=config.wandb.mode,  # type: ignore[arg-type]
-            config=configuration.to_dict(config),
-            settings=wandb.Settings(silent=True),
-        )
-    except wandb.errors.Error as error:
-        raise ConfigError(
-            f"wandb.mode={config.wandb.mode} cannot start: {error}; log in with `wandb login`, or "
-            "use wandb.mode=offline"
-        ) from error
+def _line(row: Row, epochs: int) -> str:
+    success = row.get("eval_success")
+    return (
+        f"epoch {row['epoch']}/{epochs}  env_steps {row['env_steps']}  "
+        f"reward {row['eval_reward']:.1f} +- {row['eval_reward_std']:.1f}"
+        + (f"  success {success:.0%}" if success is not None else "")
+        + f"  {row['wall_time']:.0f} s"
+    )

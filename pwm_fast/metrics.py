@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pwm_fast import files
+
 Row = dict[str, Any]
 
 
@@ -21,33 +23,43 @@ class MetricsFile:
         path: the file.
         last_epoch: keep only the rows up to this epoch, as a resumed run needs: what a killed run
             logged after its last checkpoint is computed again. None starts an empty file.
+
+    Raises:
+        OSError: the file cannot be written; it names the file.
     """
 
     def __init__(self, path: Path, last_epoch: int | None = None) -> None:
+        self.path = path
         rows = [] if last_epoch is None else [r for r in read(path) if r["epoch"] <= last_epoch]
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_line(row) for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        self.last: Row = rows[-1] if rows else {}
-        self._file = path.open("a", encoding="utf-8")
+        files.write_text(path, "".join(_line(row) for row in rows))
+        self._file = path.open("ab", buffering=0)  # what is written is out of this process
 
     def write(self, row: Row) -> None:
-        """Append a row; it holds ``epoch``."""
-        self._file.write(_line(row))
-        self._file.flush()
-        self.last = row
+        """Append a row; it holds ``epoch``.
+
+        Raises:
+            OSError: the disk is full or not writable; it names the file.
+        """
+        data = _line(row).encode("utf-8")
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise files.naming(self.path, error) from error
 
     def sync(self) -> None:
-        """Make the rows so far durable."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make the rows so far durable.
+
+        Raises:
+            OSError: the disk is full or not writable; it names the file.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise files.naming(self.path, error) from error
 
     def close(self) -> None:
-        """Make the rows durable and close the file."""
-        self.sync()
+        """Close the file."""
         self._file.close()
 
 
@@ -57,7 +69,7 @@ def read(path: Path) -> list[Row]:
     Of several rows of one epoch the last one counts. A missing file has no rows.
     """
     rows: dict[int, Row] = {}
-    if path.is_file():
+    if path.exists():
         for line in path.read_text("utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
@@ -70,14 +82,19 @@ def read(path: Path) -> list[Row]:
 
 def to_numbers(metrics: Mapping[str, Tensor | float | int | None]) -> Row:
     """Metrics as plain numbers: the one place where a log step waits for the device."""
-    return {
-        k: v.detach().cpu().item() if isinstance(v, Tensor) else v for k, v in metrics.items()
-    }
+    return {k: v.detach().cpu().item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for NaN and infinity, which are no JSON, also within containers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
 
 
 def _line(row: Row) -> str:
-    # NaN and infinity are no JSON: null keeps the file readable by every parser.
-    clean = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-    }
-    return json.dumps(clean, allow_nan=False) + "\n"
+    return json.dumps(finite(row), allow_nan=False) + "\n"

@@ -27,13 +27,13 @@ class Windows(NamedTuple):
 class Replay:
     """Stores the steps of N worlds and samples windows that never cross an episode's end.
 
-    A row is ``[obs, action, reward, terminated]``; each world writes its own ring of T rows. After a
-    transition the true next observation (``final_obs``) goes into the following row. If the episode
-    goes on, the next transition overwrites that row with the same observation and its action; if it
-    ended, the row stays as the terminal observation and the next episode starts behind it. A window
-    may therefore end on the observation after any transition, terminal or not, and none crosses from
-    one episode into the next. Nothing here synchronises with the host, except ``__len__`` and
-    :meth:`num_windows`.
+    A row is ``[obs, action, reward, terminated]``; each world writes its own ring of T rows. After
+    a transition the true next observation (``final_obs``) goes into the following row. If the
+    episode goes on, the next transition overwrites that row with the same observation and its
+    action; if it ended, the row stays as the terminal observation and the next episode starts
+    behind it. A window may therefore end on the observation after any transition, terminal or not,
+    and none crosses from one episode into the next. Only ``__len__``, :meth:`num_windows`,
+    :meth:`state_dict` and :meth:`load_state_dict` wait for the device.
 
     Args:
         capacity: transitions to hold, over all worlds.
@@ -95,9 +95,9 @@ class Replay:
             done: ``[N]`` bool, terminated or truncated.
             final_obs: ``[N, O]``, the true next observation.
         """
-        row = torch.cat(
-            (obs, action, reward.unsqueeze(-1), terminated.to(obs.dtype).unsqueeze(-1)), dim=-1
-        ).to(self.device, self._data.dtype)
+        # The environment and the policy may live on different devices: each part moves by itself.
+        parts = (obs, action, reward.unsqueeze(-1), terminated.unsqueeze(-1))
+        row = torch.cat([p.to(self.device, self._data.dtype) for p in parts], dim=-1)
         done = done.to(self.device)
         self._data[self._worlds, self._cursor] = row
         self._length += 1
@@ -134,7 +134,7 @@ class Replay:
         )
 
     def sample_obs(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """``batch_size`` observations ``[B, O]`` that were acted on, uniformly, with replacement."""
+        """``batch_size`` observations ``[B, O]`` acted on, uniformly, with replacement."""
         if self._row_cdf is None:
             self._row_cdf = (self._run > 0).flatten().cumsum(0)
         index = self._draw(self._row_cdf, batch_size, generator)
@@ -177,8 +177,8 @@ class Replay:
         self._run.zero_()
         self._data[:, :used] = state["data"].to(self.device)
         self._run[:, :used] = state["run"].to(self.device)
-        self._cursor = state["cursor"].to(self.device)
-        self._length = state["length"].to(self.device)
+        self._cursor.copy_(state["cursor"])
+        self._length.copy_(state["length"])
         self._window_cdf = self._row_cdf = None
 
     def _window_ends(self) -> Tensor:
@@ -189,10 +189,11 @@ class Replay:
         """
         ends = self._run >= self.horizon
         row = torch.arange(self.rows, device=self.device)
-        # Rows between the cursor and a row, walking backwards; the row at the cursor itself holds
-        # the tentative next observation.
+        # Rows between the cursor and a row, walking backwards. The row at the cursor is the oldest;
+        # within an episode it is already overwritten by the tentative next observation.
         age = (self._cursor.unsqueeze(-1) - row - 1) % self.rows
-        return ends & (age + self.horizon < self.rows)
+        intact = self.rows - (self._length > 0).int().unsqueeze(-1)
+        return ends & (age + self.horizon <= intact)
 
     def _draw(self, cdf: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
         """Indices of n set entries of the mask whose running sum is ``cdf``, uniformly."""

@@ -1,15 +1,35 @@
-"""The directory of a run: who may write it, and what it holds already."""
+"""The directory of a run: who may write it, what it holds already, and what may continue it."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+from pwm_fast import checkpoint, files, metrics
 from pwm_fast import config as configuration
 from pwm_fast.config import ConfigError, TrainConfig
+
+# What may differ between a run and the process that continues it.
+FREE_KEYS = (
+    "epochs",
+    "device",
+    "threads",
+    "run_dir",
+    "resume",
+    "checkpoint",
+    "eval",
+    "wandb",
+    "env.threads",
+)
+
+
+class Source(NamedTuple):
+    """A checkpoint to continue from."""
+
+    path: Path
+    content: dict[str, Any]
 
 
 class RunDirectory:
@@ -21,31 +41,39 @@ class RunDirectory:
         path: the directory; made with its parents on entry.
 
     Raises:
-        ConfigError: (on entry) it cannot be made, or another process trains in it.
+        ConfigError: (on entry) it cannot be made or written, or another process trains in it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.config = path / "config.yaml"
+        self.summary = path / "summary.json"
         self._lock: TextIO | None = None
 
     def __enter__(self) -> RunDirectory:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise ConfigError(f"run_dir={self.path} cannot be used: {error.strerror}") from error
+            raise ConfigError(
+                f"run_dir={self.path} cannot be used: {error.strerror}: {error.filename}"
+            ) from error
         try:
             import fcntl
 
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:  # Windows has no flock; there two runs in one directory go unnoticed
             pass
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise ConfigError(
                 f"another process is training in run_dir={self.path}; stop it or choose another "
                 "run_dir"
             ) from error
+        except OSError:  # a file system without locks; there they go unnoticed, too
+            pass
         return self
 
     def __exit__(
@@ -57,41 +85,111 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
 
-    def checkpoint_to_resume(self, resume: str | None) -> Path | None:
-        """The checkpoint to continue from, or None to start anew.
-
-        Args:
-            resume: ``"auto"``, a path, or None.
+    def source(self, config: TrainConfig) -> Source | None:
+        """The checkpoint that ``config.resume`` continues, or None to start anew.
 
         Raises:
-            ConfigError: ``resume`` is None and the directory holds a run already.
+            ConfigError: the directory holds a run that ``config`` cannot continue, or the
+                checkpoint is past ``config.epochs``.
+            CheckpointError: the checkpoint cannot be read.
         """
-        latest = self.path / "checkpoints" / "latest.pt"
-        if resume == "auto":
-            return latest if latest.exists() else None
-        if resume is not None:
-            return Path(resume)
-        if latest.exists() or (self.path / "metrics.jsonl").exists():
+        auto = config.resume == "auto"
+        if config.resume is None or auto:
+            path = self._newest()
+            if config.resume is None and self._holds_run():
+                raise ConfigError(
+                    f"run_dir={self.path} holds a run already: resume=auto continues it, another "
+                    "run_dir starts a new one"
+                )
+            if path is None:  # a run killed before its first checkpoint starts anew
+                if metrics.read(self.metrics):
+                    refuse_other_config(self._written_config(), config, self.config)
+                return None
+        else:
+            path = self._named(config.resume)
+        content = checkpoint.load(path)
+        if auto:
+            refuse_other_config(content["config"], config, path)
+        if content["epoch"] > config.epochs:
             raise ConfigError(
-                f"run_dir={self.path} holds a run already: resume=auto continues it, another "
-                "run_dir starts a new one"
+                f"epochs={config.epochs}, but {path} has {content['epoch']} epochs behind it: give "
+                "more epochs, or another run_dir to start anew"
             )
-        return None
+        return Source(path, content)
 
-    def finished_summary(self, config: TrainConfig) -> dict[str, Any] | None:
-        """``summary.json`` of this very run, if it is finished and no further epochs are asked for."""
+    def finished(self, config: TrainConfig, source: Source | None) -> dict[str, Any] | None:
+        """``summary.json`` if ``config`` asks for just the run that is here and finished."""
+        if source is None or config.resume != "auto":
+            return None
         try:
-            summary = json.loads((self.path / "summary.json").read_text("utf-8"))
+            summary: dict[str, Any] = json.loads(self.summary.read_text("utf-8"))
         except (OSError, ValueError):
             return None
         done = summary.get("status") == "finished" and summary.get("epochs") == config.epochs
-        return summary if done else None
+        return summary if done and source.content["epoch"] == config.epochs else None
 
-    def write_config(self, config: TrainConfig) -> None:
-        """Write the resolved configuration to ``config.yaml``."""
+    def begin(self, config: TrainConfig) -> None:
+        """Record the configuration of the work that starts now; the last summary is outdated."""
         from omegaconf import OmegaConf
 
-        path = self.path / "config.yaml"
-        temporary = path.with_name(".config.yaml.tmp")
-        temporary.write_text(OmegaConf.to_yaml(configuration.to_dict(config)), "utf-8")
-        os.replace(temporary, path)
+        files.write_text(self.config, OmegaConf.to_yaml(configuration.to_dict(config)))
+        self.summary.unlink(missing_ok=True)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``."""
+        files.write_text(self.summary, json.dumps(metrics.finite(summary), indent=2) + "\n")
+
+    def _newest(self) -> Path | None:
+        latest = self.checkpoints / "latest.pt"
+        # Without hard links a process can die just after the old checkpoint got its second name.
+        for path in (latest, checkpoint.previous_of(latest)):
+            if path.exists():
+                return path
+        return None
+
+    def _named(self, name: str) -> Path:
+        path = Path(name)
+        if not path.exists():
+            raise ConfigError(f"resume={name}: there is no such file")
+        if self._holds_run() and path.resolve().parent != self.checkpoints.resolve():
+            raise ConfigError(
+                f"run_dir={self.path} holds a run already, and resume={name} is of another one: "
+                "resume=auto continues the run that is here, another run_dir starts one from "
+                "that checkpoint"
+            )
+        return path
+
+    def _holds_run(self) -> bool:
+        return self._newest() is not None or bool(metrics.read(self.metrics))
+
+    def _written_config(self) -> dict[str, Any]:
+        from omegaconf import OmegaConf
+
+        written = OmegaConf.to_container(OmegaConf.load(self.config))
+        return {str(k): v for k, v in written.items()} if isinstance(written, dict) else {}
+
+
+def refuse_other_config(saved: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    """Raise ConfigError, naming every key, if ``config`` is not the ``saved`` one of ``path``."""
+    before, now = _flat(saved), _flat(configuration.to_dict(config))
+    different = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+    if different:
+        raise ConfigError(
+            f"{path} is of a run with another configuration: {'; '.join(different)}. Give this run "
+            "another run_dir, or name a checkpoint (resume=PATH) to continue it with new settings"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

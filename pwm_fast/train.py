@@ -1,93 +1,24 @@
 """``python -m pwm_fast.train env=ant alg=pwm_5M_flow epochs=100 seed=42``: train an agent.
 
-Exit status: 0 finished, 1 Hydra could not compose the configuration, 2 a usable message says what is
-wrong, 128 + signal number after SIGINT or SIGTERM (a checkpoint and the plots are written).
+Exit status: 0 finished; 2 one line on stderr says what is wrong; 128 + signal number after SIGINT
+or SIGTERM, with a checkpoint and the plots written. The same command then goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from pwm_fast import checkpoint
+from pwm_fast import build, cli
 from pwm_fast import config as configuration
-from pwm_fast.agent import PWM
-from pwm_fast.checkpoint import CheckpointError
-from pwm_fast.config import ConfigError, TrainConfig
-from pwm_fast.envs import VectorEnv, make
+from pwm_fast.config import TrainConfig
 from pwm_fast.interrupt import Interrupt
 from pwm_fast.logger import RunLogger
-from pwm_fast.replay import Replay
 from pwm_fast.rundir import RunDirectory
-from pwm_fast.trainer import Trainer, TrainingDiverged
-
-# What a user can mend: shown as one line, without a traceback.
-USER_ERRORS = (ConfigError, CheckpointError, TrainingDiverged, ImportError, OSError, ValueError)
-
-
-def select_device(name: str) -> torch.device:
-    """The device that ``device=`` names.
-
-    Raises:
-        ConfigError: CUDA was asked for and torch sees no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError(
-                f"device={name}, but torch {torch.__version__} sees {count} CUDA devices; "
-                "use device=cpu or device=auto"
-            )
-    return device
-
-
-def set_threads(threads: int | None) -> None:
-    """Set torch's CPU threads: as given, else what Slurm allots, else torch's own choice."""
-    if threads is None:
-        allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-        threads = int(allotted) if allotted.isdigit() and int(allotted) > 0 else None
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def make_env(config: TrainConfig, num_envs: int, seed: int) -> VectorEnv:
-    """The environment of a run, with ``num_envs`` worlds."""
-    return make(
-        config.env.name,
-        num_envs,
-        seed=seed,
-        max_episode_steps=config.env.max_episode_steps,
-        threads=config.env.threads,
-        **config.env.options,
-    )
-
-
-def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM:
-    """The agent of a run, for the observations and actions of ``env``."""
-    return PWM(
-        env.single_observation_space.shape[0],
-        env.single_action_space.shape[0],
-        config.alg,
-        can_terminate=env.can_terminate,
-        device=device,
-    )
+from pwm_fast.trainer import Trainer
 
 
 def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
@@ -97,53 +28,51 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
         What ``run_dir/summary.json`` holds, and the process's exit status.
 
     Raises:
-        ConfigError: the configuration cannot be used.
+        ConfigError: the configuration cannot be used; nothing in the run directory was changed.
         CheckpointError: a checkpoint cannot be read, does not fit, or cannot be written.
         TrainingDiverged: too many updates in a row were not finite.
+        OSError: a file cannot be written.
     """
-    device = select_device(config.device)
-    set_threads(config.threads)
-    seed_everything(config.seed)
-    env = make_env(config, config.worlds, config.seed)
-    agent = make_agent(config, env, device)
-    replay = Replay(
-        config.alg.replay_capacity,
-        config.worlds,
-        env.single_observation_space.shape[0],
-        env.single_action_space.shape[0],
-        config.alg.horizon,
-        device,
-    )
-    with RunDirectory(Path(config.run_dir)) as directory, Interrupt() as stop:
-        source = directory.checkpoint_to_resume(config.resume)
-        content = None if source is None else checkpoint.load(source, device="cpu")
-        finished = directory.finished_summary(config) if config.resume == "auto" else None
-        if finished is not None:
-            print(
-                f"{config.run_dir} holds this run, finished after {finished['epochs']} epochs: "
-                "nothing to do. More epochs=, another seed= or another run_dir= starts work."
+    device = build.select_device(config.device)
+    build.set_threads(config.threads)
+    build.seed_everything(config.seed)
+    with closing(build.make_env(config, config.worlds, config.seed)) as env:
+        agent = build.make_agent(config, env, device)
+        replay = build.make_replay(config, env, device)
+        with RunDirectory(Path(config.run_dir)) as directory, Interrupt() as stop:
+            # Everything that can fail for the user's sake fails before a file is written.
+            source = directory.source(config)
+            finished = directory.finished(config, source)
+            if finished is not None:
+                print(
+                    f"{config.run_dir} holds this run, finished after {config.epochs} epochs: "
+                    "nothing to do. More epochs=, another seed= or another run_dir= starts work."
+                )
+                print_summary(finished)
+                return finished, 0
+            trainer = Trainer(
+                config,
+                directory,
+                env,
+                agent,
+                replay,
+                lambda n: build.make_env(config, n, config.seed),
             )
-            print_summary(finished)
-            return finished, 0
-        # Everything that can fail for the user's sake fails before the logger opens its files.
-        logger = RunLogger(config, None if content is None else content["epoch"])
-        trainer = Trainer(
-            config, env, agent, replay, logger, lambda n: make_env(config, n, config.seed)
-        )
-        if content is not None and source is not None:
-            trainer.restore(content, source, strict=config.resume == "auto")
-            logger.say(f"continuing {source} at epoch {trainer.epoch}")
-            del content
-        directory.write_config(config)
-        logger.say(describe(config, trainer, device))
-        summary = trainer.run(stop)
-        print_summary(summary)
-        return summary, stop.exit_status if stop else 0
+            if source is not None:
+                trainer.restore(source)
+            logger = RunLogger(config, None if source is None else trainer.epoch)
+            directory.begin(config)
+            logger.say(describe(config, agent, device))
+            if source is not None:
+                logger.say(f"continuing {source.path} after epoch {trainer.epoch}")
+            summary = trainer.run(logger, stop)
+            print_summary(summary)
+            return summary, stop.exit_status
 
 
-def describe(config: TrainConfig, trainer: Trainer, device: torch.device) -> str:
-    """One paragraph on what is about to run."""
-    counts = trainer.agent.world_model.num_parameters()
+def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:
+    """A few lines on what is about to run."""
+    counts = agent.world_model.num_parameters()
     shown = ", ".join(f"{name} {n:,}" for name, n in counts.items())
     return (
         f"{config.env.name} x {config.worlds}, {config.alg.name} on {device} "
@@ -154,10 +83,11 @@ def describe(config: TrainConfig, trainer: Trainer, device: torch.device) -> str
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The result for people."""
+    """Print the result for people."""
     print(
         f"{summary['status']}: {summary['epochs']} epochs, {summary['env_steps']:,} environment "
         f"steps, {summary['wall_time']:.0f} s"
+        + ("; the same command goes on from here" if summary["status"] == "interrupted" else "")
     )
     result = summary.get("evaluation")
     if result:
@@ -171,35 +101,13 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def run(cfg: Any) -> int:
-    """Train as Hydra's configuration says; print a usable message for what a user can mend."""
-    try:
-        return train(configuration.from_hydra(cfg))[1]
-    except USER_ERRORS as error:
-        if os.environ.get("PWM_FAST_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Train as Hydra's configuration says."""
+    return train(configuration.from_hydra(cfg))[1]
 
 
 def main() -> None:
     """Compose the configuration with Hydra and train."""
-    try:
-        import hydra
-        from hydra.core.config_store import ConfigStore
-    except ImportError:
-        print("error: training needs more packages: pip install 'pwm-fast[train]'", file=sys.stderr)
-        raise SystemExit(2) from None
-
-    ConfigStore.instance().store(name="train_schema", node=configuration.hydra_schema())
-    statuses: list[int] = []
-
-    @hydra.main(version_base="1.3", config_path="configs", config_name="config")
-    def job(cfg: Any) -> int:
-        statuses.append(run(cfg))
-        return statuses[-1]
-
-    job()
-    raise SystemExit(max(statuses, default=0))
+    cli.main(run, "train", configuration.hydra_schema(), config_name="config")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,29 +14,19 @@ from pwm_fast import checkpoint, metrics
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
-from pwm_fast.config import ConfigError, TrainConfig
-from pwm_fast.envs import VectorEnv
-from pwm_fast.envs.protocol import StateNotSupported
+from pwm_fast.config import TrainConfig
+from pwm_fast.envs import StateNotSupported, VectorEnv
 from pwm_fast.evaluation import Evaluation, evaluate
-from pwm_fast.interrupt import Interrupt
-from pwm_fast.logger import RunLogger, run_name
+from pwm_fast.interrupt import Interrupt, Interrupted
+from pwm_fast.logger import RunLogger
 from pwm_fast.plotting import plot_run
+from pwm_fast.progress import EpochProgress
 from pwm_fast.replay import Replay
+from pwm_fast.rundir import RunDirectory, Source
+from pwm_fast.wandb_run import run_name
 
 EVAL_SEED = 1_000_003  # added to the run's seed: evaluation starts are the same in every evaluation
-
-# What may differ between a checkpoint and the run that continues it.
-FREE_KEYS = (
-    "epochs",
-    "device",
-    "threads",
-    "run_dir",
-    "resume",
-    "checkpoint",
-    "eval",
-    "wandb",
-    "env.threads",
-)
+LOOK_EVERY = 10  # updates between looks at how the bootstrap goes
 
 
 class TrainingDiverged(RuntimeError):
@@ -50,129 +38,122 @@ class Trainer:
 
     Args:
         config: of the run.
+        directory: where it is written.
         env: worlds to collect in.
         agent: learns.
         replay: what it learns from.
         make_eval_env: makes an environment of so many worlds for an evaluation.
-        logger: where metrics go.
     """
+
+    _logger: RunLogger
+    _stop: Interrupt
 
     def __init__(
         self,
         config: TrainConfig,
+        directory: RunDirectory,
         env: VectorEnv,
         agent: PWM,
         replay: Replay,
-        logger: RunLogger,
-        make_eval_env: Any,
+        make_eval_env: Callable[[int], VectorEnv],
     ) -> None:
         self.config = config
+        self.directory = directory
         self.env = env
         self.agent = agent
         self.replay = replay
-        self.logger = logger
         self.make_eval_env = make_eval_env
-        self.run_dir = Path(config.run_dir)
-        self.checkpoints = self.run_dir / "checkpoints"
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
 
         self.epoch = 0  # epochs completed
         self.bootstrapped = False
         self.wall_time = 0.0
         self.best: dict[str, Any] = {}
         self.latest_eval: dict[str, float] = {}
-        self.partial = _Partial()
+        self._progress = EpochProgress()
         self._obs, _ = env.reset()
         self._eval_env: VectorEnv | None = None
         self._clock = time.monotonic()
-        if config.wandb.gradients and config.wandb.mode != "disabled":
-            for optimizer in agent.optimizers.values():
-                optimizer.keep_gradients = True
 
     @property
     def env_steps(self) -> int:
-        """Environment steps taken, over all worlds."""
+        """Environment steps taken in completed epochs, over all worlds."""
         return self.epoch * self.config.alg.steps_per_epoch * self.config.worlds
 
-    def run(self, stop: Interrupt) -> dict[str, Any]:
-        """Train to ``config.epochs``, or until ``stop`` triggers; return what ``summary.json`` holds.
+    def run(self, logger: RunLogger, stop: Interrupt) -> dict[str, Any]:
+        """Train to ``config.epochs``, or until ``stop`` triggers; return what ``summary.json`` has.
 
         Raises:
             TrainingDiverged: after ``alg.max_skipped_updates`` non-finite updates in a row; a
                 checkpoint was written.
             CheckpointError: a checkpoint could not be written; the last one is untouched.
+            OSError: another file could not be written; it names the file.
         """
+        self._logger, self._stop = logger, stop
         self._clock = time.monotonic()
-        status = "failed"
+        if self.config.wandb.gradients and self.config.wandb.mode != "disabled":
+            for optimizer in self.agent.optimizers.values():
+                optimizer.keep_gradients = True
+        ok = False
         try:
-            status = self._run(stop)
-        except TrainingDiverged:
-            status = "diverged"
-            raise
+            try:
+                self._train()
+                result = self._final_evaluation()
+            except Interrupted:
+                self.save("latest")
+                return self._wrap_up("interrupted")
+            except TrainingDiverged:
+                self.save("latest")
+                self._wrap_up("diverged")
+                raise
+            summary = self._wrap_up("finished", result)
+            ok = True
+            return summary
         finally:
-            self.logger.close(status)
-        return self._finish(status)
+            logger.close(ok=ok)
 
-    def _run(self, stop: Interrupt) -> str:
-        if self.epoch == 0 and not self.partial.collected:
-            self._log({"epoch": 0, "env_steps": 0, **self._evaluate(self.config.eval.episodes)})
+    def _train(self) -> None:
+        if not self.latest_eval:
+            row: metrics.Row = {"epoch": 0, "env_steps": 0}
+            self._log(row, self._evaluate(self.config.eval.episodes))
         every = self.config.checkpoint.every
         while self.epoch < self.config.epochs:
-            finished = self._epoch(stop)
-            if finished and every and self.epoch % every == 0 and self.epoch < self.config.epochs:
+            self._epoch()
+            if every and self.epoch % every == 0 and self.epoch < self.config.epochs:
                 self.save("latest")
-            if stop:
-                self.save("latest")
-                return "interrupted"
         self.save("latest")
-        return "finished"
 
     # --- one epoch ------------------------------------------------------------------------------
 
-    def _epoch(self, stop: Interrupt) -> bool:
-        """Run the next epoch, or what is left of it; False if ``stop`` triggered on the way.
-
-        An interruption leaves ``self.partial``, from which the epoch goes on after a resume.
-        """
-        config, partial = self.config.alg, self.partial
+    def _epoch(self) -> None:
+        """Run the next epoch, or what is left of it after a resume."""
         started = time.monotonic()
-        rates = self.agent.set_progress(self.epoch / max(self.config.epochs, 1))
-        if not partial.collected:
-            self._collect()
-            partial.collected = True
+        rates = self.agent.set_progress(self.epoch / self.config.epochs)
+        self._collect()
         if self._ready():
-            model_updates = (
-                config.model_learning.updates if self.bootstrapped else self.bootstrap_updates()
-            )
-            for i in self._remaining("model_updates", model_updates, stop):
-                if not self.bootstrapped and i % 10 == 0:
-                    self.logger.status(f"bootstrap {i}/{model_updates}")
-                windows = self.replay.sample(config.model_learning.batch_size)
-                partial.add(self.agent.update_world_model(windows))
-            for _ in self._remaining("policy_updates", config.actor.updates, stop):
-                obs = self.replay.sample_obs(config.actor.batch_size)
-                partial.add(self.agent.update_policy(obs))
-            if stop:
-                return False
-            if not self.bootstrapped:
-                self.bootstrapped = True
-                self.logger.status("")
-        self.epoch += 1
-        row = self._row(rates)
-        self.partial = _Partial()
+            self._learn()
+            self.bootstrapped = True
         elapsed = max(time.monotonic() - started, 1e-9)
-        row["steps_per_second"] = config.steps_per_epoch * self.config.worlds / elapsed
-        self._log(row)
+        # Evaluation comes before anything that draws random numbers: it can be interrupted.
+        evaluation = self._evaluate(self.config.eval.episodes) if self._evaluation_due() else None
+
+        row: metrics.Row = {"epoch": self.epoch + 1}
+        row.update(metrics.to_numbers({**self._progress.means(), **self._esnr()}))
+        row.update(metrics.to_numbers(self.agent.skipped_updates()))
+        row.update(rates)
+        row["replay_size"] = len(self.replay)
+        row["steps_per_second"] = self.config.alg.steps_per_epoch * self.config.worlds / elapsed
+        self.epoch += 1
+        row["env_steps"] = self.env_steps
+        self._progress = EpochProgress()
+        self._log(row, evaluation)
         self._guard()
-        return True
 
     def _collect(self) -> None:
         config = self.config.alg
-        random = self.epoch < config.random_epochs
         shape = (self.config.worlds, self.agent.action_dim)
-        for _ in range(config.steps_per_epoch):
+        for _ in self._progress.remaining("steps", config.steps_per_epoch, self._stop.check):
             obs = self._obs
-            if random:
+            if self.epoch < config.random_epochs:
                 action = torch.rand(shape, device=self.agent.device) * 2.0 - 1.0
             else:
                 action = self.agent.act(obs)
@@ -183,13 +164,30 @@ class Trainer:
                 obs, action, reward, terminated, terminated | truncated, info["final_obs"]
             )
             self.agent.observe(obs, reward)
-            self.partial.episodes(info["episode"])
+            self._progress.add_episodes(info["episode"])
 
     def _ready(self) -> bool:
-        """Replay holds what updates need; looks (and waits for the device) only until it does."""
-        if self.epoch + 1 < self.config.alg.random_epochs:
-            return False
-        return self.bootstrapped or self.replay.num_windows() > 0
+        """Random actions were taken as long as configured, and replay holds windows."""
+        return self.epoch + 1 >= self.config.alg.random_epochs and self.replay.num_windows() > 0
+
+    def _learn(self) -> None:
+        config = self.config.alg
+        check = self._stop.check
+        bootstrap = not self.bootstrapped
+        updates = self.bootstrap_updates() if bootstrap else config.model_learning.updates
+        if bootstrap:
+            self._logger.say(f"bootstrap: {updates} world-model updates")
+        for i in self._progress.remaining("model_updates", updates, check):
+            if bootstrap and i % LOOK_EVERY == 0:
+                self._guard()
+                self._logger.status(f"bootstrap {i}/{updates}")
+            windows = self.replay.sample(config.model_learning.batch_size)
+            self._progress.add(self.agent.update_world_model(windows))
+        if bootstrap:
+            self._logger.status("")
+        for _ in self._progress.remaining("policy_updates", config.actor.updates, check):
+            obs = self.replay.sample_obs(config.actor.batch_size)
+            self._progress.add(self.agent.update_policy(obs))
 
     def bootstrap_updates(self) -> int:
         """World-model updates before the first policy update.
@@ -202,72 +200,79 @@ class Trainer:
             return config.bootstrap_updates
         return min(self.env.max_episode_steps, config.updates * self.config.epochs)
 
-    def _remaining(self, counter: str, total: int, stop: Interrupt) -> Iterator[int]:
-        """Numbers of the updates still to do in this epoch; ends early where ``stop`` triggers."""
-        while self.partial.counters[counter] < total and not stop:
-            yield self.partial.counters[counter]
-            self.partial.counters[counter] += 1
-
-    def _row(self, rates: dict[str, float]) -> metrics.Row:
-        esnr = self.config.esnr
-        measured: dict[str, Tensor] = {}
-        if self.bootstrapped and esnr.every and self.epoch % esnr.every == 0:
-            obs = self.replay.sample_obs(self.config.alg.actor.batch_size)
-            measured = self.agent.actor_esnr(obs, esnr.samples)
-        row: metrics.Row = {"epoch": self.epoch, "env_steps": self.env_steps}
-        row.update(metrics.to_numbers({**self.partial.means(), **measured}))
-        row.update(metrics.to_numbers(self.agent.skipped_updates()))
-        row.update(rates)
-        row["replay_size"] = len(self.replay)
-        every = self.config.eval.every
-        if every and self.epoch % every == 0 and self.epoch < self.config.epochs:
-            row.update(self._evaluate(self.config.eval.episodes))
-        return row
+    def _esnr(self) -> dict[str, Tensor]:
+        config = self.config.esnr
+        if not (self.bootstrapped and config.every and (self.epoch + 1) % config.every == 0):
+            return {}
+        obs = self.replay.sample_obs(self.config.alg.actor.batch_size)
+        return self.agent.actor_esnr(obs, config.samples)
 
     def _guard(self) -> None:
-        in_a_row = self.logger.file.last.get("skipped_in_a_row", 0)
-        if in_a_row >= self.config.alg.max_skipped_updates:
-            self.save("latest")
+        """Stop if too many updates in a row were not finite."""
+        limit = self.config.alg.max_skipped_updates
+        in_a_row = int(self.agent.skipped_updates()["skipped_in_a_row"])
+        if in_a_row >= limit:
             raise TrainingDiverged(
                 f"{in_a_row} updates in a row had a non-finite loss or gradient and were skipped "
-                f"(alg.max_skipped_updates={self.config.alg.max_skipped_updates}), epoch "
-                f"{self.epoch}; the state is in {self.checkpoints / 'latest.pt'}"
+                f"(alg.max_skipped_updates={limit}), in epoch {self.epoch}; the state is in "
+                f"{self.directory.checkpoints / 'latest.pt'}"
             )
 
     # --- evaluation and logging -----------------------------------------------------------------
 
-    def _evaluate(self, episodes: int) -> dict[str, float]:
-        if self._eval_env is None or self._eval_env.num_envs != episodes:
-            self._eval_env = self.make_eval_env(episodes)
-        result = evaluate(self.agent, self._eval_env, self.config.seed + EVAL_SEED)
-        return self._record(result)
+    def _evaluation_due(self) -> bool:
+        every, epoch = self.config.eval.every, self.epoch + 1
+        return every > 0 and (epoch % every == 0 or epoch == self.config.epochs)
 
-    def _record(self, result: Evaluation) -> dict[str, float]:
-        row = result.row()
-        self.latest_eval = {
-            "reward": row["eval_reward"],
-            "episode_length": row["eval_episode_length"],
-        }
-        if not self.best or row["eval_reward"] > self.best["reward"]:
-            self.best = {
+    def _evaluate(self, episodes: int) -> Evaluation:
+        if self._eval_env is None:
+            self._eval_env = self.make_eval_env(episodes)
+        seed = self.config.seed + EVAL_SEED
+        return evaluate(self.agent, self._eval_env, seed, check=self._stop.check)
+
+    def _final_evaluation(self) -> Evaluation:
+        env = self.make_eval_env(self.config.eval.final_episodes)
+        seed = self.config.seed + 2 * EVAL_SEED
+        result = evaluate(self.agent, env, seed, check=self._stop.check)
+        env.close()
+        self.save("final")
+        return result
+
+    def _log(self, row: metrics.Row, evaluation: Evaluation | None) -> None:
+        """Log a row; the newest evaluation stands in each, so that `reward` is of real episodes."""
+        self._tick()
+        better = False
+        if evaluation is not None:
+            row.update(evaluation.row())
+            self.latest_eval = {
                 "reward": row["eval_reward"],
+                "episode_length": row["eval_episode_length"],
+            }
+            better = _value(self.latest_eval) > _value(self.best) or not self.best
+        self._logger.write({**row, **self.latest_eval, "wall_time": self.wall_time})
+        if better:
+            self.best = {
+                "reward": self.latest_eval["reward"],
                 "epoch": self.epoch,
                 "env_steps": self.env_steps,
             }
             self.save("best")
-            self.logger.best({f"best_{k}": v for k, v in self.best.items()})
-        if self.config.wandb.gradients:
-            self.logger.histograms(self.epoch, self.agent.gradients())
-        return row
+            self._logger.summarize({f"best_{k}": v for k, v in self.best.items()})
+        if evaluation is not None and self.config.wandb.gradients:
+            self._logger.log_gradients(self.epoch, self.agent.gradients())
 
-    def _log(self, row: metrics.Row) -> None:
+    def _tick(self) -> None:
         now = time.monotonic()
         self.wall_time += now - self._clock
         self._clock = now
-        # The latest evaluation stands in every row, so that `reward` always is of real episodes.
-        self.logger.write({**row, **self.latest_eval, "wall_time": self.wall_time})
 
-    def _finish(self, status: str) -> dict[str, Any]:
+    def _wrap_up(self, status: str, result: Evaluation | None = None) -> dict[str, Any]:
+        """Draw the plots and write ``summary.json``."""
+        try:
+            plot_run(self.directory.path, run_name(self.config))
+        except ImportError as error:
+            self._logger.say(f"no plots were drawn: {error}")
+        self._tick()
         summary: dict[str, Any] = {
             "status": status,
             "env": self.config.env.name,
@@ -275,28 +280,30 @@ class Trainer:
             "seed": self.config.seed,
             "epochs": self.epoch,
             "env_steps": self.env_steps,
+            "wall_time": self.wall_time,
             "best": self.best,
             "parameters": self.agent.world_model.num_parameters(),
         }
-        if status == "finished":
-            result = evaluate(
-                self.agent,
-                self.make_eval_env(self.config.eval.final_episodes),
-                self.config.seed + 2 * EVAL_SEED,
-            )
+        if result is not None:
             summary["evaluation"] = result.summary()
-            self.save("final")
-        self.wall_time += time.monotonic() - self._clock
-        summary["wall_time"] = self.wall_time
-        write_json(self.run_dir / "summary.json", summary)
-        plot_run(self.run_dir, run_name(self.config))
+            self._logger.summarize({"final_reward": summary["evaluation"]["reward_mean"]})
+        self.directory.write_summary(summary)
         return summary
 
     # --- checkpoints ----------------------------------------------------------------------------
 
     def save(self, name: str) -> None:
-        """Write ``checkpoints/<name>.pt``; ``latest`` also holds the replay and keeps its forerunner."""
+        """Write ``checkpoints/<name>.pt``; ``latest`` also has the replay and keeps its forerunner.
+
+        Raises:
+            CheckpointError: it could not be written; what was there before is untouched.
+        """
+        self._tick()
         latest = name == "latest"
+        try:
+            env_state = self.env.get_state()
+        except StateNotSupported:
+            env_state = None
         content: dict[str, Any] = {
             "config": configuration.to_dict(self.config),
             "epoch": self.epoch,
@@ -304,34 +311,23 @@ class Trainer:
             "wall_time": self.wall_time,
             "best": self.best,
             "latest_eval": self.latest_eval,
-            "partial": self.partial.state_dict(),
+            "progress": self._progress.state_dict(),
             "agent": self.agent.state_dict(),
             "obs": self._obs,
+            "env": env_state,
             "rng": checkpoint.rng_state(),
             "replay": self.replay.state_dict() if latest else None,
         }
-        try:
-            content["env"] = self.env.get_state()
-        except StateNotSupported:
-            content["env"] = None
-        if latest:
-            self.logger.sync()
-        checkpoint.save(self.checkpoints / f"{name}.pt", content, keep_previous=latest)
+        self._logger.sync()  # what is logged may be behind a checkpoint, never missing before it
+        checkpoint.save(self.directory.checkpoints / f"{name}.pt", content, keep_previous=latest)
 
-    def restore(self, content: dict[str, Any], path: Path, *, strict: bool) -> None:
-        """Continue from a checkpoint's content.
-
-        Args:
-            content: of :func:`pwm_fast.checkpoint.load`.
-            path: where it came from, for messages.
-            strict: refuse a checkpoint of a differently configured run.
+    def restore(self, source: Source) -> None:
+        """Continue from a checkpoint.
 
         Raises:
             CheckpointError: it is of another architecture or environment.
-            ConfigError: it is of another configuration, and ``strict``.
         """
-        if strict:
-            refuse_other_config(content["config"], self.config, path)
+        path, content = source
         try:
             self.agent.load_state_dict(content["agent"])
             if content["replay"] is not None:
@@ -341,91 +337,23 @@ class Trainer:
             else:
                 self.env.set_state(content["env"])
                 self._obs = content["obs"].to(self.env.device)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not fit this run: {error}") from error
+            self._progress.load_state_dict(content["progress"])
+            checkpoint.set_rng_state(content["rng"])
+        except KeyError as error:
+            raise CheckpointError(f"{path} does not fit this run: it lacks {error}") from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} does not fit this run: {reason}") from error
         self.epoch = content["epoch"]
-        # Without its replay a run collects until there are windows again.
-        self.bootstrapped = content["bootstrapped"] and content["replay"] is not None
+        self.bootstrapped = content["bootstrapped"]
         self.wall_time = content["wall_time"]
-        self.best = content["best"]
         self.latest_eval = content["latest_eval"]
-        self.partial.load_state_dict(content["partial"])
-        checkpoint.set_rng_state(content["rng"])
+        # A best checkpoint that lies in another run's directory is not ours to point to.
+        if (self.directory.checkpoints / "best.pt").exists():
+            self.best = content["best"]
 
 
-class _Partial:
-    """What an epoch has done so far: its updates and the sums of their metrics."""
-
-    def __init__(self) -> None:
-        self.collected = False
-        self.counters = {"model_updates": 0, "policy_updates": 0}
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self._add(name, value, torch.ones((), device=value.device))
-
-    def episodes(self, info: dict[str, Tensor]) -> None:
-        """Take up the training episodes that ended in a step."""
-        mask = info["mask"]
-        count = mask.sum().float()
-        for name, key in (("train_reward", "return"), ("train_episode_length", "length")):
-            self._add(name, torch.where(mask, info[key], 0).sum().float(), count)
-
-    def means(self) -> dict[str, Tensor]:
-        """Mean of every metric; NaN (logged as null) where nothing was counted."""
-        return {name: self.sums[name] / self.counts[name] for name in self.sums}
-
-    def _add(self, name: str, value: Tensor, count: Tensor) -> None:
-        if name in self.sums:
-            self.sums[name] = self.sums[name] + value
-            self.counts[name] = self.counts[name] + count
-        else:
-            self.sums[name], self.counts[name] = value, count
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "collected": self.collected,
-            "counters": dict(self.counters),
-            "sums": dict(self.sums),
-            "counts": dict(self.counts),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.collected = state["collected"]
-        self.counters = dict(state["counters"])
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
-
-
-def refuse_other_config(saved: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    """Raise ConfigError, naming every key, if a run's configuration is not the checkpoint's."""
-    before, now = _flat(saved), _flat(configuration.to_dict(config))
-    different = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-    ]
-    if different:
-        raise ConfigError(
-            f"{path} is of a run with another configuration: {'; '.join(different)}. Give this run "
-            "another run_dir, or name the checkpoint (resume=PATH) to continue it with new settings"
-        )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    os.replace(temporary, path)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+def _value(evaluation: dict[str, Any]) -> float:
+    """Its reward; worse than any where it is not finite."""
+    reward = float(evaluation.get("reward", math.nan))
+    return reward if math.isfinite(reward) else -math.inf

@@ -44,7 +44,7 @@ def world_model_loss(
     task: Tensor | None = None,
     tau: Tensor | None = None,
 ) -> WorldModelLoss:
-    """Loss of one batch of windows, PWM's with flow matching in place of the latent error for a flow.
+    """Loss of one batch of windows: PWM's; for a flow, flow matching replaces the latent error.
 
     Every part is ``sum_t gamma^t mean(...) / H``. Only the latent rollout is sequential: the heads
     and the flow-matching term, which feed nothing forward, run once over all H * B rows.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class RunningMeanStd(nn.Module):
     """Mean and variance of everything seen, merged batch by batch (Chan et al. 1979).
 
-    Buffers are float64; updates never synchronise with the host. Before the first update the mean is
-    0 and the variance 1.
+    Buffers are float64; updates never synchronise with the host. Before the first update the mean
+    is 0 and the variance 1.
 
     Args:
         shape: of one item; ``()`` for scalars.

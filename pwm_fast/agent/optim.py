@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class GuardedAdam:
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     def step(self, loss: Tensor) -> Tensor:
-        """Backpropagate ``loss`` and apply the update; return the gradient's norm before clipping."""
+        """Backpropagate ``loss`` and update; return the gradient's norm before clipping."""
         grads = torch.autograd.grad(loss, self.params, allow_unused=True)
         for p, g in zip(self.params, grads, strict=True):
             p.grad = torch.zeros_like(p) if g is None else g
@@ -52,8 +53,8 @@ class GuardedAdam:
         if not self.keep_gradients:
             for p in self.params:
                 p.grad = None
-        self.skipped += bad
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
+        self.skipped.add_(bad)
+        self.skipped_in_a_row.add_(1).mul_(bad)
         return norm
 
     def set_lr(self, lr: float) -> None:
@@ -69,12 +70,12 @@ class GuardedAdam:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.adam.load_state_dict(state["adam"])
-        # Adam has replaced its learning-rate tensor by the saved one: take that up as ours.
-        device = self.params[0].device
-        self.lr = torch.as_tensor(self.adam.param_groups[0]["lr"], device=device).clone()
-        for group in self.adam.param_groups:
-            group["lr"] = self.lr
+        """Continue from :meth:`state_dict`; Adam's betas stay those of this run."""
+        options = [{**group} for group in self.adam.param_groups]
+        # Adam would share tensors with the state that it loads.
+        self.adam.load_state_dict(copy.deepcopy(state["adam"]))
+        self.lr.copy_(torch.as_tensor(self.adam.param_groups[0]["lr"]))
+        for group, own in zip(self.adam.param_groups, options, strict=True):
+            group.update({k: v for k, v in own.items() if k != "params"})
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ class PWM:
         can_terminate: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
+        if config.world_model.kind == "flow" and config.model_learning.tau_sampling == "midpoint":
+            warnings.warn(
+                "alg.model_learning.tau_sampling=midpoint trains the velocity at tau = 0.5 alone, "
+                "but the integrator also evaluates it elsewhere (Heun at 0 and 1): an ablation",
+                stacklevel=2,
+            )
         self.config = config
         self.device = torch.device(device)
         self.action_dim = action_dim
@@ -136,7 +143,7 @@ class PWM:
         metrics = {
             "actor_loss": loss.detach(),
             "actor_grad_norm": norm,
-            "imagined_return": returns.detach().mean(),
+            "imagined_return": returns.detach().mean() / self.config.value_scale,
             "actor_std": self.actor.std().detach().mean(),
         }
         metrics.update(self._update_critic(rollout))
@@ -191,7 +198,7 @@ class PWM:
     # --- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters, statistics and optimisers; the keys of published PWM files where they exist."""
+        """Parameters, statistics, optimisers; under published PWM files' keys where these exist."""
         state: dict[str, Any] = {k: m.state_dict() for k, m in self._modules().items()}
         for name, optimizer in self.optimizers.items():
             state[_OPTIMIZER_KEYS[name]] = optimizer.state_dict()
@@ -207,6 +214,8 @@ class PWM:
         problems = []
         for key, module in modules.items():
             problems += _mismatches(key, module.state_dict(), state.get(key))
+        if optimizers:
+            problems += [f"{k} is missing" for k in _OPTIMIZER_KEYS.values() if k not in state]
         if problems:
             shown = "; ".join(problems[:4])
             more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""

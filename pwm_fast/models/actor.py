@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.models.layers import init_orthogonal_
+from pwm_fast.models.layers import Mish, init_orthogonal_
 
 
 class GaussianActor(nn.Module):
@@ -33,7 +33,7 @@ class GaussianActor(nn.Module):
         modules: list[nn.Module] = []
         width = latent_dim
         for n in units:
-            modules += [nn.Linear(width, n), nn.Mish(), nn.LayerNorm(n)]
+            modules += [nn.Linear(width, n), Mish(), nn.LayerNorm(n)]
             width = n
         self.mu_net = nn.Sequential(*modules, nn.Linear(width, action_dim))
         self.logstd = nn.Parameter(torch.full((action_dim,), float(init_logstd)))

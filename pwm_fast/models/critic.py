@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast import ops
-from pwm_fast.models.layers import init_orthogonal_
+from pwm_fast.models.layers import Mish, init_orthogonal_
 from pwm_fast.ops import Layer
 
 
@@ -20,7 +20,7 @@ class Critic(nn.Module):
         modules: list[nn.Module] = []
         width = latent_dim
         for n in units:
-            modules += [nn.Linear(width, n), nn.Mish(), nn.LayerNorm(n)]
+            modules += [nn.Linear(width, n), Mish(), nn.LayerNorm(n)]
             width = n
         self.critic = nn.Sequential(*modules, nn.Linear(width, 1))
         init_orthogonal_(self.critic, gain=2.0**0.5)
@@ -53,12 +53,12 @@ class CriticEnsemble(nn.Module):
         self.members = members
 
     def _layers(self) -> list[Layer]:
-        params = list(self.params)
-        hidden = [
-            Layer(*params[i : i + 4], act="mish")  # type: ignore[arg-type]
-            for i in range(0, len(params) - 2, 4)
+        *hidden, weight, bias = self.params
+        layers = [
+            Layer(*group, act="mish")
+            for group in zip(hidden[::4], hidden[1::4], hidden[2::4], hidden[3::4], strict=True)
         ]
-        return [*hidden, Layer(params[-2], params[-1])]
+        return [*layers, Layer(weight, bias)]
 
     def forward(self, z: Tensor) -> Tensor:
         """Values ``[E, ...]`` of latents ``[..., D]``."""

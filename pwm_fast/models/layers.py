@@ -1,8 +1,9 @@
-"""Modules whose forward is an operation of :mod:`pwm_fast.ops`, with the published parameter names."""
+"""Modules around the operations of :mod:`pwm_fast.ops`, with the published parameter names."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,16 @@ from pwm_fast import ops
 from pwm_fast.ops import Activation, Layer
 
 
+class Mish(nn.Module):
+    """Mish as a module; it has no parameters, so it can stand where ``nn.Mish`` stood."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[...] -> [...]``."""
+        return ops.mish(x)
+
+
 class NormedLinear(nn.Linear):
-    """Linear, LayerNorm, activation in one module: ``weight``, ``bias``, ``ln.weight``, ``ln.bias``.
+    """Linear, LayerNorm, activation; parameters ``weight``, ``bias``, ``ln.weight``, ``ln.bias``.
 
     Args:
         in_features: K.
@@ -26,7 +35,9 @@ class NormedLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features)
         if act == "simnorm" and out_features % simnorm_dim:
-            raise ValueError(f"{out_features} features are no multiple of simnorm_dim={simnorm_dim}")
+            raise ValueError(
+                f"out_features={out_features} is no multiple of simnorm_dim={simnorm_dim}"
+            )
         self.ln = nn.LayerNorm(out_features, eps=1e-5)
         self.act: Activation = act
         self.simnorm_dim = simnorm_dim
@@ -72,9 +83,7 @@ def mlp(
 ) -> MLP:
     """An MLP of NormedLinear(Mish) layers; ``last=None`` ends in a plain Linear."""
     widths = [in_features, *units]
-    modules: list[nn.Module] = [
-        NormedLinear(k, n) for k, n in zip(widths[:-1], widths[1:], strict=True)
-    ]
+    modules: list[nn.Module] = [NormedLinear(k, n) for k, n in pairwise(widths)]
     if last is None:
         modules.append(nn.Linear(widths[-1], out_features))
     else:

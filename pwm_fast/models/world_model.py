@@ -40,9 +40,7 @@ class LatentModel(nn.Module, ABC):
         self._reward = mlp(pair, config.reward_units, config.num_bins)
         self._termination = mlp(pair, config.reward_units, 1) if can_terminate else None
         self._task_emb = (
-            nn.Embedding(config.num_tasks, config.task_dim, max_norm=1.0)
-            if config.task_dim
-            else None
+            nn.Embedding(config.num_tasks, config.task_dim) if config.task_dim else None
         )
         init_world_model_(self)
         nn.init.zeros_(self._last_weight(self._reward))
@@ -68,21 +66,33 @@ class LatentModel(nn.Module, ABC):
     def embed(self, task: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
         """Task embeddings ``[..., E]`` of task numbers, in a tuple; empty for a single-task model.
 
+        Rows of the table that have grown beyond norm 1 are scaled back to it, as published.
+
         Args:
             task: integers, a scalar or of the leading shape of ``like`` (or one that broadcasts
                 to it); None for a single-task model.
             like: a tensor ``[..., K]`` that the embeddings accompany.
 
         Raises:
-            ValueError: task numbers missing, or given to a single-task model.
+            TypeError: task numbers that are no integers.
+            ValueError: task numbers missing, given to a single-task model, or of another shape.
         """
         if self._task_emb is None:
             if task is not None:
-                raise ValueError("this is a single-task world model (task_dim=0): task must be None")
+                raise ValueError("task must be None: this is a single-task model (task_dim=0)")
             return ()
         if task is None:
             raise ValueError(f"task numbers are required: the model has task_dim={self.task_dim}")
-        return (self._task_emb(task).expand(*like.shape[:-1], -1),)
+        if task.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"task must hold integers (int64 or int32), got {task.dtype}")
+        rows = like.shape[:-1]
+        if task.dim() > len(rows) or any(
+            n not in (1, m) for n, m in zip(reversed(task.shape), reversed(rows), strict=False)
+        ):
+            raise ValueError(f"task must broadcast to {tuple(rows)}, got {tuple(task.shape)}")
+        with torch.no_grad():  # not nn.Embedding(max_norm=1): on CUDA that waits for the device
+            self._task_emb.weight.renorm_(2, 0, 1.0)
+        return (self._task_emb(task).expand(*rows, -1),)
 
     def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
         """Latents ``[..., D]`` of observations ``[..., O]``."""
@@ -93,7 +103,7 @@ class LatentModel(nn.Module, ABC):
         return self._reward(z, *self.embed(task, z), a)
 
     def decode_reward(self, logits: Tensor) -> Tensor:
-        """Rewards ``[...]`` that logits ``[..., bins]`` stand for (the scalar itself for one bin)."""
+        """Rewards ``[...]`` of reward logits ``[..., bins]``; one bin is the reward itself."""
         if self.config.num_bins == 1:
             return logits.squeeze(-1)
         return ops.two_hot_decode(logits, self.config.vmin, self.config.vmax)
@@ -151,8 +161,16 @@ class FlowWorldModel(LatentModel):
     def velocity(
         self, z: Tensor, a: Tensor, tau: Tensor | float, task: Tensor | None = None
     ) -> Tensor:
-        """Velocities ``[..., D]`` at latents ``[..., D]`` and flow times tau (scalar, ``[...]`` or ``[..., 1]``)."""
-        tau = torch.as_tensor(tau, dtype=z.dtype, device=z.device)
+        """Velocities ``[..., D]`` at latents ``[..., D]`` and flow times in [0, 1].
+
+        Args:
+            z: latents.
+            a: actions ``[..., A]``.
+            tau: a scalar, ``[...]`` or ``[..., 1]``.
+            task: task numbers, or None.
+        """
+        if not isinstance(tau, Tensor):
+            tau = torch.full((), tau, dtype=z.dtype, device=z.device)
         embedding = self.embed(task, z)
         return ops.velocity_field(
             z, a, tau, self._velocity.layers(), task=embedding[0] if embedding else None

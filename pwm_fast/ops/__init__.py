@@ -17,7 +17,7 @@ from pwm_fast.ops.heads import (
     two_hot_encode,
 )
 from pwm_fast.ops.integration import flow_interpolate, flow_step, integrate, velocity_field
-from pwm_fast.ops.layers import layer_norm_act, linear_act_norm, linear_norm_act, mlp, simnorm
+from pwm_fast.ops.layers import layer_norm_act, linear_act_norm, linear_norm_act, mish, mlp, simnorm
 from pwm_fast.ops.types import ESNR, Activation, Layer, Method
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "layer_norm_act",
     "linear_act_norm",
     "linear_norm_act",
+    "mish",
     "mlp",
     "simnorm",
     "symexp",

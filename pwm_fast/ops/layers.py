@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pwm_fast.ops import _checks
 from pwm_fast.ops.reference import layers as reference
+from pwm_fast.ops.reference.mish import mish as activate_mish
 from pwm_fast.ops.types import ACTIVATIONS, Activation, Layer
 
 
@@ -30,6 +31,19 @@ def simnorm(x: Tensor, dim: int = 8) -> Tensor:
     _checks.vectors("x", x)
     _checks.simnorm_width("x", x.shape[-1], "dim", dim)
     return reference.simnorm(x, dim)
+
+
+def mish(x: Tensor) -> Tensor:
+    """``x tanh(softplus(x))``, elementwise (Misra 2019, arXiv 1908.08681).
+
+    Args:
+        x: any shape and floating dtype.
+
+    Raises:
+        TypeError: ``x`` is not a floating tensor.
+    """
+    _checks.floating("x", x)
+    return activate_mish(x)
 
 
 def layer_norm_act(

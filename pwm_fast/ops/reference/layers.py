@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pwm_fast.ops.reference.mish import mish
 from pwm_fast.ops.types import Activation, Layer
 
 
@@ -17,7 +18,7 @@ def simnorm(x: Tensor, dim: int = 8) -> Tensor:
 
 def activate(x: Tensor, act: Activation, simnorm_dim: int = 8) -> Tensor:
     if act == "mish":
-        return F.mish(x)
+        return mish(x)
     if act == "simnorm":
         return simnorm(x, simnorm_dim)
     return x

@@ -1,0 +1,123 @@
+"""The parts of a run, made as its configuration says."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from pwm_fast.agent import PWM
+from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.envs import VectorEnv, make
+from pwm_fast.replay import Replay
+
+
+def select_device(name: str) -> torch.device:
+    """The device that ``device=`` names.
+
+    Raises:
+        ConfigError: it is none, or CUDA was asked for and torch sees no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(
+                f"device={name}, but torch {torch.__version__} sees {count} CUDA devices; "
+                "use device=cpu or device=auto"
+            )
+    return device
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's CPU threads: as given, else what Slurm allots, else torch's own choice."""
+    if threads is None:
+        allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+        threads = int(allotted) if allotted.isdigit() and int(allotted) > 0 else None
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def make_env(config: TrainConfig, num_envs: int, seed: int) -> VectorEnv:
+    """The environment of a run, with ``num_envs`` worlds.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    with _usable(f"{num_envs} worlds of env={config.env.name} do"):
+        return make(
+            config.env.name,
+            num_envs,
+            seed=seed,
+            max_episode_steps=config.env.max_episode_steps,
+            threads=config.env.threads,
+            **config.env.options,
+        )
+
+
+def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM:
+    """The agent of a run, for the observations and actions of ``env``.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    with _usable(f"alg={config.alg.name} does"):
+        return PWM(
+            env.single_observation_space.shape[0],
+            env.single_action_space.shape[0],
+            config.alg,
+            can_terminate=env.can_terminate,
+            device=device,
+        )
+
+
+def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Replay:
+    """The replay of a run.
+
+    Raises:
+        ConfigError: it cannot be made, or would never hold a window.
+    """
+    if env.max_episode_steps < config.alg.horizon:
+        raise ConfigError(
+            f"alg.horizon={config.alg.horizon} is longer than an episode "
+            f"({env.max_episode_steps} steps): there would be nothing to learn from"
+        )
+    with _usable(f"alg.replay_capacity={config.alg.replay_capacity} does"):
+        return Replay(
+            config.alg.replay_capacity,
+            config.worlds,
+            env.single_observation_space.shape[0],
+            env.single_action_space.shape[0],
+            config.alg.horizon,
+            device,
+        )
+
+
+@contextmanager
+def _usable(what: str) -> Iterator[None]:
+    """Turn what a part says of its arguments into ConfigError; ``what`` ends in "do" or "does"."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if memory or "allocate memory" in str(error):
+            raise ConfigError(f"{what} not fit into the memory") from error
+        raise

@@ -1,0 +1,115 @@
+"""Running a command on a configuration that Hydra composes, and telling a user what is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pwm_fast.checkpoint import CheckpointError
+from pwm_fast.config import ConfigError
+from pwm_fast.trainer import TrainingDiverged
+
+# What a user can mend: shown as one line, without a traceback.
+USER_ERRORS = (ConfigError, CheckpointError, TrainingDiverged, OSError)
+
+
+class JobFailed(RuntimeError):
+    """A job of a sweep ended with an exit status other than 0."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def main(command: Callable[[Any], int], name: str, schema: Any, config_name: str) -> None:
+    """Compose ``configs/<config_name>.yaml`` with the command line, run ``command`` on it and exit.
+
+    The status is that of ``command``; 2 with one line on stderr for what a user can mend; 130 after
+    a KeyboardInterrupt. In a sweep a failed job does not stop the others; an interrupted one does.
+    PWM_FAST_TRACEBACK=1 shows the traceback of everything.
+
+    Args:
+        command: takes Hydra's configuration, returns an exit status.
+        name: of the command.
+        schema: typed keys, which the YAML file calls ``<name>_schema`` in its defaults list.
+        config_name: of the primary configuration.
+    """
+    try:
+        import hydra
+        from hydra.core.config_store import ConfigStore
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.errors import HydraException
+        from hydra.types import RunMode
+        from omegaconf.errors import OmegaConfBaseException
+    except ImportError:
+        _fail("this command needs more packages: pip install 'pwm-fast[train]'")
+
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on: they are reported here
+    status = 0
+
+    @hydra.main(version_base="1.3", config_path="pkg://pwm_fast.configs", config_name=config_name)
+    def job(cfg: Any) -> None:
+        nonlocal status
+        try:
+            status = command(cfg)
+        except USER_ERRORS as error:
+            if _tracebacks():
+                raise
+            print(f"error: {message(error)}", file=sys.stderr)
+            status = 2
+        if status > 128:
+            raise SystemExit(status)
+        if status and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise JobFailed(status)
+
+    try:
+        job()
+    except JobFailed as error:
+        status = error.status
+    except (HydraException, OmegaConfBaseException) as error:
+        if _tracebacks():
+            raise
+        _fail(composition_message(error))
+    except KeyboardInterrupt:
+        print("error: stopped at once by SIGINT", file=sys.stderr)
+        status = 130
+    raise SystemExit(status)
+
+
+def message(error: BaseException) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def composition_message(error: BaseException) -> str:
+    """What Hydra says of a configuration, in one line and without its internals."""
+    unknown = re.match(r"Could not (?:override|append) '(\S+)'", str(error))
+    if unknown:
+        return f"{unknown[1]}: there is no such key; --cfg job shows them all"
+    text = "\n".join(map(str, filter(None, (error, error.__cause__)))).split("Config search path")[
+        0
+    ]
+    internal = ("full_key:", "object_type", "reference_type", "See http")
+    lines = [
+        line.rstrip(".") for line in text.splitlines() if not line.strip().startswith(internal)
+    ]
+    # What Hydra lists, it indents.
+    listed = ", ".join(line.strip() for line in lines if line.startswith("\t"))
+    said = "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith("\t")))
+    return f"{said} {listed}".strip()
+
+
+def _tracebacks() -> bool:
+    return bool(os.environ.get("PWM_FAST_TRACEBACK"))
+
+
+def _fail(text: str) -> Any:
+    print(f"error: {text}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,79 @@
+"""Files that always are whole, the old content or the new."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write, which takes the name ``path`` in one step when the block ends well.
+
+    The content goes to a temporary file in the same directory and is flushed to the disk first. If
+    anything fails, or the process dies, ``path`` is what it was.
+
+    Args:
+        path: the file; its directory exists.
+        previous: name under which the file that had the name ``path`` is kept.
+
+    Raises:
+        OSError: the disk is full or not writable; it names ``path``.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise naming(path, error) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step.
+
+    Raises:
+        OSError: see :func:`replacing`.
+    """
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def naming(path: Path, error: OSError) -> OSError:
+    """The same error with the file's name, which failed writes do not carry."""
+    return OSError(error.errno, error.strerror or str(error), str(path))
+
+
+def _keep(path: Path, previous: Path) -> None:
+    previous.unlink(missing_ok=True)
+    try:
+        os.link(path, previous)
+    except OSError:  # a file system without hard links
+        os.replace(path, previous)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the new name itself durable."""
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

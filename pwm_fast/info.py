@@ -1,0 +1,115 @@
+"""``python -m pwm_fast.info``: versions and hardware, for bug reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import import_module, metadata
+
+import pwm_fast
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "mujoco",
+    "mujoco-warp",
+    "warp-lang",
+    "gymnasium",
+    "dm-control",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "matplotlib",
+)
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PWM_FAST_ISA", "SLURM_CPUS_PER_TASK")
+
+
+def report() -> dict[str, str]:
+    """What to know of this installation and machine, by name."""
+    rows = {
+        "pwm_fast": f"{pwm_fast.__version__} in {os.path.dirname(pwm_fast.__file__)}",
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "platform": platform.platform(),
+        "cpu": f"{_cpu_name()}, {_cpus()} usable",
+    }
+    rows.update({name: _version(name) for name in PACKAGES})
+    rows.update(_native())
+    rows.update(_devices())
+    rows.update({name: os.environ[name] for name in VARIABLES if name in os.environ})
+    return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):  # what this process may use, not what the machine has
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _native() -> dict[str, str]:
+    """The native extension's build, or why there is none."""
+    try:
+        native = import_module("pwm_fast._C")
+    except ImportError as error:
+        reason = "not built" if isinstance(error, ModuleNotFoundError) else f"broken: {error}"
+        return {"native extension": f"{reason}; pwm_fast runs without it"}
+    build = native.build_info()
+    return {
+        "native extension": f"CPU kernels for {native.cpu_isa()}",
+        "native build": f"{build['compiler']} {build['compiler_version']}, {build['cxx_standard']}",
+        "native flags": str(build["flags"]),
+        "native CUDA": "yes" if build["cuda"] else f"no: {build['cuda_detail']}",
+    }
+
+
+def _devices() -> dict[str, str]:
+    """What torch computes on."""
+    try:
+        torch = import_module("torch")
+    except Exception as error:  # a broken install is what this report is for
+        return {"torch import": f"failed: {error}"}
+    rows = {
+        "torch CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    }
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        why = "no usable GPU or driver" if built else "this torch is built for CPUs alone"
+        return {**rows, "gpu": f"none: {why}"}
+    rows["CUDA of torch"] = f"{torch.version.cuda}"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        rows[f"gpu {index}"] = (
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+            f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} SMs"
+        )
+    return rows
+
+
+def main() -> None:
+    """Print the report."""
+    rows = report()
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

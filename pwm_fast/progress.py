@@ -1,0 +1,63 @@
+"""What an epoch has done so far, so that a run can stop and go on within it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class EpochProgress:
+    """Steps and updates of an epoch, and the sums of their metrics, which stay on the device."""
+
+    def __init__(self) -> None:
+        self._done: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def remaining(self, kind: str, total: int, check: Callable[[], None]) -> Iterator[int]:
+        """Numbers of the steps of a kind still to do, each counted as done when the next is drawn.
+
+        Args:
+            kind: of step, each of which this yields once an epoch.
+            total: steps of that kind in the epoch.
+            check: called before each step; what it raises leaves the progress whole.
+        """
+        while self._done.get(kind, 0) < total:
+            check()
+            yield self._done.get(kind, 0)
+            self._done[kind] = self._done.get(kind, 0) + 1
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take up the metrics of an update."""
+        for name, value in values.items():
+            self._add(name, value, torch.ones((), device=value.device))
+
+    def add_episodes(self, episode: dict[str, Tensor]) -> None:
+        """Take up the training episodes that ended in a step of the environment."""
+        mask = episode["mask"]
+        count = mask.sum().float()
+        for name, key in (("train_reward", "return"), ("train_episode_length", "length")):
+            self._add(name, torch.where(mask, episode[key], 0).sum().float(), count)
+
+    def means(self) -> dict[str, Tensor]:
+        """Mean of every metric; NaN (logged as null) where nothing was counted."""
+        return {name: self._sums[name] / self._counts[name] for name in self._sums}
+
+    def _add(self, name: str, value: Tensor, count: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] = self._sums[name] + value
+            self._counts[name] = self._counts[name] + count
+        else:
+            self._sums[name], self._counts[name] = value, count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, for a checkpoint."""
+        return {"done": dict(self._done), "sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._done = dict(state["done"])
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])

@@ -1,0 +1,93 @@
+"""A run on Weights & Biases, beside the run directory's own files."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pwm_fast import config as configuration
+from pwm_fast import files
+from pwm_fast.config import ConfigError, TrainConfig
+
+
+class WandbRun:
+    """Starts, or continues, the wandb run of a run directory.
+
+    Args:
+        config: of the run; its ``wandb.mode`` is not ``disabled``.
+
+    Raises:
+        ConfigError: wandb is not installed, not logged in, or cannot reach its server.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        mode = config.wandb.mode
+        try:
+            # Not the import statement: what its types look like depends on what is installed.
+            wandb: Any = import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                f"wandb.mode={mode} needs wandb: pip install 'pwm-fast[wandb]'"
+            ) from error
+        self._histogram = wandb.Histogram
+        run_dir = Path(config.run_dir)
+        try:
+            self._run: Any = wandb.init(
+                project=config.wandb.project,
+                entity=config.wandb.entity,
+                name=run_name(config),
+                id=_run_id(run_dir / "wandb_id"),
+                resume="allow",
+                dir=str(run_dir),
+                mode=mode,
+                config=configuration.to_dict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"wandb.mode={mode} cannot start: {reason}; wandb.mode=offline needs no login and "
+                "no network"
+            ) from error
+        self._run.define_metric("*", step_metric="env_steps")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log an epoch's row."""
+        self._run.log({k: v for k, v in row.items() if v is not None}, step=row["epoch"])
+
+    def log_gradients(self, epoch: int, gradients: Mapping[str, Tensor]) -> None:
+        """Log a histogram of every gradient that is finite."""
+        self._run.log(
+            {
+                f"gradients/{name}": self._histogram(g.detach().float().cpu().numpy())
+                for name, g in gradients.items()
+                if bool(torch.isfinite(g).all())
+            },
+            step=epoch,
+        )
+
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Put values into the run's summary."""
+        self._run.summary.update(dict(values))
+
+    def finish(self, *, ok: bool) -> None:
+        """End the wandb run."""
+        self._run.finish(exit_code=0 if ok else 1)
+
+
+def run_name(config: TrainConfig) -> str:
+    """Name of a run for people: ``wandb.name``, else environment, algorithm and seed."""
+    return config.wandb.name or f"{config.env.name}-{config.alg.name}-seed{config.seed}"
+
+
+def _run_id(file: Path) -> str:
+    """The id in ``file``, made where there is none: a resumed run continues its wandb run."""
+    if not file.is_file():
+        files.write_text(file, uuid.uuid4().hex[:8])
+    return file.read_text("utf-8").strip()

@@ -1,0 +1,121 @@
+"""Small agents with random parameters, and data for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pwm_fast.agent import PWM
+from pwm_fast.config import (
+    ActorConfig,
+    AlgConfig,
+    CriticConfig,
+    ModelLearningConfig,
+    WorldModelConfig,
+)
+from pwm_fast.replay import Windows
+from tests.models.builders import randomize_
+
+OBS, ACTION = 5, 2
+
+# Every kind of agent that takes another path through the code.
+AGENTS: dict[str, dict[str, Any]] = {
+    "mlp": {"kind": "mlp"},
+    "flow": {"kind": "flow"},
+    "teacher": {"kind": "flow", "flow_start": "teacher", "target_grad": False},
+    "terminating": {"kind": "flow", "can_terminate": True},
+    "multi-task": {"kind": "flow", "task_dim": 3, "num_tasks": 2, "can_terminate": True},
+    "scalar reward": {"kind": "mlp", "num_bins": 1, "normalize_rewards": True},
+    "all normalised": {"kind": "flow", "normalize_obs": True, "detach": False},
+}
+
+
+def alg_config(**changes: Any) -> AlgConfig:
+    """A small configuration; keys of any section may be changed by their own name."""
+    sections: dict[str, Any] = {
+        "world_model": WorldModelConfig(
+            latent_dim=16, units=[14], encoder_units=[12], reward_units=[10], num_bins=11
+        ),
+        "model_learning": ModelLearningConfig(batch_size=6),
+        "actor": ActorConfig(units=[12, 10], batch_size=6),
+        "critic": CriticConfig(units=[11, 9], passes=2, minibatches=2),
+    }
+    for name, section in sections.items():
+        fields = {f.name for f in dataclasses.fields(section)}
+        prefix = f"{name}_"  # actor_lr, critic_lr: names that several sections have
+        own = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
+        own |= {k: v for k, v in changes.items() if k in fields and k not in SHARED}
+        sections[name] = dataclasses.replace(section, **own)
+    fields = {f.name for f in dataclasses.fields(AlgConfig)} - set(sections)
+    return AlgConfig(
+        **sections, **{"horizon": 3, **{k: v for k, v in changes.items() if k in fields}}
+    )
+
+
+SHARED = {"units", "updates", "batch_size", "lr", "betas", "grad_norm"}
+
+
+def make_agent(
+    seed: int = 0,
+    *,
+    can_terminate: bool = False,
+    double: bool = False,
+    device: str = "cpu",
+    **changes: Any,
+) -> PWM:
+    """An agent whose every parameter is random: fresh heads are zero and would hide errors."""
+    torch.manual_seed(seed)
+    agent = PWM(OBS, ACTION, alg_config(**changes), can_terminate=can_terminate, device=device)
+    for module in (agent.world_model, agent.actor, agent.critic):
+        randomize_(module)
+        if double:
+            module.double()
+    with torch.no_grad():
+        agent.actor.logstd.fill_(-1.0)
+    return agent
+
+
+def make_windows(
+    batch: int = 6, horizon: int = 3, seed: int = 0, device: str = "cpu", **kwargs: Any
+) -> Windows:
+    """Random windows; some of them end in a terminal state."""
+    g = torch.Generator().manual_seed(seed)
+    terminated = torch.zeros(horizon, batch)
+    terminated[-1] = (torch.rand(batch, generator=g) < 0.5).float()
+    parts = (
+        torch.randn(horizon + 1, batch, OBS, generator=g),
+        torch.rand(horizon, batch, ACTION, generator=g) * 2 - 1,
+        3.0 * torch.randn(horizon, batch, generator=g),
+        terminated,
+    )
+    return Windows(*(p.to(device, **kwargs) for p in parts))
+
+
+def make_obs(batch: int = 6, seed: int = 0, device: str = "cpu", **kwargs: Any) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, OBS, generator=g).to(device, **kwargs)
+
+
+def snapshot(agent: PWM, *names: str) -> dict[str, Tensor]:
+    """Copies of parameters, Adam's moments and its step counts, of these networks."""
+    modules = {"wm": agent.world_model, "actor": agent.actor, "critic": agent.critic}
+    result = {}
+    for name in names or tuple(modules):
+        adam = agent.optimizers[name].adam
+        for key, p in modules[name].named_parameters():
+            result[f"{name}.{key}"] = p.detach().clone()
+            for field, value in adam.state.get(p, {}).items():
+                result[f"{name}.{key}.{field}"] = value.clone()
+    return result
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """Names whose bits differ, or that only one of them has."""
+    return sorted(
+        k
+        for k in before.keys() | after.keys()
+        if k not in before or k not in after or not torch.equal(before[k], after[k])
+    )

@@ -1,0 +1,287 @@
+"""World-model losses against loops and sums written out from the definition, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pwm_fast.agent.losses import WorldModelLoss, world_model_loss
+from pwm_fast.config import ModelLearningConfig
+from pwm_fast.models import FlowWorldModel, LatentModel
+from tests.models.builders import ACTION, OBS, SlowModel, normal, same, small_model
+
+HORIZON, BATCH, GAMMA = 4, 5, 0.9
+
+
+@dataclasses.dataclass
+class Data:
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    tau: Tensor
+
+    def windows(self) -> tuple[Tensor, ...]:
+        return self.obs, self.action, self.reward, self.terminated
+
+
+def data(horizon: int = HORIZON, batch: int = BATCH) -> Data:
+    return Data(
+        normal(horizon + 1, batch, OBS),
+        normal(horizon, batch, ACTION),
+        30.0 * normal(horizon, batch),
+        (torch.rand(horizon, batch, dtype=torch.float64) < 0.3).double(),
+        torch.rand(horizon, batch, dtype=torch.float64),
+    )
+
+
+def slow_cross_entropy(logits: Tensor, reward: float, vmin: float, vmax: float) -> Tensor:
+    """``-sum_i p_i log softmax(logits)_i``, p the two-hot weights of symlog(reward)."""
+    bins = len(logits)
+    y = math.copysign(math.log(1.0 + abs(reward)), reward)
+    y = min(max(y, vmin), vmax)
+    centres = [vmin + i * (vmax - vmin) / (bins - 1) for i in range(bins)]
+    upper = next(i for i in range(1, bins) if y <= centres[i])
+    weight = (y - centres[upper - 1]) / (centres[upper] - centres[upper - 1])
+    log_total = torch.log(sum(torch.exp(x) for x in logits))  # type: ignore[arg-type]
+    return (1 - weight) * (log_total - logits[upper - 1]) + weight * (log_total - logits[upper])
+
+
+def slow_loss(
+    model: LatentModel, d: Data, config: ModelLearningConfig, task: int | None = None
+) -> dict[str, Tensor]:
+    """The losses step by step and row by row."""
+    slow = SlowModel(model, task)
+    horizon, batch = d.action.shape[:2]
+    dynamics = reward = termination = torch.zeros((), dtype=torch.float64)
+    z = slow.encode(d.obs[0])
+    for t in range(horizon):
+        target = slow.encode(d.obs[t + 1]).detach()
+        teacher = config.flow_start == "teacher" and model.config.kind == "flow"
+        start = slow.encode(d.obs[t]) if teacher else z
+        if model.config.kind == "mlp":
+            difference = slow.next(start, d.action[t]) - target
+        else:
+            tau = d.tau[t]
+            point = (1 - tau)[:, None] * start + tau[:, None] * target
+            goal = target - start
+            if not config.target_grad:
+                goal = goal.detach()
+            difference = slow.velocity(point, d.action[t], tau) - goal
+        logits = slow.reward(start, d.action[t])
+        for b in range(batch):
+            weight = GAMMA**t / batch
+            squares = sum(x * x for x in difference[b])
+            dynamics = dynamics + weight * squares / difference.shape[1]
+            r = d.reward[t, b].item()
+            if model.config.num_bins == 1:
+                error = (logits[b, 0] - r) ** 2
+            else:
+                error = slow_cross_entropy(logits[b], r, model.config.vmin, model.config.vmax)
+            reward = reward + weight * error
+            if model._termination is not None:
+                p = 1 / (1 + torch.exp(-slow.termination(start, d.action[t])[b]))
+                flag = d.terminated[t, b]
+                entropy = -(flag * torch.log(p) + (1 - flag) * torch.log(1 - p))
+                termination = termination + weight * entropy
+        z = slow.next(z, d.action[t])
+    total = (
+        config.dynamics_coef * dynamics
+        + config.reward_coef * reward
+        + config.termination_coef * termination
+    )
+    parts = {"total": total, "dynamics": dynamics, "reward": reward, "termination": termination}
+    return {name: value / horizon for name, value in parts.items()}
+
+
+def fast_loss(
+    model: LatentModel, d: Data, config: ModelLearningConfig, task: Tensor | None = None
+) -> WorldModelLoss:
+    return world_model_loss(model, *d.windows(), config, gamma=GAMMA, task=task, tau=d.tau)
+
+
+def gradients(loss: Tensor, model: LatentModel) -> dict[str, Tensor]:
+    params = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(params.items(), grads, strict=True)
+    }
+
+
+FLOWS = [
+    {"kind": "flow", "flow_start": start, "target_grad": grad, "head": head}
+    for start, grad, head in itertools.product(
+        ("rollout", "teacher"), (True, False), ("linear", "simnorm")
+    )
+]
+CASES: dict[str, dict[str, Any]] = {
+    "mlp": {"kind": "mlp"},
+    **{"-".join(str(v) for v in case.values()): case for case in FLOWS},
+    "euler": {"kind": "flow", "integrator": "euler", "substeps": 3},
+    "scalar reward": {"kind": "mlp", "num_bins": 1},
+    "flow, scalar reward": {"kind": "flow", "num_bins": 1},
+    "terminating": {"kind": "mlp", "can_terminate": True},
+    "flow, terminating": {"kind": "flow", "can_terminate": True},
+    "task": {"kind": "mlp", "task": 1, "can_terminate": True},
+    "flow, task": {"kind": "flow", "task": 2, "can_terminate": True},
+    "rewards beyond the bins": {"kind": "mlp", "vmin": -1.0, "vmax": 2.0},
+}
+
+
+def build(case: dict[str, Any]) -> tuple[LatentModel, ModelLearningConfig, int | None]:
+    case = dict(case)
+    task = case.pop("task", None)
+    learning = {k: case.pop(k) for k in ("flow_start", "target_grad") if k in case}
+    if task is not None:
+        case |= {"task_dim": 3, "num_tasks": 3}
+    model = small_model(case.pop("can_terminate", False), **case)
+    coefficients = {"dynamics_coef": 1.7, "reward_coef": 0.3, "termination_coef": 0.6}
+    return model, ModelLearningConfig(**coefficients, **learning), task
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_equal_the_definition(name: str) -> None:
+    """Each part, the total, and the gradient of every parameter."""
+    model, config, task = build(CASES[name])
+    d = data()
+    numbers = None if task is None else torch.full((BATCH,), task)
+    ours, slow = fast_loss(model, d, config, numbers), slow_loss(model, d, config, task)
+    for part in ("dynamics", "reward", "termination", "total"):
+        same(getattr(ours, part), slow[part], msg=part)
+        assert getattr(ours, part).shape == ()
+    assert ours.dynamics > 0.01
+    fast_grads, slow_grads = gradients(ours.total, model), gradients(slow["total"], model)
+    for key, expected in slow_grads.items():
+        same(fast_grads[key], expected, msg=key, atol=1e-9)
+        if key.endswith("0.weight"):
+            assert expected.abs().max() > 1e-4, key
+
+
+def test_parts_are_for_logging_and_carry_no_gradient() -> None:
+    model, config, _ = build(CASES["flow, terminating"])
+    loss = fast_loss(model, data(), config)
+    assert loss.total.requires_grad
+    assert not any(x.requires_grad for x in loss[1:])
+
+
+def test_termination_is_zero_without_its_head() -> None:
+    model, config, _ = build(CASES["mlp"])
+    loss = fast_loss(model, data(), config)
+    assert loss.termination.item() == 0.0
+
+
+def test_latent_std_is_the_targets_spread() -> None:
+    """Over time and batch, mean over the entries; 0 for a collapsed encoder."""
+    model, config, _ = build(CASES["mlp"])
+    d = data()
+    z = SlowModel(model).encode(d.obs[1:].reshape(-1, OBS)).detach()
+    expected = ((z - z.mean(0)) ** 2).mean(0).sqrt().mean()
+    same(fast_loss(model, d, config).latent_std, expected)
+    with torch.no_grad():
+        model._encoder[-1].ln.weight.zero_()  # type: ignore[union-attr]
+    assert fast_loss(model, d, config).latent_std < 1e-12
+
+
+# Which gradients exist
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_targets_pass_no_gradient(name: str) -> None:
+    """An observation used as a target alone gets none: all but the first in a rollout."""
+    model, config, task = build(CASES[name])
+    d = data()
+    d.obs.requires_grad_()
+    numbers = None if task is None else torch.full((BATCH,), task)
+    (grad,) = torch.autograd.grad(fast_loss(model, d, config, numbers).total, d.obs)
+    sources = HORIZON if config.flow_start == "teacher" else 1
+    assert (grad[:sources].abs().amax(dim=(1, 2)) > 1e-8).all()
+    assert grad[sources:].eq(0).all()
+
+
+@pytest.mark.parametrize("flow_start", ["rollout", "teacher"])
+@pytest.mark.parametrize("target_grad", [True, False])
+def test_target_grad_is_the_gradient_through_the_velocity_target(
+    flow_start: str, target_grad: bool
+) -> None:
+    """With v = 0 whatever its input, v* is the only way from the loss to the encoder."""
+    model = small_model(kind="flow")
+    with torch.no_grad():
+        model._velocity[-1].weight.zero_()  # type: ignore[operator, union-attr]
+        model._velocity[-1].bias.zero_()  # type: ignore[operator, union-attr]
+    config = ModelLearningConfig(flow_start=flow_start, target_grad=target_grad, reward_coef=0.0)
+    d = data()
+    loss = fast_loss(model, d, config)
+    encoder = {k: g for k, g in gradients(loss.total, model).items() if k.startswith("_encoder")}
+    if not target_grad:
+        assert all(g.eq(0).all() for g in encoder.values())
+        return
+    z0 = SlowModel(model).encode(d.obs[0])
+    total = torch.zeros((), dtype=torch.float64)
+    for t in range(HORIZON):  # with v = 0 a rollout stays where it starts
+        start = SlowModel(model).encode(d.obs[t]) if flow_start == "teacher" else z0
+        target = SlowModel(model).encode(d.obs[t + 1]).detach()
+        total = total + 20.0 * GAMMA**t / HORIZON * (target - start).square().mean()
+    same(loss.total, total)
+    for key, expected in gradients(total, model).items():
+        if key in encoder:
+            same(encoder[key], expected, msg=key)
+
+
+# Flow times
+
+
+def recorded_tau(model: LatentModel, config: ModelLearningConfig, d: Data) -> Tensor:
+    """The flow times at which one loss evaluates the velocity for its target."""
+    assert isinstance(model, FlowWorldModel)
+    seen: list[Tensor] = []
+    original = model.velocity
+
+    def velocity(z: Tensor, a: Tensor, tau: Tensor, task: Tensor | None = None) -> Tensor:
+        seen.append(tau)
+        return original(z, a, tau, task)
+
+    model.velocity = velocity  # type: ignore[method-assign, assignment]
+    world_model_loss(model, *d.windows(), config, gamma=GAMMA)
+    assert len(seen) == 1
+    return seen[0]
+
+
+def test_uniform_tau() -> None:
+    """One draw for every sample and step, spread evenly over [0, 1), new at every call."""
+    model, d = small_model(kind="flow"), data(horizon=8, batch=250)
+    tau = recorded_tau(model, ModelLearningConfig(), d)
+    assert tau.shape == (8, 250) and tau.dtype == d.obs.dtype
+    assert tau.min() >= 0 and tau.max() <= 1
+    assert len(tau.unique()) > 1990
+    # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand.
+    positions = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    assert (tau.flatten().sort().values - positions).abs().max() < 1.95 / 2000**0.5
+    assert not torch.equal(recorded_tau(small_model(kind="flow"), ModelLearningConfig(), d), tau)
+
+
+def test_midpoint_tau() -> None:
+    model = small_model(kind="flow")
+    tau = recorded_tau(model, ModelLearningConfig(tau_sampling="midpoint"), data())
+    assert torch.equal(tau, torch.full((HORIZON, BATCH), 0.5, dtype=torch.float64))
+
+
+def test_given_tau_is_used() -> None:
+    """The loss at tau = 0 is that at z[t], at tau = 1 that at the target."""
+    model, config = small_model(kind="flow"), ModelLearningConfig(flow_start="teacher")
+    d = data()
+    for value in (0.0, 1.0):
+        d.tau.fill_(value)
+        total = torch.zeros((), dtype=torch.float64)
+        slow = SlowModel(model)
+        for t in range(HORIZON):
+            start, target = slow.encode(d.obs[t]), slow.encode(d.obs[t + 1])
+            v = slow.velocity(target if value else start, d.action[t], value)
+            total = total + GAMMA**t / HORIZON * (v - (target - start)).square().mean()
+        same(fast_loss(model, d, config).dynamics, total)

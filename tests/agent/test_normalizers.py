@@ -1,0 +1,85 @@
+"""Running statistics against NumPy over everything seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pwm_fast.agent.normalizers import RunningMeanStd
+from tests.models.builders import same
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_equals_numpy_over_all_batches(shape: tuple[int, ...]) -> None:
+    """Batches of any size and leading shape, one of them empty."""
+    rms = RunningMeanStd(shape)
+    batches = []
+    for lead in ((1,), (7,), (0,), (2, 5), (100,)):
+        x = 3.0 + 2.0 * torch.randn(*lead, *shape) + len(batches)
+        rms.update(x)
+        batches.append(x.double().reshape(-1, *shape).numpy())
+    rows = np.concatenate(batches)
+    same(rms.mean, torch.as_tensor(rows.mean(0)))
+    same(rms.var, torch.as_tensor(rows.var(0)))
+    assert rms.count.item() == len(rows) == 118
+
+
+def test_before_the_first_update() -> None:
+    """Mean 0 and variance 1, which one batch replaces rather than averages with."""
+    rms = RunningMeanStd((2,))
+    x = torch.tensor([[3.0, -4.0]])
+    same(rms.normalize(x), x / (1 + 1e-5) ** 0.5, rtol=1e-6)
+    rms.update(torch.zeros(0, 2))
+    assert rms.mean.tolist() == [0.0, 0.0] and rms.var.tolist() == [1.0, 1.0]
+    rms.update(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    assert rms.mean.tolist() == [2.0, 5.0] and rms.var.tolist() == [1.0, 0.0]
+
+
+def test_is_stable_far_from_zero() -> None:
+    """A deviation of 1 around 10^6: the difference of two float32 sums would lose it."""
+    rms = RunningMeanStd()
+    x = 1e6 + torch.randn(20, 500, dtype=torch.float64)
+    for batch in x:
+        rms.update(batch)
+    same(rms.var, x.var(correction=0), rtol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_items_with_a_non_finite_entry_are_left_out(bad: float, shape: tuple[int, ...]) -> None:
+    """The whole item, and nothing else; a batch of such items changes nothing."""
+    rms, clean = RunningMeanStd(shape), RunningMeanStd(shape)
+    x = torch.randn(8, *shape)
+    clean.update(x[[0, 1, 3, 4, 6, 7]])
+    dirty = x.clone()
+    dirty[2].fill_(bad)
+    dirty[5].view(-1)[0] = bad
+    rms.update(dirty)
+    rms.update(torch.full((4, *shape), bad))
+    assert rms.count.item() == 6
+    same(rms.mean, clean.mean)
+    same(rms.var, clean.var)
+
+
+def test_scale_and_normalize() -> None:
+    rms = RunningMeanStd((2,))
+    rms.update(torch.tensor([[0.0, 10.0], [2.0, 30.0]]))
+    same(rms.scale(), torch.tensor([1.0 + 1e-5, 100.0 + 1e-5]).sqrt(), rtol=1e-6)
+    same(rms.scale(eps=3.0), torch.tensor([2.0, 103.0**0.5]), rtol=1e-6)
+    x = torch.tensor([[1.0, 25.0], [2.0, 1000.0], [-50.0, 20.0]])
+    expected = torch.tensor([[0.0, 0.5], [1.0, 10.0], [-10.0, 0.0]])  # clipped to 10 deviations
+    same(rms.normalize(x), expected, rtol=1e-4)
+    assert rms.normalize(x).dtype == torch.float32
+    assert rms.normalize(x.double()).dtype == torch.float64
+
+
+def test_state_dict_round_trip() -> None:
+    rms, other = RunningMeanStd((3,)), RunningMeanStd((3,))
+    rms.update(torch.randn(5, 3))
+    other.load_state_dict(rms.state_dict())
+    x = torch.randn(4, 3)
+    rms.update(x)
+    other.update(x)
+    for name in ("mean", "var", "count"):
+        assert torch.equal(getattr(rms, name), getattr(other, name))

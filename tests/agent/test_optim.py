@@ -1,0 +1,176 @@
+"""Guarded Adam: plain Adam with clipping, except that non-finite updates leave no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pwm_fast.agent.optim import GuardedAdam
+from tests.models.builders import same
+
+
+def make(grad_norm: float = 1.0, lr: float = 0.1) -> tuple[nn.Linear, GuardedAdam]:
+    torch.manual_seed(3)
+    net = nn.Linear(4, 3)
+    return net, GuardedAdam(net.parameters(), lr, (0.7, 0.95), grad_norm)
+
+
+def loss_of(net: nn.Linear, x: Tensor) -> Tensor:
+    return net(x).square().sum()
+
+
+def state_of(net: nn.Linear, optimizer: GuardedAdam) -> list[Tensor]:
+    values = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        values += [v.clone() for v in optimizer.adam.state[p].values()]
+    return values
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("grad_norm", [0.5, 1e9])
+def test_equals_adam_with_clipping(grad_norm: float) -> None:
+    """Against ``torch.optim.Adam`` (not fused) and ``clip_grad_norm_``; the norm is before it."""
+    net, optimizer = make(grad_norm)
+    reference = copy.deepcopy(net)
+    adam = torch.optim.Adam(reference.parameters(), lr=0.1, betas=(0.7, 0.95), fused=False)
+    for i in range(5):
+        x = (1.0 + i) * torch.randn(6, 4)
+        norm = optimizer.step(loss_of(net, x))
+        adam.zero_grad()
+        loss_of(reference, x).backward()
+        expected = nn.utils.clip_grad_norm_(reference.parameters(), grad_norm)
+        adam.step()
+        same(norm, expected, rtol=1e-6)
+        assert norm > 0.5
+        for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+            same(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_clipped_gradients_are_kept_only_on_request() -> None:
+    """Their total norm is at most the limit; otherwise ``.grad`` is None afterwards."""
+    net, optimizer = make(grad_norm=0.5)
+    norm = optimizer.step(loss_of(net, torch.randn(6, 4)))
+    assert all(p.grad is None for p in net.parameters())
+    assert norm > 1.0
+    optimizer.keep_gradients = True
+    optimizer.step(loss_of(net, torch.randn(6, 4)))
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    assert len(grads) == 2
+    assert torch.stack([g.square().sum() for g in grads]).sum().sqrt().item() == pytest.approx(
+        0.5, rel=1e-4
+    )
+
+
+def test_unused_parameters_get_a_zero_gradient() -> None:
+    """As if they had been part of the loss with weight 0."""
+    net, optimizer = make()
+    bias = net.bias.detach().clone()
+    optimizer.step(net.weight.square().sum())
+    assert torch.equal(net.bias, bias)
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """A finite value whose gradient is not."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return torch.full_like(grad, float("inf"))
+
+
+BAD = {
+    "nan loss": lambda net: loss_of(net, torch.randn(6, 4)) * float("nan"),
+    "inf loss": lambda net: loss_of(net, torch.randn(6, 4)) * float("inf"),
+    # An infinite loss whose gradient is zero: only the loss tells.
+    "inf loss, finite gradient": lambda net: loss_of(net, torch.randn(6, 4)) + float("inf"),
+    "inf gradient": lambda net: InfiniteGradient.apply(loss_of(net, torch.randn(6, 4))),
+    "one nan entry": lambda net: (
+        loss_of(net, torch.randn(6, 4)) + (net.bias[0] - net.bias[0].detach()).sqrt()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("first", [True, False])
+def test_non_finite_update_leaves_everything_bitwise_unchanged(kind: str, first: bool) -> None:
+    """Parameters, moments and step counts; also as the very first update."""
+    net, optimizer = make()
+    if not first:
+        optimizer.step(loss_of(net, torch.randn(6, 4)))
+    before = state_of(net, optimizer)
+    weights = [p.detach().clone() for p in net.parameters()]
+    optimizer.step(BAD[kind](net))
+    after = state_of(net, optimizer)
+    assert all(torch.equal(p, w) for p, w in zip(net.parameters(), weights, strict=True))
+    if first:
+        moments = after[len(weights) :]
+        assert moments and all(v.eq(0).all() for v in moments)
+    else:
+        assert equal(before, after)
+    assert (int(optimizer.skipped), int(optimizer.skipped_in_a_row)) == (1, 1)
+    optimizer.step(BAD[kind](net))
+    assert (int(optimizer.skipped), int(optimizer.skipped_in_a_row)) == (2, 2)
+    optimizer.step(loss_of(net, torch.randn(6, 4)))
+    assert (int(optimizer.skipped), int(optimizer.skipped_in_a_row)) == (2, 0)
+    assert not equal(state_of(net, optimizer), after)
+
+
+def test_goes_on_as_if_nothing_had_been() -> None:
+    """After skipped updates the next one equals, to the bit, that of an optimiser without them."""
+    (net, optimizer), (other, clean) = make(), make()
+    batches = [torch.randn(6, 4) for _ in range(3)]
+    for x in batches:
+        optimizer.step(loss_of(net, x))
+        optimizer.step(loss_of(net, x) * float("nan"))
+        clean.step(loss_of(other, x))
+        assert equal(state_of(net, optimizer), state_of(other, clean))
+
+
+def test_set_lr_acts_in_place() -> None:
+    """Rate 0 moves nothing; the tensor stays the one that a captured graph would read."""
+    net, optimizer = make()
+    tensor = optimizer.lr
+    optimizer.set_lr(0.0)
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.step(loss_of(net, torch.randn(6, 4)))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert optimizer.lr is tensor is optimizer.adam.param_groups[0]["lr"]
+    assert optimizer.initial_lr == 0.1
+
+
+def test_round_trip_continues_to_the_bit_and_shares_nothing() -> None:
+    (net, optimizer), (other, restored) = make(), make()
+    for _ in range(3):
+        optimizer.step(loss_of(net, torch.randn(6, 4)))
+    optimizer.step(loss_of(net, torch.randn(6, 4)) * float("nan"))
+    optimizer.set_lr(0.03)
+    other.load_state_dict(net.state_dict())
+    tensor = restored.lr
+    restored.load_state_dict(optimizer.state_dict())
+    assert restored.lr is tensor is restored.adam.param_groups[0]["lr"]
+    assert restored.lr.item() == pytest.approx(0.03)
+    assert (int(restored.skipped), int(restored.skipped_in_a_row)) == (1, 1)
+    x = torch.randn(6, 4)
+    before = state_of(other, restored)
+    optimizer.step(loss_of(net, x))
+    assert equal(state_of(other, restored), before), "both write to the same moments"
+    restored.step(loss_of(other, x))
+    assert equal(state_of(net, optimizer), state_of(other, restored))
+
+
+def test_loading_keeps_this_runs_betas() -> None:
+    """A checkpoint that is continued with new settings does not bring its own."""
+    _, saved = make()
+    net = nn.Linear(4, 3)
+    optimizer = GuardedAdam(net.parameters(), 0.1, (0.5, 0.6), 1.0)
+    optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.adam.param_groups[0]["betas"] == (0.5, 0.6)

@@ -1,0 +1,46 @@
+"""The Hydra configurations hold exactly what ``make`` takes."""
+
+from pathlib import Path
+
+import pytest
+
+from pwm_fast.envs import ADAPTERS, TASKS, make
+
+omegaconf = pytest.importorskip("omegaconf", reason="needs pip install 'pwm-fast[train]'")
+
+FOLDER = Path(__file__).parents[2] / "configs" / "env"
+
+
+def load(name):
+    return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(FOLDER / f"{name}.yaml"))
+
+
+def test_every_environment_has_a_configuration():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*TASKS, *ADAPTERS}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_envs", "options"),
+    [
+        ("ant", 128, set()),
+        ("cartpole", 64, {"start"}),
+        ("hopper", 64, set()),
+        ("gym", 16, {"id", "kwargs"}),
+        ("dmc", 8, {"domain", "task", "action_repeat"}),
+    ],
+)
+def test_keys(name, num_envs, options):
+    config = load(name)
+    assert config["name"] == name
+    assert config["num_envs"] == num_envs
+    assert config["max_episode_steps"] is None
+    assert config["threads"] == 1
+    assert set(config) == {"name", "num_envs", "max_episode_steps", "threads"} | options
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_make_takes_them(name):
+    pytest.importorskip("mujoco.batch", reason="needs pip install 'pwm-fast[train]'")
+    config = load(name)
+    env = make(**config, seed=1)
+    assert env.num_envs == config["num_envs"]

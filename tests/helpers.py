@@ -1,0 +1,85 @@
+"""What several test files use: random layers and the rule for lower precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops import Activation, Layer
+
+PARAMETERS = ("weight", "bias", "ln_weight", "ln_bias")
+
+
+def random_layer(
+    inputs: int,
+    outputs: int,
+    act: Activation = "none",
+    *,
+    norm: bool = True,
+    bias: bool = True,
+    members: tuple[int, ...] = (),
+    simnorm_dim: int = 8,
+    dtype: torch.dtype = torch.float64,
+    generator: torch.Generator | None = None,
+) -> Layer:
+    """Draw a layer with outputs of order 1; ``members=(E,)`` makes an ensemble of E."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*members, *shape, dtype=dtype, generator=generator)
+
+    return Layer(
+        weight=normal(outputs, inputs) / inputs**0.5,
+        bias=normal(outputs) if bias else None,
+        ln_weight=1.0 + 0.3 * normal(outputs) if norm else None,
+        ln_bias=0.3 * normal(outputs) if norm else None,
+        act=act,
+        simnorm_dim=simnorm_dim,
+    )
+
+
+def tensors_of(layer: Layer) -> list[Tensor]:
+    """Return the parameters that the layer has, in the order of its fields."""
+    return [p for p in (getattr(layer, name) for name in PARAMETERS) if p is not None]
+
+
+def with_tensors(layer: Layer, tensors: list[Tensor]) -> Layer:
+    """Put other parameters in the place of those of ``tensors_of(layer)``."""
+    names = [name for name in PARAMETERS if getattr(layer, name) is not None]
+    return layer._replace(**dict(zip(names, tensors, strict=True)))
+
+
+def assert_2x(
+    ours: Tensor,
+    torch_same_dtype: Tensor,
+    ref_fp64: Tensor,
+    what: str = "",
+    nearby: Sequence[tuple[Tensor, Tensor]] = (),
+) -> None:
+    """Assert that ours errs at most twice as much as PyTorch in the same dtype, plus rounding.
+
+    The rounding floor comes from the data: what is lost by ``+ 0.3 - 0.3`` in the output's dtype.
+
+    Args:
+        ours: result under test.
+        torch_same_dtype: PyTorch's own result in the same dtype.
+        ref_fp64: the truth.
+        what: named in the message.
+        nearby: more pairs of PyTorch's result and its truth, at inputs close to these: in a small
+            result a single rounding error of PyTorch's may be next to nothing by luck.
+    """
+    assert ref_fp64.dtype == torch.float64
+    assert ours.dtype == torch_same_dtype.dtype
+    assert ours.shape == torch_same_dtype.shape == ref_fp64.shape
+    if ref_fp64.numel() == 0:
+        return
+    rounded = ref_fp64.to(ours.dtype)
+    floor = 2.0 * _distance(rounded + 0.3 - 0.3, rounded)
+    torch_error = max(_distance(t, ref) for t, ref in [(torch_same_dtype, ref_fp64), *nearby])
+    error, allowed = _distance(ours, ref_fp64), 2.0 * torch_error + floor
+    assert error <= allowed, f"{what}: error {error:.3e} exceeds {allowed:.3e} ({ours.dtype})"
+
+
+def _distance(x: Tensor, ref: Tensor) -> float:
+    return (x.double() - ref.double()).abs().max().item()

@@ -1,0 +1,178 @@
+"""Gradient signal-to-noise ratio against numpy, above all where the samples nearly agree."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from pwm_fast import ops
+
+SHAPES = [(7, 5), (5,), (), (3, 2, 1)]
+
+
+def np_esnr(samples: np.ndarray, eps: float = 1e-10) -> tuple[float, float, float]:
+    """Return signal, noise and ratio of ``[M, P]`` samples, in float64 whatever they come in."""
+    g = samples.astype(np.float64)
+    mean = g.sum(axis=0) / len(g)
+    signal = float((mean**2).sum())
+    noise = float(sum(((row - mean) ** 2).sum() for row in g) / len(g))
+    return signal, noise, signal / max(noise, eps)
+
+
+def difference_of_totals(samples: Tensor, eps: float = 1e-10) -> float:
+    """Compute the ratio the published way: ``|mu|^2 / (mean |g|^2 - |mu|^2)``."""
+    signal = samples.mean(0).square().sum()
+    noise = samples.square().sum(1).mean() - signal
+    return (signal / noise.clamp_min(eps)).item()
+
+
+def gradients(samples: int, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
+    """Draw samples as ``torch.autograd.grad`` returns them: a list of tensors each."""
+    centres = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
+    return [
+        [(c + 0.5 * torch.randn(c.shape, dtype=torch.float64)).to(dtype) for c in centres]
+        for _ in range(samples)
+    ]
+
+
+def flat(samples: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.cat([g.reshape(-1) for g in sample]) for sample in samples])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("samples", [2, 5, 16])
+def test_lists_and_stacked_tensors_equal_the_formula(samples: int, dtype: torch.dtype) -> None:
+    """All results are float64 and exact for the given numbers, of whatever dtype they are."""
+    grads = gradients(samples, dtype)
+    stacked = flat(grads)
+    signal, noise, ratio = np_esnr(stacked.double().numpy())
+    for result in (ops.esnr(grads), ops.esnr(stacked), ops.esnr(stacked[:, None, :])):
+        assert all(x.dtype == torch.float64 for x in result)
+        assert math.isclose(result.signal.item(), signal, rel_tol=1e-12)
+        assert math.isclose(result.noise.item(), noise, rel_tol=1e-12)
+        assert math.isclose(result.ratio.item(), ratio, rel_tol=1e-12)
+        assert math.isclose(result.db.item(), 10.0 * math.log10(ratio), rel_tol=1e-12)
+
+
+def test_a_case_by_hand() -> None:
+    """Samples (1, 0) and (3, 0): mean (2, 0), signal 4, noise 1, 6.02 dB."""
+    result = ops.esnr(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+    assert (result.signal, result.noise, result.ratio) == (4.0, 1.0, 4.0)
+    assert math.isclose(result.db.item(), 10.0 * math.log10(4.0), rel_tol=1e-15)
+    assert result.tensor_ratio.tolist() == [4.0]
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-6])
+def test_nearly_equal_samples(spread: float) -> None:
+    """float32 samples that nearly agree: ours is exact, the difference of float32 totals is not."""
+    centre = 1.0 + torch.rand(20_000)
+    stacked = centre * (1.0 + spread * torch.randn(32, 20_000))
+    assert stacked.dtype == torch.float32
+    _, noise, truth = np_esnr(stacked.numpy())
+    assert noise > 1e-9  # the floor of the denominator plays no part here
+    ours = ops.esnr(stacked).ratio.item()
+    parts = [list(row.split([7_000, 12_000, 1_000])) for row in stacked]
+    for value in (ours, ops.esnr(parts).ratio.item()):
+        assert abs(value - truth) / truth < 1e-9
+    assert abs(difference_of_totals(stacked) - truth) / truth > 0.05
+
+
+def test_nearly_equal_float64_samples() -> None:
+    """The difference of totals would fail in float64 as well: the samples must be centred."""
+    centre = 1.0 + torch.rand(20_000, dtype=torch.float64)
+    stacked = centre * (1.0 + 1e-7 * torch.randn(32, 20_000, dtype=torch.float64))
+    truth = np_esnr(stacked.numpy())[2]
+    assert abs(ops.esnr(stacked).ratio.item() - truth) / truth < 1e-9
+    assert abs(difference_of_totals(stacked) - truth) / truth > 1e-6
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_ratio_per_tensor(debias: bool) -> None:
+    """Entry j is the ESNR of the j-th parameter tensor alone."""
+    grads = gradients(6)
+    ratios = ops.esnr(grads, debias=debias).tensor_ratio
+    assert ratios.shape == (len(SHAPES),)
+    for j, ratio in enumerate(ratios):
+        alone = ops.esnr([[sample[j]] for sample in grads], debias=debias)
+        assert math.isclose(ratio.item(), alone.ratio.item(), rel_tol=1e-12)
+
+
+def test_debias_subtracts_the_noise_of_the_mean() -> None:
+    grads = gradients(6)
+    biased, debiased = ops.esnr(grads), ops.esnr(grads, debias=True)
+    signal = biased.signal - biased.noise / 6
+    assert 0.0 < signal < biased.signal
+    torch.testing.assert_close(debiased.signal, signal, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(debiased.noise, biased.noise, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(debiased.ratio, signal / biased.noise, rtol=1e-12, atol=0.0)
+
+
+def test_debias_of_the_total_is_not_the_sum_over_tensors() -> None:
+    """A tensor of noise alone is cut at 0 in its own ratio, not in the total of all tensors."""
+    noise = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    grads = [[torch.tensor([2.0 + s]), torch.tensor([8.0 * s])] for s in noise.tolist()]
+    result = ops.esnr(grads, debias=True)
+    assert result.tensor_ratio.tolist() == [3.5, 0.0]  # (4 - 1/2) / 1 and max(0 - 64/2, 0) / 64
+    for total in (result, ops.esnr(flat(grads), debias=True)):
+        assert (total.signal, total.noise, total.ratio) == (0.0, 65.0, 0.0)
+        assert total.db == -math.inf
+
+
+@pytest.mark.parametrize("eps", [1e-10, 0.25])
+def test_eps_bounds_the_noise_of_identical_samples(eps: float) -> None:
+    result = ops.esnr(torch.full((3, 4), 0.5), eps=eps)
+    assert (result.signal, result.noise) == (1.0, 0.0)
+    assert math.isclose(result.ratio.item(), 1.0 / eps, rel_tol=1e-12)
+    assert math.isclose(result.tensor_ratio.item(), 1.0 / eps, rel_tol=1e-12)
+    assert math.isclose(result.db.item(), -10.0 * math.log10(eps), rel_tol=1e-12)
+
+
+def test_eps_defaults_to_1e_10() -> None:
+    identical = torch.ones(2, 3)
+    assert torch.equal(ops.esnr(identical).ratio, ops.esnr(identical, eps=1e-10).ratio)
+
+
+def test_scale_and_order_do_not_matter() -> None:
+    stacked = flat(gradients(5))
+    expected = ops.esnr(stacked).ratio
+    for other in (-3.0 * stacked, stacked.flip(0), stacked.flip(1)):
+        torch.testing.assert_close(ops.esnr(other).ratio, expected, rtol=1e-12, atol=0.0)
+
+
+def test_any_strides() -> None:
+    stacked = flat(gradients(5))
+    expected = ops.esnr(stacked)
+    wide = stacked.repeat_interleave(2, dim=1)[:, ::2]
+    tall = stacked.T.contiguous().T
+    mixed = stacked.T.contiguous().T[:, 1:].expand(5, -1)
+    for view in (wide, tall):
+        torch.testing.assert_close(ops.esnr(view), expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(ops.esnr(mixed), ops.esnr(stacked[:, 1:]), rtol=1e-12, atol=0.0)
+    repeated = stacked[:1].expand(5, -1)  # the same sample five times
+    assert ops.esnr(repeated).noise < 1e-28
+
+
+def test_mixed_dtypes_within_a_sample() -> None:
+    grads = [[a.bfloat16(), b, c, d.float()] for a, b, c, d in gradients(4)]
+    expected = ops.esnr([[g.double() for g in sample] for sample in grads])
+    torch.testing.assert_close(ops.esnr(grads), expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_derivatives(debias: bool) -> None:
+    """In every sample, of every result."""
+    inputs = [(2.0 + torch.randn(3, n, dtype=torch.float64)).requires_grad_() for n in (2, 5)]
+
+    def call(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ops.esnr([list(pair) for pair in zip(a, b, strict=True)], debias=debias))
+
+    assert (call(*inputs)[-1] > 0.0).all()  # away from the kink of the debiased signal
+    assert gradcheck(call, inputs)
+    assert gradgradcheck(call, inputs)

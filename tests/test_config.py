@@ -1,0 +1,311 @@
+"""Configuration: the YAML files compose and are valid; a wrong value is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from pwm_fast import config as configuration
+from pwm_fast.config import ConfigError, TrainConfig, from_dict, to_dict
+from tests.models.builders import CONFIGS, compose, compose_raw
+
+ALGS = sorted(p.stem for p in (CONFIGS / "alg").glob("*.yaml"))
+ENVS = sorted(p.stem for p in (CONFIGS / "env").glob("*.yaml"))
+ENV: dict[str, Any] = {"name": "cartpole"}
+
+
+def nested(key: str, value: object) -> dict[str, Any]:
+    """``{"a": {"b": value}}`` for ``a.b``, beside the environment that is always needed."""
+    result: dict[str, Any] = {"env": dict(ENV)}
+    *path, last = key.split(".")
+    inner = result
+    for part in path:
+        inner = inner.setdefault(part, {})
+    inner[last] = value
+    return result
+
+
+# The files
+
+
+def test_the_files_are_found() -> None:
+    assert {"pwm", "pwm_flow", "pwm_5M", "pwm_5M_flow", "pwm_48M_flow"} <= set(ALGS)
+    assert {"ant", "cartpole", "hopper", "gym", "dmc"} <= set(ENVS)
+
+
+@pytest.mark.parametrize("alg", ALGS)
+def test_every_alg_composes(alg: str) -> None:
+    """Valid, named as its file, its kind in the name, and unchanged by a round trip."""
+    config = compose(f"alg={alg}")
+    assert config.alg.name == alg
+    assert (config.alg.world_model.kind == "flow") == alg.endswith("flow")
+    assert config.alg.world_model.head == "linear"
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_every_env_composes(env: str) -> None:
+    """Valid, named as its file; what the schema does not know went to its options."""
+    config = compose(f"env={env}")
+    assert config.env.name == env
+    known = {f.name for f in dataclasses.fields(configuration.EnvConfig)}
+    raw = set(compose_raw(f"env={env}").env)
+    assert set(config.env.options) == raw - known
+    assert from_dict(to_dict(config)) == config
+
+
+def test_defaults_and_overrides() -> None:
+    """``env=ant alg=pwm_5M_flow seed=42``, single keys, null, and what interpolates them."""
+    config = compose(
+        "env=ant",
+        "alg=pwm_5M_flow",
+        "seed=42",
+        "alg.world_model.units=[100,200]",
+        "alg.actor.lr=0.001",
+        "resume=null",
+        "num_envs=7",
+    )
+    assert config.env.name == "ant" and config.env.num_envs == 128 and config.worlds == 7
+    assert config.alg.world_model.units == [100, 200]
+    assert config.alg.actor.lr == 0.001
+    assert config.seed == 42 and config.resume is None
+    assert config.run_dir == "runs/ant/pwm_5M_flow/seed_42"
+    assert compose("env=ant").worlds == 128
+
+
+def test_published_single_task_values() -> None:
+    """PWM's own: 16 steps, gamma 0.99, lambda 0.95, its rates, norms and coefficients."""
+    alg = compose("env=ant", "alg=pwm").alg
+    assert (alg.horizon, alg.gamma, alg.final_lr) == (16, 0.99, 1e-5)
+    assert (alg.world_model.num_bins, alg.normalize_rewards) == (1, True)
+    model, actor, critic = alg.model_learning, alg.actor, alg.critic
+    assert (model.dynamics_coef, model.reward_coef) == (1.0, 1.0)
+    assert (model.updates, model.batch_size, model.lr, model.grad_norm) == (8, 256, 3e-4, 20.0)
+    assert model.betas == actor.betas == [0.7, 0.95]
+    assert (actor.units, actor.lr, actor.grad_norm) == ([400, 200, 100], 5e-4, 1.0)
+    assert (actor.init_logstd, actor.min_logstd, actor.detach) == (-1.0, -1.427, True)
+    assert (critic.units, critic.members, critic.lam) == ([400, 200], 3, 0.95)
+    assert (critic.passes, critic.minibatches, critic.grad_norm) == (8, 4, 100.0)
+
+
+def test_every_field_is_documented() -> None:
+    """Each key has its line under Attributes of its class."""
+    for cls in vars(configuration).values():
+        if dataclasses.is_dataclass(cls) and isinstance(cls, type):
+            for f in dataclasses.fields(cls):
+                assert f"\n        {f.name}: " in (cls.__doc__ or ""), f"{cls.__name__}.{f.name}"
+
+
+# Round trip
+
+
+def test_round_trip_keeps_every_value() -> None:
+    """Each field of the schema, set to something else than its default."""
+    start = from_dict({"env": ENV})
+    changed = from_dict(
+        {
+            "env": {"name": "gym", "num_envs": 3, "id": "X-v1", "kwargs": {"a": [1, 2.5]}},
+            "alg": {
+                "name": "x",
+                "world_model": {"kind": "mlp", "units": [3], "vmin": -1.0, "project": True},
+                "model_learning": {"bootstrap_updates": 0, "betas": [0.1, 0.2]},
+                "actor": {"detach": False, "lr": 1e-8},
+                "critic": {"lam": 0.0, "members": 1},
+                "gamma": 1.0,
+            },
+            "seed": 5,
+            "threads": 2,
+            "resume": None,
+            "wandb": {"mode": "offline", "entity": "me"},
+        }
+    )
+    assert changed != start
+    assert changed.env.options == {"id": "X-v1", "kwargs": {"a": [1, 2.5]}}
+    assert from_dict(to_dict(changed)) == changed
+    assert type(to_dict(changed)["alg"]["world_model"]["units"]) is list
+    assert isinstance(changed, TrainConfig)
+
+
+def test_options_beside_and_inside() -> None:
+    """The YAML files have them beside the environment's keys, a checkpoint under ``options``."""
+    config = from_dict({"env": {"name": "cartpole", "start": "upright", "options": {"other": 1}}})
+    assert config.env.options == {"start": "upright", "other": 1}
+
+
+def test_from_dict_leaves_its_argument_alone() -> None:
+    values = {"env": {"name": "cartpole", "start": "upright"}, "alg": {"gamma": 0.9}}
+    from_dict(values)
+    assert values == {"env": {"name": "cartpole", "start": "upright"}, "alg": {"gamma": 0.9}}
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "epoch",
+        "alg.horizons",
+        "alg.world_model.unit",
+        "alg.actor.learning_rate",
+        "wandb.modes",
+        "eval.episode",
+    ],
+)
+def test_unknown_keys(key: str) -> None:
+    """Named in full."""
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        from_dict(nested(key, 1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", "many"),
+        ("epochs", 1.5),
+        ("seed", True),
+        ("device", None),
+        ("env", "cartpole"),
+        ("env.num_envs", "a few"),
+        ("env.options", 5),
+        ("alg", 3),
+        ("alg", [1]),
+        ("alg.world_model", None),
+        ("alg.world_model.latent_dim", "wide"),
+        ("alg.world_model.units", 5),
+        ("alg.actor.detach", "maybe"),
+        ("alg.actor.lr", "fast"),
+        ("alg.critic.betas", 0.9),
+        ("alg.model_learning.batch_size", 2.5),
+        ("eval", 3),
+    ],
+)
+def test_wrong_types(key: str, value: object) -> None:
+    values = {"env": value} if key == "env" else nested(key, value)
+    with pytest.raises(ConfigError, match=rf"^{key}\b"):
+        from_dict(values)
+
+
+NAN, INF = math.nan, math.inf
+OUT_OF_RANGE = {
+    "epochs": [-1],
+    "seed": [-1, 2**31],
+    "device": ["gpu", "cuda:", "cuda:x", "CPU"],
+    "num_envs": [0, -1],
+    "threads": [0],
+    "run_dir": [""],
+    "env.num_envs": [0],
+    "env.threads": [0],
+    "env.max_episode_steps": [0],
+    "eval.every": [-1],
+    "eval.episodes": [0],
+    "eval.final_episodes": [0],
+    "checkpoint.every": [-1],
+    "esnr.every": [-1],
+    "esnr.samples": [1, 129],
+    "wandb.mode": ["on"],
+    "alg.horizon": [0],
+    "alg.gamma": [0.0, 1.01, NAN],
+    "alg.steps_per_epoch": [0],
+    "alg.random_epochs": [0],
+    "alg.replay_capacity": [0],
+    "alg.value_scale": [0.0, INF, NAN],
+    "alg.final_lr": [-1e-9, INF, NAN],
+    "alg.max_skipped_updates": [0],
+    "alg.normalize_rewards": [True],
+    "alg.world_model.kind": ["rnn"],
+    "alg.world_model.head": ["softmax"],
+    "alg.world_model.integrator": ["rk4"],
+    "alg.world_model.substeps": [0],
+    "alg.world_model.latent_dim": [0, -8, 12],
+    "alg.world_model.num_bins": [0],
+    "alg.world_model.num_tasks": [0, 2],
+    "alg.world_model.task_dim": [-1],
+    "alg.world_model.vmin": [10.0, 11.0, -INF, NAN],
+    "alg.world_model.vmax": [INF, NAN],
+    "alg.world_model.units": [[0], [512, -1]],
+    "alg.world_model.encoder_units": [[0]],
+    "alg.world_model.reward_units": [[0]],
+    "alg.model_learning.tau_sampling": ["normal"],
+    "alg.model_learning.flow_start": ["random"],
+    "alg.model_learning.batch_size": [0],
+    "alg.model_learning.updates": [-1],
+    "alg.model_learning.bootstrap_updates": [-1],
+    "alg.model_learning.dynamics_coef": [-1.0, NAN, INF],
+    "alg.model_learning.reward_coef": [-1.0],
+    "alg.model_learning.termination_coef": [-1.0],
+    "alg.actor.units": [[0]],
+    "alg.actor.batch_size": [0],
+    "alg.actor.updates": [-1],
+    "alg.actor.init_logstd": [NAN, INF],
+    "alg.actor.min_logstd": [NAN],
+    "alg.critic.units": [[-3]],
+    "alg.critic.members": [0],
+    "alg.critic.minibatches": [0],
+    "alg.critic.passes": [-1],
+    "alg.critic.lam": [-0.1, 1.1, NAN],
+    **{
+        f"alg.{part}.{name}": values
+        for part in ("model_learning", "actor", "critic")
+        for name, values in {
+            "lr": [0.0, -1.0, NAN, INF],
+            "grad_norm": [0.0, NAN],
+            "betas": [[0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 0.9, 0.9]],
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_out_of_range(key: str, value: object) -> None:
+    """The message begins with the key and what it must be, and ends with the value."""
+    with pytest.raises(ConfigError, match=rf"^{key} must be .*, got ") as caught:
+        from_dict(nested(key, value))
+    assert str(caught.value).endswith(repr(value))
+
+
+def test_environment_is_required() -> None:
+    for values in ({}, {"env": None}, {"env": {"num_envs": 3}}):
+        with pytest.raises(ConfigError, match=r"^env\.name: "):
+            from_dict(values)
+
+
+def test_checks_that_span_two_sections() -> None:
+    """More gradient samples than rollouts, unless ESNR is never measured."""
+    values = nested("esnr.samples", 200)
+    with pytest.raises(ConfigError, match=r"esnr.samples must be at most .*batch_size \(128\)"):
+        from_dict(values)
+    values["esnr"]["every"] = 0
+    assert from_dict(values).esnr.samples == 200
+
+
+def test_missing_value_of_a_yaml_file_is_named() -> None:
+    cfg = compose_raw()
+    cfg.alg.actor.lr = "???"
+    with pytest.raises(ConfigError, match=r"^alg\.actor\.lr: "):
+        configuration.from_hydra(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("alg.horizn=3", "horizn"),
+        ("epoch=3", "epoch"),
+        ("alg=pwm_6M", "pwm_6M"),
+        ("env=mars", "mars"),
+        ("alg.world_model.latent_dim=wide", "alg.world_model.latent_dim"),
+        ("alg.gamma=2", "alg.gamma"),
+    ],
+)
+def test_command_line_errors_name_the_key(override: str, named: str) -> None:
+    """By Hydra where it composes, else by the checks."""
+    from hydra.errors import HydraException
+
+    with pytest.raises((HydraException, ConfigError)) as caught:
+        compose(override)
+    assert named in str(caught.value)

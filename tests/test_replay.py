@@ -1,0 +1,354 @@
+"""Replay against a plain list of what was recorded: each ring holds the newest T records."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pwm_fast.replay import Replay, Windows
+from tests.agent.no_sync import no_sync
+
+OBS, ACTION = 4, 2
+Key = tuple[int, int, int]  # world, episode, first step
+
+
+class Record(NamedTuple):
+    """A row as the docstring of Replay describes it: a transition, or where an episode ended."""
+
+    episode: int
+    step: int
+    acted: bool
+
+
+class Recorder:
+    """Feeds a replay with episodes whose observations say where they come from.
+
+    An observation is ``[world, episode, step, is_terminal]``; the action, reward and flag of a
+    transition are computed from its numbers.
+    """
+
+    def __init__(self, replay: Replay, seed: int, done: float, *, terminal: float = 0.5) -> None:
+        self.replay, self.random = replay, random.Random(seed)
+        self.done_probability, self.terminal = done, terminal
+        worlds = replay.num_envs
+        self.episode, self.step = [0] * worlds, [0] * worlds
+        self.logs: list[list[Record]] = [[] for _ in range(worlds)]
+        self.ended_terminal: dict[tuple[int, int], bool] = {}
+
+    def add(self) -> None:
+        worlds = self.replay.num_envs
+        obs = torch.tensor(
+            [[n, self.episode[n], self.step[n], 0] for n in range(worlds)], dtype=torch.float32
+        )
+        final = obs.clone()
+        final[:, 2] += 1
+        done = torch.zeros(worlds, dtype=torch.bool)
+        terminated = torch.zeros(worlds, dtype=torch.bool)
+        for n in range(worlds):
+            if self.random.random() < self.done_probability:
+                done[n] = True
+                terminated[n] = self.random.random() < self.terminal
+        final[done, 3] = 1
+        self.replay.add(obs, action_of(obs), reward_of(obs), terminated, done, final)
+        for n in range(worlds):
+            self.logs[n].append(Record(self.episode[n], self.step[n], True))
+            self.step[n] += 1
+            if done[n]:
+                self.logs[n].append(Record(self.episode[n], self.step[n], False))
+                self.ended_terminal[n, self.episode[n]] = bool(terminated[n])
+                self.episode[n] += 1
+                self.step[n] = 0
+
+    def held(self) -> Iterator[tuple[int, list[Record]]]:
+        """Records in each ring, oldest first: the newest T of them."""
+        for n, log in enumerate(self.logs):
+            records = list(log)
+            if records and records[-1].acted:  # the next observation already has its row
+                records.append(Record(self.episode[n], self.step[n], False))
+            yield n, records[-self.replay.rows :]
+
+    def windows(self) -> set[Key]:
+        """Every window of H transitions: H + 1 records of one episode, one after another."""
+        h = self.replay.horizon
+        found = set()
+        for n, records in self.held():
+            for i in range(len(records) - h):
+                window = records[i : i + h + 1]
+                if all(r.episode == window[0].episode for r in window):
+                    found.add((n, window[0].episode, window[0].step))
+        return found
+
+    def acted_on(self) -> set[Key]:
+        return {(n, r.episode, r.step) for n, records in self.held() for r in records if r.acted}
+
+
+def action_of(obs: Tensor) -> Tensor:
+    return torch.stack((obs[..., 0] - obs[..., 2], obs[..., 1] + 0.5 * obs[..., 2]), dim=-1)
+
+
+def reward_of(obs: Tensor) -> Tensor:
+    return 100.0 * obs[..., 0] + 10.0 * obs[..., 1] + obs[..., 2]
+
+
+def check(windows: Windows, recorder: Recorder) -> Counter[Key]:
+    """Every window is H consecutive transitions of one episode; returns how often each came."""
+    h = recorder.replay.horizon
+    batch = windows.action.shape[1]
+    assert windows.obs.shape == (h + 1, batch, OBS)
+    assert windows.action.shape == (h, batch, ACTION)
+    assert windows.reward.shape == windows.terminated.shape == (h, batch)
+    for t in range(1, h + 1):
+        assert torch.equal(windows.obs[t, :, :2], windows.obs[0, :, :2]), "crosses an episode's end"
+        assert torch.equal(windows.obs[t, :, 2], windows.obs[0, :, 2] + t), "is not consecutive"
+    assert windows.obs[:-1, :, 3].eq(0).all(), "a terminal observation is acted upon"
+    assert torch.equal(windows.action, action_of(windows.obs[:-1]))
+    assert torch.equal(windows.reward, reward_of(windows.obs[:-1]))
+    assert windows.terminated[:-1].eq(0).all()
+    for b in range(batch):
+        world, episode, _, last = windows.obs[-1, b].int().tolist()
+        terminal = bool(last) and recorder.ended_terminal[world, episode]
+        assert windows.terminated[-1, b].item() == float(terminal)
+    return Counter(tuple(row) for row in windows.obs[0, :, :3].int().tolist())
+
+
+def uniform(counts: Counter[Key], expected: set[Key]) -> None:
+    """All of the expected, nothing else, and no choice preferred (chi-square, six deviations)."""
+    assert set(counts) == expected
+    mean = sum(counts.values()) / len(expected)
+    chi2 = sum((n - mean) ** 2 / mean for n in counts.values())
+    freedom = len(expected) - 1
+    assert chi2 <= freedom + 6 * (2 * freedom) ** 0.5 + 6
+
+
+CASES = [  # worlds, rows, horizon, probability of an episode's end
+    (1, 5, 3, 0.0),
+    (2, 9, 3, 0.15),
+    (3, 20, 4, 0.1),
+    (3, 17, 1, 0.5),
+    (2, 12, 2, 1.0),
+    (2, 31, 6, 0.05),
+]
+
+
+@pytest.mark.parametrize(("worlds", "rows", "horizon", "done"), CASES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_windows_are_exactly_those_held(
+    worlds: int, rows: int, horizon: int, done: float, seed: int
+) -> None:
+    """Five times round the ring: the count is exact, and no sampled window is a wrong one."""
+    replay = Replay(worlds * rows, worlds, OBS, ACTION, horizon)
+    recorder = Recorder(replay, seed, done)
+    seen_terminal = 0
+    for _ in range(5 * rows):
+        recorder.add()
+        expected = recorder.windows()
+        assert replay.num_windows() == len(expected)
+        assert len(replay) == len(recorder.acted_on())
+        if expected:
+            windows = replay.sample(16)
+            assert set(check(windows, recorder)) <= expected
+            seen_terminal += int(windows.obs[-1, :, 3].sum())
+    assert (seen_terminal > 0) == (done > 0 and (done < 1 or horizon == 1))
+
+
+@pytest.mark.parametrize("added", [9, 40, 111])
+def test_every_window_is_sampled_and_uniformly(added: int) -> None:
+    """Before, at and long after the first time round the ring."""
+    replay = Replay(3 * 30, 3, OBS, ACTION, 4)
+    recorder = Recorder(replay, added, 0.12)
+    for _ in range(added):
+        recorder.add()
+    expected = recorder.windows()
+    assert len(expected) > 5
+    uniform(check(replay.sample(300 * len(expected)), recorder), expected)
+
+
+@pytest.mark.parametrize("added", [1, 9, 111])
+def test_sample_obs_returns_every_row_acted_upon_and_uniformly(added: int) -> None:
+    """Terminal observations, and the tentative next one, are no starts for imagination."""
+    replay = Replay(3 * 30, 3, OBS, ACTION, 4)
+    recorder = Recorder(replay, added, 0.2)
+    for _ in range(added):
+        recorder.add()
+    expected = recorder.acted_on()
+    obs = replay.sample_obs(300 * len(expected))
+    assert obs[:, 3].eq(0).all()
+    uniform(Counter(tuple(row) for row in obs[:, :3].int().tolist()), expected)
+
+
+def test_terminal_observation_ends_a_window() -> None:
+    """One episode of exactly H steps: its only window ends on its ``final_obs``."""
+    replay = Replay(20, 1, OBS, ACTION, 3)
+    for t in range(3):
+        obs = torch.full((1, OBS), float(t))
+        done = torch.tensor([t == 2])
+        final = torch.full((1, OBS), 77.0 if t == 2 else t + 1.0)
+        replay.add(obs, torch.zeros(1, ACTION), torch.zeros(1), done, done, final)
+    replay.add(  # the next episode starts elsewhere
+        torch.full((1, OBS), -5.0),
+        torch.zeros(1, ACTION),
+        torch.zeros(1),
+        torch.tensor([False]),
+        torch.tensor([False]),
+        torch.full((1, OBS), -6.0),
+    )
+    assert replay.num_windows() == 1
+    windows = replay.sample(5)
+    assert windows.obs[:, :, 0].tolist() == [[0.0] * 5, [1.0] * 5, [2.0] * 5, [77.0] * 5]
+    assert windows.terminated.tolist() == [[0.0] * 5, [0.0] * 5, [1.0] * 5]
+
+
+def test_truncation_ends_a_window_without_a_terminal_flag() -> None:
+    replay = Replay(20, 1, OBS, ACTION, 1)
+    recorder = Recorder(replay, 0, 1.0, terminal=0.0)
+    recorder.add()
+    windows = replay.sample(4)
+    assert windows.obs[-1, :, 3].eq(1).all()
+    assert windows.terminated.eq(0).all()
+
+
+def test_generator_decides_what_is_sampled() -> None:
+    replay = Replay(200, 2, OBS, ACTION, 3)
+    recorder = Recorder(replay, 0, 0.1)
+    for _ in range(60):
+        recorder.add()
+
+    def draw(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return replay.sample(20, generator).obs, replay.sample_obs(20, generator)
+
+    first, again, other = draw(1), draw(1), draw(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_too_small_a_capacity_is_refused() -> None:
+    """H + 2 rows for each world are the least; the message names the key and what would do."""
+    Replay(4 * 6, 4, OBS, ACTION, 4)
+    message = r"alg.replay_capacity=23 leaves 5 rows for each of 4 worlds.* needs 6: at least 24"
+    with pytest.raises(ValueError, match=message):
+        Replay(23, 4, OBS, ACTION, 4)
+
+
+def same_contents(a: Replay, b: Replay) -> None:
+    for name in ("_data", "_run", "_cursor", "_length"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.mark.parametrize("added", [0, 1, 7, 14, 15, 16, 60])
+@pytest.mark.parametrize("done", [0.0, 0.3, 1.0])
+def test_restored_replay_continues_to_the_bit(added: int, done: float, tmp_path: Path) -> None:
+    """Through a file; partly filled, just full, and wrapped; then the same steps and samples."""
+    replay = Replay(2 * 16, 2, OBS, ACTION, 2)
+    recorder = Recorder(replay, added, done)
+    for _ in range(added):
+        recorder.add()
+    torch.save(replay.state_dict(), tmp_path / "replay.pt")
+    state = torch.load(tmp_path / "replay.pt", weights_only=True)
+    restored = Replay(2 * 16, 2, OBS, ACTION, 2)
+    Recorder(restored, 99, 0.2).add()  # what it held before is gone
+    restored.load_state_dict(state)
+    same_contents(restored, replay)
+    # The restored one gets what the first one gets.
+    original_add = replay.add
+
+    def add_to_both(*args: Tensor) -> None:
+        original_add(*args)
+        restored.add(*args)
+
+    replay.add = add_to_both  # type: ignore[method-assign]
+    for _ in range(20):
+        recorder.add()
+        same_contents(restored, replay)
+    if replay.num_windows():
+        generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+        a, b = replay.sample(30, generators[0]), restored.sample(30, generators[1])
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_saved_state_holds_only_rows_that_were_written() -> None:
+    """A checkpoint early in a run does not hold a million empty rows."""
+    replay = Replay(2 * 1000, 2, OBS, ACTION, 2)
+    recorder = Recorder(replay, 0, 0.0)
+    for _ in range(10):
+        recorder.add()
+    assert replay.state_dict()["data"].shape == (2, 11, OBS + ACTION + 2)
+
+
+def test_saved_state_is_independent_of_the_replay() -> None:
+    """Neither going on nor loading changes a state; two replays may load the same one."""
+    replay = Replay(40, 2, OBS, ACTION, 2)
+    recorder = Recorder(replay, 0, 0.2)
+    for _ in range(12):
+        recorder.add()
+    state = replay.state_dict()
+    copies = [Replay(40, 2, OBS, ACTION, 2) for _ in range(2)]
+    copies[0].load_state_dict(state)
+    recorder.add()
+    recorder.replay = copies[0]
+    recorder.add()
+    copies[1].load_state_dict(state)
+    assert copies[1].num_windows() > 0
+    assert torch.equal(copies[1]._cursor, state["cursor"])
+    assert not torch.equal(copies[0]._cursor, copies[1]._cursor)
+    assert not torch.equal(copies[0]._length, copies[1]._length)
+
+
+def test_state_of_another_run_is_refused() -> None:
+    state = Replay(40, 2, OBS, ACTION, 3).state_dict()
+    for other in (
+        Replay(44, 2, OBS, ACTION, 3),
+        Replay(40, 1, OBS, ACTION, 3),
+        Replay(40, 2, OBS + 1, ACTION, 3),
+        Replay(40, 2, OBS, ACTION, 4),
+    ):
+        with pytest.raises(ValueError, match=r"\[2, 20, 4, 2, 3\], this run needs \["):
+            other.load_state_dict(state)
+
+
+def run_without_sync(device: str) -> None:
+    replay = Replay(40, 2, OBS, ACTION, 3, device)
+    generator = torch.Generator(device)
+
+    def tensors(on: str) -> list[Tensor]:
+        values = [torch.rand(2, n, device=on) for n in (OBS, ACTION, 1)]
+        flag = torch.zeros(2, dtype=torch.bool, device=on)
+        return [values[0], values[1], values[2][:, 0], flag, flag, torch.rand(2, OBS, device=on)]
+
+    steps = [tensors(device) for _ in range(30)]
+    with no_sync(device) as mode:
+        for step in steps:
+            replay.add(*step)
+        windows = replay.sample(64, generator)
+        obs = replay.sample_obs(64, generator)
+    assert mode.operators > 100
+    assert windows.obs.device.type == obs.device.type == torch.device(device).type
+
+
+def test_adding_and_sampling_never_wait_for_the_device() -> None:
+    run_without_sync("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_adding_and_sampling_never_wait_for_the_gpu() -> None:
+    run_without_sync("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_worlds_on_the_cpu_and_policy_and_replay_on_the_gpu() -> None:
+    """Observations come from the environment's device, actions from the policy's."""
+    replay = Replay(40, 2, OBS, ACTION, 1, "cuda")
+    flag = torch.zeros(2, dtype=torch.bool)
+    for _ in range(3):
+        obs = torch.rand(2, OBS)
+        replay.add(obs, torch.rand(2, ACTION, device="cuda"), obs[:, 0], flag, flag, obs)
+    assert replay.sample(4).obs.device.type == "cuda"

@@ -1,0 +1,220 @@
+"""A run that is killed or stopped at any moment goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pwm_fast import checkpoint
+from tests.trainer.conftest import Launcher, rows, tiny_arguments, wait_for
+
+# Counts what a run does to its files and its agent; at the n-th event the process sends itself a
+# signal. With SIGKILL that finds files halfway through being written.
+EVENTS = """
+import os, signal
+import torch
+from pwm_fast import checkpoint, files, metrics, trainer
+from pwm_fast.agent import PWM
+
+count = 0
+
+def event(half=lambda: None):
+    global count
+    count += 1
+    if count == {at}:
+        if {signum} == signal.SIGKILL:
+            half()
+        os.kill(os.getpid(), {signum})
+
+def before(owner, name):
+    original = getattr(owner, name)
+    def call(*args, **kwargs):
+        event()
+        return original(*args, **kwargs)
+    setattr(owner, name, call)
+
+for owner, name in (
+    (os, "replace"), (os, "link"), (os, "fsync"), (PWM, "act"), (PWM, "update_world_model"),
+    (PWM, "update_policy"), (PWM, "actor_esnr"), (trainer, "plot_run"),
+):
+    before(owner, name)
+
+save, write = torch.save, metrics.MetricsFile.write
+
+def torn_save(content, file):
+    def half():
+        file.write(b"half a checkpoint")
+        file.flush()
+    event(half)
+    return save(content, file)
+
+def torn_write(self, row):
+    event(lambda: self._file.write(b'{{"epoch": ' + str(row["epoch"]).encode() + b', "rew'))
+    write(self, row)
+
+torch.save, metrics.MetricsFile.write = torn_save, torn_write
+
+plain_exit = os._exit
+
+def leave(status):
+    with open("events", "w") as file:
+        file.write(str(count))
+    plain_exit(status)
+
+os._exit = leave
+"""
+PARTS = 12
+
+
+def hook(at: int, signum: int) -> str:
+    return EVENTS.format(at=at, signum=int(signum))
+
+
+@pytest.fixture(scope="module")
+def events(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Number of events of an uninterrupted run."""
+    directory = tmp_path_factory.mktemp("events")
+    outcome = launcher.run(directory, *tiny_arguments(directory / "run"), hook=hook(-1, 0))
+    assert outcome.status == 0, outcome.err
+    return int((directory / "events").read_text())
+
+
+def event_in(part: int, events: int) -> int:
+    """A random event in one of the parts of a run."""
+    return random.Random(part).randrange(events * part // PARTS, events * (part + 1) // PARTS) + 1
+
+
+def assert_same(run_dir: Path, whole: Path) -> None:
+    """The rows are the uninterrupted run's to the bit, and so are the weights."""
+    assert rows(run_dir) == rows(whole)
+    ours, theirs = (checkpoint.load(d / "checkpoints" / "final.pt") for d in (run_dir, whole))
+    for module in ("world_model", "actor", "critic"):
+        for name, value in theirs["agent"][module].items():
+            assert torch.equal(ours["agent"][module][name], value), name
+    assert ours["best"] == theirs["best"]
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_killed(
+    part: int, events: int, launcher: Launcher, whole_run: Path, tmp_path: Path
+) -> None:
+    at = event_in(part, events)
+    arguments = tiny_arguments(tmp_path / "run")
+    outcome = launcher.run(tmp_path, *arguments, hook=hook(at, signal.SIGKILL))
+    assert outcome.status == -signal.SIGKILL, (at, outcome)
+    outcome = launcher.run(tmp_path, *arguments)
+    assert outcome.status == 0, (at, outcome)
+    assert_same(tmp_path / "run", whole_run)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_stopped(
+    part: int, events: int, launcher: Launcher, whole_run: Path, tmp_path: Path
+) -> None:
+    at = event_in(part, events)
+    signum = signal.SIGTERM if part % 2 else signal.SIGINT
+    arguments = tiny_arguments(tmp_path / "run")
+    outcome = launcher.run(tmp_path, *arguments, hook=hook(at, signum))
+    assert outcome.status == 128 + signum, (at, outcome)
+    assert outcome.err.split() == [f"{signum.name}:", *"stopping; a checkpoint will be written".split()]
+    latest = checkpoint.load(tmp_path / "run" / "checkpoints" / "latest.pt")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["epochs"] == latest["epoch"]
+    assert summary["status"] in ("interrupted", "finished")
+    outcome = launcher.run(tmp_path, *arguments)
+    assert outcome.status == 0, (at, outcome)
+    assert_same(tmp_path / "run", whole_run)
+
+
+def test_stopped_within_the_bootstrap(launcher: Launcher, tmp_path: Path) -> None:
+    arguments = tiny_arguments(
+        tmp_path / "run", "alg.model_learning.bootstrap_updates=40", "epochs=3"
+    )
+    whole = [*arguments, f"run_dir={tmp_path / 'whole'}"]
+    assert launcher.run(tmp_path, *whole).status == 0
+    code = (
+        "import os, signal\n"
+        "from pwm_fast.agent import PWM\n"
+        "update, count = PWM.update_world_model, 0\n"
+        "def counted(self, windows):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count == 15:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return update(self, windows)\n"
+        "PWM.update_world_model = counted\n"
+    )
+    for done in (15, 30):
+        outcome = launcher.run(tmp_path, *arguments, hook=code)
+        assert outcome.status == 143, outcome
+        saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "latest.pt")
+        assert (saved["epoch"], saved["bootstrapped"]) == (1, False)
+        assert saved["progress"]["done"]["model_updates"] == done
+    assert launcher.run(tmp_path, *arguments).status == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(launcher: Launcher, tmp_path: Path) -> None:
+    arguments = tiny_arguments(
+        tmp_path / "run", "epochs=40", "checkpoint.every=1", "alg.model_learning.updates=6"
+    )
+    whole = [*arguments, f"run_dir={tmp_path / 'whole'}"]
+    assert launcher.run(tmp_path, *whole).status == 0
+    draw, kills = random.Random(0), 0
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while kills < 6:
+        command = launcher.start(tmp_path, *arguments)
+        before = metrics.read_bytes() if metrics.exists() else b""
+        # Not before it has done something: the clock of a busy machine would make this endless.
+        wait_for(lambda: metrics.exists() and metrics.read_bytes() not in (before, b""))
+        time.sleep(draw.uniform(0.0, 0.15))
+        command.kill(signal.SIGKILL)
+        if command.wait().status == 0:
+            break
+        kills += 1
+    assert kills >= 3, "the run is too short for this test"
+    assert launcher.run(tmp_path, *arguments).status == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_stopped_with_everything_on(launcher: Launcher, tmp_path: Path) -> None:
+    arguments = tiny_arguments(
+        tmp_path / "run",
+        "env=hopper",
+        "env.max_episode_steps=30",
+        "epochs=12",
+        "alg=pwm",
+        "alg.world_model.num_bins=1",
+        "alg.normalize_obs=true",
+        "alg.normalize_rewards=true",
+        "alg.replay_capacity=120",  # the ring wraps
+    )
+    whole = [*arguments, f"run_dir={tmp_path / 'whole'}"]
+    assert launcher.run(tmp_path, *whole).status == 0
+    assert any(row["train_episode_length"] or 30 < 30 for row in rows(tmp_path / "whole")[1:])
+    for at in (70, 60, 50):
+        outcome = launcher.run(tmp_path, *arguments, hook=hook(at, signal.SIGTERM))
+        assert outcome.status == 143, outcome
+    assert launcher.run(tmp_path, *arguments).status == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_second_interrupt_stops_at_once(launcher: Launcher, tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from pwm_fast.agent import PWM\n"
+        "def impatient(self, windows):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "PWM.update_world_model = impatient\n"
+    )
+    outcome = launcher.run(tmp_path, *tiny_arguments(tmp_path / "run"), hook=code)
+    assert outcome.status == 130
+    assert "stopped at once" in outcome.err and "Traceback" not in outcome.err

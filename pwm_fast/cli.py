@@ -24,7 +24,9 @@ class JobFailed(RuntimeError):
         self.status = status
 
 
-def main(command: Callable[[Any], int], name: str, schema: Any, config_name: str) -> None:
+def main(
+    command: Callable[[Any], int], name: str, schema: Callable[[], Any], config_name: str
+) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line, run ``command`` on it and exit.
 
     The status is that of ``command``; 2 with one line on stderr for what a user can mend; 130 after
@@ -34,7 +36,7 @@ def main(command: Callable[[Any], int], name: str, schema: Any, config_name: str
     Args:
         command: takes Hydra's configuration, returns an exit status.
         name: of the command.
-        schema: typed keys, which the YAML file calls ``<name>_schema`` in its defaults list.
+        schema: makes the typed keys that the YAML file calls ``<name>_schema`` in its defaults.
         config_name: of the primary configuration.
     """
     try:
@@ -47,7 +49,7 @@ def main(command: Callable[[Any], int], name: str, schema: Any, config_name: str
     except ImportError:
         _fail("this command needs more packages: pip install 'pwm-fast[train]'")
 
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on: they are reported here
     status = 0
 
@@ -90,6 +92,10 @@ def message(error: BaseException) -> str:
 
 def composition_message(error: BaseException) -> str:
     """What Hydra says of a configuration, in one line and without its internals."""
+    override = getattr(error, "override", None)  # of an OverrideParseException
+    if override:
+        hint = "unusual characters need quotes, as in key='\"value\"'"
+        return f"{override!r} cannot be read as key=value; {hint}"
     unknown = re.match(r"Could not (?:override|append) '(\S+)'", str(error))
     if unknown:
         return f"{unknown[1]}: there is no such key; --cfg job shows them all"

@@ -125,6 +125,9 @@ class ModelLearningConfig:
             an ablation: Heun also evaluates 0 and 1).
         flow_start: where a flow-matching path starts: ``rollout`` (the model's own latent) or
             ``teacher`` (the encoded observation; no rollout is computed).
+        start_noise: standard deviation of noise on the path's start. The target still is the
+            encoded successor, so the field learns to lead stray latents back, as ``rollout`` starts
+            teach it, without computing a rollout.
         target_grad: let the gradient reach the start latent through the velocity target too.
     """
 
@@ -139,6 +142,7 @@ class ModelLearningConfig:
     termination_coef: float = 0.1
     tau_sampling: str = "uniform"
     flow_start: str = "rollout"
+    start_noise: float = 0.0
     target_grad: bool = True
 
     def __post_init__(self) -> None:
@@ -147,9 +151,15 @@ class ModelLearningConfig:
         _one_of(f"{key}.flow_start", self.flow_start, ("rollout", "teacher"))
         _positive(key, self, "batch_size")
         _adam(key, self)
-        for name in ("updates", "dynamics_coef", "reward_coef", "termination_coef"):
+        for name in (
+            "updates",
+            "dynamics_coef",
+            "reward_coef",
+            "termination_coef",
+            "start_noise",
+        ):
             _require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
-        _finite(key, self, "dynamics_coef", "reward_coef", "termination_coef")
+        _finite(key, self, "dynamics_coef", "reward_coef", "termination_coef", "start_noise")
         if self.bootstrap_updates is not None:
             value = self.bootstrap_updates
             _require(value >= 0, f"{key}.bootstrap_updates", value, "0 or more, or null")

@@ -61,7 +61,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: the configuration cannot be used.
         CheckpointError: the checkpoint cannot be read or does not fit this program.
     """
-    path = Path(config.checkpoint)
+    path = Path(config.checkpoint).expanduser()
     device = build.select_device(config.device)
     build.set_threads(config.threads)
     content = checkpoint.load(path)
@@ -133,8 +133,8 @@ def run(cfg: Any) -> int:
 
 def _target(config: EvaluateConfig) -> Path:
     """Where the JSON goes, looked at before the work starts."""
-    checkpoint_path = Path(config.checkpoint)
-    path = Path(config.json or checkpoint_path.with_suffix(".evaluation.json"))
+    checkpoint_path = Path(config.checkpoint).expanduser()
+    path = Path(config.json or checkpoint_path.with_suffix(".evaluation.json")).expanduser()
     if config.json and not path.parent.is_dir():
         raise ConfigError(f"json={config.json}: there is no directory {path.parent}")
     if path.is_dir() or (path.parent.is_dir() and not os.access(path.parent, os.W_OK)):

@@ -6,13 +6,13 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pwm_fast.config import TrainConfig
 from pwm_fast.metrics import MetricsFile, Row
+from pwm_fast.rundir import RunDirectory
 from pwm_fast.wandb_run import WandbRun
 
 BAR = {"reward": "reward", "wm_loss": "wm", "actor_loss": "actor", "value_loss": "value"}
@@ -25,6 +25,7 @@ class RunLogger:
 
     Args:
         config: of the run.
+        directory: of the run.
         last_epoch: see :class:`~pwm_fast.metrics.MetricsFile`.
 
     Raises:
@@ -32,10 +33,13 @@ class RunLogger:
         OSError: the metrics file cannot be written.
     """
 
-    def __init__(self, config: TrainConfig, last_epoch: int | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, directory: RunDirectory, last_epoch: int | None = None
+    ) -> None:
         self.config = config
-        self._wandb = None if config.wandb.mode == "disabled" else WandbRun(config)
-        self._file = MetricsFile(Path(config.run_dir) / "metrics.jsonl", last_epoch)
+        disabled = config.wandb.mode == "disabled"
+        self._wandb = None if disabled else WandbRun(config, directory.path)
+        self._file = MetricsFile(directory.metrics, last_epoch)
         self.interactive = sys.stderr.isatty()
         self._bar = _progress_bar(config.epochs, last_epoch or 0, self.interactive)
 

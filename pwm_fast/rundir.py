@@ -45,7 +45,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = path.expanduser()
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
@@ -148,7 +148,7 @@ class RunDirectory:
         return None
 
     def _named(self, name: str) -> Path:
-        path = Path(name)
+        path = Path(name).expanduser()
         if not path.exists():
             raise ConfigError(f"resume={name}: there is no such file")
         if self._holds_run() and path.resolve().parent != self.checkpoints.resolve():

@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
             )
             if source is not None:
                 trainer.restore(source)
-            logger = RunLogger(config, None if source is None else trainer.epoch)
+            logger = RunLogger(config, directory, None if source is None else trainer.epoch)
             directory.begin(config)
             logger.say(describe(config, agent, device))
             if source is not None:
@@ -107,7 +107,7 @@ def run(cfg: Any) -> int:
 
 def main() -> None:
     """Compose the configuration with Hydra and train."""
-    cli.main(run, "train", configuration.hydra_schema(), config_name="config")
+    cli.main(run, "train", configuration.hydra_schema, config_name="config")
 
 
 if __name__ == "__main__":

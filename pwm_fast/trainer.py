@@ -105,6 +105,11 @@ class Trainer:
                 self.save("latest")
                 self._wrap_up("diverged")
                 raise
+            if self.epoch > 0 and not self.bootstrapped:
+                logger.say(
+                    f"nothing was learned: alg.random_epochs={self.config.alg.random_epochs} were "
+                    f"not over, or no episode had alg.horizon={self.config.alg.horizon} steps"
+                )
             summary = self._wrap_up("finished", result)
             ok = True
             return summary

@@ -21,12 +21,13 @@ class WandbRun:
 
     Args:
         config: of the run; its ``wandb.mode`` is not ``disabled``.
+        run_dir: where wandb's own files go.
 
     Raises:
         ConfigError: wandb is not installed, not logged in, or cannot reach its server.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
         mode = config.wandb.mode
         try:
             # Not the import statement: what its types look like depends on what is installed.
@@ -36,7 +37,6 @@ class WandbRun:
                 f"wandb.mode={mode} needs wandb: pip install 'pwm-fast[wandb]'"
             ) from error
         self._histogram = wandb.Histogram
-        run_dir = Path(config.run_dir)
         try:
             self._run: Any = wandb.init(
                 project=config.wandb.project,

@@ -236,6 +236,7 @@ OUT_OF_RANGE = {
     "alg.model_learning.bootstrap_updates": [-1],
     "alg.model_learning.dynamics_coef": [-1.0, NAN, INF],
     "alg.model_learning.reward_coef": [-1.0],
+    "alg.model_learning.start_noise": [-0.1, NAN, INF],
     "alg.model_learning.termination_coef": [-1.0],
     "alg.actor.units": [[0]],
     "alg.actor.batch_size": [0],

@@ -89,7 +89,10 @@ def world_model_loss(
                 tau = torch.full((horizon, batch), 0.5, dtype=start.dtype, device=start.device)
             else:
                 tau = torch.rand(horizon, batch, dtype=start.dtype, device=start.device)
-        z_tau, velocity = ops.flow_interpolate(start, target, tau)
+        origin = start
+        if config.start_noise:
+            origin = start + config.start_noise * torch.randn_like(start)
+        z_tau, velocity = ops.flow_interpolate(origin, target, tau)
         if not config.target_grad:
             velocity = velocity.detach()
         error = (flow.velocity(z_tau, action, tau, task) - velocity).square().mean(-1)

@@ -26,6 +26,7 @@ class Data:
     reward: Tensor
     terminated: Tensor
     tau: Tensor
+    noise: Tensor | None = None  # on the starts of the flow's paths
 
     def windows(self) -> tuple[Tensor, ...]:
         return self.obs, self.action, self.reward, self.terminated
@@ -60,6 +61,7 @@ def slow_loss(
     slow = SlowModel(model, task)
     horizon, batch = d.action.shape[:2]
     dynamics = reward = termination = torch.zeros((), dtype=torch.float64)
+    noise = None if d.noise is None else config.start_noise * d.noise
     z = slow.encode(d.obs[0])
     for t in range(horizon):
         target = slow.encode(d.obs[t + 1]).detach()
@@ -69,8 +71,9 @@ def slow_loss(
             difference = slow.next(start, d.action[t]) - target
         else:
             tau = d.tau[t]
-            point = (1 - tau)[:, None] * start + tau[:, None] * target
-            goal = target - start
+            origin = start if noise is None else start + noise[t]
+            point = (1 - tau)[:, None] * origin + tau[:, None] * target
+            goal = target - origin
             if not config.target_grad:
                 goal = goal.detach()
             difference = slow.velocity(point, d.action[t], tau) - goal
@@ -162,6 +165,31 @@ def test_losses_and_gradients_equal_the_definition(name: str) -> None:
         same(fast_grads[key], expected, msg=key, atol=1e-9)
         if key.endswith("0.weight"):
             assert expected.abs().max() > 1e-4, key
+
+
+@pytest.mark.parametrize("start", ["rollout", "teacher"])
+def test_start_noise_moves_the_paths_start_alone(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards and rollout see the clean latent; the path leads from the noisy one to the target."""
+    model = small_model(kind="flow")
+    d, config = data(), ModelLearningConfig(flow_start=start, start_noise=0.1)
+    d.noise = normal(HORIZON, BATCH, 16)
+    asked = []
+
+    def randn_like(x: Tensor) -> Tensor:
+        asked.append(x.shape)
+        assert d.noise is not None
+        return d.noise
+
+    monkeypatch.setattr(torch, "randn_like", randn_like)
+    ours, slow = fast_loss(model, d, config), slow_loss(model, d, config)
+    assert asked == [(HORIZON, BATCH, 16)]
+    same(ours.dynamics, slow["dynamics"])
+    same(ours.reward, slow["reward"])
+    fast_grads, slow_grads = gradients(ours.total, model), gradients(slow["total"], model)
+    for key, expected in slow_grads.items():
+        same(fast_grads[key], expected, msg=key, atol=1e-9)
 
 
 def test_parts_are_for_logging_and_carry_no_gradient() -> None:

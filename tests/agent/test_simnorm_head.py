@@ -77,6 +77,19 @@ def test_no_parameters_go_below_the_floor(
         assert loss.dynamics >= floor() - 1e-12
 
 
+@pytest.mark.parametrize("scale", [0.02, 1.0, 5.0])
+def test_floor_with_encoded_starts(scale: float) -> None:
+    """Nothing adds up, but the means still differ by 1/8: ``(1/64) sum_t gamma^t / H``."""
+    least = sum(GAMMA**t for t in range(HORIZON)) / 64 / HORIZON
+    assert least == pytest.approx(0.01451, abs=5e-6)
+    model = make("simnorm").double()
+    randomize_(model, scale)
+    obs = torch.randn(HORIZON + 1, 6, 3, dtype=torch.float64)
+    action, reward = obs[1:, :, :1], obs[1:, :, 0]
+    loss = loss_of(model, obs, action, reward, flow_start="teacher")
+    assert least - 1e-12 <= loss.dynamics < floor()
+
+
 def test_the_floor_is_reached() -> None:
     """Constant latents and velocities (all weights 0) give exactly the floor: it is the least."""
     model = make("simnorm").double()

@@ -29,7 +29,8 @@ ROWS = {
     "nulls": [row(0), row(1, wm_loss=None, eval_reward=None), row(2, wm_loss=1.0, esnr_db=-3.0)],
     "zero on a log axis": [row(e, wm_loss=float(e), actor_grad_norm=0.0) for e in range(5)],
     "many": [
-        row(e, wm_loss=1 / (e + 1), train_reward=-e, eval_reward=-e / 2, esnr_db=e) for e in range(99)
+        row(e, wm_loss=1 / (e + 1), train_reward=-e, eval_reward=-e / 2, esnr_db=e)
+        for e in range(99)
     ],
 }
 

@@ -121,7 +121,11 @@ def test_checkpoints(finished: Path) -> None:
     files = {p.name for p in (finished / "checkpoints").iterdir()}
     assert files == {"latest.pt", "latest.previous.pt", "best.pt", "final.pt"}
     loaded = {name: checkpoint.load(finished / "checkpoints" / name) for name in files}
-    assert [loaded[f]["epoch"] for f in ("latest.pt", "latest.previous.pt", "final.pt")] == [6, 4, 6]
+    assert [loaded[f]["epoch"] for f in ("latest.pt", "latest.previous.pt", "final.pt")] == [
+        6,
+        4,
+        6,
+    ]
     best = json.loads((finished / "summary.json").read_text())["best"]
     assert (loaded["best.pt"]["epoch"], loaded["best.pt"]["best"]) == (best["epoch"], best)
     assert loaded["latest.pt"]["replay"] is not None
@@ -162,11 +166,14 @@ def test_same_seed_same_run(finished: Path, tmp_path: Path) -> None:
     assert rows(tmp_path / "other")[-1]["wm_loss"] != rows(finished)[-1]["wm_loss"]
 
 
-def test_learns_only_from_what_replay_holds(tmp_path: Path) -> None:
+def test_learns_only_from_what_replay_holds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     # 3 steps an epoch and windows of 8: the third epoch is the first that holds one.
-    changes = {"alg__horizon": 8, "alg__steps_per_epoch": 3, "epochs": 4}
-    train(tiny_config(tmp_path / "run", **changes))
+    changes = {"alg__horizon": 8, "alg__steps_per_epoch": 3}
+    train(tiny_config(tmp_path / "run", epochs=4, **changes))
     assert ["wm_loss" in row for row in rows(tmp_path / "run")] == [False] * 3 + [True] * 2
+    assert "nothing was learned" not in capsys.readouterr().out
+    train(tiny_config(tmp_path / "short", epochs=2, **changes))
+    assert "nothing was learned" in capsys.readouterr().out
 
 
 # --- going on -------------------------------------------------------------------------------------
@@ -293,7 +300,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], dict[str, Any], type[Exception]
         ConfigError,
         "alg.replay_capacity=23 .* at least 24",
     ),
-    "short episodes": (nothing, {"env__max_episode_steps": 3}, ConfigError, "alg.horizon=4 is long"),
+    "short episodes": (
+        nothing,
+        {"env__max_episode_steps": 3},
+        ConfigError,
+        "alg.horizon=4 is long",
+    ),
     "no CUDA": (nothing, {"device": "cuda:77"}, ConfigError, "device=cuda:77, but torch"),
     "unknown option": (nothing, {"env__options": {"x": 1}}, ConfigError, "env 'cartpole': .*'x'"),
 }
@@ -344,7 +356,7 @@ def test_stops_when_nothing_is_finite(tmp_path: Path, monkeypatch: pytest.Monkey
     original = PWM.update_world_model
 
     def poisoned(self: PWM, windows: Any) -> Any:
-        return original(self, windows._replace(reward=windows.reward * math.inf))
+        return original(self, windows._replace(obs=windows.obs * math.inf))
 
     with monkeypatch.context() as patch:
         patch.setattr(PWM, "update_world_model", poisoned)
@@ -359,7 +371,7 @@ def test_stops_when_nothing_is_finite(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_long_bootstrap_stops_when_nothing_is_finite(tmp_path: Path) -> None:
     changes = {
         "alg__max_skipped_updates": 4,
-        "alg__model_learning__bootstrap_updates": 10**9,
+        "alg__model_learning__bootstrap_updates": 1000,
         "alg__model_learning__lr": 1e38,
     }
     with pytest.raises(TrainingDiverged):

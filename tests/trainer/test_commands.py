@@ -1,0 +1,375 @@
+"""The commands as a user meets them: output, exit status, and one line where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from pwm_fast import cli, info
+from tests.trainer.conftest import ROOT, Launcher, clean_environment, rows, tiny_arguments
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**clean_environment(), "PYTHONPATH": str(ROOT)}
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def test_a_run_from_the_shell(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("pwm_fast.train", *tiny_arguments(Path("here"))),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "quiet where there is no terminal"
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("epoch ")] == [
+        "0/6",
+        "2/6",
+        "4/6",
+        "6/6",
+    ]
+    assert lines[-2].startswith("finished: 6 epochs, 96 environment steps")
+    assert "\r" not in done.stdout and "\x1b" not in done.stdout
+    assert os.listdir(tmp_path) == ["here"], "everything of a run is in its directory"
+    assert set(os.listdir(tmp_path / "here")) == {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "plots",
+        "summary.json",
+    }
+    plots = list((tmp_path / "here" / "plots").iterdir())
+    assert {p.name for p in plots} == {
+        "learning_curve.png",
+        "world_model_losses.png",
+        "gradient_norms.png",
+        "esnr.png",
+        "summary.png",
+    }
+    assert all(p.read_bytes().startswith(PNG) for p in plots)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo terminals")
+def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    import fcntl
+    import pty
+    import termios
+
+    terminal, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    process = subprocess.Popen(
+        command("pwm_fast.train", *tiny_arguments(tmp_path / "run", "epochs=30")),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(),
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(terminal)
+    assert process.wait() == 0, shown
+    bars = [part for part in shown.decode().split("\r") if "epoch/s" in part or "s/epoch" in part]
+    last = bars[-1]
+    for text in ("100%", "30/30", "reward=", "wm=", "actor=", "value="):
+        assert text in last, last
+    assert any(re.search(r"<\d\d:\d\d", bar) for bar in bars), "the time to the end"
+    assert any("bootstrap" in bar for bar in bars)
+    reward = float(last.split("reward=")[1].split(",")[0])
+    assert reward == pytest.approx(rows(tmp_path / "run")[-1]["reward"], rel=0.01)
+
+
+WRONG = {
+    "unknown key": (["foo=1"], "foo: there is no such key"),
+    "unknown nested key": (["alg.actor.foo=1"], "alg.actor.foo: there is no such key"),
+    "added key": (["+foo=1"], "foo"),
+    "added option": (["+env.foo=1"], "env 'cartpole': got an unexpected keyword argument 'foo'"),
+    "no number": (["epochs=many"], "epochs=many; Value 'many' of type 'str'"),
+    "no integer": (["checkpoint.every=1.5"], "checkpoint.every=1.5"),
+    "no list": (["alg.actor.units=[a]"], "alg.actor.units=[a]"),
+    "no value": (["epochs"], "'epochs' cannot be read as key=value"),
+    "no grammar": (["wandb.name=~me"], "'wandb.name=~me' cannot be read"),
+    "negative": (["epochs=-1"], "epochs must be 0 or more, got -1"),
+    "no worlds": (["num_envs=0"], "num_envs must be positive"),
+    "no episodes": (["eval.episodes=0"], "eval.episodes must be positive"),
+    "not a number": (["alg.actor.lr=nan"], "alg.actor.lr must be positive"),
+    "esnr": (["esnr.samples=9"], "esnr.samples must be at most alg.actor.batch_size (8), got 9"),
+    "unknown env": (["env=moon"], "Could not find 'env/moon'; Available options in 'env': ant, "),
+    "unknown alg": (["alg=moon"], "Could not find 'alg/moon'"),
+    "unknown env name": (["env.name=moon"], "env.name must be one of ant, "),
+    "device": (["device=tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    "wandb mode": (["wandb.mode=maybe"], "wandb.mode must be one of disabled, offline, online"),
+    "resume": (["resume=nowhere.pt"], "resume=nowhere.pt: there is no such file"),
+    "memory": (["alg.replay_capacity=1000000000000000"], "alg.replay_capacity=1000000000000000"),
+    "directory": (["run_dir=/proc/no"], "run_dir=/proc/no cannot be used"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case: str, launcher: Launcher, tmp_path: Path) -> None:
+    arguments, message = WRONG[case]
+    outcome = launcher.run(tmp_path, *tiny_arguments(Path("run"), *arguments))
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("error: ") and message in outcome.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_bug_shows_its_traceback(launcher: Launcher, tmp_path: Path) -> None:
+    code = (
+        "from pwm_fast.agent import PWM\n"
+        "def broken(self, obs):\n"
+        "    raise ValueError('a bug of ours')\n"
+        "PWM.update_policy = broken\n"
+    )
+    outcome = launcher.run(tmp_path, *tiny_arguments(Path("run")), hook=code)
+    assert outcome.status == 1
+    assert "Traceback" in outcome.err and "in broken" in outcome.err
+    assert outcome.err.rstrip().endswith("ValueError: a bug of ours")
+
+
+def test_warnings_are_shown(launcher: Launcher, tmp_path: Path) -> None:
+    code = (
+        "import logging, warnings\n"
+        "from pwm_fast.agent import PWM\n"
+        "observe = PWM.observe\n"
+        "def warns(self, *args):\n"
+        "    warnings.warn('mind this')\n"
+        "    logging.getLogger('a.library').warning('and that')\n"
+        "    logging.getLogger('a.library').info('but not this')\n"
+        "    observe(self, *args)\n"
+        "PWM.observe = warns\n"
+    )
+    outcome = launcher.run(tmp_path, *tiny_arguments(Path("run"), "epochs=1"), hook=code)
+    assert outcome.status == 0
+    assert "mind this" in outcome.err and "and that" in outcome.err
+    assert "but not this" not in outcome.err + outcome.out
+
+
+def test_sweep(launcher: Launcher, tmp_path: Path) -> None:
+    arguments = [a for a in tiny_arguments(Path("x"), "epochs=2") if not a.startswith("run_dir")]
+    outcome = launcher.run(tmp_path, "-m", *arguments, "seed=0,1")
+    assert outcome.status == 0, outcome.err
+    for seed in (0, 1):
+        run_dir = tmp_path / f"runs/cartpole/pwm_tiny_flow/seed_{seed}"
+        assert json.loads((run_dir / "summary.json").read_text())["seed"] == seed
+        assert len(rows(run_dir)) == 3
+
+
+def test_sweep_with_a_failure(launcher: Launcher, tmp_path: Path) -> None:
+    arguments = tiny_arguments(Path("run_${seed}"), "epochs=1", "seed=-1,0")
+    outcome = launcher.run(tmp_path, "-m", *arguments)
+    assert outcome.status == 2
+    assert "error: seed must be in" in outcome.err and "Traceback" not in outcome.err
+    assert len(rows(tmp_path / "run_0")) == 2, "the other run is made all the same"
+
+
+def test_interrupted_sweep_stops(launcher: Launcher, tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from pwm_fast.agent import PWM\n"
+        "observe = PWM.observe\n"
+        "def stopped(self, *args):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    PWM.observe = observe\n"
+        "PWM.observe = stopped\n"
+    )
+    arguments = tiny_arguments(Path("run_${seed}"), "seed=0,1")
+    outcome = launcher.run(tmp_path, "-m", *arguments, hook=code)
+    assert outcome.status == 130
+    assert (tmp_path / "run_0" / "checkpoints" / "latest.pt").exists()
+    assert not (tmp_path / "run_1").exists()
+
+
+def test_lost_reader_does_not_stop_a_run(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("pwm_fast.train", *tiny_arguments(tmp_path / "run")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert (process.wait(), errors) == (0, "")
+    assert len(rows(tmp_path / "run")) == 7
+
+
+# --- evaluate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["best", "latest", "final"])
+def test_evaluate(name: str, whole_run: Path, launcher: Launcher, tmp_path: Path) -> None:
+    outcome = launcher.run(
+        tmp_path,
+        f"checkpoint={whole_run}/checkpoints/{name}.pt",
+        "episodes=3",
+        "json=result.json",
+        module="pwm_fast.evaluate",
+    )
+    assert outcome.status == 0, outcome.err
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["episodes"] == len(result["returns"]) == 3
+    assert result["reward_mean"] == pytest.approx(sum(result["returns"]) / 3)
+    assert result["lengths"] == [12, 12, 12]
+    for text in ("return", "episode length", "12.0", f"{result['reward_mean']:.1f}"):
+        assert text in outcome.out
+    # The final evaluation of the run had other start states, but the same policy.
+    summary = json.loads((whole_run / "summary.json").read_text())
+    assert result["env_steps"] == (summary["best"]["env_steps"] if name == "best" else 96)
+
+
+def test_evaluate_to_stdout(whole_run: Path, launcher: Launcher, tmp_path: Path) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        outcome = launcher.run(
+            tmp_path,
+            f"checkpoint={whole_run}/checkpoints/final.pt",
+            "episodes=1",
+            f"seed={seed}",
+            "json=-",
+            module="pwm_fast.evaluate",
+        )
+        results.append(json.loads(outcome.out))
+        assert "return" in outcome.err
+    assert results[0] == results[1] != results[2]
+    assert results[0]["reward_std"] == 0.0
+
+
+def test_evaluate_writes_beside_the_checkpoint(
+    whole_run: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    (tmp_path / "final.pt").write_bytes((whole_run / "checkpoints" / "final.pt").read_bytes())
+    outcome = launcher.run(tmp_path, "checkpoint=final.pt", module="pwm_fast.evaluate")
+    assert outcome.status == 0, outcome.err
+    assert json.loads((tmp_path / "final.evaluation.json").read_text())["episodes"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "checkpoint=PATH is needed"),
+        (["checkpoint=no.pt"], "there is no checkpoint file no.pt"),
+        (["checkpoint={}", "episodes=0"], "episodes must be positive, got 0"),
+        (["checkpoint={}", "episodes=few"], "episodes=few"),
+        (["checkpoint={}", "seed=-1"], "seed must be in"),
+        (["checkpoint={}", "device=tpu"], "device must be auto, cpu, cuda or cuda:N"),
+        (["checkpoint={}", "json=no/where.json"], "json=no/where.json: there is no directory"),
+        (["checkpoint={}", "foo=1"], "foo: there is no such key"),
+        (["checkpoint=stdout.txt"], "stdout.txt is no readable checkpoint"),
+    ],
+)
+def test_evaluate_wrong_input(
+    arguments: list[str], message: str, whole_run: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    path = whole_run / "checkpoints" / "final.pt"
+    filled = [a.format(path) for a in arguments]
+    outcome = launcher.run(tmp_path, *filled, module="pwm_fast.evaluate")
+    assert outcome.status == 2
+    assert len(outcome.err.splitlines()) == 1 and message in outcome.err, outcome.err
+
+
+# --- info and messages ----------------------------------------------------------------------------
+
+
+def test_info(capsys: pytest.CaptureFixture) -> None:
+    info.main()
+    lines = dict(
+        re.split(" {2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines()
+    )
+    assert torch.__version__.startswith(lines["torch"])
+    assert set(lines) >= {"pwm_fast", "python", "cpu", "triton", "mujoco", "native extension"}
+    assert "gpu" in lines or "gpu 0" in lines
+
+
+def test_info_of_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = {
+        "compiler": "gcc",
+        "compiler_version": "12.2",
+        "cxx_standard": "c++17",
+        "flags": "-O3",
+        "cuda": False,
+        "cuda_detail": "no sources",
+    }
+    native = types.SimpleNamespace(cpu_isa=lambda: "avx2", build_info=lambda: build)
+    monkeypatch.setitem(sys.modules, "pwm_fast._C", native)
+    rows = info.report()
+    assert rows["native extension"] == "CPU kernels for avx2"
+    assert rows["native build"] == "gcc 12.2, c++17"
+    assert rows["native CUDA"] == "no: no sources"
+    monkeypatch.setitem(sys.modules, "pwm_fast._C", None)
+    assert info.report()["native extension"] == "not built; pwm_fast runs without it"
+
+
+def test_info_needs_no_hydra() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'mujoco', 'matplotlib')))\n"
+        "from pwm_fast import info\n"
+        "info.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_train_without_hydra() -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(('hydra', 'omegaconf')))\n"
+        "runpy.run_module('pwm_fast.train', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: this command needs more packages: pip install 'pwm-fast[train]'"
+    ]
+
+
+def test_messages_are_one_line() -> None:
+    assert cli.message(OSError(28, "No space left on device", "a/b")) == (
+        "No space left on device: a/b"
+    )
+    assert cli.message(ValueError("two\n  lines")) == "two lines"
+    assert cli.message(KeyError()) == "KeyError"
+
+
+def test_home_directory_is_understood(launcher: Launcher, tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path / "home")}
+    arguments = tiny_arguments(Path("'~/run'"), "epochs=1")
+    assert launcher.run(tmp_path, *arguments, env=home).status == 0
+    assert len(rows(tmp_path / "home" / "run")) == 2
+    assert not (tmp_path / "~").exists()

@@ -24,6 +24,7 @@ KEYS = {
     "progress",  # what the epoch after `epoch` has done already
     "agent",  # parameters, statistics, optimisers
     "obs",  # observations to act on next
+    "held_action",  # the random action that is being held
     "env",  # state of the environment; None where it cannot be saved
     "rng",  # states of the random number generators
     "replay",  # None but in `latest`

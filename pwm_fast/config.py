@@ -173,6 +173,8 @@ class ActorConfig:
         units: hidden widths.
         init_logstd: log standard deviation at the start.
         min_logstd: its lower bound.
+        input_gain: factor on the first layer's initial weights. Latents vary by about 0.1 around
+            1/8: at a gain of 1 small networks start, and long stay, in Mish's linear range.
         updates: updates an epoch, each on freshly imagined rollouts.
         batch_size: imagined rollouts a update, started from replayed observations.
         lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
@@ -184,6 +186,7 @@ class ActorConfig:
     units: list[int] = field(default_factory=lambda: [400, 200, 100])
     init_logstd: float = -1.0
     min_logstd: float = -1.427
+    input_gain: float = 1.0
     updates: int = 1
     batch_size: int = 128
     lr: float = 5e-4
@@ -193,7 +196,7 @@ class ActorConfig:
 
     def __post_init__(self) -> None:
         _widths("alg.actor.units", self.units)
-        _positive("alg.actor", self, "batch_size")
+        _positive("alg.actor", self, "batch_size", "input_gain")
         _finite("alg.actor", self, "init_logstd", "min_logstd")
         _require(self.updates >= 0, "alg.actor.updates", self.updates, "0 or more")
         _adam("alg.actor", self)
@@ -206,6 +209,7 @@ class CriticConfig:
     Attributes:
         units: hidden widths.
         members: size of the ensemble; the value is its minimum.
+        input_gain: as the actor's.
         passes: passes over the imagined states an actor update leaves.
         minibatches: minibatches a pass.
         lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
@@ -216,6 +220,7 @@ class CriticConfig:
 
     units: list[int] = field(default_factory=lambda: [400, 200])
     members: int = 3
+    input_gain: float = 1.0
     passes: int = 8
     minibatches: int = 4
     lr: float = 5e-4
@@ -225,7 +230,7 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         _widths("alg.critic.units", self.units)
-        _positive("alg.critic", self, "members", "minibatches")
+        _positive("alg.critic", self, "members", "minibatches", "input_gain")
         _require(self.passes >= 0, "alg.critic.passes", self.passes, "0 or more")
         _require(0.0 <= self.lam <= 1.0, "alg.critic.lam", self.lam, "in [0, 1]")
         _adam("alg.critic", self)
@@ -245,6 +250,8 @@ class AlgConfig:
         gamma: discount a step.
         steps_per_epoch: environment steps every world takes an epoch.
         random_epochs: epochs of uniform random actions before any update.
+        random_hold: steps that a random action is held for on average. Actions drawn anew at every
+            step of 1/60 s hardly move a robot.
         replay_capacity: transitions that replay holds, over all worlds.
         normalize_obs: encode observations less their running mean, divided by their running
             standard deviation.
@@ -253,6 +260,8 @@ class AlgConfig:
         value_scale: imagined rewards are multiplied by this before returns and values are formed
             from them. A critic whose targets are in the hundreds takes thousands of updates to
             reach them.
+        symlog_rewards: leave a two-hot head's imagined rewards in symlog space, as PWM's published
+            actor loss does: large penalties then weigh less.
         final_lr: what all learning rates decay to, linearly, over the run.
         max_skipped_updates: stop after this many updates in a row were skipped as non-finite.
     """
@@ -266,11 +275,13 @@ class AlgConfig:
     gamma: float = 0.99
     steps_per_epoch: int = 16
     random_epochs: int = 2
+    random_hold: int = 1
     replay_capacity: int = 1_000_000
     normalize_obs: bool = False
     normalize_rewards: bool = False
     normalize_returns: bool = True
     value_scale: float = 1.0
+    symlog_rewards: bool = False
     final_lr: float = 1e-5
     max_skipped_updates: int = 20
 
@@ -280,12 +291,19 @@ class AlgConfig:
         _require(0.0 < self.gamma <= 1.0, "alg.gamma", self.gamma, "in (0, 1]")
         _require(self.final_lr >= 0, "alg.final_lr", self.final_lr, "0 or more")
         _finite("alg", self, "value_scale", "final_lr")
+        _require(self.random_hold >= 1, "alg.random_hold", self.random_hold, "at least 1")
         _require(self.random_epochs >= 1, "alg.random_epochs", self.random_epochs, "at least 1")
         _require(
             not (self.normalize_rewards and self.world_model.num_bins > 1),
             "alg.normalize_rewards",
             self.normalize_rewards,
             "false for a two-hot reward head (num_bins > 1), whose bins are in symlog units",
+        )
+        _require(
+            not (self.symlog_rewards and self.world_model.num_bins == 1),
+            "alg.symlog_rewards",
+            self.symlog_rewards,
+            "false for a scalar reward head (num_bins = 1)",
         )
 
 

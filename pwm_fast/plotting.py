@@ -34,7 +34,7 @@ class Panel(NamedTuple):
         title: heading.
         ylabel: label of the vertical axis.
         curves: the later ones lie on top.
-        log: the vertical axis is logarithmic, if all values allow it.
+        log: the vertical axis is logarithmic; values that are not positive are left out.
         level: height and label of a horizontal line.
         crown: key of the curve whose highest point is marked.
     """
@@ -143,13 +143,12 @@ def _draw(axes: Any, panel: Panel, rows: Sequence[metrics.Row]) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(0, max(rows[-1]["env_steps"], 1))
-    lowest = [_draw_curve(axes, curve, rows) for curve in panel.curves]
-    drawn = [low for low in lowest if low is not None]
-    if not drawn:
+    drawn = [_draw_curve(axes, curve, rows, positive=panel.log) for curve in panel.curves]
+    if not any(drawn):
         axes.text(0.5, 0.5, "nothing logged yet", ha="center", transform=axes.transAxes)
         axes.set_yticks([])
         return
-    if panel.log and min(drawn) > 0:
+    if panel.log:
         axes.set_yscale("log")
     if panel.level is not None:
         height, label = panel.level
@@ -159,11 +158,13 @@ def _draw(axes: Any, panel: Panel, rows: Sequence[metrics.Row]) -> None:
     axes.legend(fontsize="small", framealpha=0.85)
 
 
-def _draw_curve(axes: Any, curve: Curve, rows: Sequence[metrics.Row]) -> float | None:
-    """Draw a curve; return its lowest value, or None if there is none."""
+def _draw_curve(axes: Any, curve: Curve, rows: Sequence[metrics.Row], *, positive: bool) -> bool:
+    """Draw what there is of a curve; False if that is nothing."""
     there = [row for row in rows if row.get(curve.key) is not None]
+    if positive:
+        there = [row for row in there if row[curve.key] > 0]
     if not there:
-        return None
+        return False
     x = np.array([row["env_steps"] for row in there], dtype=float)
     y = np.array([row[curve.key] for row in there], dtype=float)
     style = {"color": curve.color, "linewidth": 1.4}
@@ -177,7 +178,7 @@ def _draw_curve(axes: Any, curve: Curve, rows: Sequence[metrics.Row]) -> float |
     else:  # every value, faintly, and their running mean
         axes.plot(x, y, color=curve.color, linewidth=0.6, alpha=0.3)
         axes.plot(x, _running_mean(y, len(y) // 25), label=curve.label, **style)
-    return float(y.min())
+    return True
 
 
 def _draw_best(axes: Any, key: str, rows: Sequence[metrics.Row]) -> None:

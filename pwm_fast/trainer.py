@@ -71,6 +71,7 @@ class Trainer:
         self.latest_eval: dict[str, float] = {}
         self._progress = EpochProgress()
         self._obs, _ = env.reset()
+        self._held_action = torch.zeros(config.worlds, agent.action_dim, device=agent.device)
         self._eval_env: VectorEnv | None = None
         self._clock = time.monotonic()
 
@@ -155,11 +156,10 @@ class Trainer:
 
     def _collect(self) -> None:
         config = self.config.alg
-        shape = (self.config.worlds, self.agent.action_dim)
         for _ in self._progress.remaining("steps", config.steps_per_epoch, self._stop.check):
             obs = self._obs
             if self.epoch < config.random_epochs:
-                action = torch.rand(shape, device=self.agent.device) * 2.0 - 1.0
+                action = self._random_action()
             else:
                 action = self.agent.act(obs)
             self._obs, reward, terminated, truncated, info = self.env.step(
@@ -170,6 +170,15 @@ class Trainer:
             )
             self.agent.observe(obs, reward)
             self._progress.add_episodes(info["episode"])
+
+    def _random_action(self) -> Tensor:
+        """Uniform actions ``[N, A]``, each held for ``alg.random_hold`` steps on average."""
+        shape, device = self._held_action.shape, self._held_action.device
+        drawn = torch.rand(shape, device=device) * 2.0 - 1.0
+        hold = self.config.alg.random_hold
+        renew = torch.rand(shape[0], 1, device=device) * hold < 1.0
+        self._held_action = torch.where(renew, drawn, self._held_action)
+        return self._held_action
 
     def _ready(self) -> bool:
         """Random actions were taken as long as configured, and replay holds windows."""
@@ -319,6 +328,7 @@ class Trainer:
             "progress": self._progress.state_dict(),
             "agent": self.agent.state_dict(),
             "obs": self._obs,
+            "held_action": self._held_action,
             "env": env_state,
             "rng": checkpoint.rng_state(),
             "replay": self.replay.state_dict() if latest else None,
@@ -343,6 +353,7 @@ class Trainer:
                 self.env.set_state(content["env"])
                 self._obs = content["obs"].to(self.env.device)
             self._progress.load_state_dict(content["progress"])
+            self._held_action = content["held_action"].to(self.agent.device)
             checkpoint.set_rng_state(content["rng"])
         except KeyError as error:
             raise CheckpointError(f"{path} does not fit this run: it lacks {error}") from error

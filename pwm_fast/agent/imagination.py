@@ -36,6 +36,7 @@ def imagine(
     *,
     detach: bool = True,
     task: Tensor | None = None,
+    symlog_rewards: bool = False,
 ) -> Rollout:
     """Roll the policy out in the world model, differentiably.
 
@@ -48,6 +49,7 @@ def imagine(
         noise: standard normal ``[H, B, A]``.
         detach: the policy sees latents without their gradient.
         task: task numbers ``[B]``, or None.
+        symlog_rewards: leave the rewards of a two-hot head in symlog space.
     """
     latents, actions = [z], []
     for eps in noise.unbind(0):
@@ -56,7 +58,8 @@ def imagine(
         actions.append(a)
         latents.append(z)
     zs, action = torch.stack(latents), torch.stack(actions)
-    reward = model.decode_reward(model.reward(zs[:-1], action, task))
+    logits = model.reward(zs[:-1], action, task)
+    reward = model.decode_reward(logits, symlog=symlog_rewards)
     ending = model.termination(zs[:-1], action, task)
     return Rollout(zs, action, reward, None if ending is None else torch.sigmoid(-ending))
 

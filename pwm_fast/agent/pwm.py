@@ -61,9 +61,13 @@ class PWM:
             config.actor.units,
             config.actor.init_logstd,
             config.actor.min_logstd,
+            config.actor.input_gain,
         ).to(self.device)
         self.critic = CriticEnsemble(
-            config.world_model.latent_dim, config.critic.units, config.critic.members
+            config.world_model.latent_dim,
+            config.critic.units,
+            config.critic.members,
+            config.critic.input_gain,
         ).to(self.device)
         self.obs_rms = RunningMeanStd((obs_dim,)).to(self.device)
         self.reward_rms = RunningMeanStd().to(self.device)
@@ -251,6 +255,7 @@ class PWM:
             self._noise(self.config.horizon, obs.shape[0]),
             detach=self.config.actor.detach,
             task=task,
+            symlog_rewards=self.config.symlog_rewards,
         )
         rollout = rollout._replace(reward=rollout.reward * self.config.value_scale)
         value = self.critic.minimum(rollout.z[-1])

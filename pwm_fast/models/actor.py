@@ -19,6 +19,7 @@ class GaussianActor(nn.Module):
         units: hidden widths; each layer is Linear, Mish, LayerNorm.
         init_logstd: log standard deviation at the start.
         min_logstd: its lower bound.
+        input_gain: factor on the first layer's initial weights.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class GaussianActor(nn.Module):
         units: Sequence[int] = (400, 200, 100),
         init_logstd: float = -1.0,
         min_logstd: float = -1.427,
+        input_gain: float = 1.0,
     ) -> None:
         super().__init__()
         modules: list[nn.Module] = []
@@ -39,7 +41,7 @@ class GaussianActor(nn.Module):
         self.logstd = nn.Parameter(torch.full((action_dim,), float(init_logstd)))
         self.min_logstd = min_logstd
         self.action_dim = action_dim
-        init_orthogonal_(self.mu_net, gain=1.0)
+        init_orthogonal_(self.mu_net, gain=1.0, input_gain=input_gain)
 
     def std(self) -> Tensor:
         """Standard deviations before the tanh, ``[A]``."""

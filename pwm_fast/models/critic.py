@@ -15,7 +15,9 @@ from pwm_fast.ops import Layer
 class Critic(nn.Module):
     """One value function: an MLP of Linear, Mish, LayerNorm layers and a Linear of width 1."""
 
-    def __init__(self, latent_dim: int, units: Sequence[int] = (400, 200)) -> None:
+    def __init__(
+        self, latent_dim: int, units: Sequence[int] = (400, 200), input_gain: float = 1.0
+    ) -> None:
         super().__init__()
         modules: list[nn.Module] = []
         width = latent_dim
@@ -23,7 +25,7 @@ class Critic(nn.Module):
             modules += [nn.Linear(width, n), Mish(), nn.LayerNorm(n)]
             width = n
         self.critic = nn.Sequential(*modules, nn.Linear(width, 1))
-        init_orthogonal_(self.critic, gain=2.0**0.5)
+        init_orthogonal_(self.critic, gain=2.0**0.5, input_gain=input_gain)
 
     def forward(self, z: Tensor) -> Tensor:
         """Values ``[...]`` of latents ``[..., D]``."""
@@ -39,13 +41,18 @@ class CriticEnsemble(nn.Module):
         latent_dim: D.
         units: hidden widths.
         members: E.
+        input_gain: factor on the first layer's initial weights.
     """
 
     def __init__(
-        self, latent_dim: int, units: Sequence[int] = (400, 200), members: int = 3
+        self,
+        latent_dim: int,
+        units: Sequence[int] = (400, 200),
+        members: int = 3,
+        input_gain: float = 1.0,
     ) -> None:
         super().__init__()
-        critics = [Critic(latent_dim, units) for _ in range(members)]
+        critics = [Critic(latent_dim, units, input_gain) for _ in range(members)]
         self.params = nn.ParameterList(
             nn.Parameter(torch.stack([p.detach() for p in group]))
             for group in zip(*(c.parameters() for c in critics), strict=True)

@@ -102,9 +102,9 @@ def init_world_model_(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def init_orthogonal_(module: nn.Module, gain: float) -> None:
-    """Orthogonal weights of the given gain, zero biases."""
-    for m in module.modules():
-        if isinstance(m, nn.Linear):
-            nn.init.orthogonal_(m.weight, gain)
-            nn.init.zeros_(m.bias)
+def init_orthogonal_(module: nn.Module, gain: float, input_gain: float = 1.0) -> None:
+    """Orthogonal weights of that gain (the first layer's times ``input_gain``), zero biases."""
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    for i, m in enumerate(linears):
+        nn.init.orthogonal_(m.weight, gain if i else gain * input_gain)
+        nn.init.zeros_(m.bias)

@@ -102,11 +102,14 @@ class LatentModel(nn.Module, ABC):
         """Reward logits ``[..., bins]`` of taking actions ``[..., A]`` in latents ``[..., D]``."""
         return self._reward(z, *self.embed(task, z), a)
 
-    def decode_reward(self, logits: Tensor) -> Tensor:
-        """Rewards ``[...]`` of reward logits ``[..., bins]``; one bin is the reward itself."""
+    def decode_reward(self, logits: Tensor, *, symlog: bool = False) -> Tensor:
+        """Rewards ``[...]`` of reward logits ``[..., bins]``; one bin is the reward itself.
+
+        ``symlog=True`` leaves a two-hot head's rewards in symlog space.
+        """
         if self.config.num_bins == 1:
             return logits.squeeze(-1)
-        return ops.two_hot_decode(logits, self.config.vmin, self.config.vmax)
+        return ops.two_hot_decode(logits, self.config.vmin, self.config.vmax, transform=not symlog)
 
     def termination(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor | None:
         """Logits ``[...]`` that the step terminates; None for a model without that head."""

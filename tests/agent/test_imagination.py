@@ -142,3 +142,17 @@ def test_no_parameter_gradient_is_computed_inside_frozen() -> None:
             leaves.add(id(variable))
         todo += [n for n, _ in node.next_functions]
     assert leaves == {id(p) for p in actor.parameters()}
+
+
+def test_symlog_rewards_are_the_expected_bin_centres() -> None:
+    """Without symexp the reward is the plain expectation over the centres."""
+    model, actor = small_model(kind="flow"), make_actor()
+    randomize_(model)
+    z, noise = simplex(BATCH, 16), normal(HORIZON, BATCH, ACTION)
+    plain = imagine(model, actor, z, noise)
+    symlog = imagine(model, actor, z, noise, symlog_rewards=True)
+    logits = model.reward(plain.z[:-1], plain.action)
+    config = model.config
+    centres = torch.linspace(config.vmin, config.vmax, config.num_bins, dtype=logits.dtype)
+    same(symlog.reward, (logits.softmax(-1) * centres).sum(-1))
+    same(plain.reward, ops.symexp(symlog.reward))

@@ -92,3 +92,11 @@ def test_state_dict_round_trip() -> None:
     assert not torch.equal(actor(z), other(z))
     other.load_state_dict(actor.state_dict())
     assert torch.equal(actor(z), other(z))
+
+
+@pytest.mark.parametrize("gain", [1.0, 8.0])
+def test_input_gain(gain: float) -> None:
+    """Only the first layer's initial weights carry it: orthogonal rows of norm ``gain``."""
+    net = GaussianActor(16, 2, [12, 10], input_gain=gain).mu_net
+    assert torch.allclose(net[0].weight.norm(dim=-1), torch.full((12,), gain))
+    assert torch.allclose(net[3].weight.norm(dim=-1), torch.ones(10))

@@ -124,3 +124,11 @@ def test_state_dict_round_trip() -> None:
     assert not torch.equal(ensemble(z), other(z))
     other.load_state_dict(ensemble.state_dict())
     assert torch.equal(ensemble(z), other(z))
+
+
+@pytest.mark.parametrize("gain", [1.0, 8.0])
+def test_input_gain(gain: float) -> None:
+    """Only the first layer's initial weights carry it: orthogonal rows of norm gain * sqrt(2)."""
+    first, second = (CriticEnsemble(16, (12, 10), input_gain=gain).params[i] for i in (0, 4))
+    for weight, norm in ((first, gain * 2.0**0.5), (second, 2.0**0.5)):
+        assert torch.allclose(weight.norm(dim=-1), torch.full(weight.shape[:2], norm))

@@ -35,6 +35,7 @@ ROWS = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ROWS)
 def test_draws_whatever_there_is(name: str, tmp_path: Path) -> None:
     write(tmp_path, ROWS[name])

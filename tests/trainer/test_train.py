@@ -213,10 +213,13 @@ def test_goes_on_without_a_replay(finished: Path, tmp_path: Path, name: str) -> 
     assert ["wm_loss" in row for row in logged] == [False, True, True, True]
 
 
-def test_goes_on_from_the_one_before_the_latest(run_dir: Path) -> None:
+def test_goes_on_from_the_one_before_the_latest(
+    run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
     before = rows(run_dir)
     (run_dir / "checkpoints" / "latest.pt").unlink()  # as a kill between two renames may leave it
     train(tiny_config(run_dir))
+    assert "latest.previous.pt after epoch 4" in capsys.readouterr().out
     assert rows(run_dir) == before
 
 
@@ -377,3 +380,17 @@ def test_long_bootstrap_stops_when_nothing_is_finite(tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged):
         train(tiny_config(tmp_path / "run", **changes))
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [0, 1]
+
+
+@pytest.mark.parametrize(("hold", "low", "high"), [(1, 0.0, 0.0), (4, 0.6, 0.9)])
+def test_random_actions_are_held(tmp_path: Path, hold: int, low: float, high: float) -> None:
+    """With ``random_hold`` = n the share of repeated actions is 1 - 1/n; with 1 none repeats."""
+    changes = {"alg.random_hold": hold, "alg.random_epochs": 50, "epochs": 40}
+    train(tiny_config(tmp_path / "run", **changes))
+    replay = checkpoint.load(tmp_path / "run" / "checkpoints" / "latest.pt")["replay"]
+    _, _, obs, action, _ = replay["shape"]
+    data, length = replay["data"], replay["run"]
+    acted = (length[:, 1:] > 0) & (length[:, :-1] > 0)
+    actions = data[..., obs : obs + action]
+    repeated = (actions[:, 1:] == actions[:, :-1]).all(-1)[acted].float().mean()
+    assert low <= repeated <= high

@@ -35,6 +35,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native code of pwm_fast.";
   m.def(
       "cpu_isa", [] { return pwm_fast::isa_name(pwm_fast::cpu_isa()); },
-      "The instruction set CPU kernels use: PWM_FAST_ISA if set, else the best this CPU has.");
+      "The instruction set for CPU kernels: PWM_FAST_ISA if set, else the best this CPU has.");
   m.def("build_info", &build_info, "The compiler, its flags and the CUDA support of this build.");
 }

@@ -42,6 +42,7 @@ TINY = {
     "checkpoint.every": 2,
     "alg.horizon": 4,
     "alg.steps_per_epoch": 4,
+    "alg.random_epochs": 2,
     "alg.random_hold": 3,
     "alg.replay_capacity": 400,
     "alg.world_model.latent_dim": 16,

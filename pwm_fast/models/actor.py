@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.models.layers import Mish, init_orthogonal_
+from pwm_fast.models.layers import act_norm_mlp
 
 
 class GaussianActor(nn.Module):
@@ -32,16 +32,10 @@ class GaussianActor(nn.Module):
         input_gain: float = 1.0,
     ) -> None:
         super().__init__()
-        modules: list[nn.Module] = []
-        width = latent_dim
-        for n in units:
-            modules += [nn.Linear(width, n), Mish(), nn.LayerNorm(n)]
-            width = n
-        self.mu_net = nn.Sequential(*modules, nn.Linear(width, action_dim))
+        self.mu_net = act_norm_mlp(latent_dim, units, action_dim, 1.0, input_gain)
         self.logstd = nn.Parameter(torch.full((action_dim,), float(init_logstd)))
         self.min_logstd = min_logstd
         self.action_dim = action_dim
-        init_orthogonal_(self.mu_net, gain=1.0, input_gain=input_gain)
 
     def std(self) -> Tensor:
         """Standard deviations before the tanh, ``[A]``."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast import ops
-from pwm_fast.models.layers import Mish, init_orthogonal_
+from pwm_fast.models.layers import act_norm_mlp
 from pwm_fast.ops import Layer
 
 
@@ -19,13 +19,7 @@ class Critic(nn.Module):
         self, latent_dim: int, units: Sequence[int] = (400, 200), input_gain: float = 1.0
     ) -> None:
         super().__init__()
-        modules: list[nn.Module] = []
-        width = latent_dim
-        for n in units:
-            modules += [nn.Linear(width, n), Mish(), nn.LayerNorm(n)]
-            width = n
-        self.critic = nn.Sequential(*modules, nn.Linear(width, 1))
-        init_orthogonal_(self.critic, gain=2.0**0.5, input_gain=input_gain)
+        self.critic = act_norm_mlp(latent_dim, units, 1, 2.0**0.5, input_gain)
 
     def forward(self, z: Tensor) -> Tensor:
         """Values ``[...]`` of latents ``[..., D]``."""

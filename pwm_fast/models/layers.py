@@ -101,6 +101,23 @@ def init_world_model_(module: nn.Module) -> None:
                 nn.init.zeros_(m.bias)
 
 
+def act_norm_mlp(
+    in_features: int, units: Sequence[int], out_features: int, gain: float, input_gain: float = 1.0
+) -> nn.Sequential:
+    """The actor's and critics' MLP: Linear, Mish, LayerNorm layers and a last Linear.
+
+    Weights are orthogonal of that gain (the first layer's times ``input_gain``), biases zero.
+    """
+    modules: list[nn.Module] = []
+    width = in_features
+    for n in units:
+        modules += [nn.Linear(width, n), Mish(), nn.LayerNorm(n)]
+        width = n
+    net = nn.Sequential(*modules, nn.Linear(width, out_features))
+    init_orthogonal_(net, gain, input_gain)
+    return net
+
+
 @torch.no_grad()
 def init_orthogonal_(module: nn.Module, gain: float, input_gain: float = 1.0) -> None:
     """Orthogonal weights of that gain (the first layer's times ``input_gain``), zero biases."""

@@ -64,6 +64,8 @@ class WorldModelConfig:
         vmax: last bin centre, in symlog space.
         task_dim: width E of the task embedding; 0 is a single-task model.
         num_tasks: number of tasks with an embedding.
+        zero_velocity: start with a zero last weight of a linear velocity head, so that the model
+            starts as the identity, which is close to the truth, and not as a random drift.
         head: last layer of the velocity field, ``linear`` or ``simnorm`` (cannot fit its target).
         integrator: ``heun`` or ``euler``.
         substeps: K, integrator steps a macro step.
@@ -81,6 +83,7 @@ class WorldModelConfig:
     task_dim: int = 0
     num_tasks: int = 1
     head: str = "linear"
+    zero_velocity: bool = False
     integrator: str = "heun"
     substeps: int = 2
     project: bool = False
@@ -115,6 +118,8 @@ class ModelLearningConfig:
         bootstrap_updates: updates before the first policy update; null is one episode's length.
         batch_size: windows a batch.
         lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
+        encoder_lr_scale: the encoder learns at this times the rate. Below 1 the latents that the
+            dynamics chase move more slowly (TD-MPC2 has 0.3).
         betas: Adam's betas.
         grad_norm: the gradient's norm is clipped to this.
         dynamics_coef: weight of the dynamics (or flow-matching) loss. 20 and 0.1 are TD-MPC2's
@@ -135,6 +140,7 @@ class ModelLearningConfig:
     bootstrap_updates: int | None = None
     batch_size: int = 256
     lr: float = 3e-4
+    encoder_lr_scale: float = 1.0
     betas: list[float] = field(default_factory=lambda: [0.7, 0.95])
     grad_norm: float = 20.0
     dynamics_coef: float = 20.0
@@ -149,7 +155,8 @@ class ModelLearningConfig:
         key = "alg.model_learning"
         _one_of(f"{key}.tau_sampling", self.tau_sampling, ("uniform", "midpoint"))
         _one_of(f"{key}.flow_start", self.flow_start, ("rollout", "teacher"))
-        _positive(key, self, "batch_size")
+        _positive(key, self, "batch_size", "encoder_lr_scale")
+        _finite(key, self, "encoder_lr_scale")
         _adam(key, self)
         for name in (
             "updates",

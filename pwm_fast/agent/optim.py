@@ -21,17 +21,34 @@ class GuardedAdam:
         lr: learning rate; a device tensor inside, so that it can change under a captured graph.
         betas: Adam's betas.
         grad_norm: the gradient's total norm is clipped to this.
+        slow: some of ``params``, which learn at ``slow_scale`` times the rate.
+        slow_scale: see ``slow``.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, betas: Sequence[float], grad_norm: float
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        betas: Sequence[float],
+        grad_norm: float,
+        slow: Iterable[nn.Parameter] = (),
+        slow_scale: float = 1.0,
     ) -> None:
         self.params = list(params)
         device = self.params[0].device
         self.initial_lr = float(lr)
-        self.lr = torch.tensor(self.initial_lr, device=device)
+        slow_ids = {id(p) for p in slow}
+        fast_params = [p for p in self.params if id(p) not in slow_ids]
+        slow_params = [p for p in self.params if id(p) in slow_ids]
+        self._scales = [s for s, g in ((1.0, fast_params), (slow_scale, slow_params)) if g]
         self.adam = torch.optim.Adam(
-            self.params, lr=self.lr, betas=(betas[0], betas[1]), fused=True
+            [
+                {"params": group, "lr": torch.tensor(self.initial_lr * scale, device=device)}
+                for scale, group in ((1.0, fast_params), (slow_scale, slow_params))
+                if group
+            ],
+            betas=(betas[0], betas[1]),
+            fused=True,
         )
         self.grad_norm = grad_norm
         self.keep_gradients = False  # leave clipped gradients in `.grad`, for histograms
@@ -57,9 +74,15 @@ class GuardedAdam:
         self.skipped_in_a_row.add_(1).mul_(bad)
         return norm
 
+    @property
+    def lr(self) -> Tensor:
+        """The learning rate, of the parameters that are not slow."""
+        return self.adam.param_groups[0]["lr"]
+
     def set_lr(self, lr: float) -> None:
         """Set the learning rate in place."""
-        self.lr.fill_(lr)
+        for group, scale in zip(self.adam.param_groups, self._scales, strict=True):
+            group["lr"].fill_(lr * scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, step count, learning rate and skip counts."""
@@ -74,8 +97,8 @@ class GuardedAdam:
         options = [{**group} for group in self.adam.param_groups]
         # Adam would share tensors with the state that it loads.
         self.adam.load_state_dict(copy.deepcopy(state["adam"]))
-        self.lr.copy_(torch.as_tensor(self.adam.param_groups[0]["lr"]))
         for group, own in zip(self.adam.param_groups, options, strict=True):
+            own["lr"].copy_(torch.as_tensor(group["lr"]))
             group.update({k: v for k, v in own.items() if k != "params"})
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])

@@ -73,12 +73,26 @@ class PWM:
         self.reward_rms = RunningMeanStd().to(self.device)
         self.return_rms = RunningMeanStd().to(self.device)
         self.optimizers = {
-            name: GuardedAdam(module.parameters(), part.lr, part.betas, part.grad_norm)
-            for name, module, part in (
-                ("wm", self.world_model, config.model_learning),
-                ("actor", self.actor, config.actor),
-                ("critic", self.critic, config.critic),
-            )
+            "wm": GuardedAdam(
+                self.world_model.parameters(),
+                config.model_learning.lr,
+                config.model_learning.betas,
+                config.model_learning.grad_norm,
+                self.world_model._encoder.parameters(),
+                config.model_learning.encoder_lr_scale,
+            ),
+            "actor": GuardedAdam(
+                self.actor.parameters(),
+                config.actor.lr,
+                config.actor.betas,
+                config.actor.grad_norm,
+            ),
+            "critic": GuardedAdam(
+                self.critic.parameters(),
+                config.critic.lr,
+                config.critic.betas,
+                config.critic.grad_norm,
+            ),
         }
 
     def _modules(self) -> dict[str, nn.Module]:

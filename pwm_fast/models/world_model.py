@@ -44,6 +44,7 @@ class LatentModel(nn.Module, ABC):
         )
         init_world_model_(self)
         nn.init.zeros_(self._last_weight(self._reward))
+        self._init_transition()
         if self._termination is not None:
             nn.init.zeros_(self._last_weight(self._termination))
         if self._task_emb is not None:
@@ -58,6 +59,9 @@ class LatentModel(nn.Module, ABC):
     @abstractmethod
     def _build_transition(self, pair_dim: int) -> None:
         """Create the transition's network; ``pair_dim`` is D + E + A."""
+
+    def _init_transition(self) -> None:  # noqa: B027
+        """Initialise the transition where it departs from the common initialisation."""
 
     @abstractmethod
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
@@ -160,6 +164,10 @@ class FlowWorldModel(LatentModel):
             self.config.latent_dim,
             last=last,  # type: ignore[arg-type]
         )
+
+    def _init_transition(self) -> None:
+        if self.config.zero_velocity and self.config.head == "linear":
+            nn.init.zeros_(self._last_weight(self._velocity))
 
     def velocity(
         self, z: Tensor, a: Tensor, tau: Tensor | float, task: Tensor | None = None

@@ -1,0 +1,229 @@
+"""From public arguments to the fused operators: flattening, packing of weights, and back.
+
+Packing happens in differentiable PyTorch: the first weight is split by inputs, the fold's products
+are formed, and autograd carries their gradients back to the parameters as the user keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops import library as _library  # noqa: F401  registers the operators
+from pwm_fast.ops.fused.rollout import DynamicsSpec
+from pwm_fast.ops.fused.specs import encode_dynamics, encode_layers
+from pwm_fast.ops.fused.stack import LayerSpec
+from pwm_fast.ops.types import Layer
+
+
+def layer_tensors(layers: Sequence[Layer]) -> list[Tensor]:
+    """All tensors of some layers."""
+    return [t for p in layers for t in p[:4] if t is not None]
+
+
+def unsupported(layers: Sequence[Layer], order: str = "norm_act") -> str | None:
+    """Why the fused algebra does not cover these layers; None if it does."""
+    for i, layer in enumerate(layers):
+        if layer.act == "simnorm" and (layer.ln_weight is None or order == "act_norm"):
+            return f"layer {i} is SimNorm without a LayerNorm before it"
+    return None
+
+
+def specs_of(layers: Sequence[Layer], order: str = "norm_act") -> tuple[LayerSpec, ...]:
+    """What the layers do."""
+    return tuple(
+        LayerSpec(
+            order,
+            p.act,
+            p.bias is not None,
+            p.ln_weight is not None,
+            p.simnorm_dim,
+            p.eps,
+        )
+        for p in layers
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _grads(*groups: Sequence[Tensor]) -> list[bool]:
+    """For each group whether a gradient towards one of its tensors will be asked for."""
+    on = torch.is_grad_enabled()
+    return [on and any(t.requires_grad for t in group) for group in groups]
+
+
+def mlp(
+    backend: str, inputs: Sequence[Tensor], layers: Sequence[Layer], order: str = "norm_act"
+) -> Tensor:
+    """See :func:`pwm_fast.ops.mlp`; weights of an ensemble give ``[E, ..., N]``."""
+    leading = inputs[0].shape[:-1]
+    params = layer_tensors(layers)
+    rows = [_rows(x) for x in inputs]
+    wgrad, igrad = _grads(params, inputs)
+    text = encode_layers(specs_of(layers, order))
+    y, _ = torch.ops.pwm_fast.mlp(rows, params, text, backend, wgrad or igrad, wgrad)
+    weight = layers[0].weight
+    if weight.dim() == 3:
+        return y.view(weight.shape[0], *leading, y.shape[-1])
+    return y.view(*leading, y.shape[-1])
+
+
+class Packed(NamedTuple):
+    """A dynamics network as the rollout operators take it."""
+
+    spec: str
+    w_z: Tensor
+    w_a: Tensor
+    w_tau: Tensor | None
+    w_task: Tensor | None
+    bias: Tensor | None
+    params: list[Tensor]
+
+
+def fold_pays(net: Sequence[Layer], latent: int) -> bool:
+    """Fold replaces ``2 D U`` products an evaluation by ``U^2``: worth it where U is below 2 D."""
+    return net[0].weight.shape[0] < 1.8 * latent
+
+
+def can_fold(net: Sequence[Layer]) -> bool:
+    """The head is linear and there is a hidden layer, so that its input can carry the state."""
+    return len(net) > 1 and net[-1].ln_weight is None and net[-1].act == "none"
+
+
+def pack(
+    net: Sequence[Layer],
+    method: str,
+    substeps: int,
+    latent: int,
+    action: int,
+    *,
+    task: int = 0,
+    task_first: bool = False,
+    fold: bool | None = None,
+) -> Packed:
+    """Split the first weight by inputs and, where it pays, fold the head.
+
+    Args:
+        net: layers; the first takes ``[z, a, tau, task]`` of a flow, ``[z, task, a]`` of a map.
+        method: ``"heun"``, ``"euler"`` or ``"map"``.
+        substeps: K.
+        latent: D.
+        action: A.
+        task: E.
+        task_first: the task embedding stands before the action.
+        fold: fold or not; None where it pays.
+    """
+    first, *others = net
+    flow = method != "map"
+    widths = [latent, task, action] if task_first else [latent, action, int(flow), task]
+    parts = list(first.weight.split(widths, 1))
+    if task_first:
+        w_z, w_task, w_a = parts
+        w_tau = None
+    else:
+        w_z, w_a, tau, w_task = parts
+        w_tau = tau.squeeze(1) if flow else None
+    if fold is None:
+        fold = flow and can_fold(net) and fold_pays(net, latent)
+    specs = list(specs_of(net))
+    norm = [first.ln_weight, first.ln_bias]
+    params = [t for t in norm if t is not None]
+    if not fold:
+        params += layer_tensors(others)
+    else:
+        head = others[-1]
+        params += layer_tensors(others[:-1])
+        params.append(w_z @ head.weight)
+        if head.bias is not None:
+            params.append(w_z @ head.bias)
+        params.append(head.weight)
+        if head.bias is not None:
+            params.append(head.bias)
+    spec = DynamicsSpec(tuple(specs), method, substeps, fold)
+    return Packed(
+        encode_dynamics(spec),
+        w_z,
+        w_a,
+        None if w_tau is None else w_tau.contiguous(),
+        w_task if task else None,
+        first.bias,
+        params,
+    )
+
+
+def _constant(packed: Packed, task: Tensor | None, rows: int) -> Tensor:
+    """What the first product has beside latent, action and flow time, ``[1 or B, U]``."""
+    base = packed.bias
+    if task is not None and packed.w_task is not None:
+        product = _rows(task) @ packed.w_task.t()
+        return product if base is None else product + base
+    if base is None:
+        base = packed.w_z.new_zeros(packed.w_z.shape[0])
+    return base.unsqueeze(0)
+
+
+def rollout(
+    backend: str, packed: Packed, z0: Tensor, action: Tensor, task: Tensor | None
+) -> Tensor:
+    """Latents ``[H+1, B, D]`` from ``z0 [B, D]`` under actions ``[H, B, A]``; task ``[B, E]``."""
+    base = _constant(packed, task, z0.shape[0])
+    c = action @ packed.w_a.t() + base
+    grad, wgrad = _grads(
+        (z0, c), (packed.w_z, *packed.params, *(() if packed.w_tau is None else (packed.w_tau,)))
+    )
+    z, _ = torch.ops.pwm_fast.rollout(
+        z0.contiguous(),
+        c,
+        packed.w_z,
+        packed.w_tau,
+        packed.params,
+        packed.spec,
+        backend,
+        grad or wgrad,
+        wgrad,
+    )
+    return z
+
+
+def imagine(
+    backend: str,
+    packed: Packed,
+    z0: Tensor,
+    noise: Tensor,
+    actor: Sequence[Layer],
+    std: Tensor,
+    task: Tensor | None,
+    detach: bool,
+) -> tuple[Tensor, Tensor]:
+    """Latents ``[H+1, B, D]`` and actions ``[H, B, A]`` of a policy acting in the dynamics."""
+    base = _constant(packed, task, z0.shape[0])
+    actor_params = layer_tensors(actor)
+    tau = () if packed.w_tau is None else (packed.w_tau,)
+    grad, wgrad, agrad = _grads(
+        (z0, base, packed.w_a, std), (packed.w_z, *packed.params, *tau), actor_params
+    )
+    z, action, _ = torch.ops.pwm_fast.imagine(
+        z0.contiguous(),
+        noise.contiguous(),
+        base,
+        packed.w_a,
+        packed.w_z,
+        packed.w_tau,
+        packed.params,
+        std,
+        actor_params,
+        packed.spec,
+        encode_layers(specs_of(actor, "act_norm")),
+        detach,
+        backend,
+        grad or wgrad or agrad,
+        wgrad,
+        agrad,
+    )
+    return z, action

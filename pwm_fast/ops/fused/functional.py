@@ -1,0 +1,322 @@
+"""Forward and backward passes of the fused operators as plain functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops.fused.gemm import Gemm
+from pwm_fast.ops.fused.kernels import Kernels
+from pwm_fast.ops.fused.rollout import Dynamics, DynamicsGrads, DynamicsSpec, DynamicsWeights
+from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, split_params
+
+# --- MLP ----------------------------------------------------------------------------------------
+
+
+def mlp_forward(
+    kernels: Kernels,
+    specs: Sequence[LayerSpec],
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    save: bool,
+    wgrad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """``[R, K_i]`` each, to ``[R, N]`` (``[E R, N]`` of an ensemble) and what backward needs."""
+    layers = split_params(specs, params)
+    stack = _mlp_stack(kernels, specs, layers, inputs[0].shape[0], save, wgrad, None)
+    h = _first_product(layers[0].weight, inputs)
+    y = stack.forward(0, h)
+    if stack.saved and y.untyped_storage().data_ptr() == stack.saved[-1].untyped_storage().data_ptr():
+        y = y.clone()  # an operator's outputs must not share memory
+    return y, stack.saved
+
+
+def mlp_backward(
+    kernels: Kernels,
+    specs: Sequence[LayerSpec],
+    dy: Tensor,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    wgrad: bool,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients towards the inputs that ``needs`` names, and towards the parameters if ``wgrad``."""
+    layers = split_params(specs, params)
+    stack = _mlp_stack(kernels, specs, layers, inputs[0].shape[0], True, wgrad, saved)
+    stack.start_backward(keep_first=False)
+    dh = stack.backward(0, dy.clone(memory_format=torch.contiguous_format))
+    weight = layers[0].weight
+    members = stack.members
+    dinputs: list[Tensor | None] = []
+    for part, x, need in zip(_split(weight, inputs), inputs, needs, strict=True):
+        if not need:
+            dinputs.append(None)
+        elif members:
+            each = Gemm(part).dgrad(dh, members)
+            dinputs.append(each.view(members, *x.shape).sum(0))
+        else:
+            dinputs.append(torch.mm(dh, part))
+    if not wgrad:
+        return dinputs, [None] * len(params)
+    dweight = torch.empty_like(weight)
+    start = 0
+    for x in inputs:
+        columns = dweight[..., start : start + x.shape[1]]
+        start += x.shape[1]
+        if members:
+            per_member = dh.view(members, -1, dh.shape[-1]).transpose(1, 2)
+            columns.copy_(torch.bmm(per_member, x.expand(members, -1, -1)))
+        else:
+            torch.mm(dh.t(), x, out=columns)
+    grads = stack.param_grads(None)
+    grads[0] = grads[0]._replace(weight=dweight)
+    return dinputs, flatten_grads(specs, grads)
+
+
+def _mlp_stack(
+    kernels: Kernels,
+    specs: Sequence[LayerSpec],
+    layers: list[LayerParams],
+    rows: int,
+    save: bool,
+    wgrad: bool,
+    saved: Sequence[Tensor] | None,
+) -> Stack:
+    members = layers[0].weight.shape[0] if layers[0].weight.dim() == 3 else 1
+    return Stack(
+        kernels, specs, layers, 1, rows * members, save=save, wgrad=wgrad, saved=saved
+    )
+
+
+def _split(weight: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The columns of the first weight that each input meets."""
+    return list(weight.split([x.shape[1] for x in inputs], -1))
+
+
+def _first_product(weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    parts = _split(weight, inputs)
+    if weight.dim() == 3:
+        members = weight.shape[0]
+        h = torch.bmm(inputs[0].expand(members, -1, -1), parts[0].transpose(1, 2))
+        for x, part in zip(inputs[1:], parts[1:], strict=True):
+            h.baddbmm_(x.expand(members, -1, -1), part.transpose(1, 2))
+        return h.view(-1, h.shape[-1])
+    h = torch.mm(inputs[0], parts[0].t())
+    for x, part in zip(inputs[1:], parts[1:], strict=True):
+        h.addmm_(x, part.t())
+    return h
+
+
+def flatten_grads(
+    specs: Sequence[LayerSpec], grads: Sequence[LayerGrads], *, first: bool = True
+) -> list[Tensor | None]:
+    """Gradients in the order of an op's flat parameter list.
+
+    ``first=False`` leaves out the first layer's weight and bias, which are not in a rollout's list.
+    """
+    flat: list[Tensor | None] = []
+    for i, (spec, grad) in enumerate(zip(specs, grads, strict=True)):
+        if i or first:
+            flat.append(grad.weight)
+            if spec.bias:
+                flat.append(grad.bias)
+        if spec.norm:
+            flat += [grad.gamma, grad.beta]
+    return flat
+
+
+# --- rollouts -----------------------------------------------------------------------------------
+
+
+def dynamics_weights(
+    spec: DynamicsSpec, w_z: Tensor, w_tau: Tensor | None, params: Sequence[Tensor]
+) -> DynamicsWeights:
+    """Sort an op's flat list: ``gamma, beta`` of the first layer, then the others, then fold's head."""
+    first, *others = spec.layers
+    n = 2 if first.norm else 0
+    gamma, beta = (params[0], params[1]) if n else (None, None)
+    rest = sum(s.fields for s in others)
+    layers = [
+        LayerParams(w_z, None, gamma, beta),
+        *split_params(others, params[n : n + rest]),
+    ]
+    head = None
+    if spec.fold:
+        tail = list(params[n + rest :])
+        head = (tail[0], tail[1] if len(tail) > 1 else None)
+    return DynamicsWeights(w_z, w_tau, layers, head)
+
+
+def _dynamics_flat(spec: DynamicsSpec, grads: DynamicsGrads, count: int) -> list[Tensor | None]:
+    if grads.layers is None:
+        return [None] * count
+    flat = flatten_grads(spec.layers, grads.layers, first=False)
+    if spec.fold:
+        flat.append(grads.head_weight)
+        if grads.head_bias is not None:
+            flat.append(grads.head_bias)
+    return flat
+
+
+def rollout_forward(
+    kernels: Kernels,
+    spec: DynamicsSpec,
+    z0: Tensor,
+    c: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: Sequence[Tensor],
+    save: bool,
+    wgrad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Latents ``[H+1, B, D]`` from ``z0 [B, D]`` and hoisted terms ``c [H, B, U]``."""
+    horizon, batch = c.shape[:2]
+    weights = dynamics_weights(spec, w_z, w_tau, params)
+    dynamics = Dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
+    z = z0.new_empty(horizon + 1, *z0.shape)
+    z[0] = z0
+    for t in range(horizon):
+        dynamics.step(t, z[t], c[t], z[t + 1])
+    return z, dynamics.saved()
+
+
+def rollout_backward(
+    kernels: Kernels,
+    spec: DynamicsSpec,
+    dz: Tensor,
+    z0: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    wgrad: bool,
+) -> tuple[DynamicsGrads, list[Tensor | None]]:
+    """Gradients towards ``z0``, ``c``, ``w_z``, ``w_tau``, and the flat parameters."""
+    horizon, batch = dz.shape[0] - 1, dz.shape[1]
+    weights = dynamics_weights(spec, w_z, w_tau, params)
+    dynamics = Dynamics(
+        kernels, spec, weights, horizon, batch, save=True, wgrad=wgrad, saved=saved
+    )
+    dynamics.start_backward()
+    adjoint = dz[horizon]
+    for t in range(horizon - 1, -1, -1):
+        adjoint = dynamics.step_backward(t, adjoint) + dz[t]
+    grads = dynamics.finish_backward(adjoint, z0)
+    return grads, _dynamics_flat(spec, grads, len(params))
+
+
+def imagine_forward(
+    kernels: Kernels,
+    spec: DynamicsSpec,
+    actor_specs: Sequence[LayerSpec],
+    z0: Tensor,
+    noise: Tensor,
+    base: Tensor,
+    w_a: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: Sequence[Tensor],
+    std: Tensor,
+    actor: Sequence[Tensor],
+    save: bool,
+    wgrad: bool,
+    actor_wgrad: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Latents ``[H+1, B, D]`` and actions ``[H, B, A]`` of a policy acting in the dynamics.
+
+    ``base [1 or B, U]`` is what the first product has beside latent, action and flow time.
+    """
+    horizon, batch, width = noise.shape
+    weights = dynamics_weights(spec, w_z, w_tau, params)
+    dynamics = Dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
+    layers = split_params(actor_specs, actor)
+    policy = Stack(
+        kernels, actor_specs, layers, horizon, batch, save=save, wgrad=actor_wgrad
+    )
+    first = Gemm(layers[0].weight)
+    z = z0.new_empty(horizon + 1, *z0.shape)
+    action = z0.new_empty(horizon, batch, width)
+    z[0] = z0
+    for t in range(horizon):
+        mu = policy.forward(t, first(z[t]))
+        torch.tanh(torch.addcmul(mu, noise[t], std), out=action[t])
+        c = torch.addmm(base, action[t], w_a.t())
+        dynamics.step(t, z[t], c, z[t + 1])
+    return z, action, [*dynamics.saved(), *policy.saved] if save else []
+
+
+def imagine_backward(
+    kernels: Kernels,
+    spec: DynamicsSpec,
+    actor_specs: Sequence[LayerSpec],
+    dz: Tensor,
+    daction: Tensor,
+    z: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    w_a: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: Sequence[Tensor],
+    std: Tensor,
+    actor: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    detach: bool,
+    wgrad: bool,
+    actor_wgrad: bool,
+) -> tuple[DynamicsGrads, list[Tensor | None], Tensor, Tensor, list[Tensor | None]]:
+    """Gradients: dynamics', its flat parameters', ``w_a``'s, ``std``'s, and the actor's."""
+    horizon, batch, width = noise.shape
+    weights = dynamics_weights(spec, w_z, w_tau, params)
+    layers = split_params(actor_specs, actor)
+    own = _count_actor_buffers(actor_specs, actor_wgrad)
+    dynamics_saved, actor_saved = saved[: len(saved) - own], saved[len(saved) - own :]
+    dynamics = Dynamics(
+        kernels, spec, weights, horizon, batch, save=True, wgrad=wgrad, saved=dynamics_saved
+    )
+    dynamics.start_backward()
+    # A detached policy passes nothing on to the latents: all its steps are one batch.
+    evals, rows = (1, horizon * batch) if detach else (horizon, batch)
+    policy = Stack(
+        kernels,
+        actor_specs,
+        layers,
+        evals,
+        rows,
+        save=True,
+        wgrad=actor_wgrad,
+        saved=[b.view(evals, rows, *b.shape[2:]) for b in actor_saved],
+    )
+    policy.start_backward(keep_first=False)
+    first = Gemm(layers[0].weight)
+    slope = 1.0 - action * action
+    dmu = torch.empty_like(action)
+    adjoint = dz[horizon]
+    for t in range(horizon - 1, -1, -1):
+        adjoint = dynamics.step_backward(t, adjoint) + dz[t]
+        if not detach:
+            da = torch.addmm(daction[t], dynamics.c_grad(t), w_a)
+            torch.mul(da, slope[t], out=dmu[t])
+            adjoint += first.dgrad(policy.backward(t, dmu[t].clone()))
+    grads = dynamics.finish_backward(adjoint, z[0])
+    if detach:
+        flat = grads.c.view(-1, grads.c.shape[-1])
+        da = torch.addmm(daction.reshape(-1, width), flat, w_a)
+        torch.mul(da, slope.view(-1, width), out=dmu.view(-1, width))
+        policy.backward(0, dmu.view(-1, width).clone())
+    dstd = (dmu * noise).sum((0, 1))
+    dw_a = torch.mm(grads.c.view(-1, grads.c.shape[-1]).t(), action.view(-1, width))
+    dactor: list[Tensor | None] = [None] * len(actor)
+    if actor_wgrad:
+        states = z[:-1].reshape(evals, rows, -1)
+        dactor = flatten_grads(actor_specs, policy.param_grads(states))
+    return grads, _dynamics_flat(spec, grads, len(params)), dw_a, dstd, dactor
+
+
+def _count_actor_buffers(specs: Sequence[LayerSpec], wgrad: bool) -> int:
+    from pwm_fast.ops.fused.stack import saved_shapes
+
+    return len(saved_shapes(specs, [1] * len(specs), 1, 1, True, wgrad))

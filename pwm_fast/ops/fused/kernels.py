@@ -1,0 +1,260 @@
+"""Element kernels that the fused operations are written on, and their plain PyTorch form.
+
+A kernel fills buffers that its caller made, so that rollouts reuse memory and batch their weight
+gradients. Row-wise tensors are ``[R, n]`` with a last stride of 1; statistics are ``[R]``;
+accumulators of parameter gradients are float64 and added to.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops.reference.mish import mish
+
+
+class Kernels(Protocol):
+    """What a device provides."""
+
+    def norm_act_fwd(
+        self,
+        x: Tensor,
+        y: Tensor,
+        xhat: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        act: str,
+        group: int,
+        eps: float,
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+        tau: Tensor | None = None,
+        w_tau: Tensor | None = None,
+    ) -> None:
+        """``y = act(LayerNorm(x + bias + add + tau w_tau))``; ``add [S, n]`` repeats over rows.
+
+        ``tau`` holds one value, or one for each row. ``xhat`` and ``rstd`` are kept for the
+        backward pass unless None.
+        """
+
+    def norm_act_bwd(
+        self,
+        dy: Tensor,
+        dx: Tensor,
+        xhat: Tensor,
+        rstd: Tensor,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        y: Tensor | None,
+        act: str,
+        group: int,
+        dgamma: Tensor | None = None,
+        dbeta: Tensor | None = None,
+        dbias: Tensor | None = None,
+    ) -> None:
+        """Gradient of :meth:`norm_act_fwd` towards its ``x``; ``y`` is needed for SimNorm alone."""
+
+    def act_norm_fwd(
+        self,
+        x: Tensor,
+        y: Tensor,
+        u: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        act: str,
+        eps: float,
+        rows_per_member: int = 0,
+    ) -> None:
+        """``y = LayerNorm(act(u))`` with ``u = x + bias``; no LayerNorm where ``gamma`` is None.
+
+        With ``rows_per_member`` parameters are ``[E, n]`` and consecutive rows share a member's.
+        """
+
+    def act_norm_bwd(
+        self,
+        dy: Tensor,
+        dx: Tensor,
+        u: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        gamma: Tensor | None,
+        act: str,
+        rows_per_member: int = 0,
+        dgamma: Tensor | None = None,
+        dbeta: Tensor | None = None,
+        dbias: Tensor | None = None,
+    ) -> None:
+        """Gradient of :meth:`act_norm_fwd` towards its ``x``."""
+
+    def axpby(self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float) -> None:
+        """``out = z + c1 k1 + c2 k2``."""
+
+
+def mish_grad(u: Tensor) -> Tensor:
+    """Derivative of Mish."""
+    t = torch.tanh(torch.nn.functional.softplus(u))
+    return t + u * torch.sigmoid(u) * (1.0 - t * t)
+
+
+class TorchKernels:
+    """The kernels in plain PyTorch: any device, any floating dtype; the truth for the others."""
+
+    def norm_act_fwd(
+        self,
+        x: Tensor,
+        y: Tensor,
+        xhat: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        act: str,
+        group: int,
+        eps: float,
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+        tau: Tensor | None = None,
+        w_tau: Tensor | None = None,
+    ) -> None:
+        """See :class:`Kernels`."""
+        v = x if bias is None else x + bias
+        if add is not None:
+            v = (v.view(-1, *add.shape) + add).view(v.shape) if v.shape[0] else v
+        if tau is not None and w_tau is not None:
+            v = v + tau.reshape(-1, 1) * w_tau
+        var, mu = torch.var_mean(v, -1, correction=0, keepdim=True)
+        r = torch.rsqrt(var + eps)
+        hat = (v - mu) * r
+        if xhat is not None:
+            xhat.copy_(hat)
+        if rstd is not None:
+            rstd.copy_(r.squeeze(-1))
+        u = hat * gamma + beta
+        if act == "mish":
+            u = mish(u)
+        elif act == "simnorm":
+            u = torch.softmax(u.unflatten(-1, (-1, group)), -1).flatten(-2)
+        y.copy_(u)
+
+    def norm_act_bwd(
+        self,
+        dy: Tensor,
+        dx: Tensor,
+        xhat: Tensor,
+        rstd: Tensor,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        y: Tensor | None,
+        act: str,
+        group: int,
+        dgamma: Tensor | None = None,
+        dbeta: Tensor | None = None,
+        dbias: Tensor | None = None,
+    ) -> None:
+        """See :class:`Kernels`."""
+        if act == "mish":
+            du = dy * mish_grad(xhat * gamma + beta)
+        elif act == "simnorm" and y is not None:
+            product = (dy * y).unflatten(-1, (-1, group))
+            total = product.sum(-1, keepdim=True).expand_as(product).flatten(-2)
+            du = y * (dy - total)
+        else:
+            du = dy
+        g = du * gamma
+        inner = (g * xhat).mean(-1, keepdim=True)
+        result = (g - g.mean(-1, keepdim=True) - xhat * inner) * rstd.unsqueeze(-1)
+        if dgamma is not None:
+            dgamma += (du * xhat).sum(0, dtype=torch.float64)
+        if dbeta is not None:
+            dbeta += du.sum(0, dtype=torch.float64)
+        if dbias is not None:
+            dbias += result.sum(0, dtype=torch.float64)
+        dx.copy_(result)
+
+    def act_norm_fwd(
+        self,
+        x: Tensor,
+        y: Tensor,
+        u: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        act: str,
+        eps: float,
+        rows_per_member: int = 0,
+    ) -> None:
+        """See :class:`Kernels`."""
+        v = x if bias is None else x + _rows(bias, rows_per_member)
+        if u is not None:
+            u.copy_(v)
+        m = mish(v) if act == "mish" else v
+        if gamma is not None and beta is not None:
+            var, mu = torch.var_mean(m, -1, correction=0, keepdim=True)
+            r = torch.rsqrt(var + eps)
+            if mean is not None and rstd is not None:
+                mean.copy_(mu.squeeze(-1))
+                rstd.copy_(r.squeeze(-1))
+            m = (m - mu) * r * _rows(gamma, rows_per_member) + _rows(beta, rows_per_member)
+        y.copy_(m)
+
+    def act_norm_bwd(
+        self,
+        dy: Tensor,
+        dx: Tensor,
+        u: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        gamma: Tensor | None,
+        act: str,
+        rows_per_member: int = 0,
+        dgamma: Tensor | None = None,
+        dbeta: Tensor | None = None,
+        dbias: Tensor | None = None,
+    ) -> None:
+        """See :class:`Kernels`."""
+        dm = dy
+        if gamma is not None and mean is not None and rstd is not None:
+            m = mish(u) if act == "mish" else u
+            r = rstd.unsqueeze(-1)
+            xhat = (m - mean.unsqueeze(-1)) * r
+            g = dy * _rows(gamma, rows_per_member)
+            dm = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * r
+            if dgamma is not None:
+                dgamma += _sum_rows(dy * xhat, rows_per_member)
+            if dbeta is not None:
+                dbeta += _sum_rows(dy, rows_per_member)
+        result = dm * mish_grad(u) if act == "mish" else dm
+        if dbias is not None:
+            dbias += _sum_rows(result, rows_per_member)
+        dx.copy_(result)
+
+    def axpby(self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float) -> None:
+        """See :class:`Kernels`."""
+        torch.add(z, k1, alpha=c1, out=out)
+        if k2 is not None:
+            out.add_(k2, alpha=c2)
+
+
+def _rows(param: Tensor, rows_per_member: int) -> Tensor:
+    return param.repeat_interleave(rows_per_member, 0) if rows_per_member else param
+
+
+def _sum_rows(x: Tensor, rows_per_member: int) -> Tensor:
+    if not rows_per_member:
+        return x.sum(0, dtype=torch.float64)
+    return x.unflatten(0, (-1, rows_per_member)).sum(1, dtype=torch.float64)

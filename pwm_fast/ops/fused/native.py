@@ -1,0 +1,246 @@
+"""The element kernels in C++ (``csrc/``): float32 tensors on the CPU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ACTS = {"none": 0, "mish": 1, "simnorm": 2}
+_FP32 = 0
+
+
+@lru_cache(maxsize=1)
+def extension() -> Any:
+    """``pwm_fast._C``, on torch's own OpenMP threads.
+
+    Raises:
+        ImportError: it was not built, or does not load.
+    """
+    from pwm_fast import _C
+
+    path = _openmp_runtime()
+    if path is not None:
+        _C.set_openmp(path)
+    return _C
+
+
+def _openmp_runtime() -> str | None:
+    """Path of the OpenMP runtime that torch has loaded; None where it cannot be told."""
+    try:
+        with open("/proc/self/maps") as maps:
+            for line in maps:
+                path = line.rpartition(" ")[2].strip()
+                name = path.rpartition("/")[2]
+                if name.startswith(("libgomp", "libiomp", "libomp")):
+                    return path
+    except OSError:
+        pass
+    return None
+
+
+@lru_cache(maxsize=1)
+def why_missing() -> str | None:
+    """Why the native kernels cannot run here; None if they can."""
+    try:
+        module = extension()
+    except ImportError as error:
+        return f"the native extension is not there ({error}); reinstall with a C++ compiler"
+    if not hasattr(module, "norm_act_fwd"):
+        return "the native extension is of an older version: reinstall"
+    return None
+
+
+def _ptr(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+class NativeKernels:
+    """See :class:`pwm_fast.ops.fused.kernels.Kernels`; row-wise tensors are contiguous."""
+
+    def __init__(self) -> None:
+        self._c = extension()
+
+    def norm_act_fwd(
+        self,
+        x: Tensor,
+        y: Tensor,
+        xhat: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        act: str,
+        group: int,
+        eps: float,
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+        tau: Tensor | None = None,
+        w_tau: Tensor | None = None,
+    ) -> None:
+        """See :class:`Kernels`."""
+        rows, n = x.shape
+        self._c.norm_act_fwd(
+            x.data_ptr(),
+            n,
+            _FP32,
+            _ptr(add),
+            n,
+            1 if add is None else add.shape[0],
+            _ptr(tau),
+            0 if tau is None or tau.numel() == 1 else 1,
+            _ptr(w_tau),
+            _ptr(bias),
+            gamma.data_ptr(),
+            beta.data_ptr(),
+            y.data_ptr(),
+            n,
+            _FP32,
+            _ptr(xhat),
+            _FP32,
+            _ptr(rstd),
+            rows,
+            n,
+            _ACTS[act],
+            group,
+            eps,
+            torch.get_num_threads(),
+        )
+
+    def norm_act_bwd(
+        self,
+        dy: Tensor,
+        dx: Tensor,
+        xhat: Tensor,
+        rstd: Tensor,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        y: Tensor | None,
+        act: str,
+        group: int,
+        dgamma: Tensor | None = None,
+        dbeta: Tensor | None = None,
+        dbias: Tensor | None = None,
+    ) -> None:
+        """See :class:`Kernels`."""
+        rows, n = dy.shape
+        self._c.norm_act_bwd(
+            dy.data_ptr(),
+            n,
+            _FP32,
+            xhat.data_ptr(),
+            _FP32,
+            rstd.data_ptr(),
+            gamma.data_ptr(),
+            beta.data_ptr(),
+            _ptr(y),
+            n,
+            _FP32,
+            dx.data_ptr(),
+            n,
+            _FP32,
+            _ptr(dgamma),
+            _ptr(dbeta),
+            _ptr(dbias),
+            rows,
+            n,
+            _ACTS[act],
+            group,
+            torch.get_num_threads(),
+        )
+
+    def act_norm_fwd(
+        self,
+        x: Tensor,
+        y: Tensor,
+        u: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        act: str,
+        eps: float,
+        rows_per_member: int = 0,
+    ) -> None:
+        """See :class:`Kernels`."""
+        rows, n = x.shape
+        self._c.act_norm_fwd(
+            x.data_ptr(),
+            n,
+            _FP32,
+            _ptr(bias),
+            _ptr(gamma),
+            _ptr(beta),
+            y.data_ptr(),
+            n,
+            _FP32,
+            _ptr(u),
+            _FP32,
+            _ptr(mean),
+            _ptr(rstd),
+            rows,
+            n,
+            _ACTS[act],
+            rows_per_member,
+            eps,
+            torch.get_num_threads(),
+        )
+
+    def act_norm_bwd(
+        self,
+        dy: Tensor,
+        dx: Tensor,
+        u: Tensor,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        gamma: Tensor | None,
+        act: str,
+        rows_per_member: int = 0,
+        dgamma: Tensor | None = None,
+        dbeta: Tensor | None = None,
+        dbias: Tensor | None = None,
+    ) -> None:
+        """See :class:`Kernels`."""
+        rows, n = dy.shape
+        self._c.act_norm_bwd(
+            dy.data_ptr(),
+            n,
+            _FP32,
+            u.data_ptr(),
+            _FP32,
+            _ptr(mean),
+            _ptr(rstd),
+            _ptr(gamma),
+            dx.data_ptr(),
+            n,
+            _FP32,
+            _ptr(dgamma),
+            _ptr(dbeta),
+            _ptr(dbias),
+            rows,
+            n,
+            _ACTS[act],
+            rows_per_member,
+            torch.get_num_threads(),
+        )
+
+    def axpby(
+        self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float
+    ) -> None:
+        """See :class:`Kernels`."""
+        self._c.axpby(
+            z.data_ptr(),
+            k1.data_ptr(),
+            _ptr(k2),
+            out.data_ptr(),
+            c1,
+            c2,
+            z.numel(),
+            torch.get_num_threads(),
+        )

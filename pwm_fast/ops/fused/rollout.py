@@ -1,0 +1,381 @@
+"""Latent rollouts: H macro steps of a velocity field or of one-shot dynamics, and their adjoint.
+
+The first layer's product is linear in its inputs, so everything in it that does not change within a
+macro step (action, task, bias) arrives as one term ``c``, and the flow time as a rank-1 term. With a
+linear velocity head the hidden pre-activation ``p = W1z z`` can be carried through the substeps in
+place of ``z`` (*fold*): ``W13 = W1z W3`` then takes the place of two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops.fused.gemm import Gemm
+from pwm_fast.ops.fused.kernels import Kernels
+from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_shapes
+
+
+@dataclass(frozen=True)
+class DynamicsSpec:
+    """What a macro step does.
+
+    Attributes:
+        layers: of the network; with ``fold`` its last layer is the folded head.
+        method: ``"heun"``, ``"euler"``, or ``"map"``: the network's output is the next latent.
+        substeps: K.
+        fold: carry ``p = W1z z`` through the substeps.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    method: str
+    substeps: int
+    fold: bool
+
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """Flow times of a macro step's evaluations."""
+        k = self.substeps
+        if self.method == "map":
+            return (0.0,)
+        if self.method == "euler":
+            return tuple(i / k for i in range(k))
+        return tuple(t / k for i in range(k) for t in (i, i + 1))
+
+
+class DynamicsWeights:
+    """Tensors of a dynamics network, its first layer split by inputs.
+
+    Attributes:
+        w_z: ``[U, D]``, the part of the first weight that takes the latent.
+        w_tau: ``[U]``, the part that takes the flow time, or None.
+        layers: parameters a layer; the first one's ``weight`` is ``w_z``. With fold the last one's
+            are ``W13 [U, U]`` and ``b13``.
+        head: fold's ``W3 [D, U]`` and ``b3``, or None.
+    """
+
+    def __init__(
+        self,
+        w_z: Tensor,
+        w_tau: Tensor | None,
+        layers: list[LayerParams],
+        head: tuple[Tensor, Tensor | None] | None,
+    ) -> None:
+        self.w_z, self.w_tau, self.layers, self.head = w_z, w_tau, layers, head
+
+
+@dataclass
+class DynamicsGrads:
+    """Gradients of a rollout; parameters' are None unless they were asked for."""
+
+    z0: Tensor
+    c: Tensor
+    w_z: Tensor | None = None
+    w_tau: Tensor | None = None
+    layers: list[LayerGrads] | None = None
+    head_weight: Tensor | None = None
+    head_bias: Tensor | None = None
+
+
+class Dynamics:
+    """H macro steps on B rows, forward and backward."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        spec: DynamicsSpec,
+        weights: DynamicsWeights,
+        horizon: int,
+        batch: int,
+        *,
+        save: bool,
+        wgrad: bool,
+        saved: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.kernels, self.spec, self.weights = kernels, spec, weights
+        self.horizon, self.batch = horizon, batch
+        self.save, self.wgrad = save, wgrad
+        stages = len(spec.stages)
+        self.stages = stages
+        like = weights.w_z
+        self.latent = like.shape[1]
+        self.hidden = like.shape[0]
+        last = weights.layers[-1].weight.shape[1] if spec.fold else 0
+        shapes = extra_shapes(spec, self.latent, last, horizon, batch, wgrad)
+        if saved is None:
+            self.inputs, stack_saved = [like.new_empty(shape) for shape in shapes], None
+        else:
+            self.inputs, stack_saved = list(saved[: len(shapes)]), saved[len(shapes) :]
+        # Folded hidden layers run without the head: its product has two uses.
+        self.specs = spec.layers[:-1] if spec.fold else spec.layers
+        params = weights.layers[:-1] if spec.fold else weights.layers
+        self.stack = Stack(
+            kernels,
+            self.specs,
+            params,
+            horizon * stages,
+            batch,
+            save=save,
+            wgrad=wgrad,
+            saved=stack_saved,
+        )
+        self.w_z = Gemm(weights.w_z)
+        self.taus = [like.new_tensor([t]) for t in spec.stages]
+        if spec.fold:
+            assert weights.head is not None
+            self.w13, self.b13 = Gemm(weights.layers[-1].weight), weights.layers[-1].bias
+            self.w3, self.b3 = Gemm(weights.head[0]), weights.head[1]
+        self._p: Tensor | None = None
+
+    def saved(self) -> list[Tensor]:
+        """What a backward pass needs."""
+        return [*self.inputs, *self.stack.saved] if self.save else []
+
+    # --- forward --------------------------------------------------------------------------------
+
+    def step(self, t: int, z: Tensor, c: Tensor, out: Tensor) -> None:
+        """Macro step ``t``: ``out [B, D]`` from ``z [B, D]`` and the hoisted term ``c [B, U]``."""
+        if self.spec.fold:
+            self._folded_step(t, z, c, out)
+            return
+        if self.spec.method == "map":
+            out.copy_(self._evaluate(t, 0, z, c))
+            return
+        k = self.kernels
+        dt = 1.0 / self.spec.substeps
+        e = 0
+        for i in range(self.spec.substeps):
+            v1 = self._evaluate(t, e, z, c)
+            target = out if i == self.spec.substeps - 1 else torch.empty_like(z)
+            if self.spec.method == "euler":
+                k.axpby(z, v1, None, target, dt, 0.0)
+                e += 1
+            else:
+                stage = self._stage_buffer(t, e + 1, z)
+                k.axpby(z, v1, None, stage, dt, 0.0)
+                v2 = self._evaluate(t, e + 1, stage, c)
+                k.axpby(z, v1, v2, target, 0.5 * dt, 0.5 * dt)
+                e += 2
+            z = target
+
+    def _evaluate(self, t: int, e: int, z: Tensor, c: Tensor) -> Tensor:
+        if self.wgrad:
+            kept = self.inputs[0][t * self.stages + e]
+            if kept.data_ptr() != z.data_ptr():
+                kept.copy_(z)
+        w_tau = self.weights.w_tau
+        return self.stack.forward(
+            t * self.stages + e,
+            self.w_z(z),
+            add=c,
+            tau=None if w_tau is None else self.taus[e],
+            w_tau=w_tau,
+        )
+
+    def _stage_buffer(self, t: int, e: int, like: Tensor) -> Tensor:
+        return self.inputs[0][t * self.stages + e] if self.wgrad else torch.empty_like(like)
+
+    def _folded_step(self, t: int, z: Tensor, c: Tensor, out: Tensor) -> None:
+        k = self.kernels
+        p = self.w_z(z) if self._p is None else self._p
+        dt = 1.0 / self.spec.substeps
+        heun = self.spec.method == "heun"
+        total: Tensor | None = None
+        e = 0
+        for _ in range(self.spec.substeps):
+            m1 = self._folded_evaluate(t, e, p, c)
+            q1 = self._w13(m1)
+            following = torch.empty_like(p)
+            if heun:
+                stage = torch.empty_like(p)
+                k.axpby(p, q1, None, stage, dt, 0.0)
+                m2 = self._folded_evaluate(t, e + 1, stage, c)
+                q2 = self._w13(m2)
+                k.axpby(p, q1, q2, following, 0.5 * dt, 0.5 * dt)
+                if total is None:
+                    total = torch.zeros_like(m1)
+                k.axpby(total, m1, m2, total, 0.5 * dt, 0.5 * dt)
+                e += 2
+            else:
+                k.axpby(p, q1, None, following, dt, 0.0)
+                if total is None:
+                    total = torch.zeros_like(m1)
+                k.axpby(total, m1, None, total, dt, 0.0)
+                e += 1
+            p = following
+        assert total is not None
+        if self.wgrad:
+            self.inputs[0][t].copy_(total)
+        step = self.w3(total)
+        if self.b3 is not None:
+            step.add_(self.b3)
+        torch.add(z, step, out=out)
+        self._p = p
+
+    def _folded_evaluate(self, t: int, e: int, p: Tensor, c: Tensor) -> Tensor:
+        w_tau = self.weights.w_tau
+        n = t * self.stages + e
+        m = self.stack.forward(
+            n,
+            p,
+            add=c,
+            tau=None if w_tau is None else self.taus[e],
+            w_tau=w_tau,
+            own=False,
+        )
+        if self.wgrad:
+            self.inputs[1][n].copy_(m)
+        return m
+
+    def _w13(self, m: Tensor) -> Tensor:
+        q = self.w13(m)
+        return q if self.b13 is None else q.add_(self.b13)
+
+    # --- backward -------------------------------------------------------------------------------
+
+    def start_backward(self) -> None:
+        """Begin at the last macro step."""
+        self.stack.start_backward(keep_first=True)
+        like = self.weights.w_z
+        self._lp = like.new_zeros(self.batch, self.hidden) if self.spec.fold else None
+        if self.wgrad and self.spec.fold:
+            self._dq = like.new_empty(self.horizon * self.stages, self.batch, self.hidden)
+            self._lz = like.new_empty(self.horizon, self.batch, self.latent)
+
+    def step_backward(self, t: int, dz: Tensor) -> Tensor:
+        """Adjoint of macro step ``t``: gradient towards ``z_t`` for that towards ``z_{t+1}``.
+
+        With fold what flows through ``p`` is kept apart until :meth:`finish_backward`.
+        """
+        if self.spec.fold:
+            return self._folded_backward(t, dz)
+        n = t * self.stages
+        if self.spec.method == "map":
+            return self.w_z.dgrad(self.stack.backward(n, dz.clone()))
+        k = self.kernels
+        dt = 1.0 / self.spec.substeps
+        e = self.stages
+        for _ in range(self.spec.substeps):
+            if self.spec.method == "euler":
+                e -= 1
+                ds = self.w_z.dgrad(self.stack.backward(n + e, dz * dt))
+                dz = dz + ds
+                continue
+            e -= 2
+            half = dz * (0.5 * dt)
+            ds2 = self.w_z.dgrad(self.stack.backward(n + e + 1, half.clone()))
+            k.axpby(half, ds2, None, half, dt, 0.0)
+            ds1 = self.w_z.dgrad(self.stack.backward(n + e, half))
+            out = torch.empty_like(ds1)
+            k.axpby(dz.contiguous(), ds2, ds1, out, 1.0, 1.0)
+            dz = out
+        return dz
+
+    def _folded_backward(self, t: int, dz: Tensor) -> Tensor:
+        k = self.kernels
+        dt = 1.0 / self.spec.substeps
+        lp = self._lp
+        assert lp is not None
+        if self.wgrad:
+            self._lz[t].copy_(dz)
+        g = self.w3.dgrad(dz)  # towards the sum of the stages' hidden outputs
+        n = t * self.stages
+        e = self.stages
+        for _ in range(self.spec.substeps):
+            if self.spec.method == "euler":
+                e -= 1
+                dh = self._folded_stage(n + e, lp * dt, g, dt)
+                lp = lp + dh
+                continue
+            e -= 2
+            half = lp * (0.5 * dt)
+            dh2 = self._folded_stage(n + e + 1, half, g, 0.5 * dt)
+            stage = torch.empty_like(half)
+            k.axpby(half, dh2, None, stage, dt, 0.0)
+            dh1 = self._folded_stage(n + e, stage, g, 0.5 * dt)
+            out = torch.empty_like(lp)
+            k.axpby(lp, dh2, dh1, out, 1.0, 1.0)
+            lp = out
+        self._lp = lp
+        return dz
+
+    def _folded_stage(self, n: int, dq: Tensor, g: Tensor, weight: float) -> Tensor:
+        if self.wgrad:
+            self._dq[n].copy_(dq)
+        dm = self.w13.dgrad(dq)
+        self.kernels.axpby(dm, g, None, dm, weight, 0.0)
+        return self.stack.backward(n, dm)
+
+    def c_grad(self, t: int) -> Tensor:
+        """Gradient towards macro step ``t``'s hoisted term, ``[B, U]``."""
+        first = self.stack.first_gradients()
+        return first[t * self.stages : (t + 1) * self.stages].sum(0)
+
+    def finish_backward(self, dz: Tensor, z0: Tensor) -> DynamicsGrads:
+        """All gradients, once macro step 0 is done and ``dz`` is the one towards ``z0``."""
+        first = self.stack.first_gradients()
+        c = first.view(self.horizon, self.stages, self.batch, -1).sum(1)
+        if self.spec.fold:
+            assert self._lp is not None
+            dz = dz + self.w_z.dgrad(self._lp)
+        grads = DynamicsGrads(dz, c)
+        if not self.wgrad:
+            return grads
+        flat = first.view(-1, self.hidden)
+        if self.weights.w_tau is not None:
+            taus = torch.cat(self.taus).repeat(self.horizon)
+            grads.w_tau = taus @ first.sum(1)
+        if self.spec.fold:
+            grads.layers = self.stack.param_grads(None)
+            dq = self._dq.view(-1, self.hidden)
+            m = self.inputs[1].view(-1, self.inputs[1].shape[-1])
+            bias = None if self.b13 is None else dq.sum(0)
+            grads.layers.append(LayerGrads(torch.mm(dq.t(), m), bias, None, None))
+            lz = self._lz.view(-1, self.latent)
+            total = self.inputs[0].view(-1, self.inputs[0].shape[-1])
+            grads.head_weight = torch.mm(lz.t(), total)
+            grads.head_bias = None if self.b3 is None else lz.sum(0)
+            # p_0 = W1z z_0 is the only use of W1z here; the rest went into W13.
+            assert self._lp is not None
+            grads.w_z = torch.mm(self._lp.t(), z0)
+        else:
+            grads.layers = self.stack.param_grads(None)
+            grads.w_z = torch.mm(flat.t(), self.inputs[0].view(-1, self.latent))
+        return grads
+
+
+def extra_shapes(
+    spec: DynamicsSpec, latent: int, last: int, horizon: int, batch: int, wgrad: bool
+) -> list[tuple[int, ...]]:
+    """Shapes of what :class:`Dynamics` keeps beside its stack's buffers.
+
+    ``last`` is the width of the last hidden layer; only fold uses it.
+    """
+    if not wgrad:
+        return []
+    evals = horizon * len(spec.stages)
+    if spec.fold:
+        return [(horizon, batch, last), (evals, batch, last)]
+    return [(evals, batch, latent)]
+
+
+def dynamics_saved_shapes(
+    spec: DynamicsSpec,
+    widths: Sequence[int],
+    latent: int,
+    horizon: int,
+    batch: int,
+    save: bool,
+    wgrad: bool,
+) -> list[tuple[int, ...]]:
+    """Shapes of :meth:`Dynamics.saved`, in order; ``widths`` are of all layers."""
+    if not save:
+        return []
+    specs = spec.layers[:-1] if spec.fold else spec.layers
+    evals = horizon * len(spec.stages)
+    stack_widths = widths[: len(specs)]
+    extra = extra_shapes(spec, latent, widths[len(specs) - 1] if spec.fold else 0, horizon, batch, wgrad)
+    return extra + saved_shapes(specs, stack_widths, evals, batch, save, wgrad)

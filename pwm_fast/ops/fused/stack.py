@@ -1,0 +1,351 @@
+"""A run of layers evaluated many times, with a hand-written backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops.fused.gemm import Gemm
+from pwm_fast.ops.fused.kernels import Kernels
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a layer does, without its parameters.
+
+    Attributes:
+        order: ``"norm_act"`` (Linear, LayerNorm, act) or ``"act_norm"`` (Linear, act, LayerNorm).
+        act: ``"none"``, ``"mish"`` or ``"simnorm"``.
+        bias: there is a bias.
+        norm: there is a LayerNorm.
+        group: SimNorm's group width.
+        eps: LayerNorm's.
+    """
+
+    order: str
+    act: str
+    bias: bool
+    norm: bool
+    group: int
+    eps: float
+
+    @property
+    def fields(self) -> int:
+        """Tensors that the layer has."""
+        return 1 + self.bias + 2 * self.norm
+
+    @property
+    def plain(self) -> bool:
+        """Nothing follows the Linear."""
+        return not self.norm and self.act == "none"
+
+
+class LayerParams(NamedTuple):
+    """Tensors of one layer; weights ``[N, K]``, or ``[E, N, K]`` of an ensemble."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
+def split_params(specs: Sequence[LayerSpec], flat: Sequence[Tensor]) -> list[LayerParams]:
+    """The flat parameter list of an op as one entry a layer."""
+    layers, i = [], 0
+    for spec in specs:
+        weight = flat[i]
+        i += 1
+        bias = gamma = beta = None
+        if spec.bias:
+            bias = flat[i]
+            i += 1
+        if spec.norm:
+            gamma, beta = flat[i], flat[i + 1]
+            i += 2
+        layers.append(LayerParams(weight, bias, gamma, beta))
+    return layers
+
+
+class LayerGrads(NamedTuple):
+    """Gradients of one layer's parameters, None where it has no such parameter."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
+class Stack:
+    """``layers`` on R rows at a time, E evaluations whose intermediate results are kept.
+
+    The first layer's product is the caller's: :meth:`forward` takes its pre-activation (without
+    bias), :meth:`backward` returns the gradient towards it. So inputs need no concatenation and
+    terms that repeat can be hoisted.
+
+    Args:
+        kernels: element kernels.
+        specs: what each layer does.
+        params: the layers' tensors.
+        evals: E.
+        rows: R, rows of an evaluation (of all members together).
+        save: keep what a backward pass needs.
+        wgrad: keep what gradients of the parameters need; implies ``save``.
+        saved: buffers of an earlier forward pass, to go backward on.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        specs: Sequence[LayerSpec],
+        params: Sequence[LayerParams],
+        evals: int,
+        rows: int,
+        *,
+        save: bool,
+        wgrad: bool,
+        saved: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.kernels, self.specs, self.params = kernels, specs, params
+        self.evals, self.rows = evals, rows
+        self.save, self.wgrad = save, wgrad
+        self.members = params[0].weight.shape[0] if params[0].weight.dim() == 3 else 0
+        self.rows_per_member = rows // self.members if self.members else 0
+        self.gemms = [Gemm(p.weight) for p in params]
+        self.widths = [p.weight.shape[-2] for p in params]
+        if saved is None:
+            saved = [
+                params[0].weight.new_empty(shape)
+                for shape in saved_shapes(specs, self.widths, evals, rows, save, wgrad)
+            ]
+        self.saved = list(saved)
+        self._slots = _slots(specs, save, wgrad)
+        self._dh: list[Tensor | None] = [None] * len(specs)
+        self._sums: list[dict[str, Tensor]] = [{} for _ in specs]
+
+    def _buffer(self, layer: int, name: str, e: int) -> Tensor | None:
+        slot = self._slots[layer].get(name)
+        return None if slot is None else self.saved[slot][e]
+
+    def forward(
+        self,
+        e: int,
+        h: Tensor,
+        *,
+        add: Tensor | None = None,
+        tau: Tensor | None = None,
+        w_tau: Tensor | None = None,
+        own: bool = True,
+    ) -> Tensor:
+        """Evaluation ``e``: the stack's output ``[R, N]`` for the first layer's product ``h``.
+
+        Args:
+            e: number of the evaluation, from 0.
+            h: ``[R, n]``; overwritten if ``own``.
+            add: see :meth:`Kernels.norm_act_fwd`; stands in place of the first layer's bias.
+            tau: likewise.
+            w_tau: likewise.
+            own: ``h`` may be overwritten.
+        """
+        k = self.kernels
+        for i, (spec, p) in enumerate(zip(self.specs, self.params, strict=True)):
+            if i:
+                h = self.gemms[i](h, self.members)
+            bias = p.bias
+            if i == 0 and add is not None:
+                bias = None
+            if spec.plain:
+                # Only the first layer can have an addend here, and it is never plain.
+                if bias is not None:
+                    h = self._add_bias(h, bias)
+                continue
+            y = self._buffer(i, "y", e)
+            if y is None:
+                y = h if (i or own) else torch.empty_like(h)
+            if spec.norm and spec.order == "norm_act":
+                assert p.gamma is not None and p.beta is not None
+                k.norm_act_fwd(
+                    h,
+                    y,
+                    self._buffer(i, "hat", e),
+                    self._buffer(i, "rstd", e),
+                    gamma=p.gamma,
+                    beta=p.beta,
+                    act=spec.act,
+                    group=spec.group,
+                    eps=spec.eps,
+                    bias=bias,
+                    add=add if i == 0 else None,
+                    tau=tau if i == 0 else None,
+                    w_tau=w_tau if i == 0 else None,
+                )
+            else:
+                k.act_norm_fwd(
+                    h,
+                    y,
+                    self._buffer(i, "hat", e),
+                    self._buffer(i, "mean", e),
+                    self._buffer(i, "rstd", e),
+                    bias=bias,
+                    gamma=p.gamma,
+                    beta=p.beta,
+                    act=spec.act,
+                    eps=spec.eps,
+                    rows_per_member=self.rows_per_member,
+                )
+            h = y
+        return h
+
+    def _add_bias(self, h: Tensor, bias: Tensor) -> Tensor:
+        if self.members:
+            h.view(self.members, -1, h.shape[-1]).add_(bias.unsqueeze(1))
+            return h
+        return h.add_(bias)
+
+    # --- backward -------------------------------------------------------------------------------
+
+    def start_backward(self, keep_first: bool) -> None:
+        """Make the buffers of the backward pass.
+
+        Args:
+            keep_first: keep the first layer's gradients of all evaluations, for the caller.
+        """
+        like = self.params[0].weight
+        for i, spec in enumerate(self.specs):
+            if self.wgrad or (i == 0 and keep_first):
+                self._dh[i] = like.new_empty(self.evals, self.rows, self.widths[i])
+            if self.wgrad and not spec.plain:
+                p = self.params[i]
+                for name, tensor in (("gamma", p.gamma), ("beta", p.beta), ("bias", p.bias)):
+                    if tensor is not None:
+                        self._sums[i][name] = torch.zeros_like(tensor, dtype=torch.float64)
+
+    def backward(self, e: int, dy: Tensor) -> Tensor:
+        """Gradient towards the first product of evaluation ``e``; ``dy`` is overwritten."""
+        k = self.kernels
+        for i in range(len(self.specs) - 1, -1, -1):
+            spec, p, sums = self.specs[i], self.params[i], self._sums[i]
+            kept = self._dh[i]
+            if spec.plain:
+                if kept is not None:
+                    kept[e].copy_(dy)
+            else:
+                out = dy if kept is None else kept[e]
+                hat = self._buffer(i, "hat", e)
+                rstd = self._buffer(i, "rstd", e)
+                assert hat is not None
+                if spec.norm and spec.order == "norm_act":
+                    assert p.gamma is not None and p.beta is not None and rstd is not None
+                    k.norm_act_bwd(
+                        dy,
+                        out,
+                        hat,
+                        rstd,
+                        gamma=p.gamma,
+                        beta=p.beta,
+                        y=self._buffer(i, "y", e) if spec.act == "simnorm" else None,
+                        act=spec.act,
+                        group=spec.group,
+                        dgamma=sums.get("gamma"),
+                        dbeta=sums.get("beta"),
+                        dbias=sums.get("bias"),
+                    )
+                else:
+                    k.act_norm_bwd(
+                        dy,
+                        out,
+                        hat,
+                        self._buffer(i, "mean", e),
+                        rstd,
+                        gamma=p.gamma,
+                        act=spec.act,
+                        rows_per_member=self.rows_per_member,
+                        dgamma=sums.get("gamma"),
+                        dbeta=sums.get("beta"),
+                        dbias=sums.get("bias"),
+                    )
+                dy = out
+            if i:
+                dy = self.gemms[i].dgrad(dy, self.members)
+        return dy
+
+    def first_gradients(self) -> Tensor:
+        """Gradients towards the first product of every evaluation, ``[E, R, n]``."""
+        first = self._dh[0]
+        assert first is not None
+        return first
+
+    def param_grads(self, first_input: Tensor | None) -> list[LayerGrads]:
+        """Gradients of the parameters over all evaluations, one product a weight.
+
+        Args:
+            first_input: ``[E, R, K]`` that the first layer's product was made of; None leaves that
+                weight's gradient to the caller.
+        """
+        grads = []
+        for i, spec in enumerate(self.specs):
+            p, dh = self.params[i], self._dh[i]
+            assert dh is not None
+            if i:
+                x: Tensor | None = self.saved[self._slots[i - 1]["y"]]
+            else:
+                x = first_input
+            weight = None if x is None else self._weight_grad(dh, x)
+            sums = {name: total.to(p.weight.dtype) for name, total in self._sums[i].items()}
+            if spec.plain and p.bias is not None:
+                sums["bias"] = self._bias_grad(dh)
+            grads.append(
+                LayerGrads(weight, sums.get("bias"), sums.get("gamma"), sums.get("beta"))
+            )
+        return grads
+
+    def _weight_grad(self, dh: Tensor, x: Tensor) -> Tensor:
+        if not self.members:
+            return torch.mm(dh.reshape(-1, dh.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+        # An ensemble is evaluated once; its first input may be shared by the members.
+        dh = dh.view(self.members, -1, dh.shape[-1])
+        x = x.reshape(-1, dh.shape[1], x.shape[-1])
+        return torch.bmm(dh.transpose(1, 2), x.expand(self.members, -1, -1))
+
+    def _bias_grad(self, dh: Tensor) -> Tensor:
+        if self.members:
+            return dh.view(self.members, -1, dh.shape[-1]).sum(1)
+        return dh.reshape(-1, dh.shape[-1]).sum(0)
+
+
+def _slots(specs: Sequence[LayerSpec], save: bool, wgrad: bool) -> list[dict[str, int]]:
+    """Where each layer's buffers lie in ``saved``."""
+    slots: list[dict[str, int]] = []
+    n = 0
+    for i, spec in enumerate(specs):
+        names = []
+        if save and not spec.plain:
+            names.append("hat")  # of act_norm layers: u
+            if spec.norm:
+                names += ["rstd"] if spec.order == "norm_act" else ["mean", "rstd"]
+            inner = i < len(specs) - 1
+            if (wgrad and inner) or spec.act == "simnorm":
+                names.append("y")
+        slots.append({name: n + j for j, name in enumerate(names)})
+        n += len(names)
+    return slots
+
+
+def saved_shapes(
+    specs: Sequence[LayerSpec],
+    widths: Sequence[int],
+    evals: int,
+    rows: int,
+    save: bool,
+    wgrad: bool,
+) -> list[tuple[int, ...]]:
+    """Shapes of the buffers that :class:`Stack` keeps, in order."""
+    shapes: list[tuple[int, ...]] = []
+    for slots, width in zip(_slots(specs, save, wgrad), widths, strict=True):
+        for name in slots:
+            wide = name in ("hat", "y")
+            shapes.append((evals, rows, width) if wide else (evals, rows))
+    return shapes

@@ -1,0 +1,577 @@
+"""The fused operations as torch operators: schemas, shapes, gradients.
+
+Each public operation is one forward and one backward operator. ``backend`` is a constant of the
+call, so a compiler sees one opaque operator whatever runs inside. The backward operators have no
+gradient of their own: differentiating twice raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops.fused import functional
+from pwm_fast.ops.fused.kernels import Kernels, TorchKernels
+from pwm_fast.ops.fused.rollout import DynamicsSpec, dynamics_saved_shapes
+from pwm_fast.ops.fused.specs import decode_dynamics, decode_layers
+from pwm_fast.ops.fused.stack import LayerSpec, saved_shapes
+
+_LIB = torch.library.Library("pwm_fast", "DEF")
+
+
+@lru_cache(maxsize=8)
+def kernels(backend: str) -> Kernels:
+    """The element kernels of a backend."""
+    if backend == "native":
+        from pwm_fast.ops.fused.native import NativeKernels
+
+        return NativeKernels()
+    return TorchKernels()
+
+
+def _define(name: str, schema: str, impl: Any, fake: Any) -> None:
+    _LIB.define(f"{name}{schema}")
+    _LIB.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pwm_fast::{name}", fake, lib=_LIB)
+
+
+def _first_order_only(name: str) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"pwm_fast::{name} has no second derivative; use backend='reference' to differentiate "
+            "twice"
+        )
+
+    torch.library.register_autograd(
+        f"pwm_fast::{name}", backward, setup_context=setup_context, lib=_LIB
+    )
+
+
+def _filled(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """A schema's list of gradients holds tensors: an empty one stands for None."""
+    return [like.new_empty(0) if g is None else g for g in grads]
+
+
+def _restored(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [g if want else None for g, want in zip(grads, wanted, strict=True)]
+
+
+# --- MLP ----------------------------------------------------------------------------------------
+
+
+def _mlp(
+    inputs: list[Tensor], params: list[Tensor], spec: str, backend: str, save: bool, wgrad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    return functional.mlp_forward(
+        kernels(backend), decode_layers(spec), inputs, params, save, wgrad
+    )
+
+
+def _widths(specs: Sequence[LayerSpec], params: Sequence[Tensor]) -> list[int]:
+    widths, i = [], 0
+    for s in specs:
+        widths.append(params[i].shape[-2])
+        i += s.fields
+    return widths
+
+
+def _mlp_fake(
+    inputs: list[Tensor], params: list[Tensor], spec: str, backend: str, save: bool, wgrad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    specs = decode_layers(spec)
+    widths = _widths(specs, params)
+    x = inputs[0]
+    rows = x.shape[0] * (params[0].shape[0] if params[0].dim() == 3 else 1)
+    shapes = saved_shapes(specs, widths, 1, rows, save, wgrad)
+    return x.new_empty(rows, widths[-1]), [x.new_empty(s) for s in shapes]
+
+
+_define(
+    "mlp",
+    "(Tensor[] inputs, Tensor[] params, str spec, str backend, bool save, bool wgrad)"
+    " -> (Tensor, Tensor[])",
+    _mlp,
+    _mlp_fake,
+)
+
+
+def _mlp_backward(
+    dy: Tensor,
+    inputs: list[Tensor],
+    params: list[Tensor],
+    saved: list[Tensor],
+    needs: list[bool],
+    spec: str,
+    backend: str,
+    wgrad: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    dinputs, dparams = functional.mlp_backward(
+        kernels(backend), decode_layers(spec), dy, inputs, params, saved, needs, wgrad
+    )
+    return _filled(dinputs, dy), _filled(dparams, dy)
+
+
+def _mlp_backward_fake(
+    dy: Tensor,
+    inputs: list[Tensor],
+    params: list[Tensor],
+    saved: list[Tensor],
+    needs: list[bool],
+    spec: str,
+    backend: str,
+    wgrad: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return (
+        [x.new_empty(x.shape if n else (0,)) for x, n in zip(inputs, needs, strict=True)],
+        [p.new_empty(p.shape if wgrad else (0,)) for p in params],
+    )
+
+
+_define(
+    "mlp_backward",
+    "(Tensor dy, Tensor[] inputs, Tensor[] params, Tensor[] saved, bool[] needs, str spec,"
+    " str backend, bool wgrad) -> (Tensor[], Tensor[])",
+    _mlp_backward,
+    _mlp_backward_fake,
+)
+_first_order_only("mlp_backward")
+
+
+def _mlp_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    x, params, ctx.spec, ctx.backend, _, ctx.wgrad = inputs
+    ctx.counts = (len(x), len(params))
+    ctx.save_for_backward(*x, *params, *output[1])
+
+
+def _mlp_grad(ctx: Any, dy: Tensor | None, _: Any) -> Any:
+    if dy is None:
+        return None, None, None, None, None, None
+    n, m = ctx.counts
+    tensors = ctx.saved_tensors
+    needs_inputs, needs_params = ctx.needs_input_grad[:2]
+    wgrad = any(needs_params)
+    dinputs, dparams = torch.ops.pwm_fast.mlp_backward(
+        dy,
+        list(tensors[:n]),
+        list(tensors[n : n + m]),
+        list(tensors[n + m :]),
+        list(needs_inputs),
+        ctx.spec,
+        ctx.backend,
+        ctx.wgrad,
+    )
+    grads = _restored(dparams, [wgrad] * m)
+    return _restored(dinputs, needs_inputs), grads, None, None, None, None
+
+
+torch.library.register_autograd("pwm_fast::mlp", _mlp_grad, setup_context=_mlp_setup, lib=_LIB)
+
+
+# --- rollout under given actions ----------------------------------------------------------------
+
+
+def _rollout(
+    z0: Tensor,
+    c: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: list[Tensor],
+    spec: str,
+    backend: str,
+    save: bool,
+    wgrad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    return functional.rollout_forward(
+        kernels(backend), decode_dynamics(spec), z0, c, w_z, w_tau, params, save, wgrad
+    )
+
+
+def _dynamics_shapes(
+    spec: DynamicsSpec,
+    w_z: Tensor,
+    params: Sequence[Tensor],
+    horizon: int,
+    batch: int,
+    save: bool,
+    wgrad: bool,
+) -> list[tuple[int, ...]]:
+    first, *others = spec.layers
+    widths = [w_z.shape[0], *_widths(others, params[2 if first.norm else 0 :])]
+    return dynamics_saved_shapes(spec, widths, w_z.shape[1], horizon, batch, save, wgrad)
+
+
+def _rollout_fake(
+    z0: Tensor,
+    c: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: list[Tensor],
+    spec: str,
+    backend: str,
+    save: bool,
+    wgrad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    horizon, batch = c.shape[:2]
+    shapes = _dynamics_shapes(decode_dynamics(spec), w_z, params, horizon, batch, save, wgrad)
+    return z0.new_empty(horizon + 1, *z0.shape), [z0.new_empty(s) for s in shapes]
+
+
+_define(
+    "rollout",
+    "(Tensor z0, Tensor c, Tensor w_z, Tensor? w_tau, Tensor[] params, str spec, str backend,"
+    " bool save, bool wgrad) -> (Tensor, Tensor[])",
+    _rollout,
+    _rollout_fake,
+)
+
+
+def _rollout_backward(
+    dz: Tensor,
+    z0: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: list[Tensor],
+    saved: list[Tensor],
+    spec: str,
+    backend: str,
+    wgrad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    grads, flat = functional.rollout_backward(
+        kernels(backend),
+        decode_dynamics(spec),
+        dz.contiguous(),
+        z0,
+        w_z,
+        w_tau,
+        params,
+        saved,
+        wgrad,
+    )
+    dw_z, dw_tau = _filled((grads.w_z, grads.w_tau), dz)
+    return grads.z0, grads.c, dw_z, dw_tau, _filled(flat, dz)
+
+
+def _rollout_backward_fake(
+    dz: Tensor,
+    z0: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: list[Tensor],
+    saved: list[Tensor],
+    spec: str,
+    backend: str,
+    wgrad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    none = (0,)
+    return (
+        torch.empty_like(z0),
+        z0.new_empty(dz.shape[0] - 1, dz.shape[1], w_z.shape[0]),
+        z0.new_empty(w_z.shape if wgrad else none),
+        z0.new_empty(w_tau.shape if wgrad and w_tau is not None else none),
+        [z0.new_empty(p.shape if wgrad else none) for p in params],
+    )
+
+
+_define(
+    "rollout_backward",
+    "(Tensor dz, Tensor z0, Tensor w_z, Tensor? w_tau, Tensor[] params, Tensor[] saved, str spec,"
+    " str backend, bool wgrad) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    _rollout_backward,
+    _rollout_backward_fake,
+)
+_first_order_only("rollout_backward")
+
+
+def _rollout_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    z0, _, w_z, w_tau, params, ctx.spec, ctx.backend, _, ctx.wgrad = inputs
+    ctx.has_tau, ctx.count = w_tau is not None, len(params)
+    head = (z0, w_z) if w_tau is None else (z0, w_z, w_tau)
+    ctx.save_for_backward(*head, *params, *output[1])
+
+
+def _rollout_grad(ctx: Any, dz: Tensor | None, _: Any) -> Any:
+    if dz is None:
+        return (None,) * 9
+    tensors = list(ctx.saved_tensors)
+    z0, w_z = tensors[:2]
+    w_tau = tensors[2] if ctx.has_tau else None
+    rest = tensors[2 + ctx.has_tau :]
+    dz0, dc, dw_z, dw_tau, dparams = torch.ops.pwm_fast.rollout_backward(
+        dz,
+        z0,
+        w_z,
+        w_tau,
+        rest[: ctx.count],
+        rest[ctx.count :],
+        ctx.spec,
+        ctx.backend,
+        ctx.wgrad,
+    )
+    wgrad = ctx.wgrad
+    return (
+        dz0,
+        dc,
+        dw_z if wgrad else None,
+        dw_tau if wgrad and ctx.has_tau else None,
+        _restored(dparams, [wgrad] * ctx.count),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "pwm_fast::rollout", _rollout_grad, setup_context=_rollout_setup, lib=_LIB
+)
+
+
+# --- imagination --------------------------------------------------------------------------------
+
+
+def _imagine(
+    z0: Tensor,
+    noise: Tensor,
+    base: Tensor,
+    w_a: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: list[Tensor],
+    std: Tensor,
+    actor: list[Tensor],
+    spec: str,
+    actor_spec: str,
+    detach: bool,
+    backend: str,
+    save: bool,
+    wgrad: bool,
+    actor_wgrad: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return functional.imagine_forward(
+        kernels(backend),
+        decode_dynamics(spec),
+        decode_layers(actor_spec),
+        z0,
+        noise,
+        base,
+        w_a,
+        w_z,
+        w_tau,
+        params,
+        std,
+        actor,
+        save,
+        wgrad,
+        actor_wgrad,
+    )
+
+
+def _imagine_fake(
+    z0: Tensor,
+    noise: Tensor,
+    base: Tensor,
+    w_a: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: list[Tensor],
+    std: Tensor,
+    actor: list[Tensor],
+    spec: str,
+    actor_spec: str,
+    detach: bool,
+    backend: str,
+    save: bool,
+    wgrad: bool,
+    actor_wgrad: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    horizon, batch = noise.shape[:2]
+    shapes = _dynamics_shapes(decode_dynamics(spec), w_z, params, horizon, batch, save, wgrad)
+    specs = decode_layers(actor_spec)
+    shapes += saved_shapes(specs, _widths(specs, actor), horizon, batch, save, actor_wgrad)
+    return (
+        z0.new_empty(horizon + 1, *z0.shape),
+        z0.new_empty(noise.shape),
+        [z0.new_empty(s) for s in shapes],
+    )
+
+
+_define(
+    "imagine",
+    "(Tensor z0, Tensor noise, Tensor base, Tensor w_a, Tensor w_z, Tensor? w_tau, Tensor[] params,"
+    " Tensor std, Tensor[] actor, str spec, str actor_spec, bool detach, str backend, bool save,"
+    " bool wgrad, bool actor_wgrad) -> (Tensor, Tensor, Tensor[])",
+    _imagine,
+    _imagine_fake,
+)
+
+
+def _imagine_backward(
+    dz: Tensor,
+    daction: Tensor,
+    z: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    base: Tensor,
+    w_a: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: list[Tensor],
+    std: Tensor,
+    actor: list[Tensor],
+    saved: list[Tensor],
+    spec: str,
+    actor_spec: str,
+    detach: bool,
+    backend: str,
+    wgrad: bool,
+    actor_wgrad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, list[Tensor]]:
+    grads, flat, dw_a, dstd, dactor = functional.imagine_backward(
+        kernels(backend),
+        decode_dynamics(spec),
+        decode_layers(actor_spec),
+        dz.contiguous(),
+        daction.contiguous(),
+        z,
+        action,
+        noise,
+        w_a,
+        w_z,
+        w_tau,
+        params,
+        std,
+        actor,
+        saved,
+        detach,
+        wgrad,
+        actor_wgrad,
+    )
+    dbase = grads.c.sum(0)
+    if base.shape[0] == 1:
+        dbase = dbase.sum(0, keepdim=True)
+    dw_z, dw_tau = _filled((grads.w_z, grads.w_tau), dz)
+    return (
+        grads.z0,
+        dbase,
+        dw_a,
+        dw_z,
+        dw_tau,
+        _filled(flat, dz),
+        dstd,
+        _filled(dactor, dz),
+    )
+
+
+def _imagine_backward_fake(
+    dz: Tensor,
+    daction: Tensor,
+    z: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    base: Tensor,
+    w_a: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: list[Tensor],
+    std: Tensor,
+    actor: list[Tensor],
+    saved: list[Tensor],
+    spec: str,
+    actor_spec: str,
+    detach: bool,
+    backend: str,
+    wgrad: bool,
+    actor_wgrad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, list[Tensor]]:
+    none = (0,)
+    return (
+        z.new_empty(z.shape[1:]),
+        z.new_empty(base.shape),
+        z.new_empty(w_a.shape),
+        z.new_empty(w_z.shape if wgrad else none),
+        z.new_empty(w_tau.shape if wgrad and w_tau is not None else none),
+        [z.new_empty(p.shape if wgrad else none) for p in params],
+        z.new_empty(std.shape),
+        [z.new_empty(p.shape if actor_wgrad else none) for p in actor],
+    )
+
+
+_define(
+    "imagine_backward",
+    "(Tensor dz, Tensor daction, Tensor z, Tensor action, Tensor noise, Tensor base, Tensor w_a,"
+    " Tensor w_z, Tensor? w_tau, Tensor[] params, Tensor std, Tensor[] actor, Tensor[] saved,"
+    " str spec, str actor_spec, bool detach, str backend, bool wgrad, bool actor_wgrad)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor[])",
+    _imagine_backward,
+    _imagine_backward_fake,
+)
+_first_order_only("imagine_backward")
+
+
+def _imagine_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    _, noise, base, w_a, w_z, w_tau, params, std, actor, *constants = inputs
+    ctx.spec, ctx.actor_spec, ctx.detach, ctx.backend, _, ctx.wgrad, ctx.actor_wgrad = constants
+    ctx.has_tau, ctx.counts = w_tau is not None, (len(params), len(actor))
+    z, action, saved = output
+    head = [z, action, noise, base, w_a, w_z, std]
+    if w_tau is not None:
+        head.append(w_tau)
+    ctx.save_for_backward(*head, *params, *actor, *saved)
+
+
+def _imagine_grad(ctx: Any, dz: Tensor | None, daction: Tensor | None, _: Any) -> Any:
+    tensors = list(ctx.saved_tensors)
+    z, action, noise, base, w_a, w_z, std = tensors[:7]
+    w_tau = tensors[7] if ctx.has_tau else None
+    rest = tensors[7 + ctx.has_tau :]
+    n, m = ctx.counts
+    params, actor, saved = rest[:n], rest[n : n + m], rest[n + m :]
+    dz0, dbase, dw_a, dw_z, dw_tau, dparams, dstd, dactor = torch.ops.pwm_fast.imagine_backward(
+        torch.zeros_like(z) if dz is None else dz,
+        torch.zeros_like(action) if daction is None else daction,
+        z,
+        action,
+        noise,
+        base,
+        w_a,
+        w_z,
+        w_tau,
+        params,
+        std,
+        actor,
+        saved,
+        ctx.spec,
+        ctx.actor_spec,
+        ctx.detach,
+        ctx.backend,
+        ctx.wgrad,
+        ctx.actor_wgrad,
+    )
+    wgrad, actor_wgrad = ctx.wgrad, ctx.actor_wgrad
+    return (
+        dz0,
+        None,
+        dbase,
+        dw_a,
+        dw_z if wgrad else None,
+        dw_tau if wgrad and ctx.has_tau else None,
+        _restored(dparams, [wgrad] * n),
+        dstd,
+        _restored(dactor, [actor_wgrad] * m),
+        *(None,) * 7,
+    )
+
+
+torch.library.register_autograd(
+    "pwm_fast::imagine", _imagine_grad, setup_context=_imagine_setup, lib=_LIB
+)

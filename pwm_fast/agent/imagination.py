@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from pwm_fast import ops
 from pwm_fast.models import GaussianActor, LatentModel
 
 
@@ -51,17 +51,17 @@ def imagine(
         task: task numbers ``[B]``, or None.
         symlog_rewards: leave the rewards of a two-hot head in symlog space.
     """
-    latents, actions = [z], []
-    for eps in noise.unbind(0):
-        a = actor(z.detach() if detach else z, eps)
-        z = model.next(z, a, task)
-        actions.append(a)
-        latents.append(z)
-    zs, action = torch.stack(latents), torch.stack(actions)
-    logits = model.reward(zs[:-1], action, task)
-    reward = model.decode_reward(logits, symlog=symlog_rewards)
-    ending = model.termination(zs[:-1], action, task)
-    return Rollout(zs, action, reward, None if ending is None else torch.sigmoid(-ending))
+    embedding = model.embed(task, z)
+    rollout = ops.imagine(
+        z,
+        actor.policy(),
+        model.dynamics(),
+        model.heads(symlog_rewards=symlog_rewards),
+        noise=noise,
+        detach=detach,
+        task=embedding[0] if embedding else None,
+    )
+    return Rollout(rollout.z, rollout.action, rollout.reward, rollout.continues)
 
 
 def discounted_return(rollout: Rollout, last_value: Tensor, gamma: float) -> Tensor:

@@ -71,14 +71,11 @@ def world_model_loss(
         start = model.encode(obs[:-1], task)
         following = None
     else:
-        z = model.encode(obs[0], task)
-        latents = [z]
         # A flow model learns from the starts of its steps alone: its last step leads nowhere.
-        for t in range(horizon - 1 if flow is not None else horizon):
-            z = model.next(z, action[t], task)
-            latents.append(z)
-        start = torch.stack(latents[:horizon])
-        following = None if flow is not None else torch.stack(latents[1:])
+        steps = horizon - 1 if flow is not None else horizon
+        latents = model.rollout(model.encode(obs[0], task), action[:steps], task)
+        start = latents[:horizon]
+        following = None if flow is not None else latents[1:]
 
     if flow is None:
         assert following is not None

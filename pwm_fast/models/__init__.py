@@ -8,7 +8,6 @@ from pwm_fast.models.world_model import (
     LatentModel,
     WorldModel,
     make_world_model,
-    project_simplex,
 )
 
 __all__ = [
@@ -22,5 +21,4 @@ __all__ = [
     "WorldModel",
     "make_world_model",
     "mlp",
-    "project_simplex",
 ]

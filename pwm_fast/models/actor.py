@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.models.layers import act_norm_mlp
+from pwm_fast import ops
+from pwm_fast.models.layers import act_norm_layers, act_norm_mlp
 
 
 class GaussianActor(nn.Module):
@@ -41,6 +42,10 @@ class GaussianActor(nn.Module):
         """Standard deviations before the tanh, ``[A]``."""
         return self.logstd.clamp_min(self.min_logstd).exp()
 
+    def policy(self) -> ops.Policy:
+        """The parameters as the operations take them."""
+        return ops.Policy(act_norm_layers(self.mu_net), self.std())
+
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """Actions ``[..., A]`` in (-1, 1) of latents ``[..., D]``.
 
@@ -48,5 +53,5 @@ class GaussianActor(nn.Module):
             z: latents.
             noise: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``.
         """
-        mu = self.mu_net(z)
+        mu = ops.mlp((z,), act_norm_layers(self.mu_net), order="act_norm")
         return torch.tanh(mu if noise is None else mu + self.std() * noise)

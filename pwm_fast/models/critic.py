@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast import ops
-from pwm_fast.models.layers import act_norm_mlp
+from pwm_fast.models.layers import act_norm_layers, act_norm_mlp
 from pwm_fast.ops import Layer
 
 
@@ -23,7 +23,7 @@ class Critic(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Values ``[...]`` of latents ``[..., D]``."""
-        return self.critic(z).squeeze(-1)
+        return ops.mlp((z,), act_norm_layers(self.critic), order="act_norm").squeeze(-1)
 
 
 class CriticEnsemble(nn.Module):
@@ -53,7 +53,8 @@ class CriticEnsemble(nn.Module):
         )
         self.members = members
 
-    def _layers(self) -> list[Layer]:
+    def layers(self) -> list[Layer]:
+        """The parameters as the operations take them."""
         *hidden, weight, bias = self.params
         layers = [
             Layer(*group, act="mish")
@@ -63,10 +64,7 @@ class CriticEnsemble(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Values ``[E, ...]`` of latents ``[..., D]``."""
-        x = z.reshape(-1, z.shape[-1])
-        for layer in self._layers():
-            x = ops.linear_act_norm(x, layer)
-        return x.reshape(self.members, *z.shape[:-1])
+        return ops.mlp((z,), self.layers(), order="act_norm").squeeze(-1)
 
     def minimum(self, z: Tensor) -> Tensor:
         """The least of the members' values, ``[...]``."""

@@ -118,6 +118,17 @@ def act_norm_mlp(
     return net
 
 
+def act_norm_layers(net: nn.Sequential) -> list[Layer]:
+    """The parameters of an :func:`act_norm_mlp` as the operations take them."""
+    *hidden, last = net
+    layers = []
+    for linear, _, norm in zip(hidden[::3], hidden[1::3], hidden[2::3], strict=True):
+        layers.append(
+            Layer(linear.weight, linear.bias, norm.weight, norm.bias, act="mish", eps=norm.eps)
+        )
+    return [*layers, Layer(last.weight, last.bias)]
+
+
 @torch.no_grad()
 def init_orthogonal_(module: nn.Module, gain: float, input_gain: float = 1.0) -> None:
     """Orthogonal weights of that gain (the first layer's times ``input_gain``), zero biases."""

@@ -60,12 +60,36 @@ class LatentModel(nn.Module, ABC):
     def _build_transition(self, pair_dim: int) -> None:
         """Create the transition's network; ``pair_dim`` is D + E + A."""
 
-    def _init_transition(self) -> None:  # noqa: B027
+    def _init_transition(self) -> None:
         """Initialise the transition where it departs from the common initialisation."""
 
     @abstractmethod
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Next latents ``[..., D]`` of latents ``[..., D]`` and actions ``[..., A]``."""
+
+    @abstractmethod
+    def dynamics(self) -> ops.Dynamics:
+        """The transition's parameters as the operations take them."""
+
+    def heads(self, *, symlog_rewards: bool = False) -> ops.Heads:
+        """The reward and termination heads as the operations take them.
+
+        ``symlog_rewards`` leaves a two-hot head's rewards in symlog space.
+        """
+        return ops.Heads(
+            self._reward.layers(),
+            self.config.vmin,
+            self.config.vmax,
+            symlog=not symlog_rewards,
+            termination=None if self._termination is None else self._termination.layers(),
+        )
+
+    def rollout(self, z: Tensor, action: Tensor, task: Tensor | None = None) -> Tensor:
+        """Latents ``[H+1, B, D]`` from ``z [B, D]`` under actions ``[H, B, A]``."""
+        embedding = self.embed(task, z)
+        return ops.latent_rollout(
+            z, action, self.dynamics(), task=embedding[0] if embedding else None
+        )
 
     def embed(self, task: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
         """Task embeddings ``[..., E]`` of task numbers, in a tuple; empty for a single-task model.
@@ -144,6 +168,10 @@ class WorldModel(LatentModel):
     def _build_transition(self, pair_dim: int) -> None:
         self._dynamics = mlp(pair_dim, self.config.units, self.config.latent_dim, last="simnorm")
 
+    def dynamics(self) -> ops.LatentMap:
+        """The transition's parameters as the operations take them."""
+        return ops.LatentMap(self._dynamics.layers())
+
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Next latents ``[..., D]`` of latents ``[..., D]`` and actions ``[..., A]``."""
         return self._dynamics(z, *self.embed(task, z), a)
@@ -168,6 +196,15 @@ class FlowWorldModel(LatentModel):
     def _init_transition(self) -> None:
         if self.config.zero_velocity and self.config.head == "linear":
             nn.init.zeros_(self._last_weight(self._velocity))
+
+    def dynamics(self) -> ops.Flow:
+        """The transition's parameters as the operations take them."""
+        return ops.Flow(
+            self._velocity.layers(),
+            self.config.substeps,
+            self.config.integrator,  # type: ignore[arg-type]
+            self.config.project,
+        )
 
     def velocity(
         self, z: Tensor, a: Tensor, tau: Tensor | float, task: Tensor | None = None
@@ -198,13 +235,7 @@ class FlowWorldModel(LatentModel):
             self.config.integrator,  # type: ignore[arg-type]
             task=embedding[0] if embedding else None,
         )
-        return project_simplex(z) if self.config.project else z
-
-
-def project_simplex(z: Tensor, dim: int = 8) -> Tensor:
-    """Clamp latents ``[..., D]`` at 0 and renormalise every group of ``dim`` to sum 1."""
-    groups = z.unflatten(-1, (-1, dim)).clamp_min(0.0)
-    return (groups / groups.sum(-1, keepdim=True).clamp_min(1e-6)).flatten(-2)
+        return ops.project_simplex(z) if self.config.project else z
 
 
 def make_world_model(

@@ -17,23 +17,54 @@ from pwm_fast.ops.heads import (
     two_hot_encode,
 )
 from pwm_fast.ops.integration import flow_interpolate, flow_step, integrate, velocity_field
-from pwm_fast.ops.layers import layer_norm_act, linear_act_norm, linear_norm_act, mish, mlp, simnorm
-from pwm_fast.ops.types import ESNR, Activation, Layer, Method
+from pwm_fast.ops.layers import (
+    layer_norm_act,
+    linear_act_norm,
+    linear_norm_act,
+    mish,
+    mlp,
+    project_simplex,
+    simnorm,
+)
+from pwm_fast.ops.rollouts import imagine, latent_rollout
+from pwm_fast.ops.types import (
+    ESNR,
+    Activation,
+    Dynamics,
+    Flow,
+    Heads,
+    ImaginedRollout,
+    LatentMap,
+    Layer,
+    Method,
+    Order,
+    Policy,
+)
 
 __all__ = [
     "ESNR",
     "Activation",
+    "Dynamics",
+    "Flow",
+    "Heads",
+    "ImaginedRollout",
+    "LatentMap",
     "Layer",
     "Method",
+    "Order",
+    "Policy",
     "esnr",
     "flow_interpolate",
     "flow_step",
+    "imagine",
     "integrate",
+    "latent_rollout",
     "layer_norm_act",
     "linear_act_norm",
     "linear_norm_act",
     "mish",
     "mlp",
+    "project_simplex",
     "simnorm",
     "symexp",
     "symlog",

@@ -109,13 +109,20 @@ def layer(
     return width
 
 
-def layers(name: str, net: Sequence[Layer], inputs: int, device: torch.device) -> int:
+def layers(
+    name: str,
+    net: Sequence[Layer],
+    inputs: int,
+    device: torch.device,
+    *,
+    ensemble: bool = False,
+) -> int:
     """Check a stack of layers; return its output width."""
     if len(net) == 0:
         raise ValueError(f"{name} must hold at least one layer")
     width = inputs
     for i, params in enumerate(net):
-        width = layer(f"{name}[{i}]", params, width, device)
+        width = layer(f"{name}[{i}]", params, width, device, ensemble=ensemble)
     return width
 
 

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pwm_fast import dispatch
 from pwm_fast.ops import _checks
+from pwm_fast.ops.fused import calls
+from pwm_fast.ops.layers import mlp
 from pwm_fast.ops.reference import integration as reference
 from pwm_fast.ops.types import Layer, Method, VelocityFn
 
@@ -42,7 +45,13 @@ def integrate(
 
 
 def velocity_field(
-    z: Tensor, a: Tensor, tau: Tensor, net: Sequence[Layer], *, task: Tensor | None = None
+    z: Tensor,
+    a: Tensor,
+    tau: Tensor,
+    net: Sequence[Layer],
+    *,
+    task: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Evaluate a velocity MLP on the logical concatenation ``[z, a, tau, task]``.
 
@@ -52,6 +61,7 @@ def velocity_field(
         tau: flow times in [0, 1]: a scalar, ``[...]`` or ``[..., 1]``.
         net: layers of the MLP; input width ``D + A + 1 (+ E)``, output width D.
         task: task embeddings ``[..., E]``, or None.
+        backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
         Velocities ``[..., D]``.
@@ -59,10 +69,13 @@ def velocity_field(
     Raises:
         TypeError: a tensor is not floating.
         ValueError: shapes, devices or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
     """
     _check_field(z, a, net, task)
     _checks.flow_time(tau, "z", z)
-    return reference.velocity_field(z, a, tau, net, task)
+    column = tau if tau.dim() == z.dim() else tau.unsqueeze(-1)
+    column = column.to(z.dtype).expand(*z.shape[:-1], 1)
+    return mlp((z, a, column) if task is None else (z, a, column, task), net, backend=backend)
 
 
 def flow_step(
@@ -73,6 +86,8 @@ def flow_step(
     method: Method = "heun",
     *,
     task: Tensor | None = None,
+    fold: bool | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """One macro step of flow dynamics: integrate the velocity MLP over tau at a fixed action.
 
@@ -83,6 +98,8 @@ def flow_step(
         substeps: K, at least 1.
         method: ``"heun"`` or ``"euler"``.
         task: task embeddings ``[..., E]``, or None.
+        fold: see :class:`Flow`.
+        backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
         Next latents ``[..., D]``; differentiable in ``z``, ``a``, ``task`` and all parameters.
@@ -90,11 +107,34 @@ def flow_step(
     Raises:
         TypeError: a tensor is not floating.
         ValueError: shapes, devices or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
     """
     _check_field(z, a, net, task)
     _checks.positive_int("substeps", substeps)
     _checks.method(method)
-    return reference.flow_step(z, a, net, substeps, method, task)
+    if fold and not calls.can_fold(net):
+        raise ValueError("fold needs a linear last layer behind at least one hidden layer")
+    reason = calls.unsupported(net)
+    if net[0].ln_weight is None:
+        reason = "the first layer has no LayerNorm"
+    tensors = [z, a, *calls.layer_tensors(net), *(() if task is None else (task,))]
+    name = dispatch.select("flow_step", backend, dispatch.Call(tensors, reason))
+    if name == "reference":
+        return reference.flow_step(z, a, net, substeps, method, task)
+    width, action = z.shape[-1], a.shape[-1]
+    packed = calls.pack(
+        net,
+        method,
+        substeps,
+        width,
+        action,
+        task=0 if task is None else task.shape[-1],
+        fold=fold,
+    )
+    rows = z.reshape(-1, width)
+    embedding = None if task is None else task.reshape(-1, task.shape[-1])
+    following = calls.rollout(name, packed, rows, a.reshape(1, -1, action), embedding)
+    return following[1].view(z.shape)
 
 
 def flow_interpolate(z0: Tensor, z1: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:

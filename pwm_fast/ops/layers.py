@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pwm_fast import dispatch
 from pwm_fast.ops import _checks
+from pwm_fast.ops.fused import calls
 from pwm_fast.ops.reference import layers as reference
 from pwm_fast.ops.reference.mish import mish as activate_mish
-from pwm_fast.ops.types import ACTIVATIONS, Activation, Layer
+from pwm_fast.ops.types import ACTIVATIONS, ORDERS, Activation, Layer, Order
 
 
 def simnorm(x: Tensor, dim: int = 8) -> Tensor:
@@ -31,6 +33,24 @@ def simnorm(x: Tensor, dim: int = 8) -> Tensor:
     _checks.vectors("x", x)
     _checks.simnorm_width("x", x.shape[-1], "dim", dim)
     return reference.simnorm(x, dim)
+
+
+def project_simplex(x: Tensor, dim: int = 8) -> Tensor:
+    """Clamp at 0 and divide every group of the last axis by its sum, which becomes 1.
+
+    A group without a positive entry stays 0.
+
+    Args:
+        x: ``[..., D]``, any floating dtype; D a multiple of ``dim``.
+        dim: group width.
+
+    Raises:
+        TypeError: ``x`` is not a floating tensor.
+        ValueError: D is not a multiple of ``dim``.
+    """
+    _checks.vectors("x", x)
+    _checks.simnorm_width("x", x.shape[-1], "dim", dim)
+    return reference.project_simplex(x, dim)
 
 
 def mish(x: Tensor) -> Tensor:
@@ -84,12 +104,13 @@ def layer_norm_act(
     return reference.layer_norm_act(x, weight, bias, act, simnorm_dim, eps)
 
 
-def linear_norm_act(x: Tensor, layer: Layer) -> Tensor:
+def linear_norm_act(x: Tensor, layer: Layer, *, backend: str | None = None) -> Tensor:
     """NormedLinear: ``act(LayerNorm(x W^T + b))``, the layer of PWM's and TD-MPC2's world models.
 
     Args:
         x: ``[..., K]``, any floating dtype.
         layer: parameters; without ``ln_weight`` it is Linear and activation.
+        backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
         ``[..., N]``.
@@ -97,18 +118,20 @@ def linear_norm_act(x: Tensor, layer: Layer) -> Tensor:
     Raises:
         TypeError: a tensor is not floating.
         ValueError: shapes or options of ``layer`` do not fit ``x``.
+        BackendError: the backend that was asked for cannot run this.
     """
     _checks.vectors("x", x)
     _checks.layer("layer", layer, x.shape[-1], x.device)
-    return reference.linear_norm_act(x, layer)
+    return _run((x,), (layer,), "norm_act", backend)
 
 
-def linear_act_norm(x: Tensor, layer: Layer) -> Tensor:
+def linear_act_norm(x: Tensor, layer: Layer, *, backend: str | None = None) -> Tensor:
     """``LayerNorm(act(x W^T + b))``, the order of PWM's actor and critics; ensembles in one call.
 
     Args:
         x: ``[..., K]``; for an ensemble ``[B, K]`` (shared) or ``[E, B, K]`` (one per member).
         layer: ``weight [N, K]``, or ``[E, N, K]`` with vectors ``[E, N]`` for an ensemble.
+        backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
         ``[..., N]``, or ``[E, B, N]`` for an ensemble.
@@ -116,6 +139,7 @@ def linear_act_norm(x: Tensor, layer: Layer) -> Tensor:
     Raises:
         TypeError: a tensor is not floating.
         ValueError: shapes or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
     """
     _checks.vectors("x", x)
     _checks.floating("layer.weight", layer.weight)
@@ -130,28 +154,64 @@ def linear_act_norm(x: Tensor, layer: Layer) -> Tensor:
                 f"got {tuple(x.shape)}"
             )
     _checks.layer("layer", layer, x.shape[-1], x.device, ensemble=axes == 3)
-    return reference.linear_act_norm(x, layer)
+    return _run((x,), (layer,), "act_norm", backend)
 
 
-def mlp(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> Tensor:
-    """A stack of :func:`linear_norm_act` layers over logically concatenated inputs.
+def mlp(
+    inputs: Sequence[Tensor],
+    layers: Sequence[Layer],
+    *,
+    order: Order = "norm_act",
+    backend: str | None = None,
+) -> Tensor:
+    """A stack of layers over logically concatenated inputs.
 
     Args:
         inputs: tensors ``[..., K_i]`` with one leading shape; their widths add up to the first
             layer's input width, in this order.
-        layers: parameters of each layer, first to last.
+        layers: parameters of each layer, first to last; of an ensemble (``order="act_norm"``)
+            weights ``[E, N, K]`` and vectors ``[E, N]``.
+        order: ``"norm_act"`` for layers as :func:`linear_norm_act`, ``"act_norm"`` for layers as
+            :func:`linear_act_norm`.
+        backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
-        ``[..., N]`` of the last layer.
+        ``[..., N]`` of the last layer; ``[E, ..., N]`` of an ensemble.
 
     Raises:
         TypeError: a tensor is not floating.
         ValueError: shapes, devices or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
     """
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one tensor")
     _checks.vectors("inputs[0]", inputs[0])
     for i, x in enumerate(inputs[1:], start=1):
         _checks.same_rows(f"inputs[{i}]", x, "inputs[0]", inputs[0])
-    _checks.layers("layers", layers, sum(x.shape[-1] for x in inputs), inputs[0].device)
-    return reference.mlp(inputs, layers)
+    _checks.one_of("order", order, ORDERS)
+    ensemble = order == "act_norm" and len(layers) > 0 and layers[0].weight.dim() == 3
+    width = sum(x.shape[-1] for x in inputs)
+    _checks.layers("layers", layers, width, inputs[0].device, ensemble=ensemble)
+    return _run(inputs, layers, order, backend)
+
+
+def _run(
+    inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order, backend: str | None
+) -> Tensor:
+    reason = calls.unsupported(layers, order)
+    per_member = layers[0].weight.dim() == 3 and inputs[0].dim() == 3 and len(layers) == 1
+    if per_member:
+        reason = "the members of the ensemble have inputs of their own"
+    elif layers[0].weight.dim() == 3 and inputs[0].numel() == 0:
+        reason = "the batch of the ensemble is empty"
+    call = dispatch.Call([*inputs, *calls.layer_tensors(layers)], reason)
+    name = dispatch.select("mlp", backend, call)
+    if name != "reference":
+        return calls.mlp(name, inputs, layers, order)
+    if order == "norm_act":
+        return reference.mlp(inputs, layers)
+    return (
+        reference.linear_act_norm(inputs[0], layers[0])
+        if per_member
+        else (reference.act_norm_mlp(inputs, layers))
+    )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 Activation = Literal["none", "mish", "simnorm"]
 Method = Literal["heun", "euler"]
+Order = Literal["norm_act", "act_norm"]
 VelocityFn = Callable[[Tensor, float], Tensor]
 
 ACTIVATIONS: tuple[Activation, ...] = ("none", "mish", "simnorm")
 METHODS: tuple[Method, ...] = ("heun", "euler")
+ORDERS: tuple[Order, ...] = ("norm_act", "act_norm")
 
 
 class Layer(NamedTuple):
@@ -35,6 +37,92 @@ class Layer(NamedTuple):
     act: Activation = "none"
     simnorm_dim: int = 8
     eps: float = 1e-5
+
+
+class Flow(NamedTuple):
+    """Flow dynamics: the next latent is a velocity MLP's integral over tau in [0, 1].
+
+    Attributes:
+        net: layers of the velocity MLP; input ``[z, a, tau, task]``, output width D.
+        substeps: K, at least 1.
+        method: ``"heun"`` or ``"euler"``.
+        project: after every macro step clamp the latent at 0 and renormalise its groups of 8.
+        fold: carry the first layer's pre-activation through the substeps in place of the latent,
+            which spares a product an evaluation where the head is linear and the net is narrow;
+            None where it pays. The result is the same but for rounding.
+    """
+
+    net: Sequence[Layer]
+    substeps: int = 2
+    method: Method = "heun"
+    project: bool = False
+    fold: bool | None = None
+
+
+class LatentMap(NamedTuple):
+    """Dynamics in one step, as PWM's and TD-MPC2's: the next latent is an MLP's output.
+
+    Attributes:
+        net: layers of the MLP; input ``[z, task, a]``, output width D.
+    """
+
+    net: Sequence[Layer]
+
+
+Dynamics = Flow | LatentMap
+
+
+class Policy(NamedTuple):
+    """A Gaussian policy ``a = tanh(mu(z) + std noise)``.
+
+    Attributes:
+        layers: of ``mu``: Linear, activation, LayerNorm each, and a last Linear of width A.
+        std: ``[A]``.
+    """
+
+    layers: Sequence[Layer]
+    std: Tensor
+
+
+class Heads(NamedTuple):
+    """What is read off an imagined rollout, each once over all steps.
+
+    Attributes:
+        reward: layers of the reward head on ``[z, task, a]``; one output is the reward itself,
+            more are two-hot logits over ``linspace(vmin, vmax)``.
+        vmin: first bin centre.
+        vmax: last bin centre.
+        symlog: the bins live in symlog space and their expectation goes through symexp.
+        termination: layers of a logit on ``[z, task, a]`` that the step terminates, or None.
+        value: layers of an ensemble of values of ``z`` (Linear, activation, LayerNorm each, weights
+            ``[E, N, K]``), of which the least counts; or None.
+    """
+
+    reward: Sequence[Layer]
+    vmin: float = -10.0
+    vmax: float = 10.0
+    symlog: bool = True
+    termination: Sequence[Layer] | None = None
+    value: Sequence[Layer] | None = None
+
+
+class ImaginedRollout(NamedTuple):
+    """An imagined rollout of H macro steps, time first.
+
+    Attributes:
+        z: latents ``[H+1, B, D]``.
+        action: ``[H, B, A]``.
+        reward: ``[H, B]``.
+        continues: ``[H, B]``: probability that step t does not terminate; None without that head.
+        value: ``[H+1, B]``, or ``[B]`` of the last latent where that was asked for; None without
+            that head.
+    """
+
+    z: Tensor
+    action: Tensor
+    reward: Tensor
+    continues: Tensor | None
+    value: Tensor | None
 
 
 class ESNR(NamedTuple):

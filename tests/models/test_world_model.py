@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pwm_fast import ops
-from pwm_fast.models import FlowWorldModel, LatentModel, make_world_model, project_simplex
+from pwm_fast.models import FlowWorldModel, LatentModel, make_world_model
+from pwm_fast.ops import project_simplex
 from tests.models.builders import (
     ACTION,
     OBS,

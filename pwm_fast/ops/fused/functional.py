@@ -28,7 +28,10 @@ def mlp_forward(
     stack = _mlp_stack(kernels, specs, layers, inputs[0].shape[0], save, wgrad, None)
     h = _first_product(layers[0].weight, inputs)
     y = stack.forward(0, h)
-    if stack.saved and y.untyped_storage().data_ptr() == stack.saved[-1].untyped_storage().data_ptr():
+    if (
+        stack.saved
+        and y.untyped_storage().data_ptr() == stack.saved[-1].untyped_storage().data_ptr()
+    ):
         y = y.clone()  # an operator's outputs must not share memory
     return y, stack.saved
 
@@ -86,9 +89,7 @@ def _mlp_stack(
     saved: Sequence[Tensor] | None,
 ) -> Stack:
     members = layers[0].weight.shape[0] if layers[0].weight.dim() == 3 else 1
-    return Stack(
-        kernels, specs, layers, 1, rows * members, save=save, wgrad=wgrad, saved=saved
-    )
+    return Stack(kernels, specs, layers, 1, rows * members, save=save, wgrad=wgrad, saved=saved)
 
 
 def _split(weight: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -197,9 +198,7 @@ def rollout_backward(
     """Gradients towards ``z0``, ``c``, ``w_z``, ``w_tau``, and the flat parameters."""
     horizon, batch = dz.shape[0] - 1, dz.shape[1]
     weights = dynamics_weights(spec, w_z, w_tau, params)
-    dynamics = Dynamics(
-        kernels, spec, weights, horizon, batch, save=True, wgrad=wgrad, saved=saved
-    )
+    dynamics = Dynamics(kernels, spec, weights, horizon, batch, save=True, wgrad=wgrad, saved=saved)
     dynamics.start_backward()
     adjoint = dz[horizon]
     for t in range(horizon - 1, -1, -1):
@@ -233,9 +232,7 @@ def imagine_forward(
     weights = dynamics_weights(spec, w_z, w_tau, params)
     dynamics = Dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
     layers = split_params(actor_specs, actor)
-    policy = Stack(
-        kernels, actor_specs, layers, horizon, batch, save=save, wgrad=actor_wgrad
-    )
+    policy = Stack(kernels, actor_specs, layers, horizon, batch, save=save, wgrad=actor_wgrad)
     first = Gemm(layers[0].weight)
     z = z0.new_empty(horizon + 1, *z0.shape)
     action = z0.new_empty(horizon, batch, width)

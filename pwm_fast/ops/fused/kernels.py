@@ -96,7 +96,9 @@ class Kernels(Protocol):
     ) -> None:
         """Gradient of :meth:`act_norm_fwd` towards its ``x``."""
 
-    def axpby(self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float) -> None:
+    def axpby(
+        self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float
+    ) -> None:
         """``out = z + c1 k1 + c2 k2``."""
 
 
@@ -132,9 +134,9 @@ class TorchKernels:
             v = (v.view(-1, *add.shape) + add).view(v.shape) if v.shape[0] else v
         if tau is not None and w_tau is not None:
             v = v + tau.reshape(-1, 1) * w_tau
-        var, mu = torch.var_mean(v, -1, correction=0, keepdim=True)
-        r = torch.rsqrt(var + eps)
-        hat = (v - mu) * r
+        centred = v - v.mean(-1, keepdim=True)
+        r = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        hat = centred * r
         if xhat is not None:
             xhat.copy_(hat)
         if rstd is not None:
@@ -203,8 +205,8 @@ class TorchKernels:
             u.copy_(v)
         m = mish(v) if act == "mish" else v
         if gamma is not None and beta is not None:
-            var, mu = torch.var_mean(m, -1, correction=0, keepdim=True)
-            r = torch.rsqrt(var + eps)
+            mu = m.mean(-1, keepdim=True)
+            r = torch.rsqrt((m - mu).square().mean(-1, keepdim=True) + eps)
             if mean is not None and rstd is not None:
                 mean.copy_(mu.squeeze(-1))
                 rstd.copy_(r.squeeze(-1))
@@ -243,7 +245,9 @@ class TorchKernels:
             dbias += _sum_rows(result, rows_per_member)
         dx.copy_(result)
 
-    def axpby(self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float) -> None:
+    def axpby(
+        self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float
+    ) -> None:
         """See :class:`Kernels`."""
         torch.add(z, k1, alpha=c1, out=out)
         if k2 is not None:

@@ -21,6 +21,8 @@ def extension() -> Any:
     """
     from pwm_fast import _C
 
+    if not hasattr(_C, "norm_act_fwd"):
+        raise ImportError("it is of an older version: reinstall")
     path = _openmp_runtime()
     if path is not None:
         _C.set_openmp(path)
@@ -45,11 +47,9 @@ def _openmp_runtime() -> str | None:
 def why_missing() -> str | None:
     """Why the native kernels cannot run here; None if they can."""
     try:
-        module = extension()
+        extension()
     except ImportError as error:
-        return f"the native extension is not there ({error}); reinstall with a C++ compiler"
-    if not hasattr(module, "norm_act_fwd"):
-        return "the native extension is of an older version: reinstall"
+        return f"the native extension does not load ({error})"
     return None
 
 

@@ -377,5 +377,7 @@ def dynamics_saved_shapes(
     specs = spec.layers[:-1] if spec.fold else spec.layers
     evals = horizon * len(spec.stages)
     stack_widths = widths[: len(specs)]
-    extra = extra_shapes(spec, latent, widths[len(specs) - 1] if spec.fold else 0, horizon, batch, wgrad)
+    extra = extra_shapes(
+        spec, latent, widths[len(specs) - 1] if spec.fold else 0, horizon, batch, wgrad
+    )
     return extra + saved_shapes(specs, stack_widths, evals, batch, save, wgrad)

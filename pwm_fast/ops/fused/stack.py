@@ -297,9 +297,7 @@ class Stack:
             sums = {name: total.to(p.weight.dtype) for name, total in self._sums[i].items()}
             if spec.plain and p.bias is not None:
                 sums["bias"] = self._bias_grad(dh)
-            grads.append(
-                LayerGrads(weight, sums.get("bias"), sums.get("gamma"), sums.get("beta"))
-            )
+            grads.append(LayerGrads(weight, sums.get("bias"), sums.get("gamma"), sums.get("beta")))
         return grads
 
     def _weight_grad(self, dh: Tensor, x: Tensor) -> Tensor:

@@ -16,6 +16,11 @@ def simnorm(x: Tensor, dim: int = 8) -> Tensor:
     return torch.softmax(x.unflatten(-1, (-1, dim)), dim=-1).flatten(-2)
 
 
+def project_simplex(z: Tensor, dim: int) -> Tensor:
+    groups = z.unflatten(-1, (-1, dim)).clamp_min(0.0)
+    return (groups / groups.sum(-1, keepdim=True).clamp_min(1e-6)).flatten(-2)
+
+
 def activate(x: Tensor, act: Activation, simnorm_dim: int = 8) -> Tensor:
     if act == "mish":
         return mish(x)
@@ -63,4 +68,17 @@ def mlp(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> Tensor:
     x = inputs[0] if len(inputs) == 1 else torch.cat(tuple(inputs), dim=-1)
     for layer in layers:
         x = linear_norm_act(x, layer)
+    return x
+
+
+def act_norm_mlp(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> Tensor:
+    x = inputs[0] if len(inputs) == 1 else torch.cat(tuple(inputs), dim=-1)
+    if layers[0].weight.dim() == 3:
+        leading = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])
+        for layer in layers:
+            x = linear_act_norm(x, layer)
+        return x.unflatten(1, leading)
+    for layer in layers:
+        x = linear_act_norm(x, layer)
     return x

@@ -1,0 +1,185 @@
+"""Public operations on whole latent rollouts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pwm_fast import dispatch
+from pwm_fast.ops import _checks
+from pwm_fast.ops.fused import calls
+from pwm_fast.ops.heads import two_hot_decode
+from pwm_fast.ops.layers import mlp
+from pwm_fast.ops.reference import rollouts as reference
+from pwm_fast.ops.types import Dynamics, Flow, Heads, ImaginedRollout, Policy
+
+
+def latent_rollout(
+    z0: Tensor,
+    action: Tensor,
+    dynamics: Dynamics,
+    *,
+    task: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Latents under given actions: H macro steps of the dynamics.
+
+    Args:
+        z0: start latents ``[B, D]``.
+        action: actions ``[H, B, A]``, time first.
+        dynamics: :class:`Flow` or :class:`LatentMap`.
+        task: task embeddings ``[B, E]``, or None.
+        backend: see :mod:`pwm_fast.dispatch`.
+
+    Returns:
+        ``[H+1, B, D]``, the first being ``z0``; differentiable in ``z0``, ``action``, ``task`` and
+        all parameters. Weight gradients are formed once, over all steps and evaluations.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
+    """
+    _check_rows("z0", z0)
+    _check_steps("action", action, z0)
+    _check_dynamics(dynamics, z0, action.shape[-1], task)
+    name = dispatch.select("latent_rollout", backend, _call(dynamics, [z0, action], task))
+    if name == "reference":
+        return reference.latent_rollout(z0, action, dynamics, task)
+    return calls.rollout(name, _pack(dynamics, z0, action.shape[-1], task), z0, action, task)
+
+
+def imagine(
+    z0: Tensor,
+    policy: Policy,
+    dynamics: Dynamics,
+    heads: Heads,
+    *,
+    noise: Tensor,
+    detach: bool = True,
+    last_value_only: bool = False,
+    task: Tensor | None = None,
+    backend: str | None = None,
+) -> ImaginedRollout:
+    """A policy acting in a world model for H macro steps, with rewards, terminations and values.
+
+    ``a_t = tanh(mu(z_t) + std noise_t)``, ``z_{t+1} = F(z_t, a_t)``; only these are sequential. The
+    heads run once over all steps. Where the world model's parameters require no gradient, none of
+    theirs is computed.
+
+    Args:
+        z0: start latents ``[B, D]``.
+        policy: the Gaussian policy.
+        dynamics: :class:`Flow` or :class:`LatentMap`.
+        heads: reward, termination and value heads.
+        noise: standard normal ``[H, B, A]``; zeros act deterministically.
+        detach: the policy sees latents without their gradient (the dynamics still carry it), so
+            that its own backward pass is one batch.
+        last_value_only: value the last latents alone.
+        task: task embeddings ``[B, E]``, or None.
+        backend: see :mod:`pwm_fast.dispatch`.
+
+    Returns:
+        :class:`ImaginedRollout`, differentiable in ``z0``, ``task`` and all parameters.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
+
+    Source: PWM (arXiv 2407.02466), section 4; SHAC (arXiv 2204.07137).
+    """
+    _check_rows("z0", z0)
+    _check_steps("noise", noise, z0)
+    width = noise.shape[-1]
+    _check_dynamics(dynamics, z0, width, task)
+    _checks.floating("policy.std", policy.std)
+    if tuple(policy.std.shape) != (width,):
+        raise ValueError(f"policy.std must be [{width}], got {tuple(policy.std.shape)}")
+    outputs = _checks.layers("policy.layers", policy.layers, z0.shape[-1], z0.device)
+    if outputs != width:
+        raise ValueError(f"policy.layers has output width {outputs}, but noise has {width}")
+
+    call = _call(dynamics, [z0, noise, policy.std, *calls.layer_tensors(policy.layers)], task)
+    if call.unsupported is None:
+        call = call._replace(unsupported=calls.unsupported(policy.layers, "act_norm"))
+    name = dispatch.select("imagine", backend, call)
+    if name == "reference":
+        z, action = reference.imagine(z0, noise, policy, dynamics, task, detach)
+    else:
+        packed = _pack(dynamics, z0, width, task)
+        z, action = calls.imagine(name, packed, z0, noise, policy.layers, policy.std, task, detach)
+
+    steps = noise.shape[0]
+    embedding = () if task is None else (task.expand(steps, *task.shape),)
+    inputs = (z[:-1], *embedding, action)
+    logits = mlp(inputs, heads.reward, backend=backend)
+    if logits.shape[-1] == 1:
+        reward = logits.squeeze(-1)
+    else:
+        reward = two_hot_decode(logits, heads.vmin, heads.vmax, transform=heads.symlog)
+    continues = value = None
+    if heads.termination is not None:
+        continues = torch.sigmoid(-mlp(inputs, heads.termination, backend=backend).squeeze(-1))
+    if heads.value is not None:
+        states = z[-1] if last_value_only else z
+        members = mlp((states,), heads.value, order="act_norm", backend=backend)
+        value = members.squeeze(-1).amin(0)
+    return ImaginedRollout(z, action, reward, continues, value)
+
+
+def _call(dynamics: Dynamics, tensors: list[Tensor], task: Tensor | None) -> dispatch.Call:
+    reason = calls.unsupported(dynamics.net)
+    if isinstance(dynamics, Flow) and dynamics.project:
+        reason = "latents are projected onto the simplices after every macro step"
+    elif dynamics.net[0].ln_weight is None:
+        reason = "the first layer has no LayerNorm"
+    tensors = [*tensors, *calls.layer_tensors(dynamics.net)]
+    return dispatch.Call(tensors if task is None else [*tensors, task], reason)
+
+
+def _pack(dynamics: Dynamics, z: Tensor, action: int, task: Tensor | None) -> calls.Packed:
+    flow = dynamics if isinstance(dynamics, Flow) else None
+    return calls.pack(
+        dynamics.net,
+        "map" if flow is None else flow.method,
+        1 if flow is None else flow.substeps,
+        z.shape[-1],
+        action,
+        task=0 if task is None else task.shape[-1],
+        task_first=flow is None,
+        fold=False if flow is None else flow.fold,
+    )
+
+
+def _check_rows(name: str, z: Tensor) -> None:
+    _checks.vectors(name, z)
+    if z.dim() != 2:
+        raise ValueError(f"{name} must be [B, D], got {tuple(z.shape)}")
+
+
+def _check_steps(name: str, x: Tensor, z: Tensor) -> None:
+    _checks.floating(name, x)
+    if x.dim() != 3 or x.shape[1] != z.shape[0]:
+        raise ValueError(f"{name} must be [H, {z.shape[0]}, A], got {tuple(x.shape)}")
+    _checks.same_device(name, x, "z0", z.device)
+
+
+def _check_dynamics(dynamics: Dynamics, z: Tensor, action: int, task: Tensor | None) -> None:
+    inputs = z.shape[-1] + action
+    if task is not None:
+        _checks.same_rows("task", task, "z0", z)
+        inputs += task.shape[-1]
+    if isinstance(dynamics, Flow):
+        inputs += 1
+        _checks.positive_int("dynamics.substeps", dynamics.substeps)
+        _checks.method(dynamics.method)
+        if dynamics.project:
+            _checks.simnorm_width("z0", z.shape[-1], "the projection's group width", 8)
+        if dynamics.fold and not calls.can_fold(dynamics.net):
+            raise ValueError(
+                "dynamics.fold needs a linear last layer behind at least one hidden layer"
+            )
+    outputs = _checks.layers("dynamics.net", dynamics.net, inputs, z.device)
+    if outputs != z.shape[-1]:
+        raise ValueError(f"dynamics.net has output width {outputs}, but z0 has {z.shape[-1]}")

@@ -8,7 +8,7 @@ PYTHON ?= python3
 ARGS ?=
 
 RUN := .venv/bin/python -m
-INPUTS := pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/*)
+INPUTS := pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/* csrc/*/*)
 # Prints the version and the home of a Python, and fails if pwm_fast does not support it.
 PROBE := -c 'import sys; v = sys.version_info[:2]; print("%d.%d of %s" % (v + (sys.base_prefix,))); \
 	sys.exit(not (3, 10) <= v <= (3, 13))'

@@ -7,6 +7,7 @@ PWM_FAST_BUILD=auto, the default, warns and installs pure Python if the extensio
 import glob
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -18,9 +19,26 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-SOURCES = {  # source -> compiler flags of its own, such as those of one instruction set
-    "csrc/module.cpp": [],
-    "csrc/cpu_features.cpp": [],
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+TARGETS = {"generic": []}  # what csrc/cpu/*.cpp are compiled for -> the flags that it takes
+if X86:
+    TARGETS["avx2"] = ["-mavx2", "-mfma"]
+    TARGETS["avx512"] = [*TARGETS["avx2"], "-mprefer-vector-width=512"]
+    TARGETS["avx512"] += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+# Fused multiply-adds where there are any, and no branches for errno or traps in the loops.
+KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+
+SOURCES = {  # object -> its source and compiler flags of its own
+    f"{name}.o": (f"csrc/{name}.cpp", [f"-DPWM_FAST_X86={int(X86)}"])
+    for name in ("module", "bind_cpu", "cpu_features", "parallel")
+}
+SOURCES |= {
+    f"{Path(source).stem}.{target}.o": (
+        source,
+        [*KERNEL_FLAGS, f"-DPWM_FAST_TARGET={target}", f"-DPWM_FAST_X86={int(X86)}", *flags],
+    )
+    for source in sorted(glob.glob("csrc/cpu/*.cpp"))
+    for target, flags in TARGETS.items()
 }
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 LINK_FLAGS = {"darwin": ["-bundle", "-undefined", "dynamic_lookup"]}.get(
@@ -72,9 +90,9 @@ class NinjaBuildExt(build_ext):
             )
             ninja.rule("link", "$cxx $in $link_flags -o $out")
             objects = []
-            for source, own_flags in SOURCES.items():
+            for name, (source, own_flags) in SOURCES.items():
                 objects += ninja.build(
-                    f"{Path(source).name}.o",
+                    name,
                     "cxx",
                     os.path.abspath(source),
                     variables={"own_flags": ninja_syntax.escape(shlex.join(own_flags))},
@@ -103,7 +121,10 @@ if BUILD not in ("auto", "0", "1"):
     raise SystemExit(f"PWM_FAST_BUILD={BUILD} is unknown: use auto, 0 or 1")
 
 extension = Extension(
-    "pwm_fast._C", list(SOURCES), depends=glob.glob("csrc/*.h"), optional=BUILD != "1"
+    "pwm_fast._C",
+    sorted({source for source, _ in SOURCES.values()}),
+    depends=glob.glob("csrc/**/*.h", recursive=True),
+    optional=BUILD != "1",
 )
 setup(
     ext_modules=[] if BUILD == "0" else [extension],

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "bind_cpu.h"
 #include "cpu_features.h"
 
 namespace py = pybind11;
@@ -37,4 +38,5 @@ PYBIND11_MODULE(_C, m) {
       "cpu_isa", [] { return pwm_fast::isa_name(pwm_fast::cpu_isa()); },
       "The instruction set for CPU kernels: PWM_FAST_ISA if set, else the best this CPU has.");
   m.def("build_info", &build_info, "The compiler, its flags and the CUDA support of this build.");
+  bind_cpu(m);
 }

@@ -1,0 +1,200 @@
+// The Python face of the CPU kernels: plain integers in, checked, and the kernels of this CPU called.
+#include "bind_cpu.h"
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "cpu_features.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace pwm_fast;
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    switch (cpu_isa()) {
+#if PWM_FAST_X86
+      case Isa::avx512: return avx512::kernels();
+      case Isa::avx2: return avx2::kernels();
+#endif
+      default: return generic::kernels();
+    }
+  }();
+  return chosen;
+}
+
+// Runs a kernel, without the GIL if that takes longer than to give the GIL up and to get it back.
+template <class Arguments>
+void run(void (*kernel)(const Arguments&), const Arguments& arguments, Size elements) {
+  constexpr Size long_call = 65536;  // some tens of microseconds
+  if (elements < long_call) return kernel(arguments);
+  py::gil_scoped_release unlocked;
+  kernel(arguments);
+}
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+[[noreturn]] void fail(const char* name, Size value, const std::string& expected) {
+  throw std::invalid_argument(std::string(name) + " must be " + expected + ", got " +
+                              std::to_string(value));
+}
+void check_size(const char* name, Size value, Size least) {
+  if (value < least) fail(name, value, "at least " + std::to_string(least));
+}
+void check_type(const char* name, Size value) {
+  if (value != fp32 && value != bfloat16) fail(name, value, "0 (fp32) or 1 (bf16)");
+}
+void check_rows(Size rows, Size n, Size threads) {
+  check_size("rows", rows, 0);
+  check_size("n", n, 1);
+  check_size("threads", threads, 1);
+}
+void check_stride(const char* name, Size value, Size n, Size rows) {
+  if (rows > 1) check_size(name, value, n);
+}
+void check_group(Size group, Size n) {
+  if (group < 1 || n % group != 0) {
+    fail("group", group, "a divisor of n = " + std::to_string(n));
+  }
+}
+void check_act(Size act, Size group, Size n) {
+  if (act < act_none || act > act_simnorm) fail("act", act, "0 (none), 1 (mish) or 2 (simnorm)");
+  if (act == act_simnorm) check_group(group, n);
+}
+void check_member_act(Size act, Size rows_per_member) {
+  if (act != act_none && act != act_mish) fail("act", act, "0 (none) or 1 (mish)");
+  check_size("rows_per_member", rows_per_member, 0);
+}
+
+void norm_act_fwd(Address x, Size ld_x, Size x_type, Address add, Size ld_add, Size add_rows,
+                  Address tau, Size tau_stride, Address w_tau, Address bias, Address gamma,
+                  Address beta, Address y, Size ld_y, Size y_type, Address xhat, Size xhat_type,
+                  Address rstd, Size rows, Size n, Size act, Size group, double eps,
+                  Size threads) {
+  check_rows(rows, n, threads);
+  check_type("x_type", x_type);
+  check_type("y_type", y_type);
+  check_type("xhat_type", xhat_type);
+  check_stride("ld_x", ld_x, n, rows);
+  check_stride("ld_y", ld_y, n, rows);
+  if (add != 0) {
+    check_size("add_rows", add_rows, 1);
+    check_stride("ld_add", ld_add, n, add_rows);
+  }
+  check_act(act, group, n);
+  run(kernels().norm_act_fwd,
+      {at<const void>(x), ld_x, x_type, at<const float>(add), ld_add, add_rows,
+       at<const float>(tau), tau_stride, at<const float>(w_tau), at<const float>(bias),
+       at<const float>(gamma), at<const float>(beta), at<void>(y), ld_y, y_type, at<void>(xhat),
+       xhat_type, at<float>(rstd), rows, n, act, group, float(eps), threads},
+      rows * n);
+}
+
+void norm_act_bwd(Address dy, Size ld_dy, Size dy_type, Address xhat, Size xhat_type, Address rstd,
+                  Address gamma, Address beta, Address y, Size ld_y, Size y_type, Address dx,
+                  Size ld_dx, Size dx_type, Address dgamma, Address dbeta, Address dbias, Size rows,
+                  Size n, Size act, Size group, Size threads) {
+  check_rows(rows, n, threads);
+  check_type("dy_type", dy_type);
+  check_type("xhat_type", xhat_type);
+  check_type("y_type", y_type);
+  check_type("dx_type", dx_type);
+  check_stride("ld_dy", ld_dy, n, rows);
+  check_stride("ld_dx", ld_dx, n, rows);
+  check_act(act, group, n);
+  if (act == act_simnorm) check_stride("ld_y", ld_y, n, rows);
+  run(kernels().norm_act_bwd,
+      {at<const void>(dy), ld_dy, dy_type, at<const void>(xhat), xhat_type, at<const float>(rstd),
+       at<const float>(gamma), at<const float>(beta), at<const void>(y), ld_y, y_type, at<void>(dx),
+       ld_dx, dx_type, at<double>(dgamma), at<double>(dbeta), at<double>(dbias), rows, n, act,
+       group, threads},
+      rows * n);
+}
+
+void act_norm_fwd(Address x, Size ld_x, Size x_type, Address bias, Address gamma, Address beta,
+                  Address y, Size ld_y, Size y_type, Address u, Size u_type, Address mean,
+                  Address rstd, Size rows, Size n, Size act, Size rows_per_member, double eps,
+                  Size threads) {
+  check_rows(rows, n, threads);
+  check_type("x_type", x_type);
+  check_type("y_type", y_type);
+  check_type("u_type", u_type);
+  check_stride("ld_x", ld_x, n, rows);
+  check_stride("ld_y", ld_y, n, rows);
+  check_member_act(act, rows_per_member);
+  run(kernels().act_norm_fwd,
+      {at<const void>(x), ld_x, x_type, at<const float>(bias), at<const float>(gamma),
+       at<const float>(beta), at<void>(y), ld_y, y_type, at<void>(u), u_type, at<float>(mean),
+       at<float>(rstd), rows, n, act, rows_per_member, float(eps), threads},
+      rows * n);
+}
+
+void act_norm_bwd(Address dy, Size ld_dy, Size dy_type, Address u, Size u_type, Address mean,
+                  Address rstd, Address gamma, Address dx, Size ld_dx, Size dx_type, Address dgamma,
+                  Address dbeta, Address dbias, Size rows, Size n, Size act, Size rows_per_member,
+                  Size threads) {
+  check_rows(rows, n, threads);
+  check_type("dy_type", dy_type);
+  check_type("u_type", u_type);
+  check_type("dx_type", dx_type);
+  check_stride("ld_dy", ld_dy, n, rows);
+  check_stride("ld_dx", ld_dx, n, rows);
+  check_member_act(act, rows_per_member);
+  run(kernels().act_norm_bwd,
+      {at<const void>(dy), ld_dy, dy_type, at<const void>(u), u_type, at<const float>(mean),
+       at<const float>(rstd), at<const float>(gamma), at<void>(dx), ld_dx, dx_type,
+       at<double>(dgamma), at<double>(dbeta), at<double>(dbias), rows, n, act, rows_per_member,
+       threads},
+      rows * n);
+}
+
+void axpby(Address z, Address k1, Address k2, Address out, double c1, double c2, Size n,
+           Size threads) {
+  check_rows(1, n > 0 ? n : 1, threads);
+  check_size("n", n, 0);
+  run(kernels().axpby,
+      {at<const float>(z), at<const float>(k1), at<const float>(k2), at<float>(out), float(c1),
+       float(c2), n, threads},
+      n);
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& m) {
+  m.def("set_openmp", &set_openmp, py::arg("path"),
+        "Share the threads of the OpenMP runtime at path, which is loaded already; False if not.");
+  m.def("norm_act_fwd", &norm_act_fwd, "act(gamma LN(x + bias + add + tau w_tau) + beta).",
+        py::arg("x"), py::arg("ld_x"), py::arg("x_type"), py::arg("add"), py::arg("ld_add"),
+        py::arg("add_rows"), py::arg("tau"), py::arg("tau_stride"), py::arg("w_tau"),
+        py::arg("bias"), py::arg("gamma"), py::arg("beta"), py::arg("y"), py::arg("ld_y"),
+        py::arg("y_type"), py::arg("xhat"), py::arg("xhat_type"), py::arg("rstd"), py::arg("rows"),
+        py::arg("n"), py::arg("act"), py::arg("group"), py::arg("eps"), py::arg("threads"));
+  m.def("norm_act_bwd", &norm_act_bwd, "Gradients of norm_act_fwd.", py::arg("dy"),
+        py::arg("ld_dy"), py::arg("dy_type"), py::arg("xhat"), py::arg("xhat_type"),
+        py::arg("rstd"), py::arg("gamma"), py::arg("beta"), py::arg("y"), py::arg("ld_y"),
+        py::arg("y_type"), py::arg("dx"), py::arg("ld_dx"), py::arg("dx_type"), py::arg("dgamma"),
+        py::arg("dbeta"), py::arg("dbias"), py::arg("rows"), py::arg("n"), py::arg("act"),
+        py::arg("group"), py::arg("threads"));
+  m.def("act_norm_fwd", &act_norm_fwd, "gamma LN(act(x + bias)) + beta, one layer or an ensemble.",
+        py::arg("x"), py::arg("ld_x"), py::arg("x_type"), py::arg("bias"), py::arg("gamma"),
+        py::arg("beta"), py::arg("y"), py::arg("ld_y"), py::arg("y_type"), py::arg("u"),
+        py::arg("u_type"), py::arg("mean"), py::arg("rstd"), py::arg("rows"), py::arg("n"),
+        py::arg("act"), py::arg("rows_per_member"), py::arg("eps"), py::arg("threads"));
+  m.def("act_norm_bwd", &act_norm_bwd, "Gradients of act_norm_fwd.", py::arg("dy"),
+        py::arg("ld_dy"), py::arg("dy_type"), py::arg("u"), py::arg("u_type"), py::arg("mean"),
+        py::arg("rstd"), py::arg("gamma"), py::arg("dx"), py::arg("ld_dx"), py::arg("dx_type"),
+        py::arg("dgamma"), py::arg("dbeta"), py::arg("dbias"), py::arg("rows"), py::arg("n"),
+        py::arg("act"), py::arg("rows_per_member"), py::arg("threads"));
+  m.def("axpby", &axpby, "out = z + c1 k1 + c2 k2.", py::arg("z"), py::arg("k1"), py::arg("k2"),
+        py::arg("out"), py::arg("c1"), py::arg("c2"), py::arg("n"), py::arg("threads"));
+}

@@ -1,0 +1,105 @@
+// The CPU kernels as the Python face sees them: one table of functions per instruction set.
+//
+// Rows are `ld` elements apart and hold n elements with stride 1; a null pointer means absent. Types
+// are those of enum Type. Every function writes its outputs in full and reads and writes nothing
+// past the n elements of a row. Sums over rows go to fp64 accumulators, in an order that depends on
+// the sizes alone, so they are bitwise the same for any number of threads.
+#pragma once
+
+#include <stdint.h>
+
+namespace pwm_fast {
+
+enum Type : int64_t { fp32 = 0, bfloat16 = 1 };
+enum Act : int64_t { act_none = 0, act_mish = 1, act_simnorm = 2 };
+
+// v = x + bias + add[r % add_rows] + tau[r * tau_stride] w_tau; y = act(gamma LN(v) + beta).
+struct NormActFwd {
+  const void* x;
+  int64_t ld_x, x_type;
+  const float* add;
+  int64_t ld_add, add_rows;
+  const float* tau;
+  int64_t tau_stride;
+  const float *w_tau, *bias, *gamma, *beta;
+  void* y;
+  int64_t ld_y, y_type;
+  void* xhat;  // [rows, n], saved for the backward, as is rstd
+  int64_t xhat_type;
+  float* rstd;
+  int64_t rows, n, act, group;
+  float eps;
+  int64_t threads;
+};
+
+struct NormActBwd {
+  const void* dy;
+  int64_t ld_dy, dy_type;
+  const void* xhat;
+  int64_t xhat_type;
+  const float *rstd, *gamma, *beta;
+  const void* y;  // of simnorm
+  int64_t ld_y, y_type;
+  void* dx;
+  int64_t ld_dx, dx_type;
+  double *dgamma, *dbeta, *dbias;
+  int64_t rows, n, act, group, threads;
+};
+
+// u = x + bias; y = gamma LN(act(u)) + beta, or act(u) without gamma. The parameters of row r are
+// those of member r / rows_per_member, or the only ones if rows_per_member is 0.
+struct ActNormFwd {
+  const void* x;
+  int64_t ld_x, x_type;
+  const float *bias, *gamma, *beta;
+  void* y;
+  int64_t ld_y, y_type;
+  void* u;  // [rows, n], saved for the backward, as are mean and rstd
+  int64_t u_type;
+  float *mean, *rstd;
+  int64_t rows, n, act, rows_per_member;
+  float eps;
+  int64_t threads;
+};
+
+struct ActNormBwd {
+  const void* dy;
+  int64_t ld_dy, dy_type;
+  const void* u;
+  int64_t u_type;
+  const float *mean, *rstd, *gamma;
+  void* dx;
+  int64_t ld_dx, dx_type;
+  double *dgamma, *dbeta, *dbias;
+  int64_t rows, n, act, rows_per_member, threads;
+};
+
+// out = z + c1 k1 + c2 k2; k2 may be absent.
+struct Axpby {
+  const float *z, *k1, *k2;
+  float* out;
+  float c1, c2;
+  int64_t n, threads;
+};
+
+struct Kernels {
+  void (*norm_act_fwd)(const NormActFwd&);
+  void (*norm_act_bwd)(const NormActBwd&);
+  void (*act_norm_fwd)(const ActNormFwd&);
+  void (*act_norm_bwd)(const ActNormBwd&);
+  void (*axpby)(const Axpby&);
+};
+
+namespace generic {
+const Kernels& kernels();
+}
+#if PWM_FAST_X86
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+#endif
+
+}  // namespace pwm_fast

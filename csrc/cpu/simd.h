@@ -1,0 +1,277 @@
+// Vectors of fp32 for the kernels. Private to the sources that are compiled once per instruction set
+// (PWM_FAST_TARGET): all of it has internal linkage, and none of it is from std, as the linker could
+// keep the AVX-512 copy of a shared inline function and run it on a CPU without AVX-512.
+//
+// Written with the vector extension of GCC and Clang, so that one source serves all targets.
+#pragma once
+
+#include <stdint.h>
+
+#define PWM_FAST_INLINE inline __attribute__((always_inline))
+#define PWM_FAST_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace pwm_fast {
+namespace PWM_FAST_TARGET {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // fp32 lanes
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef double vd __attribute__((vector_size(8 * W)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+PWM_FAST_INLINE vf splat(float x) { return x - vf{}; }  // not x + 0: -0 must stay -0
+PWM_FAST_INLINE vi bits(vf x) { return (vi)x; }
+PWM_FAST_INLINE vf select(vi mask, vf yes, vf no) {
+  return (vf)((mask & (vi)yes) | (~mask & (vi)no));
+}
+PWM_FAST_INLINE vf larger(vf x, vf y) { return x > y ? x : y; }
+
+// Lanes 0 .. count - 1 are set.
+PWM_FAST_INLINE vi first_lanes(int count) {
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane < count;
+}
+PWM_FAST_INLINE vf keep(vf x, vi mask) { return (vf)((vi)x & mask); }
+
+// ------------------------------------------------------------------------- loads and stores
+
+PWM_FAST_INLINE vf load(const float* p) {
+  vf x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+PWM_FAST_INLINE vf load(const bf16* p) {
+  vh x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return (vf)(__builtin_convertvector(x, vu) << 16);
+}
+PWM_FAST_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
+PWM_FAST_INLINE void store(bf16* p, vf x) {
+  const vu u = (vu)x;
+  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const vi nan = x != x;
+  const vu kept = ((vu)~nan & rounded) | ((vu)nan & ((u >> 16) | 0x40));
+  const vh h = __builtin_convertvector(kept, vh);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// The first `count` < W elements alone; the other lanes are 0.
+template <class T>
+PWM_FAST_INLINE vf load_part(const T* p, int count) {
+  T part[W] = {};
+  for (int i = 0; i < count; ++i) part[i] = p[i];
+  return load(part);
+}
+template <class T>
+PWM_FAST_INLINE void store_part(T* p, vf x, int count) {
+  T part[W];
+  store(part, x);
+  for (int i = 0; i < count; ++i) p[i] = part[i];
+}
+
+// -------------------------------------------------------------------------- across the lanes
+
+// Lane i gets lane i ^ D.
+template <int D>
+PWM_FAST_INLINE vf swap_lanes(vf x) {
+#if defined(__clang__)
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D,
+                                 8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D);
+#else
+  return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D);
+#endif
+#else
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i ^ D;
+  return __builtin_shuffle(x, lane);
+#endif
+}
+
+// The sum, or the largest, of each aligned group of G lanes, in each of its lanes.
+template <int G>
+PWM_FAST_INLINE vf group_sum(vf x) {
+  if constexpr (G >= 16) x += swap_lanes<8>(x);
+  if constexpr (G >= 8) x += swap_lanes<4>(x);
+  if constexpr (G >= 4) x += swap_lanes<2>(x);
+  if constexpr (G >= 2) x += swap_lanes<1>(x);
+  return x;
+}
+template <int G>
+PWM_FAST_INLINE vf group_max(vf x) {
+  if constexpr (G >= 16) x = larger(x, swap_lanes<8>(x));
+  if constexpr (G >= 8) x = larger(x, swap_lanes<4>(x));
+  if constexpr (G >= 4) x = larger(x, swap_lanes<2>(x));
+  if constexpr (G >= 2) x = larger(x, swap_lanes<1>(x));
+  return x;
+}
+PWM_FAST_INLINE float sum(vf x) { return group_sum<W>(x)[0]; }
+PWM_FAST_INLINE float max(vf x) { return group_max<W>(x)[0]; }
+
+// -------------------------------------------------------------------------------- functions
+
+// exp(x) for x <= 88, to 1 ulp; down to the subnormal numbers, exp(-inf) = 0, NaN stays NaN.
+PWM_FAST_INLINE vf exp_below_88(vf x) {
+  x = x < -104.0f ? splat(-104.0f) : x;  // exp is 0 there; NaN compares false and stays
+  // Adding 1.5 * 2^23 rounds to an integer n, which is then the low bits of the sum; 254 more make
+  // the exponent fields below of it.
+  const float magic = 12582912.0f + 254.0f;
+  const vf shifted = x * 0x1.715476p+0f + magic;
+  const vf n = shifted - magic;
+  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  // (exp(r) - 1 - r) / r^2 on [-ln(2) / 2, ln(2) / 2], minimax in the relative error of exp: 3e-9.
+  vf q = 0x1.6a23c2p-10f * r + 0x1.123a20p-7f;
+  q = q * r + 0x1.5558f4p-5f;
+  q = q * r + 0x1.555492p-3f;
+  q = q * r + 0x1.fffffcp-2f;
+  const vf p = (r * r) * q + r + 1.0f;
+  // 2^n in two factors, as exp may be subnormal where 2^n has no exponent field.
+  const vu u = (vu)shifted;
+  const vu half = (u >> 1) << 23;
+  return p * (vf)half * (vf)((u << 23) - half);
+}
+
+// The parts of mish(u) = u t, t = tanh(softplus(u)), by e = exp(-|u|), which cannot overflow.
+struct MishParts {
+  vf e, one_or_e2, e2_or_one;  // u < 0: first e^2, then 1; u >= 0: first 1, then e^2
+  vf top, bottom;              // t = top / bottom
+};
+PWM_FAST_INLINE MishParts mish_parts(vf u) {
+  MishParts m;
+  m.e = exp_below_88((vf)(bits(u) | (int32_t)0x80000000));
+  const vf e2 = m.e * m.e;
+  const vi negative = bits(u) >> 31;
+  const vf one = splat(1.0f);
+  m.one_or_e2 = select(negative, e2, one);
+  m.e2_or_one = select(negative, one, e2);
+  m.top = m.e + m.e + m.one_or_e2;
+  m.bottom = m.top + (m.e2_or_one + m.e2_or_one);
+  return m;
+}
+PWM_FAST_INLINE vf mish(vf u) {
+  const MishParts m = mish_parts(u);
+  return u * m.top / m.bottom;
+}
+
+// mish(u) and its derivative t + u sigmoid(u) (1 - t^2), where 1 - t^2 is
+// (bottom - top) (bottom + top) / bottom^2 with both factors known without a difference:
+// 2 e2_or_one and 2 (1 + e)^2. The sigmoid takes one of the factors 1 + e away.
+struct MishAndSlope {
+  vf value, slope;
+};
+PWM_FAST_INLINE MishAndSlope mish_and_slope(vf u) {
+  const MishParts m = mish_parts(u);
+  const vf inverse = 1.0f / m.bottom;
+  const vf t = m.top * inverse;
+  const vi negative = bits(u) >> 31;
+  const vf e_or_e2 = select(negative, m.e, m.e2_or_one);
+  const vf rest = (e_or_e2 * (4.0f + 4.0f * m.e)) * (inverse * inverse);
+  return {u * t, u * rest + t};
+}
+
+// ------------------------------------------------------------------------------------ loops
+
+// Tells a loop's body whether it has a whole vector or the first elements of one.
+struct Whole {
+  static constexpr bool part = false;
+};
+struct Part {
+  static constexpr bool part = true;
+};
+template <int K>
+struct Index {
+  static constexpr int value = K;
+};
+
+// body(Whole or Part, i, Index<k>) for i = 0, W, 2 W, ... < n; k counts to U and selects one of the
+// accumulators of the body, which hide the latency of an addition.
+template <int U, class Body>
+PWM_FAST_INLINE void each_vector(int64_t n, Body body) {
+  int64_t i = 0;
+  if constexpr (U == 4) {
+    for (; i + 4 * W <= n; i += 4 * W) {
+      body(Whole{}, i, Index<0>{});
+      body(Whole{}, i + W, Index<1>{});
+      body(Whole{}, i + 2 * W, Index<2>{});
+      body(Whole{}, i + 3 * W, Index<3>{});
+    }
+  }
+  if constexpr (U == 2) {
+    for (; i + 2 * W <= n; i += 2 * W) {
+      body(Whole{}, i, Index<0>{});
+      body(Whole{}, i + W, Index<1>{});
+    }
+  }
+  for (; i + W <= n; i += W) body(Whole{}, i, Index<0>{});
+  if (i < n) body(Part{}, i, Index<U - 1>{});
+}
+
+// A parameter that all rows share, whose last elements are loaded once. Absent: all `otherwise`.
+struct Shared {
+  const float* p;
+  vf rest;
+  PWM_FAST_INLINE Shared(const float* pointer, int64_t n) : p(pointer), rest{} {
+    if (p != nullptr) rest = load_part(p + n / W * W, int(n % W));
+  }
+  template <class Kind>
+  PWM_FAST_INLINE vf at(Kind, int64_t i) const {
+    if constexpr (Kind::part) return rest;
+    return load(p + i);
+  }
+};
+
+template <class Kind, class T>
+PWM_FAST_INLINE vf load_row(Kind, const T* row, int64_t i, int64_t n) {
+  if constexpr (Kind::part) return load_part(row + i, int(n - i));
+  return load(row + i);
+}
+template <class Kind, class T>
+PWM_FAST_INLINE void store_row(Kind, T* row, int64_t i, int64_t n, vf x) {
+  if constexpr (Kind::part) {
+    store_part(row + i, x, int(n - i));
+  } else {
+    store(row + i, x);
+  }
+}
+template <class Kind>
+PWM_FAST_INLINE vf only_row(Kind, vf x, int64_t i, int64_t n) {  // 0 past the row's end
+  if constexpr (Kind::part) return keep(x, first_lanes(int(n - i)));
+  return x;
+}
+
+constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // of any target
+
+// Mean and reciprocal standard deviation of a row of v in padded scratch memory.
+struct Moments {
+  float mean, rstd;
+};
+PWM_FAST_INLINE Moments moments(const float* v, vf total, int64_t n, float eps) {
+  const float mean = sum(total) / float(n);
+  vf squares[4] = {};
+  each_vector<4>(n, [&](auto kind, int64_t i, auto k) PWM_FAST_INLINE_LAMBDA {
+    const vf d = only_row(kind, load(v + i) - mean, i, n);
+    squares[k.value] += d * d;
+  });
+  const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(n);
+  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+}
+
+}  // namespace
+}  // namespace PWM_FAST_TARGET
+}  // namespace pwm_fast

@@ -1,0 +1,12 @@
+#include "targets.h"
+
+namespace pwm_fast {
+namespace PWM_FAST_TARGET {
+
+const Kernels& kernels() {
+  static constexpr Kernels table = {norm_act_fwd, norm_act_bwd, act_norm_fwd, act_norm_bwd, axpby};
+  return table;
+}
+
+}  // namespace PWM_FAST_TARGET
+}  // namespace pwm_fast

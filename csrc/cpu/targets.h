@@ -1,0 +1,16 @@
+// What the sources that are compiled once per instruction set declare to each other.
+#pragma once
+
+#include "kernels.h"
+
+namespace pwm_fast {
+namespace PWM_FAST_TARGET {
+
+void norm_act_fwd(const NormActFwd&);
+void norm_act_bwd(const NormActBwd&);
+void act_norm_fwd(const ActNormFwd&);
+void act_norm_bwd(const ActNormBwd&);
+void axpby(const Axpby&);
+
+}  // namespace PWM_FAST_TARGET
+}  // namespace pwm_fast

@@ -1,0 +1,28 @@
+// Threads: those of the OpenMP runtime that torch has loaded, or none. Also memory for the kernels.
+// Nothing here is inline, as sources with the flags of one instruction set include this.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace pwm_fast {
+
+// Share the threads of the OpenMP runtime at `path`, which must be loaded already. False, and serial
+// from then on, if it is not or lacks what is needed.
+bool set_openmp(const char* path);
+
+// How many of `threads` to use for `units` pieces of work that hold `elements` in all: at least a
+// grain of elements each, never more than units, 1 without OpenMP or inside a parallel region.
+int64_t useful_threads(int64_t threads, int64_t units, int64_t elements);
+
+// Calls part(context, thread, begin, end) for `threads` contiguous parts of [0, units), whatever
+// number of threads the runtime then grants. `threads` is of useful_threads.
+void run_parts(int64_t threads, int64_t units,
+               void (*part)(void* context, int64_t thread, int64_t begin, int64_t end),
+               void* context);
+
+// Memory for floats, aligned to 64 bytes; throws std::bad_alloc. Not inside run_parts.
+float* allocate_floats(int64_t count);
+void free_floats(float* memory);
+
+}  // namespace pwm_fast

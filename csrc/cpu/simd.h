@@ -126,9 +126,8 @@ PWM_FAST_INLINE float max(vf x) { return group_max<W>(x)[0]; }
 
 // -------------------------------------------------------------------------------- functions
 
-// exp(x) for x <= 88, to 1 ulp; down to the subnormal numbers, exp(-inf) = 0, NaN stays NaN.
-PWM_FAST_INLINE vf exp_below_88(vf x) {
-  x = x < -104.0f ? splat(-104.0f) : x;  // exp is 0 there; NaN compares false and stays
+// exp(x) for -104 <= x <= 88 or NaN, to 1 ulp, down to the subnormal numbers.
+PWM_FAST_INLINE vf exp_clamped(vf x) {
   // Adding 1.5 * 2^23 rounds to an integer n, which is then the low bits of the sum; 254 more make
   // the exponent fields below of it.
   const float magic = 12582912.0f + 254.0f;
@@ -146,43 +145,53 @@ PWM_FAST_INLINE vf exp_below_88(vf x) {
   const vu half = (u >> 1) << 23;
   return p * (vf)half * (vf)((u << 23) - half);
 }
+// The same for any x <= 88. exp is 0 below -104; NaN compares false and stays.
+PWM_FAST_INLINE vf at_least_minus_104(vf x) { return x < -104.0f ? splat(-104.0f) : x; }
+PWM_FAST_INLINE vf exp_below_88(vf x) { return exp_clamped(at_least_minus_104(x)); }
 
-// The parts of mish(u) = u t, t = tanh(softplus(u)), by e = exp(-|u|), which cannot overflow.
+// The parts of mish(u) = u t, t = tanh(softplus(u)), by e = exp(-|u|), which cannot overflow:
+//   u < 0:   t = (e^2 + 2 e) / bottom,    bottom = e^2 + 2 e + 2
+//   u >= 0:  t = 1 - 2 e^2 / bottom,      bottom = 1 + 2 e + 2 e^2
+// so that t = t0 + sign top / bottom with t0 = 0 or 1 has no cancellation.
 struct MishParts {
-  vf e, one_or_e2, e2_or_one;  // u < 0: first e^2, then 1; u >= 0: first 1, then e^2
-  vf top, bottom;              // t = top / bottom
+  vi negative;
+  vf size, e, e2_or_one, top, bottom;  // size = -|u|, but at least -104
 };
 PWM_FAST_INLINE MishParts mish_parts(vf u) {
   MishParts m;
-  m.e = exp_below_88((vf)(bits(u) | (int32_t)0x80000000));
-  const vf e2 = m.e * m.e;
-  const vi negative = bits(u) >> 31;
-  const vf one = splat(1.0f);
-  m.one_or_e2 = select(negative, e2, one);
-  m.e2_or_one = select(negative, one, e2);
-  m.top = m.e + m.e + m.one_or_e2;
-  m.bottom = m.top + (m.e2_or_one + m.e2_or_one);
+  m.negative = bits(u) < 0;
+  m.size = at_least_minus_104((vf)(bits(u) | (int32_t)0x80000000));
+  m.e = exp_clamped(m.size);
+  const vf e2 = m.e * m.e, one = splat(1.0f);
+  m.e2_or_one = m.negative ? one : e2;
+  const vf other = (m.negative ? e2 : one) + (m.e + m.e);
+  const vf twice = m.e2_or_one + m.e2_or_one;
+  m.top = m.negative ? other : twice;
+  m.bottom = other + twice;
   return m;
+}
+// u where u >= 0, else 0; NaN for -inf, whose mish is NaN for PyTorch.
+PWM_FAST_INLINE vf mish_base(vf u) {
+  return u * 0.5f + (vf)(bits(u) & 0x7fffffff) * 0.5f;
 }
 PWM_FAST_INLINE vf mish(vf u) {
   const MishParts m = mish_parts(u);
-  return u * m.top / m.bottom;
+  return mish_base(u) + m.size * m.top / m.bottom;
 }
 
 // mish(u) and its derivative t + u sigmoid(u) (1 - t^2), where 1 - t^2 is
-// (bottom - top) (bottom + top) / bottom^2 with both factors known without a difference:
-// 2 e2_or_one and 2 (1 + e)^2. The sigmoid takes one of the factors 1 + e away.
+// 2 e2_or_one 2 (1 + e)^2 / bottom^2, and the sigmoid takes one of the factors 1 + e away.
 struct MishAndSlope {
   vf value, slope;
 };
 PWM_FAST_INLINE MishAndSlope mish_and_slope(vf u) {
   const MishParts m = mish_parts(u);
   const vf inverse = 1.0f / m.bottom;
-  const vf t = m.top * inverse;
-  const vi negative = bits(u) >> 31;
-  const vf e_or_e2 = select(negative, m.e, m.e2_or_one);
+  const vf ratio = m.top * inverse;
+  const vf t = m.negative ? ratio : 1.0f - ratio;
+  const vf e_or_e2 = m.negative ? m.e : m.e2_or_one;
   const vf rest = (e_or_e2 * (4.0f + 4.0f * m.e)) * (inverse * inverse);
-  return {u * t, u * rest + t};
+  return {mish_base(u) + m.size * ratio, u * rest + t};
 }
 
 // ------------------------------------------------------------------------------------ loops

@@ -254,6 +254,7 @@ class AlgConfig:
         actor: policy.
         critic: value functions.
         horizon: H, macro steps of replay windows and imagined rollouts.
+        imagination_horizon: macro steps of imagined rollouts where they differ from ``horizon``.
         gamma: discount a step.
         steps_per_epoch: environment steps every world takes an epoch.
         random_epochs: epochs of uniform random actions before any update.
@@ -279,6 +280,7 @@ class AlgConfig:
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     horizon: int = 16
+    imagination_horizon: int | None = None
     gamma: float = 0.99
     steps_per_epoch: int = 16
     random_epochs: int = 2
@@ -295,6 +297,8 @@ class AlgConfig:
     def __post_init__(self) -> None:
         _positive("alg", self, "horizon", "steps_per_epoch", "replay_capacity")
         _positive("alg", self, "max_skipped_updates", "value_scale")
+        if self.imagination_horizon is not None:
+            _positive("alg", self, "imagination_horizon")
         _require(0.0 < self.gamma <= 1.0, "alg.gamma", self.gamma, "in (0, 1]")
         _require(self.final_lr >= 0, "alg.final_lr", self.final_lr, "0 or more")
         _finite("alg", self, "value_scale", "final_lr")
@@ -312,6 +316,11 @@ class AlgConfig:
             self.symlog_rewards,
             "false for a scalar reward head (num_bins = 1)",
         )
+
+    @property
+    def imagined_steps(self) -> int:
+        """Macro steps of imagined rollouts."""
+        return self.imagination_horizon or self.horizon
 
 
 @dataclass

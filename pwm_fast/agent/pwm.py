@@ -266,7 +266,7 @@ class PWM:
             self.world_model,
             self.actor,
             self._encode(obs, task),
-            self._noise(self.config.horizon, obs.shape[0]),
+            self._noise(self.config.imagined_steps, obs.shape[0]),
             detach=self.config.actor.detach,
             task=task,
             symlog_rewards=self.config.symlog_rewards,

@@ -131,9 +131,9 @@ def flow_step(
         task=0 if task is None else task.shape[-1],
         fold=fold,
     )
-    rows = z.reshape(-1, width)
-    embedding = None if task is None else task.reshape(-1, task.shape[-1])
-    following = calls.rollout(name, packed, rows, a.reshape(1, -1, action), embedding)
+    n = z.numel() // width
+    embedding = None if task is None else task.reshape(n, task.shape[-1])
+    following = calls.rollout(name, packed, z.reshape(n, width), a.reshape(1, n, action), embedding)
     return following[1].view(z.shape)
 
 

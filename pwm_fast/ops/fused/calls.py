@@ -24,6 +24,15 @@ def layer_tensors(layers: Sequence[Layer]) -> list[Tensor]:
     return [t for p in layers for t in p[:4] if t is not None]
 
 
+def _flat(layers: Sequence[Layer]) -> list[Tensor]:
+    """All tensors of some layers, vectors contiguous: the kernels index them."""
+    tensors = []
+    for p in layers:
+        tensors.append(p.weight)
+        tensors += [t.contiguous() for t in p[1:4] if t is not None]
+    return tensors
+
+
 def unsupported(layers: Sequence[Layer], order: str = "norm_act") -> str | None:
     """Why the fused algebra does not cover these layers; None if it does."""
     for i, layer in enumerate(layers):
@@ -48,7 +57,7 @@ def specs_of(layers: Sequence[Layer], order: str = "norm_act") -> tuple[LayerSpe
 
 
 def _rows(x: Tensor) -> Tensor:
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -63,14 +72,16 @@ def mlp(
 ) -> Tensor:
     """See :func:`pwm_fast.ops.mlp`; weights of an ensemble give ``[E, ..., N]``."""
     leading = inputs[0].shape[:-1]
-    params = layer_tensors(layers)
+    members = layers[0].weight.shape[0] if layers[0].weight.dim() == 3 else 0
+    params = _flat(layers)
+    if members == 1:  # a batched product of one is slower than a plain one
+        params = [p.squeeze(0) for p in params]
     rows = [_rows(x) for x in inputs]
     wgrad, igrad = _grads(params, inputs)
     text = encode_layers(specs_of(layers, order))
     y, _ = torch.ops.pwm_fast.mlp(rows, params, text, backend, wgrad or igrad, wgrad)
-    weight = layers[0].weight
-    if weight.dim() == 3:
-        return y.view(weight.shape[0], *leading, y.shape[-1])
+    if members:
+        return y.view(members, *leading, y.shape[-1])
     return y.view(*leading, y.shape[-1])
 
 
@@ -133,12 +144,12 @@ def pack(
         fold = flow and can_fold(net) and fold_pays(net, latent)
     specs = list(specs_of(net))
     norm = [first.ln_weight, first.ln_bias]
-    params = [t for t in norm if t is not None]
+    params = [t.contiguous() for t in norm if t is not None]
     if not fold:
-        params += layer_tensors(others)
+        params += _flat(others)
     else:
         head = others[-1]
-        params += layer_tensors(others[:-1])
+        params += _flat(others[:-1])
         params.append(w_z @ head.weight)
         if head.bias is not None:
             params.append(w_z @ head.bias)
@@ -203,7 +214,7 @@ def imagine(
 ) -> tuple[Tensor, Tensor]:
     """Latents ``[H+1, B, D]`` and actions ``[H, B, A]`` of a policy acting in the dynamics."""
     base = _constant(packed, task, z0.shape[0])
-    actor_params = layer_tensors(actor)
+    actor_params = _flat(actor)
     tau = () if packed.w_tau is None else (packed.w_tau,)
     grad, wgrad, agrad = _grads(
         (z0, base, packed.w_a, std), (packed.w_z, *packed.params, *tau), actor_params

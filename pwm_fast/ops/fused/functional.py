@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.gemm import Gemm
+from pwm_fast.ops.fused.gemm import Gemm, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.rollout import Dynamics, DynamicsGrads, DynamicsSpec, DynamicsWeights
 from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, split_params
@@ -73,7 +73,7 @@ def mlp_backward(
             per_member = dh.view(members, -1, dh.shape[-1]).transpose(1, 2)
             columns.copy_(torch.bmm(per_member, x.expand(members, -1, -1)))
         else:
-            torch.mm(dh.t(), x, out=columns)
+            columns.copy_(weight_grad(dh, x))
     grads = stack.param_grads(None)
     grads[0] = grads[0]._replace(weight=dweight)
     return dinputs, flatten_grads(specs, grads)
@@ -300,15 +300,15 @@ def imagine_backward(
             adjoint += first.dgrad(policy.backward(t, dmu[t].clone()))
     grads = dynamics.finish_backward(adjoint, z[0])
     if detach:
-        flat = grads.c.view(-1, grads.c.shape[-1])
-        da = torch.addmm(daction.reshape(-1, width), flat, w_a)
-        torch.mul(da, slope.view(-1, width), out=dmu.view(-1, width))
-        policy.backward(0, dmu.view(-1, width).clone())
+        flat = grads.c.flatten(0, 1)
+        da = torch.addmm(daction.flatten(0, 1), flat, w_a)
+        torch.mul(da, slope.flatten(0, 1), out=dmu.flatten(0, 1))
+        policy.backward(0, dmu.flatten(0, 1).clone())
     dstd = (dmu * noise).sum((0, 1))
-    dw_a = torch.mm(grads.c.view(-1, grads.c.shape[-1]).t(), action.view(-1, width))
+    dw_a = weight_grad(grads.c.flatten(0, 1), action.flatten(0, 1))
     dactor: list[Tensor | None] = [None] * len(actor)
     if actor_wgrad:
-        states = z[:-1].reshape(evals, rows, -1)
+        states = z[:-1].reshape(evals, rows, z.shape[-1])
         dactor = flatten_grads(actor_specs, policy.param_grads(states))
     return grads, _dynamics_flat(spec, grads, len(params)), dw_a, dstd, dactor
 

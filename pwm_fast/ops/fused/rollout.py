@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.gemm import Gemm
+from pwm_fast.ops.fused.gemm import Gemm, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_shapes
 
@@ -317,34 +317,40 @@ class Dynamics:
     def finish_backward(self, dz: Tensor, z0: Tensor) -> DynamicsGrads:
         """All gradients, once macro step 0 is done and ``dz`` is the one towards ``z0``."""
         first = self.stack.first_gradients()
-        c = first.view(self.horizon, self.stages, self.batch, -1).sum(1)
+        c = first.view(self.horizon, self.stages, self.batch, self.hidden).sum(1)
         if self.spec.fold:
             assert self._lp is not None
             dz = dz + self.w_z.dgrad(self._lp)
         grads = DynamicsGrads(dz, c)
         if not self.wgrad:
             return grads
-        flat = first.view(-1, self.hidden)
+        flat = first.flatten(0, 1)
         if self.weights.w_tau is not None:
-            taus = torch.cat(self.taus).repeat(self.horizon)
-            grads.w_tau = taus @ first.sum(1)
+            # float64, as the other sums over rows: one long sum in float32 would lose more than the
+            # several short ones of step-by-step gradients.
+            taus = torch.cat(self.taus).repeat(self.horizon).double()
+            grads.w_tau = (taus @ first.sum(1, dtype=torch.float64)).to(first.dtype)
         if self.spec.fold:
             grads.layers = self.stack.param_grads(None)
-            dq = self._dq.view(-1, self.hidden)
-            m = self.inputs[1].view(-1, self.inputs[1].shape[-1])
-            bias = None if self.b13 is None else dq.sum(0)
-            grads.layers.append(LayerGrads(torch.mm(dq.t(), m), bias, None, None))
-            lz = self._lz.view(-1, self.latent)
-            total = self.inputs[0].view(-1, self.inputs[0].shape[-1])
-            grads.head_weight = torch.mm(lz.t(), total)
-            grads.head_bias = None if self.b3 is None else lz.sum(0)
+            dq = self._dq.flatten(0, 1)
+            m = self.inputs[1].flatten(0, 1)
+            bias = None if self.b13 is None else _column_sum(dq)
+            grads.layers.append(LayerGrads(weight_grad(dq, m), bias, None, None))
+            lz = self._lz.flatten(0, 1)
+            total = self.inputs[0].flatten(0, 1)
+            grads.head_weight = weight_grad(lz, total)
+            grads.head_bias = None if self.b3 is None else _column_sum(lz)
             # p_0 = W1z z_0 is the only use of W1z here; the rest went into W13.
             assert self._lp is not None
-            grads.w_z = torch.mm(self._lp.t(), z0)
+            grads.w_z = weight_grad(self._lp, z0)
         else:
             grads.layers = self.stack.param_grads(None)
-            grads.w_z = torch.mm(flat.t(), self.inputs[0].view(-1, self.latent))
+            grads.w_z = weight_grad(flat, self.inputs[0].flatten(0, 1))
         return grads
+
+
+def _column_sum(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=torch.float64).to(x.dtype)
 
 
 def extra_shapes(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.gemm import Gemm
+from pwm_fast.ops.fused.gemm import Gemm, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
 
 
@@ -302,7 +302,7 @@ class Stack:
 
     def _weight_grad(self, dh: Tensor, x: Tensor) -> Tensor:
         if not self.members:
-            return torch.mm(dh.reshape(-1, dh.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+            return weight_grad(dh.flatten(0, 1), x.flatten(0, 1))
         # An ensemble is evaluated once; its first input may be shared by the members.
         dh = dh.view(self.members, -1, dh.shape[-1])
         x = x.reshape(-1, dh.shape[1], x.shape[-1])
@@ -310,8 +310,8 @@ class Stack:
 
     def _bias_grad(self, dh: Tensor) -> Tensor:
         if self.members:
-            return dh.view(self.members, -1, dh.shape[-1]).sum(1)
-        return dh.reshape(-1, dh.shape[-1]).sum(0)
+            return dh.view(self.members, -1, dh.shape[-1]).sum(1, dtype=torch.float64).to(dh.dtype)
+        return dh.flatten(0, 1).sum(0, dtype=torch.float64).to(dh.dtype)
 
 
 def _slots(specs: Sequence[LayerSpec], save: bool, wgrad: bool) -> list[dict[str, int]]:

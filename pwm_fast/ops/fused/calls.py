@@ -168,11 +168,21 @@ def pack(
     )
 
 
-def _constant(packed: Packed, task: Tensor | None, rows: int) -> Tensor:
+_LINEAR = encode_layers([LayerSpec("norm_act", "none", False, False, 8, 1e-5)])
+
+
+def _linear(backend: str, x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` of rows ``x``; through the operator, for its care with narrow weight gradients."""
+    igrad, wgrad = _grads((x,), (weight,))
+    y, _ = torch.ops.pwm_fast.mlp([x], [weight], _LINEAR, backend, igrad or wgrad, wgrad)
+    return y
+
+
+def _constant(backend: str, packed: Packed, task: Tensor | None) -> Tensor:
     """What the first product has beside latent, action and flow time, ``[1 or B, U]``."""
     base = packed.bias
     if task is not None and packed.w_task is not None:
-        product = _rows(task) @ packed.w_task.t()
+        product = _linear(backend, _rows(task), packed.w_task)
         return product if base is None else product + base
     if base is None:
         base = packed.w_z.new_zeros(packed.w_z.shape[0])
@@ -183,8 +193,8 @@ def rollout(
     backend: str, packed: Packed, z0: Tensor, action: Tensor, task: Tensor | None
 ) -> Tensor:
     """Latents ``[H+1, B, D]`` from ``z0 [B, D]`` under actions ``[H, B, A]``; task ``[B, E]``."""
-    base = _constant(packed, task, z0.shape[0])
-    c = action @ packed.w_a.t() + base
+    base = _constant(backend, packed, task)
+    c = _linear(backend, _rows(action), packed.w_a).view(*action.shape[:2], packed.w_a.shape[0]) + base
     grad, wgrad = _grads(
         (z0, c), (packed.w_z, *packed.params, *(() if packed.w_tau is None else (packed.w_tau,)))
     )
@@ -213,7 +223,7 @@ def imagine(
     detach: bool,
 ) -> tuple[Tensor, Tensor]:
     """Latents ``[H+1, B, D]`` and actions ``[H, B, A]`` of a policy acting in the dynamics."""
-    base = _constant(packed, task, z0.shape[0])
+    base = _constant(backend, packed, task)
     actor_params = _flat(actor)
     tau = () if packed.w_tau is None else (packed.w_tau,)
     grad, wgrad, agrad = _grads(

@@ -26,7 +26,7 @@ if X86:
     TARGETS["avx512"] = [*TARGETS["avx2"], "-mprefer-vector-width=512"]
     TARGETS["avx512"] += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
 # Fused multiply-adds where there are any, and no branches for errno or traps in the loops.
-KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 SOURCES = {  # object -> its source and compiler flags of its own
     f"{name}.o": (f"csrc/{name}.cpp", [f"-DPWM_FAST_X86={int(X86)}"])

@@ -158,6 +158,98 @@ void act_norm_bwd(Address dy, Size ld_dy, Size dy_type, Address u, Size u_type, 
       rows * n);
 }
 
+void simnorm_fwd(Address x, Size ld_x, Address y, Size ld_y, Size rows, Size n, Size group,
+                 Size threads) {
+  check_rows(rows, n, threads);
+  check_stride("ld_x", ld_x, n, rows);
+  check_stride("ld_y", ld_y, n, rows);
+  check_group(group, n);
+  run(kernels().simnorm_fwd,
+      {at<const float>(x), ld_x, at<float>(y), ld_y, rows, n, group, threads}, rows * n);
+}
+
+void simnorm_bwd(Address dy, Size ld_dy, Address y, Size ld_y, Address dx, Size ld_dx, Size rows,
+                 Size n, Size group, Size threads) {
+  check_rows(rows, n, threads);
+  check_stride("ld_dy", ld_dy, n, rows);
+  check_stride("ld_y", ld_y, n, rows);
+  check_stride("ld_dx", ld_dx, n, rows);
+  check_group(group, n);
+  run(kernels().simnorm_bwd,
+      {at<const float>(dy), ld_dy, at<const float>(y), ld_y, at<float>(dx), ld_dx, rows, n, group,
+       threads},
+      rows * n);
+}
+
+void check_bins(Size rows, Size bins, double vmin, double vmax, Size ld, Size x_type,
+                Size threads) {
+  check_rows(rows, 1, threads);
+  check_size("bins", bins, 2);
+  check_type("x_type", x_type);
+  check_stride("ld", ld, bins, rows);
+  if (!(vmin < vmax)) {
+    throw std::invalid_argument("vmin must be below vmax, got " + std::to_string(vmin) + " and " +
+                                std::to_string(vmax));
+  }
+}
+
+void two_hot_decode_fwd(Address logits, Size ld, Size x_type, Address value, Address mean,
+                        Address lse, Size rows, Size bins, double vmin, double vmax, bool transform,
+                        Size threads) {
+  check_bins(rows, bins, vmin, vmax, ld, x_type, threads);
+  run(kernels().two_hot_decode_fwd,
+      {at<const void>(logits), ld, x_type, at<float>(value), at<float>(mean), at<float>(lse), rows,
+       {bins, vmin, vmax}, transform, threads},
+      rows * bins);
+}
+
+void two_hot_decode_bwd(Address dvalue, Address logits, Size ld, Size x_type, Address mean,
+                        Address lse, Address dlogits, Size ld_d, Size rows, Size bins, double vmin,
+                        double vmax, bool transform, Size threads) {
+  check_bins(rows, bins, vmin, vmax, ld, x_type, threads);
+  check_stride("ld_d", ld_d, bins, rows);
+  run(kernels().two_hot_decode_bwd,
+      {at<const float>(dvalue), at<const void>(logits), ld, x_type, at<const float>(mean),
+       at<const float>(lse), at<void>(dlogits), ld_d, rows, {bins, vmin, vmax}, transform, threads},
+      rows * bins);
+}
+
+void two_hot_ce_fwd(Address logits, Size ld, Size x_type, Address x, Address loss, Address lse,
+                    Size rows, Size bins, double vmin, double vmax, bool transform, Size threads) {
+  check_bins(rows, bins, vmin, vmax, ld, x_type, threads);
+  run(kernels().two_hot_ce_fwd,
+      {at<const void>(logits), ld, x_type, at<const float>(x), at<float>(loss), at<float>(lse),
+       rows, {bins, vmin, vmax}, transform, threads},
+      rows * bins);
+}
+
+void two_hot_ce_bwd(Address dloss, Address logits, Size ld, Size x_type, Address x, Address lse,
+                    Address dlogits, Size ld_d, Size rows, Size bins, double vmin, double vmax,
+                    bool transform, Size threads) {
+  check_bins(rows, bins, vmin, vmax, ld, x_type, threads);
+  check_stride("ld_d", ld_d, bins, rows);
+  run(kernels().two_hot_ce_bwd,
+      {at<const float>(dloss), at<const void>(logits), ld, x_type, at<const float>(x),
+       at<const float>(lse), at<void>(dlogits), ld_d, rows, {bins, vmin, vmax}, transform, threads},
+      rows * bins);
+}
+
+void esnr(Address grads, Address sizes, Address signal, Address noise, Size m, Size tensors,
+          Size threads) {
+  check_size("m", m, 1);
+  check_size("tensors", tensors, 0);
+  check_size("threads", threads, 1);
+  const Size* size = at<const Size>(sizes);
+  Size elements = 0;
+  for (Size t = 0; t < tensors; ++t) {
+    check_size("sizes", size[t], 0);
+    elements += size[t];
+  }
+  run(kernels().esnr,
+      {at<const Size>(grads), size, at<double>(signal), at<double>(noise), m, tensors, threads},
+      elements * m);
+}
+
 void axpby(Address z, Address k1, Address k2, Address out, double c1, double c2, Size n,
            Size threads) {
   check_rows(1, n > 0 ? n : 1, threads);
@@ -195,6 +287,31 @@ void bind_cpu(py::module_& m) {
         py::arg("rstd"), py::arg("gamma"), py::arg("dx"), py::arg("ld_dx"), py::arg("dx_type"),
         py::arg("dgamma"), py::arg("dbeta"), py::arg("dbias"), py::arg("rows"), py::arg("n"),
         py::arg("act"), py::arg("rows_per_member"), py::arg("threads"));
+  m.def("simnorm_fwd", &simnorm_fwd, "Softmax in groups of a row's elements.", py::arg("x"),
+        py::arg("ld_x"), py::arg("y"), py::arg("ld_y"), py::arg("rows"), py::arg("n"),
+        py::arg("group"), py::arg("threads"));
+  m.def("simnorm_bwd", &simnorm_bwd, "Gradient of simnorm_fwd.", py::arg("dy"), py::arg("ld_dy"),
+        py::arg("y"), py::arg("ld_y"), py::arg("dx"), py::arg("ld_dx"), py::arg("rows"),
+        py::arg("n"), py::arg("group"), py::arg("threads"));
+  m.def("two_hot_decode_fwd", &two_hot_decode_fwd, "The value that logits over bins stand for.",
+        py::arg("logits"), py::arg("ld"), py::arg("x_type"), py::arg("value"), py::arg("mean"),
+        py::arg("lse"), py::arg("rows"), py::arg("bins"), py::arg("vmin"), py::arg("vmax"),
+        py::arg("transform"), py::arg("threads"));
+  m.def("two_hot_decode_bwd", &two_hot_decode_bwd, "Gradient of two_hot_decode_fwd.",
+        py::arg("dvalue"), py::arg("logits"), py::arg("ld"), py::arg("x_type"), py::arg("mean"),
+        py::arg("lse"), py::arg("dlogits"), py::arg("ld_d"), py::arg("rows"), py::arg("bins"),
+        py::arg("vmin"), py::arg("vmax"), py::arg("transform"), py::arg("threads"));
+  m.def("two_hot_ce_fwd", &two_hot_ce_fwd, "Cross-entropy with the two-hot encoding of x.",
+        py::arg("logits"), py::arg("ld"), py::arg("x_type"), py::arg("x"), py::arg("loss"),
+        py::arg("lse"), py::arg("rows"), py::arg("bins"), py::arg("vmin"), py::arg("vmax"),
+        py::arg("transform"), py::arg("threads"));
+  m.def("two_hot_ce_bwd", &two_hot_ce_bwd, "Gradient of two_hot_ce_fwd.", py::arg("dloss"),
+        py::arg("logits"), py::arg("ld"), py::arg("x_type"), py::arg("x"), py::arg("lse"),
+        py::arg("dlogits"), py::arg("ld_d"), py::arg("rows"), py::arg("bins"), py::arg("vmin"),
+        py::arg("vmax"), py::arg("transform"), py::arg("threads"));
+  m.def("esnr", &esnr, "Signal and noise of gradient samples, by tensor.", py::arg("grads"),
+        py::arg("sizes"), py::arg("signal"), py::arg("noise"), py::arg("m"), py::arg("tensors"),
+        py::arg("threads"));
   m.def("axpby", &axpby, "out = z + c1 k1 + c2 k2.", py::arg("z"), py::arg("k1"), py::arg("k2"),
         py::arg("out"), py::arg("c1"), py::arg("c2"), py::arg("n"), py::arg("threads"));
 }

@@ -75,14 +75,12 @@ void run_parts(int64_t threads, int64_t units,
   }
 }
 
-float* allocate_floats(int64_t count) {
+void* allocate(int64_t bytes) {
   void* memory = nullptr;
-  if (posix_memalign(&memory, 64, std::max<size_t>(size_t(count), 1) * sizeof(float)) != 0) {
-    throw std::bad_alloc();
-  }
-  return static_cast<float*>(memory);
+  if (posix_memalign(&memory, 64, std::max<size_t>(size_t(bytes), 1)) != 0) throw std::bad_alloc();
+  return memory;
 }
 
-void free_floats(float* memory) { free(memory); }
+void release(void* memory) { free(memory); }
 
 }  // namespace pwm_fast

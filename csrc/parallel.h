@@ -2,7 +2,6 @@
 // Nothing here is inline, as sources with the flags of one instruction set include this.
 #pragma once
 
-#include <stddef.h>
 #include <stdint.h>
 
 namespace pwm_fast {
@@ -21,8 +20,8 @@ void run_parts(int64_t threads, int64_t units,
                void (*part)(void* context, int64_t thread, int64_t begin, int64_t end),
                void* context);
 
-// Memory for floats, aligned to 64 bytes; throws std::bad_alloc. Not inside run_parts.
-float* allocate_floats(int64_t count);
-void free_floats(float* memory);
+// Memory aligned to 64 bytes; throws std::bad_alloc, so not inside run_parts.
+void* allocate(int64_t bytes);
+void release(void* memory);
 
 }  // namespace pwm_fast

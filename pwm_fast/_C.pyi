@@ -100,6 +100,97 @@ def act_norm_bwd(
     rows_per_member: int,
     threads: int,
 ) -> None: ...
+def simnorm_fwd(
+    x: int,
+    ld_x: int,
+    y: int,
+    ld_y: int,
+    rows: int,
+    n: int,
+    group: int,
+    threads: int,
+) -> None: ...
+def simnorm_bwd(
+    dy: int,
+    ld_dy: int,
+    y: int,
+    ld_y: int,
+    dx: int,
+    ld_dx: int,
+    rows: int,
+    n: int,
+    group: int,
+    threads: int,
+) -> None: ...
+def two_hot_decode_fwd(
+    logits: int,
+    ld: int,
+    x_type: int,
+    value: int,
+    mean: int,
+    lse: int,
+    rows: int,
+    bins: int,
+    vmin: float,
+    vmax: float,
+    transform: bool,
+    threads: int,
+) -> None: ...
+def two_hot_decode_bwd(
+    dvalue: int,
+    logits: int,
+    ld: int,
+    x_type: int,
+    mean: int,
+    lse: int,
+    dlogits: int,
+    ld_d: int,
+    rows: int,
+    bins: int,
+    vmin: float,
+    vmax: float,
+    transform: bool,
+    threads: int,
+) -> None: ...
+def two_hot_ce_fwd(
+    logits: int,
+    ld: int,
+    x_type: int,
+    x: int,
+    loss: int,
+    lse: int,
+    rows: int,
+    bins: int,
+    vmin: float,
+    vmax: float,
+    transform: bool,
+    threads: int,
+) -> None: ...
+def two_hot_ce_bwd(
+    dloss: int,
+    logits: int,
+    ld: int,
+    x_type: int,
+    x: int,
+    lse: int,
+    dlogits: int,
+    ld_d: int,
+    rows: int,
+    bins: int,
+    vmin: float,
+    vmax: float,
+    transform: bool,
+    threads: int,
+) -> None: ...
+def esnr(
+    grads: int,
+    sizes: int,
+    signal: int,
+    noise: int,
+    m: int,
+    tensors: int,
+    threads: int,
+) -> None: ...
 def axpby(
     z: int, k1: int, k2: int, out: int, c1: float, c2: float, n: int, threads: int
 ) -> None: ...

@@ -74,6 +74,84 @@ struct ActNormBwd {
   int64_t rows, n, act, rows_per_member, threads;
 };
 
+// Softmax in groups of `group` elements.
+struct SimNormFwd {
+  const float* x;
+  int64_t ld_x;
+  float* y;
+  int64_t ld_y, rows, n, group, threads;
+};
+
+struct SimNormBwd {
+  const float* dy;
+  int64_t ld_dy;
+  const float* y;
+  int64_t ld_y;
+  float* dx;
+  int64_t ld_dx, rows, n, group, threads;
+};
+
+// `count` bins, whose centres are evenly spaced from vmin to vmax.
+struct Bins {
+  int64_t count;
+  double vmin, vmax;
+};
+
+// mean = sum of softmax(logits) centres; value = symexp(mean) if transform, else mean.
+struct TwoHotDecodeFwd {
+  const void* logits;
+  int64_t ld, x_type;
+  float *value, *mean, *lse;  // mean and lse, log(sum(exp(logits))), are for the backward
+  int64_t rows;
+  Bins bins;
+  bool transform;
+  int64_t threads;
+};
+
+struct TwoHotDecodeBwd {
+  const float* dvalue;
+  const void* logits;
+  int64_t ld, x_type;
+  const float *mean, *lse;
+  void* dlogits;  // of the type of logits
+  int64_t ld_d, rows;
+  Bins bins;
+  bool transform;
+  int64_t threads;
+};
+
+// Cross-entropy of softmax(logits) with the two-hot encoding of symlog(x) if transform, else x.
+struct TwoHotCeFwd {
+  const void* logits;
+  int64_t ld, x_type;
+  const float* x;
+  float *loss, *lse;
+  int64_t rows;
+  Bins bins;
+  bool transform;
+  int64_t threads;
+};
+
+struct TwoHotCeBwd {
+  const float* dloss;
+  const void* logits;
+  int64_t ld, x_type;
+  const float *x, *lse;
+  void* dlogits;  // of the type of logits
+  int64_t ld_d, rows;
+  Bins bins;
+  bool transform;
+  int64_t threads;
+};
+
+// Of m samples of a list of tensors: by tensor, the sum of mu^2 and of mean((g - mu)^2).
+struct Esnr {
+  const int64_t* grads;  // [m, tensors] addresses of fp32
+  const int64_t* sizes;  // [tensors]
+  double *signal, *noise;
+  int64_t m, tensors, threads;
+};
+
 // out = z + c1 k1 + c2 k2; k2 may be absent.
 struct Axpby {
   const float *z, *k1, *k2;
@@ -87,6 +165,13 @@ struct Kernels {
   void (*norm_act_bwd)(const NormActBwd&);
   void (*act_norm_fwd)(const ActNormFwd&);
   void (*act_norm_bwd)(const ActNormBwd&);
+  void (*simnorm_fwd)(const SimNormFwd&);
+  void (*simnorm_bwd)(const SimNormBwd&);
+  void (*two_hot_decode_fwd)(const TwoHotDecodeFwd&);
+  void (*two_hot_decode_bwd)(const TwoHotDecodeBwd&);
+  void (*two_hot_ce_fwd)(const TwoHotCeFwd&);
+  void (*two_hot_ce_bwd)(const TwoHotCeBwd&);
+  void (*esnr)(const Esnr&);
   void (*axpby)(const Axpby&);
 };
 

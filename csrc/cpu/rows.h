@@ -47,17 +47,19 @@ PWM_FAST_INLINE void with_flag(bool flag, F f) {
   }
 }
 
-class Floats {
+template <class T>
+class Memory {
  public:
-  explicit Floats(int64_t count) : memory_(allocate_floats(count)) {}
-  ~Floats() { free_floats(memory_); }
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
-  float* at(int64_t index) const { return memory_ + index; }
+  explicit Memory(int64_t count) : memory_(static_cast<T*>(allocate(count * int64_t(sizeof(T))))) {}
+  ~Memory() { release(memory_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  T* at(int64_t index) const { return memory_ + index; }
 
  private:
-  float* memory_;
+  T* memory_;
 };
+using Floats = Memory<float>;
 
 // body(thread, begin, end) for the parts of [0, units).
 template <class Body>
@@ -115,7 +117,7 @@ class ParameterSums {
   float* start(int64_t block) const {
     if (!wanted_) return nullptr;
     float* sums = of_block(block);
-    __builtin_memset(sums, 0, size_t(kinds * padded(n_)) * sizeof(float));
+    __builtin_memset(sums, 0, uint64_t(kinds * padded(n_)) * sizeof(float));
     return sums;
   }
   void done(int64_t block) const {

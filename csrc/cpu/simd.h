@@ -122,6 +122,11 @@ PWM_FAST_INLINE vf group_max(vf x) {
   return x;
 }
 PWM_FAST_INLINE float sum(vf x) { return group_sum<W>(x)[0]; }
+PWM_FAST_INLINE double sum(vd x) {
+  double total = 0.0;
+  for (int i = 0; i < W; ++i) total += x[i];
+  return total;
+}
 PWM_FAST_INLINE float max(vf x) { return group_max<W>(x)[0]; }
 
 // -------------------------------------------------------------------------------- functions

@@ -9,57 +9,112 @@ namespace {
 
 constexpr int64_t block_size = 4096;  // elements summed in one piece, whoever does it
 
-// Mean and sum of centred squares of each lane's samples, M of them, or m if M is 0.
+// Mean and sum of centred squares of each lane's samples. What fp32 rounds off the mean is in `rest`,
+// for the mean is subtracted from others that are close to it.
 struct Statistics {
-  vf mean, squares;
+  vf mean, rest, squares;
 };
-template <int M, class Kind>
-PWM_FAST_INLINE Statistics statistics(Kind kind, const float* const* samples, int64_t m, int64_t i,
-                                      int64_t n) {
-  vf total = {}, squares = {};
-  if constexpr (M == 0) {  // too many for the registers: read again, from the cache
-    for (int64_t s = 0; s < m; ++s) total += load_row(kind, samples[s], i, n);
-    const vf mean = total * (1.0f / float(m));
-    for (int64_t s = 0; s < m; ++s) {
-      const vf d = load_row(kind, samples[s], i, n) - mean;
-      squares += d * d;
-    }
-    return {mean, squares};
-  } else {
-    vf g[M];
-    for (int s = 0; s < M; ++s) {
-      g[s] = load_row(kind, samples[s], i, n);
-      total += g[s];
-    }
-    const vf mean = total * (1.0f / M);
-    for (int s = 0; s < M; ++s) squares += (g[s] - mean) * (g[s] - mean);
-    return {mean, squares};
+template <int M, bool REST, class Kind>
+PWM_FAST_INLINE Statistics of_samples(Kind kind, const float* const* samples, int64_t i, int64_t n) {
+  vf g[M], total = {}, rest = {}, squares = {};
+  for (int s = 0; s < M; ++s) {
+    g[s] = load_row(kind, samples[s], i, n);
+    total += g[s];
   }
+  const vf mean = total * (1.0f / M);
+  for (int s = 0; s < M; ++s) {
+    const vf d = g[s] - mean;
+    if constexpr (REST) rest += d;
+    squares += d * d;
+  }
+  return {mean, rest * (1.0f / M), squares};
 }
 
-template <int M>
-void of_block(const float* const* samples, int64_t m, int64_t n, double* signal, double* noise) {
-  vd total_signal = {}, total_noise = {};
-  constexpr int64_t run = 16 * W;  // elements summed in fp32, before the rounding of sums counts
-  for (int64_t start = 0; start < n; start += run) {
-    vf run_signal = {}, run_noise = {};
-    each_vector<1>(smaller(run, n - start), [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
-      const Statistics all = statistics<M>(kind, samples, m, start + i, n);
-      run_signal += all.mean * all.mean;
-      run_noise += all.squares;
-    });
-    total_signal += __builtin_convertvector(run_signal, vd);
-    total_noise += __builtin_convertvector(run_noise, vd);
+// Chan's formula for two sets of samples.
+PWM_FAST_INLINE Statistics merge(Statistics a, float count_a, Statistics b, float count_b) {
+  const vf apart = (b.mean - a.mean) + (b.rest - a.rest);
+  const float share = count_b / (count_a + count_b);
+  const vf step = apart * share + a.rest;
+  const vf mean = a.mean + step;
+  return {mean, step - (mean - a.mean), a.squares + b.squares + apart * apart * (count_a * share)};
+}
+
+// Sums over elements, in fp32 over a few vectors and in fp64 over those.
+struct Totals {
+  vd signal = {}, noise = {};
+  PWM_FAST_INLINE void add(vf run_signal, vf run_noise) {
+    signal += __builtin_convertvector(run_signal, vd);
+    noise += __builtin_convertvector(run_noise, vd);
   }
-  *signal = sum(total_signal);
-  *noise = sum(total_noise);
+};
+constexpr int64_t run = 16 * W;
+
+// M samples, which stay in registers.
+template <int M>
+PWM_FAST_INLINE Totals few_samples(const float* const* samples, int64_t n) {
+  Totals totals;
+  for (int64_t start = 0; start < n; start += run) {
+    vf signal = {}, noise = {};
+    each_vector<1>(smaller(run, n - start), [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
+      const Statistics all = of_samples<M, false>(kind, samples, start + i, n);
+      signal += all.mean * all.mean;
+      noise += all.squares;
+    });
+    totals.add(signal, noise);
+  }
+  return totals;
+}
+
+// Any number, as many at once as a CPU reads well side by side: `chunk`, then R = m % chunk.
+constexpr int chunk = 16;
+template <int R>
+PWM_FAST_INLINE Totals many_samples(const float* const* samples, int64_t m, int64_t n) {
+  constexpr int64_t part = 4 * run;
+  float means[part], rests[part], squares[part];
+  Totals totals;
+  for (int64_t start = 0; start < n; start += part) {
+    const int64_t count = smaller(part, n - start);
+    const auto take = [&](auto number, int64_t done) PWM_FAST_INLINE_LAMBDA {
+      constexpr int M = decltype(number)::value;
+      each_vector<1>(count, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
+        Statistics all = of_samples<M, true>(kind, samples + done, start + i, n);
+        if (done > 0) {
+          const Statistics before = {load(means + i), load(rests + i), load(squares + i)};
+          all = merge(before, float(done), all, float(M));
+        }
+        store(means + i, all.mean);
+        store(rests + i, all.rest);
+        store(squares + i, all.squares);
+      });
+    };
+    int64_t done = 0;
+    for (; done + chunk <= m; done += chunk) take(Index<chunk>{}, done);
+    if constexpr (R > 0) take(Index<R>{}, done);
+    for (int64_t at = 0; at < count; at += run) {
+      vf signal = {}, noise = {};
+      for (int64_t i = at; i < smaller(count, at + run); i += W) {
+        signal += load(means + i) * load(means + i);
+        noise += load(squares + i);
+      }
+      totals.add(signal, noise);
+    }
+  }
+  return totals;
+}
+
+template <int R>
+void of_block(const float* const* samples, int64_t m, int64_t n, double* signal, double* noise) {
+  const Totals totals = m <= chunk ? few_samples<R == 0 ? chunk : R>(samples, n)
+                                   : many_samples<R>(samples, m, n);
+  *signal = sum(totals.signal);
+  *noise = sum(totals.noise);
 }
 using OfBlock = void (*)(const float* const*, int64_t, int64_t, double*, double*);
 
-constexpr OfBlock of_block_by_samples[] = {
-    of_block<0>,  of_block<1>,  of_block<2>,  of_block<3>,  of_block<4>,  of_block<5>,
-    of_block<6>,  of_block<7>,  of_block<8>,  of_block<9>,  of_block<10>, of_block<11>,
-    of_block<12>, of_block<13>, of_block<14>, of_block<15>, of_block<16>};
+constexpr OfBlock of_block_by_rest[chunk] = {
+    of_block<0>,  of_block<1>,  of_block<2>,  of_block<3>, of_block<4>,  of_block<5>,
+    of_block<6>,  of_block<7>,  of_block<8>,  of_block<9>, of_block<10>, of_block<11>,
+    of_block<12>, of_block<13>, of_block<14>, of_block<15>};
 
 int64_t blocks_of(int64_t size) { return (size + block_size - 1) / block_size; }
 
@@ -72,7 +127,7 @@ void esnr(const Esnr& a) {
     elements += a.sizes[t];
   }
   const int64_t threads = useful_threads(a.threads, blocks, elements * a.m);
-  const OfBlock of = of_block_by_samples[a.m <= 16 ? a.m : 0];
+  const OfBlock of = of_block_by_rest[a.m % chunk];
   const Memory<double> sums(2 * blocks);
   const Memory<const float*> samples(threads * a.m);
   in_parallel(threads, blocks, [&](int64_t thread, int64_t begin, int64_t end) {

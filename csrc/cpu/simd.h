@@ -14,13 +14,17 @@ namespace pwm_fast {
 namespace PWM_FAST_TARGET {
 namespace {
 
+// Other lanes than the target's make the tests of its code possible on a CPU without it.
+#if !defined(PWM_FAST_LANES)
 #if defined(__AVX512F__)
-constexpr int W = 16;  // fp32 lanes
+#define PWM_FAST_LANES 16
 #elif defined(__AVX2__)
-constexpr int W = 8;
+#define PWM_FAST_LANES 8
 #else
-constexpr int W = 4;
+#define PWM_FAST_LANES 4
 #endif
+#endif
+constexpr int W = PWM_FAST_LANES;
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
@@ -62,10 +66,9 @@ PWM_FAST_INLINE vf load(const bf16* p) {
 PWM_FAST_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
 PWM_FAST_INLINE void store(bf16* p, vf x) {
   const vu u = (vu)x;
-  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const vi nan = x != x;
-  const vu kept = ((vu)~nan & rounded) | ((vu)nan & ((u >> 16) | 0x40));
-  const vh h = __builtin_convertvector(kept, vh);
+  const vi nan = x != x;  // rounding could carry it into infinity
+  const vu rounded = nan ? u | 0x400000 : u + 0x7fff + ((u >> 16) & 1);  // to nearest even
+  const vh h = __builtin_convertvector(rounded >> 16, vh);
   __builtin_memcpy(p, &h, sizeof h);
 }
 
@@ -89,10 +92,10 @@ PWM_FAST_INLINE void store_part(T* p, vf x, int count) {
 template <int D>
 PWM_FAST_INLINE vf swap_lanes(vf x) {
 #if defined(__clang__)
-#if defined(__AVX512F__)
+#if PWM_FAST_LANES == 16
   return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D,
                                  8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
-#elif defined(__AVX2__)
+#elif PWM_FAST_LANES == 8
   return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D);
 #else
   return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D);

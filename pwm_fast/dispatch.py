@@ -98,8 +98,18 @@ _FUSED = (
     Backend("reference", True, _reference),
 )
 
+_NATIVE = (_FUSED[0], _FUSED[2])
+
 OPERATIONS: dict[str, tuple[Backend, ...]] = {
-    name: _FUSED for name in ("mlp", "flow_step", "latent_rollout", "imagine")
+    "mlp": _FUSED,
+    "flow_step": _FUSED,
+    "latent_rollout": _FUSED,
+    "imagine": _FUSED,
+    "layer_norm_act": _NATIVE,
+    "simnorm": _NATIVE,
+    "two_hot_decode": _NATIVE,
+    "two_hot_cross_entropy": _NATIVE,
+    "esnr": _NATIVE,
 }
 
 _context: list[str] = []

@@ -7,7 +7,7 @@ All functions are differentiable, take any floating dtype and import nothing but
     z_next = ops.flow_step(z, a, net, substeps=2, method="heun")   # net: a sequence of ops.Layer
 """
 
-from pwm_fast.ops.esnr import esnr
+from pwm_fast.ops.esnr import EsnrAccumulator, RunningEsnr, esnr
 from pwm_fast.ops.heads import (
     symexp,
     symlog,
@@ -45,6 +45,7 @@ __all__ = [
     "ESNR",
     "Activation",
     "Dynamics",
+    "EsnrAccumulator",
     "Flow",
     "Heads",
     "ImaginedRollout",
@@ -53,6 +54,7 @@ __all__ = [
     "Method",
     "Order",
     "Policy",
+    "RunningEsnr",
     "esnr",
     "flow_interpolate",
     "flow_step",

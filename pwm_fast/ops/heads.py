@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pwm_fast import dispatch
 from pwm_fast.ops import _checks
+from pwm_fast.ops.fused import calls
 from pwm_fast.ops.reference import heads as reference
 
 
@@ -56,7 +58,12 @@ def two_hot_encode(
 
 
 def two_hot_decode(
-    logits: Tensor, vmin: float = -10.0, vmax: float = 10.0, *, transform: bool = True
+    logits: Tensor,
+    vmin: float = -10.0,
+    vmax: float = 10.0,
+    *,
+    transform: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """Expected value of a two-hot head.
 
@@ -65,6 +72,7 @@ def two_hot_decode(
         vmin: first centre.
         vmax: last centre.
         transform: apply :func:`symexp` to the expectation (the centres live in symlog space).
+        backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
         ``[...]``.
@@ -75,11 +83,19 @@ def two_hot_decode(
     """
     _checks.vectors("logits", logits)
     _checks.value_range(logits.shape[-1], vmin, vmax)
+    if dispatch.select("two_hot_decode", backend, dispatch.Call([logits])) == "native":
+        return calls.two_hot_decode(logits, vmin, vmax, transform)
     return reference.two_hot_decode(logits, vmin, vmax, transform)
 
 
 def two_hot_cross_entropy(
-    logits: Tensor, x: Tensor, vmin: float = -10.0, vmax: float = 10.0, *, transform: bool = True
+    logits: Tensor,
+    x: Tensor,
+    vmin: float = -10.0,
+    vmax: float = 10.0,
+    *,
+    transform: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy of a two-hot head against the two-hot encoding of ``x``.
 
@@ -89,6 +105,7 @@ def two_hot_cross_entropy(
         vmin: first centre.
         vmax: last centre.
         transform: encode ``symlog(x)``.
+        backend: see :mod:`pwm_fast.dispatch`. All but the reference give no gradient towards ``x``.
 
     Returns:
         ``[...]``, not reduced.
@@ -104,6 +121,10 @@ def two_hot_cross_entropy(
         raise ValueError(
             f"x must have shape {tuple(logits.shape[:-1])} to fit the logits, got {tuple(x.shape)}"
         )
+    reason = "a gradient towards x is asked for" if x.requires_grad else None
+    call = dispatch.Call([logits, x], reason)
+    if dispatch.select("two_hot_cross_entropy", backend, call) == "native":
+        return calls.two_hot_cross_entropy(logits, x, vmin, vmax, transform)
     return reference.two_hot_cross_entropy(logits, x, vmin, vmax, transform)
 
 

@@ -14,12 +14,13 @@ from pwm_fast.ops.reference.mish import mish as activate_mish
 from pwm_fast.ops.types import ACTIVATIONS, ORDERS, Activation, Layer, Order
 
 
-def simnorm(x: Tensor, dim: int = 8) -> Tensor:
+def simnorm(x: Tensor, dim: int = 8, *, backend: str | None = None) -> Tensor:
     """Softmax over consecutive groups of the last axis (simplicial normalisation).
 
     Args:
         x: ``[..., D]``, any floating dtype; D a multiple of ``dim``.
         dim: group width V.
+        backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
         ``[..., D]``: every group of V is non-negative and sums to 1.
@@ -27,11 +28,14 @@ def simnorm(x: Tensor, dim: int = 8) -> Tensor:
     Raises:
         TypeError: ``x`` is not a floating tensor.
         ValueError: D is not a multiple of ``dim``.
+        BackendError: the backend that was asked for cannot run this.
 
     Source: Lavoie et al. 2022 (arXiv 2204.00616); TD-MPC2 (arXiv 2310.16828), section 3.1.
     """
     _checks.vectors("x", x)
     _checks.simnorm_width("x", x.shape[-1], "dim", dim)
+    if dispatch.select("simnorm", backend, dispatch.Call([x])) == "native":
+        return calls.simnorm(x, dim)
     return reference.simnorm(x, dim)
 
 
@@ -74,6 +78,7 @@ def layer_norm_act(
     act: Activation = "mish",
     simnorm_dim: int = 8,
     eps: float = 1e-5,
+    backend: str | None = None,
 ) -> Tensor:
     """LayerNorm over the last axis followed by an activation.
 
@@ -84,6 +89,7 @@ def layer_norm_act(
         act: ``"mish"`` (``x tanh(softplus(x))``), ``"simnorm"`` or ``"none"``.
         simnorm_dim: group width for ``act="simnorm"``.
         eps: added to the variance.
+        backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
@@ -91,6 +97,7 @@ def layer_norm_act(
     Raises:
         TypeError: a tensor is not floating.
         ValueError: a shape, ``act`` or ``simnorm_dim`` does not fit.
+        BackendError: the backend that was asked for cannot run this.
     """
     _checks.vectors("x", x)
     width = x.shape[-1]
@@ -101,6 +108,8 @@ def layer_norm_act(
     _checks.one_of("act", act, ACTIVATIONS)
     if act == "simnorm":
         _checks.simnorm_width("x", width, "simnorm_dim", simnorm_dim)
+    if dispatch.select("layer_norm_act", backend, dispatch.Call([x, weight, bias])) == "native":
+        return calls.layer_norm_act(x, weight, bias, act, simnorm_dim, eps)
     return reference.layer_norm_act(x, weight, bias, act, simnorm_dim, eps)
 
 

@@ -33,13 +33,23 @@ def kernels(backend: str) -> Kernels:
     return TorchKernels()
 
 
-def _define(name: str, schema: str, impl: Any, fake: Any) -> None:
+def define(name: str, schema: str, impl: Any, fake: Any) -> None:
+    """Register operator ``pwm_fast::name``: its schema, what runs, and the shapes it returns."""
     _LIB.define(f"{name}{schema}")
     _LIB.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pwm_fast::{name}", fake, lib=_LIB)
 
 
-def _first_order_only(name: str) -> None:
+def register_gradient(name: str, backward: Any, setup_context: Any) -> None:
+    """Register an operator's gradient."""
+    torch.library.register_autograd(
+        f"pwm_fast::{name}", backward, setup_context=setup_context, lib=_LIB
+    )
+
+
+def first_order_only(name: str) -> None:
+    """Make differentiating a backward operator an error."""
+
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
@@ -49,9 +59,7 @@ def _first_order_only(name: str) -> None:
             "twice"
         )
 
-    torch.library.register_autograd(
-        f"pwm_fast::{name}", backward, setup_context=setup_context, lib=_LIB
-    )
+    register_gradient(name, backward, setup_context)
 
 
 def _filled(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -93,7 +101,7 @@ def _mlp_fake(
     return x.new_empty(rows, widths[-1]), [x.new_empty(s) for s in shapes]
 
 
-_define(
+define(
     "mlp",
     "(Tensor[] inputs, Tensor[] params, str spec, str backend, bool save, bool wgrad)"
     " -> (Tensor, Tensor[])",
@@ -134,14 +142,14 @@ def _mlp_backward_fake(
     )
 
 
-_define(
+define(
     "mlp_backward",
     "(Tensor dy, Tensor[] inputs, Tensor[] params, Tensor[] saved, bool[] needs, str spec,"
     " str backend, bool wgrad) -> (Tensor[], Tensor[])",
     _mlp_backward,
     _mlp_backward_fake,
 )
-_first_order_only("mlp_backward")
+first_order_only("mlp_backward")
 
 
 def _mlp_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -172,7 +180,7 @@ def _mlp_grad(ctx: Any, dy: Tensor | None, _: Any) -> Any:
     return _restored(dinputs, needs_inputs), grads, None, None, None, None
 
 
-torch.library.register_autograd("pwm_fast::mlp", _mlp_grad, setup_context=_mlp_setup, lib=_LIB)
+register_gradient("mlp", _mlp_grad, _mlp_setup)
 
 
 # --- rollout under given actions ----------------------------------------------------------------
@@ -224,7 +232,7 @@ def _rollout_fake(
     return z0.new_empty(horizon + 1, *z0.shape), [z0.new_empty(s) for s in shapes]
 
 
-_define(
+define(
     "rollout",
     "(Tensor z0, Tensor c, Tensor w_z, Tensor? w_tau, Tensor[] params, str spec, str backend,"
     " bool save, bool wgrad) -> (Tensor, Tensor[])",
@@ -280,14 +288,14 @@ def _rollout_backward_fake(
     )
 
 
-_define(
+define(
     "rollout_backward",
     "(Tensor dz, Tensor z0, Tensor w_z, Tensor? w_tau, Tensor[] params, Tensor[] saved, str spec,"
     " str backend, bool wgrad) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _rollout_backward,
     _rollout_backward_fake,
 )
-_first_order_only("rollout_backward")
+first_order_only("rollout_backward")
 
 
 def _rollout_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -330,9 +338,7 @@ def _rollout_grad(ctx: Any, dz: Tensor | None, _: Any) -> Any:
     )
 
 
-torch.library.register_autograd(
-    "pwm_fast::rollout", _rollout_grad, setup_context=_rollout_setup, lib=_LIB
-)
+register_gradient("rollout", _rollout_grad, _rollout_setup)
 
 
 # --- imagination --------------------------------------------------------------------------------
@@ -404,7 +410,7 @@ def _imagine_fake(
     )
 
 
-_define(
+define(
     "imagine",
     "(Tensor z0, Tensor noise, Tensor base, Tensor w_a, Tensor w_z, Tensor? w_tau, Tensor[] params,"
     " Tensor std, Tensor[] actor, str spec, str actor_spec, bool detach, str backend, bool save,"
@@ -505,7 +511,7 @@ def _imagine_backward_fake(
     )
 
 
-_define(
+define(
     "imagine_backward",
     "(Tensor dz, Tensor daction, Tensor z, Tensor action, Tensor noise, Tensor base, Tensor w_a,"
     " Tensor w_z, Tensor? w_tau, Tensor[] params, Tensor std, Tensor[] actor, Tensor[] saved,"
@@ -514,7 +520,7 @@ _define(
     _imagine_backward,
     _imagine_backward_fake,
 )
-_first_order_only("imagine_backward")
+first_order_only("imagine_backward")
 
 
 def _imagine_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -572,6 +578,4 @@ def _imagine_grad(ctx: Any, dz: Tensor | None, daction: Tensor | None, _: Any) -
     )
 
 
-torch.library.register_autograd(
-    "pwm_fast::imagine", _imagine_grad, setup_context=_imagine_setup, lib=_LIB
-)
+register_gradient("imagine", _imagine_grad, _imagine_setup)

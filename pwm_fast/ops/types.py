@@ -133,7 +133,9 @@ class ESNR(NamedTuple):
         noise: mean squared distance of the samples from their mean, scalar.
         ratio: ``signal / max(noise, eps)``, scalar.
         db: ``10 log10(ratio)``, scalar.
-        tensor_ratio: the same ratio per parameter tensor, ``[number of tensors]``.
+        tensor_ratio: the same ratio per parameter tensor, ``[T]``.
+        tensor_signal: signal per parameter tensor, ``[T]``.
+        tensor_noise: noise per parameter tensor, ``[T]``.
     """
 
     signal: Tensor
@@ -141,3 +143,5 @@ class ESNR(NamedTuple):
     ratio: Tensor
     db: Tensor
     tensor_ratio: Tensor
+    tensor_signal: Tensor
+    tensor_noise: Tensor

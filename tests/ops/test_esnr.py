@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from pwm_fast import ops
 
 SHAPES = [(7, 5), (5,), (), (3, 2, 1)]
+NATIVE = 2e-7  # relative error of the native backend, which centres in float32 and sums in float64
 
 
 def np_esnr(samples: np.ndarray, eps: float = 1e-10) -> tuple[float, float, float]:
@@ -49,16 +50,20 @@ def flat(samples: list[list[Tensor]]) -> Tensor:
 )
 @pytest.mark.parametrize("samples", [2, 5, 16])
 def test_lists_and_stacked_tensors_equal_the_formula(samples: int, dtype: torch.dtype) -> None:
-    """All results are float64 and exact for the given numbers, of whatever dtype they are."""
+    """All results are float64, and exact for the given numbers on the reference."""
     grads = gradients(samples, dtype)
     stacked = flat(grads)
     signal, noise, ratio = np_esnr(stacked.double().numpy())
-    for result in (ops.esnr(grads), ops.esnr(stacked), ops.esnr(stacked[:, None, :])):
-        assert all(x.dtype == torch.float64 for x in result)
-        assert math.isclose(result.signal.item(), signal, rel_tol=1e-12)
-        assert math.isclose(result.noise.item(), noise, rel_tol=1e-12)
-        assert math.isclose(result.ratio.item(), ratio, rel_tol=1e-12)
-        assert math.isclose(result.db.item(), 10.0 * math.log10(ratio), rel_tol=1e-12)
+    for backend in ("reference", "auto"):
+        tolerance = 1e-12 if backend == "reference" or dtype != torch.float32 else NATIVE
+        for given in (grads, stacked, stacked[:, None, :]):
+            result = ops.esnr(given, backend=backend)
+            assert all(x.dtype == torch.float64 for x in result)
+            assert math.isclose(result.signal.item(), signal, rel_tol=tolerance)
+            assert math.isclose(result.noise.item(), noise, rel_tol=tolerance)
+            assert math.isclose(result.ratio.item(), ratio, rel_tol=tolerance)
+            db = 10.0 * math.log10(ratio)
+            assert math.isclose(result.db.item(), db, rel_tol=tolerance, abs_tol=5 * tolerance)
 
 
 def test_a_case_by_hand() -> None:
@@ -77,10 +82,15 @@ def test_nearly_equal_samples(spread: float) -> None:
     assert stacked.dtype == torch.float32
     _, noise, truth = np_esnr(stacked.numpy())
     assert noise > 1e-9  # the floor of the denominator plays no part here
-    ours = ops.esnr(stacked).ratio.item()
     parts = [list(row.split([7_000, 12_000, 1_000])) for row in stacked]
-    for value in (ours, ops.esnr(parts).ratio.item()):
-        assert abs(value - truth) / truth < 1e-9
+    for backend, tolerance in (("reference", 1e-9), ("auto", NATIVE)):
+        for given in (stacked, parts):
+            value = ops.esnr(given, backend=backend).ratio.item()
+            assert abs(value - truth) / truth < tolerance
+    accumulator = ops.EsnrAccumulator()
+    for sample in parts:
+        accumulator.update(sample)
+    assert abs(accumulator.result().ratio.item() - truth) / truth < 1e-5
     assert abs(difference_of_totals(stacked) - truth) / truth > 0.05
 
 
@@ -176,3 +186,44 @@ def test_derivatives(debias: bool) -> None:
     assert (call(*inputs)[-1] > 0.0).all()  # away from the kink of the debiased signal
     assert gradcheck(call, inputs)
     assert gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("debias", [False, True])
+def test_accumulator_equals_all_samples_at_once(dtype: torch.dtype, debias: bool) -> None:
+    grads = gradients(7, dtype)
+    accumulator = ops.EsnrAccumulator()
+    for sample in grads:
+        accumulator.update(sample)
+    whole = ops.esnr(grads, debias=debias, backend="reference")
+    streamed = accumulator.result(debias=debias)
+    torch.testing.assert_close(
+        streamed, whole, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-12
+    )
+    expected = [torch.stack(tensors).mean(0) for tensors in zip(*grads, strict=True)]
+    torch.testing.assert_close(accumulator.mean(), expected)
+    accumulator.reset()
+    with pytest.raises(ValueError, match="at least 2 samples, got 0"):
+        accumulator.result()
+
+
+def test_accumulator_refuses_other_shapes() -> None:
+    accumulator = ops.EsnrAccumulator()
+    accumulator.update([torch.ones(3)])
+    with pytest.raises(ValueError, match=r"first sample's shapes \[\(3,\)\], got \[\(4,\)\]"):
+        accumulator.update([torch.ones(4)])
+    assert accumulator.samples == 1
+
+
+def test_running_esnr_averages_signal_and_noise() -> None:
+    """The first result is the estimate itself; then both parts are averaged, not their ratio."""
+    first, second = ops.esnr(gradients(5)), ops.esnr(gradients(5))
+    running = ops.RunningEsnr(decay=0.75)
+    torch.testing.assert_close(running.update(first).ratio, first.ratio)
+    after = running.update(second)
+    weights = 0.75 * 0.25, 0.25
+    signal = (weights[0] * first.signal + weights[1] * second.signal) / sum(weights)
+    noise = (weights[0] * first.noise + weights[1] * second.noise) / sum(weights)
+    torch.testing.assert_close(after.ratio, signal / noise)
+    with pytest.raises(ValueError, match="decay must lie in"):
+        ops.RunningEsnr(decay=1.0)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast.ops import library as _library  # noqa: F401  registers the operators
+from pwm_fast.ops import library, library_native  # noqa: F401  register the operators
 from pwm_fast.ops.fused.rollout import DynamicsSpec
 from pwm_fast.ops.fused.specs import encode_dynamics, encode_layers
 from pwm_fast.ops.fused.stack import LayerSpec
@@ -83,6 +83,39 @@ def mlp(
     if members:
         return y.view(members, *leading, y.shape[-1])
     return y.view(*leading, y.shape[-1])
+
+
+def layer_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, act: str, group: int, eps: float
+) -> Tensor:
+    """See :func:`pwm_fast.ops.layer_norm_act`."""
+    (save,) = _grads((x, weight, bias))
+    rows = _rows(x).contiguous()
+    operator = torch.ops.pwm_fast.layer_norm_act
+    y, _, _ = operator(rows, weight.contiguous(), bias.contiguous(), act, group, eps, save)
+    return y.view(x.shape)
+
+
+def simnorm(x: Tensor, group: int) -> Tensor:
+    """See :func:`pwm_fast.ops.simnorm`."""
+    return torch.ops.pwm_fast.simnorm(_rows(x).contiguous(), group).view(x.shape)
+
+
+def two_hot_decode(logits: Tensor, vmin: float, vmax: float, transform: bool) -> Tensor:
+    """See :func:`pwm_fast.ops.two_hot_decode`."""
+    rows = _rows(logits).contiguous()
+    value, _, _ = torch.ops.pwm_fast.two_hot_decode(rows, vmin, vmax, transform)
+    return value.view(logits.shape[:-1])
+
+
+def two_hot_cross_entropy(
+    logits: Tensor, x: Tensor, vmin: float, vmax: float, transform: bool
+) -> Tensor:
+    """See :func:`pwm_fast.ops.two_hot_cross_entropy`."""
+    operator = torch.ops.pwm_fast.two_hot_cross_entropy
+    rows = _rows(logits).contiguous()
+    loss, _ = operator(rows, x.reshape(-1).contiguous(), vmin, vmax, transform)
+    return loss.view(x.shape)
 
 
 class Packed(NamedTuple):
@@ -194,7 +227,10 @@ def rollout(
 ) -> Tensor:
     """Latents ``[H+1, B, D]`` from ``z0 [B, D]`` under actions ``[H, B, A]``; task ``[B, E]``."""
     base = _constant(backend, packed, task)
-    c = _linear(backend, _rows(action), packed.w_a).view(*action.shape[:2], packed.w_a.shape[0]) + base
+    c = (
+        _linear(backend, _rows(action), packed.w_a).view(*action.shape[:2], packed.w_a.shape[0])
+        + base
+    )
     grad, wgrad = _grads(
         (z0, c), (packed.w_z, *packed.params, *(() if packed.w_tau is None else (packed.w_tau,)))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -244,3 +245,161 @@ class NativeKernels:
             z.numel(),
             torch.get_num_threads(),
         )
+
+    # --- what has no twin in the fused algebra: rows are contiguous ----------------------------
+
+    def simnorm_fwd(self, x: Tensor, y: Tensor, group: int) -> None:
+        """``y = softmax`` over groups of ``x [R, n]``."""
+        rows, n = x.shape
+        self._c.simnorm_fwd(
+            x.data_ptr(), n, y.data_ptr(), n, rows, n, group, torch.get_num_threads()
+        )
+
+    def simnorm_bwd(self, dy: Tensor, y: Tensor, dx: Tensor, group: int) -> None:
+        """Gradient of :meth:`simnorm_fwd`, from its result ``y``."""
+        rows, n = y.shape
+        self._c.simnorm_bwd(
+            dy.data_ptr(),
+            n,
+            y.data_ptr(),
+            n,
+            dx.data_ptr(),
+            n,
+            rows,
+            n,
+            group,
+            torch.get_num_threads(),
+        )
+
+    def two_hot_decode_fwd(
+        self,
+        logits: Tensor,
+        value: Tensor,
+        mean: Tensor,
+        lse: Tensor,
+        vmin: float,
+        vmax: float,
+        transform: bool,
+    ) -> None:
+        """Expectation of logits ``[R, bins]`` over the centres; saves mean and log-sum-exp."""
+        rows, bins = logits.shape
+        self._c.two_hot_decode_fwd(
+            logits.data_ptr(),
+            bins,
+            _FP32,
+            value.data_ptr(),
+            mean.data_ptr(),
+            lse.data_ptr(),
+            rows,
+            bins,
+            vmin,
+            vmax,
+            transform,
+            torch.get_num_threads(),
+        )
+
+    def two_hot_decode_bwd(
+        self,
+        dvalue: Tensor,
+        logits: Tensor,
+        mean: Tensor,
+        lse: Tensor,
+        dlogits: Tensor,
+        vmin: float,
+        vmax: float,
+        transform: bool,
+    ) -> None:
+        """Gradient of :meth:`two_hot_decode_fwd`."""
+        rows, bins = logits.shape
+        self._c.two_hot_decode_bwd(
+            dvalue.data_ptr(),
+            logits.data_ptr(),
+            bins,
+            _FP32,
+            mean.data_ptr(),
+            lse.data_ptr(),
+            dlogits.data_ptr(),
+            bins,
+            rows,
+            bins,
+            vmin,
+            vmax,
+            transform,
+            torch.get_num_threads(),
+        )
+
+    def two_hot_ce_fwd(
+        self,
+        logits: Tensor,
+        x: Tensor,
+        loss: Tensor,
+        lse: Tensor,
+        vmin: float,
+        vmax: float,
+        transform: bool,
+    ) -> None:
+        """Cross-entropy of logits ``[R, bins]`` against the two-hot code of ``x [R]``."""
+        rows, bins = logits.shape
+        self._c.two_hot_ce_fwd(
+            logits.data_ptr(),
+            bins,
+            _FP32,
+            x.data_ptr(),
+            loss.data_ptr(),
+            lse.data_ptr(),
+            rows,
+            bins,
+            vmin,
+            vmax,
+            transform,
+            torch.get_num_threads(),
+        )
+
+    def two_hot_ce_bwd(
+        self,
+        dloss: Tensor,
+        logits: Tensor,
+        x: Tensor,
+        lse: Tensor,
+        dlogits: Tensor,
+        vmin: float,
+        vmax: float,
+        transform: bool,
+    ) -> None:
+        """Gradient of :meth:`two_hot_ce_fwd` towards the logits."""
+        rows, bins = logits.shape
+        self._c.two_hot_ce_bwd(
+            dloss.data_ptr(),
+            logits.data_ptr(),
+            bins,
+            _FP32,
+            x.data_ptr(),
+            lse.data_ptr(),
+            dlogits.data_ptr(),
+            bins,
+            rows,
+            bins,
+            vmin,
+            vmax,
+            transform,
+            torch.get_num_threads(),
+        )
+
+    def esnr(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
+        """Signal and noise ``[T]`` of T tensors; ``grads`` holds sample after sample."""
+        tensors = len(grads) // samples
+        whole = [g.contiguous() for g in grads]  # named: alive until the call is over
+        pointers = torch.tensor([g.data_ptr() for g in whole], dtype=torch.int64)
+        sizes = torch.tensor([g.numel() for g in whole[:tensors]], dtype=torch.int64)
+        signal = torch.empty(tensors, dtype=torch.float64)
+        noise = torch.empty(tensors, dtype=torch.float64)
+        self._c.esnr(
+            pointers.data_ptr(),
+            sizes.data_ptr(),
+            signal.data_ptr(),
+            noise.data_ptr(),
+            samples,
+            tensors,
+            torch.get_num_threads(),
+        )
+        return signal, noise

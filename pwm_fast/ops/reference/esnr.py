@@ -10,16 +10,22 @@ from torch import Tensor
 from pwm_fast.ops.types import ESNR
 
 
-def esnr(grads: Sequence[Sequence[Tensor]], eps: float, debias: bool) -> ESNR:
-    """Centred, in float64: the difference of totals ``E|g|^2 - |mu|^2`` would cancel."""
-    samples = len(grads)
+def moments(grads: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Signal and noise of each tensor, ``[T]``.
+
+    Centred, in float64: the difference of totals ``E|g|^2 - |mu|^2`` would cancel.
+    """
     signals, noises = [], []
     for tensors in zip(*grads, strict=True):
         stacked = torch.stack([g.double() for g in tensors])
         mean = stacked.mean(0)
         signals.append(mean.square().sum())
-        noises.append((stacked - mean).square().sum() / samples)
-    signal, noise = torch.stack(signals), torch.stack(noises)
+        noises.append((stacked - mean).square().sum() / len(grads))
+    return torch.stack(signals), torch.stack(noises)
+
+
+def summarize(signal: Tensor, noise: Tensor, samples: int, eps: float, debias: bool) -> ESNR:
+    """The result of tensors' signals and noises ``[T]``."""
     total_signal, total_noise = signal.sum(), noise.sum()
     if debias:
         signal = (signal - noise / samples).clamp_min(0.0)
@@ -31,4 +37,6 @@ def esnr(grads: Sequence[Sequence[Tensor]], eps: float, debias: bool) -> ESNR:
         ratio,
         10.0 * torch.log10(ratio),
         signal / noise.clamp_min(eps),
+        signal,
+        noise,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import ConfigError
@@ -14,6 +15,7 @@ from pwm_fast.trainer import TrainingDiverged
 
 # What a user can mend: shown as one line, without a traceback.
 USER_ERRORS = (ConfigError, CheckpointError, TrainingDiverged, OSError)
+NEEDS_TRAIN = "this command needs more packages: pip install 'pwm-fast[train]'"
 
 
 class JobFailed(RuntimeError):
@@ -47,7 +49,7 @@ def main(
         from hydra.types import RunMode
         from omegaconf.errors import OmegaConfBaseException
     except ImportError:
-        _fail("this command needs more packages: pip install 'pwm-fast[train]'")
+        _fail(NEEDS_TRAIN)
 
     ConfigStore.instance().store(name=f"{name}_schema", node=schema())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on: they are reported here
@@ -76,6 +78,41 @@ def main(
         if _tracebacks():
             raise
         _fail(composition_message(error))
+    except KeyboardInterrupt:
+        print("error: stopped at once by SIGINT", file=sys.stderr)
+        status = 130
+    raise SystemExit(status)
+
+
+class Arguments(argparse.ArgumentParser):
+    """Arguments of a command that takes no configuration; what is wrong is said in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print ``message`` and exit with status 2."""
+        _fail(f"{message}; --help shows what there is")
+
+
+def plain(command: Callable[[], int]) -> NoReturn:
+    """Run a command that composes no configuration of its own, and exit with its status.
+
+    The status is 2, with one line on stderr, for what a user can mend; 130 after a
+    KeyboardInterrupt. PWM_FAST_TRACEBACK=1 shows the traceback of everything.
+    """
+    try:
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+    except ImportError:
+        _fail(NEEDS_TRAIN)
+    try:
+        status = command()
+    except (HydraException, OmegaConfBaseException) as error:  # one of them is an OSError, too
+        if _tracebacks():
+            raise
+        _fail(composition_message(error))
+    except USER_ERRORS as error:
+        if _tracebacks():
+            raise
+        _fail(message(error))
     except KeyboardInterrupt:
         print("error: stopped at once by SIGINT", file=sys.stderr)
         status = 130
@@ -116,6 +153,6 @@ def _tracebacks() -> bool:
     return bool(os.environ.get("PWM_FAST_TRACEBACK"))
 
 
-def _fail(text: str) -> Any:
+def _fail(text: str) -> NoReturn:
     print(f"error: {text}", file=sys.stderr)
     raise SystemExit(2)

@@ -546,6 +546,22 @@ def from_hydra(cfg: Any) -> TrainConfig:
     return from_dict({str(k): v for k, v in values.items()})
 
 
+def compose(*overrides: str) -> TrainConfig:
+    """The configuration that ``python -m pwm_fast.train`` runs with these overrides.
+
+    Raises:
+        ConfigError: a value cannot be used; the message names the key.
+        HydraException: an override cannot be read, or names a file or key that does not exist.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="train_schema", node=hydra_schema())
+    with initialize_config_module("pwm_fast.configs", version_base="1.3"):
+        return from_hydra(hydra_compose("config", overrides=list(overrides)))
+
+
 def _readable(error: Exception) -> str:
     """OmegaConf's message as ``key: what is wrong``, without its internals."""
     message = str(error).splitlines()[0]

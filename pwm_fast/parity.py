@@ -30,9 +30,9 @@ SUMS = ("world_model", "total")
 TRANSITIONS = ("dynamics", "velocity")
 NOTE = "The termination head is left out on both sides: the published models have none."
 RULE = (
-    "A multiply-add in a matrix product is 2 FLOPs, counted by running the losses of the trainer on\n"
-    "tensors without storage. Element-wise work, optimisers, evaluations and the simulator are left\n"
-    "out. fwd: forward pass; fwd+bwd: with the gradients that the update uses."
+    "A multiply-add in a matrix product is 2 FLOPs, counted by running the trainer's losses on\n"
+    "tensors without storage. Element-wise work, optimisers, evaluations and the simulator are\n"
+    "left out. fwd: forward pass; fwd+bwd: with the gradients that the update uses."
 )
 
 
@@ -364,8 +364,8 @@ def check_all(request: Request) -> int:
         )
         fair = fair and parity.fair
     print(
-        "\nParameters of the world model; FLOPs: how many times the baseline's an environment step\n"
-        f"costs, with the learning that follows it. alg=NAME shows the parts.\n{NOTE}"
+        "\nParameters of the world model; FLOPs: how many times the baseline's an environment\n"
+        f"step costs, with the learning that follows it. alg=NAME shows the parts.\n{NOTE}"
     )
     return 0 if fair else 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def config(**changes: Any) -> AlgConfig:
 
 def dense(*widths: int) -> int:
     """Parameters of Linear layers."""
-    return sum(k * n + n for k, n in zip(widths, widths[1:], strict=False))
+    return sum(k * n + n for k, n in pairwise(widths))
 
 
 def norms(*widths: int) -> int:

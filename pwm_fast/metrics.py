@@ -68,16 +68,32 @@ def read(path: Path) -> list[Row]:
 
     Of several rows of one epoch the last one counts. A missing file has no rows.
     """
+    return scan(path)[0]
+
+
+def scan(path: Path) -> tuple[list[Row], list[int]]:
+    """Rows as :func:`read` gives them, and the numbers of damaged lines.
+
+    A torn last line is none of these: it is being written, or its process was killed.
+    """
     rows: dict[int, Row] = {}
-    if path.exists():
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("epoch"), int):
-                rows[row["epoch"]] = row
-    return [rows[epoch] for epoch in sorted(rows)]
+    damaged: list[int] = []
+    lines = path.read_text("utf-8", errors="replace").split("\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        row = _parsed(line)
+        if row is not None:
+            rows[row["epoch"]] = row
+        elif number < len(lines):  # what follows the last newline is empty or torn
+            damaged.append(number)
+    return [rows[epoch] for epoch in sorted(rows)], damaged
+
+
+def _parsed(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
 
 
 def to_numbers(metrics: Mapping[str, Tensor | float | int | None]) -> Row:

@@ -87,12 +87,13 @@ PANELS = {
 }
 
 
-def plot_run(run_dir: Path, title: str = "") -> list[Path]:
-    """Draw the figures of a run into ``run_dir/plots``: one PNG each, and ``summary.png`` of all.
+def plot_run(run_dir: Path, title: str = "", directory: Path | None = None) -> list[Path]:
+    """Draw the figures of a run: one PNG each, and ``summary.png`` of all.
 
     Args:
         run_dir: holds ``metrics.jsonl``; a run that still goes on, or was killed, is fine.
         title: heading; the directory's name by default.
+        directory: where they go, made with its parents; ``run_dir/plots`` by default.
 
     Returns:
         The files written; none if nothing is logged yet.
@@ -108,8 +109,8 @@ def plot_run(run_dir: Path, title: str = "") -> list[Path]:
     rows = metrics.read(run_dir / "metrics.jsonl")
     if not rows:
         return []
-    directory = run_dir / "plots"
-    directory.mkdir(exist_ok=True)
+    directory = directory or run_dir / "plots"
+    directory.mkdir(parents=True, exist_ok=True)
     title = title or run_dir.name
     written = []
 

@@ -171,7 +171,7 @@ class RunDirectory:
 
 def refuse_other_config(saved: dict[str, Any], config: TrainConfig, path: Path) -> None:
     """Raise ConfigError, naming every key, if ``config`` is not the ``saved`` one of ``path``."""
-    before, now = _flat(saved), _flat(configuration.to_dict(config))
+    before, now = flatten(saved), flatten(configuration.to_dict(config))
     different = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
@@ -185,11 +185,12 @@ def refuse_other_config(saved: dict[str, Any], config: TrainConfig, path: Path) 
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with the keys of the levels joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -1,0 +1,194 @@
+"""``python -m pwm_fast.compare RUN_OR_GLOB... --out DIR``: compare runs on one page.
+
+Exit status: 0, or 2 and one line on stderr that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from pwm_fast import cli, files
+from pwm_fast.comparison.figures import NAMES, draw_all
+from pwm_fast.comparison.page import render
+from pwm_fast.comparison.report import Options, Report, make, outputs
+from pwm_fast.comparison.scores import Reference
+from pwm_fast.comparison.statistics import RESAMPLES, Estimate, Interval
+from pwm_fast.comparison.tables import groups_csv, runs_csv
+from pwm_fast.config import ConfigError
+
+
+def compare(options: Options, directory: Path) -> Report:
+    """Compare runs and write the page, the CSV files and the figures into ``directory``.
+
+    Raises:
+        ConfigError: see :func:`pwm_fast.comparison.report.make`; nothing was written.
+        ImportError: matplotlib is missing.
+        OSError: a file cannot be written; it names the file.
+    """
+    report = make(options)
+    paths = outputs(directory)
+    pictures = [draw_all(comparison, options.statistic) for comparison in report.comparisons]
+    paths["figures"].mkdir(parents=True, exist_ok=True)
+    for comparison, drawn in zip(report.comparisons, pictures, strict=True):
+        for picture in drawn:
+            name = f"{comparison.environment.slug}_{picture.name}.png"
+            with files.replacing(paths["figures"] / name) as file:
+                file.write(picture.png)
+    files.write_text(paths["runs"], runs_csv(report))
+    files.write_text(paths["groups"], groups_csv(report))
+    made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    files.write_text(paths["page"], render(report, pictures, made))
+    return report
+
+
+def summary(report: Report) -> str:
+    """The comparison in a few lines, for a terminal."""
+    lines = []
+    for comparison in report.comparisons:
+        measure = comparison.primary
+        lines.append(f"{comparison.environment.label}: {measure.label}")
+        groups = comparison.environment.groups
+        width = max(len(group.label) for group in groups)
+        for group, estimates in zip(groups, comparison.estimates, strict=True):
+            lines.append(
+                f"  {group.label:{width}}  {_shown(estimates[measure.key], len(group.runs))}"
+            )
+    lines += ["", *(f"note: {note}" for note in report.notes)] if report.notes else []
+    lines += [f"left out: {item.path}: {item.reason}" for item in report.left_out]
+    return "\n".join(lines)
+
+
+def _shown(e: Estimate, runs: int) -> str:
+    count = f"{e.n} run{'s' if e.n != 1 else ''}" + (f" of {runs}" if e.n < runs else "")
+    if e.n == 0:
+        return f"none yet ({count})"
+    return (
+        f"interquartile mean {e.iqm:.1f}{_between(e.iqm_interval)}, "
+        f"mean {e.mean:.1f}{_between(e.mean_interval)} ({count})"
+    )
+
+
+def _between(interval: Interval | None) -> str:
+    return "" if interval is None else f" [{interval.low:.1f}, {interval.high:.1f}]"
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def parser() -> cli.Arguments:
+    """The command line."""
+    arguments = cli.Arguments(
+        prog="python -m pwm_fast.compare",
+        description="Compare training runs: one HTML page, CSV files and PNG figures.",
+    )
+    arguments.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN_OR_GLOB",
+        help="run directories, directories that hold some, or quoted patterns such as "
+        "'runs/cartpole/*/seed_*'",
+    )
+    arguments.add_argument("--out", required=True, metavar="DIR", help="where everything goes")
+    arguments.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="[ENV=]RETURN",
+        help="take the time to this return; for several environments give one each",
+    )
+    arguments.add_argument(
+        "--steps",
+        default="",
+        metavar="N,N,...",
+        help="environment steps at which returns are compared (default: quarters of the budget)",
+    )
+    arguments.add_argument(
+        "--score",
+        action="append",
+        default=[],
+        metavar="ENV=LOW:HIGH",
+        help="returns that are a score of 0 and 1; of two environments or more, scores are pooled",
+    )
+    arguments.add_argument(
+        "--statistic",
+        choices=sorted(NAMES),
+        default="iqm",
+        help="of the figures' thick lines (default: iqm, the interquartile mean)",
+    )
+    arguments.add_argument(
+        "--resamples", type=int, default=RESAMPLES, help=f"of the bootstrap (default: {RESAMPLES})"
+    )
+    arguments.add_argument("--title", default="", help="of the page")
+    return arguments
+
+
+def parse(arguments: list[str]) -> tuple[Options, Path]:
+    """The options and the directory that a command line names.
+
+    Raises:
+        ConfigError: an option's value cannot be used; the message names it.
+    """
+    given = parser().parse_args(arguments)
+    targets: dict[str | None, float] = {}
+    for text in given.target:
+        name, equals, value = text.rpartition("=")
+        targets[name if equals else None] = _number("--target", text, value)
+    references = {}
+    for text in given.score:
+        name, equals, value = text.rpartition("=")
+        low, colon, high = value.partition(":")
+        if not (name and equals and colon):
+            raise ConfigError(f"--score must be ENV=LOW:HIGH, got {text!r}")
+        reference = Reference(_number("--score", text, low), _number("--score", text, high))
+        if reference.low == reference.high:
+            raise ConfigError(f"--score must have LOW and HIGH apart, got {text!r}")
+        references[name] = reference
+    steps = [_number("--steps", given.steps, s) for s in given.steps.split(",") if s]
+    if any(s < 0 for s in steps):
+        raise ConfigError(f"--steps must not be negative, got {given.steps!r}")
+    if given.resamples < 1:
+        raise ConfigError(f"--resamples must be positive, got {given.resamples}")
+    out = Path(given.out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is no directory")
+    options = Options(
+        given.runs, targets, steps, references, given.statistic, given.resamples, given.title
+    )
+    return options, out
+
+
+def _number(option: str, text: str, part: str) -> float:
+    try:
+        value = float(part.replace("_", ""))
+    except ValueError:
+        value = float("nan")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ConfigError(f"{option} must hold finite numbers, got {text!r}")
+    return value
+
+
+def run(arguments: list[str]) -> int:
+    """Do what the command line asks for; return the exit status."""
+    options, directory = parse(arguments)
+    try:
+        report = compare(options, directory)
+    except ImportError as error:
+        raise ConfigError(f"{error}; {cli.NEEDS_TRAIN}") from error
+    print(summary(report))
+    paths = outputs(directory)
+    print(
+        f"\nwritten: {paths['page']}, with {paths['runs'].name}, {paths['groups'].name}, figures/"
+    )
+    return 0
+
+
+def main() -> NoReturn:
+    """Compare the runs that the command line names."""
+    cli.plain(lambda: run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Runs of one environment, grouped by their configuration over seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pwm_fast.comparison.runs import LeftOut, Run
+
+# What does not change what is learnt, or is the seed itself; a key and all below it.
+IGNORED = (
+    "seed",
+    "run_dir",
+    "resume",
+    "device",
+    "threads",
+    "checkpoint",
+    "eval",
+    "esnr",
+    "wandb",
+    "env.threads",
+)
+ENVIRONMENT = ("env.name", "env.max_episode_steps", "env.options")
+MOST = 3  # differing keys that a label shows
+
+
+@dataclass
+class Group:
+    """Runs that differ by their seed alone.
+
+    Attributes:
+        config: what they have in common, with dotted keys.
+        runs: in order of their seeds.
+        label: short and unique within the environment.
+    """
+
+    config: dict[str, Any]
+    runs: list[Run]
+    label: str = ""
+
+    @property
+    def unfinished(self) -> list[Run]:
+        """Runs that have not come to their end."""
+        return [run for run in self.runs if not run.finished]
+
+
+@dataclass
+class Environment:
+    """All that was run in one environment; returns are compared within it alone.
+
+    Attributes:
+        name: of the environment.
+        slug: for files and options: its name and its options' values.
+        label: for people.
+        groups: configurations, in order of their first run.
+    """
+
+    name: str
+    slug: str
+    label: str
+    groups: list[Group] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        """Of all groups."""
+        return [run for group in self.groups for run in group.runs]
+
+    def named(self, text: str) -> bool:
+        """``text`` is its name, or its slug up to some hyphen."""
+        return f"{self.slug}-".startswith(f"{text}-")
+
+    def differences(self) -> dict[str, list[Any]]:
+        """Keys in which the groups differ, each with every group's value."""
+        return _differences(self.groups)
+
+
+def arrange(runs: Sequence[Run]) -> tuple[list[Environment], list[LeftOut]]:
+    """Sort runs into environments and groups.
+
+    Returns:
+        The environments, and runs of a seed that its group has already: the one that got further
+        stays.
+    """
+    environments: dict[str, Environment] = {}
+    groups: dict[tuple[str, str], Group] = {}
+    for run in runs:
+        where = {k: v for k, v in run.config.items() if _within(k, ENVIRONMENT)}
+        config = {k: v for k, v in run.config.items() if not _within(k, (*IGNORED, *ENVIRONMENT))}
+        worlds = config.pop("num_envs", None), config.pop("env.num_envs", None)
+        config["num_envs"] = worlds[0] or worlds[1]
+        place, key = repr(sorted(where.items())), repr(sorted(config.items()))
+        if place not in environments:
+            environments[place] = _environment(where)
+        if (place, key) not in groups:
+            groups[place, key] = Group(config, [])
+            environments[place].groups.append(groups[place, key])
+        groups[place, key].runs.append(run)
+    left_out = [double for group in groups.values() for double in _drop_doubles(group)]
+    arranged = list(environments.values())
+    for environment in arranged:
+        _label(environment.groups)
+    return arranged, left_out
+
+
+def _environment(where: dict[str, Any]) -> Environment:
+    name = str(where["env.name"])
+    options = {
+        k.removeprefix("env.options."): v
+        for k, v in where.items()
+        if k.startswith("env.options.") and v not in (None, {}, [])
+    }
+    limit = where.get("env.max_episode_steps")
+    if limit is not None:
+        options["max_episode_steps"] = limit
+    shown = ", ".join(f"{k}={v}" for k, v in options.items())
+    words = [name, *map(str, options.values())]
+    slug = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", word) for word in words)
+    return Environment(name, slug, f"{name} ({shown})" if shown else name)
+
+
+def _drop_doubles(group: Group) -> list[LeftOut]:
+    best: dict[int, Run] = {}
+    dropped = []
+    for run in group.runs:
+        other = best.get(run.seed)
+        if other is None or run.env_steps > other.env_steps:
+            best[run.seed] = run
+            loser = other
+        else:
+            loser = run
+        if loser is not None:
+            dropped.append((loser, run.seed))
+    group.runs = [best[seed] for seed in sorted(best)]
+    return [
+        LeftOut(
+            run.path,
+            f"seed {seed} of this configuration is also in {best[seed].path}, which got "
+            f"{'further' if best[seed].env_steps > run.env_steps else 'as far'}; two runs of one "
+            "seed are not independent",
+        )
+        for run, seed in dropped
+    ]
+
+
+def _label(groups: list[Group]) -> None:
+    """Name every group by its algorithm, and by what else sets it apart from its namesakes."""
+    for group in groups:
+        name = str(group.config["alg.name"])
+        namesakes = [g for g in groups if g.config["alg.name"] == name]
+        keys = list(_differences(namesakes))
+        parts = [f"{_short(k)}={_value(group.config.get(k))}" for k in keys[:MOST]]
+        if len(keys) > MOST:
+            parts.append(f"and {len(keys) - MOST} more")
+        group.label = ", ".join([name, *parts])
+    seen: dict[str, int] = {}
+    for group in groups:  # what is apart in unnamed keys alone
+        seen[group.label] = seen.get(group.label, 0) + 1
+        if seen[group.label] > 1:
+            group.label += f" ({seen[group.label]})"
+
+
+def _differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    keys = sorted({key for group in groups for key in group.config})
+    values = {key: [group.config.get(key) for group in groups] for key in keys}
+    return {k: v for k, v in values.items() if any(x != v[0] for x in v)}
+
+
+def _within(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == p or key.startswith(f"{p}.") for p in prefixes)
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("alg.")
+
+
+def _value(value: Any) -> str:
+    return str(value).replace(" ", "")

@@ -1,0 +1,476 @@
+"""The page of a comparison: one HTML file with its figures inside, which asks no network."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from html import escape
+
+import pwm_fast
+from pwm_fast.comparison.figures import Picture, color_of
+from pwm_fast.comparison.groups import Environment, Group
+from pwm_fast.comparison.measures import GRADIENTS, Comparison, at_key
+from pwm_fast.comparison.report import Report
+from pwm_fast.comparison.runs import Run
+from pwm_fast.comparison.statistics import Estimate, Interval
+from pwm_fast.comparison.style import CSS
+
+WIDE = 800  # figures of more pixels take the whole width
+NONE = "–"
+# Nothing is fetched or run, whatever the text of a run directory says.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def render(report: Report, pictures: Sequence[Sequence[Picture]], made: str) -> str:
+    """The page.
+
+    Args:
+        report: what to show.
+        pictures: figures of every environment, in the report's order.
+        made: when, for people.
+    """
+    runs = sum(len(c.environment.runs) for c in report.comparisons)
+    parts = [
+        f"<h1>{escape(report.title)}</h1>",
+        f'<p class="lead">{runs} runs in '
+        f"{sum(len(c.environment.groups) for c in report.comparisons)} configurations and "
+        f"{len(report.comparisons)} {_plural('environment', len(report.comparisons))}. "
+        f"Made on {escape(made)} by pwm_fast {escape(pwm_fast.__version__)}.</p>",
+        _contents(report),
+        _mind(report.notes),
+    ]
+    if report.scores:
+        parts.append(_scores(report))
+    for comparison, figures in zip(report.comparisons, pictures, strict=True):
+        parts.append(_environment(comparison, figures))
+    parts += [_left_out(report), _method(report)]
+    return _document(report.title, "\n".join(part for part in parts if part))
+
+
+def _document(title: str, body: str) -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n"
+        "</body>\n</html>\n"
+    )
+
+
+# --- parts of the page ----------------------------------------------------------------------------
+
+
+def _contents(report: Report) -> str:
+    links = [("#across", "All environments")] if report.scores else []
+    links += [
+        (f"#{_id(c.environment)}", c.environment.label)
+        for c in report.comparisons
+        if len(report.comparisons) > 1
+    ]
+    links += [("#left-out", "Runs left out")] if report.left_out else []
+    links.append(("#method", "How the numbers are made"))
+    return (
+        "<nav>" + "".join(f'<a href="{href}">{escape(text)}</a>' for href, text in links) + "</nav>"
+    )
+
+
+def _mind(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<section class="card mind"><h3>To mind</h3><ul>{items}</ul></section>'
+
+
+def _environment(comparison: Comparison, pictures: Sequence[Picture]) -> str:
+    environment = comparison.environment
+    sections = [
+        _results(comparison),
+        _improvements(comparison),
+        _efficiency(comparison),
+        _times(comparison),
+        _gradients(comparison),
+    ]
+    return (
+        f'<h2 id="{_id(environment)}">{escape(environment.label)}</h2>'
+        f'<p class="lead">{len(environment.runs)} '
+        f"{_plural('run', len(environment.runs))} in {len(environment.groups)} "
+        f"{_plural('configuration', len(environment.groups))}.</p>"
+        + "".join(sections[:1])
+        + f'<div class="figures">{"".join(map(_figure, pictures))}</div>'
+        + "".join(sections[1:])
+        + _runs(comparison)
+        + _differences(environment)
+    )
+
+
+def _results(comparison: Comparison) -> str:
+    measure = comparison.primary
+    has_success = any(e["final_success"].n for e in comparison.estimates)
+    head = [
+        ("seeds", ""),
+        (f"{measure.label}, interquartile mean", measure.unit),
+        (f"{measure.label}, mean", measure.unit),
+        ("area under the curve, interquartile mean", "return"),
+    ]
+    if has_success:
+        head.append(("goal held in the final evaluation, mean", "% of episodes"))
+    rows = []
+    for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True):
+        n = len(group.runs)
+        row = [
+            _seeds(group),
+            _iqm(e[measure.key], n),
+            _mean(e[measure.key], n),
+            _iqm(e["auc"], n),
+        ]
+        rows.append([*row, _mean(_percent(e["final_success"]), n)] if has_success else row)
+    note = (
+        "Below each number its 95 % confidence interval. The area under the curve is the mean "
+        f"return from 0 to {comparison.budget:,.0f} environment steps: it rewards learning early."
+    )
+    return _card("Result", note, _group_table(comparison, head, rows))
+
+
+def _improvements(comparison: Comparison) -> str:
+    found = comparison.improvements()
+    if not 0 < len(found) <= 15:
+        return ""
+    rows = [
+        f'<tr><th scope="row">{escape(first)}</th><td class="text">{escape(second)}</td>'
+        f"<td>{_cell(100 * probability, _scaled(interval), digits=0)}</td></tr>"
+        for first, second, probability, interval in found
+    ]
+    head = (
+        '<tr><th class="text">a run of</th><th class="text">is better than one of</th>'
+        "<th>probability<span class=unit>%</span></th></tr>"
+    )
+    note = (
+        f"Share of the pairs of runs in which the first has the higher {comparison.primary.label}; "
+        "50 % is no difference. An interval that holds 50 % does not tell the two apart."
+    )
+    return _card("Probability of improvement", note, _table(head, rows))
+
+
+def _efficiency(comparison: Comparison) -> str:
+    head = [(f"{steps:,.0f}", "environment steps") for steps in comparison.steps]
+    rows = [
+        [_iqm(e[at_key(steps)], len(group.runs)) for steps in comparison.steps]
+        for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True)
+    ]
+    note = (
+        "Return at fixed environment steps: interquartile mean over the runs that got there, "
+        "between two evaluations by the line through both."
+    )
+    return _card("Sample efficiency", note, _group_table(comparison, head, rows))
+
+
+def _times(comparison: Comparison) -> str:
+    head = [("wall-clock time, mean", "s"), ("throughput, mean", "environment steps/s")]
+    rows = [
+        [_mean(e["wall_time"], len(group.runs)), _mean(e["throughput"], len(group.runs))]
+        for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True)
+    ]
+    note = (
+        "Throughput is the median over a run's epochs, of collecting and learning; the wall-clock "
+        "time includes evaluations. Both depend on the machine and on what else ran there."
+    )
+    if comparison.target is None:
+        note += " With --target RETURN the time to that return stands here, too."
+        return _card("Time", note, _group_table(comparison, head, rows))
+    head += [
+        (f"reached {comparison.target:g}", "runs"),
+        (f"time to {comparison.target:g}, median", "s"),
+        (f"steps to {comparison.target:g}, median", "environment steps"),
+    ]
+    for row, reach in zip(rows, comparison.reaches, strict=True):
+        spread = (
+            f'<span class="ci">{_number(reach.least_seconds)} to '
+            f"{_number(reach.most_seconds)}</span>"
+            if reach.reached > 1
+            else ""
+        )
+        row += [
+            f"{reach.reached} of {reach.runs}",
+            _reached(reach.seconds) + spread,
+            _reached(reach.steps),
+        ]
+    note += (
+        f" A run has reached {comparison.target:g} at its first evaluation there or above. Runs "
+        "that never did count as infinitely slow in the median; below it, the fastest and the "
+        "slowest of those that did."
+    )
+    return _card("Time", note, _group_table(comparison, head, rows))
+
+
+def _gradients(comparison: Comparison) -> str:
+    keys = [k for k in GRADIENTS if any(e[k].n for e in comparison.estimates)]
+    head = [("ESNR of the actor's gradient", "dB")]
+    head += [(f"gradient norm, {GRADIENTS[key]}", "before clipping") for key in keys]
+    head.append(("skipped updates", "non-finite"))
+    rows = [
+        [_mean(e[key], len(group.runs)) for key in ("esnr_db", *keys, "skipped_updates")]
+        for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True)
+    ]
+    note = "Median over each run, then the mean over runs; skipped updates: all of a run."
+    return _card("Gradients", note, _group_table(comparison, head, rows))
+
+
+def _runs(comparison: Comparison) -> str:
+    has_success = any(e["final_success"].n for e in comparison.estimates)
+    columns = [
+        ("configuration", "", True),
+        ("seed", "", False),
+        ("status", "", True),
+        ("steps", "environment steps", False),
+        ("final return", "mean ± std of episodes", False),
+        ("last evaluation", "return", False),
+        ("best evaluation", "return", False),
+        *([("goal held", "%", False)] if has_success else []),
+        ("time", "s", False),
+        ("directory", "", True),
+    ]
+    head = "<tr>" + "".join(_head(*column) for column in columns) + "</tr>"
+    rows = []
+    for index, group in enumerate(comparison.environment.groups):
+        for run in group.runs:
+            values = comparison.values[str(run.path)]
+            cells = [
+                str(run.seed),
+                _badge(run),
+                f"{run.env_steps:,}",
+                _final(run),
+                _number(values["last_return"]),
+                _number(values["best_return"]),
+                *([_number(100 * values["final_success"], 0)] if has_success else []),
+                _number(values["wall_time"]),
+                f"<code>{escape(str(run.path))}</code>",
+            ]
+            text = {1, len(cells) - 1}
+            rows.append(
+                f'<tr><th scope="row">{_swatch(index)}{escape(group.label)}</th>'
+                + "".join(
+                    f'<td class="text">{cell}</td>' if i in text else f"<td>{cell}</td>"
+                    for i, cell in enumerate(cells)
+                )
+                + "</tr>"
+            )
+    return _card("Runs", "", _table(head, rows))
+
+
+def _differences(environment: Environment) -> str:
+    found = environment.differences()
+    if not found:
+        return ""
+    head = (
+        '<tr><th class="text">key</th>'
+        + "".join(
+            f'<th class="text">{_swatch(i)}{escape(g.label)}</th>'
+            for i, g in enumerate(environment.groups)
+        )
+        + "</tr>"
+    )
+    rows = [
+        f'<tr><th scope="row"><code>{escape(key)}</code></th>'
+        + "".join(f'<td class="text"><code>{escape(_plain(v))}</code></td>' for v in values)
+        + "</tr>"
+        for key, values in found.items()
+    ]
+    note = "Every key of the configuration in which they are not all equal."
+    return _card("What the configurations differ in", note, _table(head, rows))
+
+
+def _scores(report: Report) -> str:
+    head = (
+        '<tr><th class="text">configuration</th><th>runs<span class="unit">per environment</span>'
+        "</th><th>score, interquartile mean</th><th>score, mean</th></tr>"
+    )
+    rows = [
+        f'<tr><th scope="row">{escape(s.label)}</th><td>{", ".join(map(str, s.runs))}</td>'
+        f"<td>{_iqm(s.estimate, s.estimate.n, 3)}</td><td>{_mean(s.estimate, s.estimate.n, 3)}</td>"
+        "</tr>"
+        for s in report.scores
+    ]
+    references = "; ".join(
+        f"{name}: {low:g} and {high:g}" for name, (low, high) in report.options.references.items()
+    )
+    note = (
+        f"Over {', '.join(report.scored)}. A score is a return on a scale with 0 and 1 at "
+        f"{references}. All runs of all environments are pooled; the bootstrap draws runs anew "
+        "within each environment."
+    )
+    return '<h2 id="across">All environments</h2>' + _card("Scores", note, _table(head, rows))
+
+
+def _left_out(report: Report) -> str:
+    if not report.left_out:
+        return ""
+    head = '<tr><th class="text">directory</th><th class="text">why</th></tr>'
+    rows = [
+        f'<tr><td class="text"><code>{escape(str(item.path))}</code></td>'
+        f'<td class="text">{escape(item.reason)}</td></tr>'
+        for item in report.left_out
+    ]
+    return '<h2 id="left-out">Runs left out</h2>' + _card("Not compared", "", _table(head, rows))
+
+
+def _method(report: Report) -> str:
+    return (
+        '<h2 id="method">How the numbers are made</h2><section class="card">'
+        "<p>Runs belong to one configuration if they differ in nothing but the seed and in keys "
+        "that do not change what is learnt (run directory, device, threads, checkpoints, "
+        "evaluations, logging). Returns are undiscounted sums of the environment's rewards over "
+        "real episodes of the deterministic policy.</p>"
+        "<p>The interquartile mean is the mean without the lowest and the highest quarter of the "
+        "runs (whole runs are cut: of four runs one at each end, of fewer none). Confidence "
+        "intervals are the 2.5th and the 97.5th percentile of "
+        f"{report.options.resamples:,} bootstrap resamples of the runs, each configuration in "
+        "each environment being a stratum of its own; bands of curves resample whole runs. "
+        "They speak of the spread between seeds alone. Agarwal et al., "
+        "<i>Deep Reinforcement Learning at the Edge of the Statistical Precipice</i>, "
+        "arXiv 2108.13264.</p>"
+        "<p>The budget is the number of environment steps up to which all finished runs of the "
+        "environment were evaluated (all runs, where none has finished).</p></section>"
+    )
+
+
+# --- elements -------------------------------------------------------------------------------------
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode("ascii")
+    wide = " wide" if picture.width > WIDE else ""
+    return (
+        f'<figure class="card{wide}"><h3>{escape(picture.title)}</h3>'
+        f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}" '
+        f'width="{picture.width}" height="{picture.height}">'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _card(title: str, note: str, content: str) -> str:
+    text = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'<section class="card"><h3>{escape(title)}</h3>{text}{content}</section>'
+
+
+def _table(head: str, rows: Sequence[str]) -> str:
+    return (
+        f'<div class="scroll"><table><thead>{head}</thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _group_table(
+    comparison: Comparison, head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]
+) -> str:
+    """One row a group; headings with their units."""
+    top = "<tr>" + _head("configuration", "", True)
+    top += "".join(_head(label, unit, False) for label, unit in head) + "</tr>"
+    body = [
+        f'<tr><th scope="row">{_swatch(i)}{escape(group.label)}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + "</tr>"
+        for i, (group, cells) in enumerate(zip(comparison.environment.groups, rows, strict=True))
+    ]
+    return _table(top, body)
+
+
+def _head(label: str, unit: str, text: bool) -> str:
+    shown = f'<span class="unit">{escape(unit)}</span>' if unit else ""
+    kind = ' class="text"' if text else ""
+    return f"<th{kind}>{escape(label)}{shown}</th>"
+
+
+def _swatch(index: int) -> str:
+    return f'<span class="swatch" style="background:{color_of(index)}"></span>'
+
+
+def _badge(run: Run) -> str:
+    kind = "badge" if run.finished else "badge open"
+    detail = "" if run.finished else f'<span class="ci">{escape(_detail(run))}</span>'
+    return f'<span class="{kind}">{escape(run.status)}</span>{detail}'
+
+
+def _detail(run: Run) -> str:
+    return run.progress().removeprefix(run.status).replace(", ", "; ").strip()
+
+
+def _seeds(group: Group) -> str:
+    shown = ", ".join(str(run.seed) for run in group.runs)
+    return f"{len(group.runs)}<span class=ci>{shown if len(shown) < 16 else ''}</span>"
+
+
+def _iqm(e: Estimate, runs: int, digits: int | None = None) -> str:
+    return _cell(e.iqm, e.iqm_interval, e.n, runs, digits)
+
+
+def _mean(e: Estimate, runs: int, digits: int | None = None) -> str:
+    return _cell(e.mean, e.mean_interval, e.n, runs, digits)
+
+
+def _cell(
+    value: float,
+    interval: Interval | None,
+    n: int = 0,
+    runs: int = 0,
+    digits: int | None = None,
+) -> str:
+    """A number, its interval below it, and how many runs have it where that is not all."""
+    if math.isnan(value):
+        return NONE
+    text = _number(value, digits)
+    if interval is not None:
+        text += (
+            f'<span class="ci">[{_number(interval.low, digits)}, '
+            f"{_number(interval.high, digits)}]</span>"
+        )
+    if n < runs:
+        text += f'<span class="ci">{n} of {runs} runs</span>'
+    return text
+
+
+def _percent(e: Estimate) -> Estimate:
+    return Estimate(
+        e.n, 100 * e.mean, _scaled(e.mean_interval), 100 * e.iqm, _scaled(e.iqm_interval)
+    )
+
+
+def _scaled(interval: Interval | None) -> Interval | None:
+    return None if interval is None else Interval(100 * interval.low, 100 * interval.high)
+
+
+def _final(run: Run) -> str:
+    if not run.finished or run.final is None:
+        return NONE
+    mean, std = run.final["reward_mean"], run.final.get("reward_std")
+    return _number(mean) + (f" ± {_number(std)}" if isinstance(std, (int, float)) else "")
+
+
+def _reached(value: float) -> str:
+    return _number(value) if math.isfinite(value) else "not reached"
+
+
+def _number(value: float, digits: int | None = None) -> str:
+    """A number for people: about four significant digits, a true minus sign."""
+    if not math.isfinite(value):
+        return NONE
+    if digits is None:
+        size = abs(value)
+        digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3
+        if 0 < size < 0.001:
+            return f"{value:.1e}".replace("-", "−")
+    text = f"{value:,.{digits}f}"
+    return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
+
+
+def _plain(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _id(environment: Environment) -> str:
+    return f"env-{environment.slug}"

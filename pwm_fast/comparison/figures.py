@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pwm_fast.comparison.curves import group_curve, thinned
+from pwm_fast.comparison.curves import group_curves, thinned
 from pwm_fast.comparison.groups import Group
 from pwm_fast.comparison.measures import GRADIENTS, Comparison
 from pwm_fast.comparison.runs import Run, Series
@@ -104,7 +104,7 @@ def _returns(comparison: Comparison, statistic: str, *, over_time: bool) -> Pict
         figure,
         "return_over_time" if over_time else "return_over_steps",
         f"Return over {where}",
-        f"Mean return of every evaluation. {_legend_text(statistic)} {extra}".strip(),
+        f"Mean return of every evaluation. {extra}".strip(),
     )
 
 
@@ -117,8 +117,8 @@ def _final(comparison: Comparison) -> Picture:
         figure,
         "final_return",
         measure.label[0].upper() + measure.label[1:],
-        "Dots are runs. The thick mark is the interquartile mean with its 95 % bootstrap "
-        "interval, the thin one below it the mean with its own. A single run has no interval.",
+        "Dots: runs. Thick mark: interquartile mean and its 95 % interval; thin mark below it: "
+        "mean and its own. A single run has no interval.",
     )
 
 
@@ -160,8 +160,8 @@ def _throughput(comparison: Comparison) -> Picture | None:
         figure,
         "throughput",
         "Throughput",
-        "Environment steps per second of collecting and learning, the median over a run's epochs; "
-        "marks as in the figure of the return. It depends on the machine and its load.",
+        "Environment steps per second, the median over the epochs of a run that learned; marks as "
+        "in the figure of the return. It depends on the machine and its load.",
     )
 
 
@@ -170,7 +170,7 @@ def _gradients(comparison: Comparison, statistic: str) -> Picture | None:
     keys = [k for k in GRADIENTS if any(len(r.series(k).values) for r in environment.runs)]
     if not keys:
         return None
-    figure, first = _figure(width=4.0 * len(keys) + 0.4, height=3.7, columns=len(keys))
+    figure, first = _figure(width=4.0 * len(keys) + 0.2, height=3.6, columns=len(keys))
     for axes, key in zip(np.atleast_1d(first), keys, strict=True):
         for index, group in enumerate(environment.groups):
             curves = [_positive(thinned(run.series(key))) for run in group.runs]
@@ -183,7 +183,7 @@ def _gradients(comparison: Comparison, statistic: str) -> Picture | None:
         figure,
         "gradient_norms",
         "Gradient norms",
-        f"Before clipping, on a logarithmic axis. {_legend_text(statistic)}",
+        "Before clipping, on a logarithmic axis.",
     )
 
 
@@ -212,7 +212,7 @@ def _over_steps(
     if level is not None:
         axes.axhline(level, color="0.35", linewidth=0.9, linestyle="--")
     _finish(axes, "environment steps")
-    return _picture(figure, name, title, f"{caption} {_legend_text(statistic)}")
+    return _picture(figure, name, title, caption)
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -238,25 +238,22 @@ def _draw_group(
         axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
         if not run.finished:
             axes.plot(x[-1:], y[-1:], "o", color=color, markerfacecolor="white", markersize=5)
-    together = group_curve(
-        [x for _, x, _ in drawn], [y for _, _, y in drawn], STATISTICS[statistic]
-    )
     label = _label(group, [run for run, _, _ in drawn])
-    if together is None:
-        if drawn:
-            axes.plot([], [], color=color, linestyle=style, linewidth=2.0, label=label)
-        return
-    if together.band is not None:
-        axes.fill_between(together.x, *together.band, color=color, alpha=0.17, linewidth=0)
-    axes.plot(
-        together.x,
-        together.center,
-        color=color,
-        linestyle=style,
-        linewidth=2.0,
-        marker="o" if len(together.x) == 1 else None,
-        label=label,
-    )
+    parts = group_curves([x for _, x, _ in drawn], [y for _, _, y in drawn], STATISTICS[statistic])
+    for part in parts:
+        whole = part.runs == len(drawn)
+        if part.band is not None:
+            alpha = 0.17 if whole else 0.08
+            axes.fill_between(part.x, *part.band, color=color, alpha=alpha, linewidth=0)
+        axes.plot(
+            part.x,
+            part.center,
+            color=color,
+            linestyle=style if whole else (0, (2, 1.2)),
+            linewidth=2.0 if whole else 1.6,
+            marker="o" if len(part.x) == 1 else None,
+            label=label if whole else None,
+        )
 
 
 def _draw_intervals(axes: Any, comparison: Comparison, key: str) -> None:
@@ -312,10 +309,13 @@ def _label(group: Group, runs: Sequence[Run]) -> str:
     return f"{text} ({count})"
 
 
-def _legend_text(statistic: str) -> str:
+def how_to_read(statistic: str) -> str:
+    """What lines, bands and circles of all curves mean."""
     return (
-        f"Thick line and band: {NAMES[statistic]} over runs and its 95 % bootstrap interval, up to "
-        "the end of the shortest run; thin lines: runs; open circles: where unfinished runs stand."
+        f"Thick lines: {NAMES[statistic]} over the runs of a configuration, solid as far as its "
+        "shortest run goes, then dashed over those that go on, while these are half of them or "
+        "more. Bands: 95 % bootstrap intervals. Thin lines: runs. Open circles: where unfinished "
+        "runs stand."
     )
 
 
@@ -323,7 +323,7 @@ def _rows_height(rows: int) -> float:
     return max(1.2 + 0.72 * rows, 2.6)
 
 
-def _figure(width: float = 6.6, height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
+def _figure(width: float = 6.0, height: float = 3.9, columns: int = 1) -> tuple[Any, Any]:
     # The object interface draws without a display and leaves pyplot's state to the user.
     from matplotlib.figure import Figure
 
@@ -350,5 +350,5 @@ def _picture(figure: Any, name: str, title: str, caption: str) -> Picture:
     FigureCanvasAgg(figure)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
-    width, height = (round(80 * inches) for inches in figure.get_size_inches())
+    width, height = (round(90 * inches) for inches in figure.get_size_inches())
     return Picture(name, title, caption, file.getvalue(), width, height)

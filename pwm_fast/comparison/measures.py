@@ -150,7 +150,8 @@ def measure(
             if target is not None
             else []
         ),
-        Measure("wall_time", "wall-clock time", "s"),
+        Measure("wall_time", "wall-clock time so far", "s"),
+        Measure("finished_wall_time", "wall-clock time of finished runs", "s"),
         Measure("throughput", "median throughput", "environment steps/s"),
         Measure("esnr_db", "median ESNR of the actor's gradient", "dB"),
         *(Measure(k, f"median gradient norm, {v}", "") for k, v in GRADIENTS.items()),
@@ -219,7 +220,8 @@ def _of_run(
         "auc": area(curve, budget),
         **{at_key(s): value_at(curve, s) for s in steps},
         "wall_time": _last(run.series("wall_time")),
-        "throughput": _median(run.series("steps_per_second")),
+        "finished_wall_time": _get(run.summary, "wall_time") if run.finished else math.nan,
+        "throughput": _throughput(run),
         "esnr_db": _median(run.series("esnr_db")),
         **{key: _median(run.series(key)) for key in GRADIENTS},
         "skipped_updates": _last(run.series("skipped_updates")),
@@ -254,6 +256,14 @@ def _censored_median(values: np.ndarray, there: np.ndarray) -> float:
 def _get(result: dict[str, object] | None, key: str) -> float:
     value = None if result is None else result.get(key)
     return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _throughput(run: Run) -> float:
+    """Over the epochs that learned: those of random actions alone are many times as fast."""
+    learned = run.series("wm_loss").steps
+    series = run.series("steps_per_second")
+    values = series.values[np.isin(series.steps, learned)]
+    return float(np.median(values)) if len(values) else math.nan
 
 
 def _median(series: Series) -> float:

@@ -6,9 +6,10 @@ import base64
 import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 import pwm_fast
-from pwm_fast.comparison.figures import Picture, color_of
+from pwm_fast.comparison.figures import Picture, color_of, how_to_read
 from pwm_fast.comparison.groups import Environment, Group
 from pwm_fast.comparison.measures import GRADIENTS, Comparison, at_key
 from pwm_fast.comparison.report import Report
@@ -43,7 +44,7 @@ def render(report: Report, pictures: Sequence[Sequence[Picture]], made: str) -> 
     if report.scores:
         parts.append(_scores(report))
     for comparison, figures in zip(report.comparisons, pictures, strict=True):
-        parts.append(_environment(comparison, figures))
+        parts.append(_environment(comparison, figures, report.options.statistic))
     parts += [_left_out(report), _method(report)]
     return _document(report.title, "\n".join(part for part in parts if part))
 
@@ -80,10 +81,10 @@ def _mind(notes: Sequence[str]) -> str:
     if not notes:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<section class="card mind"><h3>To mind</h3><ul>{items}</ul></section>'
+    return f'<section class="card mind"><h3>Notes</h3><ul>{items}</ul></section>'
 
 
-def _environment(comparison: Comparison, pictures: Sequence[Picture]) -> str:
+def _environment(comparison: Comparison, pictures: Sequence[Picture], statistic: str) -> str:
     environment = comparison.environment
     sections = [
         _results(comparison),
@@ -98,6 +99,7 @@ def _environment(comparison: Comparison, pictures: Sequence[Picture]) -> str:
         f"{_plural('run', len(environment.runs))} in {len(environment.groups)} "
         f"{_plural('configuration', len(environment.groups))}.</p>"
         + "".join(sections[:1])
+        + f'<p class="note">{escape(how_to_read(statistic))}</p>'
         + f'<div class="figures">{"".join(map(_figure, pictures))}</div>'
         + "".join(sections[1:])
         + _runs(comparison)
@@ -110,9 +112,9 @@ def _results(comparison: Comparison) -> str:
     has_success = any(e["final_success"].n for e in comparison.estimates)
     head = [
         ("seeds", ""),
-        (f"{measure.label}, interquartile mean", measure.unit),
+        (f"{measure.label}, IQM", measure.unit),
         (f"{measure.label}, mean", measure.unit),
-        ("area under the curve, interquartile mean", "return"),
+        ("area under the curve, IQM", "return"),
     ]
     if has_success:
         head.append(("goal held in the final evaluation, mean", "% of episodes"))
@@ -125,10 +127,11 @@ def _results(comparison: Comparison) -> str:
             _mean(e[measure.key], n),
             _iqm(e["auc"], n),
         ]
-        rows.append([*row, _mean(_percent(e["final_success"]), n)] if has_success else row)
+        rows.append([*row, _mean(_percent(e["final_success"]), n, 1)] if has_success else row)
     note = (
-        "Below each number its 95 % confidence interval. The area under the curve is the mean "
-        f"return from 0 to {comparison.budget:,.0f} environment steps: it rewards learning early."
+        "IQM: interquartile mean over seeds. Below each number its 95 % confidence interval. The "
+        "area under the curve is the mean return "
+        f"from 0 to {comparison.budget:,.0f} environment steps: it rewards learning early."
     )
     return _card("Result", note, _group_table(comparison, head, rows))
 
@@ -160,44 +163,48 @@ def _efficiency(comparison: Comparison) -> str:
         for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True)
     ]
     note = (
-        "Return at fixed environment steps: interquartile mean over the runs that got there, "
+        "Return at fixed environment steps: IQM over the runs that got there, "
         "between two evaluations by the line through both."
     )
     return _card("Sample efficiency", note, _group_table(comparison, head, rows))
 
 
 def _times(comparison: Comparison) -> str:
-    head = [("wall-clock time, mean", "s"), ("throughput, mean", "environment steps/s")]
+    head = [("time of finished runs, mean", "s"), ("throughput, mean", "environment steps/s")]
     rows = [
-        [_mean(e["wall_time"], len(group.runs)), _mean(e["throughput"], len(group.runs))]
+        [
+            _mean(e["finished_wall_time"], len(group.runs), 0),
+            _mean(e["throughput"], len(group.runs)),
+        ]
         for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True)
     ]
     note = (
-        "Throughput is the median over a run's epochs, of collecting and learning; the wall-clock "
+        "Throughput is the median over the epochs of a run that learned; the wall-clock "
         "time includes evaluations. Both depend on the machine and on what else ran there."
     )
     if comparison.target is None:
         note += " With --target RETURN the time to that return stands here, too."
         return _card("Time", note, _group_table(comparison, head, rows))
+    target = _number(comparison.target)
     head += [
-        (f"reached {comparison.target:g}", "runs"),
-        (f"time to {comparison.target:g}, median", "s"),
-        (f"steps to {comparison.target:g}, median", "environment steps"),
+        (f"reached {target}", "runs"),
+        (f"time to {target}, median", "s"),
+        (f"steps to {target}, median", "environment steps"),
     ]
     for row, reach in zip(rows, comparison.reaches, strict=True):
         spread = (
-            f'<span class="ci">{_number(reach.least_seconds)} to '
-            f"{_number(reach.most_seconds)}</span>"
+            f'<span class="ci">{_number(reach.least_seconds, 0)} to '
+            f"{_number(reach.most_seconds, 0)}</span>"
             if reach.reached > 1
             else ""
         )
         row += [
             f"{reach.reached} of {reach.runs}",
-            _reached(reach.seconds) + spread,
-            _reached(reach.steps),
+            _reached(reach.seconds, 0) + spread,
+            _reached(reach.steps, 0),
         ]
     note += (
-        f" A run has reached {comparison.target:g} at its first evaluation there or above. Runs "
+        f" A run has reached {target} at its first evaluation there or above. Runs "
         "that never did count as infinitely slow in the median; below it, the fastest and the "
         "slowest of those that did."
     )
@@ -240,16 +247,16 @@ def _runs(comparison: Comparison) -> str:
                 str(run.seed),
                 _badge(run),
                 f"{run.env_steps:,}",
-                _final(run),
+                f'<span class="whole">{_final(run)}</span>',
                 _number(values["last_return"]),
                 _number(values["best_return"]),
                 *([_number(100 * values["final_success"], 0)] if has_success else []),
-                _number(values["wall_time"]),
-                f"<code>{escape(str(run.path))}</code>",
+                _number(values["wall_time"], 0),
+                f'<code class="path">{_path(run.path)}</code>',
             ]
             text = {1, len(cells) - 1}
             rows.append(
-                f'<tr><th scope="row">{_swatch(index)}{escape(group.label)}</th>'
+                f"<tr>{_row_head(index, group)}"
                 + "".join(
                     f'<td class="text">{cell}</td>' if i in text else f"<td>{cell}</td>"
                     for i, cell in enumerate(cells)
@@ -308,7 +315,7 @@ def _left_out(report: Report) -> str:
         return ""
     head = '<tr><th class="text">directory</th><th class="text">why</th></tr>'
     rows = [
-        f'<tr><td class="text"><code>{escape(str(item.path))}</code></td>'
+        f'<tr><td class="text"><code>{_path(item.path)}</code></td>'
         f'<td class="text">{escape(item.reason)}</td></tr>'
         for item in report.left_out
     ]
@@ -368,9 +375,7 @@ def _group_table(
     top = "<tr>" + _head("configuration", "", True)
     top += "".join(_head(label, unit, False) for label, unit in head) + "</tr>"
     body = [
-        f'<tr><th scope="row">{_swatch(i)}{escape(group.label)}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + "</tr>"
+        f"<tr>{_row_head(i, group)}" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
         for i, (group, cells) in enumerate(zip(comparison.environment.groups, rows, strict=True))
     ]
     return _table(top, body)
@@ -382,13 +387,18 @@ def _head(label: str, unit: str, text: bool) -> str:
     return f"<th{kind}>{escape(label)}{shown}</th>"
 
 
+def _row_head(index: int, group: Group) -> str:
+    label = f"<span>{escape(group.label)}</span>"
+    return f'<th scope="row"><span class="key">{_swatch(index)}{label}</span></th>'
+
+
 def _swatch(index: int) -> str:
     return f'<span class="swatch" style="background:{color_of(index)}"></span>'
 
 
 def _badge(run: Run) -> str:
     kind = "badge" if run.finished else "badge open"
-    detail = "" if run.finished else f'<span class="ci">{escape(_detail(run))}</span>'
+    detail = "" if run.finished else f'<span class="detail">{escape(_detail(run))}</span>'
     return f'<span class="{kind}">{escape(run.status)}</span>{detail}'
 
 
@@ -447,25 +457,32 @@ def _final(run: Run) -> str:
     return _number(mean) + (f" ± {_number(std)}" if isinstance(std, (int, float)) else "")
 
 
-def _reached(value: float) -> str:
-    return _number(value) if math.isfinite(value) else "not reached"
+def _reached(value: float, digits: int) -> str:
+    return _number(value, digits) if math.isfinite(value) else "not reached"
 
 
 def _number(value: float, digits: int | None = None) -> str:
     """A number for people: about four significant digits, a true minus sign."""
     if not math.isfinite(value):
         return NONE
+    if value == 0:
+        return "0"
     if digits is None:
         size = abs(value)
         digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3
         if 0 < size < 0.001:
             return f"{value:.1e}".replace("-", "−")
     text = f"{value:,.{digits}f}"
-    return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
+    return text.replace("-", "−" if float(text.replace(",", "")) else "")
 
 
 def _plain(value: object) -> str:
     return "null" if value is None else str(value)
+
+
+def _path(path: Path) -> str:
+    """A path that may be broken after its slashes."""
+    return escape(str(path)).replace("/", "/<wbr>")
 
 
 def _plural(noun: str, count: int) -> str:

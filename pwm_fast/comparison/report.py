@@ -141,7 +141,8 @@ def _notes(
             "scales: each environment is compared by itself."
         )
     for comparison in comparisons:
-        notes += [f"{comparison.environment.label}: {text}" for text in _notes_of(comparison)]
+        where = f"{comparison.environment.label}: " if len(comparisons) > 1 else ""
+        notes += [f"{where}{text}" for text in _notes_of(comparison)]
     if len(references) > 1 and not scores:
         notes.append("No configuration was run in all environments with a score, so none is given.")
     return notes

@@ -12,7 +12,7 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: any
 h2 { font-size: 1.35rem; margin: 2.6rem 0 .2rem; padding-top: 1.3rem;
   border-top: 2px solid var(--ink); overflow-wrap: anywhere; }
 h3 { font-size: 1.02rem; margin: 0 0 .15rem; }
-p { margin: .3rem 0 .7rem; max-width: 78ch; }
+p { margin: .3rem 0 .7rem; max-width: 110ch; }
 a { color: var(--accent); }
 code { font: .88em/1.4 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
   overflow-wrap: anywhere; }
@@ -35,9 +35,14 @@ thead th { border-bottom: 1.5px solid var(--ink); font-weight: 600; vertical-ali
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th.text, td.text { text-align: left; }
 tbody th { text-align: left; font-weight: 600; min-width: 9rem; max-width: 24rem; }
+th.text, tbody th { overflow-wrap: anywhere; }
 .unit { display: block; font-weight: 400; color: var(--soft); font-size: .82rem; }
 .ci { display: block; color: var(--soft); font-size: .82rem; white-space: nowrap; }
-.swatch { display: inline-block; width: .72em; height: .72em; border-radius: 50%;
+.key { display: flex; align-items: baseline; }
+.whole { white-space: nowrap; }
+.detail { display: block; color: var(--soft); font-size: .82rem; }
+code.path { display: block; min-width: 14rem; }
+.swatch { display: inline-block; flex: none; width: .72em; height: .72em; border-radius: 50%;
   margin-right: .5em; }
 .badge { display: inline-block; padding: 0 .5em; border-radius: 1em; font-size: .8rem;
   background: #e6f2ea; color: #17643a; white-space: nowrap; }

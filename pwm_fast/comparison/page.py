@@ -19,6 +19,7 @@ from pwm_fast.comparison.style import CSS
 
 WIDE = 800  # figures of more pixels take the whole width
 NONE = "–"
+SHORT = 24  # characters of a label that is not broken
 # Nothing is fetched or run, whatever the text of a run directory says.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -273,7 +274,7 @@ def _differences(environment: Environment) -> str:
     head = (
         '<tr><th class="text">key</th>'
         + "".join(
-            f'<th class="text">{_swatch(i)}{escape(g.label)}</th>'
+            f'<th class="text">{_swatch(i)}{_label(g)}</th>'
             for i, g in enumerate(environment.groups)
         )
         + "</tr>"
@@ -388,8 +389,13 @@ def _head(label: str, unit: str, text: bool) -> str:
 
 
 def _row_head(index: int, group: Group) -> str:
-    label = f"<span>{escape(group.label)}</span>"
-    return f'<th scope="row"><span class="key">{_swatch(index)}{label}</span></th>'
+    return f'<th scope="row"><span class="key">{_swatch(index)}{_label(group)}</span></th>'
+
+
+def _label(group: Group) -> str:
+    """On one line, unless it is long."""
+    kind = "whole" if len(group.label) <= SHORT else "long"
+    return f'<span class="{kind}">{escape(group.label)}</span>'
 
 
 def _swatch(index: int) -> str:

@@ -35,7 +35,7 @@ thead th { border-bottom: 1.5px solid var(--ink); font-weight: 600; vertical-ali
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th.text, td.text { text-align: left; }
 tbody th { text-align: left; font-weight: 600; min-width: 9rem; max-width: 24rem; }
-th.text, tbody th { overflow-wrap: anywhere; }
+.long { overflow-wrap: anywhere; }
 .unit { display: block; font-weight: 400; color: var(--soft); font-size: .82rem; }
 .ci { display: block; color: var(--soft); font-size: .82rem; white-space: nowrap; }
 .key { display: flex; align-items: baseline; }

@@ -87,6 +87,14 @@ def test_page_in_a_browser(width: int, made: tuple[Path, Report], browser: Brows
             ".map(e => e.parentElement.querySelector('h3').textContent)"
         )
         assert scrolling == [], "every table fits"
+        lines = browser.value(
+            "[...document.querySelectorAll('th .whole')].map(e => e.getClientRects().length)"
+        )
+        assert set(lines) == {1}, "short labels are not broken"
+        assert browser.value(
+            "[...document.querySelectorAll('th .whole')].some(e => "
+            "e.textContent == 'pwm_tiny_flow')"
+        )
     smallest = browser.value(
         "Math.min(...[...document.querySelectorAll('td, th, p, li, figcaption, span')]"
         ".map(e => parseFloat(getComputedStyle(e).fontSize)))"

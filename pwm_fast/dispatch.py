@@ -8,9 +8,9 @@ Backends of an operation are tried in order; each says why it cannot run, or Non
 - ``reference``: plain PyTorch with autograd's own gradients. It runs everything, differentiates
   twice, and is the truth.
 
-``auto`` takes the first that can run. The choice is made by, in this order: the ``backend`` argument
-of a call, the innermost :func:`backend` context, the environment variable ``PWM_FAST_BACKEND``,
-``auto``.
+``auto`` takes the first that can run. The choice is made by, in this order: the ``backend``
+argument of a call, the innermost :func:`backend` context, the environment variable
+``PWM_FAST_BACKEND``, ``auto``.
 """
 
 from __future__ import annotations

@@ -120,12 +120,13 @@ def act_norm_mlp(
 
 def act_norm_layers(net: nn.Sequential) -> list[Layer]:
     """The parameters of an :func:`act_norm_mlp` as the operations take them."""
-    *hidden, last = net
-    layers = []
-    for linear, _, norm in zip(hidden[::3], hidden[1::3], hidden[2::3], strict=True):
-        layers.append(
-            Layer(linear.weight, linear.bias, norm.weight, norm.bias, act="mish", eps=norm.eps)
-        )
+    linears = [m for m in net if isinstance(m, nn.Linear)]
+    norms = [m for m in net if isinstance(m, nn.LayerNorm)]
+    *hidden, last = linears
+    layers = [
+        Layer(linear.weight, linear.bias, norm.weight, norm.bias, act="mish", eps=norm.eps)
+        for linear, norm in zip(hidden, norms, strict=True)
+    ]
     return [*layers, Layer(last.weight, last.bias)]
 
 

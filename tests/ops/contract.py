@@ -331,7 +331,125 @@ def _build_field(batch: int, width: int, g: torch.Generator) -> Inputs:
     return data | _build_net(width + 3 + 1 + 5, width, g)
 
 
+def _rollout_case(name: str, dynamics: Callable[[Inputs], ops.Dynamics], imagined: bool) -> Case:
+    """Two macro steps; ``imagined`` with a policy, detached from the latents or not by the name.
+
+    A fold is what runs where the dynamics are frozen: their gradients are compared in float64
+    alone.
+    """
+    one_shot = name.endswith("map")
+    simnorm = one_shot or name.endswith("simnorm_head")
+    detach = "attached" not in name
+
+    def build(batch: int, width: int, g: torch.Generator) -> Inputs:
+        width = _eights(width) if simnorm else width
+        inputs = width + 3 + 5 + (not one_shot)
+        data = {"z": _normal(g, batch, width), "task": _normal(g, batch, 5)}
+        data |= _layer_inputs("hidden", random_layer(inputs, 33, generator=g))
+        data |= _layer_inputs("middle", random_layer(33, 29, generator=g))
+        data |= _layer_inputs("last", random_layer(29, width, norm=simnorm, generator=g))
+        if not imagined:
+            return data | {"a": _normal(g, 2, batch, 3)}
+        data |= {"noise": _normal(g, 2, batch, 3), "std": 0.2 + _uniform(g, 3)}
+        data |= _layer_inputs("policy", random_layer(width, 31, generator=g))
+        return data | _layer_inputs("mu", random_layer(31, 3, norm=False, generator=g))
+
+    def call(i: Inputs) -> Outputs:
+        if not imagined:
+            return (ops.latent_rollout(i["z"], i["a"], dynamics(i), task=i["task"]),)
+        policy = ops.Policy([_layer(i, "policy", "mish"), _layer(i, "mu", "none")], i["std"])
+        # Without heads worth the name: their gradients are those of mlp, tested for themselves.
+        heads = ops.Heads([Layer(i["z"].new_zeros(1, i["z"].shape[1] + 8))])
+        result = ops.imagine(
+            i["z"],
+            policy,
+            dynamics(i),
+            heads,
+            noise=i["noise"],
+            detach=detach,
+            task=i["task"],
+        )
+        return result.z, result.action
+
+    def torch_step(z: Tensor, a: Tensor, i: Inputs) -> Tensor:
+        def net(x: Tensor) -> Tensor:
+            h = _torch_linear_norm_act(x, i, "hidden", "mish")
+            h = _torch_linear_norm_act(h, i, "middle", "mish")
+            return _torch_linear_norm_act(h, i, "last", "simnorm" if simnorm else "none")
+
+        def velocity(z: Tensor, tau: float) -> Tensor:
+            return net(torch.cat((z, a, z.new_full((z.shape[0], 1), tau), i["task"]), dim=1))
+
+        if one_shot:
+            return net(torch.cat((z, i["task"], a), dim=1))
+        flow = dynamics(i)
+        assert isinstance(flow, ops.Flow)
+        dt = 1.0 / flow.substeps
+        for k in range(flow.substeps):
+            k1 = velocity(z, k * dt)
+            if flow.method == "euler":
+                z = z + dt * k1
+            else:
+                z = z + (0.5 * dt) * (k1 + velocity(z + dt * k1, (k + 1) * dt))
+        return z
+
+    def torch_call(i: Inputs) -> Outputs:
+        z, zs, actions = i["z"], [i["z"]], []
+        for t in range(2):
+            if imagined:
+                x = z.detach() if detach else z
+                h = F.mish(F.linear(x, i["policy.weight"], i["policy.bias"]))
+                mu = F.linear(_torch_norm(h, i, "policy"), i["mu.weight"], i["mu.bias"])
+                actions.append(torch.tanh(mu + i["std"] * i["noise"][t]))
+            z = torch_step(z, actions[-1] if imagined else i["a"][t], i)
+            zs.append(z)
+        return (torch.stack(zs), torch.stack(actions)) if imagined else (torch.stack(zs),)
+
+    frozen = tuple(
+        f"{layer}.{field}" for layer in ("hidden", "middle", "last") for field in PARAMETERS
+    )
+    return Case(
+        name,
+        build,
+        call,
+        torch_call,
+        rows=("z", "task"),
+        constants=("noise", *frozen) if "folded" in name else ("noise",),
+        widths=(1, 7, 510),
+    )
+
+
+def _dynamics(
+    method: str, fold: bool = False, last: Activation = "none"
+) -> Callable[[Inputs], ops.Dynamics]:
+    def build(i: Inputs) -> ops.Dynamics:
+        net = [
+            _layer(i, "hidden", "mish"),
+            _layer(i, "middle", "mish"),
+            _layer(i, "last", last),
+        ]
+        if method == "map":
+            return ops.LatentMap(net)
+        return ops.Flow(net, 2, method, fold=fold)  # type: ignore[arg-type]
+
+    return build
+
+
+ROLLOUTS = tuple(
+    _rollout_case(f"{kind}_{name}", dynamics, imagined)
+    for kind, imagined in (("rollout", False), ("imagine", True), ("imagine_attached", True))
+    for name, dynamics in (
+        ("heun", _dynamics("heun")),
+        ("heun_folded", _dynamics("heun", fold=True)),
+        ("euler", _dynamics("euler")),
+        ("euler_folded", _dynamics("euler", fold=True)),
+        ("simnorm_head", _dynamics("heun", last="simnorm")),
+        ("map", _dynamics("map", last="simnorm")),
+    )
+)
+
 CASES = (
+    *ROLLOUTS,
     Case(
         "simnorm",
         lambda b, w, g: {"x": _normal(g, b, _eights(w), scale=2.0)},

@@ -174,7 +174,10 @@ def pack(
         w_z, w_a, tau, w_task = parts
         w_tau = tau.squeeze(1) if flow else None
     if fold is None:
-        fold = flow and can_fold(net) and fold_pays(net, latent)
+        # With weight gradients the fold's own products eat most of what it spares, and its rounding
+        # nearly doubles the error of the last layer's gradient (docs/performance.md).
+        (wgrad,) = _grads(layer_tensors(net))
+        fold = flow and not wgrad and can_fold(net) and fold_pays(net, latent)
     specs = list(specs_of(net))
     norm = [first.ln_weight, first.ln_bias]
     params = [t.contiguous() for t in norm if t is not None]
@@ -183,9 +186,11 @@ def pack(
     else:
         head = others[-1]
         params += _flat(others[:-1])
-        params.append(w_z @ head.weight)
+        # In float64: rounding of W13 would enter every evaluation of the whole rollout.
+        wide = w_z.double()
+        params.append((wide @ head.weight.double()).to(w_z.dtype))
         if head.bias is not None:
-            params.append(w_z @ head.bias)
+            params.append((wide @ head.bias.double()).to(w_z.dtype))
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias)

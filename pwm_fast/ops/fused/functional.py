@@ -46,7 +46,7 @@ def mlp_backward(
     needs: Sequence[bool],
     wgrad: bool,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients towards the inputs that ``needs`` names, and towards the parameters if ``wgrad``."""
+    """Gradients towards the inputs that ``needs`` names, and the parameters' if ``wgrad``."""
     layers = split_params(specs, params)
     stack = _mlp_stack(kernels, specs, layers, inputs[0].shape[0], True, wgrad, saved)
     stack.start_backward(keep_first=False)
@@ -135,7 +135,7 @@ def flatten_grads(
 def dynamics_weights(
     spec: DynamicsSpec, w_z: Tensor, w_tau: Tensor | None, params: Sequence[Tensor]
 ) -> DynamicsWeights:
-    """Sort an op's flat list: ``gamma, beta`` of the first layer, then the others, then fold's head."""
+    """Sort an op's flat list: the first layer's ``gamma, beta``, the others, then fold's head."""
     first, *others = spec.layers
     n = 2 if first.norm else 0
     gamma, beta = (params[0], params[1]) if n else (None, None)
@@ -266,7 +266,7 @@ def imagine_backward(
     actor_wgrad: bool,
 ) -> tuple[DynamicsGrads, list[Tensor | None], Tensor, Tensor, list[Tensor | None]]:
     """Gradients: dynamics', its flat parameters', ``w_a``'s, ``std``'s, and the actor's."""
-    horizon, batch, width = noise.shape
+    horizon, batch = noise.shape[:2]
     weights = dynamics_weights(spec, w_z, w_tau, params)
     layers = split_params(actor_specs, actor)
     own = _count_actor_buffers(actor_specs, actor_wgrad)

@@ -1,9 +1,9 @@
 """Latent rollouts: H macro steps of a velocity field or of one-shot dynamics, and their adjoint.
 
-The first layer's product is linear in its inputs, so everything in it that does not change within a
-macro step (action, task, bias) arrives as one term ``c``, and the flow time as a rank-1 term. With a
-linear velocity head the hidden pre-activation ``p = W1z z`` can be carried through the substeps in
-place of ``z`` (*fold*): ``W13 = W1z W3`` then takes the place of two products.
+The first layer's product is linear in its inputs, so everything in it that does not change within
+a macro step (action, task, bias) arrives as one term ``c``, and the flow time as a rank-1 term.
+With a linear velocity head the hidden pre-activation ``p = W1z z`` can be carried through the
+substeps in place of ``z`` (*fold*): ``W13 = W1z W3`` then takes the place of two products.
 """
 
 from __future__ import annotations

@@ -1,0 +1,80 @@
+"""Every backend keeps the contract, and all agree where several can run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from pwm_fast import dispatch
+from pwm_fast.ops.fused.native import why_missing
+from tests.ops.contract import CASES, ROLLOUTS, Case, check
+from tests.ops.test_contract import expanded, strided, transposed
+
+FUSED = tuple(
+    case
+    for case in CASES
+    if case in ROLLOUTS
+    or case.name.startswith(("mlp", "linear_norm_act", "velocity_field", "flow_step"))
+    or case.name in ("linear_act_norm", "linear_act_norm_ensemble_shared_input")
+)
+NATIVE = (
+    *FUSED,
+    *(
+        case
+        for case in CASES
+        if case.name.startswith(("layer_norm_act", "simnorm"))
+        or case.name in ("two_hot_decode", "two_hot_cross_entropy")
+    ),
+)
+needs_native = pytest.mark.skipif(
+    why_missing() is not None, reason=f"no native kernels: {why_missing()}"
+)
+
+
+def names(cases: tuple[Case, ...]) -> list[str]:
+    return [case.name for case in cases]
+
+
+@pytest.mark.parametrize("case", FUSED, ids=names(FUSED))
+def test_algebra_in_float64(case: Case) -> None:
+    """Hoisting, fold and batched gradients change nothing but rounding."""
+    case = dataclasses.replace(case, constants=tuple({*case.constants} & {"noise"}))
+    with dispatch.backend("torch"):
+        for batch in (1, 7):
+            for width in (7, 33):
+                check(case, case.inputs(batch, width, torch.float64))
+        inputs = case.inputs(7, 7, torch.float64)
+        check(case, inputs, summed=True)
+        check(case, {name: strided(x) for name, x in inputs.items()})
+        check(case, {name: transposed(x) for name, x in inputs.items()})
+        check(case, inputs | {name: expanded(inputs[name]) for name in case.rows})
+
+
+@pytest.mark.parametrize("case", FUSED, ids=names(FUSED))
+def test_algebra_in_float32(case: Case) -> None:
+    """What ``auto`` does not take keeps the 2x rule as well."""
+    with dispatch.backend("torch"):
+        for batch, width in ((7, 7), (199, 33)):
+            check(case, case.inputs(batch, width, torch.float32))
+
+
+@needs_native
+@pytest.mark.parametrize("case", NATIVE, ids=names(NATIVE))
+def test_native_runs_what_auto_takes(case: Case) -> None:
+    """Asking for native raises nothing: the contract of ``auto`` in float32 was native's."""
+    with dispatch.backend("native"):
+        check(case, case.inputs(5, case.widths[1], torch.float32))
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("case", ROLLOUTS[:4], ids=names(ROLLOUTS[:4]))
+def test_any_number_of_threads(case: Case, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(case, case.inputs(199, 510, torch.float32))
+    finally:
+        torch.set_num_threads(before)

@@ -7,11 +7,16 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from pwm_fast import checkpoint
+from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
+from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.envs import VectorEnv, make
 from pwm_fast.replay import Replay
@@ -54,6 +59,54 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")  # the settings that cuBLAS documents as reproducible
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Inside, torch computes the same bits every time, or raises where an operation cannot.
+
+    For one machine, one installation and one number of threads. Sets torch's deterministic
+    algorithms, cuDNN's flags and, before cuBLAS makes its first workspace, CUBLAS_WORKSPACE_CONFIG;
+    puts all of them back at the end.
+
+    Args:
+        enabled: False changes nothing.
+
+    Raises:
+        ConfigError: CUBLAS_WORKSPACE_CONFIG has a value under which cuBLAS is not reproducible.
+    """
+    if not enabled:
+        yield
+        return
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    given = os.environ.get(name)
+    if given is not None and given not in CUBLAS_DETERMINISTIC:
+        raise ConfigError(
+            f"deterministic=true needs {name} to be unset or one of "
+            f"{', '.join(CUBLAS_DETERMINISTIC)}, got {given!r}"
+        )
+    cudnn = torch.backends.cudnn
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+    )
+    os.environ.setdefault(name, CUBLAS_DETERMINISTIC[0])
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    # Setting the number, even to what it is, keeps MKL from taking fewer threads at times.
+    torch.set_num_threads(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark = before[2:]
+        if given is None:
+            os.environ.pop(name, None)
+
+
 def make_env(config: TrainConfig, num_envs: int, seed: int) -> VectorEnv:
     """The environment of a run, with ``num_envs`` worlds.
 
@@ -85,6 +138,36 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
             can_terminate=env.can_terminate,
             device=device,
         )
+
+
+def load_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration of a checkpoint's run, and the checkpoint's content.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is of another version.
+    """
+    content = checkpoint.load(path)
+    try:
+        return configuration.from_dict(content["config"]), content
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is of another version of pwm_fast: {error}") from error
+
+
+def restore_agent(
+    path: Path, config: TrainConfig, content: dict[str, Any], env: VectorEnv, device: torch.device
+) -> PWM:
+    """The agent of a checkpoint that :func:`load_run` read, without its optimisers' states.
+
+    Raises:
+        ConfigError: it cannot be made.
+        CheckpointError: the content does not fit its own configuration.
+    """
+    agent = make_agent(config, env, device)
+    try:
+        agent.load_state_dict(content["agent"], optimizers=False)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
+    return agent
 
 
 def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Replay:

@@ -29,6 +29,7 @@ KEYS = {
     "rng",  # states of the random number generators
     "replay",  # None but in `latest`
 }
+# Also, if the checkpoint is new enough: "data", what the replay was filled with at the start.
 
 
 class CheckpointError(RuntimeError):

@@ -61,7 +61,7 @@ def main(
         try:
             status = command(cfg)
         except USER_ERRORS as error:
-            if _tracebacks():
+            if tracebacks():
                 raise
             print(f"error: {message(error)}", file=sys.stderr)
             status = 2
@@ -75,7 +75,7 @@ def main(
     except JobFailed as error:
         status = error.status
     except (HydraException, OmegaConfBaseException) as error:
-        if _tracebacks():
+        if tracebacks():
             raise
         _fail(composition_message(error))
     except KeyboardInterrupt:
@@ -149,7 +149,8 @@ def composition_message(error: BaseException) -> str:
     return f"{said} {listed}".strip()
 
 
-def _tracebacks() -> bool:
+def tracebacks() -> bool:
+    """The user asks for the traceback of everything."""
     return bool(os.environ.get("PWM_FAST_TRACEBACK"))
 
 

@@ -396,6 +396,31 @@ class WandbConfig:
 
 
 @dataclass
+class DataConfig:
+    """Offline data that the replay holds before the first epoch (``docs/reproducibility.md``).
+
+    Attributes:
+        path: a registered folder of episodes, .npz or .pt, or one such file; null for none.
+        manifest: its manifest; null is ``manifest.json`` in the folder, or
+            ``<file>.manifest.json`` beside the file.
+    """
+
+    path: str | None = None
+    manifest: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("path", "manifest"):
+            value = getattr(self, name)
+            _require(value != "", f"data.{name}", value, "a path or null")
+        _require(
+            self.manifest is None or self.path is not None,
+            "data.manifest",
+            self.manifest,
+            "null where data.path is null",
+        )
+
+
+@dataclass
 class EnvConfig:
     """Worlds to act in.
 
@@ -431,9 +456,13 @@ class TrainConfig:
         num_envs: number of worlds; null is ``env.num_envs``.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
+        deterministic: the same metrics to the bit whenever the run is repeated on one machine with
+            as many threads; an operation that cannot give that raises.
+        record_host: write the machine's host name into the run's ``provenance.json``.
         run_dir: where everything of the run is written.
         resume: ``auto`` continues a run found in ``run_dir``, a path continues that checkpoint,
             null refuses a ``run_dir`` that holds a run.
+        data: offline data.
         checkpoint: checkpoints.
         eval: evaluation.
         esnr: gradient signal-to-noise ratio.
@@ -447,8 +476,11 @@ class TrainConfig:
     num_envs: int | None = None
     device: str = "auto"
     threads: int | None = None
+    deterministic: bool = False
+    record_host: bool = False
     run_dir: str = "runs/default"
     resume: str | None = "auto"
+    data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     esnr: EsnrConfig = field(default_factory=EsnrConfig)

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pwm_fast import build, checkpoint, cli, files, metrics
-from pwm_fast import config as configuration
-from pwm_fast.checkpoint import CheckpointError
+from pwm_fast import build, cli, files, metrics
 from pwm_fast.config import ConfigError
 from pwm_fast.evaluation import evaluate
 
@@ -64,17 +62,9 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     path = Path(config.checkpoint).expanduser()
     device = build.select_device(config.device)
     build.set_threads(config.threads)
-    content = checkpoint.load(path)
-    try:
-        run = configuration.from_dict(content["config"])
-    except ConfigError as error:
-        raise CheckpointError(f"{path} is of another version of pwm_fast: {error}") from error
+    run, content = build.load_run(path)
     with closing(build.make_env(run, config.episodes, config.seed)) as env:
-        agent = build.make_agent(run, env, device)
-        try:
-            agent.load_state_dict(content["agent"], optimizers=False)
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
+        agent = build.restore_agent(path, run, content, env, device)
         result = evaluate(agent, env, config.seed)
     return {
         "checkpoint": str(path),

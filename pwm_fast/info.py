@@ -31,29 +31,32 @@ def report() -> dict[str, str]:
         "pwm_fast": f"{pwm_fast.__version__} in {os.path.dirname(pwm_fast.__file__)}",
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
-        "cpu": f"{_cpu_name()}, {_cpus()} usable",
+        "cpu": f"{cpu_name()}, {usable_cpus()} usable",
     }
-    rows.update({name: _version(name) for name in PACKAGES})
+    rows.update({name: package_version(name) for name in PACKAGES})
     rows.update(_native())
     rows.update(_devices())
     rows.update({name: os.environ[name] for name in VARIABLES if name in os.environ})
     return rows
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Version of an installed distribution, or ``not installed``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _cpus() -> int:
+def usable_cpus() -> int:
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # what this process may use, not what the machine has
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [
@@ -78,6 +81,14 @@ def _native() -> dict[str, str]:
         "native flags": str(build["flags"]),
         "native CUDA": "yes" if build["cuda"] else f"no: {build['cuda_detail']}",
     }
+
+
+def native_isa() -> str | None:
+    """The native extension's instruction set; None where it is not built or broken."""
+    try:
+        return str(import_module("pwm_fast._C").cpu_isa())
+    except ImportError:
+        return None
 
 
 def _devices() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,22 @@ class Windows(NamedTuple):
     terminated: Tensor
 
 
+class Episode(NamedTuple):
+    """An episode of T steps in one world.
+
+    Attributes:
+        obs: ``[T+1, O]``; the last is the one after the last step.
+        action: ``[T, A]`` in [-1, 1].
+        reward: ``[T]``.
+        terminated: bool ``[T]``; True at most at the last step.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+
+
 class Replay:
     """Stores the steps of N worlds and samples windows that never cross an episode's end.
 
@@ -33,7 +51,7 @@ class Replay:
     action; if it ended, the row stays as the terminal observation and the next episode starts
     behind it. A window may therefore end on the observation after any transition, terminal or not,
     and none crosses from one episode into the next. Only ``__len__``, :meth:`num_windows`,
-    :meth:`state_dict` and :meth:`load_state_dict` wait for the device.
+    :meth:`add_episodes`, :meth:`state_dict` and :meth:`load_state_dict` wait for the device.
 
     Args:
         capacity: transitions to hold, over all worlds.
@@ -111,6 +129,45 @@ class Replay:
 
         self._length.masked_fill_(done, 0)
         self._cursor = torch.where(done, (self._cursor + 2) % self.rows, following)
+        self._window_cdf = self._row_cdf = None
+
+    def add_episodes(self, episodes: Sequence[Episode]) -> None:
+        """Store whole episodes, which are all at hand, before any step was added.
+
+        Each goes to the world whose ring is the emptiest then. Like steps that were added, they are
+        overwritten, the first ones first, when the ring has come round.
+
+        Args:
+            episodes: of any lengths of 1 step or more.
+
+        Raises:
+            ValueError: the replay holds something already, or not all of it has room.
+        """
+        if len(self):
+            raise ValueError(f"episodes go into an empty replay; it holds {len(self)} transitions")
+        emptiest = [(0, world) for world in range(self.num_envs)]
+        places = []
+        for episode in episodes:  # one more row than steps: the last observation
+            used, world = heapq.heappop(emptiest)
+            places.append((world, used))
+            heapq.heappush(emptiest, (used + len(episode.obs), world))
+        most = max(used for used, _ in emptiest)
+        if most > self.rows:
+            raise ValueError(
+                f"{len(episodes)} episodes with {sum(len(e.action) for e in episodes)} transitions "
+                f"do not fit: alg.replay_capacity must be at least {most * self.num_envs} for "
+                f"{self.num_envs} worlds, got {self.rows * self.num_envs}"
+            )
+        for (world, start), episode in zip(places, episodes, strict=True):
+            steps = len(episode.action)
+            tail = torch.zeros(1, self._data.shape[-1] - self.obs_dim)
+            parts = (episode.action, episode.reward[:, None], episode.terminated[:, None])
+            rest = torch.cat([torch.cat([p.to(tail) for p in parts], dim=-1), tail])
+            rows = torch.cat([episode.obs.to(tail), rest], dim=-1)
+            self._data[world, start : start + steps + 1] = rows.to(self.device)
+            self._run[world, start : start + steps] = torch.arange(1, steps + 1)
+        for used, world in emptiest:
+            self._cursor[world] = used % self.rows
         self._window_cdf = self._row_cdf = None
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Windows:

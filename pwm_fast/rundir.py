@@ -7,17 +7,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
-from pwm_fast import checkpoint, files, metrics
+from pwm_fast import checkpoint, files, metrics, provenance
 from pwm_fast import config as configuration
 from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.provenance import flat
 
 # What may differ between a run and the process that continues it.
 FREE_KEYS = (
     "epochs",
     "device",
     "threads",
+    "deterministic",
+    "record_host",
     "run_dir",
     "resume",
+    "data.manifest",
     "checkpoint",
     "eval",
     "wandb",
@@ -35,7 +39,8 @@ class Source(NamedTuple):
 class RunDirectory:
     """Creates a run's directory and locks it for this process, as a context.
 
-    Layout: ``config.yaml``, ``metrics.jsonl``, ``summary.json``, ``checkpoints/``, ``plots/``.
+    Layout: ``config.yaml``, ``provenance.json``, ``metrics.jsonl``, ``summary.json``,
+    ``checkpoints/``, ``plots/``.
 
     Args:
         path: the directory; made with its parents on entry.
@@ -49,6 +54,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
+        self.provenance = path / "provenance.json"
         self.summary = path / "summary.json"
         self._lock: TextIO | None = None
 
@@ -93,6 +99,7 @@ class RunDirectory:
                 checkpoint is past ``config.epochs``.
             CheckpointError: the checkpoint cannot be read.
         """
+        provenance.read(self.provenance)  # a damaged record is said before anything is written
         auto = config.resume == "auto"
         if config.resume is None or auto:
             path = self._newest()
@@ -128,12 +135,42 @@ class RunDirectory:
         done = summary.get("status") == "finished" and summary.get("epochs") == config.epochs
         return summary if done and source.content["epoch"] == config.epochs else None
 
-    def begin(self, config: TrainConfig) -> None:
-        """Record the configuration of the work that starts now; the last summary is outdated."""
+    def begin(
+        self, config: TrainConfig, record: dict[str, Any], source: Source | None = None
+    ) -> None:
+        """Record the configuration of the work that starts now; the last summary is outdated.
+
+        Args:
+            config: of the work.
+            record: added to ``provenance.json``, with what the work continues.
+            source: the checkpoint that it continues.
+
+        Raises:
+            ConfigError: ``provenance.json`` is damaged.
+            OSError: a file cannot be written; it names the file.
+        """
         from omegaconf import OmegaConf
 
-        files.write_text(self.config, OmegaConf.to_yaml(configuration.to_dict(config)))
+        values = configuration.to_dict(config)
+        record = {**record, "continues": None}
+        if source is not None:
+            before = source.content["config"]
+            record["continues"] = {
+                "checkpoint": self._shown(source.path),
+                "epoch": source.content["epoch"],
+                "config_sha256": provenance.config_sha256(before),
+                "config_changes": provenance.changes(before, values),
+            }
+        provenance.append(self.provenance, record)
+        files.write_text(self.config, OmegaConf.to_yaml(values))
         self.summary.unlink(missing_ok=True)
+
+    def _shown(self, path: Path) -> str:
+        """A path within the run directory relative to it, which may be moved."""
+        try:
+            return path.resolve().relative_to(self.path.resolve()).as_posix()
+        except ValueError:
+            return str(path)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""
@@ -171,7 +208,7 @@ class RunDirectory:
 
 def refuse_other_config(saved: dict[str, Any], config: TrainConfig, path: Path) -> None:
     """Raise ConfigError, naming every key, if ``config`` is not the ``saved`` one of ``path``."""
-    before, now = flatten(saved), flatten(configuration.to_dict(config))
+    before, now = flat(saved), flat(configuration.to_dict(config))
     different = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
@@ -183,14 +220,3 @@ def refuse_other_config(saved: dict[str, Any], config: TrainConfig, path: Path) 
             f"{path} is of a run with another configuration: {'; '.join(different)}. Give this run "
             "another run_dir, or name a checkpoint (resume=PATH) to continue it with new settings"
         )
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with the keys of the levels joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from pwm_fast import build, cli
+from pwm_fast import build, cli, provenance
 from pwm_fast import config as configuration
 from pwm_fast.config import TrainConfig
+from pwm_fast.data import offline
 from pwm_fast.interrupt import Interrupt
 from pwm_fast.logger import RunLogger
 from pwm_fast.rundir import RunDirectory
@@ -36,7 +37,10 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
     device = build.select_device(config.device)
     build.set_threads(config.threads)
     build.seed_everything(config.seed)
-    with closing(build.make_env(config, config.worlds, config.seed)) as env:
+    with (
+        build.deterministic(config.deterministic),
+        closing(build.make_env(config, config.worlds, config.seed)) as env,
+    ):
         agent = build.make_agent(config, env, device)
         replay = build.make_replay(config, env, device)
         with RunDirectory(Path(config.run_dir)) as directory, Interrupt() as stop:
@@ -50,6 +54,9 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 )
                 print_summary(finished)
                 return finished, 0
+            data = offline.load(config, env)
+            record = provenance.describe(config, device)
+            record["data"] = None if data is None else data.record()
             trainer = Trainer(
                 config,
                 directory,
@@ -57,12 +64,20 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 agent,
                 replay,
                 lambda n: build.make_env(config, n, config.seed),
+                data,
             )
-            if source is not None:
+            if source is None:
+                trainer.use_data()
+            else:
                 trainer.restore(source)
             logger = RunLogger(config, directory, None if source is None else trainer.epoch)
-            directory.begin(config)
+            directory.begin(config, record, source)
             logger.say(describe(config, agent, device))
+            if data is not None:
+                logger.say(
+                    f"data set {data.path}: {len(data.episodes)} episodes, {data.transitions:,} "
+                    f"transitions, as registered (manifest sha256 {data.manifest_sha256})"
+                )
             if source is not None:
                 logger.say(f"continuing {source.path} after epoch {trainer.epoch}")
             summary = trainer.run(logger, stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from pwm_fast import checkpoint, metrics
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
-from pwm_fast.config import TrainConfig
+from pwm_fast.collection import renew_random_actions
+from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.data.offline import OfflineData
 from pwm_fast.envs import StateNotSupported, VectorEnv
 from pwm_fast.evaluation import Evaluation, evaluate
 from pwm_fast.interrupt import Interrupt, Interrupted
@@ -43,6 +46,7 @@ class Trainer:
         agent: learns.
         replay: what it learns from.
         make_eval_env: makes an environment of so many worlds for an evaluation.
+        data: offline data, which :meth:`use_data` or :meth:`restore` put into the replay.
     """
 
     _logger: RunLogger
@@ -56,6 +60,7 @@ class Trainer:
         agent: PWM,
         replay: Replay,
         make_eval_env: Callable[[int], VectorEnv],
+        data: OfflineData | None = None,
     ) -> None:
         self.config = config
         self.directory = directory
@@ -63,6 +68,7 @@ class Trainer:
         self.agent = agent
         self.replay = replay
         self.make_eval_env = make_eval_env
+        self.data = data
 
         self.epoch = 0  # epochs completed
         self.bootstrapped = False
@@ -173,11 +179,7 @@ class Trainer:
 
     def _random_action(self) -> Tensor:
         """Uniform actions ``[N, A]``, each held for ``alg.random_hold`` steps on average."""
-        shape, device = self._held_action.shape, self._held_action.device
-        drawn = torch.rand(shape, device=device) * 2.0 - 1.0
-        hold = self.config.alg.random_hold
-        renew = torch.rand(shape[0], 1, device=device) * hold < 1.0
-        self._held_action = torch.where(renew, drawn, self._held_action)
+        self._held_action = renew_random_actions(self._held_action, self.config.alg.random_hold)
         return self._held_action
 
     def _ready(self) -> bool:
@@ -332,17 +334,51 @@ class Trainer:
             "env": env_state,
             "rng": checkpoint.rng_state(),
             "replay": self.replay.state_dict() if latest else None,
+            "data": self._data_record(),
         }
         self._logger.sync()  # what is logged may be behind a checkpoint, never missing before it
         checkpoint.save(self.directory.checkpoints / f"{name}.pt", content, keep_previous=latest)
+
+    def use_data(self, *, seen: bool = False) -> None:
+        """Begin with the offline data: in the replay, and in the agent's running statistics.
+
+        Args:
+            seen: the statistics, of a checkpoint, know the data already.
+
+        Raises:
+            ConfigError: they do not fit into the replay.
+        """
+        if self.data is None:
+            return
+        try:
+            self.replay.add_episodes(self.data.episodes)
+        except ValueError as error:
+            raise ConfigError(f"data.path={self.data.path}: {error}") from error
+        if not seen:
+            for episode in self.data.episodes:
+                self.agent.observe(episode.obs[:-1], episode.reward)
+
+    def _refuse_other_data(self, path: Path, saved: dict[str, Any] | None) -> None:
+        then, now = (_manifest_of(record) for record in (saved, self._data_record()))
+        if then != now:
+            raise ConfigError(
+                f"the replay in {path} was filled with {_data_name(then)}, this run's data.path is "
+                f"{_data_name(now)}; give another run_dir to start anew"
+            )
+
+    def _data_record(self) -> dict[str, Any] | None:
+        return None if self.data is None else self.data.record()
 
     def restore(self, source: Source) -> None:
         """Continue from a checkpoint.
 
         Raises:
             CheckpointError: it is of another architecture or environment.
+            ConfigError: its replay was filled with other offline data than this run's.
         """
         path, content = source
+        if content["replay"] is not None:
+            self._refuse_other_data(path, content.get("data"))
         try:
             self.agent.load_state_dict(content["agent"])
             if content["replay"] is not None:
@@ -360,6 +396,9 @@ class Trainer:
         except (ValueError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} does not fit this run: {reason}") from error
+        if content["replay"] is None:
+            then, now = content.get("data"), self._data_record()
+            self.use_data(seen=_manifest_of(then) == _manifest_of(now))
         self.epoch = content["epoch"]
         self.bootstrapped = content["bootstrapped"]
         self.wall_time = content["wall_time"]
@@ -367,6 +406,14 @@ class Trainer:
         # A best checkpoint that lies in another run's directory is not ours to point to.
         if (self.directory.checkpoints / "best.pt").exists():
             self.best = content["best"]
+
+
+def _manifest_of(record: dict[str, Any] | None) -> str | None:
+    return record["manifest_sha256"] if record else None
+
+
+def _data_name(sha256: str | None) -> str:
+    return "no data set" if sha256 is None else f"a data set with the manifest sha256 {sha256}"
 
 
 def _value(evaluation: dict[str, Any]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from pwm_fast import config as configuration
 from pwm_fast import metrics
 from pwm_fast.config import ConfigError, EnvConfig, TrainConfig
-from pwm_fast.rundir import flatten
+from pwm_fast.provenance import flat as flatten
 
 FILES = ("metrics.jsonl", "config.yaml")  # a directory with one of them is of a run
 RETURN = "eval_reward"

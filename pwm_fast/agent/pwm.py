@@ -174,20 +174,35 @@ class PWM:
             obs: ``[B, O]``; the first ``B // samples * samples`` rows are used.
             samples: M, from 2 to B.
         """
-        size = obs.shape[0] // samples
-        params = list(self.actor.parameters())
-        grads = []
-        with frozen(self.world_model, self.critic):
-            for part in obs[: size * samples].split(size):
-                loss = self._actor_loss(self._imagine(part)[1])
-                grads.append(torch.autograd.grad(loss, params))
-        result = ops.esnr(grads)
+        result = ops.esnr(self.actor_gradients(obs, samples))
         metrics = {"esnr": result.ratio, "esnr_db": result.db}
         for (name, _), ratio in zip(
             self.actor.named_parameters(), result.tensor_ratio, strict=True
         ):
             metrics[f"esnr_by_layer/{name}"] = ratio
         return metrics
+
+    def actor_gradients(
+        self, obs: Tensor, samples: int, horizon: int | None = None
+    ) -> list[tuple[Tensor, ...]]:
+        """First-order gradients of the actor's loss, one of each of ``samples`` micro-batches.
+
+        Args:
+            obs: ``[B, O]``; the first ``B // samples * samples`` rows are used.
+            samples: M, from 1 to B.
+            horizon: imagined steps; None is ``config.horizon``.
+
+        Returns:
+            M tuples in the order of ``actor.parameters()``.
+        """
+        size = obs.shape[0] // samples
+        params = list(self.actor.parameters())
+        grads = []
+        with frozen(self.world_model, self.critic):
+            for part in obs[: size * samples].split(size):
+                loss = self._actor_loss(self._imagine(part, horizon)[1])
+                grads.append(torch.autograd.grad(loss, params))
+        return grads
 
     def set_progress(self, fraction: float) -> dict[str, float]:
         """Decay all learning rates linearly; ``fraction`` in [0, 1] is the part of the run done."""
@@ -260,13 +275,14 @@ class PWM:
     def _encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
         return self.world_model.encode(self._normalize(obs), task)
 
-    def _imagine(self, obs: Tensor) -> tuple[Rollout, Tensor]:
+    def _imagine(self, obs: Tensor, horizon: int | None = None) -> tuple[Rollout, Tensor]:
+        steps = self.config.imagined_steps if horizon is None else horizon
         task = self._task(obs.shape[0])
         rollout = imagine(
             self.world_model,
             self.actor,
             self._encode(obs, task),
-            self._noise(self.config.imagined_steps, obs.shape[0]),
+            self._noise(steps, obs.shape[0]),
             detach=self.config.actor.detach,
             task=task,
             symlog_rewards=self.config.symlog_rewards,

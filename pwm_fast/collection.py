@@ -106,13 +106,13 @@ def first_episodes(env: VectorEnv, act: Act, seed: int) -> list[Episode]:
     steps: list[tuple[Tensor, ...]] = []
     for _ in range(env.max_episode_steps):
         action = act(obs)
-        following, reward, terminated, truncated, info = env.step(action.to(env.device))
-        # Clones: an environment may hand out its own buffers.
-        parts = (obs, action, reward, terminated, info["final_obs"])
-        steps.append(tuple(part.detach().cpu().clone() for part in parts))
+        # Clones, taken at once: an environment or a policy may hand out its own buffers.
+        before = [part.detach().cpu().clone() for part in (obs, action)]
+        obs, reward, terminated, truncated, info = env.step(action.to(env.device))
+        after = [part.detach().cpu().clone() for part in (reward, terminated, info["final_obs"])]
+        steps.append((*before, *after))
         lengths += running
         running = running & ~(terminated | truncated).cpu()
-        obs = following
         if not bool(running.any()):
             break
     else:

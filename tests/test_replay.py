@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast.replay import Replay, Windows
+from pwm_fast.replay import Episode, Replay, Windows
 from tests.agent.no_sync import no_sync
 
 OBS, ACTION = 4, 2
@@ -352,3 +352,95 @@ def test_worlds_on_the_cpu_and_policy_and_replay_on_the_gpu() -> None:
         obs = torch.rand(2, OBS)
         replay.add(obs, torch.rand(2, ACTION, device="cuda"), obs[:, 0], flag, flag, obs)
     assert replay.sample(4).obs.device.type == "cuda"
+
+
+# Whole episodes
+
+
+def load(recorder: Recorder, lengths: list[int]) -> list[Episode]:
+    """Whole episodes of these lengths, in the replay and in the recorder's logs."""
+    replay, used = recorder.replay, [0] * recorder.replay.num_envs
+    episodes = []
+    for length in lengths:
+        n = min(range(len(used)), key=lambda world: (used[world], world))
+        used[n] += length + 1
+        episode = recorder.episode[n]
+        obs = torch.tensor([[n, episode, t, 0] for t in range(length + 1)], dtype=torch.float32)
+        obs[-1, 3] = 1
+        terminated = torch.zeros(length, dtype=torch.bool)
+        terminated[-1] = recorder.random.random() < recorder.terminal
+        before = obs[:-1]
+        episodes.append(Episode(obs, action_of(before), reward_of(before), terminated))
+        recorder.logs[n] += [Record(episode, t, t < length) for t in range(length + 1)]
+        recorder.ended_terminal[n, episode] = bool(terminated[-1])
+        recorder.episode[n] += 1
+    replay.add_episodes(episodes)
+    return episodes
+
+
+@pytest.mark.parametrize(
+    ("worlds", "rows", "lengths", "steps"),
+    [
+        (1, 12, [3, 5], 0),
+        (1, 12, [11], 0),  # the ring is just full
+        (1, 12, [11], 40),
+        (1, 12, [3, 3, 3], 7),
+        (3, 15, [1, 2, 3, 4, 5, 6, 7], 0),
+        (3, 15, [1, 2, 3, 4, 5, 6, 7], 5),
+        (3, 15, [1, 2, 3, 4, 5, 6, 7], 60),  # the ring comes round and overwrites them
+        (4, 30, [9], 13),
+        (2, 9, [], 11),
+    ],
+)
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_whole_episodes(
+    worlds: int, rows: int, lengths: list[int], steps: int, horizon: int
+) -> None:
+    replay = Replay(rows * worlds, worlds, OBS, ACTION, horizon)
+    recorder = Recorder(replay, seed=0, done=0.2)
+    load(recorder, lengths)
+    for step in range(steps + 1):
+        assert replay.num_windows() == len(recorder.windows())
+        assert len(replay) == len(recorder.acted_on())
+        if step < steps:
+            recorder.add()
+    if recorder.windows():
+        counts = Counter[Key]()
+        for _ in range(20):
+            counts += check(replay.sample(200), recorder)
+        uniform(counts, recorder.windows())
+    drawn = replay.sample_obs(500) if len(replay) else torch.zeros(0, OBS)
+    assert set(map(tuple, drawn[:, :3].int().tolist())) == recorder.acted_on()
+    # And through a checkpoint.
+    other = Replay(rows * worlds, worlds, OBS, ACTION, horizon)
+    other.load_state_dict(replay.state_dict())
+    assert other.num_windows() == replay.num_windows() and len(other) == len(replay)
+
+
+def test_whole_episodes_are_those_that_steps_would_have_left() -> None:
+    stepwise, whole = (Replay(40, 1, OBS, ACTION, 2) for _ in range(2))
+    episodes = load(Recorder(whole, seed=1, done=0.0), [4, 1, 6])
+    for episode in episodes:
+        steps = len(episode.action)
+        for t in range(steps):
+            stepwise.add(
+                episode.obs[t : t + 1],
+                episode.action[t : t + 1],
+                episode.reward[t : t + 1],
+                episode.terminated[t : t + 1],
+                torch.tensor([t == steps - 1]),
+                episode.obs[t + 1 : t + 2],
+            )
+    ours, theirs = whole.state_dict(), stepwise.state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ("data", "run", "cursor", "length"))
+
+
+def test_episodes_that_do_not_fit() -> None:
+    replay = Replay(24, 2, OBS, ACTION, 2)
+    recorder = Recorder(replay, seed=0, done=0.0)
+    with pytest.raises(ValueError, match=r"3 episodes with 21 transitions.* at least 32 .* got 24"):
+        load(recorder, [7, 7, 7])
+    assert len(replay) == 0, "nothing of them is stored"
+    load(Recorder(replay, seed=0, done=0.0), [7, 7])
+    with pytest.raises(ValueError, match="into an empty replay; it holds 14 transitions"):
+        replay.add_episodes([])

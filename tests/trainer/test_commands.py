@@ -57,6 +57,7 @@ def test_a_run_from_the_shell(tmp_path: Path) -> None:
         "config.yaml",
         "metrics.jsonl",
         "plots",
+        "provenance.json",
         "summary.json",
     }
     plots = list((tmp_path / "here" / "plots").iterdir())

@@ -70,6 +70,8 @@ def _color(index: int) -> str:
 
 
 def _prediction(figure: Any, checkpoints: Checkpoints) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     keys = [k for k in PREDICTION if any(k in c["prediction"] for c in checkpoints)]
     figure.set_size_inches(12.0, 7.2)
     figure.suptitle("Prediction error on held-out episodes")
@@ -91,8 +93,18 @@ def _prediction(figure: Any, checkpoints: Checkpoints) -> None:
                 axes.fill_between(x, low, high, color=_color(i), alpha=0.15, linewidth=0)
         if level is not None:
             axes.axhline(1.0, color="0.3", linewidth=0.8, linestyle="--")
-            axes.annotate(level, (0.02, 1.0), xycoords=("axes fraction", "data"), fontsize="small")
+            axes.annotate(
+                level,
+                (0.98, 1.0),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize="small",
+                color="0.3",
+            )
         axes.set_ylim(bottom=0.0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _jacobian(figure: Any, checkpoints: Checkpoints) -> None:
@@ -101,6 +113,7 @@ def _jacobian(figure: Any, checkpoints: Checkpoints) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
     left.set_title("root-mean-square singular value", fontsize="medium")
     right.set_title("relative change of the Jacobian", fontsize="medium")
+    right.set_yscale("log")  # from one place to the next it differs by powers of ten
     sizes = {"dF/dz": "gain_z", "dF/da": "gain_a"}
     changes = {
         f"dF/d{name}\n{text}": f"change_{name}_{point}"
@@ -124,19 +137,22 @@ def _simplex(figure: Any, checkpoints: Checkpoints) -> None:
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("imagined steps")
         axes.set_yscale("log")
+        clipped = False
         for i, c in enumerate(checkpoints):
-            y = [max(v, FLOOR) for v in _numbers(c["simplex"][key])]
-            axes.plot(
-                c["simplex"]["step"], y, marker="o", markersize=3, color=_color(i), label=c["label"]
+            values = _numbers(c["simplex"][key])
+            clipped = clipped or min(values) < FLOOR
+            y = [max(v, FLOOR) for v in values]
+            x = c["simplex"]["step"]
+            axes.plot(x, y, marker="o", markersize=3, color=_color(i), label=c["label"])
+        if clipped:
+            axes.annotate(
+                f"zero is drawn at {FLOOR:g}",
+                (0.02, 0.98),
+                xycoords="axes fraction",
+                va="top",
+                fontsize="x-small",
+                color="0.4",
             )
-        axes.annotate(
-            f"zero is drawn at {FLOOR:g}",
-            (0.02, 0.98),
-            xycoords="axes fraction",
-            va="top",
-            fontsize="x-small",
-            color="0.4",
-        )
 
 
 def _esnr(figure: Any, checkpoints: Checkpoints) -> None:

@@ -154,7 +154,8 @@ def test_changed_data_are_refused(
     """At the start and when a run goes on: by name, in one line, with nothing written."""
     run_dir = tmp_path / "run"
     if resumed:
-        train(config(run_dir, data, epochs=2))
+        first = launcher.run(tmp_path, *tiny_arguments(run_dir, f"data.path={data}", "epochs=2"))
+        assert first.status == 0, first.err
     change(data)
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
     outcome = launcher.run(tmp_path, *tiny_arguments(run_dir, f"data.path={data}"))

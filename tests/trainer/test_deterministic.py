@@ -50,6 +50,7 @@ def run(cwd: Path, threads: int, *extra: str) -> Path:
     return cwd / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_processes_agree_to_the_bit(threads: int, tmp_path: Path) -> None:
     one, two = (run(tmp_path / name, threads) for name in ("one", "two"))

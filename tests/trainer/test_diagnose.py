@@ -131,7 +131,7 @@ def test_the_seed_and_the_policy_decide(whole_run: Path) -> None:
         {"random_share": 0.5},
     ):
         config = DiagnoseConfig(
-            path, episodes=4, points=4, probes=2, esnr_samples=[2], device="cpu", **changes
+            path, episodes=4, points=4, probes=2, esnr_samples=[2], threads=1, **changes
         )
         results.append(json.dumps(run_diagnosis(config)["checkpoints"]))
     assert results[0] == results[1]

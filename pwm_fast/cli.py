@@ -106,11 +106,11 @@ def plain(command: Callable[[], int]) -> NoReturn:
     try:
         status = command()
     except (HydraException, OmegaConfBaseException) as error:  # one of them is an OSError, too
-        if _tracebacks():
+        if tracebacks():
             raise
         _fail(composition_message(error))
     except USER_ERRORS as error:
-        if _tracebacks():
+        if tracebacks():
             raise
         _fail(message(error))
     except KeyboardInterrupt:

@@ -24,9 +24,8 @@ from pwm_fast.config import ConfigError, TrainConfig
 
 FORMAT = "pwm_fast.provenance"
 VERSION = 1
-# What runs may differ in and still be repetitions of one experiment.
-NOT_OF_THE_EXPERIMENT = (
-    "seed",
+# Keys (with all below them) that say how a run is carried out, not what is learnt.
+HOW_IT_RUNS = (
     "device",
     "threads",
     "deterministic",
@@ -39,6 +38,8 @@ NOT_OF_THE_EXPERIMENT = (
     "wandb",
     "env.threads",
 )
+# What runs may differ in and still be repetitions of one experiment.
+NOT_OF_THE_EXPERIMENT = ("seed", *HOW_IT_RUNS)
 VARIABLES = (
     *info.VARIABLES,
     "CUBLAS_WORKSPACE_CONFIG",

@@ -10,23 +10,10 @@ from typing import Any, NamedTuple, TextIO
 from pwm_fast import checkpoint, files, metrics, provenance
 from pwm_fast import config as configuration
 from pwm_fast.config import ConfigError, TrainConfig
-from pwm_fast.provenance import flat
+from pwm_fast.provenance import HOW_IT_RUNS, flat
 
 # What may differ between a run and the process that continues it.
-FREE_KEYS = (
-    "epochs",
-    "device",
-    "threads",
-    "deterministic",
-    "record_host",
-    "run_dir",
-    "resume",
-    "data.manifest",
-    "checkpoint",
-    "eval",
-    "wandb",
-    "env.threads",
-)
+FREE_KEYS = ("epochs", *HOW_IT_RUNS)
 
 
 class Source(NamedTuple):

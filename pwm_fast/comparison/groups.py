@@ -8,20 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pwm_fast.comparison.runs import LeftOut, Run
+from pwm_fast.provenance import NOT_OF_THE_EXPERIMENT
 
-# What does not change what is learnt, or is the seed itself; a key and all below it.
-IGNORED = (
-    "seed",
-    "run_dir",
-    "resume",
-    "device",
-    "threads",
-    "checkpoint",
-    "eval",
-    "esnr",
-    "wandb",
-    "env.threads",
-)
+# ESNR draws random numbers, but changes nothing that is learnt.
+IGNORED = (*NOT_OF_THE_EXPERIMENT, "esnr")
 ENVIRONMENT = ("env.name", "env.max_episode_steps", "env.options")
 MOST = 3  # differing keys that a label shows
 

@@ -98,7 +98,8 @@ _FUSED = (
     Backend("reference", True, _reference),
 )
 
-_NATIVE = (_FUSED[0], _FUSED[2])
+# Without an algebra of their own: plain PyTorch is all there is beside the native kernel.
+_NATIVE = (_FUSED[0], Backend("torch", False, _reference), _FUSED[2])
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "mlp": _FUSED,

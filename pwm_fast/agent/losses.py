@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast import ops
 from pwm_fast.config import ModelLearningConfig
-from pwm_fast.models import FlowWorldModel, LatentModel
+from pwm_fast.models import LatentModel
 
 
 class WorldModelLoss(NamedTuple):
@@ -44,10 +43,7 @@ def world_model_loss(
     task: Tensor | None = None,
     tau: Tensor | None = None,
 ) -> WorldModelLoss:
-    """Loss of one batch of windows: PWM's; for a flow, flow matching replaces the latent error.
-
-    Every part is ``sum_t gamma^t mean(...) / H``. Only the latent rollout is sequential: the heads
-    and the flow-matching term, which feed nothing forward, run once over all H * B rows.
+    """Loss of one batch of windows: the parts of :func:`pwm_fast.ops.world_model_loss`, weighted.
 
     Args:
         model: the world model.
@@ -63,62 +59,31 @@ def world_model_loss(
     Returns:
         The losses.
     """
-    horizon, batch = action.shape[:2]
-    with torch.no_grad():
-        target = model.encode(obs[1:], task)
-    flow = model if isinstance(model, FlowWorldModel) else None
-    if flow is not None and config.flow_start == "teacher":
-        start = model.encode(obs[:-1], task)
-        following = None
-    else:
-        # A flow model learns from the starts of its steps alone: its last step leads nowhere.
-        steps = horizon - 1 if flow is not None else horizon
-        latents = model.rollout(model.encode(obs[0], task), action[:steps], task)
-        start = latents[:horizon]
-        following = None if flow is not None else latents[1:]
-
-    if flow is None:
-        assert following is not None
-        error = (following - target).square().mean(-1)
-    else:
-        if tau is None:
-            if config.tau_sampling == "midpoint":
-                tau = torch.full((horizon, batch), 0.5, dtype=start.dtype, device=start.device)
-            else:
-                tau = torch.rand(horizon, batch, dtype=start.dtype, device=start.device)
-        origin = start
-        if config.start_noise:
-            origin = start + config.start_noise * torch.randn_like(start)
-        z_tau, velocity = ops.flow_interpolate(origin, target, tau)
-        if not config.target_grad:
-            velocity = velocity.detach()
-        error = (flow.velocity(z_tau, action, tau, task) - velocity).square().mean(-1)
-
-    discount = gamma ** torch.arange(horizon, dtype=error.dtype, device=error.device)
-
-    def average(values: Tensor) -> Tensor:
-        return (discount * values.mean(1)).sum() / horizon
-
-    dynamics = average(error)
-    logits = model.reward(start, action, task)
-    if model.config.num_bins == 1:
-        reward_error = (logits.squeeze(-1) - reward).square()
-    else:
-        reward_error = ops.two_hot_cross_entropy(
-            logits, reward, model.config.vmin, model.config.vmax
-        )
-    reward_loss = average(reward_error)
-    total = config.dynamics_coef * dynamics + config.reward_coef * reward_loss
-    ending = model.termination(start, action, task)
-    if ending is None:
-        termination = torch.zeros_like(total)
-    else:
-        termination = average(
-            F.binary_cross_entropy_with_logits(ending, terminated, reduction="none")
-        )
+    if tau is None and config.tau_sampling == "midpoint":
+        tau = torch.full(action.shape[:2], 0.5, dtype=obs.dtype, device=obs.device)
+    embedding = model.embed(task, obs[0])
+    loss = ops.world_model_loss(
+        obs,
+        action,
+        reward,
+        encoder=model.encoder_layers(),
+        dynamics=model.dynamics(),
+        heads=model.heads(),
+        gamma=gamma,
+        terminated=terminated,
+        tau=tau,
+        start=config.flow_start,  # type: ignore[arg-type]
+        start_noise=config.start_noise,
+        target_grad=config.target_grad,
+        task=embedding[0] if embedding else None,
+    )
+    total = config.dynamics_coef * loss.dynamics + config.reward_coef * loss.reward
+    termination = torch.zeros_like(total)
+    if loss.termination is not None:
+        termination = loss.termination
         total = total + config.termination_coef * termination
     with torch.no_grad():
-        latent_std = target.flatten(0, 1).std(0, correction=0).mean()
+        latent_std = loss.target.flatten(0, 1).std(0, correction=0).mean()
     return WorldModelLoss(
-        total, dynamics.detach(), reward_loss.detach(), termination.detach(), latent_std
+        total, loss.dynamics.detach(), loss.reward.detach(), termination.detach(), latent_std
     )

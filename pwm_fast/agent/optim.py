@@ -59,7 +59,7 @@ class GuardedAdam:
         """Backpropagate ``loss`` and update; return the gradient's norm before clipping."""
         grads = torch.autograd.grad(loss, self.params, allow_unused=True)
         for p, g in zip(self.params, grads, strict=True):
-            p.grad = torch.zeros_like(p) if g is None else g
+            p.grad = torch.zeros_like(p) if g is None else _laid_out_as(p, g)
         gradients = [p.grad for p in self.params if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         nn.utils.clip_grads_with_norm_(self.params, self.grad_norm, norm)
@@ -102,3 +102,12 @@ class GuardedAdam:
             group.update({k: v for k, v in own.items() if k != "params"})
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
+
+
+def _laid_out_as(p: Tensor, g: Tensor) -> Tensor:
+    """``g`` in the memory order of ``p``.
+
+    Fused Adam walks through both in the order of memory: a transposed gradient, such as a batched
+    product's, would update the wrong entries (torch 2.13 on the CPU).
+    """
+    return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)

@@ -67,6 +67,10 @@ class LatentModel(nn.Module, ABC):
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Next latents ``[..., D]`` of latents ``[..., D]`` and actions ``[..., A]``."""
 
+    def encoder_layers(self) -> tuple[ops.Layer, ...]:
+        """The encoder's parameters as the operations take them."""
+        return self._encoder.layers()
+
     @abstractmethod
     def dynamics(self) -> ops.Dynamics:
         """The transition's parameters as the operations take them."""

@@ -39,7 +39,10 @@ from pwm_fast.ops.types import (
     Method,
     Order,
     Policy,
+    Start,
+    WindowLoss,
 )
+from pwm_fast.ops.window import world_model_loss
 
 __all__ = [
     "ESNR",
@@ -55,6 +58,8 @@ __all__ = [
     "Order",
     "Policy",
     "RunningEsnr",
+    "Start",
+    "WindowLoss",
     "esnr",
     "flow_interpolate",
     "flow_step",
@@ -75,4 +80,5 @@ __all__ = [
     "two_hot_decode",
     "two_hot_encode",
     "velocity_field",
+    "world_model_loss",
 ]

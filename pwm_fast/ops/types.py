@@ -10,11 +10,13 @@ from torch import Tensor
 Activation = Literal["none", "mish", "simnorm"]
 Method = Literal["heun", "euler"]
 Order = Literal["norm_act", "act_norm"]
+Start = Literal["rollout", "teacher"]
 VelocityFn = Callable[[Tensor, float], Tensor]
 
 ACTIVATIONS: tuple[Activation, ...] = ("none", "mish", "simnorm")
 METHODS: tuple[Method, ...] = ("heun", "euler")
 ORDERS: tuple[Order, ...] = ("norm_act", "act_norm")
+STARTS: tuple[Start, ...] = ("rollout", "teacher")
 
 
 class Layer(NamedTuple):
@@ -123,6 +125,22 @@ class ImaginedRollout(NamedTuple):
     reward: Tensor
     continues: Tensor | None
     value: Tensor | None
+
+
+class WindowLoss(NamedTuple):
+    """Parts of a world-model loss, unweighted scalars.
+
+    Attributes:
+        dynamics: latent error, or flow-matching loss.
+        reward: reward loss.
+        termination: termination loss; None without that head.
+        target: the encoded successors ``[H, B, D]``, without gradient.
+    """
+
+    dynamics: Tensor
+    reward: Tensor
+    termination: Tensor | None
+    target: Tensor
 
 
 class ESNR(NamedTuple):

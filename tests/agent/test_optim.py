@@ -33,6 +33,40 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_transposed_gradients_update_their_own_entries() -> None:
+    """A batched product's weight gradient comes transposed; fused Adam alone would scramble it."""
+    weight = nn.Parameter(torch.randn(2, 6, 4))
+    reference = nn.Parameter(weight.detach().clone())
+    optimizer = GuardedAdam([weight], 0.1, (0.7, 0.95), 1e9)
+    adam = torch.optim.Adam([reference], lr=0.1, betas=(0.7, 0.95), fused=False)
+    x = torch.randn(2, 5, 4)
+    for _ in range(3):
+        for p, step in ((weight, optimizer.step), (reference, None)):
+            loss = torch.bmm(x, p.transpose(1, 2)).square().sum()
+            if step is not None:
+                step(loss)
+            else:
+                (reference.grad,) = torch.autograd.grad(loss, [reference])
+                assert reference.grad.stride() != reference.stride()
+                adam.step()
+    same(weight, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_slow_parameters_learn_at_their_share_of_the_rate() -> None:
+    """Adam's first step is the rate itself, whatever the gradient."""
+    fast, slow = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    optimizer = GuardedAdam([fast, slow], 0.1, (0.9, 0.999), 1e9, slow=[slow], slow_scale=0.3)
+    optimizer.step(fast.sum() + slow.sum())
+    same(fast, torch.full((3,), -0.1), rtol=1e-5)
+    same(slow, torch.full((2,), -0.03), rtol=1e-5)
+    optimizer.set_lr(0.2)
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = GuardedAdam([fast, slow], 0.1, (0.9, 0.999), 1e9, slow=[slow], slow_scale=0.3)
+    resumed.load_state_dict(state)
+    rates = [float(group["lr"]) for group in resumed.adam.param_groups]
+    assert rates == pytest.approx([0.2, 0.06])
+
+
 @pytest.mark.parametrize("grad_norm", [0.5, 1e9])
 def test_equals_adam_with_clipping(grad_norm: float) -> None:
     """Against ``torch.optim.Adam`` (not fused) and ``clip_grad_norm_``; the norm is before it."""

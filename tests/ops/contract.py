@@ -65,7 +65,7 @@ def check(case: Case, inputs: Inputs, *, summed: bool = False) -> None:
         inputs: of one dtype and any strides.
         summed: differentiate the plain sum, so that the incoming gradient has stride 0.
     """
-    ours = _values_and_gradients(case, case.call, inputs, summed)
+    ours = values_and_gradients(case, case.call, inputs, summed)
     torch_same_dtype, ref = _torch_and_truth(case, inputs, summed)
     if next(iter(inputs.values())).dtype == torch.float64:
         torch.testing.assert_close(ours, ref, rtol=1e-11, atol=1e-12)
@@ -92,12 +92,12 @@ def _torch_and_truth(
     same = {k: v.clone(memory_format=torch.contiguous_format) for k, v in inputs.items()}
     double = {k: v.double() for k, v in same.items()}
     return (
-        _values_and_gradients(case, case.torch_call, same, summed),
-        _values_and_gradients(case, case.torch_call, double, summed),
+        values_and_gradients(case, case.torch_call, same, summed),
+        values_and_gradients(case, case.torch_call, double, summed),
     )
 
 
-def _values_and_gradients(
+def values_and_gradients(
     case: Case, call: Callable[[Inputs], Outputs], inputs: Inputs, summed: bool
 ) -> dict[str, Tensor]:
     leaves = {k: v.detach().requires_grad_(k not in case.constants) for k, v in inputs.items()}

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pwm_fast import dispatch
+from pwm_fast.ops.fused import gemm
 from pwm_fast.ops.fused.native import why_missing
-from tests.ops.contract import CASES, ROLLOUTS, Case, check
+from tests.ops.contract import CASES, ROLLOUTS, Case, check, values_and_gradients
 from tests.ops.test_contract import expanded, strided, transposed
 
 FUSED = tuple(
@@ -78,3 +79,27 @@ def test_any_number_of_threads(case: Case, threads: int) -> None:
         check(case, case.inputs(199, 510, torch.float32))
     finally:
         torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("case", ROLLOUTS, ids=names(ROLLOUTS))
+def test_prepacked_products(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's products on request: right, though not held to the 2x rule of torch's own."""
+    if not gemm._onednn_works():
+        pytest.skip("this torch has no oneDNN Linear with prepacked weights")
+    for batch, width in ((1, 7), (33, 510)):
+        inputs = case.inputs(batch, width, torch.float32)
+        plain = values_and_gradients(case, case.call, inputs, summed=False)
+        with monkeypatch.context() as patch:
+            patch.setenv(gemm.VARIABLE, "onednn")
+            ours = values_and_gradients(case, case.call, inputs, summed=False)
+        for key, expected in plain.items():
+            scale = expected.abs().max().item() if expected.numel() else 0.0
+            torch.testing.assert_close(ours[key], expected, rtol=0, atol=2e-5 * scale, msg=key)
+        assert batch == 1 or any(not torch.equal(ours[k], plain[k]) for k in plain)
+
+
+def test_unknown_choice_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(gemm.VARIABLE, "cublas")
+    with pytest.raises(ValueError, match="PWM_FAST_GEMM must be one of torch, onednn"):
+        gemm.prepacks(torch.zeros(2, 2))

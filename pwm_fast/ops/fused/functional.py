@@ -233,7 +233,7 @@ def imagine_forward(
     dynamics = Dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
     layers = split_params(actor_specs, actor)
     policy = Stack(kernels, actor_specs, layers, horizon, batch, save=save, wgrad=actor_wgrad)
-    first = Gemm(layers[0].weight)
+    first = Gemm(layers[0].weight, batch)
     z = z0.new_empty(horizon + 1, *z0.shape)
     action = z0.new_empty(horizon, batch, width)
     z[0] = z0
@@ -288,7 +288,7 @@ def imagine_backward(
         saved=[b.view(evals, rows, *b.shape[2:]) for b in actor_saved],
     )
     policy.start_backward(keep_first=False)
-    first = Gemm(layers[0].weight)
+    first = Gemm(layers[0].weight, rows)
     slope = 1.0 - action * action
     dmu = torch.empty_like(action)
     adjoint = dz[horizon]

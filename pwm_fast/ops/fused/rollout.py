@@ -122,12 +122,13 @@ class Dynamics:
             wgrad=wgrad,
             saved=stack_saved,
         )
-        self.w_z = Gemm(weights.w_z)
+        self.w_z = Gemm(weights.w_z, batch)
         self.taus = [like.new_tensor([t]) for t in spec.stages]
         if spec.fold:
             assert weights.head is not None
-            self.w13, self.b13 = Gemm(weights.layers[-1].weight), weights.layers[-1].bias
-            self.w3, self.b3 = Gemm(weights.head[0]), weights.head[1]
+            self.w13 = Gemm(weights.layers[-1].weight, batch)
+            self.b13 = weights.layers[-1].bias
+            self.w3, self.b3 = Gemm(weights.head[0], batch), weights.head[1]
         self._p: Tensor | None = None
 
     def saved(self) -> list[Tensor]:

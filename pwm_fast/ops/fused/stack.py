@@ -114,7 +114,7 @@ class Stack:
         self.save, self.wgrad = save, wgrad
         self.members = params[0].weight.shape[0] if params[0].weight.dim() == 3 else 0
         self.rows_per_member = rows // self.members if self.members else 0
-        self.gemms = [Gemm(p.weight) for p in params]
+        self.gemms = [Gemm(p.weight, rows) for p in params]
         self.widths = [p.weight.shape[-2] for p in params]
         if saved is None:
             saved = [

@@ -1,0 +1,162 @@
+"""The world-model loss of replayed windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pwm_fast.ops import _checks
+from pwm_fast.ops.heads import two_hot_cross_entropy
+from pwm_fast.ops.integration import flow_interpolate, velocity_field
+from pwm_fast.ops.layers import mlp
+from pwm_fast.ops.rollouts import latent_rollout
+from pwm_fast.ops.types import STARTS, Dynamics, Flow, Heads, Layer, Start, WindowLoss
+
+
+def world_model_loss(
+    obs: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    *,
+    encoder: Sequence[Layer],
+    dynamics: Dynamics,
+    heads: Heads,
+    gamma: float = 0.99,
+    terminated: Tensor | None = None,
+    tau: Tensor | None = None,
+    start: Start = "rollout",
+    start_noise: float = 0.0,
+    target_grad: bool = True,
+    task: Tensor | None = None,
+    backend: str | None = None,
+) -> WindowLoss:
+    """PWM's loss of windows of H steps; for a flow, flow matching replaces the latent error.
+
+    With ``e_t = stop_gradient(encode(obs_{t+1}))`` and the latent rollout ``z_0 = encode(obs_0)``,
+    ``z_{t+1} = F(z_t, a_t)``, every part is ``sum_t gamma^t mean(...) / H``: of
+    ``(z_{t+1} - e_t)^2`` for a :class:`LatentMap`; of ``(v(z_tau, a_t, tau) - (e_t - z_t))^2`` at
+    ``z_tau = (1 - tau) z_t + tau e_t`` for a :class:`Flow`; of the reward's cross-entropy (a scalar
+    head: squared error) and the termination's binary cross-entropy at ``z_t``. Only the latent
+    rollout is sequential; all else runs once over H * B rows, and every weight gets its gradient
+    from one product over all steps.
+
+    Args:
+        obs: ``[H+1, B, O]``, time first.
+        action: ``[H, B, A]``.
+        reward: ``[H, B]``.
+        encoder: layers on ``[obs, task]``, output width D.
+        dynamics: :class:`Flow` or :class:`LatentMap`.
+        heads: reward and termination heads (values are not used).
+        gamma: discount of later steps.
+        terminated: ``[H, B]``, 1 where step t ended in a terminal state; needed with a termination
+            head.
+        tau: flow times ``[H, B]`` in [0, 1]; drawn uniformly if None.
+        start: where a flow-matching path starts: ``"rollout"`` (the model's own latent) or
+            ``"teacher"`` (the encoded observation; nothing is rolled out).
+        start_noise: standard deviation of noise on a path's start.
+        target_grad: let the gradient reach ``z_t`` through the velocity target too.
+        task: task embeddings ``[B, E]``, or None.
+        backend: see :mod:`pwm_fast.dispatch`.
+
+    Returns:
+        :class:`WindowLoss` of unweighted scalars, differentiable in all parameters and ``task``.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices or options do not fit, or ``terminated`` is missing.
+        BackendError: the backend that was asked for cannot run this.
+
+    Source: PWM (arXiv 2407.02466), equation 3; Liu et al. 2022 (arXiv 2209.03003), equation 1.
+    """
+    horizon, batch = _check(obs, action, reward, gamma, start, start_noise)
+    if heads.termination is not None and terminated is None:
+        raise ValueError("terminated is needed to train the termination head, got None")
+
+    def repeated(steps: int) -> tuple[Tensor, ...]:
+        return () if task is None else (task.expand(steps, *task.shape),)
+
+    def encode(x: Tensor) -> Tensor:
+        return mlp((x, *repeated(x.shape[0])), encoder, backend=backend)
+
+    with torch.no_grad():
+        target = encode(obs[1:])
+    flow = dynamics if isinstance(dynamics, Flow) else None
+    following = None
+    if flow is not None and start == "teacher":
+        z = encode(obs[:-1])
+    else:
+        # A flow model learns from the starts of its steps alone: its last step leads nowhere.
+        steps = horizon - 1 if flow is not None else horizon
+        first = encode(obs[:1]).squeeze(0)
+        latents = latent_rollout(first, action[:steps], dynamics, task=task, backend=backend)
+        z = latents[:horizon]
+        following = latents[1:]
+
+    embedding = repeated(horizon)
+    if flow is None:
+        assert following is not None
+        error = (following - target).square().mean(-1)
+    else:
+        if tau is None:
+            tau = torch.rand(horizon, batch, dtype=z.dtype, device=z.device)
+        origin = z + start_noise * torch.randn_like(z) if start_noise else z
+        z_tau, wanted = flow_interpolate(origin, target, tau)
+        velocity = velocity_field(
+            z_tau,
+            action,
+            tau,
+            flow.net,
+            task=embedding[0] if embedding else None,
+            backend=backend,
+        )
+        error = (velocity - (wanted if target_grad else wanted.detach())).square().mean(-1)
+
+    discount = gamma ** torch.arange(horizon, dtype=error.dtype, device=error.device)
+
+    def average(values: Tensor) -> Tensor:
+        return (discount * values.mean(1)).sum() / horizon
+
+    logits = mlp((z, *embedding, action), heads.reward, backend=backend)
+    if logits.shape[-1] == 1:
+        reward_error = (logits.squeeze(-1) - reward).square()
+    else:
+        reward_error = two_hot_cross_entropy(
+            logits, reward, heads.vmin, heads.vmax, transform=heads.symlog, backend=backend
+        )
+    termination = None
+    if heads.termination is not None and terminated is not None:
+        ending = mlp((z, *embedding, action), heads.termination, backend=backend).squeeze(-1)
+        termination = average(
+            F.binary_cross_entropy_with_logits(ending, terminated, reduction="none")
+        )
+    return WindowLoss(average(error), average(reward_error), termination, target)
+
+
+def _check(
+    obs: Tensor, action: Tensor, reward: Tensor, gamma: float, start: Start, start_noise: float
+) -> tuple[int, int]:
+    """Horizon and batch of a window, after a look at what no other operation checks."""
+    for name, x, axes in (("obs", obs, 3), ("action", action, 3), ("reward", reward, 2)):
+        _checks.floating(name, x)
+        if x.dim() != axes:
+            raise ValueError(f"{name} must have {axes} axes, time first, got {tuple(x.shape)}")
+    horizon, batch = action.shape[:2]
+    if horizon == 0:
+        raise ValueError("action must hold at least one step, got none")
+    if tuple(obs.shape[:2]) != (horizon + 1, batch):
+        raise ValueError(
+            f"obs must be [{horizon + 1}, {batch}, O] for these actions, got {tuple(obs.shape)}"
+        )
+    if tuple(reward.shape) != (horizon, batch):
+        raise ValueError(
+            f"reward must be [{horizon}, {batch}] for these actions, got {tuple(reward.shape)}"
+        )
+    _checks.one_of("start", start, STARTS)
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+    if start_noise < 0.0:
+        raise ValueError(f"start_noise must not be negative, got {start_noise}")
+    return horizon, batch

@@ -47,7 +47,8 @@ bool look_up(void* library, const char* name, Function& function) {
 bool set_openmp(const char* path) {
   gomp_parallel = nullptr;
   // NOLOAD: a second runtime in a process means two pools of threads, and crashes with some.
-  void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+  // An empty path would be the program itself.
+  void* library = *path == '\0' ? nullptr : dlopen(path, RTLD_NOW | RTLD_NOLOAD);
   if (library == nullptr) return false;
   decltype(gomp_parallel) parallel = nullptr;
   const bool found = look_up(library, "omp_get_thread_num", thread_number) &&

@@ -7,7 +7,7 @@
 namespace pwm_fast {
 
 // Share the threads of the OpenMP runtime at `path`, which must be loaded already. False, and serial
-// from then on, if it is not or lacks what is needed.
+// from then on, if it is not or lacks what is needed; so "" makes the kernels serial.
 bool set_openmp(const char* path);
 
 // How many of `threads` to use for `units` pieces of work that hold `elements` in all: at least a

@@ -54,6 +54,19 @@ float widen(bf16 x) {
 // weight x, where no weight counts nothing even of an infinite x
 double weighted(double weight, double x) { return weight == 0.0 ? 0.0 : weight * x; }
 
+// softmax(logits) of one row up to a common factor, into scratch memory; returns the factor. It is
+// near 1, and takes away the rounding of lse, which grows with a common offset of the logits.
+template <class X>
+double probabilities(const X* logits, int64_t n, float lse, float* p) {
+  vd total = {};
+  each_vector<1>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
+    const vf e = only_row(kind, exp_below_88(load_row(kind, logits, i, n) - lse), i, n);
+    store(p + i, e);
+    total += __builtin_convertvector(e, vd);
+  });
+  return 1.0 / sum(total);
+}
+
 template <class X>
 void decode_rows(const TwoHotDecodeFwd& a, const float* centres, int64_t begin, int64_t end) {
   const int64_t n = a.bins.count;
@@ -76,17 +89,18 @@ void decode_rows(const TwoHotDecodeFwd& a, const float* centres, int64_t begin, 
 }
 
 template <class X>
-void decode_grad_rows(const TwoHotDecodeBwd& a, const float* centres, int64_t begin, int64_t end) {
+void decode_grad_rows(const TwoHotDecodeBwd& a, const float* centres, float* p, int64_t begin,
+                      int64_t end) {
   const int64_t n = a.bins.count;
   for (int64_t r = begin; r < end; ++r) {
     const X* logits = static_cast<const X*>(a.logits) + r * a.ld;
     X* dlogits = static_cast<X*>(a.dlogits) + r * a.ld_d;
-    const float lse = a.lse[r], mean = a.mean[r];
+    const double factor = probabilities(logits, n, a.lse[r], p);
+    const float mean = a.mean[r];
     const double slope = a.transform ? __builtin_exp(__builtin_fabs(double(mean))) : 1.0;
-    const float scale = float(double(a.dvalue[r]) * slope);
+    const float scale = float(factor * double(a.dvalue[r]) * slope);
     each_vector<2>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
-      const vf p = exp_below_88(load_row(kind, logits, i, n) - lse);
-      store_row(kind, dlogits, i, n, p * (load(centres + i) - mean) * scale);
+      store_row(kind, dlogits, i, n, load(p + i) * (load(centres + i) - mean) * scale);
     });
   }
 }
@@ -97,11 +111,12 @@ void ce_rows(const TwoHotCeFwd& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const X* logits = static_cast<const X*>(a.logits) + r * a.ld;
     const float top = largest(logits, n);
-    vf total[2] = {};
-    each_vector<2>(n, [&](auto kind, int64_t i, auto k) PWM_FAST_INLINE_LAMBDA {
-      total[k.value] += only_row(kind, exp_below_88(load_row(kind, logits, i, n) - top), i, n);
+    vd total = {};
+    each_vector<1>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
+      const vf e = only_row(kind, exp_below_88(load_row(kind, logits, i, n) - top), i, n);
+      total += __builtin_convertvector(e, vd);
     });
-    const double log_sum = __builtin_log(double(sum(total[0] + total[1])));
+    const double log_sum = __builtin_log(sum(total));
     const TwoHot t = encode(double(a.x[r]), a.bins, a.transform);
     const double lower = double(widen(logits[t.lower])) - double(top);
     const double upper = double(widen(logits[t.lower + 1])) - double(top);
@@ -116,14 +131,12 @@ void ce_grad_rows(const TwoHotCeBwd& a, float* p, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const X* logits = static_cast<const X*>(a.logits) + r * a.ld;
     X* dlogits = static_cast<X*>(a.dlogits) + r * a.ld_d;
-    const float lse = a.lse[r];
-    each_vector<2>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
-      store(p + i, exp_below_88(load_row(kind, logits, i, n) - lse));
-    });
+    const double factor = probabilities(logits, n, a.lse[r], p);
     const TwoHot t = encode(double(a.x[r]), a.bins, a.transform);
-    p[t.lower] = float(double(p[t.lower]) - (1.0 - t.upper));
-    p[t.lower + 1] = float(double(p[t.lower + 1]) - t.upper);
-    const float scale = t.upper == t.upper ? a.dloss[r] : float(t.upper);  // NaN: all of the row
+    p[t.lower] = float(double(p[t.lower]) - (1.0 - t.upper) / factor);
+    p[t.lower + 1] = float(double(p[t.lower + 1]) - t.upper / factor);
+    // A NaN target makes all of the row NaN.
+    const float scale = float(t.upper == t.upper ? factor * double(a.dloss[r]) : t.upper);
     each_vector<2>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
       store_row(kind, dlogits, i, n, load(p + i) * scale);
     });
@@ -152,11 +165,12 @@ void two_hot_decode_fwd(const TwoHotDecodeFwd& a) {
 
 void two_hot_decode_bwd(const TwoHotDecodeBwd& a) {
   const int64_t threads = useful_threads(a.threads, a.rows, a.rows * a.bins.count);
-  const Floats centres(padded(a.bins.count));
+  const Floats centres(padded(a.bins.count)), scratch(threads * padded(a.bins.count));
   fill_centres(a.bins, centres.at(0));
-  in_parallel(threads, a.rows, [&](int64_t, int64_t begin, int64_t end) {
+  in_parallel(threads, a.rows, [&](int64_t thread, int64_t begin, int64_t end) {
+    float* const p = scratch.at(thread * padded(a.bins.count));
     with_type(a.x_type, [&](auto* x) {
-      decode_grad_rows<Pointee<decltype(x)>>(a, centres.at(0), begin, end);
+      decode_grad_rows<Pointee<decltype(x)>>(a, centres.at(0), p, begin, end);
     });
   });
 }

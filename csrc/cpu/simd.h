@@ -37,11 +37,9 @@ struct bf16 {
 };
 
 PWM_FAST_INLINE vf splat(float x) { return x - vf{}; }  // not x + 0: -0 must stay -0
-PWM_FAST_INLINE vi bits(vf x) { return (vi)x; }
-PWM_FAST_INLINE vf select(vi mask, vf yes, vf no) {
-  return (vf)((mask & (vi)yes) | (~mask & (vi)no));
-}
+// y if either is NaN, as the instructions of x86 do.
 PWM_FAST_INLINE vf larger(vf x, vf y) { return x > y ? x : y; }
+PWM_FAST_INLINE vf lesser(vf x, vf y) { return x < y ? x : y; }
 
 // Lanes 0 .. count - 1 are set.
 PWM_FAST_INLINE vi first_lanes(int count) {
@@ -153,53 +151,35 @@ PWM_FAST_INLINE vf exp_clamped(vf x) {
   const vu half = (u >> 1) << 23;
   return p * (vf)half * (vf)((u << 23) - half);
 }
-// The same for any x <= 88. exp is 0 below -104; NaN compares false and stays.
-PWM_FAST_INLINE vf at_least_minus_104(vf x) { return x < -104.0f ? splat(-104.0f) : x; }
-PWM_FAST_INLINE vf exp_below_88(vf x) { return exp_clamped(at_least_minus_104(x)); }
+// The same for any x <= 88: exp is 0 below -104.
+PWM_FAST_INLINE vf exp_below_88(vf x) { return exp_clamped(larger(splat(-104.0f), x)); }
 
-// The parts of mish(u) = u t, t = tanh(softplus(u)), by e = exp(-|u|), which cannot overflow:
-//   u < 0:   t = (e^2 + 2 e) / bottom,    bottom = e^2 + 2 e + 2
-//   u >= 0:  t = 1 - 2 e^2 / bottom,      bottom = 1 + 2 e + 2 e^2
-// so that t = t0 + sign top / bottom with t0 = 0 or 1 has no cancellation.
+// mish(u) = u t, t = tanh(softplus(u)) = n / (n + 2) with n = e (e + 2), e = exp(u). Nothing here
+// cancels, and above 20, where u is clamped, so nothing overflows, t is 1 in fp32.
 struct MishParts {
-  vi negative;
-  vf size, e, e2_or_one, top, bottom;  // size = -|u|, but at least -104
+  vf clamped, e, n;
 };
 PWM_FAST_INLINE MishParts mish_parts(vf u) {
-  MishParts m;
-  m.negative = bits(u) < 0;
-  m.size = at_least_minus_104((vf)(bits(u) | (int32_t)0x80000000));
-  m.e = exp_clamped(m.size);
-  const vf e2 = m.e * m.e, one = splat(1.0f);
-  m.e2_or_one = m.negative ? one : e2;
-  const vf other = (m.negative ? e2 : one) + (m.e + m.e);
-  const vf twice = m.e2_or_one + m.e2_or_one;
-  m.top = m.negative ? other : twice;
-  m.bottom = other + twice;
-  return m;
-}
-// u where u >= 0, else 0; NaN for -inf, whose mish is NaN for PyTorch.
-PWM_FAST_INLINE vf mish_base(vf u) {
-  return u * 0.5f + (vf)(bits(u) & 0x7fffffff) * 0.5f;
+  const vf clamped = lesser(splat(20.0f), larger(splat(-104.0f), u));
+  const vf e = exp_clamped(clamped);
+  return {clamped, e, e * (e + 2.0f)};
 }
 PWM_FAST_INLINE vf mish(vf u) {
   const MishParts m = mish_parts(u);
-  return mish_base(u) + m.size * m.top / m.bottom;
+  return u * (m.n / (m.n + 2.0f));
 }
 
-// mish(u) and its derivative t + u sigmoid(u) (1 - t^2), where 1 - t^2 is
-// 2 e2_or_one 2 (1 + e)^2 / bottom^2, and the sigmoid takes one of the factors 1 + e away.
+// mish(u) and its derivative t + u sigmoid(u) (1 - t^2), where 1 - t^2 = 4 (1 + e)^2 / (n + 2)^2
+// and sigmoid(u) = e / (1 + e). The derivative is 0 and 1 at the infinities.
 struct MishAndSlope {
   vf value, slope;
 };
 PWM_FAST_INLINE MishAndSlope mish_and_slope(vf u) {
   const MishParts m = mish_parts(u);
-  const vf inverse = 1.0f / m.bottom;
-  const vf ratio = m.top * inverse;
-  const vf t = m.negative ? ratio : 1.0f - ratio;
-  const vf e_or_e2 = m.negative ? m.e : m.e2_or_one;
-  const vf rest = (e_or_e2 * (4.0f + 4.0f * m.e)) * (inverse * inverse);
-  return {mish_base(u) + m.size * ratio, u * rest + t};
+  const vf inverse = 1.0f / (m.n + 2.0f);
+  const vf t = m.n * inverse;
+  const vf rest = (4.0f * m.e * inverse) * (m.e * inverse + inverse);
+  return {u * t, m.clamped * rest + t};
 }
 
 // ------------------------------------------------------------------------------------ loops

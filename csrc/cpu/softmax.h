@@ -11,10 +11,9 @@ namespace {
 inline void softmax_group(float* x, int64_t group) {
   vf largest[1] = {splat(x[0])};
   each_vector<1>(group, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
-    // The row's other elements lie behind a group: a part must not see them.
-    const vf v = load_row(kind, x, i, group);
-    const vf known = decltype(kind)::part ? select(first_lanes(int(group - i)), v, splat(x[0])) : v;
-    largest[0] = larger(known, largest[0]);
+    vf v = load_row(kind, x, i, group);
+    if constexpr (decltype(kind)::part) v = first_lanes(int(group - i)) ? v : splat(x[0]);
+    largest[0] = larger(v, largest[0]);
   });
   const float top = max(largest[0]);
   vf total[1] = {};
@@ -29,44 +28,56 @@ inline void softmax_group(float* x, int64_t group) {
   });
 }
 
-// All groups of a row of n elements in padded scratch memory, in place.
+// Groups of 4, 8, 16 or 32: some lanes of a vector, or a few vectors.
 template <int G>
-PWM_FAST_INLINE void softmax_small_groups(float* x, int64_t n) {  // G lanes divide a vector
-  for (int64_t i = 0; i < n; i += W) {
-    const vf v = load(x + i);
-    const vf e = exp_below_88(v - group_max<G>(v));
-    store(x + i, e / group_sum<G>(e));
-  }
+struct Group {
+  static constexpr int lanes = G < W ? G : W;
+  static constexpr int vectors = G < W ? 1 : G / W;
+};
+template <class F>
+PWM_FAST_INLINE bool with_small_group(int64_t group, F f) {
+  if (group == 4) return f(Group<4>{}), true;
+  if (group == 8) return f(Group<8>{}), true;
+  if (group == 16) return f(Group<16>{}), true;
+  if (group == 32) return f(Group<32>{}), true;
+  return false;
 }
+
+// All groups of a row of n elements in padded scratch memory, in place.
 inline void softmax_groups(float* x, int64_t n, int64_t group) {
-  if (group == 4) return softmax_small_groups<4>(x, n);
-  if constexpr (W >= 8) {
-    if (group == 8) return softmax_small_groups<8>(x, n);
-  }
-  if constexpr (W >= 16) {
-    if (group == 16) return softmax_small_groups<16>(x, n);
-  }
+  const auto small = [&](auto g) PWM_FAST_INLINE_LAMBDA {
+    for (int64_t i = 0; i < n; i += g.vectors * W) {
+      vf v[g.vectors];
+      for (int k = 0; k < g.vectors; ++k) v[k] = load(x + i + k * W);
+      vf top = v[0], total = {};
+      for (int k = 1; k < g.vectors; ++k) top = larger(top, v[k]);
+      top = group_max<g.lanes>(top);
+      for (int k = 0; k < g.vectors; ++k) {
+        v[k] = exp_below_88(v[k] - top);
+        total += v[k];
+      }
+      const vf inverse = 1.0f / group_sum<g.lanes>(total);
+      for (int k = 0; k < g.vectors; ++k) store(x + i + k * W, v[k] * inverse);
+    }
+  };
+  if (with_small_group(group, small)) return;
   for (int64_t i = 0; i < n; i += group) softmax_group(x + i, group);
 }
 
 // dx = y (dy - sum over the group of dy y), in padded scratch memory; dx may be dy.
-template <int G>
-PWM_FAST_INLINE void softmax_small_groups_bwd(const float* dy, const float* y, float* dx,
-                                              int64_t n) {
-  for (int64_t i = 0; i < n; i += W) {
-    const vf g = load(dy + i), p = load(y + i);
-    store(dx + i, p * (g - group_sum<G>(g * p)));
-  }
-}
 inline void softmax_groups_bwd(const float* dy, const float* y, float* dx, int64_t n,
                                int64_t group) {
-  if (group == 4) return softmax_small_groups_bwd<4>(dy, y, dx, n);
-  if constexpr (W >= 8) {
-    if (group == 8) return softmax_small_groups_bwd<8>(dy, y, dx, n);
-  }
-  if constexpr (W >= 16) {
-    if (group == 16) return softmax_small_groups_bwd<16>(dy, y, dx, n);
-  }
+  const auto small = [&](auto g) PWM_FAST_INLINE_LAMBDA {
+    for (int64_t i = 0; i < n; i += g.vectors * W) {
+      vf dot = {};
+      for (int k = 0; k < g.vectors; ++k) dot += load(dy + i + k * W) * load(y + i + k * W);
+      dot = group_sum<g.lanes>(dot);
+      for (int k = 0; k < g.vectors; ++k) {
+        store(dx + i + k * W, load(y + i + k * W) * (load(dy + i + k * W) - dot));
+      }
+    }
+  };
+  if (with_small_group(group, small)) return;
   for (int64_t start = 0; start < n; start += group) {
     const float *g = dy + start, *p = y + start;
     vf total[1] = {};

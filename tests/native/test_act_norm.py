@@ -299,10 +299,10 @@ def test_mish_far_below_zero_is_exact_to_subnormals() -> None:
 def test_mish_of_special_values() -> None:
     u = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3e38, -3e38, 1e-40])
     value, slope = mish(u)
-    leaf = u.clone().requires_grad_()
-    F.mish(leaf).sum().backward()
     torch.testing.assert_close(value, F.mish(u), rtol=1e-5, atol=0.0, equal_nan=True)
-    torch.testing.assert_close(slope, leaf.grad, rtol=1e-5, atol=0.0, equal_nan=True)
+    # The limits, where PyTorch's formula gives NaN at the infinities.
+    limits = torch.tensor([float("nan"), 1.0, 0.0, 0.6, 0.6, 1.0, 0.0, 0.6])
+    torch.testing.assert_close(slope, limits, rtol=1e-6, atol=0.0, equal_nan=True)
 
 
 def test_mish_of_the_rest_of_a_row() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.reference import esnr as esnr_reference
+from pwm_fast import ops
 from pwm_fast.ops.reference import heads
 from tests.native.harness import _C, BATCHES, Rows, Values, activate, check
 
@@ -248,12 +248,12 @@ def samples(count: int, deviation: float, sizes: tuple[int, ...] = SIZES) -> lis
 def test_esnr(count: int, deviation: float) -> None:
     """At a deviation of 1e-3 a difference of totals in fp32 would be all rounding."""
     grads = samples(count, deviation)
-    truth = esnr_reference.esnr(grads, 0.0, False)
+    truth = ops.esnr(grads, eps=0.0, backend="reference")
     signal, noise = esnr(grads)
     torch.testing.assert_close(signal.sum(), truth.signal, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(noise.sum(), truth.noise, rtol=1e-6, atol=0.0)
     for index in range(len(SIZES)):
-        one = esnr_reference.esnr([[sample[index]] for sample in grads], 0.0, False)
+        one = ops.esnr([[sample[index]] for sample in grads], eps=0.0, backend="reference")
         # A single element has the rounding of its mean: relative to mu, not to the deviation.
         loose = 1e-6 if SIZES[index] > 1000 else 1e-5
         torch.testing.assert_close(signal[index], one.signal, rtol=loose, atol=1e-12)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,21 +12,17 @@ _ACTS = {"none": 0, "mish": 1, "simnorm": 2}
 _FP32 = 0
 
 
-@lru_cache(maxsize=1)
-def extension() -> Any:
-    """``pwm_fast._C``, on torch's own OpenMP threads.
-
-    Raises:
-        ImportError: it was not built, or does not load.
-    """
-    from pwm_fast import _C
-
+def _load() -> tuple[Any, str | None, str | None]:
+    """The extension on torch's own OpenMP threads, that runtime's path, and why there is none."""
+    try:
+        from pwm_fast import _C
+    except ImportError as error:
+        return None, None, f"the native extension does not load ({error})"
     if not hasattr(_C, "norm_act_fwd"):
-        raise ImportError("it is of an older version: reinstall")
+        return None, None, "the native extension is of an older version: reinstall"
     path = _openmp_runtime()
-    if path is not None:
-        _C.set_openmp(path)
-    return _C
+    shared = path is not None and _C.set_openmp(path)
+    return _C, path if shared else None, None
 
 
 def _openmp_runtime() -> str | None:
@@ -44,14 +39,30 @@ def _openmp_runtime() -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)
+# When this module is imported, not at the first call: torch.compile can follow the choice of a
+# backend, but not the loading of a library.
+_EXTENSION, _OPENMP, _MISSING = _load()
+
+
+def extension() -> Any:
+    """``pwm_fast._C``, on torch's own OpenMP threads.
+
+    Raises:
+        ImportError: it was not built, or does not load.
+    """
+    if _EXTENSION is None:
+        raise ImportError(_MISSING)
+    return _EXTENSION
+
+
+def openmp_runtime() -> str | None:
+    """Path of the OpenMP runtime that torch and the kernels share; None where they share none."""
+    return _OPENMP
+
+
 def why_missing() -> str | None:
     """Why the native kernels cannot run here; None if they can."""
-    try:
-        extension()
-    except ImportError as error:
-        return f"the native extension does not load ({error})"
-    return None
+    return _MISSING
 
 
 def _ptr(x: Tensor | None) -> int:

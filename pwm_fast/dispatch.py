@@ -78,6 +78,22 @@ def _fused(call: Call) -> str | None:
             return f"the tensors' dtypes differ: {first.dtype} and {x.dtype}"
     if torch.is_autocast_enabled(first.device.type):
         return "autocast is on, which only the reference follows"
+    return _transform()
+
+
+def _transform() -> str | None:
+    """Why operators cannot follow the ``torch.func`` transforms in force; None if they can."""
+    if not torch._C._are_functorch_transforms_active():
+        return None
+    if torch.compiler.is_compiling():
+        return "a torch.func transform is being compiled, which only the reference follows"
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    keys = {interpreter.key().name for interpreter in retrieve_all_functorch_interpreters()}
+    others = keys - {"Vmap", "Functionalize"}
+    if others:
+        names = " and ".join(sorted(others)).lower()
+        return f"it is inside a torch.func transform ({names}), which only the reference follows"
     return None
 
 

@@ -47,6 +47,17 @@ def register_gradient(name: str, backward: Any, setup_context: Any) -> None:
     )
 
 
+def register_vmap(name: str, rule: Any) -> None:
+    """Register how ``torch.vmap`` sees an operator."""
+    torch.library.register_vmap(f"pwm_fast::{name}", rule, lib=_LIB)
+
+
+def needs_grad(*groups: Sequence[Tensor]) -> list[bool]:
+    """For each group whether a gradient towards one of its tensors will be asked for."""
+    on = torch.is_grad_enabled()
+    return [on and any(t.requires_grad for t in group) for group in groups]
+
+
 def first_order_only(name: str) -> None:
     """Make differentiating a backward operator an error."""
 
@@ -164,8 +175,7 @@ def _mlp_grad(ctx: Any, dy: Tensor | None, _: Any) -> Any:
         return None, None, None, None, None, None
     n, m = ctx.counts
     tensors = ctx.saved_tensors
-    needs_inputs, needs_params = ctx.needs_input_grad[:2]
-    wgrad = any(needs_params)
+    needs_inputs = ctx.needs_input_grad[0]
     dinputs, dparams = torch.ops.pwm_fast.mlp_backward(
         dy,
         list(tensors[:n]),
@@ -176,7 +186,7 @@ def _mlp_grad(ctx: Any, dy: Tensor | None, _: Any) -> Any:
         ctx.backend,
         ctx.wgrad,
     )
-    grads = _restored(dparams, [wgrad] * m)
+    grads = _restored(dparams, [ctx.wgrad] * m)
     return _restored(dinputs, needs_inputs), grads, None, None, None, None
 
 

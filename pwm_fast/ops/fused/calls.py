@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast.ops import library, library_native  # noqa: F401  register the operators
+from pwm_fast.ops import batching, library_native  # noqa: F401  register the operators
 from pwm_fast.ops.fused.rollout import DynamicsSpec
 from pwm_fast.ops.fused.specs import encode_dynamics, encode_layers
 from pwm_fast.ops.fused.stack import LayerSpec
+from pwm_fast.ops.library import needs_grad
 from pwm_fast.ops.types import Layer
 
 
@@ -61,12 +62,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _grads(*groups: Sequence[Tensor]) -> list[bool]:
-    """For each group whether a gradient towards one of its tensors will be asked for."""
-    on = torch.is_grad_enabled()
-    return [on and any(t.requires_grad for t in group) for group in groups]
-
-
 def mlp(
     backend: str, inputs: Sequence[Tensor], layers: Sequence[Layer], order: str = "norm_act"
 ) -> Tensor:
@@ -77,7 +72,7 @@ def mlp(
     if members == 1:  # a batched product of one is slower than a plain one
         params = [p.squeeze(0) for p in params]
     rows = [_rows(x) for x in inputs]
-    wgrad, igrad = _grads(params, inputs)
+    wgrad, igrad = needs_grad(params, inputs)
     text = encode_layers(specs_of(layers, order))
     y, _ = torch.ops.pwm_fast.mlp(rows, params, text, backend, wgrad or igrad, wgrad)
     if members:
@@ -89,7 +84,7 @@ def layer_norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, act: str, group: int, eps: float
 ) -> Tensor:
     """See :func:`pwm_fast.ops.layer_norm_act`."""
-    (save,) = _grads((x, weight, bias))
+    (save,) = needs_grad((x, weight, bias))
     rows = _rows(x).contiguous()
     operator = torch.ops.pwm_fast.layer_norm_act
     y, _, _ = operator(rows, weight.contiguous(), bias.contiguous(), act, group, eps, save)
@@ -211,7 +206,7 @@ _LINEAR = encode_layers([LayerSpec("norm_act", "none", False, False, 8, 1e-5)])
 
 def _linear(backend: str, x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` of rows ``x``; through the operator, for its care with narrow weight gradients."""
-    igrad, wgrad = _grads((x,), (weight,))
+    igrad, wgrad = needs_grad((x,), (weight,))
     y, _ = torch.ops.pwm_fast.mlp([x], [weight], _LINEAR, backend, igrad or wgrad, wgrad)
     return y
 
@@ -236,7 +231,7 @@ def rollout(
         _linear(backend, _rows(action), packed.w_a).view(*action.shape[:2], packed.w_a.shape[0])
         + base
     )
-    grad, wgrad = _grads(
+    grad, wgrad = needs_grad(
         (z0, c), (packed.w_z, *packed.params, *(() if packed.w_tau is None else (packed.w_tau,)))
     )
     z, _ = torch.ops.pwm_fast.rollout(
@@ -267,7 +262,7 @@ def imagine(
     base = _constant(backend, packed, task)
     actor_params = _flat(actor)
     tau = () if packed.w_tau is None else (packed.w_tau,)
-    grad, wgrad, agrad = _grads(
+    grad, wgrad, agrad = needs_grad(
         (z0, base, packed.w_a, std), (packed.w_z, *packed.params, *tau), actor_params
     )
     z, action, _ = torch.ops.pwm_fast.imagine(

@@ -31,6 +31,7 @@ class _Mish(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(inputs[0], output[1])
+        ctx.save_for_forward(inputs[0], output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
@@ -41,6 +42,11 @@ class _Mish(torch.autograd.Function):
         slope = torch.sigmoid(x).mul_(x)
         slope.addcmul_(slope, t * t, value=-1.0)
         return slope.add_(t).mul_(grad)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:
+        x, t = ctx.saved_tensors
+        return tangent * (t + x * (1.0 - t * t) * torch.sigmoid(x)), None
 
 
 def mish(x: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def pack(
     if fold is None:
         # With weight gradients the fold's own products eat most of what it spares, and its rounding
         # nearly doubles the error of the last layer's gradient (docs/performance.md).
-        (wgrad,) = _grads(layer_tensors(net))
+        (wgrad,) = needs_grad(layer_tensors(net))
         fold = flow and not wgrad and can_fold(net) and fold_pays(net, latent)
     specs = list(specs_of(net))
     norm = [first.ln_weight, first.ln_bias]

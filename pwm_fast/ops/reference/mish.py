@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # tanh(softplus(x)) = n / (n + 2) with n = e (e + 2), e = exp(x). Beyond 20 it is 1 in float64 too.
 _SATURATION = 20.0
@@ -31,7 +32,6 @@ class _Mish(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(inputs[0], output[1])
-        ctx.save_for_forward(inputs[0], output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Tensor:
@@ -43,13 +43,10 @@ class _Mish(torch.autograd.Function):
         slope.addcmul_(slope, t * t, value=-1.0)
         return slope.add_(t).mul_(grad)
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:
-        x, t = ctx.saved_tensors
-        return tangent * (t + x * (1.0 - t * t) * torch.sigmoid(x)), None
-
 
 def mish(x: Tensor) -> Tensor:
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+    # torch.compile takes no function with a forward-mode derivative, so that is left to PyTorch's.
+    forward_mode = forward_ad._current_level >= 0
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not forward_mode:
         return _Mish.apply(x)[0]
     return F.mish(x)

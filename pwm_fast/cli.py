@@ -32,7 +32,8 @@ def main(
     """Compose ``configs/<config_name>.yaml`` with the command line, run ``command`` on it and exit.
 
     The status is that of ``command``; 2 with one line on stderr for what a user can mend; 130 after
-    a KeyboardInterrupt. In a sweep a failed job does not stop the others; an interrupted one does.
+    a KeyboardInterrupt. In a sweep a failed job does not stop the others, a signal does; the status
+    is the first failure's.
     PWM_FAST_TRACEBACK=1 shows the traceback of everything.
 
     Args:
@@ -51,6 +52,11 @@ def main(
     except ImportError:
         _fail(NEEDS_TRAIN)
 
+    from pwm_fast import launch
+
+    launch.register()
+    # `launch` has a default, so that Hydra would refuse the + of a group without one.
+    sys.argv[1:] = [re.sub(r"^\+launch=", "launch=", argument) for argument in sys.argv[1:]]
     ConfigStore.instance().store(name=f"{name}_schema", node=schema())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on: they are reported here
     status = 0
@@ -74,6 +80,10 @@ def main(
         job()
     except JobFailed as error:
         status = error.status
+    except USER_ERRORS as error:  # of a launcher, before anything was started
+        if _tracebacks():
+            raise
+        _fail(message(error))
     except (HydraException, OmegaConfBaseException) as error:
         if tracebacks():
             raise
@@ -136,6 +146,8 @@ def composition_message(error: BaseException) -> str:
     unknown = re.match(r"Could not (?:override|append) '(\S+)'", str(error))
     if unknown:
         return f"{unknown[1]}: there is no such key; --cfg job shows them all"
+    if "hydra/launcher/submitit_slurm" in str(error):
+        return "launch=slurm needs more packages: pip install 'pwm-fast[slurm]'"
     text = "\n".join(map(str, filter(None, (error, error.__cause__)))).split("Config search path")[
         0
     ]

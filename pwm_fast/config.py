@@ -575,6 +575,7 @@ def from_hydra(cfg: Any) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_readable(error)) from error
     assert isinstance(values, dict)
+    values.pop("launch", None)  # where a sweep runs is no part of a run
     return from_dict({str(k): v for k, v in values.items()})
 
 

@@ -1,4 +1,4 @@
-"""Stopping a run in good order on SIGINT and SIGTERM."""
+"""Stopping a run in good order on SIGINT, SIGTERM, and Slurm's warnings SIGUSR1 and SIGUSR2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What Slurm sends some time before it ends a job, as `sbatch --signal=USR1@120` asks it to.
+WARNINGS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
 
 
 class Interrupted(Exception):
@@ -18,14 +20,18 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Remembers the first SIGINT or SIGTERM, so that the run can stop where its state is whole.
+    """Remembers the first signal, so that the run can stop where its state is whole.
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python allows
     no signal handlers, it never triggers.
+
+    A warning (SIGUSR1, SIGUSR2) that a library had taken before, as submitit takes SIGUSR2 to
+    requeue its job, is handed on to it when the context ends well: after the checkpoint.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._warning: int | None = None
         self._before: dict[int, Any] = {}
 
     def check(self) -> None:
@@ -52,8 +58,12 @@ class Interrupt:
     ) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
+        if kind is None and self._warning is not None and callable(self._before[self._warning]):
+            self._before[self._warning](self._warning, None)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if signum in WARNINGS:  # also after a SIGTERM: some clusters send both
+            self._warning = signum
         if self.signum is not None:
             if signum == signal.SIGINT:
                 raise KeyboardInterrupt

@@ -1,0 +1,84 @@
+"""``launch=local``: the runs of a sweep in parallel processes on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+
+from pwm_fast.cli import JobFailed
+from pwm_fast.config import ConfigError
+from pwm_fast.launch import options, plan, resources, sweep
+
+
+class LocalSweep:
+    """Hydra launcher: each run of a sweep in a process of its own, on a GPU of its own."""
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        """Take what Hydra gives a launcher."""
+        self.hydra_context = hydra_context
+        self.config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Make the runs, and wait for them.
+
+        Raises:
+            ConfigError: a run's configuration cannot be used; nothing was started.
+            JobFailed: a run did not finish; which, why and where its log is was printed.
+        """
+        given = options.read(options.LocalOptions, self.config.launch)
+        runs, on_gpu = planned(self.hydra_context, self.config, job_overrides, initial_job_idx)
+        gpus = [str(gpu) for gpu in given.gpus] if given.gpus else resources.visible_gpus()
+        count = given.jobs or (len(gpus) if on_gpu and gpus else resources.cpus())
+        shares = resources.slots(min(count, len(runs)), gpus)
+        if given.dry_run:
+            print(f"{len(runs)} runs, {len(shares)} at a time; nothing is started:")
+            print_runs(runs)
+            forget(self.config)
+            return returns(runs)
+        sweep.write(Path(str(self.config.hydra.sweep.dir)), runs, {})
+        outcome = sweep.execute(runs, shares)
+        text = sweep.failures(runs, outcome.statuses)
+        if text:
+            print(text, file=sys.stderr)
+        status = sweep.exit_status(outcome.statuses, outcome.signals if text else ())
+        if status:
+            raise JobFailed(status)
+        return returns(runs)
+
+
+def planned(
+    hydra_context: Any, config: Any, overrides: Sequence[Sequence[str]], first: int
+) -> tuple[list[sweep.Run], bool]:
+    """See :func:`pwm_fast.launch.plan.plan`; leaves nothing behind of a sweep that is refused."""
+    try:
+        return plan.plan(hydra_context.config_loader, config, overrides, first)
+    except ConfigError:
+        if first == 0:
+            forget(config)
+        raise
+
+
+def print_runs(runs: Sequence[sweep.Run]) -> None:
+    """A line for each run."""
+    for run in runs:
+        print(f"  run {run.index} ({run.label}): {run.run_dir}")
+
+
+def forget(config: Any) -> None:
+    """Remove what Hydra's sweeper wrote for a sweep that is not started."""
+    directory = Path(str(config.hydra.sweep.dir))
+    with suppress(OSError):
+        (directory / "multirun.yaml").unlink()
+        directory.rmdir()
+
+
+def returns(runs: Sequence[sweep.Run]) -> list[JobReturn]:
+    """What Hydra's sweeper wants of a launcher."""
+    return [JobReturn(status=JobStatus.COMPLETED) for _ in runs]

@@ -80,14 +80,14 @@ def main(
         job()
     except JobFailed as error:
         status = error.status
-    except USER_ERRORS as error:  # of a launcher, before anything was started
-        if _tracebacks():
-            raise
-        _fail(message(error))
     except (HydraException, OmegaConfBaseException) as error:
         if tracebacks():
             raise
         _fail(composition_message(error))
+    except USER_ERRORS as error:  # of a launcher, before anything was started
+        if _tracebacks():
+            raise
+        _fail(message(error))
     except KeyboardInterrupt:
         print("error: stopped at once by SIGINT", file=sys.stderr)
         status = 130

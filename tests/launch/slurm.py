@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits for its old credential to expire: the default is two minutes.
-AuthInfo=socket={root}/munge.socket,cred_expire=4
+AuthInfo=socket={root}/munge.socket,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -69,6 +70,10 @@ def why_not() -> str:
     return ""
 
 
+class NoDevices(Exception):
+    """A container without the right to make device nodes."""
+
+
 class Cluster:
     """Starts the daemons.
 
@@ -89,8 +94,13 @@ class Cluster:
         self._daemons: list[subprocess.Popen] = []
         for name in ("controller", "node"):
             (root / name).mkdir()
-        for gpu in range(4):
-            (root / f"gpu{gpu}").touch()
+        for gpu in range(4):  # copies of /dev/null: Slurm counts only devices
+            try:
+                os.mknod(root / f"gpu{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+            except PermissionError as error:
+                raise NoDevices("pretend GPUs are device nodes, which cannot be made here") from (
+                    error
+                )
         key = root / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
@@ -143,10 +153,12 @@ class Cluster:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    def submit(self, script: Path, *arguments: str, cwd: Path, **variables: str) -> str:
+    def submit(
+        self, script: Path, *arguments: str, flags: tuple[str, ...], cwd: Path, **variables: str
+    ) -> str:
         """Submit a batch script; the job's id."""
         done = subprocess.run(
-            ["sbatch", "--parsable", str(script), *arguments],
+            ["sbatch", "--parsable", *flags, str(script), *arguments],
             env={**self.environment, **variables},
             cwd=cwd,
             capture_output=True,
@@ -164,7 +176,7 @@ class Cluster:
         """JobState of a job."""
         return self.show(job)["JobState"]
 
-    def wait_for(self, job: str, *states: str, seconds: float = 150.0) -> dict[str, str]:
+    def wait_for(self, job: str, *states: str, seconds: float = 300.0) -> dict[str, str]:
         """Wait until a job is in one of the states."""
         wait_until(
             lambda: self.state(job) in states, f"job {job} to be {states}", self.logs, seconds
@@ -203,7 +215,7 @@ def wait_until(
     ready: Callable[[], bool],
     what: str,
     details: Callable[[], str] = lambda: "",
-    seconds: float = 90.0,
+    seconds: float = 300.0,
 ) -> None:
     """Return as soon as something is so."""
     end = time.monotonic() + seconds

@@ -105,6 +105,10 @@ class Command:
         """Send a signal; none to a process that has ended."""
         os.kill(self.pid, signum)
 
+    def said(self) -> str:
+        """What it printed so far."""
+        return "\n".join(file.read_text() for file in self.files)
+
     def wait(self) -> Outcome:
         """Wait for the end; the status of a process that a signal killed is its negative."""
         status = self.ask({"wait": self.pid})

@@ -186,15 +186,15 @@ def test_sweep(launcher: Launcher, tmp_path: Path) -> None:
         assert len(rows(run_dir)) == 3
 
 
-def test_sweep_with_a_failure(launcher: Launcher, tmp_path: Path) -> None:
-    arguments = tiny_arguments(Path("run_${seed}"), "epochs=1", "seed=-1,0")
+def test_hydras_own_sweep_with_a_failure(launcher: Launcher, tmp_path: Path) -> None:
+    arguments = tiny_arguments(Path("run_${seed}"), "epochs=1", "seed=-1,0", "launch=null")
     outcome = launcher.run(tmp_path, "-m", *arguments)
     assert outcome.status == 2
     assert "error: seed must be in" in outcome.err and "Traceback" not in outcome.err
     assert len(rows(tmp_path / "run_0")) == 2, "the other run is made all the same"
 
 
-def test_interrupted_sweep_stops(launcher: Launcher, tmp_path: Path) -> None:
+def test_hydras_own_sweep_stops_when_interrupted(launcher: Launcher, tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
         "from pwm_fast.agent import PWM\n"
@@ -204,7 +204,7 @@ def test_interrupted_sweep_stops(launcher: Launcher, tmp_path: Path) -> None:
         "    PWM.observe = observe\n"
         "PWM.observe = stopped\n"
     )
-    arguments = tiny_arguments(Path("run_${seed}"), "seed=0,1")
+    arguments = tiny_arguments(Path("run_${seed}"), "seed=0,1", "launch=null")
     outcome = launcher.run(tmp_path, "-m", *arguments, hook=code)
     assert outcome.status == 130
     assert (tmp_path / "run_0" / "checkpoints" / "latest.pt").exists()

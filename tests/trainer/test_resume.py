@@ -70,6 +70,7 @@ def leave(status):
 os._exit = leave
 """
 PARTS = 12
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def hook(at: int, signum: int) -> str:
@@ -118,7 +119,7 @@ def test_stopped(
     part: int, events: int, launcher: Launcher, whole_run: Path, tmp_path: Path
 ) -> None:
     at = event_in(part, events)
-    signum = signal.SIGTERM if part % 2 else signal.SIGINT
+    signum = STOPPING[part % len(STOPPING)]
     arguments = tiny_arguments(tmp_path / "run")
     outcome = launcher.run(tmp_path, *arguments, hook=hook(at, signum))
     assert outcome.status == 128 + signum, (at, outcome)

@@ -22,4 +22,4 @@ except ImportError:  # without pwm-fast[slurm]
 else:
 
     class SlurmLauncher(slurm.SlurmSweep, submitit_launcher.SlurmLauncher):
-        """``launch=slurm`` and ``launch=slurm_4gpu``: hydra-submitit-launcher with a job of ours."""
+        """``launch=slurm`` and ``launch=slurm_4gpu``."""

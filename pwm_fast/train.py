@@ -1,7 +1,8 @@
 """``python -m pwm_fast.train env=ant alg=pwm_5M_flow epochs=100 seed=42``: train an agent.
 
-Exit status: 0 finished; 2 one line on stderr says what is wrong; 128 + signal number after SIGINT
-or SIGTERM, with a checkpoint and the plots written. The same command then goes on where it stopped.
+Exit status: 0 finished; 2 one line on stderr says what is wrong; 128 + signal number after SIGINT,
+SIGTERM, SIGUSR1 or SIGUSR2, with a checkpoint and the plots written. The same command then goes on
+where it stopped. ``-m`` makes a sweep, whose runs ``pwm_fast.launch`` starts.
 """
 
 from __future__ import annotations

@@ -34,8 +34,10 @@ class LocalSweep:
         """
         given = options.read(options.LocalOptions, self.config.launch)
         runs, on_gpu = planned(self.hydra_context, self.config, job_overrides, initial_job_idx)
-        gpus = [str(gpu) for gpu in given.gpus] if given.gpus else resources.visible_gpus()
-        count = given.jobs or (len(gpus) if on_gpu and gpus else resources.cpus())
+        gpus: list[str] = []
+        if on_gpu:
+            gpus = [str(gpu) for gpu in given.gpus] if given.gpus else resources.visible_gpus()
+        count = given.jobs or len(gpus) or resources.cpus()
         shares = resources.slots(min(count, len(runs)), gpus)
         if given.dry_run:
             print(f"{len(runs)} runs, {len(shares)} at a time; nothing is started:")

@@ -31,7 +31,9 @@ class SlurmJob:
             runs = [run for run in runs if run.status() != 0]
         if not runs:
             return
-        gpus = resources.visible_gpus() if "CUDA_VISIBLE_DEVICES" in os.environ else []
+        # Where Slurm names no GPUs, those of the node; one run needs no share and no look for them.
+        named = "CUDA_VISIBLE_DEVICES" in os.environ
+        gpus = resources.visible_gpus() if named or len(runs) > 1 else []
         outcome = sweep.execute(runs, resources.slots(len(runs), gpus))
         text = sweep.failures(runs, outcome.statuses)
         if not text:

@@ -66,18 +66,6 @@ def test_every_key_reaches_sbatch(launcher: Launcher, tmp_path: Path) -> None:
         *("launch.cpus=3", "launch.mem_gb=5", "launch.time=1-00:30:00", "launch.signal_s=300"),
         *("launch.runs_per_job=2", "launch.max_jobs=1", "hydra.launcher.constraint=fast"),
     ]
-        "launch.account=a",
-        "launch.partition=p",
-        "launch.qos=q",
-        "launch.gpu_type=h100",
-        "launch.cpus=3",
-        "launch.mem_gb=5",
-        "launch.time=1-00:30:00",
-        "launch.runs_per_job=2",
-        "launch.signal_s=300",
-        "launch.max_jobs=1",
-        "hydra.launcher.constraint=fast",
-    ]
     setup = 'launch.setup=["module load cuda"]'
     extra = "hydra.launcher.additional_parameters={mail-type: END}"
     outcome = run(

@@ -15,12 +15,18 @@ SETTLE_SECONDS = 10.0  # for what the jobs wrote to show on this machine's share
 
 
 def states() -> dict[str, str] | None:
-    """State of each of the user's jobs that Slurm still has, by its id; None without an answer."""
-    answer = _ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T")
+    """State of each of the user's jobs that Slurm still has, by its id; None without an answer.
+
+    A waiting job's state comes with the reason, as in ``PENDING: Resources``.
+    """
+    answer = _ask("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r")
     if answer is None:
         return None
-    pairs = (line.strip().split("|") for line in answer.splitlines() if "|" in line)
-    return {job: state for job, state in pairs}
+    known = {}
+    for line in answer.splitlines():
+        job, state, why = line.strip().split("|", 2)
+        known[job] = f"{state}: {why}" if state == "PENDING" else state
+    return known
 
 
 def wait(jobs: Sequence[str]) -> None:

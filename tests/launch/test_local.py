@@ -148,7 +148,7 @@ def test_other_files_of_the_users_are_handed_on(
 
 def test_hydras_own_launcher(launcher: Launcher, tmp_path: Path) -> None:
     """One run after the other in this process."""
-    given = arguments("epochs=1", "seed=0,1", "launch=null", "hydra/launcher=basic")
+    given = arguments("epochs=1", "seed=0,1", "launch=hydra")
     outcome = launcher.run(tmp_path, "-m", *given)
     assert outcome.status == 0, outcome.err
     assert outcome.out.count("finished: 1 epochs") == 2

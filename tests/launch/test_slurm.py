@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pwm_fast import checkpoint, metrics, submit
+from pwm_fast import checkpoint, metrics
 from tests.launch.slurm import Cluster, wait_until
-from tests.trainer.conftest import ROOT, Command, Launcher, rows, tiny_arguments
+from tests.trainer.conftest import ROOT, Command, Launcher, Outcome, rows, tiny_arguments
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pwm-fast[slurm]")
 
@@ -44,27 +44,32 @@ class Site:
         wait_until((self.path / "sweep" / "sweep.json").exists, "the submission", command.said)
         return command
 
+    def end(self, command: Command) -> Outcome:
+        """The end of a sweep that waits for its jobs."""
+        jobs = self.jobs()
+        wait_until(
+            lambda: not set(jobs) & set(self.cluster.jobs()),
+            f"the end of {jobs}",
+            lambda: self.outputs() + self.cluster.logs(),
+            seconds=600.0,
+        )
+        return command.wait()
+
     def jobs(self) -> list[str]:
         """Ids of the sweep's jobs."""
         return list(json.loads((self.path / "sweep" / "sweep.json").read_text())["jobs"])
 
     def submit_script(self, name: str, *arguments: str, flags: tuple[str, ...] = ()) -> str:
         """Submit one of the batch scripts as a user would; the job's id."""
-        done = subprocess.run(
-            [sys_executable(), "-m", "pwm_fast.submit", "script", name],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-        )
-        (self.path / f"{name}.sbatch").write_text(done.stdout)
+        printed = self.launcher.run(self.path, "script", name, module="pwm_fast.submit")
+        (self.path / f"{name}.sbatch").write_text(printed.out)
         resources = ("--cpus-per-task=2", "--mem=1G", "--time=60", "--output=log", *flags)
         return self.cluster.submit(
             self.path / f"{name}.sbatch",
             *run_arguments(Path("run_${seed}"), *arguments),
             flags=resources,
             cwd=self.path,
-            PYTHON=sys_executable(),
+            PYTHON=sys.executable,
             **self.variables,
         )
 
@@ -77,17 +82,19 @@ class Site:
             lambda: self.outputs() + self.cluster.logs(),
         )
 
+    def preempt(self) -> None:
+        """Take all of the node for a moment."""
+        script = self.path / "urgent"
+        script.write_text("#!/bin/bash\nexit 0\n")
+        flags = ("--partition=urgent", "--cpus-per-task=8", "--output=/dev/null")
+        urgent = self.cluster.submit(script, flags=flags, cwd=self.path)
+        self.cluster.wait_for(urgent, "COMPLETED")
+
     def outputs(self) -> str:
         """Everything that the jobs printed."""
         files = [*self.path.glob("sweep/slurm/*/*.out"), *self.path.glob("sweep/*.log")]
         files += [f for f in (self.path / "log",) if f.exists()]
         return "\n".join(f"--- {f}\n{f.read_text()}" for f in files)
-
-
-def sys_executable() -> str:
-    import sys
-
-    return sys.executable
 
 
 def run_arguments(run_dir: Path, *extra: str) -> list[str]:
@@ -118,6 +125,7 @@ def assert_same(site: Site, whole: Path, *seeds: int) -> None:
 
 
 def assert_continued(log: Path, seed: int) -> None:
+    """A run went on, once, from a checkpoint in its middle."""
     found = re.findall(
         rf"continuing run_{seed}/checkpoints/latest.pt after epoch (\d+)", log.read_text()
     )
@@ -130,13 +138,26 @@ def test_job_array_with_one_requeued(site: Site, whole: Path) -> None:
     assert len(jobs) == 2 and jobs[0].split("_")[0] == jobs[1].split("_")[0], "one array"
     site.wait_for_rows("run_0")
     site.cluster.ask("scontrol", "requeue", jobs[0])
-    outcome = command.wait()
+    outcome = site.end(command)
     assert outcome.status == 0, (outcome, site.outputs())
     assert outcome.out.splitlines()[-1] == "all runs finished"
     assert [site.cluster.show(job)["Restarts"] for job in jobs] == ["1", "0"]
     assert {site.cluster.state(job) for job in jobs} == {"COMPLETED"}
     assert_continued(site.path / "sweep" / "0_seed=0.log", 0)
     assert_same(site, whole, 0, 1)
+
+
+def test_preempted_with_grace(site: Site, whole: Path) -> None:
+    """Slurm takes a job that ends within its grace as ended: it requeues itself."""
+    command = site.sweep("launch=slurm", "launch.partition=patient", "seed=0")
+    (job,) = site.jobs()
+    site.wait_for_rows("run_0")
+    site.preempt()
+    outcome = site.end(command)
+    assert outcome.status == 0, (outcome, site.outputs())
+    assert site.cluster.show(job)["Restarts"] == "1"
+    assert_continued(site.path / "sweep" / "0_seed=0.log", 0)
+    assert_same(site, whole, 0)
 
 
 def test_time_limit_of_a_job_with_several_runs(site: Site, whole: Path) -> None:
@@ -172,7 +193,7 @@ def test_cancelled_and_submitted_again(site: Site, whole: Path) -> None:
     (job,) = site.jobs()
     site.wait_for_rows("run_0")
     site.cluster.ask("scancel", job)
-    outcome = command.wait()
+    outcome = site.end(command)
     assert outcome.status == 143
     assert "run 0 (seed=0): stopped by SIGTERM, with a checkpoint" in outcome.err, outcome
     assert f"(job {job}: CANCELLED)" in outcome.err
@@ -182,7 +203,7 @@ def test_cancelled_and_submitted_again(site: Site, whole: Path) -> None:
     assert (summary["status"], summary["epochs"]) == ("interrupted", saved["epoch"])
     assert 1 <= saved["epoch"] < EPOCHS
     (site.path / "sweep" / "sweep.json").unlink()
-    outcome = site.sweep("launch=slurm", "seed=0").wait()
+    outcome = site.end(site.sweep("launch=slurm", "seed=0"))
     assert outcome.status == 0, outcome
     assert_same(site, whole, 0)
 
@@ -195,7 +216,7 @@ def test_failing_runs(site: Site) -> None:
         "env.start=hanging,sideways",
         "run_dir=run_${env.start}",
     )
-    outcome = command.wait()
+    outcome = site.end(command)
     (job,) = site.jobs()
     assert outcome.status == 2, (outcome, site.outputs())
     lines = outcome.err.splitlines()
@@ -231,7 +252,7 @@ def test_refused_by_slurm(arguments: list[str], message: str, site: Site) -> Non
 def test_script_at_its_time_limit(site: Site, whole: Path) -> None:
     job = site.submit_script("one_gpu", "seed=0")
     site.wait_for_rows("run_0")
-    site.cluster.ask("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 asks
+    site.cluster.ask("scancel", "--signal=USR1", job)  # as --signal=USR1@120 asks
     shown = site.cluster.wait_for(job, "COMPLETED", "FAILED")
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), site.outputs()
     assert_continued(site.path / "log", 0)
@@ -243,11 +264,7 @@ def test_script_that_is_preempted_with_grace(site: Site, whole: Path) -> None:
         "four_gpus", "hydra.sweep.dir=sweep", "seed=0,1", flags=("--partition=patient",)
     )
     site.wait_for_rows("run_0", "run_1")
-    # All of the node for a moment.
-    (site.path / "urgent").write_text("#!/bin/bash\nexit 0\n")
-    flags = ("--partition=urgent", "--cpus-per-task=8", "--output=/dev/null")
-    urgent = site.cluster.submit(site.path / "urgent", flags=flags, cwd=site.path)
-    site.cluster.wait_for(urgent, "COMPLETED")
+    site.preempt()
     shown = site.cluster.wait_for(job, "COMPLETED", "FAILED", "PREEMPTED")
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), site.outputs()
     for seed in (0, 1):
@@ -275,7 +292,7 @@ def test_hydras_own_submitit_launcher(site: Site, whole: Path) -> None:
         site.path,
         "-m",
         *arguments,
-        "launch=null",
+        "launch=hydra",
         "hydra/launcher=submitit_slurm",
         *(f"hydra.launcher.{key}" for key in keys),
         env=site.variables,
@@ -294,7 +311,3 @@ def test_hydras_own_submitit_launcher(site: Site, whole: Path) -> None:
 def outputs_of(site: Site) -> str:
     files = sorted(site.path.glob("sweep/.submitit/*/*_log.*"))
     return "\n".join(f"--- {f}\n{f.read_text()}" for f in files)
-
-
-def test_scripts_are_all_tried() -> None:
-    assert set(submit.SCRIPTS) == {"one_gpu", "four_gpus"}

@@ -187,7 +187,7 @@ def test_sweep(launcher: Launcher, tmp_path: Path) -> None:
 
 
 def test_hydras_own_sweep_with_a_failure(launcher: Launcher, tmp_path: Path) -> None:
-    arguments = tiny_arguments(Path("run_${seed}"), "epochs=1", "seed=-1,0", "launch=null")
+    arguments = tiny_arguments(Path("run_${seed}"), "epochs=1", "seed=-1,0", "launch=hydra")
     outcome = launcher.run(tmp_path, "-m", *arguments)
     assert outcome.status == 2
     assert "error: seed must be in" in outcome.err and "Traceback" not in outcome.err
@@ -204,7 +204,7 @@ def test_hydras_own_sweep_stops_when_interrupted(launcher: Launcher, tmp_path: P
         "    PWM.observe = observe\n"
         "PWM.observe = stopped\n"
     )
-    arguments = tiny_arguments(Path("run_${seed}"), "seed=0,1", "launch=null")
+    arguments = tiny_arguments(Path("run_${seed}"), "seed=0,1", "launch=hydra")
     outcome = launcher.run(tmp_path, "-m", *arguments, hook=code)
     assert outcome.status == 130
     assert (tmp_path / "run_0" / "checkpoints" / "latest.pt").exists()

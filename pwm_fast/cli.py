@@ -85,7 +85,7 @@ def main(
             raise
         _fail(composition_message(error))
     except USER_ERRORS as error:  # of a launcher, before anything was started
-        if _tracebacks():
+        if tracebacks():
             raise
         _fail(message(error))
     except KeyboardInterrupt:

@@ -79,6 +79,8 @@ def forget(config: Any) -> None:
     with suppress(OSError):
         (directory / "multirun.yaml").unlink()
         directory.rmdir()
+        for parent in directory.parents[:-1]:  # stops at the first that holds something
+            parent.rmdir()
 
 
 def returns(runs: Sequence[sweep.Run]) -> list[JobReturn]:

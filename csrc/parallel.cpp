@@ -82,6 +82,6 @@ void* allocate(int64_t bytes) {
   return memory;
 }
 
-void release(void* memory) { free(memory); }
+void release(void* memory) noexcept { free(memory); }
 
 }  // namespace pwm_fast

@@ -22,6 +22,6 @@ void run_parts(int64_t threads, int64_t units,
 
 // Memory aligned to 64 bytes; throws std::bad_alloc, so not inside run_parts.
 void* allocate(int64_t bytes);
-void release(void* memory);
+void release(void* memory) noexcept;
 
 }  // namespace pwm_fast

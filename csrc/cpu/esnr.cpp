@@ -15,21 +15,22 @@ constexpr int64_t block_size = 4096;  // elements summed in one piece, whoever d
 struct Statistics {
   vf mean, rest, squares;
 };
+PWM_FAST_INLINE vf sum_of_4(const vf (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
 template <int M, class Kind>
 PWM_FAST_INLINE Statistics of_samples(Kind kind, const float* const* samples, int64_t i, int64_t n) {
-  vf g[M], total = {}, rest = {}, squares = {};
+  vf g[M], total[4] = {}, rest[4] = {}, squares[4] = {};  // 4 sums hide the latency of an addition
   for (int s = 0; s < M; ++s) {
     g[s] = load_row(kind, samples[s], i, n);
-    total += g[s];
+    total[s % 4] += g[s];
   }
-  const vf mean = total * (1.0f / M);
+  const vf mean = sum_of_4(total) * (1.0f / M);
   for (int s = 0; s < M; ++s) {
     const vf d = g[s] - mean;
-    rest += d;
-    squares += d * d;
+    rest[s % 4] += d;
+    squares[s % 4] += d * d;
   }
-  rest *= 1.0f / M;
-  return {mean, rest, squares - rest * rest * float(M)};
+  const vf off = sum_of_4(rest) * (1.0f / M);
+  return {mean, off, sum_of_4(squares) - off * off * float(M)};
 }
 
 // Chan's formula for two sets of samples.

@@ -99,6 +99,9 @@ def run(
                     outcome.statuses[index] = status
                     on_end(index, status)
     finally:
+        for _, process in running.values():  # none but after an error of ours
+            pass_on(process, signal.SIGTERM)
+            process.wait()
         for s, handler in before.items():
             signal.signal(s, handler)
     return outcome

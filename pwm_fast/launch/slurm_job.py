@@ -16,6 +16,8 @@ from typing import Any
 
 from pwm_fast.launch import resources, sweep
 
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # submitit has one of them, SIGUSR2 unless told else
+
 
 class SlurmJob:
     """Makes runs side by side, each on a GPU of its own; submitit pickles and calls it."""
@@ -39,10 +41,11 @@ class SlurmJob:
         if not text:
             return
         print(text, flush=True)
-        if signal.SIGUSR2 in outcome.signals or (outcome.signals and preempted()):
-            handler = signal.getsignal(signal.SIGUSR2)
-            if callable(handler):
-                handler(signal.SIGUSR2, None)  # submitit's: requeues the job and exits
+        if any(s in outcome.signals for s in WARNINGS) or (outcome.signals and preempted()):
+            for signum in WARNINGS:
+                handler = signal.getsignal(signum)
+                if callable(handler):
+                    handler(signum, None)  # submitit's: requeues the job and exits
         raise SystemExit(sweep.exit_status(outcome.statuses, outcome.signals))
 
     def checkpoint(self, runs: Sequence[sweep.Run]) -> Any:

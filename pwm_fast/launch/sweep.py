@@ -110,8 +110,11 @@ def execute(runs: Sequence[Run], shares: Sequence[dict[str, str]]) -> processes.
 
     def on_end(index: int, status: int) -> None:
         run = runs[index]
-        files.write_text(run.exit_file, f"{status}\n")
         print(f"run {run.index} ({run.label}): {describe(status)}", flush=True)
+        try:
+            files.write_text(run.exit_file, f"{status}\n")
+        except OSError as error:  # no reason to stop the others
+            print(f"could not record that: {error}", flush=True)
 
     return processes.run([run.command() for run in runs], shares, on_start, on_end)
 

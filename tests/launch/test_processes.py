@@ -156,6 +156,20 @@ def test_nohup_is_heeded(tmp_path: Path) -> None:
     assert outcome.statuses == [0, 0] and outcome.signals == []
 
 
+def test_an_error_of_ours_leaves_nothing_running(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def on_start(index: int, slot: int) -> None:
+        if index == 1:
+            wait_until(lambda: read(log) == "ready\n", "ready")
+            raise OSError("the disk is full")
+
+    commands = [shell(WAITS, log), shell("exit 0", tmp_path / "other")]
+    with pytest.raises(OSError, match="full"):
+        processes.run(commands, [{}, {}], on_start)
+    assert read(log) == "ready\nTERM\n"
+
+
 def test_outside_the_main_thread(tmp_path: Path) -> None:
     outcomes: list[processes.Outcome] = []
     commands = [shell("exit 4", tmp_path / "log")]

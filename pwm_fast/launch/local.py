@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ class LocalSweep:
             ConfigError: a run's configuration cannot be used; nothing was started.
             JobFailed: a run did not finish; which, why and where its log is was printed.
         """
-        given = options.read(options.LocalOptions, self.config.launch)
-        runs, on_gpu = planned(self.hydra_context, self.config, job_overrides, initial_job_idx)
+        with before_the_start(self.config, initial_job_idx):
+            given = options.read(options.LocalOptions, self.config.launch)
+            loader = self.hydra_context.config_loader
+            runs, on_gpu = plan.plan(loader, self.config, job_overrides, initial_job_idx)
         gpus: list[str] = []
         if on_gpu:
             gpus = [str(gpu) for gpu in given.gpus] if given.gpus else resources.visible_gpus()
@@ -55,12 +58,11 @@ class LocalSweep:
         return returns(runs)
 
 
-def planned(
-    hydra_context: Any, config: Any, overrides: Sequence[Sequence[str]], first: int
-) -> tuple[list[sweep.Run], bool]:
-    """See :func:`pwm_fast.launch.plan.plan`; leaves nothing behind of a sweep that is refused."""
+@contextmanager
+def before_the_start(config: Any, first: int) -> Iterator[None]:
+    """What can still be refused: then the sweep leaves nothing behind."""
     try:
-        return plan.plan(hydra_context.config_loader, config, overrides, first)
+        yield
     except ConfigError:
         if first == 0:
             forget(config)
@@ -78,9 +80,7 @@ def forget(config: Any) -> None:
     directory = Path(str(config.hydra.sweep.dir))
     with suppress(OSError):
         (directory / "multirun.yaml").unlink()
-        directory.rmdir()
-        for parent in directory.parents[:-1]:  # stops at the first that holds something
-            parent.rmdir()
+        os.removedirs(directory)  # and those above it that are empty
 
 
 def returns(runs: Sequence[sweep.Run]) -> list[JobReturn]:

@@ -14,7 +14,7 @@ from hydra.core.utils import JobReturn
 
 from pwm_fast.cli import JobFailed
 from pwm_fast.config import ConfigError
-from pwm_fast.launch import local, options, queue, sweep
+from pwm_fast.launch import local, options, plan, queue, sweep
 from pwm_fast.launch.slurm_job import SlurmJob
 
 # Keys of Hydra's submitit launcher that are set here, from `launch`.
@@ -54,17 +54,21 @@ class SlurmSweep:
                 does not take the job.
             JobFailed: a run did not finish; which, why and where its log is was printed.
         """
-        given = options.read(options.SlurmOptions, self.config.launch)
-        runs, _ = local.planned(self.hydra_context, self.config, job_overrides, initial_job_idx)
-        size = given.runs_per_job
-        groups = [runs[i : i + size] for i in range(0, len(runs), size)]
-        directory = Path(str(self.config.hydra.sweep.dir))
-        print(f"{len(runs)} runs in {len(groups)} Slurm job{'s' if len(groups) > 1 else ''}")
-        if given.dry_run:
-            self._show(groups, given)
-            local.forget(self.config)
-            return local.returns(runs)
-        jobs = self._submit(groups, given)
+        with local.before_the_start(self.config, initial_job_idx):
+            given = options.read(options.SlurmOptions, self.config.launch)
+            loader = self.hydra_context.config_loader
+            runs, _ = plan.plan(loader, self.config, job_overrides, initial_job_idx)
+            size = given.runs_per_job
+            groups = [runs[i : i + size] for i in range(0, len(runs), size)]
+            directory = Path(str(self.config.hydra.sweep.dir))
+            several = "s" if len(groups) > 1 else ""
+            if given.dry_run:
+                print(f"{len(runs)} runs in {len(groups)} Slurm job{several}")
+                self._show(groups, given)
+                local.forget(self.config)
+                return local.returns(runs)
+            jobs = self._submit(groups, given)
+        print(f"{len(runs)} runs in {len(groups)} Slurm job{several}")
         sweep.write(directory, runs, jobs)
         for job, indices in jobs.items():
             labels = ", ".join(run.label for run in runs if run.index in indices)

@@ -76,7 +76,7 @@ def _native() -> dict[str, str]:
         return {"native extension": f"{reason}; pwm_fast runs without it"}
     build = native.build_info()
     return {
-        "native extension": f"loaded, instruction set {native.cpu_isa()}; no operation uses it yet",
+        "native extension": f"loaded, instruction set {native.cpu_isa()}",
         "native build": f"{build['compiler']} {build['compiler_version']}, {build['cxx_standard']}",
         "native flags": str(build["flags"]),
         "native CUDA": "yes" if build["cuda"] else f"no: {build['cuda_detail']}",

@@ -63,7 +63,7 @@ def draw(runs: list[dict]) -> None:
     for run in runs:
         for axis, key in zip(axes, ("eval_reward", "eval_success"), strict=True):
             label = f"{run['alg']}, seed {run['seed']}"
-            style = ("-", "--", ":")[run["seed"] % 3]
+            style = ("-", "--", ":", "-.")[run["seed"] % 4]
             axis.plot(
                 run["curve"]["env_steps"],
                 run["curve"][key],

@@ -1,0 +1,113 @@
+"""What is measured: cases, each a table of providers that compute the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from bench import gate
+from bench.gate import Outputs
+from bench.measure import Effort
+
+Check = Callable[[], Outputs | None]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a case.
+
+    Attributes:
+        call: what is timed.
+        check: outputs to compare with the truth, computed before anything is timed; it may raise
+            :class:`bench.gate.Mismatch` itself and return None. None checks nothing (a floor).
+    """
+
+    call: Callable[[], object]
+    check: Check | None = None
+
+
+@dataclass
+class Workload:
+    """A case with its inputs made.
+
+    Attributes:
+        make: makes each provider, in the order of the tables; raises
+            :class:`bench.providers.Absent` where it cannot run here.
+        truth: the outputs in float64, or None where no provider has outputs to compare.
+        again: makes the same case from other random numbers.
+    """
+
+    make: Mapping[str, Callable[[], Provider]]
+    truth: Callable[[], Outputs] | None = None
+    again: Callable[[], Workload] | None = None
+    _known: dict[str, Outputs] = field(default_factory=dict)
+
+    def verify(self, name: str, provider: Provider) -> None:
+        """Compare a provider's outputs with the truth, in units of plain PyTorch's error.
+
+        Raises:
+            bench.gate.Mismatch: they are wrong.
+        """
+        if provider.check is None:
+            return
+        found = provider.check()
+        if found is None:
+            return
+        if name in gate.SANE:
+            self._known[name] = found
+        unit = "autocast" if name in ("autocast", "tf32", "fast_bf16") else "published"
+        pair = self.outputs(unit), self.outputs("truth")
+        try:
+            gate.check(name, found, *pair)
+        except gate.Mismatch:
+            if name in gate.SANE or self.again is None:
+                raise
+            # In few numbers plain PyTorch's largest error may be small by luck: see more of it.
+            other = self.again()
+            gate.check(name, found, *pair, [(other.outputs(unit), other.outputs("truth"))])
+
+    def outputs(self, name: str) -> Outputs:
+        """Outputs of ``truth`` or of a provider that is not refused here, computed once."""
+        if name not in self._known:
+            found = self.truth if name == "truth" else self.make[name]().check
+            if found is None:
+                raise RuntimeError(f"{name} has no outputs to compare with")
+            self._known[name] = found() or {}
+        return self._known[name]
+
+    def forget(self) -> None:
+        """Drop what the comparisons left in memory."""
+        self._known.clear()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row group of the tables.
+
+    Attributes:
+        name: unique; part of the test's id.
+        axes: what it is: ``work`` (the operation or step), ``model``, ``batch``, ``mode``, ...
+        build: makes it on a device.
+        providers: names, the anchor of ratios first.
+        marks: of ``quick``, ``figures`` and ``large``.
+        memory: bytes that the largest provider needs, roughly.
+        effort: how long to measure.
+    """
+
+    name: str
+    axes: Mapping[str, str | int]
+    build: Callable[[torch.device], Workload]
+    providers: tuple[str, ...]
+    marks: frozenset[str] = frozenset()
+    memory: float = 0.0
+    effort: Effort = field(default_factory=Effort)
+
+
+def all_cases(device: torch.device) -> list[Case]:
+    """Every case for that kind of device."""
+    from bench.cases import data, epochs, gradients, operations, rollouts, updates
+
+    parts = [rollouts, updates, epochs, operations, gradients, data]
+    return [case for part in parts for case in part.cases(device)]

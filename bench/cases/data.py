@@ -1,0 +1,190 @@
+"""Where the data come from: environment steps, and replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case, Provider, Workload
+from bench.gate import Mismatch, Outputs
+from bench.sizes import ACTION, HORIZON, OBS
+from pwm_fast import envs
+from pwm_fast.replay import Replay
+
+WORLDS, CAPACITY = 128, 1_000_000
+
+
+def cases(device: torch.device) -> list[Case]:
+    found = []
+    for robot, worlds in (("cartpole", 64), ("hopper", 64), ("ant", 128)):
+        if device.type == "cpu":  # the robots' physics is MuJoCo's, on the CPU
+            found.append(
+                Case(
+                    f"env-{robot}",
+                    {"work": "environment step", "model": robot, "batch": worlds},
+                    partial(build_env, robot, worlds),
+                    ("floor", "fast"),
+                    frozenset({"quick"} if robot == "ant" else ()),
+                )
+            )
+    for batch in (64, 256, 4096):
+        found.append(
+            Case(
+                f"replay_sample-b{batch}",
+                {"work": "replay: sample windows", "model": "ant", "batch": batch},
+                partial(build_sample, batch),
+                ("published", "fast"),
+                frozenset({"quick"} if batch == 256 else ()),
+                memory=1e9,
+            )
+        )
+    found.append(
+        Case(
+            "replay_add",
+            {"work": "replay: add a step", "model": "ant", "batch": WORLDS},
+            build_add,
+            ("published", "fast"),
+            frozenset({"quick"}),
+            memory=1e9,
+        )
+    )
+    return found
+
+
+def build_env(robot: str, worlds: int, device: torch.device) -> Workload:
+    """One control step of all worlds; the floor is the physics alone, on the same states."""
+    actions = torch.rand(worlds, envs.make(robot, 1).single_action_space.shape[0]) * 2 - 1
+
+    def make() -> envs.VectorEnv:
+        env = envs.make(robot, worlds, seed=0)
+        for _ in range(60):  # past the fall onto the ground
+            env.step(actions)
+        return env
+
+    def step() -> Provider:
+        env = make()
+
+        def check() -> Outputs | None:
+            obs, reward = env.step(actions)[:2]
+            if not (torch.isfinite(obs).all() and torch.isfinite(reward).all()):
+                raise Mismatch("an observation or a reward is not finite")
+            return None
+
+        return Provider(lambda: env.step(actions), check)
+
+    def physics() -> Provider:
+        env = make()
+        assert isinstance(env, envs.MujocoEnv)
+        return Provider(partial(env._batch.step, nstep=env.task.substeps))
+
+    return Workload({"floor": physics, "fast": step})
+
+
+class SeparateTensors:
+    """Replay as it is often written: a tensor a field, and indices for every row of a window."""
+
+    def __init__(self, device: torch.device) -> None:
+        rows = CAPACITY // WORLDS
+        self.rows, self.device, self.cursor, self.filled = rows, device, 0, 0
+        self.fields = {
+            "obs": torch.zeros(rows, WORLDS, OBS, device=device),
+            "action": torch.zeros(rows, WORLDS, ACTION, device=device),
+            "reward": torch.zeros(rows, WORLDS, device=device),
+            "terminated": torch.zeros(rows, WORLDS, device=device),
+        }
+
+    def add(self, **row: Tensor) -> None:
+        for name, value in row.items():
+            self.fields[name][self.cursor] = value
+        self.cursor = (self.cursor + 1) % self.rows
+        self.filled = min(self.filled + 1, self.rows)
+
+    def sample(self, batch: int) -> dict[str, Tensor]:
+        start = torch.randint(self.filled - HORIZON, (batch,), device=self.device)
+        world = torch.randint(WORLDS, (batch,), device=self.device)
+        index = start + torch.arange(HORIZON + 1, device=self.device).unsqueeze(-1)
+        return {
+            name: field[index if name == "obs" else index[:-1], world]
+            for name, field in self.fields.items()
+        }
+
+
+def _rows(step: int, device: torch.device) -> dict[str, Tensor]:
+    """Observations that count the steps, so that a window shows whether it is one."""
+    return {
+        "obs": torch.full((WORLDS, OBS), float(step), device=device),
+        "action": torch.zeros(WORLDS, ACTION, device=device),
+        "reward": torch.zeros(WORLDS, device=device),
+        "terminated": torch.zeros(WORLDS, device=device),
+    }
+
+
+STEPS = 1000
+
+
+def _filled(device: torch.device) -> tuple[Replay, SeparateTensors]:
+    ours, separate = Replay(CAPACITY, WORLDS, OBS, ACTION, HORIZON, device), SeparateTensors(device)
+    ended = torch.zeros(WORLDS, dtype=torch.bool, device=device)
+    for i in range(STEPS):
+        row = _rows(i, device)
+        separate.add(**row)
+        ours.add(row["obs"], row["action"], row["reward"], ended, ended, row["obs"] + 1)
+    return ours, separate
+
+
+def _consecutive(obs: Tensor) -> None:
+    if not bool((obs.diff(dim=0) == 1).all()):
+        raise Mismatch("a sampled window is not made of consecutive steps")
+
+
+def build_sample(batch: int, device: torch.device) -> Workload:
+    """Windows of 16 transitions from a replay for a million of the Ant's."""
+    ours, separate = _filled(device)
+
+    def fast() -> Provider:
+        def check() -> Outputs | None:
+            windows = ours.sample(batch)
+            if windows.obs.shape != (HORIZON + 1, batch, OBS):
+                raise Mismatch(f"windows of shape {tuple(windows.obs.shape)}")
+            _consecutive(windows.obs)
+            return None
+
+        return Provider(lambda: ours.sample(batch), check)
+
+    def plain() -> Provider:
+        def check() -> Outputs | None:
+            _consecutive(separate.sample(batch)["obs"])
+            return None
+
+        return Provider(lambda: separate.sample(batch), check)
+
+    return Workload({"published": plain, "fast": fast})
+
+
+def build_add(device: torch.device) -> Workload:
+    """One step of 128 worlds into the replay."""
+    ours, separate = _filled(device)
+    row = _rows(0, device)
+    ended = torch.zeros(WORLDS, dtype=torch.bool, device=device)
+
+    def add() -> None:
+        ours.add(row["obs"], row["action"], row["reward"], ended, ended, row["obs"] + 1)
+
+    def fast() -> Provider:
+        def check() -> Outputs | None:
+            before = len(ours)
+            add()
+            if len(ours) != before + WORLDS:
+                raise Mismatch(f"{len(ours) - before} transitions were added, not {WORLDS}")
+            return None
+
+        return Provider(add, check)
+
+    make: dict[str, Callable[[], Provider]] = {
+        "published": lambda: Provider(lambda: separate.add(**row)),
+        "fast": fast,
+    }
+    return Workload(make)

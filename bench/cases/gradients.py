@@ -1,0 +1,94 @@
+"""The signal-to-noise ratio of 16 gradient samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import providers, published
+from bench.cases import Case, Provider, Workload
+from bench.gate import Outputs
+from bench.sizes import ACTION, OBS, alg_config
+from pwm_fast import ops
+from pwm_fast.models import make_world_model
+
+SAMPLES = 16
+TITLE = f"ESNR of {SAMPLES} gradient samples"
+
+
+def cases(device: torch.device) -> list[Case]:
+    return [
+        Case(
+            f"esnr-{model}",
+            {"work": TITLE, "model": model, "batch": SAMPLES},
+            partial(build, _shapes(model)),
+            ("published", "reference", "fast", "floor"),
+            frozenset({"figures", "quick"} if model == "5M" else {"figures"}),
+            memory=(1e9 if model == "5M" else 6e9),
+        )
+        for model in ("5M", "48M")
+    ]
+
+
+def _shapes(model: str) -> tuple[torch.Size, ...]:
+    """Of the world model's parameters: 1.5 M elements of ``5M``, 18.7 M of ``48M``."""
+    with torch.device("meta"):
+        world_model = make_world_model(OBS, ACTION, alg_config(model).world_model)
+    return tuple(p.shape for p in world_model.parameters())
+
+
+def build(shapes: tuple[torch.Size, ...], device: torch.device, seed: int = 0) -> Workload:
+    """Samples of about as much noise as signal; the published code takes them flat."""
+    sizes = [shape.numel() for shape in shapes]
+    g = torch.Generator(device).manual_seed(seed)
+    mean = torch.randn(sum(sizes), generator=g, device=device)
+    flat = [mean + torch.randn(mean.shape, generator=g, device=device) for _ in range(SAMPLES)]
+    lists = [
+        [part.view(shape) for part, shape in zip(x.split(sizes), shapes, strict=True)]
+        for x in flat
+    ]
+
+    def outputs(signal: Tensor, noise: Tensor) -> Outputs:
+        return {"signal": signal, "noise": noise}
+
+    def plain() -> Outputs:
+        return outputs(*published.esnr(flat))
+
+    def ours(name: str) -> Provider:
+        providers.need(name, device)
+
+        def call() -> Any:
+            with providers.backend(name, device):
+                return ops.esnr(lists)
+
+        def check() -> Outputs:
+            result = call()
+            return outputs(result.signal, result.noise)
+
+        return Provider(call, check)
+
+    def truth() -> Outputs:
+        signal = torch.zeros((), dtype=torch.float64, device=device)
+        noise = torch.zeros_like(signal)
+        for parts in zip(*(x.split(1 << 20) for x in flat), strict=True):
+            samples = torch.stack([p.double() for p in parts])
+            center = samples.mean(0)
+            signal += center.square().sum()
+            noise += (samples - center).square().sum() / SAMPLES
+        return outputs(signal, noise)
+
+    def read() -> None:
+        """Every gradient read once, as fast as PyTorch reads memory."""
+        for x in flat:
+            x.sum()
+
+    make: dict[str, Callable[[], Provider]] = {
+        "published": lambda: Provider(plain, plain),
+        **{n: partial(ours, n) for n in ("reference", "fast")},
+        "floor": lambda: Provider(read),
+    }
+    return Workload(make, truth, partial(build, shapes, device, seed + 1))

@@ -1,0 +1,492 @@
+"""Every public operation, one by one.
+
+An operation is a line in :data:`OPERATIONS`: its inputs, the same thing in plain PyTorch, the
+operation itself, and the products it contains (or else its memory traffic is its floor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import floor, providers, published
+from bench.cases import Case, Provider, Workload
+from bench.gate import Outputs
+from bench.measure import Effort
+from bench.sizes import ACTION, HORIZON
+from pwm_fast import ops
+from pwm_fast.ops import Layer
+
+Inputs = dict[str, Tensor]
+Function = Callable[[Inputs], Tensor | Sequence[Tensor]]
+TITLE = "operation"
+
+
+class Size(NamedTuple):
+    """Widths of a published size: latent, flow units, reward units."""
+
+    latent: int
+    units: int
+    reward: int
+
+
+SIZES = {"5M": Size(512, 510, 512), "48M": Size(768, 1788, 1792)}
+BINS, MEMBERS, CRITIC = 101, 3, 400
+
+
+class Operation(NamedTuple):
+    """One operation.
+
+    Attributes:
+        inputs: makes the inputs of a size and batch.
+        plain: plain PyTorch.
+        ours: the operation.
+        products: matrix products of a forward pass, if there are any.
+        fixed: inputs towards which no gradient is asked for.
+        batches: by size; the first of the first size has all providers.
+        compile: what torch.compile is given instead of ``plain``, or None.
+    """
+
+    inputs: Callable[[Size, int, torch.Generator], Inputs]
+    plain: Function
+    ours: Function
+    products: Callable[[Size, int], list[floor.Product]] | None = None
+    fixed: tuple[str, ...] = ()
+    batches: Mapping[str, Sequence[int]] = {"5M": (4096,)}
+    differentiable: bool = True
+
+
+def _rows(width: str) -> Callable[[Size, int, torch.Generator], Inputs]:
+    def make(size: Size, batch: int, g: torch.Generator) -> Inputs:
+        return {"x": torch.randn(batch, getattr(size, width), generator=g)}
+
+    return make
+
+
+def _layer(
+    n: int, k: int, g: torch.Generator, prefix: str, *, norm: bool = True, members: int = 0
+) -> Inputs:
+    lead = (members,) if members else ()
+    values = {
+        f"{prefix}.weight": torch.randn(*lead, n, k, generator=g) / k**0.5,
+        f"{prefix}.bias": 0.1 * torch.randn(*lead, n, generator=g),
+    }
+    if norm:
+        values[f"{prefix}.ln_weight"] = 1.0 + 0.1 * torch.randn(*lead, n, generator=g)
+        values[f"{prefix}.ln_bias"] = 0.1 * torch.randn(*lead, n, generator=g)
+    return values
+
+
+def _layers(inputs: Inputs, last: str = "none") -> list[Layer]:
+    """Layers whose parameters are the inputs ``0.weight``, ``0.bias``, ..."""
+    count = sum(name.endswith(".weight") for name in inputs)
+    found = []
+    for i in range(count):
+        parts = {n.partition(".")[2]: x for n, x in inputs.items() if n.startswith(f"{i}.")}
+        act = "mish" if i < count - 1 else last
+        found.append(Layer(**parts, act=act))  # type: ignore[arg-type]
+    return found
+
+
+def _norm_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    n = size.units
+    return {
+        "x": torch.randn(batch, n, generator=g),
+        "weight": 1.0 + 0.1 * torch.randn(n, generator=g),
+        "bias": 0.1 * torch.randn(n, generator=g),
+    }
+
+
+def _plain_norm(i: Inputs) -> Tensor:
+    y = F.layer_norm(i["x"], i["x"].shape[-1:], i["weight"], i["bias"], 1e-5)
+    return F.mish(y, inplace=True)
+
+
+def _linear_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    return {
+        "x": torch.randn(batch, size.units, generator=g),
+        **_layer(size.units, size.units, g, "0"),
+    }
+
+
+def _ensemble_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    return {
+        "x": torch.randn(batch, size.latent, generator=g),
+        **_layer(CRITIC, size.latent, g, "0", members=MEMBERS),
+    }
+
+
+def _plain_ensemble(i: Inputs) -> Tensor:
+    layer = _layers(i, "mish")[0]
+    tensors = (layer.weight, layer.bias, layer.ln_weight, layer.ln_bias)
+    call = lambda w, b, g, s, x: published.act_norm([Layer(w, b, g, s, "mish")], x)  # noqa: E731
+    return torch.vmap(call, in_dims=(0, 0, 0, 0, None))(*tensors, i["x"])  # type: ignore[no-any-return]
+
+
+def _pair(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    return {
+        "z": torch.randn(batch, size.latent // 8, 8, generator=g).softmax(-1).flatten(1),
+        "a": torch.rand(batch, ACTION, generator=g) * 2 - 1,
+    }
+
+
+def _head_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    wide = size.reward
+    return {
+        **_pair(size, batch, g),
+        **_layer(wide, size.latent + ACTION, g, "0"),
+        **_layer(wide, wide, g, "1"),
+        **_layer(BINS, wide, g, "2", norm=False),
+    }
+
+
+def _field_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    return {
+        **_pair(size, batch, g),
+        **_layer(size.units, size.latent + ACTION + 1, g, "0"),
+        **_layer(size.units, size.units, g, "1"),
+        **_layer(size.latent, size.units, g, "2", norm=False),
+    }
+
+
+def _rollout_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    inputs = _field_inputs(size, batch, g)
+    # A gentle field: 16 macro steps of a strong one would only measure its growth.
+    inputs["2.weight"] *= 0.1
+    return {**inputs, "a": torch.rand(HORIZON, batch, ACTION, generator=g) * 2 - 1}
+
+
+def _field_products(evaluations: int) -> Callable[[Size, int], list[floor.Product]]:
+    def products(size: Size, batch: int) -> list[floor.Product]:
+        sizes = [size.latent, size.units, size.units, size.latent]
+        actions = floor.Product(batch, ACTION, size.units)
+        return [
+            *(p._replace(count=evaluations) for p in floor.stack(batch, sizes)),
+            actions,
+        ]
+
+    return products
+
+
+def _flow_products(steps: int) -> Callable[[Size, int], list[floor.Product]]:
+    def products(size: Size, batch: int) -> list[floor.Product]:
+        def layer(n: int, k: int) -> Layer:
+            return Layer(torch.empty(n, k))
+
+        net = [
+            layer(size.units, size.latent + ACTION + 1),
+            layer(size.units, size.units),
+            layer(size.latent, size.units),
+        ]
+        sequential = floor.dynamics_products(ops.Flow(net), size.latent, batch, steps)
+        return [*sequential, floor.Product(batch * steps, ACTION, size.units)]
+
+    return products
+
+
+def _plain_latents(i: Inputs) -> Tensor:
+    z, flow = i["z"], ops.Flow(_layers(i))
+    latents = [z]
+    for a in i["a"]:
+        z = published.next_latent(flow, z, a)
+        latents.append(z)
+    return torch.stack(latents)
+
+
+def _project(x: Tensor) -> Tensor:
+    groups = torch.clamp(x.view(*x.shape[:-1], -1, 8), min=0.0)
+    return (groups / groups.sum(-1, keepdim=True).clamp(min=1e-6)).view(x.shape)
+
+
+def _softmax_groups(x: Tensor) -> Tensor:
+    return F.softmax(x.view(*x.shape[:-1], -1, 8), dim=-1).view(x.shape)
+
+
+def _logits(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    return {
+        "logits": torch.randn(batch, BINS, generator=g),
+        "x": 10.0 * torch.randn(batch, generator=g),
+    }
+
+
+def _returns(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    return {
+        "reward": torch.randn(HORIZON, batch, generator=g),
+        "value": torch.randn(HORIZON + 1, batch, generator=g),
+    }
+
+
+def _path(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    return {
+        "z0": torch.randn(batch, size.latent, generator=g),
+        "z1": torch.randn(batch, size.latent, generator=g),
+        "tau": torch.rand(batch, generator=g),
+    }
+
+
+def _plain_path(i: Inputs) -> tuple[Tensor, Tensor]:
+    tau = i["tau"].unsqueeze(-1)
+    return (1 - tau) * i["z0"] + tau * i["z1"], i["z1"] - i["z0"]
+
+
+def _spiral(z: Tensor, tau: float) -> Tensor:
+    return torch.tanh(z) * (0.5 - tau)
+
+
+def _plain_integral(i: Inputs) -> Tensor:
+    z = i["x"]
+    for k in range(2):
+        k1 = _spiral(z, k / 2)
+        k2 = _spiral(z + 0.5 * k1, (k + 1) / 2)
+        z = z + 0.25 * (k1 + k2)
+    return z
+
+
+# Sizes and batches that users have, for what the time goes into.
+MANY = {"5M": (512, 64, 4096), "48M": (512, 64, 4096)}
+
+OPERATIONS: dict[str, Operation] = {
+    "layer_norm_act": Operation(
+        _norm_inputs,
+        _plain_norm,
+        lambda i: ops.layer_norm_act(i["x"], i["weight"], i["bias"], act="mish"),
+        batches={"5M": (512, 64, 4096), "48M": (512, 4096)},
+    ),
+    "linear_norm_act": Operation(
+        _linear_inputs,
+        lambda i: published.normed(_layers(i, "mish"), i["x"]),
+        lambda i: ops.linear_norm_act(i["x"], _layers(i, "mish")[0]),
+        lambda s, b: floor.stack(b, [s.units, s.units]),
+        batches=MANY,
+    ),
+    "linear_act_norm": Operation(
+        _ensemble_inputs,
+        _plain_ensemble,
+        lambda i: ops.linear_act_norm(i["x"], _layers(i, "mish")[0]),
+        lambda s, b: floor.stack(b, [s.latent, CRITIC], members=MEMBERS),
+        batches={"5M": (512,)},
+    ),
+    "mlp": Operation(
+        _head_inputs,
+        lambda i: published.normed(_layers(i), torch.cat([i["z"], i["a"]], dim=-1)),
+        lambda i: ops.mlp((i["z"], i["a"]), _layers(i)),
+        lambda s, b: floor.stack(b, [s.latent + ACTION, s.reward, s.reward, BINS]),
+        batches=MANY,
+    ),
+    "velocity_field": Operation(
+        _field_inputs,
+        lambda i: published.velocity(_layers(i), i["z"], i["a"], 0.25),
+        lambda i: ops.velocity_field(i["z"], i["a"], i["z"].new_tensor(0.25), _layers(i)),
+        _field_products(1),
+        batches={"5M": (512,)},
+    ),
+    "flow_step": Operation(
+        _field_inputs,
+        lambda i: published.next_latent(ops.Flow(_layers(i)), i["z"], i["a"]),
+        lambda i: ops.flow_step(i["z"], i["a"], _layers(i)),
+        _flow_products(1),
+        batches=MANY,
+    ),
+    "latent_rollout": Operation(
+        _rollout_inputs,
+        _plain_latents,
+        lambda i: ops.latent_rollout(i["z"], i["a"], ops.Flow(_layers(i))),
+        _flow_products(HORIZON),
+        batches={"5M": (128,)},
+    ),
+    "mish": Operation(
+        _rows("units"), lambda i: F.mish(i["x"]), lambda i: ops.mish(i["x"])
+    ),
+    "simnorm": Operation(
+        _rows("latent"), lambda i: _softmax_groups(i["x"]), lambda i: ops.simnorm(i["x"])
+    ),
+    "project_simplex": Operation(
+        _rows("latent"), lambda i: _project(i["x"]), lambda i: ops.project_simplex(i["x"])
+    ),
+    "integrate": Operation(
+        _rows("latent"), _plain_integral, lambda i: ops.integrate(_spiral, i["x"])
+    ),
+    "flow_interpolate": Operation(
+        _path,
+        _plain_path,
+        lambda i: ops.flow_interpolate(i["z0"], i["z1"], i["tau"]),
+        fixed=("tau",),
+    ),
+    "symlog": Operation(
+        _rows("latent"), lambda i: published.symlog(i["x"]), lambda i: ops.symlog(i["x"])
+    ),
+    "symexp": Operation(
+        _rows("latent"), lambda i: published.symexp(i["x"]), lambda i: ops.symexp(i["x"])
+    ),
+    "two_hot_encode": Operation(
+        _logits,
+        lambda i: published.two_hot_encode(i["x"], BINS, -10.0, 10.0),
+        lambda i: ops.two_hot_encode(i["x"]),
+        fixed=("logits", "x"),
+        differentiable=False,
+    ),
+    "two_hot_decode": Operation(
+        _logits,
+        lambda i: published.two_hot_decode(i["logits"], -10.0, 10.0),
+        lambda i: ops.two_hot_decode(i["logits"]),
+        fixed=("x",),
+    ),
+    "two_hot_cross_entropy": Operation(
+        _logits,
+        lambda i: published.two_hot_cross_entropy(i["logits"], i["x"], -10.0, 10.0),
+        lambda i: ops.two_hot_cross_entropy(i["logits"], i["x"]),
+        fixed=("x",),
+    ),
+    "td_lambda": Operation(
+        _returns,
+        lambda i: published.td_lambda(i["reward"], i["value"][1:], 0.99, 0.95),
+        lambda i: ops.td_lambda(i["reward"], i["value"]),
+        fixed=("reward", "value"),
+        differentiable=False,
+    ),
+}
+# Measured as steps, in the other modules of this package.
+ELSEWHERE = {"imagine": "rollouts", "esnr": "gradients"}
+QUICK = {
+    ("layer_norm_act", "forward"),
+    ("layer_norm_act", "backward"),
+    ("linear_norm_act", "backward"),
+    ("flow_step", "backward"),
+}
+
+
+def cases(device: torch.device) -> list[Case]:
+    found = []
+    for name, op in OPERATIONS.items():
+        for model, batches in op.batches.items():
+            if device.type == "cuda":
+                batches = [*batches, 16384]
+            for batch in batches:
+                for mode in ("forward", "backward") if op.differentiable else ("forward",):
+                    found.append(_case(device, name, op, model, batch, mode))
+    return found
+
+
+def _case(
+    device: torch.device, name: str, op: Operation, model: str, batch: int, mode: str
+) -> Case:
+    first = model == "5M" and batch == op.batches["5M"][0]
+    names = ["published", "autocast"] if op.products is not None else ["published"]
+    if device.type == "cuda":
+        names += ["tf32", "graph"] if op.products is not None else ["graph"]
+    # One compilation takes from some seconds to a minute.
+    compiles = name in ("layer_norm_act", "linear_norm_act", "mlp", "flow_step") and first
+    if compiles or device.type == "cuda":
+        names += ["compile"]
+    names += ["reference"]
+    if op.products is not None:
+        names += ["algebra"]
+    names += ["fast"]
+    if op.products is not None:
+        names += ["fast_bf16", "floor", "floor_bf16"]
+    else:
+        names += ["floor"]
+    marks = set()
+    if name == "layer_norm_act" and batch in (512, 4096):
+        marks.add("figures")
+    if first and (name, mode) in QUICK:
+        marks.add("quick")
+    return Case(
+        f"{name}-{model}-b{batch}-{mode}",
+        {"work": f"ops.{name}", "model": model, "batch": batch, "mode": mode},
+        partial(build, op, SIZES[model], batch, mode),
+        tuple(names),
+        frozenset(marks),
+        effort=Effort(seconds=2.0, min_rounds=5, max_rounds=60),
+    )
+
+
+def build(
+    op: Operation, size: Size, batch: int, mode: str, device: torch.device, seed: int = 0
+) -> Workload:
+    """An operation on random inputs; ``backward`` is forward and backward to every input."""
+    inputs = op.inputs(size, batch, torch.Generator().manual_seed(seed))
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    gradient = mode == "backward"
+    wanted = [name for name in inputs if name not in op.fixed] if gradient else []
+
+    def prepare(dtype: torch.dtype) -> tuple[Inputs, list[Tensor]]:
+        own = {n: x.to(dtype).detach().requires_grad_(n in wanted) for n, x in inputs.items()}
+        return own, [own[n] for n in wanted]
+
+    shapes = [y.shape for y in _list(op.plain(prepare(torch.float32)[0]))]
+    g = torch.Generator().manual_seed(seed + 1)
+    upstream = [torch.randn(shape, generator=g).to(device) for shape in shapes]
+
+    def caller(function: Any, name: str, dtype: torch.dtype = torch.float32) -> Provider:
+        own, leaves = prepare(dtype)
+        dy = [u.to(dtype) for u in upstream]
+
+        def call() -> Outputs:
+            with torch.set_grad_enabled(gradient):
+                with providers.eager(name, device):
+                    y = _list(function(own))
+                if not gradient:
+                    return {"output": y}
+                dys = [u.to(v.dtype) for u, v in zip(dy, y, strict=True)]
+                return {"output": y, "gradient": list(torch.autograd.grad(y, leaves, dys))}
+
+        return Provider(call, call)
+
+    def ours(name: str) -> Provider:
+        providers.need(name, device)
+
+        def within(own: Inputs) -> Any:
+            with providers.backend(name, device):
+                return op.ours(own)
+
+        return caller(within, name)
+
+    def graph() -> Provider:
+        from bench.measure import graphed
+
+        call = graphed(caller(op.plain, "published").call)
+        return Provider(call, call)  # type: ignore[arg-type]
+
+    def truth() -> Outputs:
+        check = caller(op.plain, "published", torch.float64).check
+        assert check is not None
+        return check() or {}
+
+    def bottom(dtype: torch.dtype) -> Provider:
+        if op.products is not None:
+            products = op.products(size, batch)
+            if gradient:
+                products += [*floor.backward(products), *floor.weight_gradients(products)]
+            return Provider(floor.floor(products, dtype, device))
+        x = max(inputs.values(), key=Tensor.numel)
+        y = torch.empty_like(x)
+
+        def traffic() -> None:
+            """Read and write the largest tensor; backward reads two and writes one."""
+            y.copy_(x)
+            if gradient:
+                torch.add(x, y, out=y)
+
+        return Provider(traffic)
+
+    make: dict[str, Callable[[], Provider]] = {
+        "published": lambda: caller(op.plain, "published"),
+        "autocast": lambda: caller(op.plain, "autocast"),
+        "tf32": lambda: caller(op.plain, "tf32"),
+        "graph": graph,
+        "compile": lambda: caller(providers.compiled(op.plain), "compile"),
+        **{n: partial(ours, n) for n in ("reference", "algebra", "fast", "fast_bf16")},
+        "floor": partial(bottom, torch.float32),
+        "floor_bf16": partial(bottom, torch.bfloat16),
+    }
+    return Workload(make, truth, partial(build, op, size, batch, mode, device, seed + 1))
+
+
+def _list(y: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [y] if isinstance(y, Tensor) else list(y)

@@ -1,0 +1,199 @@
+"""Imagined rollouts: H = 16 macro steps, forward, and backward to the actor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench import floor, providers, published
+from bench.cases import Case, Provider, Workload
+from bench.gate import Outputs
+from bench.measure import Effort, graphed
+from bench.sizes import ACTION, HORIZON, alg_config, make_agent
+from pwm_fast import ops
+from pwm_fast.agent import PWM
+from pwm_fast.agent.imagination import discounted_return, frozen
+from pwm_fast.config import AlgConfig
+
+TITLE = "imagined rollout"
+
+
+def cases(device: torch.device) -> list[Case]:
+    on_gpu = device.type == "cuda"
+    small = [64, 128, 256, 512, 1024, 4096] if not on_gpu else [64, 128, 512, 2048, 16384]
+    large = [64, 128, 512, 1024] if not on_gpu else [128, 512, 2048, 16384]
+    sizes = [("5M_flow", b) for b in small] + [("48M_flow", b) for b in large]
+    sizes += [("5M", 128), ("48M", 128)]
+    found = []
+    for model, batch in sizes:
+        for substeps in (2, 4) if on_gpu and model.endswith("flow") else (2,):
+            for mode in ("forward", "backward"):
+                found.append(_case(device, model, batch, substeps, mode))
+    return found
+
+
+def _case(device: torch.device, model: str, batch: int, substeps: int, mode: str) -> Case:
+    rows = {"forward": ("published", "autocast"), "backward": ("published", "frozen", "autocast")}
+    names = list(rows[mode])
+    main = batch == 128 and model.endswith("flow") and substeps == 2
+    if device.type == "cuda":
+        names += ["tf32", "graph"]
+    if main or device.type == "cuda":
+        names += ["compile"]
+    names += ["reference", "algebra", "fast", "fast_bf16", "floor", "floor_bf16"]
+    marks = set()
+    if main and mode == "backward":
+        marks.add("figures")
+    if main and model == "5M_flow":
+        marks.add("quick")
+    if batch > (1024 if model.startswith("5M") else 128) and device.type == "cpu":
+        marks.add("large")
+    width = {"5M": 512, "48M": 1792}[model.removesuffix("_flow")]
+    steps = 2 * substeps if model.endswith("flow") else 1
+    # The published code keeps about 12 activations of that width a velocity evaluation and row.
+    memory = 4.0 * batch * HORIZON * width * (12 * steps + 24) if mode == "backward" else 0.0
+    return Case(
+        f"rollout-{model}-b{batch}-K{substeps}-{mode}",
+        {"work": TITLE, "model": model, "batch": batch, "K": substeps, "mode": mode},
+        partial(build, alg_config(model, substeps), batch, mode),
+        tuple(names),
+        frozenset(marks),
+        memory,
+        Effort(seconds=15.0 if main else 8.0, min_rounds=5 if main else 3),
+    )
+
+
+def build(
+    alg: AlgConfig,
+    batch: int,
+    mode: str,
+    device: torch.device,
+    horizon: int = HORIZON,
+    seed: int = 0,
+) -> Workload:
+    """The workload of one rollout; ``mode`` is ``forward`` or ``backward``."""
+    agent = make_agent(alg, device, seed)
+    latent = alg.world_model.latent_dim
+    g = torch.Generator().manual_seed(seed + 1)
+    z = torch.softmax(torch.randn(batch, latent // 8, 8, generator=g), -1).flatten(1).to(device)
+    noise = torch.randn(horizon, batch, ACTION, generator=g).to(device)
+    gradient = mode == "backward"
+    options = {"gamma": alg.gamma, "detach": alg.actor.detach}
+
+    def parts(of: PWM) -> tuple[ops.Policy, ops.Dynamics, ops.Heads]:
+        heads = of.world_model.heads()._replace(value=of.critic.layers())
+        return of.actor.policy(), of.world_model.dynamics(), heads
+
+    def outputs(reward: Tensor, value: Tensor, last: Tensor, grads: list[Tensor]) -> Outputs:
+        named = {"reward": reward, "value": value, "latent": last}
+        return {**named, "gradient": grads} if gradient else named
+
+    params = list(agent.actor.parameters())
+
+    def plain(name: str, step: published.Step = published.macro_step) -> Outputs:
+        """Plain PyTorch with world model and critics frozen."""
+        with frozen(agent.world_model, agent.critic), torch.set_grad_enabled(gradient):
+            with providers.eager(name, device):
+                r = published.rollout(*parts(agent), z, noise, step=step, **options)
+            grads = list(torch.autograd.grad(-r.returns.mean(), params)) if gradient else []
+        return outputs(r.reward, r.value, r.z[-1], grads)
+
+    def everything() -> Outputs:
+        """As published: weight gradients of world model and critics are computed too."""
+        if not gradient:
+            return plain("published")
+        for module in (agent.world_model, agent.actor, agent.critic):
+            module.zero_grad()
+        r = published.rollout(*parts(agent), z, noise, **options)
+        (-r.returns.mean()).backward()
+        return outputs(r.reward, r.value, r.z[-1], [p.grad for p in params])  # type: ignore[misc]
+
+    def ours(name: str) -> Provider:
+        providers.need(name, device)
+
+        def call() -> Outputs:
+            with providers.backend(name, device), torch.set_grad_enabled(gradient):
+                with frozen(agent.world_model, agent.critic):
+                    policy, dynamics, heads = parts(agent)
+                    r = ops.imagine(
+                        z,
+                        policy,
+                        dynamics,
+                        heads,
+                        noise=noise,
+                        detach=alg.actor.detach,
+                        last_value_only=True,
+                    )
+                    assert r.value is not None
+                    total = discounted_return(r, r.value, alg.gamma)  # type: ignore[arg-type]
+                    grads = list(torch.autograd.grad(-total.mean(), params)) if gradient else []
+            return outputs(r.reward, r.value, r.z[-1], grads)
+
+        return Provider(call, call)
+
+    def truth() -> Outputs:
+        """In float64, some rows at a time: only the gradient adds up over them."""
+        double = copy.copy(agent)
+        for name in ("world_model", "actor", "critic"):
+            setattr(double, name, copy.deepcopy(getattr(agent, name)).double().requires_grad_(False))
+        double.actor.requires_grad_(gradient)
+        own = list(double.actor.parameters())
+        rewards, values, last = [], [], []
+        grads = [torch.zeros_like(p) for p in own]
+        with torch.set_grad_enabled(gradient):
+            for rows in torch.arange(batch).split(512):
+                r = published.rollout(
+                    *parts(double), z[rows].double(), noise[:, rows].double(), **options
+                )
+                rewards.append(r.reward.detach())
+                values.append(r.value.detach())
+                last.append(r.z[-1].detach())
+                if gradient:
+                    found = torch.autograd.grad(-r.returns.sum() / batch, own)
+                    for total, part in zip(grads, found, strict=True):
+                        total.add_(part)
+        return outputs(torch.cat(rewards, 1), torch.cat(values), torch.cat(last), grads)
+
+    def bottom(dtype: torch.dtype) -> Provider:
+        policy, dynamics, heads = parts(agent)
+        assert heads.value is not None
+        products = floor.rollout_products(
+            policy.layers,
+            dynamics,
+            heads.reward,
+            heads.value,
+            batch,
+            horizon,
+            gradient=gradient,
+        )
+        return Provider(floor.floor(products, dtype, device))
+
+    def eager(name: str) -> Provider:
+        call = partial(plain, name)
+        return Provider(call, call)
+
+    def compiled() -> Provider:
+        call = partial(plain, "compile", providers.compiled(published.macro_step))
+        return Provider(call, call)
+
+    def graph() -> Provider:
+        call = graphed(partial(plain, "frozen"))
+        return Provider(call, call)
+
+    make: dict[str, Callable[[], Provider]] = {
+        "published": lambda: Provider(everything, everything),
+        "frozen": partial(eager, "frozen"),
+        "autocast": partial(eager, "autocast"),
+        "tf32": partial(eager, "tf32"),
+        "graph": graph,
+        "compile": compiled,
+        **{n: partial(ours, n) for n in ("reference", "algebra", "fast", "fast_bf16")},
+        "floor": partial(bottom, torch.float32),
+        "floor_bf16": partial(bottom, torch.bfloat16),
+    }
+    again = partial(build, alg, batch, mode, device, horizon, seed + 1)
+    return Workload(make, truth, again)

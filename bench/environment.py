@@ -1,0 +1,93 @@
+"""What a result was measured on. No host name, user name or path."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pwm_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Commit, date, machine and software of a run."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(device),
+        "software": software(),
+    }
+
+
+def commit() -> dict[str, Any]:
+    """The commit, and whether tracked files differ from it; ``id`` is None outside of git."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"id": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"id": None, "dirty": None}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Kind of machine: what must be equal for two runs to be comparable."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": device.type,
+        "system": platform.system(),
+        "arch": platform.machine(),
+        "cpu": cpu_name(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "native_isa": native_isa(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def native_isa() -> str | None:
+    """Instruction set of the native kernels; None without the extension."""
+    try:
+        return str(import_module("pwm_fast._C").cpu_isa())
+    except ImportError:
+        return None
+
+
+def software() -> dict[str, Any]:
+    """Versions."""
+    found: dict[str, Any] = {
+        "pwm_fast": pwm_fast.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+    }
+    for package in ("torch", "triton", "numpy", "mujoco"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found

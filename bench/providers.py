@@ -1,0 +1,112 @@
+"""Who computes a case: names, labels, and how each way of computing is switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from pwm_fast import dispatch
+
+LABELS = {
+    "published": "eager fp32 as published",
+    "published_baseline": "MLP baseline, eager fp32 as published",
+    "frozen": "eager fp32, frozen",
+    "autocast": "eager bf16 autocast, frozen",
+    "tf32": "eager tf32, frozen",
+    "compile": "torch.compile fp32, frozen",
+    "graph": "CUDA graph of eager fp32, frozen",
+    "reference": "pwm_fast, reference backend",
+    "algebra": "pwm_fast, torch backend",
+    "fast": "pwm_fast fp32",
+    "fast_bf16": "pwm_fast bf16",
+    "floor": "floor",
+    "floor_bf16": "floor in bf16",
+}
+
+BACKENDS = {"reference": "reference", "algebra": "torch", "fast": "auto"}
+
+
+class Absent(Exception):
+    """A provider cannot run here; the message says why. Its row is left out, never made up."""
+
+
+def backend(provider: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which ``pwm_fast`` computes as the provider says.
+
+    Raises:
+        Absent: nothing here computes so.
+    """
+    need(provider, device)
+    if provider == "fast_bf16":
+        return _precision("bf16")
+    return dispatch.backend(BACKENDS[provider])
+
+
+def need(provider: str, device: torch.device) -> None:
+    """Raise :class:`Absent` if ``pwm_fast`` cannot compute as the provider says.
+
+    ``auto`` would fall back on the reference, whose numbers must not stand in a row of ``fast``.
+    """
+    if provider == "fast_bf16" and not hasattr(dispatch, "precision"):
+        raise Absent("no backend computes in bf16 yet")
+    if provider in ("reference", "algebra"):
+        return
+    if device.type == "cpu":
+        try:
+            import_module("pwm_fast._C")
+        except ImportError as error:
+            raise Absent(f"the native extension does not load: {error}") from error
+        return
+    x = torch.zeros(1, 1, device=device)
+    if dispatch.select("mlp", "auto", dispatch.Call([x])) == "reference":
+        raise Absent(f"no fast backend runs on {device.type} yet")
+
+
+def _precision(name: str) -> AbstractContextManager[Any]:
+    """The one place that knows how a precision is asked for."""
+    context: AbstractContextManager[Any] = dispatch.precision(name)  # type: ignore[attr-defined]
+    return context
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Products of fp32 tensors in tf32 on the tensor cores."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def eager(provider: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a plain PyTorch provider."""
+    if provider == "autocast":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    if provider == "tf32":
+        return tf32()
+    return nullcontext()
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a function for one shape, with errors as :class:`Absent`.
+
+    One macro step or one operation is compiled, not a rollout of 16: that would take minutes.
+    """
+    # Every case brings shapes of its own; Dynamo would give up after 8 and run eagerly.
+    torch.compiler.reset()
+    target = torch.compile(function, dynamic=False, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return target(*args, **kwargs)
+        except Exception as error:
+            if "compiler" in str(error).lower() and "InvalidCxxCompiler" in type(error).__name__:
+                raise Absent(f"torch.compile finds no C++ compiler: {error}") from error
+            raise
+
+    return call

@@ -1,0 +1,62 @@
+"""The agents that are measured: published sizes, on observations and actions of the Ant."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pwm_fast import config
+from pwm_fast.agent import PWM
+from pwm_fast.replay import Windows
+
+OBS, ACTION, HORIZON = 37, 8, 16
+CONFIGS = Path(config.__file__).with_name("configs") / "alg"
+
+
+def alg_config(model: str, substeps: int = 2) -> config.AlgConfig:
+    """The shipped configuration ``pwm_<model>``, with K substeps and flow times of 0.5.
+
+    Fixed flow times cost the same as drawn ones and let any two providers be compared.
+    """
+    from omegaconf import OmegaConf
+
+    alg = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"pwm_{model}.yaml"))
+    assert isinstance(alg, dict)
+    alg.setdefault("model_learning", {})["tau_sampling"] = "midpoint"
+    alg["world_model"]["substeps"] = substeps
+    return config.from_dict({"env": {"name": "ant"}, "alg": alg}).alg
+
+
+def make_agent(alg: config.AlgConfig, device: torch.device, seed: int = 0) -> PWM:
+    """An agent with random parameters: the zero weights of fresh heads would hide errors."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*midpoint.*")
+        agent = PWM(OBS, ACTION, alg, device=device)
+    with torch.no_grad():
+        for module in agent.world_model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.add_(0.1 * torch.randn_like(module.weight))
+                module.bias.add_(0.1 * torch.randn_like(module.bias))
+            elif isinstance(module, nn.Linear):
+                module.bias.add_(0.02 * torch.randn_like(module.bias))
+                if not module.weight.any():
+                    # Logits of a trained head differ by more than 1. If they were nearly equal,
+                    # the expectation over the bins would cancel to nothing but rounding errors.
+                    nn.init.normal_(module.weight, std=2.0 / module.in_features**0.5)
+    return agent
+
+
+def make_windows(batch: int, device: torch.device, seed: int = 0) -> Windows:
+    """Random windows of replay."""
+    g = torch.Generator().manual_seed(seed)
+    parts = (
+        torch.randn(HORIZON + 1, batch, OBS, generator=g),
+        torch.rand(HORIZON, batch, ACTION, generator=g) * 2 - 1,
+        3.0 * torch.randn(HORIZON, batch, generator=g),
+        torch.zeros(HORIZON, batch),
+    )
+    return Windows(*(p.to(device) for p in parts))

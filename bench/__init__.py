@@ -1,4 +1,4 @@
-"""Benchmarks: ``pytest bench --benchmark-only`` measures, ``bench.report`` and ``bench.track`` read.
+"""Benchmarks: ``pytest bench --benchmark-only`` measures, ``bench.report`` and ``.track`` read.
 
 docs/performance.md says what is measured and how.
 """

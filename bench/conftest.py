@@ -55,10 +55,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         params = []
         for case in all_cases(metafunc.config.stash[SESSION].device):
             marks = [getattr(pytest.mark, mark) for mark in sorted(case.marks)]
-            params += [
-                pytest.param(case, provider, marks=marks, id=f"{case.name}-{provider}")
-                for provider in case.providers
-            ]
+            for provider in case.providers:
+                own = [*marks, pytest.mark.quick] if provider in case.quick else marks
+                name = f"{case.name}-{provider}"
+                params.append(pytest.param(case, provider, marks=own, id=name))
         metafunc.parametrize(("case", "provider"), params)
 
 
@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def row(request: pytest.FixtureRequest, case: Case, provider: str) -> results.Row:
     """The provider's measured row; its case is measured on the first request for one of them."""
     selected = [
-        item.callspec.params["provider"]
+        str(item.callspec.params["provider"])
         for item in request.session.items
         if isinstance(item, pytest.Function)
         and hasattr(item, "callspec")

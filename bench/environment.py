@@ -31,9 +31,7 @@ def commit() -> dict[str, Any]:
     """The commit, and whether tracked files differ from it; ``id`` is None outside of git."""
 
     def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:

@@ -22,7 +22,7 @@ Run = Callable[[], Any]
 
 
 class Product(NamedTuple):
-    """``count`` products ``[m, k] [k, n]``, each with ``members`` of an ensemble.
+    """``uses`` products ``[m, k] [k, n]``, each with ``members`` of an ensemble.
 
     ``weight`` says that the right side is a weight, which may be repacked beforehand; a weight
     gradient has none.
@@ -31,13 +31,13 @@ class Product(NamedTuple):
     m: int
     k: int
     n: int
-    count: int = 1
+    uses: int = 1
     members: int = 1
     weight: bool = True
 
     @property
     def flops(self) -> int:
-        return 2 * self.m * self.k * self.n * self.count * self.members
+        return 2 * self.m * self.k * self.n * self.uses * self.members
 
 
 def candidates(p: Product, dtype: torch.dtype, device: torch.device) -> list[Run]:
@@ -99,14 +99,14 @@ def floor(products: Iterable[Product], dtype: torch.dtype, device: torch.device)
     """All the products of a step, one after another."""
     plan: dict[Product, int] = {}
     for p in products:
-        single = p._replace(count=1)
-        plan[single] = plan.get(single, 0) + p.count
+        single = p._replace(uses=1)
+        plan[single] = plan.get(single, 0) + p.uses
     runs = [(fastest(candidates(p, dtype, device), device), n) for p, n in plan.items()]
 
     @torch.no_grad()
     def call() -> None:
-        for run, count in runs:
-            for _ in range(count):
+        for run, uses in runs:
+            for _ in range(uses):
                 run()
 
     return call
@@ -132,7 +132,7 @@ def backward(forward: Iterable[Product]) -> list[Product]:
 
 def weight_gradients(forward: Iterable[Product]) -> list[Product]:
     """Of the weights, each one product over the rows of all its uses."""
-    return [Product(p.n, p.m * p.count, p.k, members=p.members, weight=False) for p in forward]
+    return [Product(p.n, p.m * p.uses, p.k, members=p.members, weight=False) for p in forward]
 
 
 def dynamics_products(dynamics: Dynamics, latent: int, rows: int, steps: int) -> list[Product]:
@@ -140,14 +140,14 @@ def dynamics_products(dynamics: Dynamics, latent: int, rows: int, steps: int) ->
     sizes = widths(dynamics.net)
     hidden = sizes[1:-1]
     if not isinstance(dynamics, Flow):
-        return [p._replace(count=steps) for p in stack(rows, [latent, *hidden, latent])]
+        return [p._replace(uses=steps) for p in stack(rows, [latent, *hidden, latent])]
     evaluations = steps * dynamics.substeps * (2 if dynamics.method == "heun" else 1)
-    plain = [p._replace(count=evaluations) for p in stack(rows, [latent, *hidden, latent])]
+    plain = [p._replace(uses=evaluations) for p in stack(rows, [latent, *hidden, latent])]
     last = dynamics.net[-1]
     if last.ln_weight is not None or last.act != "none" or dynamics.project:
         return plain
-    folded = [p._replace(count=evaluations) for p in stack(rows, [*hidden, hidden[0]])]
-    folded.append(Product(rows, hidden[-1], latent, count=steps))
+    folded = [p._replace(uses=evaluations) for p in stack(rows, [*hidden, hidden[0]])]
+    folded.append(Product(rows, hidden[-1], latent, uses=steps))
     return min(plain, folded, key=lambda products: sum(p.flops for p in products))
 
 
@@ -165,13 +165,13 @@ def rollout_products(
     actor_sizes, reward_sizes = widths(actor), widths(reward)
     latent, action = actor_sizes[0], actor_sizes[-1]
     sequential = dynamics_products(dynamics, latent, batch, horizon)
-    actions = [Product(batch, action, dynamics.net[0].weight.shape[0], count=horizon)]
+    actions = [Product(batch, action, dynamics.net[0].weight.shape[0], uses=horizon)]
     every = batch * horizon
     policy = stack(batch, actor_sizes)
     rewards = stack(every, reward_sizes)
     values = stack(batch, widths(value), members=value[0].weight.shape[0])
     forward = [
-        *(p._replace(count=horizon) for p in policy),
+        *(p._replace(uses=horizon) for p in policy),
         *actions,
         *sequential,
         *rewards,
@@ -218,4 +218,4 @@ def critic_products(value: Sequence[Layer], rows: int, updates: int) -> list[Pro
     """Updates of an ensemble of critics, each on ``rows`` states."""
     forward = stack(rows, widths(value), members=value[0].weight.shape[0])
     products = [*forward, *backward(forward[1:]), *weight_gradients(forward)]
-    return [p._replace(count=updates) for p in products]
+    return [p._replace(uses=updates) for p in products]

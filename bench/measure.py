@@ -66,14 +66,15 @@ def race(
     back and forth, so that a disturbance of the machine, a warm cache and a raised clock meet all
     alike, and the times of a round can be compared with each other.
     """
-    if not calls:
-        return {}
     names = list(calls)
-    repeats = {}
+    repeats, rounds = {}, {}
     for name in names:  # the check has called it once already
-        clock(calls[name], 1)
         once = clock(calls[name], 1)
+        if once < 1.0:
+            once = clock(calls[name], 1)
         repeats[name] = max(1, math.ceil(effort.sample / max(once, 1e-9)))
+        # One that would use up half of the time by itself drops out after two rounds.
+        rounds[name] = effort.max_rounds if 2 * once < effort.seconds else 2
     start = time.perf_counter()
     samples: dict[str, list[float]] = {name: [] for name in names}
     enabled = gc.isenabled()
@@ -83,10 +84,11 @@ def race(
             if i >= effort.min_rounds and time.perf_counter() - start > effort.seconds:
                 break
             gc.collect()
-            turn = i % len(names)
+            turn = i % max(len(names), 1)
             order = names[turn:] + names[:turn]
             for name in order[:: 1 if i % 2 == 0 else -1]:
-                samples[name].append(clock(calls[name], repeats[name]) / repeats[name])
+                if i < rounds[name]:
+                    samples[name].append(clock(calls[name], repeats[name]) / repeats[name])
     finally:
         if enabled:
             gc.enable()
@@ -98,9 +100,8 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
 
     CUDA: torch's allocator. CPU: the process's resident set, whose high-water mark Linux lets a
     process reset; freed memory that the C library keeps is given back first, so whatever the call
-    touches counts, of torch as of native code, and what it returns.
+    touches counts, of torch as of native code, and what it returns. The call has run before.
     """
-    call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -108,15 +109,14 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    peaks = []
-    for _ in range(2):
-        gc.collect()
-        if not _trim():
-            return None
-        before = _status("VmRSS")
-        call()
-        peaks.append(_status("VmHWM") - before)
-    return max(*peaks, 0)
+    gc.collect()
+    if not _trim():
+        return None
+    before = _status("VmRSS")
+    kept = call()
+    peak = _status("VmHWM") - before
+    del kept
+    return max(peak, 0)
 
 
 def _trim() -> bool:

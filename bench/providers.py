@@ -27,6 +27,7 @@ LABELS = {
     "floor_bf16": "floor in bf16",
 }
 
+BF16_PEERS = ("autocast", "floor_bf16")  # plain PyTorch in bf16
 BACKENDS = {"reference": "reference", "algebra": "torch", "fast": "auto"}
 
 
@@ -44,6 +45,14 @@ def backend(provider: str, device: torch.device) -> AbstractContextManager[Any]:
     if provider == "fast_bf16":
         return _precision("bf16")
     return dispatch.backend(BACKENDS[provider])
+
+
+def pointless(provider: str, device: torch.device) -> str | None:
+    """Why a row would take long to show what everybody knows; None if it is worth its time."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if provider in BF16_PEERS and device.type == "cpu" and not capability.startswith("AVX512"):
+        return f"PyTorch emulates bf16 on this CPU ({capability}), many times slower than fp32"
+    return None
 
 
 def need(provider: str, device: torch.device) -> None:

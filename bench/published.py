@@ -156,9 +156,7 @@ def macro_step(
     """Next latent, action and reward."""
     mu = act_norm(policy.layers, z.detach() if detach else z)
     a = torch.tanh(mu + policy.std * noise)
-    reward = two_hot_decode(
-        normed(heads.reward, torch.cat([z, a], dim=-1)), heads.vmin, heads.vmax
-    )
+    reward = two_hot_decode(normed(heads.reward, torch.cat([z, a], dim=-1)), heads.vmin, heads.vmax)
     return next_latent(dynamics, z, a), a, reward
 
 

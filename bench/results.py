@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ class Group:
 
     @property
     def anchor(self) -> Row | None:
-        """The row that ratios are of: the first that was measured, but no floor unless alone."""
+        """What ratios are of: the first row that was measured, which is the published code's."""
         return next((row for row in self.rows.values() if row.status == "ok"), None)
 
 
@@ -172,7 +171,3 @@ def ratio(over: Row, under: Row) -> Spread:
     """
     pairs = list(zip(over.seconds, under.seconds, strict=False))
     return Spread.of([a / b for a, b in pairs])
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(values)

@@ -11,7 +11,7 @@ import torch
 from bench import environment
 from bench.cases import Case, Provider
 from bench.measure import CpuClock, CudaClock, available_memory, peak_memory, race
-from bench.providers import Absent
+from bench.providers import Absent, pointless
 from bench.results import Group, Result, Row
 
 # Beyond this a run could be killed for want of memory, and all its figures lost.
@@ -53,6 +53,10 @@ class Session:
             group.rows = {name: Row(name, "failed", _say(error)) for name in names}
             return group
         for name in names:
+            why_not = pointless(name, self.device)
+            if why_not is not None:
+                group.rows[name] = Row(name, "absent", why_not)
+                continue
             try:
                 provider = workload.make[name]()
                 workload.verify(name, provider)

@@ -12,6 +12,7 @@ from bench.gate import Outputs
 from bench.measure import Effort
 
 Check = Callable[[], Outputs | None]
+MORE = 3  # draws to see plain PyTorch's error in, where one draw refuses a provider
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,13 @@ class Workload:
             if name in gate.SANE or self.again is None:
                 raise
             # In few numbers plain PyTorch's largest error may be small by luck: see more of it.
-            other = self.again()
-            gate.check(name, found, *pair, [(other.outputs(unit), other.outputs("truth"))])
+            others: list[tuple[Outputs, Outputs]] = []
+            draw = self
+            while draw.again is not None and len(others) < MORE:
+                draw = draw.again()
+                others.append((draw.outputs(unit), draw.outputs("truth")))
+                draw.forget()
+            gate.check(name, found, *pair, others)
 
     def outputs(self, name: str) -> Outputs:
         """Outputs of ``truth`` or of a provider that is not refused here, computed once."""
@@ -91,7 +97,8 @@ class Case:
         axes: what it is: ``work`` (the operation or step), ``model``, ``batch``, ``mode``, ...
         build: makes it on a device.
         providers: names, the anchor of ratios first.
-        marks: of ``quick``, ``figures`` and ``large``.
+        marks: of ``figures`` and ``large``.
+        quick: the providers that are in the quick subset.
         memory: bytes that the largest provider needs, roughly.
         effort: how long to measure.
     """
@@ -101,8 +108,14 @@ class Case:
     build: Callable[[torch.device], Workload]
     providers: tuple[str, ...]
     marks: frozenset[str] = frozenset()
+    quick: frozenset[str] = frozenset()
     memory: float = 0.0
     effort: Effort = field(default_factory=Effort)
+
+
+QUICK = frozenset(
+    ("published", "frozen", "autocast", "reference", "fast", "fast_bf16", "floor", "floor_bf16")
+)
 
 
 def all_cases(device: torch.device) -> list[Case]:

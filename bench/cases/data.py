@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Provider, Workload
+from bench.cases import QUICK, Case, Provider, Workload
 from bench.gate import Mismatch, Outputs
 from bench.sizes import ACTION, HORIZON, OBS
 from pwm_fast import envs
@@ -27,7 +27,7 @@ def cases(device: torch.device) -> list[Case]:
                     {"work": "environment step", "model": robot, "batch": worlds},
                     partial(build_env, robot, worlds),
                     ("floor", "fast"),
-                    frozenset({"quick"} if robot == "ant" else ()),
+                    quick=QUICK if robot == "ant" else frozenset(),
                 )
             )
     for batch in (64, 256, 4096):
@@ -37,7 +37,7 @@ def cases(device: torch.device) -> list[Case]:
                 {"work": "replay: sample windows", "model": "ant", "batch": batch},
                 partial(build_sample, batch),
                 ("published", "fast"),
-                frozenset({"quick"} if batch == 256 else ()),
+                quick=QUICK if batch == 256 else frozenset(),
                 memory=1e9,
             )
         )
@@ -47,7 +47,7 @@ def cases(device: torch.device) -> list[Case]:
             {"work": "replay: add a step", "model": "ant", "batch": WORLDS},
             build_add,
             ("published", "fast"),
-            frozenset({"quick"}),
+            quick=QUICK,
             memory=1e9,
         )
     )

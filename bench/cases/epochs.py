@@ -49,9 +49,7 @@ class Worlds:
     def step(self, action: Tensor) -> None:
         obs = self.obs
         self.obs, reward, terminated, truncated, info = self.env.step(action.cpu())
-        self.replay.add(
-            obs, action, reward, terminated, terminated | truncated, info["final_obs"]
-        )
+        self.replay.add(obs, action, reward, terminated, terminated | truncated, info["final_obs"])
 
 
 def run(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import providers, published
-from bench.cases import Case, Provider, Workload
+from bench.cases import QUICK, Case, Provider, Workload
 from bench.gate import Outputs
 from bench.sizes import ACTION, OBS, alg_config
 from pwm_fast import ops
@@ -27,7 +27,8 @@ def cases(device: torch.device) -> list[Case]:
             {"work": TITLE, "model": model, "batch": SAMPLES},
             partial(build, _shapes(model)),
             ("published", "reference", "fast", "floor"),
-            frozenset({"figures", "quick"} if model == "5M" else {"figures"}),
+            frozenset({"figures"}),
+            QUICK if model == "5M" else frozenset(),
             memory=(1e9 if model == "5M" else 6e9),
         )
         for model in ("5M", "48M")
@@ -48,8 +49,7 @@ def build(shapes: tuple[torch.Size, ...], device: torch.device, seed: int = 0) -
     mean = torch.randn(sum(sizes), generator=g, device=device)
     flat = [mean + torch.randn(mean.shape, generator=g, device=device) for _ in range(SAMPLES)]
     lists = [
-        [part.view(shape) for part, shape in zip(x.split(sizes), shapes, strict=True)]
-        for x in flat
+        [part.view(shape) for part, shape in zip(x.split(sizes), shapes, strict=True)] for x in flat
     ]
 
     def outputs(signal: Tensor, noise: Tensor) -> Outputs:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import floor, providers, published
-from bench.cases import Case, Provider, Workload
+from bench.cases import QUICK, Case, Provider, Workload
 from bench.gate import Outputs
 from bench.measure import Effort
 from bench.sizes import ACTION, HORIZON
@@ -48,8 +48,8 @@ class Operation(NamedTuple):
         ours: the operation.
         products: matrix products of a forward pass, if there are any.
         fixed: inputs towards which no gradient is asked for.
-        batches: by size; the first of the first size has all providers.
-        compile: what torch.compile is given instead of ``plain``, or None.
+        batches: by size; the first of ``5M`` has all providers.
+        differentiable: it is used in training with gradients.
     """
 
     inputs: Callable[[Size, int, torch.Generator], Inputs]
@@ -125,7 +125,7 @@ def _plain_ensemble(i: Inputs) -> Tensor:
     layer = _layers(i, "mish")[0]
     tensors = (layer.weight, layer.bias, layer.ln_weight, layer.ln_bias)
     call = lambda w, b, g, s, x: published.act_norm([Layer(w, b, g, s, "mish")], x)  # noqa: E731
-    return torch.vmap(call, in_dims=(0, 0, 0, 0, None))(*tensors, i["x"])  # type: ignore[no-any-return]
+    return torch.vmap(call, in_dims=(0, 0, 0, 0, None))(*tensors, i["x"])
 
 
 def _pair(size: Size, batch: int, g: torch.Generator) -> Inputs:
@@ -166,7 +166,7 @@ def _field_products(evaluations: int) -> Callable[[Size, int], list[floor.Produc
         sizes = [size.latent, size.units, size.units, size.latent]
         actions = floor.Product(batch, ACTION, size.units)
         return [
-            *(p._replace(count=evaluations) for p in floor.stack(batch, sizes)),
+            *(p._replace(uses=evaluations) for p in floor.stack(batch, sizes)),
             actions,
         ]
 
@@ -299,9 +299,7 @@ OPERATIONS: dict[str, Operation] = {
         _flow_products(HORIZON),
         batches={"5M": (128,)},
     ),
-    "mish": Operation(
-        _rows("units"), lambda i: F.mish(i["x"]), lambda i: ops.mish(i["x"])
-    ),
+    "mish": Operation(_rows("units"), lambda i: F.mish(i["x"]), lambda i: ops.mish(i["x"])),
     "simnorm": Operation(
         _rows("latent"), lambda i: _softmax_groups(i["x"]), lambda i: ops.simnorm(i["x"])
     ),
@@ -352,7 +350,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 # Measured as steps, in the other modules of this package.
 ELSEWHERE = {"imagine": "rollouts", "esnr": "gradients"}
-QUICK = {
+SOME = {
     ("layer_norm_act", "forward"),
     ("layer_norm_act", "backward"),
     ("linear_norm_act", "backward"),
@@ -394,14 +392,16 @@ def _case(
     marks = set()
     if name == "layer_norm_act" and batch in (512, 4096):
         marks.add("figures")
-    if first and (name, mode) in QUICK:
-        marks.add("quick")
+    quick = QUICK if first and (name, mode) in SOME else frozenset()
+    if quick and name == "layer_norm_act" and mode == "backward":
+        quick |= {"compile"}  # to see that it runs; each compilation takes its time
     return Case(
         f"{name}-{model}-b{batch}-{mode}",
         {"work": f"ops.{name}", "model": model, "batch": batch, "mode": mode},
         partial(build, op, SIZES[model], batch, mode),
         tuple(names),
         frozenset(marks),
+        quick,
         effort=Effort(seconds=2.0, min_rounds=5, max_rounds=60),
     )
 
@@ -451,7 +451,7 @@ def build(
         from bench.measure import graphed
 
         call = graphed(caller(op.plain, "published").call)
-        return Provider(call, call)  # type: ignore[arg-type]
+        return Provider(call, call)
 
     def truth() -> Outputs:
         check = caller(op.plain, "published", torch.float64).check

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import floor, providers, published
-from bench.cases import Case, Provider, Workload
+from bench.cases import QUICK, Case, Provider, Workload
 from bench.gate import Outputs
 from bench.measure import Effort, graphed
 from bench.sizes import ACTION, HORIZON, alg_config, make_agent
@@ -48,8 +48,6 @@ def _case(device: torch.device, model: str, batch: int, substeps: int, mode: str
     marks = set()
     if main and mode == "backward":
         marks.add("figures")
-    if main and model == "5M_flow":
-        marks.add("quick")
     if batch > (1024 if model.startswith("5M") else 128) and device.type == "cpu":
         marks.add("large")
     width = {"5M": 512, "48M": 1792}[model.removesuffix("_flow")]
@@ -62,6 +60,7 @@ def _case(device: torch.device, model: str, batch: int, substeps: int, mode: str
         partial(build, alg_config(model, substeps), batch, mode),
         tuple(names),
         frozenset(marks),
+        QUICK if main and model == "5M_flow" and mode == "backward" else frozenset(),
         memory,
         Effort(seconds=15.0 if main else 8.0, min_rounds=5 if main else 3),
     )
@@ -82,7 +81,7 @@ def build(
     z = torch.softmax(torch.randn(batch, latent // 8, 8, generator=g), -1).flatten(1).to(device)
     noise = torch.randn(horizon, batch, ACTION, generator=g).to(device)
     gradient = mode == "backward"
-    options = {"gamma": alg.gamma, "detach": alg.actor.detach}
+    roll = partial(published.rollout, gamma=alg.gamma, detach=alg.actor.detach)
 
     def parts(of: PWM) -> tuple[ops.Policy, ops.Dynamics, ops.Heads]:
         heads = of.world_model.heads()._replace(value=of.critic.layers())
@@ -98,7 +97,7 @@ def build(
         """Plain PyTorch with world model and critics frozen."""
         with frozen(agent.world_model, agent.critic), torch.set_grad_enabled(gradient):
             with providers.eager(name, device):
-                r = published.rollout(*parts(agent), z, noise, step=step, **options)
+                r = roll(*parts(agent), z, noise, step=step)
             grads = list(torch.autograd.grad(-r.returns.mean(), params)) if gradient else []
         return outputs(r.reward, r.value, r.z[-1], grads)
 
@@ -108,7 +107,7 @@ def build(
             return plain("published")
         for module in (agent.world_model, agent.actor, agent.critic):
             module.zero_grad()
-        r = published.rollout(*parts(agent), z, noise, **options)
+        r = roll(*parts(agent), z, noise)
         (-r.returns.mean()).backward()
         return outputs(r.reward, r.value, r.z[-1], [p.grad for p in params])  # type: ignore[misc]
 
@@ -116,21 +115,24 @@ def build(
         providers.need(name, device)
 
         def call() -> Outputs:
-            with providers.backend(name, device), torch.set_grad_enabled(gradient):
-                with frozen(agent.world_model, agent.critic):
-                    policy, dynamics, heads = parts(agent)
-                    r = ops.imagine(
-                        z,
-                        policy,
-                        dynamics,
-                        heads,
-                        noise=noise,
-                        detach=alg.actor.detach,
-                        last_value_only=True,
-                    )
-                    assert r.value is not None
-                    total = discounted_return(r, r.value, alg.gamma)  # type: ignore[arg-type]
-                    grads = list(torch.autograd.grad(-total.mean(), params)) if gradient else []
+            with (
+                providers.backend(name, device),
+                torch.set_grad_enabled(gradient),
+                frozen(agent.world_model, agent.critic),
+            ):
+                policy, dynamics, heads = parts(agent)
+                r = ops.imagine(
+                    z,
+                    policy,
+                    dynamics,
+                    heads,
+                    noise=noise,
+                    detach=alg.actor.detach,
+                    last_value_only=True,
+                )
+                assert r.value is not None
+                total = discounted_return(r, r.value, alg.gamma)  # type: ignore[arg-type]
+                grads = list(torch.autograd.grad(-total.mean(), params)) if gradient else []
             return outputs(r.reward, r.value, r.z[-1], grads)
 
         return Provider(call, call)
@@ -139,16 +141,16 @@ def build(
         """In float64, some rows at a time: only the gradient adds up over them."""
         double = copy.copy(agent)
         for name in ("world_model", "actor", "critic"):
-            setattr(double, name, copy.deepcopy(getattr(agent, name)).double().requires_grad_(False))
+            setattr(
+                double, name, copy.deepcopy(getattr(agent, name)).double().requires_grad_(False)
+            )
         double.actor.requires_grad_(gradient)
         own = list(double.actor.parameters())
         rewards, values, last = [], [], []
         grads = [torch.zeros_like(p) for p in own]
         with torch.set_grad_enabled(gradient):
             for rows in torch.arange(batch).split(512):
-                r = published.rollout(
-                    *parts(double), z[rows].double(), noise[:, rows].double(), **options
-                )
+                r = roll(*parts(double), z[rows].double(), noise[:, rows].double())
                 rewards.append(r.reward.detach())
                 values.append(r.value.detach())
                 last.append(r.z[-1].detach())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import floor, providers, published
-from bench.cases import Case, Provider, Workload
+from bench.cases import QUICK, Case, Provider, Workload
 from bench.gate import Outputs
 from bench.measure import Effort
 from bench.sizes import HORIZON, alg_config, make_agent, make_windows
@@ -44,8 +44,6 @@ def _world_model(device: torch.device, model: str, batch: int, substeps: int) ->
         names += ["compile"]
     names += ["reference", "algebra", "fast", "fast_bf16", "floor", "floor_bf16"]
     marks = {"figures"} if figure else set()
-    if model == "5M_flow" and batch == 64:
-        marks.add("quick")
     if model.startswith("48M") and not figure and device.type == "cpu":
         marks.add("large")
     return Case(
@@ -54,6 +52,7 @@ def _world_model(device: torch.device, model: str, batch: int, substeps: int) ->
         partial(build_world_model, alg_config(model, substeps), batch),
         tuple(names),
         frozenset(marks),
+        QUICK if model == "5M_flow" and batch == 64 else frozenset(),
         memory=4.0 * batch * HORIZON * (2048 if model[0] == "5" else 7168) * 24,
         effort=Effort(seconds=12.0, min_rounds=3),
     )
@@ -66,7 +65,7 @@ def _critic(device: torch.device, batch: int) -> Case:
         {"work": CRITIC, "model": "5M", "batch": batch},
         partial(build_critic, alg_config("5M"), batch),
         (*names, "floor", "floor_bf16"),
-        frozenset({"quick"} if batch == 128 else ()),
+        quick=QUICK if batch == 128 else frozenset(),
         effort=Effort(seconds=8.0, min_rounds=5),
     )
 

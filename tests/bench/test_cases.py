@@ -1,0 +1,141 @@
+"""Every case computes the same thing in all of its providers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gate, sizes
+from bench.cases import Provider, Workload, all_cases, data, epochs, gradients, operations
+from bench.cases import rollouts as rollout_cases
+from bench.cases import updates as update_cases
+from bench.providers import LABELS, Absent
+from pwm_fast import ops
+from pwm_fast.agent import PWM
+from pwm_fast.config import AlgConfig
+
+CPU = torch.device("cpu")
+SMALL = operations.Size(16, 17, 14)
+
+
+def small(kind: str) -> AlgConfig:
+    """A published configuration, but small."""
+    alg = copy.deepcopy(sizes.alg_config("5M_flow" if kind == "flow" else "5M"))
+    model = alg.world_model
+    model.latent_dim, model.units = 16, [17, 17]
+    model.encoder_units, model.reward_units = [12], [14, 14]
+    alg.actor.units, alg.critic.units = [12, 10], [11, 9]
+    alg.actor.batch_size, alg.model_learning.batch_size = 100, 20
+    alg.model_learning.updates, alg.critic.passes = 2, 1
+    return alg
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "rollout, forward": lambda: rollout_cases.build(small("flow"), 100, "forward", CPU, 4),
+    "rollout, backward": lambda: rollout_cases.build(small("flow"), 100, "backward", CPU, 4),
+    "rollout of the baseline": lambda: rollout_cases.build(small("mlp"), 100, "backward", CPU, 4),
+    "world model": lambda: update_cases.build_world_model(small("flow"), 20, CPU, 4),
+    "world model of the baseline": lambda: update_cases.build_world_model(small("mlp"), 20, CPU, 4),
+    "critic": lambda: update_cases.build_critic(small("flow"), 50, CPU, 4),
+    "epoch": lambda: epochs.build(small("flow"), small("mlp"), CPU, 4, 4),
+    "ESNR": lambda: gradients.build((torch.Size((50, 7)), torch.Size((9,))), CPU),
+    "environment": lambda: data.build_env("cartpole", 4, CPU),
+    **{
+        f"{name}, {mode}": lambda op=op, mode=mode: operations.build(op, SMALL, 50, mode, CPU)
+        for name, op in operations.OPERATIONS.items()
+        for mode in (("forward", "backward") if op.differentiable else ("forward",))
+    },
+}
+# Compilation takes its time, the others need a GPU: the benchmarks themselves check them.
+LEFT_OUT = {"compile", "tf32", "graph"}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_providers_are_right(name: str) -> None:
+    """Also those that PyTorch would only emulate on this machine."""
+    workload = WORKLOADS[name]()
+    checked = 0
+    for provider_name in workload.make:
+        if provider_name in LEFT_OUT:
+            continue
+        try:
+            provider = workload.make[provider_name]()
+        except Absent:
+            continue
+        workload.verify(provider_name, provider)
+        provider.call()
+        checked += 1
+    assert checked >= 2
+
+
+def test_replay_providers_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CAPACITY", 128 * 64)
+    monkeypatch.setattr(data, "STEPS", 40)
+    for workload in (data.build_sample(5, CPU), data.build_add(CPU)):
+        for name, make in workload.make.items():
+            provider = make()
+            workload.verify(name, provider)
+            provider.call()
+
+
+@pytest.mark.parametrize("name", ["rollout, backward", "world model", "ESNR", "mlp, backward"])
+def test_a_wrong_provider_is_refused(name: str) -> None:
+    """Half a thousandth off, which no speed makes good."""
+    workload = WORKLOADS[name]()
+    published = workload.make["published"]().check
+    assert published is not None
+    outputs = {k: [v * 1.0005 for v in gate.tensors(published() or {}, k)] for k in published()}
+    workload.again = None
+    with pytest.raises(gate.Mismatch):
+        workload.verify("fast", Provider(lambda: None, lambda: outputs))
+
+
+def test_only_the_published_row_computes_gradients_of_the_world_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agents = []
+
+    def make_agent(*args: Any) -> PWM:
+        agents.append(sizes.make_agent(*args))
+        return agents[-1]
+
+    monkeypatch.setattr(rollout_cases, "make_agent", make_agent)
+    workload = WORKLOADS["rollout, backward"]()
+    parameters = [*agents[0].world_model._velocity.parameters(), *agents[0].critic.parameters()]
+    for name in ("frozen", "reference", "published"):
+        workload.make[name]().call()
+        computed = {p.grad is not None for p in parameters}
+        assert computed == {name == "published"}, name
+        assert all(p.requires_grad for p in parameters)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_table_of_cases(device: str) -> None:
+    """Names are unique, providers known and made, and there is what the figures need."""
+    cases = all_cases(torch.device(device))
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    for case in cases:
+        assert set(case.providers) <= set(LABELS)
+        assert case.marks <= {"figures", "large"}
+        assert not (case.quick and "large" in case.marks)
+    from bench.report import README_CASES
+
+    if device == "cpu":
+        assert {c.name for c in cases if "figures" in c.marks} >= set(README_CASES)
+        assert any(c.quick for c in cases)
+
+
+def test_every_public_operation_has_a_benchmark() -> None:
+    """A new one gets a line in ``bench/cases/operations.py``."""
+    public = {
+        name
+        for name in ops.__all__
+        if callable(getattr(ops, name)) and not isinstance(getattr(ops, name), type)
+    }
+    types = {"Dynamics", "Activation", "Method", "Order"}  # aliases
+    assert public - types == set(operations.OPERATIONS) | set(operations.ELSEWHERE)

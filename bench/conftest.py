@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import results
+from bench import report, results
 from bench.cases import Case, all_cases
 from bench.session import Session
 
@@ -47,7 +47,20 @@ def pytest_configure(config: pytest.Config) -> None:
         if threads < 1:
             raise pytest.UsageError(f"--bench-threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
+    if config.option.benchmark_columns is None:  # ours, below, says more
+        config.option.benchmark_columns = ["min", "median", "max", "rounds"]
     config.stash[SESSION] = Session(device, config.option.bench_seconds)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    result = config.stash[SESSION].result()
+    if result.groups:
+        terminalreporter.section("pwm_fast benchmarks")
+        terminalreporter.write_line(report.machine_line(result))
+    for group in result.groups.values():
+        terminalreporter.write_line("\n" + report.aligned(report.table(group)))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

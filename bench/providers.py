@@ -14,6 +14,7 @@ from pwm_fast import dispatch
 LABELS = {
     "published": "eager fp32 as published",
     "published_baseline": "MLP baseline, eager fp32 as published",
+    "separate": "a tensor a field, episodes not kept apart",
     "frozen": "eager fp32, frozen",
     "autocast": "eager bf16 autocast, frozen",
     "tf32": "eager tf32, frozen",

@@ -41,7 +41,9 @@ def significant(x: float, digits: int = 3) -> str:
 
 
 def size(count: int | None) -> str:
-    return "" if count is None else f"{significant(count / 2**20)} MiB"
+    if count is None:
+        return ""
+    return "below 0.1 MiB" if count < 2**20 / 10 else f"{significant(count / 2**20)} MiB"
 
 
 def spread(s: Spread, text: Any) -> str:
@@ -62,10 +64,14 @@ def machine_line(result: Result) -> str:
     state = " with uncommitted changes" if commit["dirty"] else ""
     cuda = f", CUDA {software['cuda']}" if m["gpu"] and software["cuda"] else ""
     return (
-        f"{where}, {m['cores']} cores, {m['threads']} threads; torch {software['torch']}{cuda}, "
+        f"{where}, {m['cores']} cores, {_threads(m['threads'])}; torch {software['torch']}{cuda}, "
         f"triton {software['triton'] or 'none'}, Python {software['python']}; "
         f"{str(result.facts['date'])[:10]}, commit {commit['id'] or 'unknown'}{state}"
     )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def title(group: Group) -> str:
@@ -106,6 +112,22 @@ def table(group: Group) -> str:
         time = spread(Spread.of(row.seconds), duration)
         lines.append(f"| {label} | {time} | {faster} | {part} | {size(row.peak)} |")
     return "\n".join(lines)
+
+
+def aligned(markdown: str) -> str:
+    """A table for the terminal: columns of equal width, without the rule below the heading."""
+    lines = [line.strip("| ").split("|") for line in markdown.splitlines()]
+    cells = [[cell.strip() for cell in line] for line in lines if not line[0].startswith("--")]
+    columns = max(map(len, cells))
+    cells = [line + [""] * (columns - len(line)) for line in cells]
+    # A reason is as long as it is: it must not widen the column.
+    width = [
+        max(len(line[i]) for line in cells if ": " not in line[i] or i == 0) for i in range(columns)
+    ]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)).rstrip()
+        for line in cells
+    )
 
 
 def _cell(text: str | None) -> str:

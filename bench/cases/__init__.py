@@ -114,7 +114,8 @@ class Case:
 
 
 QUICK = frozenset(
-    ("published", "frozen", "autocast", "reference", "fast", "fast_bf16", "floor", "floor_bf16")
+    ("published", "separate", "frozen", "autocast", "reference", "fast", "fast_bf16")
+    + ("floor", "floor_bf16")
 )
 
 

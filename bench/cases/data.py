@@ -10,11 +10,13 @@ from torch import Tensor
 
 from bench.cases import QUICK, Case, Provider, Workload
 from bench.gate import Mismatch, Outputs
+from bench.measure import Effort
 from bench.sizes import ACTION, HORIZON, OBS
 from pwm_fast import envs
 from pwm_fast.replay import Replay
 
 WORLDS, CAPACITY = 128, 1_000_000
+SHORT = Effort(seconds=3.0)
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -28,6 +30,7 @@ def cases(device: torch.device) -> list[Case]:
                     partial(build_env, robot, worlds),
                     ("floor", "fast"),
                     quick=QUICK if robot == "ant" else frozenset(),
+                    effort=SHORT,
                 )
             )
     for batch in (64, 256, 4096):
@@ -39,6 +42,7 @@ def cases(device: torch.device) -> list[Case]:
                 ("separate", "fast"),
                 quick=QUICK if batch == 256 else frozenset(),
                 memory=1e9,
+                effort=SHORT,
             )
         )
     found.append(
@@ -49,6 +53,7 @@ def cases(device: torch.device) -> list[Case]:
             ("separate", "fast"),
             quick=QUICK,
             memory=1e9,
+            effort=SHORT,
         )
     )
     return found

@@ -46,7 +46,7 @@ def test_slower_failed_and_absent_rows_are_shown() -> None:
     found.rows["fast_bf16"] = Row("fast_bf16", "absent", "no backend computes in bf16 yet")
     text = report.table(found)
     assert "0.25x" in text
-    assert "| torch.compile fp32, frozen | failed: gradient: error 1 / 2 |" in text
+    assert "| torch.compile fp32 | failed: gradient: error 1 / 2 |" in text
     assert "absent: no backend computes in bf16 yet" in text
 
 
@@ -76,6 +76,13 @@ def test_the_readme_section_holds_the_newest_of_each_machine() -> None:
     assert text.count("imagined rollout, 5M_flow") == 2
     assert "4.00x" in text and "10.00x" in text and "2.00x" not in text
     assert "100 MiB to 64 MiB" in text
+
+
+def test_a_later_run_of_few_cases_does_not_displace_the_figures() -> None:
+    esnr = group("esnr-5M", row("published", 1.0), row("fast", 0.1))
+    full = result(rollout(), esnr, date="2026-01-01")
+    text = report.readme_section([full, result(esnr, date="2026-01-02")])
+    assert "4.00x" in text and "10.00x" in text
 
 
 def test_the_readme_section_shows_losses_and_failures() -> None:

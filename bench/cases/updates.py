@@ -44,7 +44,7 @@ def _world_model(device: torch.device, model: str, batch: int, substeps: int) ->
         names += ["compile"]
     names += ["reference", "algebra", "fast", "fast_bf16", "floor", "floor_bf16"]
     marks = {"figures"} if figure else set()
-    if model.startswith("48M") and not figure and device.type == "cpu":
+    if model.startswith("48M") and device.type == "cpu":
         marks.add("large")
     return Case(
         f"world_model-{model}-b{batch}-K{substeps}",

@@ -75,10 +75,10 @@ def act_norm_mlp(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> Tensor:
     x = inputs[0] if len(inputs) == 1 else torch.cat(tuple(inputs), dim=-1)
     if layers[0].weight.dim() == 3:
         leading = x.shape[:-1]
-        x = x.reshape(-1, x.shape[-1])
+        x = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
         for layer in layers:
             x = linear_act_norm(x, layer)
-        return x.unflatten(1, leading)
+        return x.reshape(x.shape[0], *leading, x.shape[-1])
     for layer in layers:
         x = linear_act_norm(x, layer)
     return x

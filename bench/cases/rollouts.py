@@ -42,7 +42,7 @@ def _case(device: torch.device, model: str, batch: int, substeps: int, mode: str
     main = batch == 128 and model.endswith("flow") and substeps == 2
     if device.type == "cuda":
         names += ["tf32", "graph"]
-    if main or device.type == "cuda":
+    if (main and mode == "backward") or device.type == "cuda":
         names += ["compile"]
     names += ["reference", "algebra", "fast", "fast_bf16", "floor", "floor_bf16"]
     marks = set()

@@ -2,12 +2,42 @@
 
 ``pwm_fast.ops`` is the library of operations; ``python -m pwm_fast.train`` the trainer.
 Importing this package, or ``pwm_fast.ops``, needs torch alone.
+
+- :func:`accelerate`: run somebody's own modules on the operations.
+- :func:`explain`: what a call of an operation would do.
+- :func:`backend`, :class:`BackendError`: which backend runs; see :mod:`pwm_fast.dispatch`.
 """
 
 import pkgutil
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pwm_fast.acceleration import accelerate as accelerate
+    from pwm_fast.dispatch import BackendError as BackendError
+    from pwm_fast.dispatch import backend as backend
+    from pwm_fast.explanation import explain as explain
 
 # A plain (not editable) install keeps the compiled extension in site-packages. Extending the path
 # lets `import pwm_fast._C` find it there also when Python runs inside a source checkout.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
+
+# Where they are; imported at their first use, as they need torch and this package alone does not.
+_LAZY = {
+    "accelerate": "acceleration",
+    "backend": "dispatch",
+    "BackendError": "dispatch",
+    "explain": "explanation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"pwm_fast.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

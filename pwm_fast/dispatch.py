@@ -174,13 +174,38 @@ def select(operation: str, argument: str | None, call: Call) -> str:
         ValueError: there is no backend of that name.
     """
     name = requested(argument)
+    chosen, refusal = None, f"{operation} has no backend {name!r}"
     for candidate in OPERATIONS[operation]:
         if name == "auto":
             if candidate.automatic and candidate.why_not(call) is None:
-                return candidate.name
+                chosen = candidate.name
+                break
         elif candidate.name == name:
             reason = candidate.why_not(call)
-            if reason is not None:
-                raise BackendError(f"backend {name!r} cannot run {operation}: {reason}")
-            return name
-    raise BackendError(f"{operation} has no backend {name!r}")
+            if reason is None:
+                chosen = name
+            else:
+                refusal = f"backend {name!r} cannot run {operation}: {reason}"
+            break
+    for observer in _observers:
+        observer(operation, name, chosen, call)
+    if chosen is None:
+        raise BackendError(refusal)
+    return chosen
+
+
+Observer = Callable[[str, str, "str | None", Call], None]
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Within the context, tell of every choice: operation, backend in force, backend taken, call.
+
+    What is taken is None where a :class:`BackendError` follows.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)

@@ -46,10 +46,3 @@ def no_plots(tmp_path_factory: pytest.TempPathFactory) -> str:
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('left out by the tests')\n")
     return str(package.parent)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path

@@ -349,7 +349,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
 }
 # Measured as steps, in the other modules of this package.
-ELSEWHERE = {"imagine": "rollouts", "esnr": "gradients"}
+ELSEWHERE = {"imagine": "rollouts", "esnr": "gradients", "world_model_loss": "updates"}
 SOME = {
     ("layer_norm_act", "forward"),
     ("layer_norm_act", "backward"),

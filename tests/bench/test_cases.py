@@ -137,5 +137,5 @@ def test_every_public_operation_has_a_benchmark() -> None:
         for name in ops.__all__
         if callable(getattr(ops, name)) and not isinstance(getattr(ops, name), type)
     }
-    types = {"Dynamics", "Activation", "Method", "Order"}  # aliases
+    types = {"Dynamics", "Activation", "Method", "Order", "Start"}  # aliases
     assert public - types == set(operations.OPERATIONS) | set(operations.ELSEWHERE)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pwm_fast import dispatch
 from pwm_fast.acceleration.matching import Mismatch
-from pwm_fast.acceleration.stack import Plan, assemble
+from pwm_fast.acceleration.stack import Plan, assemble, at
 
 _SHAPES: tuple[tuple[tuple[int, ...], float], ...] = (((5,), 1.0), ((2, 3), 30.0), ((1,), 0.01))
 
@@ -39,12 +39,14 @@ def check(stack: nn.Sequential, plan: Plan) -> None:
         generator = torch.Generator().manual_seed(0)
         twin = _copy(stack).to("cpu", torch.float64)
         _randomize(twin, generator)
-        width = next(twin.parameters()).shape[1]
+        first_weight = at(twin, plan.steps[0].linear).weight
+        assert isinstance(first_weight, Tensor)
+        width = first_weight.shape[1]
         for training in (True, False):
             for rows, scale in _SHAPES:
-                x = torch.randn(*rows, width, dtype=torch.float64, generator=generator) * scale
+                x = _normal((*rows, width), torch.float64, generator) * scale
                 _compare_exactly(twin.train(training), plan, x)
-        x = torch.randn(33, width, dtype=torch.float64, generator=generator)
+        x = _normal((33, width), torch.float64, generator)
         _compare_in_own_dtype(stack, twin, plan, x)
 
 
@@ -65,8 +67,23 @@ def _said(error: Exception) -> str:
 def _randomize(twin: nn.Module, generator: torch.Generator) -> None:
     """Parameters of order 1 by which no two computations agree by chance."""
     for x in twin.parameters():
-        noise = torch.randn(x.shape, dtype=x.dtype, generator=generator)
+        noise = _normal(x.shape, x.dtype, generator)
         x.copy_(noise / x.shape[1] ** 0.5 if x.dim() == 2 else 0.5 + 0.3 * noise)
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, dtype=dtype, generator=generator, device="cpu")
+
+
+def _attributes(module: nn.Module) -> dict[str, object]:
+    """Attributes of all modules but what nn.Module keeps."""
+    internal = nn.Module().__dict__
+    return {
+        f"{name}.{key}" if name else key: value
+        for name, part in module.named_modules()
+        for key, value in part.__dict__.items()
+        if key not in internal
+    }
 
 
 @contextmanager
@@ -84,7 +101,7 @@ def _run(module: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     y = module(x)
     if not isinstance(y, Tensor):
         raise TypeError(f"the output is {type(y).__name__}")
-    weight = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)
+    weight = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
     wanted = [x, *module.parameters()]
     grads = torch.autograd.grad((y * weight).sum(), wanted, allow_unused=True)
     return y.detach(), list(grads)
@@ -92,13 +109,21 @@ def _run(module: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
 
 def _compare_exactly(twin: nn.Sequential, plan: Plan, x: Tensor) -> None:
     mode = "training" if twin.training else "evaluation"
+    before = _attributes(twin)
     with _own_errors(x.dtype, x):
         y, grads = _run(twin, x)
         again = twin(x.clone()).detach()
     if y.shape != again.shape or not torch.equal(y, again):
         raise Mismatch(f"it gives different results for the same input in {mode} mode")
-    with dispatch.backend("reference"):
-        ours, our_grads = _run(assemble(twin, plan), x)
+    after = _attributes(twin)
+    kept = [key for key, value in after.items() if before.get(key) is not value]
+    if kept:
+        raise Mismatch(f"its forward keeps something: {', '.join(kept)}")
+    try:
+        with dispatch.backend("reference"):
+            ours, our_grads = _run(assemble(twin, plan), x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Mismatch(f"the operations refuse it: {_said(error)}") from None
     names = ["the input", *(name for name, _ in twin.named_parameters())]
     _compare(f"its output in {mode} mode", y, ours)
     for name, expected, got in zip(names, grads, our_grads, strict=True):

@@ -74,12 +74,12 @@ def match(stack: nn.Sequential) -> Plan:
         raise Mismatch("it has forward or backward hooks")
     if "forward" in stack.__dict__:
         raise Mismatch("its forward is replaced on the instance")
+    _check_parameters(stack)
     tokens = [_token(path, m) for path, m in _flat(stack, ())]
     steps, order = _parse([t for t in tokens if t.kind != "nothing"])
     if all(s.norm is None and s.act == "none" for s in steps):
         raise Mismatch("there is nothing to fuse: no LayerNorm and no activation")
     plan = Plan(order, tuple(steps), tuple(_watch(stack)))
-    _check_parameters(stack)
     reason = calls.unsupported(assemble(stack, plan).layers(), order)
     if reason is not None:
         raise Mismatch(f"no operation covers it: {reason}")
@@ -133,10 +133,14 @@ def _token(path: Path, module: nn.Module) -> _Token:
 
 def _linear_token(name: str, path: Path, module: Any) -> _Token:
     own = {key for key, x in module._parameters.items() if x is not None}
-    if not own <= {"weight", "bias"}:
-        raise Mismatch(f"{name} has parameters besides weight and bias: {_list(own)}")
-    if not hasattr(module, "bias"):
-        raise Mismatch(f"{name} has no attribute `bias`")
+    if own - {"weight", "bias"}:
+        raise Mismatch(
+            f"{name} has parameters besides weight and bias: {_list(own - {'weight', 'bias'})}"
+        )
+    if "weight" not in own or not hasattr(module, "bias"):
+        raise Mismatch(f"{name} has no parameter `weight`, or no attribute `bias`")
+    if isinstance(module.bias, Tensor) and "bias" not in own:
+        raise Mismatch(f"{name}.bias is no parameter")
     buffers = {key for key, _ in module.named_buffers()}
     if buffers:
         raise Mismatch(f"{name} has buffers: {_list(buffers)}")
@@ -208,7 +212,8 @@ def _probe(act: nn.Module) -> Activation | None:
     """What a module without state computes, judged by its values."""
     dim = getattr(act, "dim", None)
     group = dim if isinstance(dim, int) and not isinstance(dim, bool) and dim > 0 else None
-    x = torch.linspace(-4.0, 4.0, 7 * 3 * (group or 8), dtype=torch.float64).view(7, -1)
+    x = torch.linspace(-4.0, 4.0, 7 * 3 * (group or 8), dtype=torch.float64, device="cpu")
+    x = x.view(7, -1)
     try:
         with torch.no_grad():
             y = copy.deepcopy(act)(x.clone())

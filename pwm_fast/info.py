@@ -22,7 +22,14 @@ PACKAGES = (
     "wandb",
     "matplotlib",
 )
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PWM_FAST_ISA", "SLURM_CPUS_PER_TASK")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "PWM_FAST_BACKEND",
+    "PWM_FAST_GEMM",
+    "PWM_FAST_ISA",
+    "SLURM_CPUS_PER_TASK",
+)
 
 
 def report() -> dict[str, str]:
@@ -36,6 +43,7 @@ def report() -> dict[str, str]:
     rows.update({name: package_version(name) for name in PACKAGES})
     rows.update(_native())
     rows.update(_devices())
+    rows.update(_operations())
     rows.update({name: os.environ[name] for name in VARIABLES if name in os.environ})
     return rows
 
@@ -74,9 +82,13 @@ def _native() -> dict[str, str]:
     except ImportError as error:
         reason = "not built" if isinstance(error, ModuleNotFoundError) else f"broken: {error}"
         return {"native extension": f"{reason}; pwm_fast runs without it"}
+    try:
+        state = f"loaded, instruction set {native.cpu_isa()}"
+    except ValueError as error:
+        state = f"loaded, but its operations fail: {error}"
     build = native.build_info()
     return {
-        "native extension": f"loaded, instruction set {native.cpu_isa()}",
+        "native extension": state,
         "native build": f"{build['compiler']} {build['compiler_version']}, {build['cxx_standard']}",
         "native flags": str(build["flags"]),
         "native CUDA": "yes" if build["cuda"] else f"no: {build['cuda_detail']}",
@@ -100,6 +112,7 @@ def _devices() -> dict[str, str]:
     rows = {
         "torch CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     }
+    rows.update(_native_threads())
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = "no usable GPU or driver" if built else "this torch is built for CPUs alone"
@@ -112,6 +125,54 @@ def _devices() -> dict[str, str]:
             f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} SMs"
         )
     return rows
+
+
+def _native_threads() -> dict[str, str]:
+    """Whose threads the native kernels run on."""
+    from pwm_fast.ops.fused import native
+
+    if native.why_missing() is not None:
+        return {}
+    runtime = native.openmp_runtime()
+    if runtime is None:
+        return {"native threads": "1: torch has loaded no OpenMP runtime that could be shared"}
+    return {"native threads": f"torch's own, by {os.path.basename(runtime)}"}
+
+
+def _operations() -> dict[str, str]:
+    """Which backends run each operation on a float32 tensor, on the CPU and on the first GPU."""
+    try:
+        torch = import_module("torch")
+        from pwm_fast import dispatch
+    except Exception:  # said where the devices are listed
+        return {}
+    rows: dict[str, str] = {}
+    reasons: list[str] = []
+    names = [n for n in dispatch.NAMES if n != "auto"]
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        rows[f"on {device}, float32"] = _cells(names)
+        call = dispatch.Call([torch.zeros(1, device=device)])
+        for operation, backends in dispatch.OPERATIONS.items():
+            cells = dict.fromkeys(names, "-")
+            taken = False
+            verdicts = dispatch.verdicts(operation, call)
+            for backend, verdict in zip(backends, verdicts, strict=True):
+                if verdict.reason is not None:
+                    if verdict.reason not in reasons:
+                        reasons.append(verdict.reason)
+                    cells[backend.name] = f"no [{reasons.index(verdict.reason) + 1}]"
+                elif backend.automatic and not taken:
+                    cells[backend.name], taken = "auto", True
+                else:
+                    cells[backend.name] = "if asked"
+            prefix = "" if device == "cpu" else f"{device} "
+            rows[f"  {prefix}{operation}"] = _cells(list(cells.values()))
+    rows.update({f"  [{i}]": reason for i, reason in enumerate(reasons, start=1)})
+    return rows
+
+
+def _cells(texts: list[str]) -> str:
+    return " ".join(f"{text:10}" for text in texts).rstrip()
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pwm_fast import cli, info
+from pwm_fast import cli, dispatch, info
+from pwm_fast.ops.fused import native
 from tests.trainer.conftest import ROOT, Launcher, clean_environment, rows, tiny_arguments
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -322,14 +323,41 @@ def test_info_of_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
         "cuda": False,
         "cuda_detail": "no sources",
     }
-    native = types.SimpleNamespace(cpu_isa=lambda: "avx2", build_info=lambda: build)
-    monkeypatch.setitem(sys.modules, "pwm_fast._C", native)
+    fake = types.SimpleNamespace(cpu_isa=lambda: "avx2", build_info=lambda: build)
+    monkeypatch.setitem(sys.modules, "pwm_fast._C", fake)
     rows = info.report()
     assert rows["native extension"].startswith("loaded, instruction set avx2")
     assert rows["native build"] == "gcc 12.2, c++17"
     assert rows["native CUDA"] == "no: no sources"
+
+    def unknown() -> str:
+        raise ValueError("PWM_FAST_ISA=x is unknown")
+
+    fake.cpu_isa = unknown
+    state = info.report()["native extension"]
+    assert state == "loaded, but its operations fail: PWM_FAST_ISA=x is unknown"
     monkeypatch.setitem(sys.modules, "pwm_fast._C", None)
     assert info.report()["native extension"] == "not built; pwm_fast runs without it"
+
+
+def test_info_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operation by backend: what auto takes, what can be asked for, and why not."""
+    monkeypatch.setattr(native, "_MISSING", None)
+    monkeypatch.setattr(native, "_OPENMP", "/somewhere/libgomp.so.1")
+    rows = info.report()
+    assert rows["native threads"] == "torch's own, by libgomp.so.1"
+    assert rows["on cpu, float32"].split() == ["native", "torch", "reference"]
+    for operation in dispatch.OPERATIONS:
+        assert rows[f"  {operation}"].split("  ")[0].strip() == "auto"
+    assert re.split(" {2,}", rows["  mlp"]) == ["auto", "if asked", "if asked"]
+    monkeypatch.setattr(native, "_MISSING", "the native extension does not load (gone)")
+    rows = info.report()
+    assert "native threads" not in rows
+    assert re.split(" {2,}", rows["  mlp"]) == ["no [1]", "if asked", "auto"]
+    assert rows["  [1]"] == "the native extension does not load (gone)"
+    monkeypatch.setattr(native, "_MISSING", None)
+    monkeypatch.setattr(native, "_OPENMP", None)
+    assert info.report()["native threads"].startswith("1: torch has loaded no OpenMP runtime")
 
 
 def test_info_needs_no_hydra() -> None:

@@ -114,9 +114,7 @@ def flow_step(
     _checks.method(method)
     if fold and not calls.can_fold(net):
         raise ValueError("fold needs a linear last layer behind at least one hidden layer")
-    reason = calls.unsupported(net)
-    if net[0].ln_weight is None:
-        reason = "the first layer has no LayerNorm"
+    reason = calls.unsupported_dynamics(net)
     tensors = [z, a, *calls.layer_tensors(net), *(() if task is None else (task,))]
     name = dispatch.select("flow_step", backend, dispatch.Call(tensors, reason))
     if name == "reference":

@@ -129,11 +129,9 @@ def imagine(
 
 
 def _call(dynamics: Dynamics, tensors: list[Tensor], task: Tensor | None) -> dispatch.Call:
-    reason = calls.unsupported(dynamics.net)
+    reason = calls.unsupported_dynamics(dynamics.net)
     if isinstance(dynamics, Flow) and dynamics.project:
         reason = "latents are projected onto the simplices after every macro step"
-    elif dynamics.net[0].ln_weight is None:
-        reason = "the first layer has no LayerNorm"
     tensors = [*tensors, *calls.layer_tensors(dynamics.net)]
     return dispatch.Call(tensors if task is None else [*tensors, task], reason)
 

@@ -42,6 +42,13 @@ def unsupported(layers: Sequence[Layer], order: str = "norm_act") -> str | None:
     return None
 
 
+def unsupported_dynamics(net: Sequence[Layer]) -> str | None:
+    """The same of a dynamics network, whose first product is split by its inputs."""
+    if net[0].ln_weight is None:
+        return "the first layer has no LayerNorm"
+    return unsupported(net)
+
+
 def specs_of(layers: Sequence[Layer], order: str = "norm_act") -> tuple[LayerSpec, ...]:
     """What the layers do."""
     return tuple(
@@ -173,7 +180,6 @@ def pack(
         # nearly doubles the error of the last layer's gradient (docs/performance.md).
         (wgrad,) = needs_grad(layer_tensors(net))
         fold = flow and not wgrad and can_fold(net) and fold_pays(net, latent)
-    specs = list(specs_of(net))
     norm = [first.ln_weight, first.ln_bias]
     params = [t.contiguous() for t in norm if t is not None]
     if not fold:
@@ -189,7 +195,7 @@ def pack(
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias)
-    spec = DynamicsSpec(tuple(specs), method, substeps, fold)
+    spec = DynamicsSpec(specs_of(net), method, substeps, fold)
     return Packed(
         encode_dynamics(spec),
         w_z,

@@ -10,7 +10,14 @@ from torch import Tensor
 from pwm_fast.ops.fused.gemm import Gemm, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.rollout import Dynamics, DynamicsGrads, DynamicsSpec, DynamicsWeights
-from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, split_params
+from pwm_fast.ops.fused.stack import (
+    LayerGrads,
+    LayerParams,
+    LayerSpec,
+    Stack,
+    saved_shapes,
+    split_params,
+)
 
 # --- MLP ----------------------------------------------------------------------------------------
 
@@ -314,6 +321,4 @@ def imagine_backward(
 
 
 def _count_actor_buffers(specs: Sequence[LayerSpec], wgrad: bool) -> int:
-    from pwm_fast.ops.fused.stack import saved_shapes
-
     return len(saved_shapes(specs, [1] * len(specs), 1, 1, True, wgrad))

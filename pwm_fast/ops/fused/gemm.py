@@ -32,7 +32,7 @@ def prepacks(weight: Tensor) -> bool:
     """Whether products with ``weight`` run on oneDNN with a prepacked copy.
 
     Only where ``PWM_FAST_GEMM=onednn`` asks for it: on AVX2 machines torch's own product is faster,
-    and one long sum in oneDNN rounds up to 2.6 times as much (docs/performance.md).
+    and oneDNN's one long sum rounds more, up to 2.6 times torch's error (docs/performance.md).
 
     Raises:
         ValueError: the environment variable is neither ``torch`` nor ``onednn``.

@@ -1,0 +1,123 @@
+"""Compiles Triton kernels ahead of time, without a GPU, and reads what the result uses.
+
+A kernel module lists what it is launched with in a function ``cases() -> list[Case]``;
+:mod:`pwm_fast.kernels.report` makes the table of ``docs/kernels.md`` from them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+#: Compute capabilities that every kernel must compile for, and their shared memory a block, bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the constants that it is launched with.
+
+    Attributes:
+        name: unique, for the table: ``"norm_act_fwd mish U512 fp16"``.
+        fn: the ``triton.jit`` function.
+        signature: every argument's type in order: ``"*fp32"``, ``"*fp16"``, ``"i32"``, ``"fp32"``,
+            or ``"constexpr"``.
+        constants: values of the ``"constexpr"`` arguments; also of arguments passed as None.
+        unaligned: pointers and integers that are not multiples of 16; all others are taken to be.
+        num_warps: warps of a program.
+        num_stages: of software pipelining.
+        options: further options of the launch, as ``{"launch_cooperative_grid": True}``.
+        tensor_cores: the code must hold tensor-core instructions (HGMMA on sm_90 where ``hgmma``).
+        hgmma: on sm_90 it must use warpgroup products.
+        max_spill: bytes of local memory a thread that are accepted, with the reason beside it.
+        archs: compute capabilities that it is meant for.
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    unaligned: frozenset[str] = frozenset()
+    num_warps: int = 4
+    num_stages: int = 2
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tensor_cores: bool = False
+    hgmma: bool = False
+    max_spill: int = 0
+    archs: tuple[int, ...] = (80, 90, 100)
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel uses.
+
+    Attributes:
+        registers: of a thread.
+        spill: bytes of local memory a thread.
+        shared: bytes of shared memory a program.
+        tensor_cores: what its products run on: ``X.
+    """
+
+    registers: int
+    spill: int
+    shared: int
+    tensor_cores: str
+
+
+def compile_case(case: Case, arch: int) -> Any:
+    """The compiled kernel: ``asm["ptx"]``, ``asm["cubin"]``, ``metadata``.
+
+    Raises:
+        ValueError: constants and signature do not fit.
+    """
+    signature = dict(case.signature)
+    missing = [n for n, t in signature.items() if t == "constexpr" and n not in case.constants]
+    if missing:
+        raise ValueError(f"case {case.name!r} has no value for constexpr {', '.join(missing)}")
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if (kind.startswith("*") or kind == "i32" or kind == "i64") and name not in case.unaligned
+    }
+    source = ASTSource(case.fn, signature, dict(case.constants), attrs)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            **case.options,
+        },
+    )
+
+
+def usage(compiled: Any) -> Usage:
+    """Registers, spills, shared memory and tensor-core instructions of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        resources = _tool("cuobjdump", "-res-usage", str(cubin))
+        code = _tool("nvdisasm", "-c", str(cubin))
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", resources)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers:\n{resources}")
+    registers, stack, local = (int(x) for x in found.groups())
+    units = [name for name in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{name}\b", code)]
+    return Usage(registers, stack + local, int(compiled.metadata.shared), "+".join(units))
+
+
+def _tool(name: str, *args: str) -> str:
+    """Output of one of the CUDA tools that come with triton."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([str(program), *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr.strip()}")
+    return done.stdout

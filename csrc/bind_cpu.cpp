@@ -59,6 +59,9 @@ void check_rows(Size rows, Size n, Size threads) {
   check_size("n", n, 1);
   check_size("threads", threads, 1);
 }
+void check_width(Size width, Size n) {
+  if (width < 0 || width > n) fail("width", width, "from 0 to n = " + std::to_string(n));
+}
 void check_stride(const char* name, Size value, Size n, Size rows) {
   if (rows > 1) check_size(name, value, n);
 }
@@ -80,8 +83,9 @@ void norm_act_fwd(Address x, Size ld_x, Size x_type, Address add, Size ld_add, S
                   Address tau, Size tau_stride, Address w_tau, Address bias, Address gamma,
                   Address beta, Address y, Size ld_y, Size y_type, Address xhat, Size xhat_type,
                   Address rstd, Size rows, Size n, Size act, Size group, double eps,
-                  Size threads) {
+                  Size threads, Size width) {
   check_rows(rows, n, threads);
+  check_width(width, n);
   check_type("x_type", x_type);
   check_type("y_type", y_type);
   check_type("xhat_type", xhat_type);
@@ -96,15 +100,16 @@ void norm_act_fwd(Address x, Size ld_x, Size x_type, Address add, Size ld_add, S
       {at<const void>(x), ld_x, x_type, at<const float>(add), ld_add, add_rows,
        at<const float>(tau), tau_stride, at<const float>(w_tau), at<const float>(bias),
        at<const float>(gamma), at<const float>(beta), at<void>(y), ld_y, y_type, at<void>(xhat),
-       xhat_type, at<float>(rstd), rows, n, act, group, float(eps), threads},
+       xhat_type, at<float>(rstd), rows, n, act, group, float(eps), threads, width},
       rows * n);
 }
 
 void norm_act_bwd(Address dy, Size ld_dy, Size dy_type, Address xhat, Size xhat_type, Address rstd,
                   Address gamma, Address beta, Address y, Size ld_y, Size y_type, Address dx,
                   Size ld_dx, Size dx_type, Address dgamma, Address dbeta, Address dbias, Size rows,
-                  Size n, Size act, Size group, Size threads) {
+                  Size n, Size act, Size group, Size threads, Size width) {
   check_rows(rows, n, threads);
+  check_width(width, n);
   check_type("dy_type", dy_type);
   check_type("xhat_type", xhat_type);
   check_type("y_type", y_type);
@@ -117,7 +122,7 @@ void norm_act_bwd(Address dy, Size ld_dy, Size dy_type, Address xhat, Size xhat_
       {at<const void>(dy), ld_dy, dy_type, at<const void>(xhat), xhat_type, at<const float>(rstd),
        at<const float>(gamma), at<const float>(beta), at<const void>(y), ld_y, y_type, at<void>(dx),
        ld_dx, dx_type, at<double>(dgamma), at<double>(dbeta), at<double>(dbias), rows, n, act,
-       group, threads},
+       group, threads, width},
       rows * n);
 }
 
@@ -270,13 +275,14 @@ void bind_cpu(py::module_& m) {
         py::arg("add_rows"), py::arg("tau"), py::arg("tau_stride"), py::arg("w_tau"),
         py::arg("bias"), py::arg("gamma"), py::arg("beta"), py::arg("y"), py::arg("ld_y"),
         py::arg("y_type"), py::arg("xhat"), py::arg("xhat_type"), py::arg("rstd"), py::arg("rows"),
-        py::arg("n"), py::arg("act"), py::arg("group"), py::arg("eps"), py::arg("threads"));
+        py::arg("n"), py::arg("act"), py::arg("group"), py::arg("eps"), py::arg("threads"),
+        py::arg("width") = 0);
   m.def("norm_act_bwd", &norm_act_bwd, "Gradients of norm_act_fwd.", py::arg("dy"),
         py::arg("ld_dy"), py::arg("dy_type"), py::arg("xhat"), py::arg("xhat_type"),
         py::arg("rstd"), py::arg("gamma"), py::arg("beta"), py::arg("y"), py::arg("ld_y"),
         py::arg("y_type"), py::arg("dx"), py::arg("ld_dx"), py::arg("dx_type"), py::arg("dgamma"),
         py::arg("dbeta"), py::arg("dbias"), py::arg("rows"), py::arg("n"), py::arg("act"),
-        py::arg("group"), py::arg("threads"));
+        py::arg("group"), py::arg("threads"), py::arg("width") = 0);
   m.def("act_norm_fwd", &act_norm_fwd, "gamma LN(act(x + bias)) + beta, one layer or an ensemble.",
         py::arg("x"), py::arg("ld_x"), py::arg("x_type"), py::arg("bias"), py::arg("gamma"),
         py::arg("beta"), py::arg("y"), py::arg("ld_y"), py::arg("y_type"), py::arg("u"),

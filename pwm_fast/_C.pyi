@@ -33,6 +33,7 @@ def norm_act_fwd(
     group: int,
     eps: float,
     threads: int,
+    width: int = 0,
 ) -> None: ...
 def norm_act_bwd(
     dy: int,
@@ -57,6 +58,7 @@ def norm_act_bwd(
     act: int,
     group: int,
     threads: int,
+    width: int = 0,
 ) -> None: ...
 def act_norm_fwd(
     x: int,

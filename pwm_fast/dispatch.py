@@ -11,6 +11,18 @@ Backends of an operation are tried in order; each says why it cannot run, or Non
 ``auto`` takes the first that can run. The choice is made by, in this order: the ``backend``
 argument of a call, the innermost :func:`backend` context, the environment variable
 ``PWM_FAST_BACKEND``, ``auto``.
+
+How operations with matrix products round their operands is the innermost :func:`precision`
+context's, the environment variable ``PWM_FAST_PRECISION``'s, or ``auto``, which is ``exact`` on a
+CPU:
+
+- ``exact``: float32 (the tensors' dtype);
+- ``tf32``: float32 products with operands rounded to tf32, on CUDA;
+- ``bf16``: operands in bf16;
+- ``fast``: operands in fp16, adjoints with a power-of-two factor a row.
+
+State, LayerNorm, integration, losses, weights and accumulators stay float32 in all of them
+(docs/ops.md has the measured errors).
 """
 
 from __future__ import annotations
@@ -25,6 +37,8 @@ from torch import Tensor
 
 NAMES = ("auto", "native", "torch", "reference")
 VARIABLE = "PWM_FAST_BACKEND"
+PRECISIONS = ("auto", "exact", "tf32", "bf16", "fast")
+PRECISION_VARIABLE = "PWM_FAST_PRECISION"
 
 
 class BackendError(RuntimeError):
@@ -37,10 +51,12 @@ class Call(NamedTuple):
     Attributes:
         tensors: all tensors of the call.
         unsupported: why the fused algebra does not cover these options, or None.
+        precision: asked for, of :data:`PRECISIONS`; ``auto`` for operations without products.
     """
 
     tensors: Sequence[Tensor]
     unsupported: str | None = None
+    precision: str = "auto"
 
 
 class Backend(NamedTuple):
@@ -50,11 +66,13 @@ class Backend(NamedTuple):
         name: one of :data:`NAMES` but ``auto``.
         automatic: ``auto`` may take it.
         why_not: why it cannot run a call, or None if it can.
+        precision: what ``auto`` means to it.
     """
 
     name: str
     automatic: bool
     why_not: Callable[[Call], str | None]
+    precision: str = "exact"
 
 
 class Choice(NamedTuple):
@@ -65,6 +83,8 @@ class Choice(NamedTuple):
 
 
 def _reference(call: Call) -> str | None:
+    if call.precision not in ("auto", "exact"):
+        return f"precision {call.precision!r} is asked for; it computes in the tensors' own dtype"
     return None
 
 
@@ -73,6 +93,8 @@ def _fused(call: Call) -> str | None:
     if call.unsupported is not None:
         return call.unsupported
     first = call.tensors[0]
+    if call.precision not in ("auto", "exact") and first.dtype != torch.float32:
+        return f"precision {call.precision!r} needs float32 tensors, they are {first.dtype}"
     for x in call.tensors:
         if x.dtype != first.dtype:
             return f"the tensors' dtypes differ: {first.dtype} and {x.dtype}"
@@ -103,14 +125,22 @@ def _native(call: Call) -> str | None:
         return f"the tensors are on {first.device}; it runs on the CPU"
     if first.dtype != torch.float32:
         return f"the tensors are {first.dtype}; it computes in float32"
+    if call.precision not in ("auto", "exact", "bf16"):
+        return f"precision {call.precision!r} is asked for; it has exact and bf16"
     from pwm_fast.ops.fused.native import why_missing
 
     return why_missing() or _fused(call)
 
 
+def _torch(call: Call) -> str | None:
+    if call.precision == "tf32" and call.tensors[0].device.type != "cuda":
+        return f"precision 'tf32' is CUDA's; the tensors are on {call.tensors[0].device}"
+    return _fused(call)
+
+
 _FUSED = (
     Backend("native", True, _native),
-    Backend("torch", False, _fused),
+    Backend("torch", False, _torch),
     Backend("reference", True, _reference),
 )
 
@@ -129,13 +159,39 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "esnr": _NATIVE,
 }
 
+# Operations with matrix products.
+PRODUCTS = frozenset({"mlp", "flow_step", "latent_rollout", "imagine"})
+
 _context: list[str] = []
+_precisions: list[str] = []
 
 
-def _check_name(source: str, name: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+def _check_name(source: str, name: str, names: Sequence[str] = NAMES) -> str:
+    if name not in names:
+        raise ValueError(f"{source} must be one of {', '.join(names)}, got {name!r}")
     return name
+
+
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Within the context, products round their operands as ``name`` of :data:`PRECISIONS` says.
+
+    Raises:
+        ValueError: there is no such precision.
+    """
+    _precisions.append(_check_name("precision", name, PRECISIONS))
+    try:
+        yield
+    finally:
+        _precisions.pop()
+
+
+def requested_precision() -> str:
+    """The precision in force: the context's, the environment's, or ``auto``."""
+    if _precisions:
+        return _precisions[-1]
+    found = os.environ.get(PRECISION_VARIABLE) or "auto"
+    return _check_name(PRECISION_VARIABLE, found, PRECISIONS)
 
 
 @contextmanager
@@ -163,27 +219,38 @@ def requested(argument: str | None = None) -> str:
 
 def verdicts(operation: str, call: Call) -> list[Choice]:
     """What each backend of the operation says of a call, in the order of preference."""
+    call = _with_precision(operation, call)
     return [Choice(b.name, b.why_not(call)) for b in OPERATIONS[operation]]
 
 
+def _with_precision(operation: str, call: Call) -> Call:
+    return call._replace(precision=requested_precision()) if operation in PRODUCTS else call
+
+
 def select(operation: str, argument: str | None, call: Call) -> str:
-    """The backend that runs the call.
+    """The backend that runs the call; behind a ``+`` its precision, unless that is ``exact``.
 
     Raises:
-        BackendError: the one that was asked for cannot run it.
-        ValueError: there is no backend of that name.
+        BackendError: the one that was asked for cannot run it, or none has the precision.
+        ValueError: there is no backend, or no precision, of that name.
     """
     name = requested(argument)
+    call = _with_precision(operation, call)
     chosen, refusal = None, f"{operation} has no backend {name!r}"
+    mode = call.precision
     for candidate in OPERATIONS[operation]:
         if name == "auto":
-            if candidate.automatic and candidate.why_not(call) is None:
+            reason = candidate.why_not(call) if candidate.automatic else "it is not automatic"
+            if reason is None:
                 chosen = candidate.name
+                mode = candidate.precision if mode == "auto" else mode
                 break
+            refusal = f"no backend can run {operation}; {candidate.name}: {reason}"
         elif candidate.name == name:
             reason = candidate.why_not(call)
             if reason is None:
                 chosen = name
+                mode = candidate.precision if mode == "auto" else mode
             else:
                 refusal = f"backend {name!r} cannot run {operation}: {reason}"
             break
@@ -191,7 +258,7 @@ def select(operation: str, argument: str | None, call: Call) -> str:
         observer(operation, name, chosen, call)
     if chosen is None:
         raise BackendError(refusal)
-    return chosen
+    return chosen if mode == "exact" else f"{chosen}+{mode}"
 
 
 Observer = Callable[[str, str, "str | None", Call], None]

@@ -30,6 +30,7 @@ struct NormActFwd {
   int64_t rows, n, act, group;
   float eps;
   int64_t threads;
+  int64_t width;  // of rows with mean 0 over their first `width` elements and 0 beyond; or 0
 };
 
 struct NormActBwd {
@@ -43,7 +44,7 @@ struct NormActBwd {
   void* dx;
   int64_t ld_dx, dx_type;
   double *dgamma, *dbeta, *dbias;
-  int64_t rows, n, act, group, threads;
+  int64_t rows, n, act, group, threads, width;
 };
 
 // u = x + bias; y = gamma LN(act(u)) + beta, or act(u) without gamma. The parameters of row r are

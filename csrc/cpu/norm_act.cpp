@@ -42,7 +42,7 @@ Moments gather(const NormActFwd& a, const Added& added, int64_t r, float* v) {
     store(v + i, value);
     sums[k.value] += value;
   });
-  return moments(v, (sums[0] + sums[1]) + (sums[2] + sums[3]), n, a.eps);
+  return moments(v, (sums[0] + sums[1]) + (sums[2] + sums[3]), n, a.eps, a.width);
 }
 using Gather = Moments (*)(const NormActFwd&, const Added&, int64_t, float*);
 
@@ -250,7 +250,8 @@ void norm_act_bwd(const NormActBwd& a) {
           simnorm_row(a, r, g, g + padded(a.n));
           dy = g;
         }
-        const Means m = slope_row(a, affine, dy, r, g, block_sums);
+        Means m = slope_row(a, affine, dy, r, g, block_sums);
+        if (a.width > 0) m = {0.0f, m.g_xhat * (float(a.n) / float(a.width))};
         project_row(a, m, r, g, block_sums);
       }
       sums.done(block);

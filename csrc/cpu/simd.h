@@ -258,14 +258,16 @@ constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // of any ta
 struct Moments {
   float mean, rstd;
 };
-PWM_FAST_INLINE Moments moments(const float* v, vf total, int64_t n, float eps) {
-  const float mean = sum(total) / float(n);
+PWM_FAST_INLINE Moments moments(const float* v, vf total, int64_t n, float eps,
+                                int64_t width = 0) {
+  const float mean = width > 0 ? 0.0f : sum(total) / float(n);
   vf squares[4] = {};
   each_vector<4>(n, [&](auto kind, int64_t i, auto k) PWM_FAST_INLINE_LAMBDA {
     const vf d = only_row(kind, load(v + i) - mean, i, n);
     squares[k.value] += d * d;
   });
-  const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(n);
+  const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) /
+                         float(width > 0 ? width : n);
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 

@@ -1,7 +1,8 @@
 """The fused operations as torch operators: schemas, shapes, gradients.
 
-Each public operation is one forward and one backward operator. ``backend`` is a constant of the
-call, so a compiler sees one opaque operator whatever runs inside. The backward operators have no
+Each public operation is one forward and one backward operator. ``backend``, with the precision of
+products as in ``"native+bf16"``, is a constant of the call, so a compiler sees one opaque operator
+whatever runs inside. The backward operators have no
 gradient of their own: differentiating twice raises.
 """
 
@@ -16,21 +17,30 @@ from torch import Tensor
 
 from pwm_fast.ops.fused import functional
 from pwm_fast.ops.fused.kernels import Kernels, TorchKernels
-from pwm_fast.ops.fused.rollout import DynamicsSpec, dynamics_saved_shapes
+from pwm_fast.ops.fused.precision import BY_NAME
+from pwm_fast.ops.fused.rollout import DynamicsSpec, dynamics_saved_buffers
 from pwm_fast.ops.fused.specs import decode_dynamics, decode_layers
-from pwm_fast.ops.fused.stack import LayerSpec, saved_shapes
+from pwm_fast.ops.fused.stack import LayerSpec, saved_buffers
 
 _LIB = torch.library.Library("pwm_fast", "DEF")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def kernels(backend: str) -> Kernels:
-    """The element kernels of a backend."""
-    if backend == "native":
+    """The element kernels of a backend, as :func:`pwm_fast.dispatch.select` names it."""
+    name, _, mode = backend.partition("+")
+    precision = BY_NAME[mode or "exact"]
+    if name == "native":
         from pwm_fast.ops.fused.native import NativeKernels
 
-        return NativeKernels()
-    return TorchKernels()
+        return NativeKernels(precision)
+    return TorchKernels(precision)
+
+
+def operand_dtype(backend: str, state: torch.dtype) -> torch.dtype:
+    """Dtype of a backend's operands of products, where the state has dtype ``state``."""
+    _, _, mode = backend.partition("+")
+    return BY_NAME[mode or "exact"].dtype(state)
 
 
 def define(name: str, schema: str, impl: Any, fake: Any) -> None:
@@ -82,6 +92,10 @@ def _restored(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | 
     return [g if want else None for g, want in zip(grads, wanted, strict=True)]
 
 
+def _empty(like: Tensor, buffers: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+    return [like.new_empty(shape, dtype=dtype) for shape, dtype in buffers]
+
+
 # --- MLP ----------------------------------------------------------------------------------------
 
 
@@ -108,8 +122,9 @@ def _mlp_fake(
     widths = _widths(specs, params)
     x = inputs[0]
     rows = x.shape[0] * (params[0].shape[0] if params[0].dim() == 3 else 1)
-    shapes = saved_shapes(specs, widths, 1, rows, save, wgrad)
-    return x.new_empty(rows, widths[-1]), [x.new_empty(s) for s in shapes]
+    operand = operand_dtype(backend, x.dtype)
+    buffers = saved_buffers(specs, widths, 1, rows, save, wgrad, operand, x.dtype)
+    return x.new_empty(rows, widths[-1]), _empty(x, buffers)
 
 
 define(
@@ -212,7 +227,7 @@ def _rollout(
     )
 
 
-def _dynamics_shapes(
+def _dynamics_buffers(
     spec: DynamicsSpec,
     w_z: Tensor,
     params: Sequence[Tensor],
@@ -220,10 +235,14 @@ def _dynamics_shapes(
     batch: int,
     save: bool,
     wgrad: bool,
-) -> list[tuple[int, ...]]:
+    backend: str,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
     first, *others = spec.layers
     widths = [w_z.shape[0], *_widths(others, params[2 if first.norm else 0 :])]
-    return dynamics_saved_shapes(spec, widths, w_z.shape[1], horizon, batch, save, wgrad)
+    operand = operand_dtype(backend, w_z.dtype)
+    return dynamics_saved_buffers(
+        spec, widths, w_z.shape[1], horizon, batch, save, wgrad, operand, w_z.dtype
+    )
 
 
 def _rollout_fake(
@@ -238,8 +257,10 @@ def _rollout_fake(
     wgrad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     horizon, batch = c.shape[:2]
-    shapes = _dynamics_shapes(decode_dynamics(spec), w_z, params, horizon, batch, save, wgrad)
-    return z0.new_empty(horizon + 1, *z0.shape), [z0.new_empty(s) for s in shapes]
+    buffers = _dynamics_buffers(
+        decode_dynamics(spec), w_z, params, horizon, batch, save, wgrad, backend
+    )
+    return z0.new_empty(horizon + 1, *z0.shape), _empty(z0, buffers)
 
 
 define(
@@ -410,13 +431,17 @@ def _imagine_fake(
     actor_wgrad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     horizon, batch = noise.shape[:2]
-    shapes = _dynamics_shapes(decode_dynamics(spec), w_z, params, horizon, batch, save, wgrad)
+    buffers = _dynamics_buffers(
+        decode_dynamics(spec), w_z, params, horizon, batch, save, wgrad, backend
+    )
     specs = decode_layers(actor_spec)
-    shapes += saved_shapes(specs, _widths(specs, actor), horizon, batch, save, actor_wgrad)
+    operand = operand_dtype(backend, z0.dtype)
+    widths = _widths(specs, actor)
+    buffers += saved_buffers(specs, widths, horizon, batch, save, actor_wgrad, operand, z0.dtype)
     return (
         z0.new_empty(horizon + 1, *z0.shape),
         z0.new_empty(noise.shape),
-        [z0.new_empty(s) for s in shapes],
+        _empty(z0, buffers),
     )
 
 

@@ -15,7 +15,7 @@ from pwm_fast.ops.fused.stack import (
     LayerParams,
     LayerSpec,
     Stack,
-    saved_shapes,
+    saved_buffers,
     split_params,
 )
 
@@ -33,7 +33,7 @@ def mlp_forward(
     """``[R, K_i]`` each, to ``[R, N]`` (``[E R, N]`` of an ensemble) and what backward needs."""
     layers = split_params(specs, params)
     stack = _mlp_stack(kernels, specs, layers, inputs[0].shape[0], save, wgrad, None)
-    h = _first_product(layers[0].weight, inputs)
+    h = _first_product(kernels, layers[0].weight, inputs)
     y = stack.forward(0, h)
     if (
         stack.saved
@@ -65,10 +65,10 @@ def mlp_backward(
         if not need:
             dinputs.append(None)
         elif members:
-            each = Gemm(part).dgrad(dh, members)
+            each = Gemm(kernels, part).dgrad(dh, members)
             dinputs.append(each.view(members, *x.shape).sum(0))
         else:
-            dinputs.append(torch.mm(dh, part))
+            dinputs.append(Gemm(kernels, part).dgrad(dh))
     if not wgrad:
         return dinputs, [None] * len(params)
     dweight = torch.empty_like(weight)
@@ -77,10 +77,10 @@ def mlp_backward(
         columns = dweight[..., start : start + x.shape[1]]
         start += x.shape[1]
         if members:
-            per_member = dh.view(members, -1, dh.shape[-1]).transpose(1, 2)
-            columns.copy_(torch.bmm(per_member, x.expand(members, -1, -1)))
+            per_member = dh.view(members, -1, dh.shape[-1])
+            columns.copy_(weight_grad(kernels, per_member, x.expand(members, -1, -1)))
         else:
-            columns.copy_(weight_grad(dh, x))
+            columns.copy_(weight_grad(kernels, dh, x))
     grads = stack.param_grads(None)
     grads[0] = grads[0]._replace(weight=dweight)
     return dinputs, flatten_grads(specs, grads)
@@ -104,17 +104,23 @@ def _split(weight: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     return list(weight.split([x.shape[1] for x in inputs], -1))
 
 
-def _first_product(weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    parts = _split(weight, inputs)
-    if weight.dim() == 3:
-        members = weight.shape[0]
-        h = torch.bmm(inputs[0].expand(members, -1, -1), parts[0].transpose(1, 2))
-        for x, part in zip(inputs[1:], parts[1:], strict=True):
-            h.baddbmm_(x.expand(members, -1, -1), part.transpose(1, 2))
-        return h.view(-1, h.shape[-1])
-    h = torch.mm(inputs[0], parts[0].t())
-    for x, part in zip(inputs[1:], parts[1:], strict=True):
-        h.addmm_(x, part.t())
+def _first_product(kernels: Kernels, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    members = weight.shape[0] if weight.dim() == 3 else 0
+    h: Tensor | None = None
+    for x, part in zip(inputs, _split(weight, inputs), strict=True):
+        x = x.expand(members, -1, -1) if members else x
+        if h is None:
+            rows = x.reshape(-1, x.shape[-1])
+            h = Gemm(kernels, part)(rows, members)
+        elif kernels.precision.operand is None and not h.is_cuda:
+            if members:
+                h.view(members, -1, h.shape[-1]).baddbmm_(x, part.transpose(1, 2))
+            else:
+                h.addmm_(x, part.t())
+        else:
+            h += Gemm(kernels, part)(x.reshape(-1, x.shape[-1]), members)
+    if h is None:
+        raise ValueError("an MLP needs an input")
     return h
 
 
@@ -240,7 +246,7 @@ def imagine_forward(
     dynamics = Dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
     layers = split_params(actor_specs, actor)
     policy = Stack(kernels, actor_specs, layers, horizon, batch, save=save, wgrad=actor_wgrad)
-    first = Gemm(layers[0].weight, batch)
+    first = Gemm(kernels, layers[0].weight, batch)
     z = z0.new_empty(horizon + 1, *z0.shape)
     action = z0.new_empty(horizon, batch, width)
     z[0] = z0
@@ -295,7 +301,7 @@ def imagine_backward(
         saved=[b.view(evals, rows, *b.shape[2:]) for b in actor_saved],
     )
     policy.start_backward(keep_first=False)
-    first = Gemm(layers[0].weight, rows)
+    first = Gemm(kernels, layers[0].weight, rows)
     slope = 1.0 - action * action
     dmu = torch.empty_like(action)
     adjoint = dz[horizon]
@@ -312,7 +318,7 @@ def imagine_backward(
         torch.mul(da, slope.flatten(0, 1), out=dmu.flatten(0, 1))
         policy.backward(0, dmu.flatten(0, 1).clone())
     dstd = (dmu * noise).sum((0, 1))
-    dw_a = weight_grad(grads.c.flatten(0, 1), action.flatten(0, 1))
+    dw_a = weight_grad(kernels, grads.c.flatten(0, 1), action.flatten(0, 1))
     dactor: list[Tensor | None] = [None] * len(actor)
     if actor_wgrad:
         states = z[:-1].reshape(evals, rows, z.shape[-1])
@@ -321,4 +327,5 @@ def imagine_backward(
 
 
 def _count_actor_buffers(specs: Sequence[LayerSpec], wgrad: bool) -> int:
-    return len(saved_shapes(specs, [1] * len(specs), 1, 1, True, wgrad))
+    f32 = torch.float32
+    return len(saved_buffers(specs, [1] * len(specs), 1, 1, True, wgrad, f32, f32))

@@ -1,12 +1,17 @@
-"""Products with one weight, forward and towards the input."""
+"""Matrix products with a weight: forward, towards the input, and towards the weight."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from pwm_fast.ops.fused import packs
+from pwm_fast.ops.fused.kernels import Kernels
 
 VARIABLE = "PWM_FAST_GEMM"
 CHOICES = ("torch", "onednn")
@@ -29,7 +34,7 @@ def _onednn_works() -> bool:
 
 
 def prepacks(weight: Tensor) -> bool:
-    """Whether products with ``weight`` run on oneDNN with a prepacked copy.
+    """Whether float32 products with ``weight`` run on oneDNN with a prepacked copy.
 
     Only where ``PWM_FAST_GEMM=onednn`` asks for it: on AVX2 machines torch's own product is faster,
     and oneDNN's one long sum rounds more, up to 2.6 times torch's error (docs/performance.md).
@@ -47,58 +52,188 @@ def prepacks(weight: Tensor) -> bool:
     return _onednn_works()
 
 
+@lru_cache(maxsize=1)
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512_BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in probes)
+
+
 class Gemm:
     """``x W^T`` and ``dy W`` for a weight ``[N, K]``, or one ``[E, N, K]`` of an ensemble.
 
+    Operands are rounded to what the kernels' precision says, results are float32 (or the weight's
+    dtype). Where the CPU multiplies bf16 in hardware, so does this, with results in bf16 that
+    :class:`Kernels` read as they are; elsewhere on a CPU the rounded operands are multiplied in
+    float32, which is no faster and rounds less.
+
     Args:
+        kernels: element kernels, which say the precision.
         weight: the weight.
         rows: rows of a product.
     """
 
-    def __init__(self, weight: Tensor, rows: int = 0) -> None:
-        self.weight = weight
+    def __init__(self, kernels: Kernels, weight: Tensor, rows: int = 0) -> None:
+        self.kernels, self.weight = kernels, weight
+        self.precision = kernels.precision
         self._rows = rows
-        self._prepack = rows > 0 and prepacks(weight)
-        self._packed: Tensor | None = None
-        self._packed_transpose: Tensor | None = None
+        self._prepack = self.precision.operand is None and rows > 0 and prepacks(weight)
+        self._copies: dict[bool, Tensor] = {}
 
-    def __call__(self, x: Tensor, members: int = 0) -> Tensor:
-        """``x W^T``: ``[R, K]`` to ``[R, N]``; rows are those of all members one after another."""
-        if members:
-            y = torch.bmm(x.view(members, -1, x.shape[-1]), self.weight.transpose(1, 2))
-            return y.view(-1, y.shape[-1])
-        if self._prepack:
-            if self._packed is None:
-                self._packed = self._pack(self.weight)
-            return _prepacked(x, self._packed)
-        return torch.mm(x, self.weight.t())
+    def __call__(self, x: Tensor, members: int = 0, *, wide: bool = True) -> Tensor:
+        """``x W^T``: ``[R, K]`` to ``[R, N]``; rows are those of all members one after another.
+
+        ``wide=False`` lets the result be of the operands' dtype.
+        """
+        if self._prepack and not members:
+            return _prepacked(x, self._copy(False))
+        if self.precision.operand is not None and x.dtype != self.precision.operand:
+            x, _ = self._operand(x, False)
+        return self._product(x, self._copy(False), members, wide)
 
     def dgrad(self, dy: Tensor, members: int = 0) -> Tensor:
         """``dy W``: ``[R, N]`` to ``[R, K]``."""
-        if members:
-            dx = torch.bmm(dy.view(members, -1, dy.shape[-1]), self.weight)
-            return dx.view(-1, dx.shape[-1])
-        if self._prepack:
-            if self._packed_transpose is None:
-                self._packed_transpose = self._pack(self.weight.t())
-            return _prepacked(dy, self._packed_transpose)
-        return torch.mm(dy, self.weight)
+        return self.scaled_dgrad(dy, members, None, wide=True)[0]
 
-    def _pack(self, weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), self._rows)
+    def scaled_dgrad(
+        self, dy: Tensor, members: int, scale: Tensor | None, *, wide: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``dy W`` and the factors of its rows or None; ``scale`` holds those of ``dy``.
+
+        ``wide`` asks for a float32 result without factors.
+        """
+        if self._prepack and not members:
+            return _prepacked(dy, self._copy(True)), None
+        if self.precision.operand is not None and dy.dtype != self.precision.operand:
+            dy, scale = self._operand(dy, self.precision.scaled)
+        dx = self._product(dy, self._copy(True), members, wide)
+        if wide and scale is not None:
+            return dx.mul_(scale.unsqueeze(-1)), None
+        return dx, scale
+
+    def _operand(self, x: Tensor, scaled: bool) -> tuple[Tensor, Tensor | None]:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        out = torch.empty(x.shape, dtype=self.precision.operand, device=x.device)
+        scale = x.new_empty(x.shape[0]) if scaled else None
+        self.kernels.to_operand(x, out, scale)
+        return out, scale
+
+    def _copy(self, transposed: bool) -> Tensor:
+        """What the second operand of a product is, ``[N, K]`` for both directions."""
+        if transposed not in self._copies:
+            self._copies[transposed] = self._make_copy(transposed)
+        return self._copies[transposed]
+
+    def _make_copy(self, transposed: bool) -> Tensor:
+        if self._prepack:
+            rows = self._rows
+
+            def reorder(w: Tensor) -> Tensor:
+                w = w.t() if transposed else w
+                return torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), rows)
+
+            return packs.kept(("onednn", rows, transposed), (self.weight,), reorder)
+        operand = self.precision.operand
+        if operand is None:
+            return self.weight.transpose(-1, -2) if not transposed else self.weight
+        narrow = packs.kept(("operand", operand), (self.weight,), lambda w: _narrowed(w, operand))
+        if self._emulated(narrow):
+            narrow = packs.kept(("widened",), (narrow,), lambda w: w.float())
+        return narrow.transpose(-1, -2) if not transposed else narrow
+
+    def _emulated(self, x: Tensor) -> bool:
+        return x.device.type == "cpu" and not (
+            self.precision.operand is torch.bfloat16 and cpu_multiplies_bf16()
+        )
+
+    def _product(self, a: Tensor, b: Tensor, members: int, wide: bool) -> Tensor:
+        """``a @ b`` of operands, ``[R, N]``."""
+        if members:
+            a = a.view(members, -1, a.shape[-1])
+        if a.dtype != b.dtype:  # emulated
+            a = a.to(b.dtype)
+        product = torch.bmm if members else torch.mm
+        if self.precision.operand is not None and a.is_cuda:
+            y = product(a, b, out_dtype=torch.float32)
+        else:
+            with _fp32_products(self.precision.tf32, a):
+                y = product(a, b)
+            if wide and y.dtype == torch.bfloat16:
+                y = y.float()
+        return y.view(-1, y.shape[-1]) if members else y
+
+
+def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float16:
+        weight = weight.clamp(-65504.0, 65504.0)
+    return weight.to(dtype)
+
+
+@contextmanager
+def _fp32_products(tf32: bool, like: Tensor) -> Iterator[None]:
+    """Whether float32 products on CUDA use tf32, whatever the process has set."""
+    if not like.is_cuda or like.dtype != torch.float32:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _prepacked(x: Tensor, packed: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, None, "none", [], "")
 
 
-def weight_grad(dh: Tensor, x: Tensor) -> Tensor:
-    """``dh^T x``: ``[R, N]`` and ``[R, K]`` to ``[N, K]``.
+def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``dh^T x``: ``[R, N]`` and ``[R, K]`` to ``[N, K]``, or each of an ensemble ``[E, R, .]``.
 
-    Where one of the sides is narrow, MKL sums all rows one after another and the error grows with
-    their number (5 times that of step-by-step gradients at 600 rows and width 7): such a product,
-    cheap as it is, is formed in float64.
+    On a CPU the product is float32 in every precision. Where one of the sides is narrow, MKL sums
+    all rows one after another and the error grows with their number (5 times that of step-by-step
+    gradients at 600 rows and width 7): such a product, cheap as it is, is formed in float64.
+
+    Args:
+        kernels: element kernels, which say the precision.
+        dh: adjoints.
+        x: what the weight was multiplied with.
+        scale: factors of the rows of ``dh``, or None.
     """
-    if min(dh.shape[1], x.shape[1]) < _NARROW:
-        return torch.mm(dh.double().t(), x.double()).to(dh.dtype)
-    return torch.mm(dh.t(), x)
+    operand = kernels.precision.operand
+    if dh.is_cuda and operand is not None:
+        return _narrow_weight_grad(kernels, dh, x, scale, operand)
+    if scale is not None:
+        dh = dh.float() * scale.unsqueeze(-1)
+    wide = torch.promote_types(dh.dtype, torch.float32)
+    dh, x = dh.to(wide), x.to(wide)
+    product = torch.bmm if dh.dim() == 3 else torch.mm
+    if min(dh.shape[-1], x.shape[-1]) < _NARROW:
+        return product(dh.double().transpose(-1, -2), x.double()).to(wide)
+    with _fp32_products(kernels.precision.tf32, dh):
+        return product(dh.transpose(-1, -2), x)
+
+
+def _narrow_weight_grad(
+    kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None, operand: torch.dtype
+) -> Tensor:
+    """The product of 16-bit operands; a factor a row cannot leave it, one for all rows can.
+
+    ``sum_r s_r dh_r x_r = s sum_r dh_r ((s_r / s) x_r)`` with ``s`` the largest: an exact power of
+    two for each row, and what underflows is below the rounding of the largest.
+    """
+    if dh.dtype != operand:
+        narrow = torch.empty(dh.shape, dtype=operand, device=dh.device)
+        if kernels.precision.scaled:
+            scale = dh.new_empty(dh.shape[:-1])
+        kernels.to_operand(
+            dh.flatten(0, -2), narrow.flatten(0, -2), None if scale is None else scale.flatten()
+        )
+        dh = narrow
+    largest = None
+    if scale is not None:
+        largest = scale.amax() if scale.numel() else scale.new_ones(())
+        x = x * (scale / largest).unsqueeze(-1)
+    product = torch.bmm if dh.dim() == 3 else torch.mm
+    total = product(dh.transpose(-1, -2), _narrowed(x, operand), out_dtype=torch.float32)
+    return total if largest is None else total * largest

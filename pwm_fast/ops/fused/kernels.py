@@ -3,6 +3,19 @@
 A kernel fills buffers that its caller made, so that rollouts reuse memory and batch their weight
 gradients. Row-wise tensors are ``[R, n]`` with a last stride of 1; statistics are ``[R]``;
 accumulators of parameter gradients are float64 and added to.
+
+**Dtypes.** Pre-activations ``x``, parameters and statistics have the state's dtype. What a product
+takes (``y``, ``dx``) or what is kept for the backward pass (``xhat``, ``u``) may be 16-bit: kernels
+compute in the state's dtype and round once, on writing.
+
+**Scales.** A 16-bit adjoint has a factor a row, ``[R]``, so that fp16 neither overflows nor loses
+small rows: what it stands for is ``dx * dx_scale[:, None]``. A kernel that is given ``dx_scale``
+writes it: the power of two that brings the row's largest entry into (0.5, 1], 1 for a row of zeros.
+
+**Width.** ``width > 0`` says that rows are centred and zero-padded: they have mean 0 over their
+first ``width`` features and are 0 beyond, as are ``gamma`` and ``beta``. LayerNorm then is
+``x / sqrt(sum(x^2) / width + eps)``, and its gradient lacks the subtraction of a mean, which the
+centred weight's product makes up for.
 """
 
 from __future__ import annotations
@@ -12,11 +25,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pwm_fast.ops.fused.precision import EXACT, Precision
 from pwm_fast.ops.reference.mish import mish
 
 
 class Kernels(Protocol):
-    """What a device provides."""
+    """What a device provides.
+
+    Attributes:
+        precision: what the operands of products are rounded to.
+    """
+
+    precision: Precision
 
     def norm_act_fwd(
         self,
@@ -34,6 +54,7 @@ class Kernels(Protocol):
         add: Tensor | None = None,
         tau: Tensor | None = None,
         w_tau: Tensor | None = None,
+        width: int = 0,
     ) -> None:
         """``y = act(LayerNorm(x + bias + add + tau w_tau))``; ``add [S, n]`` repeats over rows.
 
@@ -56,6 +77,9 @@ class Kernels(Protocol):
         dgamma: Tensor | None = None,
         dbeta: Tensor | None = None,
         dbias: Tensor | None = None,
+        width: int = 0,
+        dy_scale: Tensor | None = None,
+        dx_scale: Tensor | None = None,
     ) -> None:
         """Gradient of :meth:`norm_act_fwd` towards its ``x``; ``y`` is needed for SimNorm alone."""
 
@@ -93,13 +117,34 @@ class Kernels(Protocol):
         dgamma: Tensor | None = None,
         dbeta: Tensor | None = None,
         dbias: Tensor | None = None,
+        dy_scale: Tensor | None = None,
+        dx_scale: Tensor | None = None,
     ) -> None:
         """Gradient of :meth:`act_norm_fwd` towards its ``x``."""
 
     def axpby(
-        self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float
+        self,
+        z: Tensor,
+        k1: Tensor,
+        k2: Tensor | None,
+        out: Tensor,
+        c1: float,
+        c2: float,
+        *,
+        operand: Tensor | None = None,
+        k1_scale: Tensor | None = None,
+        k2_scale: Tensor | None = None,
     ) -> None:
-        """``out = z + c1 k1 + c2 k2``."""
+        """``out = z + c1 k1 + c2 k2``, and the same in 16 bit into ``operand``.
+
+        Scales belong to rows of ``k1`` and ``k2``.
+        """
+
+    def to_operand(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
+        """``out = x / scale`` in 16 bit; ``scale`` is written as above, or None for 1.
+
+        fp16 saturates at its largest finite value; NaN stays NaN.
+        """
 
 
 def mish_grad(u: Tensor) -> Tensor:
@@ -108,8 +153,37 @@ def mish_grad(u: Tensor) -> Tensor:
     return t + u * torch.sigmoid(u) * (1.0 - t * t)
 
 
+def row_scale(x: Tensor) -> Tensor:
+    """The power of two that brings a row's largest entry into (0.5, 1], ``[R]``; 1 for zeros."""
+    if x.shape[-1] == 0:
+        return x.new_ones(x.shape[:-1])
+    largest = x.abs().amax(-1)
+    _, exponent = torch.frexp(largest)
+    # frexp's mantissa is in [0.5, 1): exactly 0.5 belongs to the power below.
+    exact = torch.ldexp(torch.ones_like(largest), exponent - 1) == largest
+    scale = torch.ldexp(torch.ones_like(largest), exponent - exact.to(exponent.dtype))
+    return torch.where((largest > 0) & torch.isfinite(largest), scale, torch.ones_like(largest))
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale.unsqueeze(-1)
+
+
+def _write(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
+    """``out = x / scale`` in the dtype of ``out``, and ``scale`` itself."""
+    if scale is not None:
+        scale.copy_(row_scale(x))
+        x = x / scale.unsqueeze(-1)
+    if out.dtype == torch.float16:
+        x = x.clamp(-65504.0, 65504.0)  # keeps NaN
+    out.copy_(x)
+
+
 class TorchKernels:
     """The kernels in plain PyTorch: any device, any floating dtype; the truth for the others."""
+
+    def __init__(self, precision: Precision = EXACT) -> None:
+        self.precision = precision
 
     def norm_act_fwd(
         self,
@@ -127,6 +201,7 @@ class TorchKernels:
         add: Tensor | None = None,
         tau: Tensor | None = None,
         w_tau: Tensor | None = None,
+        width: int = 0,
     ) -> None:
         """See :class:`Kernels`."""
         v = x if bias is None else x + bias
@@ -134,8 +209,13 @@ class TorchKernels:
             v = (v.view(-1, *add.shape) + add).view(v.shape) if v.shape[0] else v
         if tau is not None and w_tau is not None:
             v = v + tau.reshape(-1, 1) * w_tau
-        centred = v - v.mean(-1, keepdim=True)
-        r = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        if width:
+            centred = v
+            variance = v.square().sum(-1, keepdim=True) / width
+        else:
+            centred = v - v.mean(-1, keepdim=True)
+            variance = centred.square().mean(-1, keepdim=True)
+        r = torch.rsqrt(variance + eps)
         hat = centred * r
         if xhat is not None:
             xhat.copy_(hat)
@@ -146,7 +226,7 @@ class TorchKernels:
             u = mish(u)
         elif act == "simnorm":
             u = torch.softmax(u.unflatten(-1, (-1, group)), -1).flatten(-2)
-        y.copy_(u)
+        _write(u, y, None)
 
     def norm_act_bwd(
         self,
@@ -163,26 +243,35 @@ class TorchKernels:
         dgamma: Tensor | None = None,
         dbeta: Tensor | None = None,
         dbias: Tensor | None = None,
+        width: int = 0,
+        dy_scale: Tensor | None = None,
+        dx_scale: Tensor | None = None,
     ) -> None:
         """See :class:`Kernels`."""
+        dy, xhat = _scaled(dy.to(rstd.dtype), dy_scale), xhat.to(rstd.dtype)
         if act == "mish":
             du = dy * mish_grad(xhat * gamma + beta)
         elif act == "simnorm" and y is not None:
+            y = y.to(rstd.dtype)
             product = (dy * y).unflatten(-1, (-1, group))
             total = product.sum(-1, keepdim=True).expand_as(product).flatten(-2)
             du = y * (dy - total)
         else:
             du = dy
         g = du * gamma
-        inner = (g * xhat).mean(-1, keepdim=True)
-        result = (g - g.mean(-1, keepdim=True) - xhat * inner) * rstd.unsqueeze(-1)
+        if width:
+            inner = (g * xhat).sum(-1, keepdim=True) / width
+        else:
+            inner = (g * xhat).mean(-1, keepdim=True)
+            g = g - g.mean(-1, keepdim=True)
+        result = (g - xhat * inner) * rstd.unsqueeze(-1)
         if dgamma is not None:
             dgamma += (du * xhat).sum(0, dtype=torch.float64)
         if dbeta is not None:
             dbeta += du.sum(0, dtype=torch.float64)
         if dbias is not None:
             dbias += result.sum(0, dtype=torch.float64)
-        dx.copy_(result)
+        _write(result, dx, dx_scale)
 
     def act_norm_fwd(
         self,
@@ -211,7 +300,7 @@ class TorchKernels:
                 mean.copy_(mu.squeeze(-1))
                 rstd.copy_(r.squeeze(-1))
             m = (m - mu) * r * _rows(gamma, rows_per_member) + _rows(beta, rows_per_member)
-        y.copy_(m)
+        _write(m, y, None)
 
     def act_norm_bwd(
         self,
@@ -227,9 +316,12 @@ class TorchKernels:
         dgamma: Tensor | None = None,
         dbeta: Tensor | None = None,
         dbias: Tensor | None = None,
+        dy_scale: Tensor | None = None,
+        dx_scale: Tensor | None = None,
     ) -> None:
         """See :class:`Kernels`."""
-        dm = dy
+        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        dm = dy = _scaled(dy.to(u.dtype), dy_scale)
         if gamma is not None and mean is not None and rstd is not None:
             m = mish(u) if act == "mish" else u
             r = rstd.unsqueeze(-1)
@@ -243,15 +335,31 @@ class TorchKernels:
         result = dm * mish_grad(u) if act == "mish" else dm
         if dbias is not None:
             dbias += _sum_rows(result, rows_per_member)
-        dx.copy_(result)
+        _write(result, dx, dx_scale)
 
     def axpby(
-        self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float
+        self,
+        z: Tensor,
+        k1: Tensor,
+        k2: Tensor | None,
+        out: Tensor,
+        c1: float,
+        c2: float,
+        *,
+        operand: Tensor | None = None,
+        k1_scale: Tensor | None = None,
+        k2_scale: Tensor | None = None,
     ) -> None:
         """See :class:`Kernels`."""
-        torch.add(z, k1, alpha=c1, out=out)
+        torch.add(z, _scaled(k1, k1_scale), alpha=c1, out=out)
         if k2 is not None:
-            out.add_(k2, alpha=c2)
+            out.add_(_scaled(k2, k2_scale), alpha=c2)
+        if operand is not None:
+            _write(out, operand, None)
+
+    def to_operand(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
+        """See :class:`Kernels`."""
+        _write(x, out, scale)
 
 
 def _rows(param: Tensor, rows_per_member: int) -> Tensor:

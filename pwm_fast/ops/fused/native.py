@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast.ops.fused.precision import EXACT, Precision
+
 _ACTS = {"none": 0, "mish": 1, "simnorm": 2}
 _FP32 = 0
+_TYPES = {torch.float32: _FP32, torch.bfloat16: 1}
 
 
 def _load() -> tuple[Any, str | None, str | None]:
@@ -69,11 +72,16 @@ def _ptr(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _type(x: Tensor | None) -> int:
+    return _FP32 if x is None else _TYPES[x.dtype]
+
+
 class NativeKernels:
     """See :class:`pwm_fast.ops.fused.kernels.Kernels`; row-wise tensors are contiguous."""
 
-    def __init__(self) -> None:
+    def __init__(self, precision: Precision = EXACT) -> None:
         self._c = extension()
+        self.precision = precision
 
     def norm_act_fwd(
         self,
@@ -91,13 +99,14 @@ class NativeKernels:
         add: Tensor | None = None,
         tau: Tensor | None = None,
         w_tau: Tensor | None = None,
+        width: int = 0,
     ) -> None:
         """See :class:`Kernels`."""
         rows, n = x.shape
         self._c.norm_act_fwd(
             x.data_ptr(),
             n,
-            _FP32,
+            _TYPES[x.dtype],
             _ptr(add),
             n,
             1 if add is None else add.shape[0],
@@ -109,9 +118,9 @@ class NativeKernels:
             beta.data_ptr(),
             y.data_ptr(),
             n,
-            _FP32,
+            _TYPES[y.dtype],
             _ptr(xhat),
-            _FP32,
+            _type(xhat),
             _ptr(rstd),
             rows,
             n,
@@ -119,6 +128,7 @@ class NativeKernels:
             group,
             eps,
             torch.get_num_threads(),
+            width,
         )
 
     def norm_act_bwd(
@@ -136,24 +146,27 @@ class NativeKernels:
         dgamma: Tensor | None = None,
         dbeta: Tensor | None = None,
         dbias: Tensor | None = None,
+        width: int = 0,
+        dy_scale: Tensor | None = None,
+        dx_scale: Tensor | None = None,
     ) -> None:
-        """See :class:`Kernels`."""
+        """See :class:`Kernels`; scales belong to fp16, which these kernels do not have."""
         rows, n = dy.shape
         self._c.norm_act_bwd(
             dy.data_ptr(),
             n,
-            _FP32,
+            _TYPES[dy.dtype],
             xhat.data_ptr(),
-            _FP32,
+            _TYPES[xhat.dtype],
             rstd.data_ptr(),
             gamma.data_ptr(),
             beta.data_ptr(),
             _ptr(y),
             n,
-            _FP32,
+            _type(y),
             dx.data_ptr(),
             n,
-            _FP32,
+            _TYPES[dx.dtype],
             _ptr(dgamma),
             _ptr(dbeta),
             _ptr(dbias),
@@ -162,6 +175,7 @@ class NativeKernels:
             _ACTS[act],
             group,
             torch.get_num_threads(),
+            width,
         )
 
     def act_norm_fwd(
@@ -184,15 +198,15 @@ class NativeKernels:
         self._c.act_norm_fwd(
             x.data_ptr(),
             n,
-            _FP32,
+            _TYPES[x.dtype],
             _ptr(bias),
             _ptr(gamma),
             _ptr(beta),
             y.data_ptr(),
             n,
-            _FP32,
+            _TYPES[y.dtype],
             _ptr(u),
-            _FP32,
+            _type(u),
             _ptr(mean),
             _ptr(rstd),
             rows,
@@ -217,21 +231,23 @@ class NativeKernels:
         dgamma: Tensor | None = None,
         dbeta: Tensor | None = None,
         dbias: Tensor | None = None,
+        dy_scale: Tensor | None = None,
+        dx_scale: Tensor | None = None,
     ) -> None:
-        """See :class:`Kernels`."""
+        """See :class:`Kernels`; scales belong to fp16, which these kernels do not have."""
         rows, n = dy.shape
         self._c.act_norm_bwd(
             dy.data_ptr(),
             n,
-            _FP32,
+            _TYPES[dy.dtype],
             u.data_ptr(),
-            _FP32,
+            _TYPES[u.dtype],
             _ptr(mean),
             _ptr(rstd),
             _ptr(gamma),
             dx.data_ptr(),
             n,
-            _FP32,
+            _TYPES[dx.dtype],
             _ptr(dgamma),
             _ptr(dbeta),
             _ptr(dbias),
@@ -243,9 +259,19 @@ class NativeKernels:
         )
 
     def axpby(
-        self, z: Tensor, k1: Tensor, k2: Tensor | None, out: Tensor, c1: float, c2: float
+        self,
+        z: Tensor,
+        k1: Tensor,
+        k2: Tensor | None,
+        out: Tensor,
+        c1: float,
+        c2: float,
+        *,
+        operand: Tensor | None = None,
+        k1_scale: Tensor | None = None,
+        k2_scale: Tensor | None = None,
     ) -> None:
-        """See :class:`Kernels`."""
+        """See :class:`Kernels`; scales belong to fp16, which these kernels do not have."""
         self._c.axpby(
             z.data_ptr(),
             k1.data_ptr(),
@@ -256,6 +282,12 @@ class NativeKernels:
             z.numel(),
             torch.get_num_threads(),
         )
+        if operand is not None:
+            operand.copy_(out)
+
+    def to_operand(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
+        """See :class:`Kernels`."""
+        out.copy_(x)
 
     # --- what has no twin in the fused algebra: rows are contiguous ----------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pwm_fast.ops.fused.gemm import Gemm, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
-from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_shapes
+from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_buffers
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ class Dynamics:
             wgrad=wgrad,
             saved=stack_saved,
         )
-        self.w_z = Gemm(weights.w_z, batch)
+        self.w_z = Gemm(kernels, weights.w_z, batch)
         self.taus = [like.new_tensor([t]) for t in spec.stages]
         if spec.fold:
             assert weights.head is not None
-            self.w13 = Gemm(weights.layers[-1].weight, batch)
+            self.w13 = Gemm(kernels, weights.layers[-1].weight, batch)
             self.b13 = weights.layers[-1].bias
-            self.w3, self.b3 = Gemm(weights.head[0], batch), weights.head[1]
+            self.w3, self.b3 = Gemm(kernels, weights.head[0], batch), weights.head[1]
         self._p: Tensor | None = None
 
     def saved(self) -> list[Tensor]:
@@ -325,6 +325,7 @@ class Dynamics:
         grads = DynamicsGrads(dz, c)
         if not self.wgrad:
             return grads
+        k = self.kernels
         flat = first.flatten(0, 1)
         if self.weights.w_tau is not None:
             # float64, as the other sums over rows: one long sum in float32 would lose more than the
@@ -336,17 +337,17 @@ class Dynamics:
             dq = self._dq.flatten(0, 1)
             m = self.inputs[1].flatten(0, 1)
             bias = None if self.b13 is None else _column_sum(dq)
-            grads.layers.append(LayerGrads(weight_grad(dq, m), bias, None, None))
+            grads.layers.append(LayerGrads(weight_grad(k, dq, m), bias, None, None))
             lz = self._lz.flatten(0, 1)
             total = self.inputs[0].flatten(0, 1)
-            grads.head_weight = weight_grad(lz, total)
+            grads.head_weight = weight_grad(k, lz, total)
             grads.head_bias = None if self.b3 is None else _column_sum(lz)
             # p_0 = W1z z_0 is the only use of W1z here; the rest went into W13.
             assert self._lp is not None
-            grads.w_z = weight_grad(self._lp, z0)
+            grads.w_z = weight_grad(k, self._lp, z0)
         else:
             grads.layers = self.stack.param_grads(None)
-            grads.w_z = weight_grad(flat, self.inputs[0].flatten(0, 1))
+            grads.w_z = weight_grad(k, flat, self.inputs[0].flatten(0, 1))
         return grads
 
 
@@ -369,7 +370,7 @@ def extra_shapes(
     return [(evals, batch, latent)]
 
 
-def dynamics_saved_shapes(
+def dynamics_saved_buffers(
     spec: DynamicsSpec,
     widths: Sequence[int],
     latent: int,
@@ -377,8 +378,10 @@ def dynamics_saved_shapes(
     batch: int,
     save: bool,
     wgrad: bool,
-) -> list[tuple[int, ...]]:
-    """Shapes of :meth:`Dynamics.saved`, in order; ``widths`` are of all layers."""
+    operand: torch.dtype,
+    state: torch.dtype,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of :meth:`Dynamics.saved`, in order; ``widths`` are of all layers."""
     if not save:
         return []
     specs = spec.layers[:-1] if spec.fold else spec.layers
@@ -387,4 +390,6 @@ def dynamics_saved_shapes(
     extra = extra_shapes(
         spec, latent, widths[len(specs) - 1] if spec.fold else 0, horizon, batch, wgrad
     )
-    return extra + saved_shapes(specs, stack_widths, evals, batch, save, wgrad)
+    return [(shape, state) for shape in extra] + saved_buffers(
+        specs, stack_widths, evals, batch, save, wgrad, operand, state
+    )

@@ -12,7 +12,8 @@ from pwm_fast.ops.fused.stack import LayerSpec
 def encode_layers(specs: Sequence[LayerSpec]) -> str:
     """Layers as text; :func:`decode_layers` reads it."""
     return "|".join(
-        f"{s.order},{s.act},{int(s.bias)},{int(s.norm)},{s.group},{s.eps!r}" for s in specs
+        f"{s.order},{s.act},{int(s.bias)},{int(s.norm)},{s.group},{s.eps!r},{s.width}"
+        for s in specs
     )
 
 
@@ -21,8 +22,10 @@ def decode_layers(text: str) -> tuple[LayerSpec, ...]:
     """Layers of :func:`encode_layers`' text."""
     specs = []
     for part in text.split("|"):
-        order, act, bias, norm, group, eps = part.split(",")
-        specs.append(LayerSpec(order, act, bias == "1", norm == "1", int(group), float(eps)))
+        order, act, bias, norm, group, eps, width = part.split(",")
+        specs.append(
+            LayerSpec(order, act, bias == "1", norm == "1", int(group), float(eps), int(width))
+        )
     return tuple(specs)
 
 

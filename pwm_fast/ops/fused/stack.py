@@ -24,6 +24,7 @@ class LayerSpec:
         norm: there is a LayerNorm.
         group: SimNorm's group width.
         eps: LayerNorm's.
+        width: of rows that are centred and padded (see :mod:`pwm_fast.ops.fused.kernels`), else 0.
     """
 
     order: str
@@ -32,6 +33,7 @@ class LayerSpec:
     norm: bool
     group: int
     eps: float
+    width: int = 0
 
     @property
     def fields(self) -> int:
@@ -110,20 +112,25 @@ class Stack:
         saved: Sequence[Tensor] | None = None,
     ) -> None:
         self.kernels, self.specs, self.params = kernels, specs, params
+        self._state = params[0].weight.dtype
+        self._operand = kernels.precision.dtype(self._state)
         self.evals, self.rows = evals, rows
         self.save, self.wgrad = save, wgrad
         self.members = params[0].weight.shape[0] if params[0].weight.dim() == 3 else 0
         self.rows_per_member = rows // self.members if self.members else 0
-        self.gemms = [Gemm(p.weight, rows) for p in params]
+        self.gemms = [Gemm(kernels, p.weight, rows) for p in params]
         self.widths = [p.weight.shape[-2] for p in params]
         if saved is None:
             saved = [
-                params[0].weight.new_empty(shape)
-                for shape in saved_shapes(specs, self.widths, evals, rows, save, wgrad)
+                params[0].weight.new_empty(shape, dtype=dtype)
+                for shape, dtype in saved_buffers(
+                    specs, self.widths, evals, rows, save, wgrad, self._operand, self._state
+                )
             ]
         self.saved = list(saved)
         self._slots = _slots(specs, save, wgrad)
         self._dh: list[Tensor | None] = [None] * len(specs)
+        self._scale: list[Tensor | None] = [None] * len(specs)
         self._sums: list[dict[str, Tensor]] = [{} for _ in specs]
 
     def _buffer(self, layer: int, name: str, e: int) -> Tensor | None:
@@ -151,9 +158,10 @@ class Stack:
             own: ``h`` may be overwritten.
         """
         k = self.kernels
+        last = len(self.specs) - 1
         for i, (spec, p) in enumerate(zip(self.specs, self.params, strict=True)):
             if i:
-                h = self.gemms[i](h, self.members)
+                h = self.gemms[i](h, self.members, wide=spec.plain)
             bias = p.bias
             if i == 0 and add is not None:
                 bias = None
@@ -164,7 +172,11 @@ class Stack:
                 continue
             y = self._buffer(i, "y", e)
             if y is None:
-                y = h if (i or own) else torch.empty_like(h)
+                dtype = self._state if i == last else self._operand
+                if (i or own) and h.dtype == dtype:
+                    y = h
+                else:
+                    y = torch.empty(h.shape, dtype=dtype, device=h.device)
             if spec.norm and spec.order == "norm_act":
                 assert p.gamma is not None and p.beta is not None
                 k.norm_act_fwd(
@@ -181,6 +193,7 @@ class Stack:
                     add=add if i == 0 else None,
                     tau=tau if i == 0 else None,
                     w_tau=w_tau if i == 0 else None,
+                    width=spec.width,
                 )
             else:
                 k.act_norm_fwd(
@@ -216,7 +229,13 @@ class Stack:
         like = self.params[0].weight
         for i, spec in enumerate(self.specs):
             if self.wgrad or (i == 0 and keep_first):
-                self._dh[i] = like.new_empty(self.evals, self.rows, self.widths[i])
+                narrow = i > 0 and not spec.plain
+                self._dh[i] = like.new_empty(
+                    (self.evals, self.rows, self.widths[i]),
+                    dtype=self._operand if narrow else self._state,
+                )
+                if narrow and self.kernels.precision.scaled:
+                    self._scale[i] = like.new_empty(self.evals, self.rows)
             if self.wgrad and not spec.plain:
                 p = self.params[i]
                 for name, tensor in (("gamma", p.gamma), ("beta", p.beta), ("bias", p.bias)):
@@ -224,16 +243,21 @@ class Stack:
                         self._sums[i][name] = torch.zeros_like(tensor, dtype=torch.float64)
 
     def backward(self, e: int, dy: Tensor) -> Tensor:
-        """Gradient towards the first product of evaluation ``e``; ``dy`` is overwritten."""
+        """Gradient towards the first product of evaluation ``e``; ``dy`` is overwritten.
+
+        Both have the state's dtype; between them adjoints are what products take.
+        """
         k = self.kernels
+        scale: Tensor | None = None
         for i in range(len(self.specs) - 1, -1, -1):
             spec, p, sums = self.specs[i], self.params[i], self._sums[i]
-            kept = self._dh[i]
             if spec.plain:
+                kept = self._dh[i]
                 if kept is not None:
                     kept[e].copy_(dy)
+                following = None
             else:
-                out = dy if kept is None else kept[e]
+                out, following = self._adjoint(i, e, dy)
                 hat = self._buffer(i, "hat", e)
                 rstd = self._buffer(i, "rstd", e)
                 assert hat is not None
@@ -252,6 +276,9 @@ class Stack:
                         dgamma=sums.get("gamma"),
                         dbeta=sums.get("beta"),
                         dbias=sums.get("bias"),
+                        width=spec.width,
+                        dy_scale=scale,
+                        dx_scale=following,
                     )
                 else:
                     k.act_norm_bwd(
@@ -266,11 +293,28 @@ class Stack:
                         dgamma=sums.get("gamma"),
                         dbeta=sums.get("beta"),
                         dbias=sums.get("bias"),
+                        dy_scale=scale,
+                        dx_scale=following,
                     )
                 dy = out
+            scale = following
             if i:
-                dy = self.gemms[i].dgrad(dy, self.members)
+                below = self.specs[i - 1]
+                dy, scale = self.gemms[i].scaled_dgrad(dy, self.members, scale, wide=below.plain)
         return dy
+
+    def _adjoint(self, i: int, e: int, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where layer ``i`` writes its adjoint, and the factors of its rows.
+
+        The first layer's is a result, in the state's dtype; the others' are operands.
+        """
+        dtype = self._operand if i else self._state
+        kept, scales = self._dh[i], self._scale[i]
+        if kept is not None:
+            return kept[e], None if scales is None else scales[e]
+        out = dy if dy.dtype == dtype else torch.empty(dy.shape, dtype=dtype, device=dy.device)
+        scaled = i > 0 and self.kernels.precision.scaled
+        return out, dy.new_empty(dy.shape[0], dtype=self._state) if scaled else None
 
     def first_gradients(self) -> Tensor:
         """Gradients towards the first product of every evaluation, ``[E, R, n]``."""
@@ -293,20 +337,22 @@ class Stack:
                 x: Tensor | None = self.saved[self._slots[i - 1]["y"]]
             else:
                 x = first_input
-            weight = None if x is None else self._weight_grad(dh, x)
+            weight = None if x is None else self._weight_grad(dh, x, self._scale[i])
             sums = {name: total.to(p.weight.dtype) for name, total in self._sums[i].items()}
             if spec.plain and p.bias is not None:
                 sums["bias"] = self._bias_grad(dh)
             grads.append(LayerGrads(weight, sums.get("bias"), sums.get("gamma"), sums.get("beta")))
         return grads
 
-    def _weight_grad(self, dh: Tensor, x: Tensor) -> Tensor:
+    def _weight_grad(self, dh: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
+        k = self.kernels
         if not self.members:
-            return weight_grad(dh.flatten(0, 1), x.flatten(0, 1))
+            scale = None if scale is None else scale.flatten()
+            return weight_grad(k, dh.flatten(0, 1), x.flatten(0, 1), scale)
         # An ensemble is evaluated once; its first input may be shared by the members.
         dh = dh.view(self.members, -1, dh.shape[-1])
-        x = x.reshape(-1, dh.shape[1], x.shape[-1])
-        return torch.bmm(dh.transpose(1, 2), x.expand(self.members, -1, -1))
+        x = x.reshape(-1, dh.shape[1], x.shape[-1]).expand(self.members, -1, -1)
+        return weight_grad(k, dh, x, None if scale is None else scale.view(self.members, -1))
 
     def _bias_grad(self, dh: Tensor) -> Tensor:
         if self.members:
@@ -332,18 +378,26 @@ def _slots(specs: Sequence[LayerSpec], save: bool, wgrad: bool) -> list[dict[str
     return slots
 
 
-def saved_shapes(
+def saved_buffers(
     specs: Sequence[LayerSpec],
     widths: Sequence[int],
     evals: int,
     rows: int,
     save: bool,
     wgrad: bool,
-) -> list[tuple[int, ...]]:
-    """Shapes of the buffers that :class:`Stack` keeps, in order."""
-    shapes: list[tuple[int, ...]] = []
-    for slots, width in zip(_slots(specs, save, wgrad), widths, strict=True):
+    operand: torch.dtype,
+    state: torch.dtype,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the buffers that :class:`Stack` keeps, in order.
+
+    What a product takes or the backward pass normalises by is kept in the operands' dtype; the
+    statistics, and the last layer's output, in the state's.
+    """
+    buffers: list[tuple[tuple[int, ...], torch.dtype]] = []
+    for i, (slots, width) in enumerate(zip(_slots(specs, save, wgrad), widths, strict=True)):
         for name in slots:
             wide = name in ("hat", "y")
-            shapes.append((evals, rows, width) if wide else (evals, rows))
-    return shapes
+            narrow = name == "hat" or (name == "y" and i < len(specs) - 1)
+            shape = (evals, rows, width) if wide else (evals, rows)
+            buffers.append((shape, operand if narrow else state))
+    return buffers

@@ -1,0 +1,125 @@
+"""Copies of weights in the form that products want, kept until the weights change.
+
+A pack (a folded, centred, padded, 16-bit or reordered copy) is kept under the identity and the
+version counter of every tensor it was made of, so an in-place change makes a new one. What bumps no
+counter is covered otherwise: any step of a ``torch.optim`` optimiser empties the store (fused Adam
+bumps none), and after writing through ``.data`` or replaying a captured update there is
+:func:`invalidate`. Nothing is kept, nor taken from the store, while a CUDA graph is captured (a
+replay must make its own packs), while a compiler traces, and of tensors without a counter.
+
+The store holds no weight alive: entries die with their tensors' memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+VARIABLE = "PWM_FAST_PACKS"
+LIMIT = 256  # entries; a world model with its critics has about 20
+
+
+class _Entry(NamedTuple):
+    storages: tuple[StorageWeakRef, ...]
+    value: Any
+
+
+_store: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+_hooked = False
+
+
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    return (
+        x.untyped_storage()._cdata,
+        x.data_ptr(),
+        x._version,
+        x.dtype,
+        x.device,
+        tuple(x.shape),
+        x.stride(),
+    )
+
+
+def _keepable(tensors: Iterable[Tensor]) -> bool:
+    """Whether identity and version of the tensors say all about their values."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    for x in tensors:
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference():
+            return False
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+    choice = os.environ.get(VARIABLE) or "1"
+    if choice not in ("0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 or 1, got {choice!r}")
+    return choice == "1"
+
+
+def kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[..., Any]) -> Any:
+    """``make(*tensors)`` without gradients, or what it gave for the same values before.
+
+    Args:
+        kind: what is made, with every option that it depends on.
+        tensors: what it is made of.
+        make: the function; its result is not to be written to.
+    """
+    global _hooked
+    if not _keepable(tensors):
+        with torch.no_grad():
+            return make(*tensors)
+    key = (kind, *(_identity(x) for x in tensors))
+    entry = _store.get(key)
+    if entry is not None:
+        if not any(s.expired() for s in entry.storages):
+            _store.move_to_end(key)
+            return entry.value
+        del _store[key]
+    with torch.no_grad():
+        value = make(*tensors)
+    if not _hooked:
+        _hooked = True
+        # Fused optimisers write to parameters without bumping their version counters.
+        register_optimizer_step_post_hook(_after_step)
+    for old in [k for k, e in _store.items() if any(s.expired() for s in e.storages)]:
+        del _store[old]
+    while len(_store) >= LIMIT:
+        _store.popitem(last=False)
+    _store[key] = _Entry(tuple(StorageWeakRef(x.untyped_storage()) for x in tensors), value)
+    return value
+
+
+def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    _store.clear()
+
+
+def invalidate(weights: torch.nn.Module | Iterable[Tensor] | None = None) -> None:
+    """Forget packed copies of weights: the next operation makes them anew.
+
+    Needed where values changed behind PyTorch's back: written through ``.data`` or another library,
+    or by replaying a CUDA graph that updates parameters.
+
+    Args:
+        weights: a module, or tensors; None for all.
+    """
+    if weights is None:
+        _store.clear()
+        return
+    tensors = weights.parameters() if isinstance(weights, torch.nn.Module) else weights
+    changed = {x.untyped_storage()._cdata for x in tensors}
+    # A pack may be made of a pack: take what hangs on it along.
+    while True:
+        stale = [key for key in _store if any(identity[0] in changed for identity in key[1:])]
+        if not stale:
+            return
+        for key in stale:
+            value = _store.pop(key).value
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, Tensor) and not x.is_mkldnn:
+                    changed.add(x.untyped_storage()._cdata)

@@ -1,0 +1,36 @@
+"""What the operands of matrix products are rounded to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+NAMES = ("auto", "exact", "tf32", "bf16", "fast")
+
+
+class Precision(NamedTuple):
+    """A mode. State, LayerNorm, sums, losses and accumulators are float32 in all of them.
+
+    Attributes:
+        name: of :data:`NAMES`.
+        operand: dtype of products' operands; None for the state's own.
+        scaled: adjoints have a factor a row (see :mod:`pwm_fast.ops.fused.kernels`).
+        tf32: float32 products may round their operands to tf32 (CUDA).
+    """
+
+    name: str
+    operand: torch.dtype | None = None
+    scaled: bool = False
+    tf32: bool = False
+
+    def dtype(self, state: torch.dtype) -> torch.dtype:
+        """Dtype of operands where the state has dtype ``state``."""
+        return state if self.operand is None else self.operand
+
+
+EXACT = Precision("exact")
+TF32 = Precision("tf32", tf32=True)
+BF16 = Precision("bf16", torch.bfloat16)
+FAST = Precision("fast", torch.float16, scaled=True)
+BY_NAME = {p.name: p for p in (EXACT, TF32, BF16, FAST)}

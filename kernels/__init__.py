@@ -1,4 +1,4 @@
-"""Home of the GPU kernels in Triton, one module per op; none is shipped yet.
+"""The GPU kernels in Triton, one module per op.
 
 Installed as ``pwm_fast.kernels``. Importing this package does not import triton: each kernel module
 does that for itself, so that the package also imports where triton does not exist.

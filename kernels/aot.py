@@ -72,6 +72,11 @@ class Usage(NamedTuple):
     tensor_cores: str
 
 
+def signature(fn: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> dict[str, str]:
+    """The signature of a kernel whose arguments are in ``constants`` or of the given types."""
+    return {n: "constexpr" if n in constants else types[n] for n in fn.arg_names}
+
+
 def compile_case(case: Case, arch: int) -> Any:
     """The compiled kernel: ``asm["ptx"]``, ``asm["cubin"]``, ``metadata``.
 

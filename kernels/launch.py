@@ -1,0 +1,80 @@
+"""How kernels are launched: on the tensors' device, and with how many rows and warps a program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+#: Kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` when triton was
+#: imported).
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+#: The widest row that a program keeps in registers.
+MAX_WIDTH = 8192
+
+
+class Tile(NamedTuple):
+    """What a program of a row-wise kernel works on.
+
+    Attributes:
+        rows: at a time.
+        block: columns, a power of two.
+        warps: of the program.
+    """
+
+    rows: int
+    block: int
+    warps: int
+
+
+def row_tile(n: int) -> Tile:
+    """Whole rows of ``n`` features: one, or several where they are short.
+
+    At least 512 numbers a program, 4 to 8 a thread: so 128 rows of 512 reach every multiprocessor,
+    and rows up to 4096 stay within the registers of a full one.
+
+    Raises:
+        ValueError: the row does not fit.
+    """
+    if n > MAX_WIDTH:
+        raise ValueError(f"rows of {n} features do not fit: at most {MAX_WIDTH}")
+    block = max(triton.next_power_of_2(n), 16)
+    rows = max(1, 512 // block)
+    return Tile(rows, block, min(max(rows * block // 128, 1), 16))
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
+) -> None:
+    """Run a kernel on the device of its first tensor; nothing if the grid is empty.
+
+    Products and sums may be fused: our kernels are written for that, and a later Triton no longer
+    does so unless told.
+    """
+    if 0 in grid:
+        return
+    with _on(args):
+        kernel[tuple(grid)](
+            *args,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            enable_fp_fusion=True,
+            **constants,
+        )
+
+
+def _on(args: Sequence[Any]) -> AbstractContextManager[Any]:
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -1,0 +1,350 @@
+"""LayerNorm, then the activation, forward and backward: a row stays in registers throughout.
+
+``y = act(gamma xhat + beta)`` with ``xhat = (v - mean(v)) rstd`` and ``v = x + bias + add + tau
+w_tau``. Of centred rows (``width > 0``) the mean is 0, and ``rstd = 1 / sqrt(sum(v^2) / width +
+eps)``. All arithmetic is float32; what is stored may be 16-bit. The backward pass recomputes the
+activation from the saved ``xhat``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pwm_fast.kernels.aot import Case, signature
+from pwm_fast.kernels.column_sums import add_column_sums, empty_partial, parts_of
+from pwm_fast.kernels.launch import launch, row_tile
+from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
+
+#: Codes of the activations.
+ACTS = {"none": 0, "mish": 1, "simnorm": 2}
+
+
+@triton.jit
+def norm_act_fwd_kernel(
+    x,
+    y,
+    xhat,
+    rstd,
+    gamma,
+    beta,
+    bias,
+    add,
+    tau,
+    w_tau,
+    rows,
+    n,
+    width,
+    add_rows,
+    x_stride,
+    y_stride,
+    xhat_stride,
+    add_stride,
+    eps,
+    TAU_ROWS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ACT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program p takes rows from p ROWS on; ``xhat`` and ``rstd`` may be None, and addends."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    row_in, col_in = row < rows, col < n
+    inside = row_in[:, None] & col_in[None, :]
+    wide = row.to(tl.int64)[:, None]
+    v = tl.load(x + wide * x_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        v += tl.load(bias + col, mask=col_in, other=0.0)[None, :]
+    if add is not None:
+        at = (row % add_rows).to(tl.int64)[:, None] * add_stride + col[None, :]
+        v += tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+    if tau is not None:
+        w = tl.load(w_tau + col, mask=col_in, other=0.0)[None, :]
+        if TAU_ROWS:
+            v += tl.load(tau + row, mask=row_in, other=0.0)[:, None] * w
+        else:
+            v += tl.load(tau) * w
+    if not CENTRED:
+        mean = tl.sum(v, axis=1) / n
+        v = tl.where(col_in[None, :], v - mean[:, None], 0.0)
+    variance = tl.sum(v * v, axis=1) / width
+    r = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    hat = v * r[:, None]
+    if xhat is not None:
+        kept = rounded(hat, xhat.dtype.element_ty)
+        tl.store(xhat + wide * xhat_stride + col[None, :], kept, mask=inside)
+    if rstd is not None:
+        tl.store(rstd + row, r, mask=row_in)
+    g = tl.load(gamma + col, mask=col_in, other=0.0)[None, :]
+    b = tl.load(beta + col, mask=col_in, other=0.0)[None, :]
+    u = hat * g + b
+    if ACT == 1:
+        u = mish(u)
+    elif ACT == 2:
+        # Groups beyond the row's end are of zeros, whose softmax nobody reads.
+        parts = tl.reshape(u, [ROWS, BLOCK // GROUP, GROUP])
+        e = tl.exp(parts - tl.max(parts, axis=2)[:, :, None])
+        u = tl.reshape(e / tl.sum(e, axis=2)[:, :, None], [ROWS, BLOCK])
+    out = rounded(u, y.dtype.element_ty)
+    tl.store(y + wide * y_stride + col[None, :], out, mask=inside)
+
+
+@triton.jit
+def norm_act_bwd_kernel(
+    dy,
+    dx,
+    xhat,
+    rstd,
+    gamma,
+    beta,
+    y,
+    dy_scale,
+    dx_scale,
+    partial,
+    rows,
+    n,
+    width,
+    dy_stride,
+    dx_stride,
+    xhat_stride,
+    y_stride,
+    CENTRED: tl.constexpr,
+    SUMS: tl.constexpr,
+    ACT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program p takes blocks p, p + P, ... of rows; ``SUMS``: 0, 2 (gamma, beta), 3 (and bias)."""
+    col = tl.arange(0, BLOCK)
+    col_in = col < n
+    g = tl.load(gamma + col, mask=col_in, other=0.0)[None, :]
+    if ACT == 1:
+        b = tl.load(beta + col, mask=col_in, other=0.0)[None, :]
+    if SUMS:
+        gamma_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+        beta_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+        bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS)
+        row_in = row < rows
+        inside = row_in[:, None] & col_in[None, :]
+        wide = row.to(tl.int64)[:, None]
+        d = tl.load(dy + wide * dy_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        hat = tl.load(xhat + wide * xhat_stride + col[None, :], mask=inside, other=0.0)
+        hat = hat.to(tl.float32)
+        r = tl.load(rstd + row, mask=row_in, other=0.0)
+        if dy_scale is not None:
+            d *= tl.load(dy_scale + row, mask=row_in, other=0.0)[:, None]
+        if ACT == 1:
+            d *= mish_slope(hat * g + b)
+        elif ACT == 2:
+            s = tl.load(y + wide * y_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+            product = tl.reshape(d * s, [ROWS, BLOCK // GROUP, GROUP])
+            inner = tl.broadcast_to(
+                tl.sum(product, axis=2)[:, :, None], [ROWS, BLOCK // GROUP, GROUP]
+            )
+            d = s * (d - tl.reshape(inner, [ROWS, BLOCK]))
+        if SUMS:
+            gamma_sum += d * hat
+            beta_sum += d
+        h = d * g
+        along = tl.sum(h * hat, axis=1) / width
+        if not CENTRED:
+            h -= (tl.sum(h, axis=1) / n)[:, None]
+        result = tl.where(inside, (h - hat * along[:, None]) * r[:, None], 0.0)
+        if SUMS == 3:
+            bias_sum += result
+        if dx_scale is not None:
+            exponent = row_exponent(tl.max(tl.abs(result), axis=1))
+            tl.store(dx_scale + row, power(exponent), mask=row_in)
+            result *= power(254 - exponent)[:, None]
+        out = rounded(result, dx.dtype.element_ty)
+        tl.store(dx + wide * dx_stride + col[None, :], out, mask=inside)
+    if SUMS:
+        at = partial + tl.program_id(0).to(tl.int64) * n + col
+        each = tl.num_programs(0).to(tl.int64) * n
+        tl.store(at, tl.sum(gamma_sum, axis=0), mask=col_in)
+        tl.store(at + each, tl.sum(beta_sum, axis=0), mask=col_in)
+        if SUMS == 3:
+            tl.store(at + 2 * each, tl.sum(bias_sum, axis=0), mask=col_in)
+
+
+def norm_act_fwd(
+    x: Tensor,
+    y: Tensor,
+    xhat: Tensor | None,
+    rstd: Tensor | None,
+    *,
+    gamma: Tensor,
+    beta: Tensor,
+    act: str,
+    group: int,
+    eps: float,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    tau: Tensor | None = None,
+    w_tau: Tensor | None = None,
+    width: int = 0,
+) -> None:
+    """See :meth:`pwm_fast.ops.fused.kernels.Kernels.norm_act_fwd`; ``group`` is a power of two."""
+    rows, n = x.shape
+    tile = row_tile(n)
+    launch(
+        norm_act_fwd_kernel,
+        (triton.cdiv(rows, tile.rows),),
+        x,
+        y,
+        xhat,
+        rstd,
+        gamma,
+        beta,
+        bias,
+        add,
+        tau,
+        w_tau,
+        rows,
+        n,
+        width or n,
+        1 if add is None else add.shape[0],
+        x.stride(0),
+        y.stride(0),
+        0 if xhat is None else xhat.stride(0),
+        0 if add is None else add.stride(0),
+        eps,
+        TAU_ROWS=tau is not None and tau.numel() > 1,
+        CENTRED=width > 0,
+        ACT=ACTS[act],
+        GROUP=group if act == "simnorm" else 1,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        num_warps=tile.warps,
+    )
+
+
+def norm_act_bwd(
+    dy: Tensor,
+    dx: Tensor,
+    xhat: Tensor,
+    rstd: Tensor,
+    *,
+    gamma: Tensor,
+    beta: Tensor,
+    y: Tensor | None,
+    act: str,
+    group: int,
+    dgamma: Tensor | None = None,
+    dbeta: Tensor | None = None,
+    dbias: Tensor | None = None,
+    width: int = 0,
+    dy_scale: Tensor | None = None,
+    dx_scale: Tensor | None = None,
+) -> None:
+    """See :meth:`pwm_fast.ops.fused.kernels.Kernels.norm_act_bwd`; ``group`` is a power of two."""
+    rows, n = dy.shape
+    tile = row_tile(n)
+    blocks = triton.cdiv(rows, tile.rows)
+    sums = 3 if dbias is not None else 2 if dgamma is not None or dbeta is not None else 0
+    parts = parts_of(blocks) if sums else blocks
+    partial = empty_partial(dy, 1, parts, n) if sums and blocks else None
+    launch(
+        norm_act_bwd_kernel,
+        (parts,),
+        dy,
+        dx,
+        xhat,
+        rstd,
+        gamma,
+        beta,
+        y if act == "simnorm" else None,
+        dy_scale,
+        dx_scale,
+        partial,
+        rows,
+        n,
+        width or n,
+        dy.stride(0),
+        dx.stride(0),
+        xhat.stride(0),
+        0 if y is None or act != "simnorm" else y.stride(0),
+        CENTRED=width > 0,
+        SUMS=sums,
+        ACT=ACTS[act],
+        GROUP=group if act == "simnorm" else 1,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        num_warps=tile.warps,
+    )
+    if partial is not None:
+        add_column_sums(partial, (dgamma, dbeta, dbias))
+
+
+_TYPES = {
+    **dict.fromkeys(("x", "rstd", "gamma", "beta", "bias", "add", "tau", "w_tau"), "*fp32"),
+    **dict.fromkeys(("dy_scale", "dx_scale", "partial"), "*fp32"),
+    **dict.fromkeys(("rows", "n", "width", "add_rows", "x_stride", "y_stride"), "i32"),
+    **dict.fromkeys(("xhat_stride", "add_stride", "dy_stride", "dx_stride"), "i32"),
+    "eps": "fp32",
+}
+_OPTIONAL = ("bias", "add", "tau", "w_tau", "dy_scale", "dx_scale", "partial")
+
+
+def _case(
+    direction: str, act: str, n: int, dtype: str, given: str = "", width: int = 0, sums: int = 0
+) -> Case:
+    """One launch on rows of ``n`` with the optional tensors that ``given`` names."""
+    fn = norm_act_fwd_kernel if direction == "fwd" else norm_act_bwd_kernel
+    tile = row_tile(n)
+    there = given.split() + (["partial"] if sums else [])
+    constants: dict[str, object] = {name: None for name in _OPTIONAL if name not in there}
+    constants |= {"CENTRED": width > 0, "ACT": ACTS[act], "GROUP": 8 if act == "simnorm" else 1}
+    constants |= {"ROWS": tile.rows, "BLOCK": tile.block, "SUMS": sums, "TAU_ROWS": False}
+    if direction == "bwd" and act != "simnorm":
+        constants["y"] = None
+    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
+    types = _TYPES | dict.fromkeys(("y", "xhat", "dy", "dx"), f"*{dtype}")
+    sizes = ("n", "x_stride", "y_stride", "xhat_stride", "add_stride", "dy_stride", "dx_stride")
+    # Rows wider than any published model's: a few spilled registers are better than no kernel.
+    spill = 128 if n > 4096 else 0
+    odd = {"rows", "width", "add_rows", *(sizes if n % 16 else ())}
+    words = (act, f"U{n}", dtype, "centred" if width else "", given, "sums" if sums else "")
+    return Case(
+        " ".join(w for w in (f"norm_act_{direction}", *words) if w),
+        fn,
+        signature(fn, types, constants),
+        constants,
+        unaligned=frozenset(odd),
+        num_warps=tile.warps,
+        max_spill=spill,
+    )
+
+
+def cases() -> list[Case]:
+    """Launches of the published models' widths, of odd ones, and of the extremes."""
+    return [
+        _case("fwd", "mish", 512, "fp16", "add tau w_tau", width=510),
+        _case("fwd", "mish", 512, "fp16", "bias", width=510),
+        _case("fwd", "mish", 512, "bf16", "bias", width=510),
+        _case("fwd", "mish", 510, "fp32", "add tau w_tau"),
+        _case("fwd", "mish", 1792, "fp16", "bias", width=1788),
+        _case("fwd", "mish", 1788, "fp32", "bias"),
+        _case("fwd", "mish", 4096, "fp16", "bias", width=4096),
+        _case("fwd", "mish", 8192, "fp32", "add tau w_tau bias"),
+        _case("fwd", "simnorm", 512, "fp16", "bias"),
+        _case("fwd", "simnorm", 1376, "fp32", "bias"),
+        _case("fwd", "none", 7, "fp32"),
+        _case("bwd", "mish", 512, "fp16", "dy_scale dx_scale", width=510),
+        _case("bwd", "mish", 512, "bf16", width=510),
+        _case("bwd", "mish", 512, "fp16", "dy_scale dx_scale", width=510, sums=3),
+        _case("bwd", "mish", 510, "fp32", sums=3),
+        _case("bwd", "mish", 1792, "fp16", "dy_scale dx_scale", width=1788),
+        _case("bwd", "mish", 1792, "fp16", "dy_scale dx_scale", width=1788, sums=3),
+        _case("bwd", "mish", 4096, "fp16", "dy_scale dx_scale", width=4096, sums=3),
+        _case("bwd", "mish", 8192, "fp32", sums=3),
+        _case("bwd", "simnorm", 512, "fp16", "dy_scale dx_scale"),
+        _case("bwd", "simnorm", 1376, "fp32", sums=3),
+        _case("bwd", "none", 7, "fp32", sums=2),
+    ]

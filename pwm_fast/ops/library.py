@@ -23,6 +23,7 @@ from pwm_fast.ops.fused.specs import decode_dynamics, decode_layers
 from pwm_fast.ops.fused.stack import LayerSpec, saved_buffers
 
 _LIB = torch.library.Library("pwm_fast", "DEF")
+IMPLEMENTATIONS: dict[str, Any] = {}  # what runs inside each operator, for looking into it
 
 
 @lru_cache(maxsize=32)
@@ -45,6 +46,7 @@ def operand_dtype(backend: str, state: torch.dtype) -> torch.dtype:
 
 def define(name: str, schema: str, impl: Any, fake: Any) -> None:
     """Register operator ``pwm_fast::name``: its schema, what runs, and the shapes it returns."""
+    IMPLEMENTATIONS[name] = impl
     _LIB.define(f"{name}{schema}")
     _LIB.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pwm_fast::{name}", fake, lib=_LIB)

@@ -123,7 +123,8 @@ class Dynamics:
             saved=stack_saved,
         )
         self.w_z = Gemm(kernels, weights.w_z, batch)
-        self.taus = [like.new_tensor([t]) for t in spec.stages]
+        # Filled on the device: copied from the host they would make it wait, and break a capture.
+        self.taus = [like.new_full((1,), t) for t in spec.stages]
         if spec.fold:
             assert weights.head is not None
             self.w13 = Gemm(kernels, weights.layers[-1].weight, batch)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pwm_fast.acceleration import accelerate as accelerate
     from pwm_fast.dispatch import BackendError as BackendError
     from pwm_fast.dispatch import backend as backend
+    from pwm_fast.dispatch import precision as precision
     from pwm_fast.explanation import explain as explain
 
 # A plain (not editable) install keeps the compiled extension in site-packages. Extending the path
@@ -30,6 +31,7 @@ _LAZY = {
     "backend": "dispatch",
     "BackendError": "dispatch",
     "explain": "explanation",
+    "precision": "dispatch",
 }
 
 

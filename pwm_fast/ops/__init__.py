@@ -8,6 +8,8 @@ All functions are differentiable, take any floating dtype and import nothing but
 """
 
 from pwm_fast.ops.esnr import EsnrAccumulator, RunningEsnr, esnr
+from pwm_fast.ops.fused.algebra import algebra
+from pwm_fast.ops.fused.packs import invalidate
 from pwm_fast.ops.heads import (
     symexp,
     symlog,
@@ -60,11 +62,13 @@ __all__ = [
     "RunningEsnr",
     "Start",
     "WindowLoss",
+    "algebra",
     "esnr",
     "flow_interpolate",
     "flow_step",
     "imagine",
     "integrate",
+    "invalidate",
     "latent_rollout",
     "layer_norm_act",
     "linear_act_norm",

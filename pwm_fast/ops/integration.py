@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from pwm_fast import dispatch
 from pwm_fast.ops import _checks
-from pwm_fast.ops.fused import calls
+from pwm_fast.ops.fused import algebra, calls
 from pwm_fast.ops.layers import mlp
 from pwm_fast.ops.reference import integration as reference
 from pwm_fast.ops.types import Layer, Method, VelocityFn
@@ -119,8 +120,11 @@ def flow_step(
     name = dispatch.select("flow_step", backend, dispatch.Call(tensors, reason))
     if name == "reference":
         return reference.flow_step(z, a, net, substeps, method, task)
+    if not algebra.in_force().hoist:
+        return reference.flow_step(z, a, net, substeps, method, task, partial(calls.mlp, name))
     width, action = z.shape[-1], a.shape[-1]
     packed = calls.pack(
+        name,
         net,
         method,
         substeps,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from pwm_fast import dispatch
 from pwm_fast.ops import _checks
-from pwm_fast.ops.fused import calls
+from pwm_fast.ops.fused import algebra, calls
 from pwm_fast.ops.heads import two_hot_decode
 from pwm_fast.ops.layers import mlp
 from pwm_fast.ops.reference import rollouts as reference
-from pwm_fast.ops.types import Dynamics, Flow, Heads, ImaginedRollout, Policy
+from pwm_fast.ops.types import Dynamics, Flow, Heads, ImaginedRollout, Layer, Policy
 
 
 def latent_rollout(
@@ -46,7 +49,9 @@ def latent_rollout(
     name = dispatch.select("latent_rollout", backend, _call(dynamics, [z0, action], task))
     if name == "reference":
         return reference.latent_rollout(z0, action, dynamics, task)
-    return calls.rollout(name, _pack(dynamics, z0, action.shape[-1], task), z0, action, task)
+    if not algebra.in_force().hoist:
+        return reference.latent_rollout(z0, action, dynamics, task, partial(calls.mlp, name))
+    return calls.rollout(name, _pack(name, dynamics, z0, action.shape[-1], task), z0, action, task)
 
 
 def imagine(
@@ -106,24 +111,35 @@ def imagine(
     name = dispatch.select("imagine", backend, call)
     if name == "reference":
         z, action = reference.imagine(z0, noise, policy, dynamics, task, detach)
+    elif not algebra.in_force().hoist:
+        run = partial(calls.mlp, name)
+        z, action = reference.imagine(z0, noise, policy, dynamics, task, detach, run)
     else:
-        packed = _pack(dynamics, z0, width, task)
+        packed = _pack(name, dynamics, z0, width, task)
         z, action = calls.imagine(name, packed, z0, noise, policy.layers, policy.std, task, detach)
 
     steps = noise.shape[0]
     embedding = () if task is None else (task.expand(steps, *task.shape),)
     inputs = (z[:-1], *embedding, action)
-    logits = mlp(inputs, heads.reward, backend=backend)
+
+    def on_inputs(layers: Sequence[Layer]) -> Tensor:
+        return _over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs)
+
+    logits = on_inputs(heads.reward)
     if logits.shape[-1] == 1:
         reward = logits.squeeze(-1)
     else:
         reward = two_hot_decode(logits, heads.vmin, heads.vmax, transform=heads.symlog)
     continues = value = None
     if heads.termination is not None:
-        continues = torch.sigmoid(-mlp(inputs, heads.termination, backend=backend).squeeze(-1))
+        continues = torch.sigmoid(-on_inputs(heads.termination).squeeze(-1))
     if heads.value is not None:
-        states = z[-1] if last_value_only else z
-        members = mlp((states,), heads.value, order="act_norm", backend=backend)
+        critics = heads.value
+
+        def value_of(states: Tensor) -> Tensor:
+            return mlp((states,), critics, order="act_norm", backend=backend)
+
+        members = value_of(z[-1]) if last_value_only else _over_steps(value_of, 1, z)
         value = members.squeeze(-1).amin(0)
     return ImaginedRollout(z, action, reward, continues, value)
 
@@ -136,9 +152,12 @@ def _call(dynamics: Dynamics, tensors: list[Tensor], task: Tensor | None) -> dis
     return dispatch.Call(tensors if task is None else [*tensors, task], reason)
 
 
-def _pack(dynamics: Dynamics, z: Tensor, action: int, task: Tensor | None) -> calls.Packed:
+def _pack(
+    backend: str, dynamics: Dynamics, z: Tensor, action: int, task: Tensor | None
+) -> calls.Packed:
     flow = dynamics if isinstance(dynamics, Flow) else None
     return calls.pack(
+        backend,
         dynamics.net,
         "map" if flow is None else flow.method,
         1 if flow is None else flow.substeps,
@@ -148,6 +167,13 @@ def _pack(dynamics: Dynamics, z: Tensor, action: int, task: Tensor | None) -> ca
         task_first=flow is None,
         fold=False if flow is None else flow.fold,
     )
+
+
+def _over_steps(head: Callable[..., Tensor], axis: int, *inputs: Tensor) -> Tensor:
+    """A head on inputs ``[T, B, .]``: on all steps as one batch, unless that is switched off."""
+    if algebra.in_force().batch_heads or inputs[0].shape[0] == 0:
+        return head(*inputs)
+    return torch.stack([head(*step) for step in zip(*inputs, strict=True)], axis)
 
 
 def _check_rows(name: str, z: Tensor) -> None:

@@ -1,7 +1,8 @@
 """From public arguments to the fused operators: flattening, packing of weights, and back.
 
-Packing happens in differentiable PyTorch: the first weight is split by inputs, the fold's products
-are formed, and autograd carries their gradients back to the parameters as the user keeps them.
+Packing happens in differentiable PyTorch: weights are centred and padded, the first one is split by
+inputs, the fold's products are formed, and autograd carries their gradients back to the parameters
+as the user keeps them. Of weights that need no gradient the packs are kept until they change.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast.ops import batching, library_native  # noqa: F401  register the operators
+from pwm_fast.ops.fused import algebra, packs
 from pwm_fast.ops.fused.rollout import DynamicsSpec
 from pwm_fast.ops.fused.specs import encode_dynamics, encode_layers
 from pwm_fast.ops.fused.stack import LayerSpec
@@ -49,8 +52,10 @@ def unsupported_dynamics(net: Sequence[Layer]) -> str | None:
     return unsupported(net)
 
 
-def specs_of(layers: Sequence[Layer], order: str = "norm_act") -> tuple[LayerSpec, ...]:
-    """What the layers do."""
+def specs_of(
+    layers: Sequence[Layer], order: str = "norm_act", widths: Sequence[int] | None = None
+) -> tuple[LayerSpec, ...]:
+    """What the layers do; ``widths`` are those of :func:`centred`."""
     return tuple(
         LayerSpec(
             order,
@@ -59,9 +64,75 @@ def specs_of(layers: Sequence[Layer], order: str = "norm_act") -> tuple[LayerSpe
             p.ln_weight is not None,
             p.simnorm_dim,
             p.eps,
+            width,
         )
-        for p in layers
+        for p, width in zip(layers, widths or [0] * len(layers), strict=True)
     )
+
+
+def _switches(backend: str) -> tuple[bool, bool]:
+    """Whether to centre and whether to pad.
+
+    For tensor cores' 16-bit operands, whose rows must be aligned; on a CPU the copies cost more
+    than they spare.
+    """
+    switches = algebra.in_force()
+    name, _, mode = backend.partition("+")
+    pays = name == "triton" and mode in ("bf16", "fast")
+    pad = (pays and switches.centre is not False) if switches.pad is None else switches.pad
+    centre = (pays or pad) if switches.centre is None else switches.centre
+    return centre, pad
+
+
+def centred(backend: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[int]]:
+    """Layers whose weights are centred and padded where that is switched on, and their widths.
+
+    A width is that of the user's layer where its copy is centred, else 0. Only a LayerNorm takes
+    the mean away again, so only layers with one are centred; SimNorm's groups leave no room for
+    padding.
+    """
+    centre, pad = _switches(backend)
+    if not centre or not any(p.ln_weight is not None for p in layers):
+        return list(layers), [0] * len(layers)
+    tensors = tuple(layer_tensors(layers))
+    shape = tuple((p.bias is not None, p.ln_weight is not None, p.act) for p in layers)
+
+    def make(*flat: Tensor) -> tuple[Tensor, ...]:
+        return _centred_tensors(shape, flat, pad)
+
+    (wgrad,) = needs_grad(tensors)
+    flat = list(make(*tensors) if wgrad else packs.kept(("centred", shape, pad), tensors, make))
+    result, widths = [], []
+    for p in layers:
+        weight = flat.pop(0)
+        bias = None if p.bias is None else flat.pop(0)
+        norm = p.ln_weight is not None
+        gamma, beta = (flat.pop(0), flat.pop(0)) if norm else (None, None)
+        result.append(p._replace(weight=weight, bias=bias, ln_weight=gamma, ln_bias=beta))
+        widths.append(p.weight.shape[0] if norm else 0)
+    return result, widths
+
+
+def _centred_tensors(
+    shape: Sequence[tuple[bool, bool, str]], flat: Sequence[Tensor], pad: bool
+) -> tuple[Tensor, ...]:
+    """The tensors of layers, in order: what :func:`centred` makes of them."""
+    out: list[Tensor] = []
+    rest = list(flat)
+    before = 0  # zeros that the layer below has behind its outputs
+    for has_bias, has_norm, act in shape:
+        rows = [rest.pop(0)] + ([rest.pop(0)] if has_bias else [])
+        n = rows[0].shape[0]
+        extra = -n % algebra.PAD_TO if pad and has_norm and act != "simnorm" else 0
+        if has_norm:
+            # In float64: the mean that rounding leaves is not subtracted any more.
+            rows = [(x.double() - x.double().mean(0)).to(x.dtype) for x in rows]
+        rows[0] = F.pad(rows[0], (0, before, 0, extra))
+        out += [rows[0], *(F.pad(x, (0, extra)) for x in rows[1:])]
+        if has_norm:
+            out += [F.pad(rest.pop(0), (0, extra)), F.pad(rest.pop(0), (0, extra))]
+        before = extra
+    return tuple(out)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -74,14 +145,19 @@ def mlp(
 ) -> Tensor:
     """See :func:`pwm_fast.ops.mlp`; weights of an ensemble give ``[E, ..., N]``."""
     leading = inputs[0].shape[:-1]
+    widths: Sequence[int] | None = None
+    outputs = layers[-1].weight.shape[-2]
+    if order == "norm_act":
+        layers, widths = centred(backend, layers)
     members = layers[0].weight.shape[0] if layers[0].weight.dim() == 3 else 0
     params = _flat(layers)
     if members == 1:  # a batched product of one is slower than a plain one
         params = [p.squeeze(0) for p in params]
     rows = [_rows(x) for x in inputs]
     wgrad, igrad = needs_grad(params, inputs)
-    text = encode_layers(specs_of(layers, order))
+    text = encode_layers(specs_of(layers, order, widths))
     y, _ = torch.ops.pwm_fast.mlp(rows, params, text, backend, wgrad or igrad, wgrad)
+    y = y[:, :outputs]  # a padded last layer
     if members:
         return y.view(members, *leading, y.shape[-1])
     return y.view(*leading, y.shape[-1])
@@ -132,9 +208,15 @@ class Packed(NamedTuple):
     params: list[Tensor]
 
 
-def fold_pays(net: Sequence[Layer], latent: int) -> bool:
+def fold_pays(hidden: int, latent: int) -> bool:
     """Fold replaces ``2 D U`` products an evaluation by ``U^2``: worth it where U is below 2 D."""
-    return net[0].weight.shape[0] < 1.8 * latent
+    return hidden < 1.8 * latent
+
+
+def _fold_products(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
+    """``W1z W3`` and ``W1z b3``, in float64: their rounding would enter every evaluation."""
+    wide = w_z.double()
+    return tuple((wide @ x.double()).to(w_z.dtype) for x in head)
 
 
 def can_fold(net: Sequence[Layer]) -> bool:
@@ -143,6 +225,7 @@ def can_fold(net: Sequence[Layer]) -> bool:
 
 
 def pack(
+    backend: str,
     net: Sequence[Layer],
     method: str,
     substeps: int,
@@ -156,6 +239,7 @@ def pack(
     """Split the first weight by inputs and, where it pays, fold the head.
 
     Args:
+        backend: what it is for.
         net: layers; the first takes ``[z, a, tau, task]`` of a flow, ``[z, task, a]`` of a map.
         method: ``"heun"``, ``"euler"`` or ``"map"``.
         substeps: K.
@@ -165,6 +249,9 @@ def pack(
         task_first: the task embedding stands before the action.
         fold: fold or not; None where it pays.
     """
+    hidden = net[0].weight.shape[0]
+    (wgrad,) = needs_grad(layer_tensors(net))
+    net, rms = centred(backend, net)
     first, *others = net
     flow = method != "map"
     widths = [latent, task, action] if task_first else [latent, action, int(flow), task]
@@ -176,10 +263,12 @@ def pack(
         w_z, w_a, tau, w_task = parts
         w_tau = tau.squeeze(1) if flow else None
     if fold is None:
+        fold = algebra.in_force().fold
+    if fold is None or (fold and not can_fold(net)):
         # With weight gradients the fold's own products eat most of what it spares, and its rounding
         # nearly doubles the error of the last layer's gradient (docs/performance.md).
-        (wgrad,) = needs_grad(layer_tensors(net))
-        fold = flow and not wgrad and can_fold(net) and fold_pays(net, latent)
+        fold = not wgrad and can_fold(net) and fold_pays(hidden, latent)
+    fold = fold and flow
     norm = [first.ln_weight, first.ln_bias]
     params = [t.contiguous() for t in norm if t is not None]
     if not fold:
@@ -187,15 +276,13 @@ def pack(
     else:
         head = others[-1]
         params += _flat(others[:-1])
-        # In float64: rounding of W13 would enter every evaluation of the whole rollout.
-        wide = w_z.double()
-        params.append((wide @ head.weight.double()).to(w_z.dtype))
-        if head.bias is not None:
-            params.append((wide @ head.bias.double()).to(w_z.dtype))
+        products = (w_z, head.weight, *(() if head.bias is None else (head.bias,)))
+        make = _fold_products
+        params += make(*products) if wgrad else packs.kept(("fold",), products, make)
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias)
-    spec = DynamicsSpec(specs_of(net), method, substeps, fold)
+    spec = DynamicsSpec(specs_of(net, widths=rms), method, substeps, fold)
     return Packed(
         encode_dynamics(spec),
         w_z,

@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 VARIABLE = "PWM_FAST_PACKS"
+_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, whose values may lie elsewhere
 LIMIT = 256  # entries; a world model with its critics has about 20
 
 
@@ -52,7 +53,7 @@ def _keepable(tensors: Iterable[Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     for x in tensors:
-        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference():
+        if type(x) not in _PLAIN or x.is_inference():
             return False
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.reference.layers import mlp
+from pwm_fast.ops.reference.layers import RunNet, run_net
 from pwm_fast.ops.types import Layer, Method, VelocityFn
 
 
@@ -26,21 +26,31 @@ def integrate(velocity: VelocityFn, z: Tensor, substeps: int, method: Method) ->
 
 
 def velocity_field(
-    z: Tensor, a: Tensor, tau: Tensor, net: Sequence[Layer], task: Tensor | None
+    z: Tensor,
+    a: Tensor,
+    tau: Tensor,
+    net: Sequence[Layer],
+    task: Tensor | None,
+    run: RunNet = run_net,
 ) -> Tensor:
     if tau.dim() < z.dim():
         tau = tau.unsqueeze(-1)
     tau = tau.to(z.dtype).expand(*z.shape[:-1], 1)
-    return mlp((z, a, tau) if task is None else (z, a, tau, task), net)
+    return run((z, a, tau) if task is None else (z, a, tau, task), net, "norm_act")
 
 
 def flow_step(
-    z: Tensor, a: Tensor, net: Sequence[Layer], substeps: int, method: Method, task: Tensor | None
+    z: Tensor,
+    a: Tensor,
+    net: Sequence[Layer],
+    substeps: int,
+    method: Method,
+    task: Tensor | None,
+    run: RunNet = run_net,
 ) -> Tensor:
     def velocity(state: Tensor, tau: float) -> Tensor:
-        return velocity_field(
-            state, a, torch.full((), tau, dtype=z.dtype, device=z.device), net, task
-        )
+        time = torch.full((), tau, dtype=z.dtype, device=z.device)
+        return velocity_field(state, a, time, net, task, run)
 
     return integrate(velocity, z, substeps, method)
 

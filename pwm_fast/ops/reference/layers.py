@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast.ops.reference.mish import mish
-from pwm_fast.ops.types import Activation, Layer
+from pwm_fast.ops.types import Activation, Layer, Order
+
+# Evaluates a network on logically concatenated inputs.
+RunNet = Callable[[Sequence[Tensor], Sequence[Layer], Order], Tensor]
 
 
 def simnorm(x: Tensor, dim: int = 8) -> Tensor:
@@ -82,3 +85,7 @@ def act_norm_mlp(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> Tensor:
     for layer in layers:
         x = linear_act_norm(x, layer)
     return x
+
+
+def run_net(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Tensor:
+    return mlp(inputs, layers) if order == "norm_act" else act_norm_mlp(inputs, layers)

@@ -6,21 +6,25 @@ import torch
 from torch import Tensor
 
 from pwm_fast.ops.reference.integration import flow_step
-from pwm_fast.ops.reference.layers import act_norm_mlp, mlp, project_simplex
+from pwm_fast.ops.reference.layers import RunNet, project_simplex, run_net
 from pwm_fast.ops.types import Dynamics, Flow, Policy
 
 
-def macro_step(z: Tensor, a: Tensor, dynamics: Dynamics, task: Tensor | None) -> Tensor:
+def macro_step(
+    z: Tensor, a: Tensor, dynamics: Dynamics, task: Tensor | None, run: RunNet = run_net
+) -> Tensor:
     if not isinstance(dynamics, Flow):
-        return mlp((z, a) if task is None else (z, task, a), dynamics.net)
-    z = flow_step(z, a, dynamics.net, dynamics.substeps, dynamics.method, task)
+        return run((z, a) if task is None else (z, task, a), dynamics.net, "norm_act")
+    z = flow_step(z, a, dynamics.net, dynamics.substeps, dynamics.method, task, run)
     return project_simplex(z, 8) if dynamics.project else z
 
 
-def latent_rollout(z: Tensor, action: Tensor, dynamics: Dynamics, task: Tensor | None) -> Tensor:
+def latent_rollout(
+    z: Tensor, action: Tensor, dynamics: Dynamics, task: Tensor | None, run: RunNet = run_net
+) -> Tensor:
     latents = [z]
     for a in action.unbind(0):
-        z = macro_step(z, a, dynamics, task)
+        z = macro_step(z, a, dynamics, task, run)
         latents.append(z)
     return torch.stack(latents)
 
@@ -32,12 +36,13 @@ def imagine(
     dynamics: Dynamics,
     task: Tensor | None,
     detach: bool,
+    run: RunNet = run_net,
 ) -> tuple[Tensor, Tensor]:
     latents, actions = [z], []
     for eps in noise.unbind(0):
-        mu = act_norm_mlp((z.detach() if detach else z,), policy.layers)
+        mu = run((z.detach() if detach else z,), policy.layers, "act_norm")
         a = torch.tanh(mu + policy.std * eps)
-        z = macro_step(z, a, dynamics, task)
+        z = macro_step(z, a, dynamics, task, run)
         actions.append(a)
         latents.append(z)
     return torch.stack(latents), torch.stack(actions) if actions else torch.empty_like(noise)

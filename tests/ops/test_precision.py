@@ -1,0 +1,165 @@
+"""Precisions of products: right in each, and refused where they cannot be had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import pwm_fast
+from pwm_fast import dispatch, ops
+from pwm_fast.ops.fused import gemm
+from pwm_fast.ops.fused.kernels import TorchKernels, row_scale
+from pwm_fast.ops.fused.native import why_missing
+from pwm_fast.ops.fused.precision import FAST
+from tests.helpers import assert_2x, random_layer
+from tests.ops.contract import CASES, ROLLOUTS, Case, values_and_gradients
+
+PRODUCTS = [
+    *ROLLOUTS,
+    *(
+        case
+        for case in CASES
+        if case.name.startswith(("mlp", "linear_norm_act", "flow_step"))
+        or case.name == "linear_act_norm_ensemble_shared_input"
+    ),
+]
+DTYPES = {"bf16": torch.bfloat16, "fast": torch.float16}
+MODES = [("torch", "bf16"), ("torch", "fast"), ("native", "bf16")]
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize(("backend", "precision"), MODES)
+@pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: case.name)
+def test_errs_no_more_than_autocast(case: Case, backend: str, precision: str, pad: bool) -> None:
+    """At most twice PyTorch's own error in that precision, for outputs and every gradient."""
+    if backend == "native" and why_missing() is not None:
+        pytest.skip(f"no native kernels: {why_missing()}")
+    inputs = case.inputs(33, 33, torch.float32)
+    truth = values_and_gradients(
+        case, case.torch_call, {k: v.double() for k, v in inputs.items()}, False
+    )
+    with dispatch.backend(backend), dispatch.precision(precision), ops.algebra(pad=pad):
+        ours = values_and_gradients(case, case.call, inputs, False)
+
+    def autocast(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.autocast("cpu", dtype=DTYPES[precision]):
+            found = values_and_gradients(case, case.torch_call, given, False)
+        return {k: v.float() for k, v in found.items()}
+
+    torch_own = autocast(inputs)
+    nearby = []
+    for seed in range(1, 4):
+        other = case.inputs(33, 33, torch.float32, seed)
+        double = {k: v.double() for k, v in other.items()}
+        nearby.append((autocast(other), values_and_gradients(case, case.torch_call, double, False)))
+    rounding = 0.0
+    for key, expected in truth.items():
+        near = [(a[key], b[key]) for a, b in nearby]
+        assert_2x(ours[key], torch_own[key], expected, f"{case.name}: {key}", near)
+        rounding = max(rounding, (ours[key].double() - expected).abs().max().item())
+    assert rounding > 1e-6  # it is no float32 in disguise
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fast"])
+def test_small_and_large_adjoints(precision: str) -> None:
+    """Rows whose gradients are 1e-9 and 1e+4 of the others': neither is lost nor overflows."""
+    torch.manual_seed(0)
+    layers = [
+        random_layer(40, 48, "mish", dtype=torch.float32),
+        random_layer(48, 8, norm=False, dtype=torch.float32),
+    ]
+    x = torch.randn(6, 40, requires_grad=True)
+    cotangent = torch.randn(6, 8) * torch.tensor([1e-9, 1.0, 1e4, 0.0, 1e-6, 1e2]).unsqueeze(1)
+
+    def gradient(layers: list[ops.Layer], x: Tensor, cotangent: Tensor) -> Tensor:
+        return torch.autograd.grad(ops.mlp((x,), layers), x, cotangent)[0]
+
+    with dispatch.backend("torch"), dispatch.precision(precision):
+        ours = gradient(layers, x, cotangent)
+    double = [
+        p._replace(**{k: v.double() for k, v in p._asdict().items() if isinstance(v, Tensor)})
+        for p in layers
+    ]
+    truth = gradient(double, x.detach().double().requires_grad_(), cotangent.double())
+    for row in range(6):
+        error = (ours[row].double() - truth[row]).norm()
+        assert error <= 0.02 * truth[row].norm(), row
+
+
+def test_scales_are_powers_of_two() -> None:
+    x = torch.tensor([[0.75, -3.0], [0.5, 0.25], [0.0, 0.0], [1e-30, 0.0], [1024.0, 1.0]])
+    scale = row_scale(x)
+    mantissa, _ = torch.frexp(scale)
+    assert torch.equal(mantissa, torch.full_like(scale, 0.5))
+    largest = (x / scale.unsqueeze(1)).abs().amax(1)
+    assert torch.equal(scale[2], torch.tensor(1.0))
+    assert ((largest > 0.5) & (largest <= 1.0))[[0, 1, 3, 4]].all()
+
+
+def test_fp16_saturates() -> None:
+    x = torch.tensor([[1e6, -1e6, float("nan"), 2.0]])
+    out = torch.empty(1, 4, dtype=torch.float16)
+    TorchKernels(FAST).to_operand(x, out, None)
+    assert out[0, 0] == 65504
+    assert out[0, 1] == -65504
+    assert out[0, 2].isnan()
+
+
+def test_bf16_without_hardware_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of rounded operands in float32 and products in bf16 agree to bf16's rounding."""
+    layers = [random_layer(33, 32, "mish", dtype=torch.float32)]
+    x = torch.randn(9, 33)
+    found = []
+    for hardware in (False, True):
+        monkeypatch.setattr(gemm, "cpu_multiplies_bf16", lambda on=hardware: on)
+        with dispatch.backend("torch"), dispatch.precision("bf16"):
+            found.append(ops.mlp((x,), layers))
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+
+
+def linear() -> tuple[Tensor, list[ops.Layer]]:
+    return torch.randn(3, 5), [random_layer(5, 4, norm=False, dtype=torch.float32)]
+
+
+def test_the_context_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.requested_precision() == "auto"
+    monkeypatch.setenv(dispatch.PRECISION_VARIABLE, "bf16")
+    assert dispatch.requested_precision() == "bf16"
+    with pwm_fast.precision("exact"):
+        assert dispatch.requested_precision() == "exact"
+    monkeypatch.setenv(dispatch.PRECISION_VARIABLE, "fp8")
+    with pytest.raises(ValueError, match=r"PWM_FAST_PRECISION must be one of auto, .* got 'fp8'"):
+        dispatch.requested_precision()
+    with pytest.raises(ValueError, match="precision must be one of"), pwm_fast.precision("half"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend", "message"),
+    [
+        ("fast", "native", "precision 'fast' is asked for; it has exact and bf16"),
+        ("tf32", "torch", "precision 'tf32' is CUDA's; the tensors are on cpu"),
+        ("bf16", "reference", "it computes in the tensors' own dtype"),
+        ("fast", None, "no backend can run mlp; reference: precision 'fast' is asked for"),
+    ],
+)
+def test_what_cannot_be_had(precision: str, backend: str | None, message: str) -> None:
+    x, layers = linear()
+    if backend == "native" and why_missing() is not None:
+        pytest.skip(f"no native kernels: {why_missing()}")
+    with dispatch.precision(precision), pytest.raises(dispatch.BackendError, match=message):
+        ops.mlp((x,), layers, backend=backend)
+
+
+def test_float64_has_no_precision() -> None:
+    x, layers = linear()
+    double = [layers[0]._replace(weight=layers[0].weight.double(), bias=None)]
+    with dispatch.precision("bf16"), pytest.raises(dispatch.BackendError, match="float32 tensors"):
+        ops.mlp((x.double(),), double, backend="torch")
+
+
+def test_operations_without_products_do_not_care() -> None:
+    with dispatch.precision("bf16"):
+        ops.simnorm(torch.randn(3, 16, dtype=torch.float64))

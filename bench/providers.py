@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pwm_fast import dispatch
+from pwm_fast.ops.fused.gemm import cpu_multiplies_bf16
 
 LABELS = {
     "published": "eager fp32 as published",
@@ -44,7 +45,7 @@ def backend(provider: str, device: torch.device) -> AbstractContextManager[Any]:
     """
     need(provider, device)
     if provider == "fast_bf16":
-        return _precision("bf16")
+        return dispatch.precision("bf16")
     return dispatch.backend(BACKENDS[provider])
 
 
@@ -53,6 +54,8 @@ def pointless(provider: str, device: torch.device) -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if provider in BF16_PEERS and device.type == "cpu" and not capability.startswith("AVX512"):
         return f"PyTorch emulates bf16 on this CPU ({capability}), many times slower than fp32"
+    if provider == "fast_bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
+        return "this CPU has no bf16 products: rounded operands are multiplied in fp32, no faster"
     return None
 
 
@@ -61,8 +64,6 @@ def need(provider: str, device: torch.device) -> None:
 
     ``auto`` would fall back on the reference, whose numbers must not stand in a row of ``fast``.
     """
-    if provider == "fast_bf16" and not hasattr(dispatch, "precision"):
-        raise Absent("no backend computes in bf16 yet")
     if provider in ("reference", "algebra"):
         return
     if device.type == "cpu":
@@ -74,12 +75,6 @@ def need(provider: str, device: torch.device) -> None:
     x = torch.zeros(1, 1, device=device)
     if dispatch.select("mlp", "auto", dispatch.Call([x])) == "reference":
         raise Absent(f"no fast backend runs on {device.type} yet")
-
-
-def _precision(name: str) -> AbstractContextManager[Any]:
-    """The one place that knows how a precision is asked for."""
-    context: AbstractContextManager[Any] = dispatch.precision(name)  # type: ignore[attr-defined]
-    return context
 
 
 @contextmanager

@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "ops.md"
 def test_examples(capsys: pytest.CaptureFixture) -> None:
     text = PAGE.read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     names: dict[str, object] = {"__name__": "docs"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", AccelerationWarning)

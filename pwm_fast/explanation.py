@@ -257,6 +257,9 @@ class _Trace(TorchDispatchMode):
         for flag, whose in (("wgrad", "parameters"), ("actor_wgrad", "the policy's parameters")):
             if flag in told:
                 facts.append(f"gradients of {whose}: {'yes' if told[flag] else 'no'}")
+        _, _, precision = str(told.get("backend", "")).partition("+")
+        if precision:
+            facts.append(f"precision: {precision}")
         if "save" in told:
             facts.append(f"kept for a backward pass: {'yes' if told['save'] else 'nothing'}")
         self._operators[

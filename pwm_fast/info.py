@@ -27,6 +27,8 @@ VARIABLES = (
     "OMP_NUM_THREADS",
     "PWM_FAST_BACKEND",
     "PWM_FAST_GEMM",
+    "PWM_FAST_PACKS",
+    "PWM_FAST_PRECISION",
     "PWM_FAST_ISA",
     "SLURM_CPUS_PER_TASK",
 )
@@ -95,6 +97,17 @@ def _native() -> dict[str, str]:
     }
 
 
+def _products() -> dict[str, str]:
+    """What multiplies matrices on the CPU."""
+    torch, gemm = import_module("torch"), import_module("pwm_fast.ops.fused.gemm")
+    try:
+        fp32 = "oneDNN, prepacked" if gemm.prepacks(torch.zeros(1, 1)) else "torch"
+    except ValueError as error:
+        fp32 = f"fail: {error}"
+    bf16 = "in hardware" if gemm.cpu_multiplies_bf16() else "rounded, multiplied in fp32"
+    return {"products on the CPU": f"fp32: {fp32}; bf16: {bf16}"}
+
+
 def native_isa() -> str | None:
     """The native extension's instruction set; None where it is not built or broken."""
     try:
@@ -113,6 +126,7 @@ def _devices() -> dict[str, str]:
         "torch CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     }
     rows.update(_native_threads())
+    rows.update(_products())
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = "no usable GPU or driver" if built else "this torch is built for CPUs alone"

@@ -84,22 +84,33 @@ def test_any_number_of_threads(case: Case, threads: int) -> None:
 @needs_native
 @pytest.mark.parametrize("case", ROLLOUTS, ids=names(ROLLOUTS))
 def test_prepacked_products(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN's products on request: right, though not held to the 2x rule of torch's own."""
+    """oneDNN's products, where they are taken or asked for, keep the 2x rule of torch's own."""
     if not gemm._onednn_works():
         pytest.skip("this torch has no oneDNN Linear with prepacked weights")
-    for batch, width in ((1, 7), (33, 510)):
+    for batch, width in ((1, 7), (33, 510), (16, 777)):
         inputs = case.inputs(batch, width, torch.float32)
-        plain = values_and_gradients(case, case.call, inputs, summed=False)
-        with monkeypatch.context() as patch:
-            patch.setenv(gemm.VARIABLE, "onednn")
-            ours = values_and_gradients(case, case.call, inputs, summed=False)
-        for key, expected in plain.items():
-            scale = expected.abs().max().item() if expected.numel() else 0.0
-            torch.testing.assert_close(ours[key], expected, rtol=0, atol=2e-5 * scale, msg=key)
-        assert batch == 1 or any(not torch.equal(ours[k], plain[k]) for k in plain)
+        found = {}
+        for choice in ("torch", "onednn"):
+            with monkeypatch.context() as patch:
+                patch.setenv(gemm.VARIABLE, choice)
+                check(case, inputs)
+                found[choice] = values_and_gradients(case, case.call, inputs, summed=False)
+        assert batch == 1 or any(
+            not torch.equal(y, found["torch"][key]) for key, y in found["onednn"].items()
+        )
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("AVX512", True), ("AVX2", False)])
+def test_products_by_cpu(capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not gemm._onednn_works():
+        pytest.skip("this torch has no oneDNN Linear with prepacked weights")
+    monkeypatch.delenv(gemm.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert gemm.prepacks(torch.zeros(2, 2)) is expected
+    assert not gemm.prepacks(torch.zeros(2, 2, dtype=torch.float64))
 
 
 def test_unknown_choice_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gemm.VARIABLE, "cublas")
-    with pytest.raises(ValueError, match="PWM_FAST_GEMM must be one of torch, onednn"):
+    with pytest.raises(ValueError, match="PWM_FAST_GEMM must be one of auto, torch, onednn"):
         gemm.prepacks(torch.zeros(2, 2))

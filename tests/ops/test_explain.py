@@ -184,3 +184,13 @@ def test_errors() -> None:
         pwm_fast.explain(ops.flow_step, z, a[:2], layers)
     with pytest.raises(TypeError, match="missing a required argument"):
         pwm_fast.explain(ops.flow_step, z)
+
+
+def test_precision() -> None:
+    z, a = torch.randn(3, D), torch.randn(3, A)
+    with pwm_fast.precision("bf16"):
+        told = pwm_fast.explain(ops.flow_step, z, a, net([D + A + 1, 9, D]), backend="torch")
+    assert "precision: bf16" in str(told)
+    assert "precision" not in str(
+        pwm_fast.explain(ops.flow_step, z, a, net([D + A + 1, 9, D]), backend="torch")
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -14,8 +14,9 @@ from pwm_fast.ops.fused import packs
 from pwm_fast.ops.fused.kernels import Kernels
 
 VARIABLE = "PWM_FAST_GEMM"
-CHOICES = ("torch", "onednn")
+CHOICES = ("auto", "torch", "onednn")
 _NARROW = 16
+_CHUNK = 128  # longest sum of a prepacked product
 
 
 @lru_cache(maxsize=1)
@@ -25,10 +26,10 @@ def _onednn_works() -> bool:
     The operators are PyTorch's own, but private: they are tried once, with their result checked.
     """
     try:
-        x, weight = torch.randn(5, 33), torch.randn(17, 33)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 5)
-        y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        return bool(torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-4))
+        x, weight = torch.randn(5, 533), torch.randn(17, 533)
+        operator = torch.ops.mkldnn._reorder_linear_weight
+        y = _prepacked(x, [operator(part.contiguous(), 5) for part in _chunks(weight)])
+        return bool(torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-3))
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
 
@@ -36,18 +37,20 @@ def _onednn_works() -> bool:
 def prepacks(weight: Tensor) -> bool:
     """Whether float32 products with ``weight`` run on oneDNN with a prepacked copy.
 
-    Only where ``PWM_FAST_GEMM=onednn`` asks for it: on AVX2 machines torch's own product is faster,
-    and oneDNN's one long sum rounds more, up to 2.6 times torch's error (docs/performance.md).
+    ``PWM_FAST_GEMM`` says ``torch``, ``onednn``, or ``auto``: oneDNN on CPUs with AVX-512, where it
+    was measured at twice the speed of torch's own products (docs/performance.md); not on AVX2.
 
     Raises:
-        ValueError: the environment variable is neither ``torch`` nor ``onednn``.
+        ValueError: the environment variable is neither of them.
     """
-    choice = os.environ.get(VARIABLE) or "torch"
+    choice = os.environ.get(VARIABLE) or "auto"
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "torch" or weight.dim() != 2 or weight.numel() == 0:
         return False
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
+    if choice == "auto" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
     return _onednn_works()
 
@@ -86,7 +89,7 @@ class Gemm:
         ``wide=False`` lets the result be of the operands' dtype.
         """
         if self._prepack and not members:
-            return _prepacked(x, self._copy(False))
+            return _prepacked(x, self._packed(False))
         if self.precision.operand is not None and x.dtype != self.precision.operand:
             x, _ = self._operand(x, False)
         return self._product(x, self._copy(False), members, wide)
@@ -103,7 +106,7 @@ class Gemm:
         ``wide`` asks for a float32 result without factors.
         """
         if self._prepack and not members:
-            return _prepacked(dy, self._copy(True)), None
+            return _prepacked(dy, self._packed(True)), None
         if self.precision.operand is not None and dy.dtype != self.precision.operand:
             dy, scale = self._operand(dy, self.precision.scaled)
         dx = self._product(dy, self._copy(True), members, wide)
@@ -124,15 +127,18 @@ class Gemm:
             self._copies[transposed] = self._make_copy(transposed)
         return self._copies[transposed]
 
+    def _packed(self, transposed: bool) -> tuple[Tensor, ...]:
+        """The weight, or its transpose, in oneDNN's order."""
+        rows = self._rows
+
+        def reorder(w: Tensor) -> tuple[Tensor, ...]:
+            parts = _chunks(w.t() if transposed else w)
+            operator = torch.ops.mkldnn._reorder_linear_weight
+            return tuple(operator(part.contiguous(), rows) for part in parts)
+
+        return packs.kept(("onednn", rows, transposed), (self.weight,), reorder)
+
     def _make_copy(self, transposed: bool) -> Tensor:
-        if self._prepack:
-            rows = self._rows
-
-            def reorder(w: Tensor) -> Tensor:
-                w = w.t() if transposed else w
-                return torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), rows)
-
-            return packs.kept(("onednn", rows, transposed), (self.weight,), reorder)
         operand = self.precision.operand
         if operand is None:
             return self.weight.transpose(-1, -2) if not transposed else self.weight
@@ -183,8 +189,24 @@ def _fp32_products(tf32: bool, like: Tensor) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _prepacked(x: Tensor, packed: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, None, "none", [], "")
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Columns in runs of at most 128, nearly equal.
+
+    oneDNN adds up a whole row in one accumulator: at 1788 columns its error was 2.1 times (largest
+    entry: 3.7 times) that of MKL, which adds up in blocks. In runs of 128 it is 0.85 times.
+    """
+    count = max(1, -(-x.shape[1] // _CHUNK))
+    width = -(-x.shape[1] // (16 * count)) * 16
+    return x.split(max(width, 1), 1)
+
+
+def _prepacked(x: Tensor, packed: Sequence[Tensor]) -> Tensor:
+    linear = torch.ops.mkldnn._linear_pointwise
+    first, *others = _chunks(x)
+    y = linear(first, packed[0], None, "none", [], "")
+    for part, weight in zip(others, packed[1:], strict=True):
+        y = linear.binary(part, y, weight, None, "add")
+    return y
 
 
 def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:

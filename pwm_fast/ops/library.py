@@ -210,6 +210,56 @@ def _mlp_grad(ctx: Any, dy: Tensor | None, _: Any) -> Any:
 register_gradient("mlp", _mlp_grad, _mlp_setup)
 
 
+class _EagerMlp(torch.autograd.Function):
+    """The operator without the dispatcher, whose handling of lists is a third of a small call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, count: int, spec: str, backend: str, save: bool, wgrad: bool, *tensors: Tensor
+    ) -> Tensor:
+        inputs, params = list(tensors[:count]), list(tensors[count:])
+        y, saved = _mlp(inputs, params, spec, backend, save, wgrad)
+        ctx.constants = (count, len(params), spec, backend, wgrad)
+        ctx.save_for_backward(*tensors, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        count, others, spec, backend, wgrad = ctx.constants
+        tensors = list(ctx.saved_tensors)
+        inputs, params = tensors[:count], tensors[count : count + others]
+        needs = list(ctx.needs_input_grad[5 : 5 + count])
+        # Where the gradient is itself to be differentiated, the operator refuses.
+        direct = not (torch.is_grad_enabled() or watched())
+        run = _mlp_backward if direct else torch.ops.pwm_fast.mlp_backward
+        dinputs, dparams = run(
+            dy, inputs, params, tensors[count + others :], needs, spec, backend, wgrad
+        )
+        return (
+            *(None,) * 5,
+            *_restored(dinputs, needs),
+            *_restored(dparams, [wgrad] * others),
+        )
+
+
+def run_mlp(
+    inputs: list[Tensor], params: list[Tensor], spec: str, backend: str, save: bool, wgrad: bool
+) -> Tensor:
+    """Operator ``mlp``, its output alone."""
+    if watched():
+        return torch.ops.pwm_fast.mlp(inputs, params, spec, backend, save, wgrad)[0]
+    return _EagerMlp.apply(len(inputs), spec, backend, save, wgrad, *inputs, *params)
+
+
+def watched() -> bool:
+    """Whether somebody looks at operators: a compiler, a transform or a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 # --- rollout under given actions ----------------------------------------------------------------
 
 

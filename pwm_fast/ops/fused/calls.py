@@ -19,7 +19,7 @@ from pwm_fast.ops.fused import algebra, packs
 from pwm_fast.ops.fused.rollout import DynamicsSpec
 from pwm_fast.ops.fused.specs import encode_dynamics, encode_layers
 from pwm_fast.ops.fused.stack import LayerSpec
-from pwm_fast.ops.library import needs_grad
+from pwm_fast.ops.library import needs_grad, run_mlp
 from pwm_fast.ops.types import Layer
 
 
@@ -156,7 +156,7 @@ def mlp(
     rows = [_rows(x) for x in inputs]
     wgrad, igrad = needs_grad(params, inputs)
     text = encode_layers(specs_of(layers, order, widths))
-    y, _ = torch.ops.pwm_fast.mlp(rows, params, text, backend, wgrad or igrad, wgrad)
+    y = run_mlp(rows, params, text, backend, wgrad or igrad, wgrad)
     y = y[:, :outputs]  # a padded last layer
     if members:
         return y.view(members, *leading, y.shape[-1])
@@ -300,8 +300,7 @@ _LINEAR = encode_layers([LayerSpec("norm_act", "none", False, False, 8, 1e-5)])
 def _linear(backend: str, x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` of rows ``x``; through the operator, for its care with narrow weight gradients."""
     igrad, wgrad = needs_grad((x,), (weight,))
-    y, _ = torch.ops.pwm_fast.mlp([x], [weight], _LINEAR, backend, igrad or wgrad, wgrad)
-    return y
+    return run_mlp([x], [weight], _LINEAR, backend, igrad or wgrad, wgrad)
 
 
 def _constant(backend: str, packed: Packed, task: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from pwm_fast.ops.fused.kernels import Kernels
 VARIABLE = "PWM_FAST_GEMM"
 CHOICES = ("auto", "torch", "onednn")
 _NARROW = 16
+_RUN, _FEW = 64, 1024  # rows of a short sum of a weight gradient; up to how many rows it is cut
 _CHUNK = 128  # longest sum of a prepacked product
 
 
@@ -159,13 +160,15 @@ class Gemm:
         if a.dtype != b.dtype:  # emulated
             a = a.to(b.dtype)
         product = torch.bmm if members else torch.mm
-        if self.precision.operand is not None and a.is_cuda:
+        if not a.is_cuda:
+            y = product(a, b)
+            if wide and y.dtype == torch.bfloat16:
+                y = y.float()
+        elif self.precision.operand is not None:
             y = product(a, b, out_dtype=torch.float32)
         else:
             with _fp32_products(self.precision.tf32, a):
                 y = product(a, b)
-            if wide and y.dtype == torch.bfloat16:
-                y = y.float()
         return y.view(-1, y.shape[-1]) if members else y
 
 
@@ -214,7 +217,9 @@ def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = 
 
     On a CPU the product is float32 in every precision. Where one of the sides is narrow, MKL sums
     all rows one after another and the error grows with their number (5 times that of step-by-step
-    gradients at 600 rows and width 7): such a product, cheap as it is, is formed in float64.
+    gradients at 600 rows and width 7): such a product, cheap as it is, is formed in float64. A few
+    rows of each of several steps are likewise added up in short runs: one long sum errs more than
+    the step-by-step gradients that it stands for.
 
     Args:
         kernels: element kernels, which say the precision.
@@ -232,6 +237,14 @@ def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = 
     product = torch.bmm if dh.dim() == 3 else torch.mm
     if min(dh.shape[-1], x.shape[-1]) < _NARROW:
         return product(dh.double().transpose(-1, -2), x.double()).to(wide)
+    rows = dh.shape[-2]
+    if not dh.is_cuda and dh.dim() == 2 and _RUN < rows <= _FEW:
+        total = torch.mm(dh[:_RUN].t(), x[:_RUN])
+        for start in range(_RUN, rows, _RUN):
+            total.addmm_(dh[start : start + _RUN].t(), x[start : start + _RUN])
+        return total
+    if not dh.is_cuda:
+        return product(dh.transpose(-1, -2), x)
     with _fp32_products(kernels.precision.tf32, dh):
         return product(dh.transpose(-1, -2), x)
 

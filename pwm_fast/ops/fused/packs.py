@@ -64,7 +64,7 @@ def _keepable(tensors: Iterable[Tensor]) -> bool:
 
 
 def kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[..., Any]) -> Any:
-    """``make(*tensors)`` without gradients, or what it gave for the same values before.
+    """``make(*tensors)``, or what it gave for the same values before; what is kept has no gradient.
 
     Args:
         kind: what is made, with every option that it depends on.
@@ -73,8 +73,7 @@ def kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[...,
     """
     global _hooked
     if not _keepable(tensors):
-        with torch.no_grad():
-            return make(*tensors)
+        return make(*tensors)  # under vmap gradients may be wanted though no tensor here says so
     key = (kind, *(_identity(x) for x in tensors))
     entry = _store.get(key)
     if entry is not None:

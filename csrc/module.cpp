@@ -4,7 +4,9 @@
 #include <string>
 
 #include "bind_cpu.h"
+#include "bind_cuda.h"
 #include "cpu_features.h"
+#include "cuda/device.h"
 
 namespace py = pybind11;
 
@@ -25,8 +27,8 @@ py::dict build_info() {
 #endif
   info["cxx_standard"] = "c++" + std::to_string(__cplusplus / 100 % 100);
   info["flags"] = PWM_FAST_FLAGS;
-  info["cuda"] = false;
-  info["cuda_detail"] = "this version has no CUDA sources";
+  info["cuda"] = pwm_fast::cuda_is_built();
+  info["cuda_detail"] = pwm_fast::cuda_build();
   return info;
 }
 
@@ -39,4 +41,5 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set for CPU kernels: PWM_FAST_ISA if set, else the best this CPU has.");
   m.def("build_info", &build_info, "The compiler, its flags and the CUDA support of this build.");
   bind_cpu(m);
+  bind_cuda(m);
 }

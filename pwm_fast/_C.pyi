@@ -196,3 +196,87 @@ def esnr(
 def axpby(
     z: int, k1: int, k2: int, out: int, c1: float, c2: float, n: int, threads: int
 ) -> None: ...
+
+# GPUs: csrc/cuda. Without CUDA in the build, cuda_devices and cuda_why_not say so, and launches raise
+# RuntimeError with that; so they do with what CUDA says of a launch that fails. Addresses of rows,
+# sizes, signal, noise, squares and workspace: rows and sizes are of the CPU, [rows, tensors] and
+# [tensors] of int64; the others are of the device, float64 [tensors], and int64 [words]. Types are 0
+# (fp32), 1 (bf16) and 2 (fp16). Launches are not waited for. The emulations, for tests, do the same
+# in the CPU's memory, blocks in an order that `order` picks (0: first to last), to the same bits.
+
+def cuda_devices() -> tuple[int, str]: ...
+def cuda_why_not(device: int) -> str: ...
+def esnr_workspace_words(sizes: int, tensors: int, rows: int) -> int: ...
+def cuda_esnr(
+    grads: int,
+    sizes: int,
+    type: int,
+    signal: int,
+    noise: int,
+    m: int,
+    tensors: int,
+    workspace: int,
+    words: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_esnr_update(
+    rows: int,
+    sizes: int,
+    type: int,
+    squares: int,
+    tensors: int,
+    workspace: int,
+    words: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_esnr_result(
+    rows: int,
+    sizes: int,
+    type: int,
+    squares: int,
+    signal: int,
+    noise: int,
+    m: int,
+    tensors: int,
+    workspace: int,
+    words: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def emulated_esnr(
+    grads: int,
+    sizes: int,
+    type: int,
+    signal: int,
+    noise: int,
+    m: int,
+    tensors: int,
+    workspace: int,
+    words: int,
+    order: int,
+) -> None: ...
+def emulated_esnr_update(
+    rows: int,
+    sizes: int,
+    type: int,
+    squares: int,
+    tensors: int,
+    workspace: int,
+    words: int,
+    order: int,
+) -> None: ...
+def emulated_esnr_result(
+    rows: int,
+    sizes: int,
+    type: int,
+    squares: int,
+    signal: int,
+    noise: int,
+    m: int,
+    tensors: int,
+    workspace: int,
+    words: int,
+    order: int,
+) -> None: ...

@@ -3,6 +3,8 @@
 Backends of an operation are tried in order; each says why it cannot run, or None if it can:
 
 - ``native``: C++ kernels on the CPU, float32.
+- ``cuda``: CUDA C++ kernels of the native extension, where it was built with nvcc.
+- ``triton``: Triton kernels, on CUDA (and on the CPU in Triton's interpreter, for tests).
 - ``torch``: the same algebra and hand-written backward passes in plain PyTorch, any device and
   floating dtype. Not chosen by itself: it is what the faster ones are tested against.
 - ``reference``: plain PyTorch with autograd's own gradients. It runs everything, differentiates
@@ -35,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NAMES = ("auto", "native", "torch", "reference")
+NAMES = ("auto", "native", "cuda", "triton", "torch", "reference")
 VARIABLE = "PWM_FAST_BACKEND"
 PRECISIONS = ("auto", "exact", "tf32", "bf16", "fast")
 PRECISION_VARIABLE = "PWM_FAST_PRECISION"
@@ -138,6 +140,35 @@ def _torch(call: Call) -> str | None:
     return _fused(call)
 
 
+def _reduction(call: Call) -> str | None:
+    """What a reduction over tensors on a GPU needs."""
+    first = call.tensors[0]
+    for x in call.tensors:
+        if x.device != first.device:
+            return f"the tensors are on different devices: {first.device} and {x.device}"
+    from pwm_fast.ops.fused.cuda import DTYPES
+
+    if first.dtype not in DTYPES:
+        return f"the tensors are {first.dtype}; it takes float32, float16 and bfloat16"
+    return _fused(call)
+
+
+def _cuda(call: Call) -> str | None:
+    device = call.tensors[0].device
+    if device.type != "cuda":
+        return f"the tensors are on {device}; it runs on CUDA GPUs"
+    from pwm_fast.ops.fused.cuda import why_not
+
+    return _reduction(call) or why_not(device.index or 0)
+
+
+def _triton(call: Call) -> str | None:
+    device = call.tensors[0].device
+    from pwm_fast.ops.fused import triton_support
+
+    return triton_support.why_not(device.type) or _reduction(call)
+
+
 _FUSED = (
     Backend("native", True, _native),
     Backend("torch", False, _torch),
@@ -146,6 +177,8 @@ _FUSED = (
 
 # Without an algebra of their own: plain PyTorch is all there is beside the native kernel.
 _NATIVE = (_FUSED[0], Backend("torch", False, _reference), _FUSED[2])
+
+_REDUCTIONS = (Backend("cuda", True, _cuda), Backend("triton", True, _triton))
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "mlp": _FUSED,
@@ -156,7 +189,8 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "simnorm": _NATIVE,
     "two_hot_decode": _NATIVE,
     "two_hot_cross_entropy": _NATIVE,
-    "esnr": _NATIVE,
+    "esnr": (_NATIVE[0], *_REDUCTIONS, *_NATIVE[1:]),
+    "esnr_update": (*_REDUCTIONS, *_NATIVE[1:]),
 }
 
 # Operations with matrix products.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pwm_fast import dispatch
-from pwm_fast.ops import _checks, library_native  # noqa: F401  registers the operator
+from pwm_fast.ops import _checks, library_native  # noqa: F401  registers the operators
+from pwm_fast.ops.fused.esnr import TorchEsnr, sum_dtype
 from pwm_fast.ops.reference import esnr as reference
 from pwm_fast.ops.types import ESNR
 
@@ -24,9 +25,11 @@ def esnr(
 
     With ``mu`` their mean: ``ESNR = |mu|^2 / max(mean_i |g_i - mu|^2, eps)``. The noise is summed
     from centred samples, never as the difference of two totals, which cancels where the samples
-    agree. The reference computes in float64; the native backend reads float32 samples once, centres
-    each element in float32 and sums in float64 (relative error about 1e-7), in an order that no
-    number of threads changes.
+    agree. The reference computes in float64; the other backends read the samples once, centre each
+    element in float32 and sum in float64 (relative error about 1e-7), in an order that depends on
+    the sizes alone: no number of threads, no GPU and no launch changes a bit. ``native`` takes
+    float32 on the CPU, ``cuda`` and ``triton`` take float32, float16 and bfloat16 on a GPU, where a
+    CUDA graph can capture them.
 
     Args:
         grads: a stacked tensor ``[M, ...]``, or M samples, each a sequence of gradient tensors in
@@ -72,10 +75,11 @@ def esnr(
     flat = [g for sample in samples for g in sample]
     needed = torch.is_grad_enabled() and any(g.requires_grad for g in flat)
     reason = "a gradient of the ratio is asked for" if needed else None
-    if dispatch.select("esnr", backend, dispatch.Call(flat, reason)) == "native":
-        signal, noise = torch.ops.pwm_fast.esnr(flat, len(samples))
-    else:
+    chosen = dispatch.select("esnr", backend, dispatch.Call(flat, reason))
+    if chosen in ("torch", "reference"):  # without an algebra of its own
         signal, noise = reference.moments(samples)
+    else:
+        signal, noise = torch.ops.pwm_fast.esnr(flat, len(samples), chosen)
     return reference.summarize(signal, noise, len(samples), eps, debias)
 
 
@@ -88,10 +92,14 @@ class EsnrAccumulator:
 
     Args:
         eps: lower bound of the denominator.
+        backend: see :mod:`pwm_fast.dispatch`.
+
+    Raises:
+        BackendError: from :meth:`update`: the backend that was asked for cannot run this.
     """
 
-    def __init__(self, *, eps: float = 1e-10) -> None:
-        self.eps = eps
+    def __init__(self, *, eps: float = 1e-10, backend: str | None = None) -> None:
+        self.eps, self.backend = eps, backend
         self.reset()
 
     def reset(self) -> None:
@@ -99,7 +107,7 @@ class EsnrAccumulator:
         self.samples = 0
         self._origin: list[Tensor] = []
         self._sum: list[Tensor] = []
-        self._square: list[Tensor] = []
+        self._squares = torch.zeros(0)
 
     @torch.no_grad()
     def update(self, grads: Sequence[Tensor]) -> None:
@@ -115,9 +123,9 @@ class EsnrAccumulator:
         for j, g in enumerate(grads):
             _checks.floating(f"grads[{j}]", g)
         if self.samples == 0:
-            self._origin = [g.detach().clone() for g in grads]
-            self._sum = [torch.zeros_like(g) for g in self._origin]
-            self._square = [g.new_zeros((), dtype=torch.float64) for g in self._origin]
+            self._origin = [g.detach().clone(memory_format=torch.contiguous_format) for g in grads]
+            self._sum = [torch.zeros_like(g, dtype=sum_dtype(g.dtype)) for g in self._origin]
+            self._squares = grads[0].new_zeros(len(grads), dtype=torch.float64)
         else:
             wanted = [tuple(g.shape) for g in self._origin]
             shapes = [tuple(g.shape) for g in grads]
@@ -125,12 +133,13 @@ class EsnrAccumulator:
                 raise ValueError(
                     f"grads must have the first sample's shapes {wanted}, got {shapes}"
                 )
-            for g, origin, total, square in zip(
-                grads, self._origin, self._sum, self._square, strict=True
-            ):
-                distance = g - origin
-                total += distance
-                square += distance.double().square().sum()
+            call = dispatch.Call([*grads, *self._origin])
+            chosen = dispatch.select("esnr_update", self.backend, call)
+            state = (list(grads), self._origin, self._sum, self._squares)
+            if chosen == "reference":
+                TorchEsnr().update(*state)
+            else:
+                torch.ops.pwm_fast.esnr_update(*state, chosen)
         self.samples += 1
 
     def mean(self) -> list[Tensor]:
@@ -141,8 +150,12 @@ class EsnrAccumulator:
         """
         if self.samples == 0:
             raise ValueError("no sample has been taken yet")
-        return [o + s / self.samples for o, s in zip(self._origin, self._sum, strict=True)]
+        return [
+            (o + s / self.samples).to(o.dtype)
+            for o, s in zip(self._origin, self._sum, strict=True)
+        ]
 
+    @torch.no_grad()
     def result(self, *, debias: bool = False) -> ESNR:
         """See :func:`esnr`.
 
@@ -151,15 +164,13 @@ class EsnrAccumulator:
         """
         if self.samples < 2:
             raise ValueError(f"ESNR needs at least 2 samples, got {self.samples}")
-        n = self.samples
-        signal = torch.stack([m.double().square().sum() for m in self.mean()])
-        noise = torch.stack(
-            [
-                q / n - (s.double() / n).square().sum()
-                for q, s in zip(self._square, self._sum, strict=True)
-            ]
-        ).clamp_min(0.0)
-        return reference.summarize(signal, noise, n, self.eps, debias)
+        chosen = dispatch.select("esnr_update", self.backend, dispatch.Call(self._origin))
+        state = (self._origin, self._sum, self._squares, self.samples)
+        if chosen == "reference":
+            signal, noise = TorchEsnr().result(*state)
+        else:
+            signal, noise = torch.ops.pwm_fast.esnr_result(*state, chosen)
+        return reference.summarize(signal, noise, self.samples, self.eps, debias)
 
 
 class RunningEsnr:

@@ -1,0 +1,95 @@
+"""The kernels in CUDA C++ (``csrc/cuda``), part of the native extension where nvcc built it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops.fused import native
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+DTYPES = tuple(_TYPES)
+
+
+@torch.compiler.assume_constant_result
+def why_not(device: int) -> str | None:
+    """Why the kernels cannot run on CUDA device ``device``; None if they can."""
+    if native.why_missing() is not None:
+        return native.why_missing()
+    extension = native.extension()
+    if not hasattr(extension, "cuda_why_not"):
+        return "the native extension is of an older version: reinstall"
+    return extension.cuda_why_not(device) or None
+
+
+class CudaEsnr:
+    """See :class:`pwm_fast.ops.fused.esnr.EsnrKernels`; float32, bfloat16 and float16.
+
+    Launches go to the current stream of the tensors' device. They copy nothing from the host's
+    memory and wait for nothing, so a CUDA graph can capture them.
+    """
+
+    _prefix = "cuda_esnr"
+
+    def __init__(self) -> None:
+        self._c = native.extension()
+
+    def moments(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
+        """See :class:`EsnrKernels`."""
+        count = len(grads) // samples
+        whole = [g.contiguous() for g in grads]  # named: alive until the launches are made
+        signal, noise = _results(count, whole[0].device)
+        self._call("", whole, count, samples, signal, noise, samples)
+        return signal, noise
+
+    def update(
+        self,
+        grads: Sequence[Tensor],
+        origins: Sequence[Tensor],
+        sums: Sequence[Tensor],
+        squares: Tensor,
+    ) -> None:
+        """See :class:`EsnrKernels`."""
+        whole = [g.contiguous() for g in grads]
+        self._call("_update", [*whole, *origins, *sums], len(whole), 3, squares)
+
+    def result(
+        self, origins: Sequence[Tensor], sums: Sequence[Tensor], squares: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`EsnrKernels`."""
+        signal, noise = _results(len(origins), squares.device)
+        self._call("_result", [*origins, *sums], len(origins), 2, squares, signal, noise, samples)
+        return signal, noise
+
+    def _call(
+        self, name: str, tensors: Sequence[Tensor], count: int, rows: int, *rest: Tensor | int
+    ) -> None:
+        """Run a kernel on ``rows`` rows of ``count`` tensors each."""
+        first = tensors[0]
+        addresses = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
+        sizes = torch.tensor([x.numel() for x in tensors[:count]], dtype=torch.int64)
+        words = self._c.esnr_workspace_words(sizes.data_ptr(), count, rows)
+        workspace = torch.empty(words, dtype=torch.int64, device=first.device)
+        getattr(self._c, self._prefix + name)(
+            addresses.data_ptr(),
+            sizes.data_ptr(),
+            _TYPES[first.dtype],
+            *(x.data_ptr() if isinstance(x, Tensor) else x for x in rest),
+            count,
+            workspace.data_ptr(),
+            words,
+            *self._where(first.device),
+        )
+
+    def _where(self, device: torch.device) -> tuple[Any, ...]:
+        """The last arguments of a call: device and stream."""
+        return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _results(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    signal, noise = torch.empty(2, count, dtype=torch.float64, device=device).unbind()
+    return signal, noise

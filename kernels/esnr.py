@@ -52,7 +52,7 @@ def _moments(
         sample = tables.row(words, tensors, samples, tensor, s, DTYPE, ALIGNED) + start
         x = _load(sample, i, n, WHOLE) - origin
         apart = x - mean
-        mean += apart * (1.0 / (s + 1).to(tl.float32))
+        mean += apart * (1.0 / (s + 1))
         squares += apart * (x - mean)
     mean += origin
     return (mean * mean).to(tl.float64), squares.to(tl.float64)
@@ -152,7 +152,7 @@ def esnr_result_kernel(
     tensor, start, n = tables.find(words, tensors, chunk, c, TENSORS)
     origin = tables.row(words, tensors, 2, tensor, 0, DTYPE, ALIGNED) + start
     total = tables.row(words, tensors, 2, tensor, 1, tl.float32, ALIGNED) + start
-    share = 1.0 / samples.to(tl.float32)
+    share = 1.0 / samples
     signal = tl.zeros([BLOCK], tl.float64)
     shift = tl.zeros([BLOCK], tl.float64)
     whole = n // BLOCK * BLOCK
@@ -188,11 +188,10 @@ def esnr_sums_kernel(
     if TASK == 1:
         tl.store(squares + t, tl.load(squares + t) + a)
     else:
-        count = samples.to(tl.float64)
         if TASK == 0:
-            spread = b / count
+            spread = b / samples
         else:
-            spread = tl.load(squares + t) / count - b
+            spread = tl.load(squares + t) / samples - b
             spread = tl.where(spread < 0.0, 0.0, spread)  # a NaN stays one
         tl.store(signal + t, a)
         tl.store(noise + t, spread)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast import dispatch
-from pwm_fast.ops import _checks, library_native  # noqa: F401  registers the operators
+from pwm_fast.ops import _checks, library_esnr  # noqa: F401  registers the operators
 from pwm_fast.ops.fused.esnr import TorchEsnr, sum_dtype
 from pwm_fast.ops.reference import esnr as reference
 from pwm_fast.ops.types import ESNR

@@ -69,12 +69,12 @@ def test_context_ends_with_an_error() -> None:
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     x, net = torch.randn(3, 6), layers()
-    names = "auto, native, torch, reference, got 'cuda'"
+    names = "auto, native, cuda, triton, torch, reference, got 'metal'"
     with pytest.raises(ValueError, match=f"backend must be one of {names}"):
-        ops.mlp([x], net, backend="cuda")
+        ops.mlp([x], net, backend="metal")
     with pytest.raises(ValueError, match=f"backend must be one of {names}"):
-        dispatch.backend("cuda").__enter__()
-    monkeypatch.setenv(dispatch.VARIABLE, "cuda")
+        dispatch.backend("metal").__enter__()
+    monkeypatch.setenv(dispatch.VARIABLE, "metal")
     with pytest.raises(ValueError, match=f"{dispatch.VARIABLE} must be one of {names}"):
         ops.mlp([x], net)
 

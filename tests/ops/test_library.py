@@ -123,6 +123,13 @@ def call_esnr(backend: str, dtype: torch.dtype) -> Tensor:
     return ratio.requires_grad_() * 1.0
 
 
+def call_esnr_accumulator(backend: str, dtype: torch.dtype) -> Tensor:
+    accumulator = ops.EsnrAccumulator(backend="torch")
+    for _ in range(3):
+        accumulator.update([normal(5, 3, dtype=dtype), normal(2, dtype=dtype)])
+    return accumulator.result().ratio.requires_grad_() * 1.0
+
+
 # With the operators that are of interest: the others of a call have a case of their own.
 CALLS: dict[str, tuple[str, Call]] = {
     "mlp": ("mlp", call_mlp),
@@ -137,6 +144,7 @@ CALLS: dict[str, tuple[str, Call]] = {
     "imagine frozen": ("imagine", lambda b, d: call_imagine(b, d, frozen=True)),
     "rows": ("", call_rows),
     "esnr": ("", call_esnr),
+    "esnr accumulator": ("", call_esnr_accumulator),
 }
 
 

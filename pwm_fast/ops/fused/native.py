@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast.ops.fused.esnr import TorchEsnr
+
 from pwm_fast.ops.fused.precision import EXACT, Precision
 
 _ACTS = {"none": 0, "mish": 1, "simnorm": 2}
@@ -428,8 +430,15 @@ class NativeKernels:
             torch.get_num_threads(),
         )
 
-    def esnr(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
-        """Signal and noise ``[T]`` of T tensors; ``grads`` holds sample after sample."""
+
+class NativeEsnr(TorchEsnr):
+    """See :class:`pwm_fast.ops.fused.esnr.EsnrKernels`; only the moments are native."""
+
+    def __init__(self) -> None:
+        self._c = extension()
+
+    def moments(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
+        """See :class:`EsnrKernels`."""
         tensors = len(grads) // samples
         whole = [g.contiguous() for g in grads]  # named: alive until the call is over
         pointers = torch.tensor([g.data_ptr() for g in whole], dtype=torch.int64)

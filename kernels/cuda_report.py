@@ -1,0 +1,147 @@
+"""What the CUDA C++ kernels use on each GPU: the second table of ``docs/kernels.md``.
+
+``python -m pwm_fast.kernels.cuda_report`` reads it from the built extension and writes the table;
+``--check`` only compares it. No GPU is needed, but nvcc was when the extension was built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from pwm_fast.kernels.aot import run_tool
+from pwm_fast.kernels.report import store, stored
+
+SECTION = "cuda"
+
+_TYPES = {"NS0_4HalfE": "fp16", "NS0_8Bfloat16E": "bf16", "f": "fp32"}
+_FUNCTION = re.compile(r"Function (\w+):\s+(REG:\d+.*)")
+
+
+class CudaUsage(NamedTuple):
+    """One kernel on one architecture.
+
+    Attributes:
+        kernel: name for people: ``"esnr moments fp32 M16"``.
+        arch: as ``"sm_90a"``.
+        registers: of a thread.
+        spill: bytes of local memory a thread.
+        shared: bytes of shared memory a block.
+    """
+
+    kernel: str
+    arch: str
+    registers: int
+    spill: int
+    shared: int
+
+
+def why_not() -> str | None:
+    """Why there is nothing to read; None if there is."""
+    try:
+        extension = import_module("pwm_fast._C")
+    except ImportError as error:
+        return f"the native extension does not load ({error})"
+    build = extension.build_info()
+    return None if build["cuda"] else f"the extension has no CUDA code: {build['cuda_detail']}"
+
+
+def examine() -> list[CudaUsage]:
+    """What every kernel in the built extension uses, by architecture.
+
+    Raises:
+        RuntimeError: cuobjdump does not know the file.
+    """
+    path = import_module("pwm_fast._C").__file__
+    found, arch = [], ""
+    for line in run_tool("cuobjdump", "-res-usage", path).splitlines():
+        named = re.match(r"arch = (\S+)", line)
+        arch = named[1] if named else arch
+        text = line.strip()
+        # A function's name and its figures stand on two lines.
+        if text.startswith("Function "):
+            function = text.removeprefix("Function ").rstrip(":")
+        elif text.startswith("REG:"):
+            used = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", text)}
+            spill = used["STACK"] + used["LOCAL"]
+            name = readable(function)
+            found.append(CudaUsage(name, arch, used["REG"], spill, used["SHARED"]))
+    return sorted(found)
+
+
+def readable(symbol: str) -> str:
+    """A kernel's name for people, from its symbol's; the symbol itself where it is another's."""
+    found = re.search(r"(\d+)(chunks|tensors|write_words|probe)", symbol)
+    if found is None:
+        return symbol
+    if found[2] == "probe":
+        return "probe"
+    if found[2] != "chunks":
+        return f"esnr {found[2]}"
+    kind = re.match(r"I(NS\d?_\d+HalfE|NS\d?_\d+Bfloat16E|f)", symbol[found.end() :])
+    dtype = "fp32"
+    if kind is not None and kind[1] != "f":
+        dtype = "fp16" if "Half" in kind[1] else "bf16"
+    work = re.search(r"Moments|Update|Result", symbol)
+    samples = re.search(r"MomentsILi(\d+)E", symbol)
+    return f"esnr {work[0].lower() if work else '?'} {dtype}" + (f" M{samples[1]}" if samples else "")
+
+
+def faults(used: Sequence[CudaUsage]) -> list[str]:
+    """What breaks the rules: a kernel may not spill."""
+    return [f"{u.kernel} spills {u.spill} bytes a thread on {u.arch}" for u in used if u.spill]
+
+
+def table(used: Sequence[CudaUsage]) -> str:
+    """The report as Markdown: a line a kernel; of every architecture registers, spill, shared."""
+    archs = sorted({u.arch for u in used})
+    cells: dict[str, dict[str, str]] = {}
+    for u in used:
+        cells.setdefault(u.kernel, {})[u.arch] = f"{u.registers} / {u.spill} / {u.shared}"
+    lines = [
+        f"{compiler()}: registers a thread / bytes spilled a thread / bytes of shared memory.",
+        "",
+        "| kernel | " + " | ".join(archs) + " |",
+        "|---|" + "---|" * len(archs),
+    ]
+    for kernel, by_arch in cells.items():
+        lines.append(f"| {kernel} | " + " | ".join(by_arch.get(a, "-") for a in archs) + " |")
+    return "\n".join(lines)
+
+
+def compiler() -> str:
+    """The compiler and the architectures of the built extension."""
+    return str(import_module("pwm_fast._C").build_info()["cuda_detail"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check the table; 1 if a kernel spills, the table differs or there is no CUDA."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pwm_fast.kernels.cuda_report", description=__doc__
+    )
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--page", type=Path, default=Path("docs/kernels.md"))
+    args = parser.parse_args(argv)
+    if (reason := why_not()) is not None:
+        print(reason, file=sys.stderr)
+        return 1
+    used = examine()
+    bad, text = faults(used), table(used)
+    if not args.check:
+        store(args.page, text, SECTION)
+    elif not stored(args.page, SECTION).startswith(f"{compiler()}:"):
+        print(f"not compared: the table is of another compiler than {compiler()}")
+    elif stored(args.page, SECTION).rstrip() != text:
+        bad.append(f"{args.page} differs: run python -m pwm_fast.kernels.cuda_report")
+    for line in bad:
+        print(line, file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

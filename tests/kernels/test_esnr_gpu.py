@@ -1,0 +1,204 @@
+"""ESNR on a GPU, in CUDA C++ and in Triton: truth, bits, streams and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from pwm_fast import dispatch, ops
+from pwm_fast.ops.fused import cuda
+from pwm_fast.ops.fused.cuda import CudaEsnr
+from pwm_fast.ops.fused.esnr import EsnrKernels
+from tests.native.esnr_cases import (
+    AGREEING,
+    DTYPES,
+    SIZES,
+    assert_close,
+    difference_of_totals,
+    grads,
+    misaligned,
+    truth,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+BACKENDS = ("cuda", "triton")
+SAMPLES = (1, 2, 4, 16, 64, 65)
+# In CUDA C++ means are sums; in Triton Welford's recurrence rounds once a sample.
+RTOL = {"cuda": 2e-7, "triton": 2e-6}
+
+
+def kernels(backend: str) -> EsnrKernels:
+    if backend == "triton":
+        pytest.importorskip("triton")
+        from pwm_fast.kernels.esnr import TritonEsnr
+
+        return TritonEsnr()
+    if (reason := cuda.why_not(0)) is not None:
+        pytest.skip(reason)
+    return CudaEsnr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_moments(samples: int, dtype: torch.dtype, backend: str) -> None:
+    given = grads(samples, dtype, device="cuda")
+    moved = [misaligned(g) if i % 3 == 0 else g for i, g in enumerate(given)]
+    ours, wanted = kernels(backend), truth(given, samples)
+    signal, noise = ours.moments(given, samples)
+    assert_close(signal, wanted[0], RTOL[backend])
+    assert_close(noise, wanted[1], RTOL[backend])
+    for tensors in (given, moved, given):
+        for got, expected in zip(ours.moments(tensors, samples), (signal, noise), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_the_bits_of_the_emulation(samples: int, dtype: torch.dtype) -> None:
+    """What the tests without a GPU find true of the emulation is then true here."""
+    from tests.native.test_esnr_emulation import Emulated
+
+    ours = kernels("cuda")
+    sizes = (*SIZES, 70_001, 5_000_000 // samples)
+    given = grads(samples, dtype, sizes)
+    there = ours.moments([g.cuda() for g in given], samples)
+    for got, expected in zip(there, Emulated().moments(given, samples), strict=True):
+        assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("spread", "lost"), AGREEING)
+def test_samples_that_agree(spread: float, lost: float, backend: str) -> None:
+    given = grads(16, sizes=(100_003, 20_000), spread=spread, device="cuda")
+    signal, noise = kernels(backend).moments(given, 16)
+    wanted = truth(given, 16)
+    assert_close(signal, wanted[0], RTOL[backend])
+    assert_close(noise, wanted[1], 2e-6)
+    exact = wanted[1].sum().item()
+    assert abs(difference_of_totals(given, 16) - exact) > lost * exact
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_streamed_samples(dtype: torch.dtype, backend: str) -> None:
+    kernels(backend)
+    given, count = grads(5, dtype, device="cuda"), len(SIZES)
+    accumulator = ops.EsnrAccumulator(backend=backend)
+    for s in range(5):
+        accumulator.update(given[s * count : (s + 1) * count])
+    result, wanted = accumulator.result(), truth(given, 5)
+    assert_close(result.tensor_signal, wanted[0], rtol=1e-6)
+    assert_close(result.tensor_noise, wanted[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_always_the_same_bits(backend: str) -> None:
+    """Also while another stream keeps parts of the GPU busy."""
+    ours = kernels(backend)
+    given = grads(4, sizes=(1_000_003, 65_537, 3), device="cuda")
+    signal, noise = (x.clone() for x in ours.moments(given, 4))
+    other, noisy = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for _ in range(50):
+        with torch.cuda.stream(other):
+            noisy = torch.mm(noisy, noisy).clamp_(-1.0, 1.0)
+        for got, expected in zip(ours.moments(given, 4), (signal, noise), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_on_the_current_stream(backend: str) -> None:
+    """A side stream on which the samples are written late: reading too early would show."""
+    ours = kernels(backend)
+    given = grads(3, sizes=(50_001, 7), device="cuda")
+    wanted = truth(given, 3)
+    late = [torch.zeros_like(g) for g in given]
+    ours.moments(late, 3)  # compiled before the clock runs
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for empty, full in zip(late, given, strict=True):
+            empty.copy_(full)
+        signal, noise = ours.moments(late, 3)
+    stream.synchronize()
+    assert_close(signal, wanted[0], RTOL[backend])
+    assert_close(noise, wanted[1], RTOL[backend])
+
+
+def replayed(run: Callable[[], Sequence[Tensor]]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = run()
+    return graph, made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("samples", [4, 65])
+def test_a_graph_reads_new_values(samples: int, backend: str) -> None:
+    ours = kernels(backend)
+    given = grads(samples, device="cuda")
+    graph, (signal, noise) = replayed(lambda: ours.moments(given, samples))
+    trash = [torch.full((4096,), -1, device="cuda") for _ in range(50)]  # reuses freed memory
+    del trash
+    for scale in (1.0, -3.0, 0.25):
+        for g in given:
+            g.mul_(scale).add_(0.1 * torch.randn_like(g))
+        graph.replay()
+        wanted = truth(given, samples)
+        assert_close(signal, wanted[0], RTOL[backend])
+        assert_close(noise, wanted[1], RTOL[backend])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_synchronisation(backend: str) -> None:
+    kernels(backend)
+    given = [[torch.randn(999, device="cuda")] for _ in range(4)]
+    accumulator = ops.EsnrAccumulator(backend=backend)
+
+    def run() -> None:
+        ops.esnr(given, backend=backend)
+        accumulator.reset()
+        for sample in given:
+            accumulator.update(sample)
+        accumulator.result()
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_auto_takes_a_kernel() -> None:
+    given = [torch.randn(9, device="cuda") for _ in range(4)]
+    chosen = dispatch.select("esnr", "auto", dispatch.Call(given))
+    assert chosen == ("cuda" if cuda.why_not(0) is None else "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_gpu(backend: str) -> None:
+    """The launch goes where the tensors are, and the current device stays what it was."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ours = kernels(backend)
+    given = grads(4, device="cuda:1")
+    signal, noise = ours.moments(given, 4)
+    assert torch.cuda.current_device() == 0
+    wanted = truth(given, 4)
+    assert_close(signal, wanted[0], RTOL[backend])
+    assert_close(noise, wanted[1], RTOL[backend])

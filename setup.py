@@ -3,10 +3,10 @@
 PWM_FAST_BUILD=auto, the default, warns and installs pure Python if the extension does not build;
 1 makes that an error; 0 does not try. CXX, CXXFLAGS and LDFLAGS are honoured.
 
-PWM_FAST_CUDA=auto, the default, compiles the CUDA sources into it where there is an nvcc (NVCC, else
-the one on PATH, else CUDA_HOME's) and leaves them out where there is none or they do not build; 1
+PWM_FAST_CUDA=auto, the default, compiles the CUDA sources into it where there is an nvcc (NVCC, or
+the one on PATH, or CUDA_HOME's), and leaves them out where there is none or they do not build; 1
 makes that an error; 0 leaves them out. PWM_FAST_CUDA_ARCHS names other architectures than
-"80 90a 90+PTX": those that nvcc knows of it are the default.
+"80 90a 90+PTX", of which those are taken that nvcc knows.
 """
 
 import glob
@@ -188,19 +188,11 @@ class Nvcc:
         host += for_host(flag for flag in flags if flag.startswith(("-f", "-g", "-m")))
         archs = [f"-DPWM_FAST_CUDA_ARCHS={json.dumps(', '.join(self.archs))}", *self.gencode()]
         ninja.variable("nvcc", ninja_syntax.escape(shlex.quote(self.program)))
-        ninja.variable(
-            "nvcc_flags", ninja_syntax.escape(shlex.join([*CUDA_FLAGS, *host, *archs]))
-        )
-        ninja.variable(
-            "nvcc_link_flags",
-            ninja_syntax.escape(
-                shlex.join(
-                    # CUDA's static runtime stays invisible to the one that torch may bring along.
-                    ["-shared", "-cudart=static", "-nodlink", "-Xlinker=--exclude-libs=ALL", *host]
-                    + for_host(flag for flag in link_flags if flag != "-shared")
-                )
-            ),
-        )
+        ninja.variable("nvcc_flags", ninja_syntax.escape(shlex.join([*CUDA_FLAGS, *host, *archs])))
+        # CUDA's static runtime stays invisible to the one that torch may bring along.
+        link = ["-shared", "-cudart=static", "-nodlink", "-Xlinker=--exclude-libs=ALL", *host]
+        link += for_host(flag for flag in link_flags if flag != "-shared")
+        ninja.variable("nvcc_link_flags", ninja_syntax.escape(shlex.join(link)))
         ninja.rule(
             "nvcc",
             "$nvcc $nvcc_flags --threads 0 -MMD -MF $out.d -c $in -o $out",
@@ -264,7 +256,11 @@ extension = Extension(
     sorted({source for source, _ in SOURCES.values()}),
     depends=[
         "csrc/no_cuda.cpp",
-        *(file for kind in ("h", "cu", "cuh") for file in glob.glob(f"csrc/**/*.{kind}", recursive=True)),
+        *(
+            file
+            for kind in ("h", "cu", "cuh")
+            for file in glob.glob(f"csrc/**/*.{kind}", recursive=True)
+        ),
     ],
     optional=BUILD != "1" and CUDA != "1",
 )

@@ -109,8 +109,8 @@ def usage(compiled: Any) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        resources = _tool("cuobjdump", "-res-usage", str(cubin))
-        code = _tool("nvdisasm", "-c", str(cubin))
+        resources = run_tool("cuobjdump", "-res-usage", str(cubin))
+        code = run_tool("nvdisasm", "-c", str(cubin))
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", resources)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers:\n{resources}")
@@ -119,7 +119,7 @@ def usage(compiled: Any) -> Usage:
     return Usage(registers, stack + local, int(compiled.metadata.shared), "+".join(units))
 
 
-def _tool(name: str, *args: str) -> str:
+def run_tool(name: str, *args: str) -> str:
     """Output of one of the CUDA tools that come with triton."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     done = subprocess.run([str(program), *args], capture_output=True, text=True, check=False)

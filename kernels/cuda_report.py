@@ -19,9 +19,6 @@ from pwm_fast.kernels.report import store, stored
 
 SECTION = "cuda"
 
-_TYPES = {"NS0_4HalfE": "fp16", "NS0_8Bfloat16E": "bf16", "f": "fp32"}
-_FUNCTION = re.compile(r"Function (\w+):\s+(REG:\d+.*)")
-
 
 class CudaUsage(NamedTuple):
     """One kernel on one architecture.
@@ -57,14 +54,13 @@ def examine() -> list[CudaUsage]:
     Raises:
         RuntimeError: cuobjdump does not know the file.
     """
-    path = import_module("pwm_fast._C").__file__
-    found, arch = [], ""
+    path = str(import_module("pwm_fast._C").__file__)
+    found, arch, function = [], "", ""
     for line in run_tool("cuobjdump", "-res-usage", path).splitlines():
-        named = re.match(r"arch = (\S+)", line)
-        arch = named[1] if named else arch
         text = line.strip()
-        # A function's name and its figures stand on two lines.
-        if text.startswith("Function "):
+        if text.startswith("arch = "):
+            arch = text.removeprefix("arch = ")
+        elif text.startswith("Function "):  # its figures stand on the next line
             function = text.removeprefix("Function ").rstrip(":")
         elif text.startswith("REG:"):
             used = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", text)}
@@ -75,21 +71,17 @@ def examine() -> list[CudaUsage]:
 
 
 def readable(symbol: str) -> str:
-    """A kernel's name for people, from its symbol's; the symbol itself where it is another's."""
-    found = re.search(r"(\d+)(chunks|tensors|write_words|probe)", symbol)
+    """A kernel's name for people, made of its symbol; the symbol where it is of another form."""
+    found = re.search(r"\d(chunks|tensors|write_words|probe)(I\w+)?", symbol)
     if found is None:
         return symbol
-    if found[2] == "probe":
-        return "probe"
-    if found[2] != "chunks":
-        return f"esnr {found[2]}"
-    kind = re.match(r"I(NS\d?_\d+HalfE|NS\d?_\d+Bfloat16E|f)", symbol[found.end() :])
-    dtype = "fp32"
-    if kind is not None and kind[1] != "f":
-        dtype = "fp16" if "Half" in kind[1] else "bf16"
-    work = re.search(r"Moments|Update|Result", symbol)
-    samples = re.search(r"MomentsILi(\d+)E", symbol)
-    return f"esnr {work[0].lower() if work else '?'} {dtype}" + (f" M{samples[1]}" if samples else "")
+    if found[1] != "chunks":
+        return "probe" if found[1] == "probe" else f"esnr {found[1]}"
+    dtype = next((d for d, s in (("fp16", "Half"), ("bf16", "Bfloat16")) if s in found[2]), "fp32")
+    work = re.search(r"(Moments|Update|Result)(?:ILi(\d+))?", found[2])
+    if work is None:
+        return symbol
+    return f"esnr {work[1].lower()} {dtype}" + (f" M{work[2]}" if work[2] else "")
 
 
 def faults(used: Sequence[CudaUsage]) -> list[str]:

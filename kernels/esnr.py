@@ -40,7 +40,15 @@ def _load(pointer, i, n, WHOLE: tl.constexpr):
 
 @triton.jit
 def _moments(
-    words, tensors, samples, tensor, start, i, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    words,
+    tensors,
+    samples,
+    tensor,
+    start,
+    i,
+    n,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Of each element the square of its mean and the sum of centred squares, float64."""

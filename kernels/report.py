@@ -23,7 +23,7 @@ import triton
 import pwm_fast.kernels
 from pwm_fast.kernels.aot import SHARED_LIMIT, Case, Usage, compile_case, usage
 
-_BEGIN, _END = "<!-- report:begin -->", "<!-- report:end -->"
+SECTION = "report"  # the table stands between <!-- report:begin --> and <!-- report:end -->
 
 
 class Entry(NamedTuple):
@@ -132,22 +132,24 @@ def _cells(used: Usage) -> list[str]:
     return [*cells, used.tensor_cores] if used.tensor_cores else cells
 
 
-def stored(page: Path) -> str:
-    """The table that a page holds.
+def stored(page: Path, section: str = SECTION) -> str:
+    """The table that a page holds in a section.
 
     Raises:
         ValueError: it has no place for one.
     """
-    found = re.search(f"{_BEGIN}\n(.*?)\n?{_END}", page.read_text(), re.DOTALL)
+    begin, end = (f"<!-- {section}:{part} -->" for part in ("begin", "end"))
+    found = re.search(f"{begin}\n(.*?)\n?{end}", page.read_text(), re.DOTALL)
     if found is None:
-        raise ValueError(f"{page} has no {_BEGIN} and {_END}")
+        raise ValueError(f"{page} has no {begin} and {end}")
     return found[1]
 
 
-def store(page: Path, text: str) -> None:
-    """Put a table in the place of the one that a page holds."""
-    old = f"{_BEGIN}\n{stored(page)}"
-    page.write_text(page.read_text().replace(old, f"{_BEGIN}\n{text}"))
+def store(page: Path, text: str, section: str = SECTION) -> None:
+    """Put a table in the place of the one that a page holds in a section."""
+    begin = f"<!-- {section}:begin -->\n"
+    old = begin + stored(page, section)
+    page.write_text(page.read_text().replace(old, begin + text))
 
 
 def version_of(text: str) -> str | None:

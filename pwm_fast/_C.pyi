@@ -197,12 +197,12 @@ def axpby(
     z: int, k1: int, k2: int, out: int, c1: float, c2: float, n: int, threads: int
 ) -> None: ...
 
-# GPUs: csrc/cuda. Without CUDA in the build, cuda_devices and cuda_why_not say so, and launches raise
-# RuntimeError with that; so they do with what CUDA says of a launch that fails. Addresses of rows,
-# sizes, signal, noise, squares and workspace: rows and sizes are of the CPU, [rows, tensors] and
-# [tensors] of int64; the others are of the device, float64 [tensors], and int64 [words]. Types are 0
-# (fp32), 1 (bf16) and 2 (fp16). Launches are not waited for. The emulations, for tests, do the same
-# in the CPU's memory, blocks in an order that `order` picks (0: first to last), to the same bits.
+# GPUs: csrc/cuda. Without CUDA in the build, cuda_devices and cuda_why_not say so, and launches
+# raise RuntimeError with that; else with what CUDA says of a launch that fails. Addresses: rows and
+# sizes are of the CPU, int64 [rows, tensors] and [tensors]; the others are of the device, float64
+# [tensors], and int64 [words]. Types are 0 (fp32), 1 (bf16) and 2 (fp16). Launches are not waited
+# for. The emulations, for tests, do the same in the CPU's memory, to the same bits, in an order of
+# blocks that `order` picks (0: first to last).
 
 def cuda_devices() -> tuple[int, str]: ...
 def cuda_why_not(device: int) -> str: ...

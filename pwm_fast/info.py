@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib import import_module, metadata
+from typing import Any
 
 import pwm_fast
 
@@ -93,7 +95,7 @@ def _native() -> dict[str, str]:
         "native extension": state,
         "native build": f"{build['compiler']} {build['compiler_version']}, {build['cxx_standard']}",
         "native flags": str(build["flags"]),
-        "native CUDA": "yes" if build["cuda"] else f"no: {build['cuda_detail']}",
+        "native CUDA": _native_cuda(native, build),
     }
 
 
@@ -106,6 +108,14 @@ def _products() -> dict[str, str]:
         fp32 = f"fail: {error}"
     bf16 = "in hardware" if gemm.cpu_multiplies_bf16() else "rounded, multiplied in fp32"
     return {"products on the CPU": f"fp32: {fp32}; bf16: {bf16}"}
+
+
+def _native_cuda(native: Any, build: Mapping[str, str | bool]) -> str:
+    """The native extension's CUDA code and how many GPUs it can run on, or why there is none."""
+    if not build["cuda"]:
+        return f"no: {build['cuda_detail']}"
+    count, reason = native.cuda_devices()
+    return f"{build['cuda_detail']}; GPUs: {count or f'none, {reason}'}"
 
 
 def native_isa() -> str | None:

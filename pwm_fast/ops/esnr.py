@@ -151,8 +151,7 @@ class EsnrAccumulator:
         if self.samples == 0:
             raise ValueError("no sample has been taken yet")
         return [
-            (o + s / self.samples).to(o.dtype)
-            for o, s in zip(self._origin, self._sum, strict=True)
+            (o + s / self.samples).to(o.dtype) for o, s in zip(self._origin, self._sum, strict=True)
         ]
 
     @torch.no_grad()

@@ -10,10 +10,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from pwm_fast import ops  # noqa: E402
-from pwm_fast.kernels import table  # noqa: E402
-from pwm_fast.kernels.esnr import TritonEsnr  # noqa: E402
-from tests.native.esnr_cases import (  # noqa: E402
+from pwm_fast import ops
+from pwm_fast.kernels import table
+from pwm_fast.kernels.esnr import TritonEsnr
+from tests.native.esnr_cases import (
     AGREEING,
     assert_close,
     difference_of_totals,

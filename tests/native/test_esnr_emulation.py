@@ -75,7 +75,9 @@ def test_no_order_and_no_alignment_changes_a_bit(samples: int, dtype: torch.dtyp
     moved = [misaligned(g) if i % 3 == 0 else g for i, g in enumerate(given)]
     for order in (1, 2, 3):
         for tensors in (given, moved):
-            for got, wanted in zip(Emulated(order).moments(tensors, samples), expected, strict=True):
+            for got, wanted in zip(
+                Emulated(order).moments(tensors, samples), expected, strict=True
+            ):
                 assert torch.equal(got, wanted)
 
 

@@ -329,6 +329,11 @@ def test_info_of_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["native extension"].startswith("loaded, instruction set avx2")
     assert rows["native build"] == "gcc 12.2, c++17"
     assert rows["native CUDA"] == "no: no sources"
+    build |= {"cuda": True, "cuda_detail": "nvcc 13.0, for 80"}
+    fake.cuda_devices = lambda: (0, "no driver")
+    assert info.report()["native CUDA"] == "nvcc 13.0, for 80; GPUs: none, no driver"
+    fake.cuda_devices = lambda: (2, "")
+    assert info.report()["native CUDA"] == "nvcc 13.0, for 80; GPUs: 2"
 
     def unknown() -> str:
         raise ValueError("PWM_FAST_ISA=x is unknown")
@@ -346,14 +351,18 @@ def test_info_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_OPENMP", "/somewhere/libgomp.so.1")
     rows = info.report()
     assert rows["native threads"] == "torch's own, by libgomp.so.1"
-    assert rows["on cpu, float32"].split() == ["native", "torch", "reference"]
+    names = [name for name in dispatch.NAMES if name != "auto"]
+    assert rows["on cpu, float32"].split() == names
     for operation in dispatch.OPERATIONS:
-        assert rows[f"  {operation}"].split("  ")[0].strip() == "auto"
-    assert re.split(" {2,}", rows["  mlp"]) == ["auto", "if asked", "if asked"]
+        cells = dict(zip(names, re.split(" {2,}", rows[f"  {operation}"]), strict=True))
+        kept = "native" if operation != "esnr_update" else "reference"
+        assert [name for name in names if cells[name] == "auto"] == [kept]
+        assert cells["reference"] in ("auto", "if asked")
     monkeypatch.setattr(native, "_MISSING", "the native extension does not load (gone)")
     rows = info.report()
     assert "native threads" not in rows
-    assert re.split(" {2,}", rows["  mlp"]) == ["no [1]", "if asked", "auto"]
+    cells = re.split(" {2,}", rows["  mlp"])
+    assert cells[0] == "no [1]" and cells[-2:] == ["if asked", "auto"]
     assert rows["  [1]"] == "the native extension does not load (gone)"
     monkeypatch.setattr(native, "_MISSING", None)
     monkeypatch.setattr(native, "_OPENMP", None)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pwm_fast.ops.fused.esnr import TorchEsnr
-
 from pwm_fast.ops.fused.precision import EXACT, Precision
 
 _ACTS = {"none": 0, "mish": 1, "simnorm": 2}

@@ -1,7 +1,8 @@
 # GNU make on Linux and macOS. `make` alone lists the targets.
 #   PYTHON=python3.12  the interpreter for .venv (3.10 to 3.13); a .venv of another one is made anew
 #   ARGS="..."         goes to the command that the target runs
-# PWM_FAST_BUILD, CXX, CXXFLAGS and LDFLAGS reach setup.py; another value installs again.
+# PWM_FAST_BUILD, PWM_FAST_CUDA, PWM_FAST_CUDA_ARCHS, NVCC, CUDA_HOME, CXX, CXXFLAGS and LDFLAGS reach
+# setup.py; another value installs again, and so does an nvcc that comes or goes.
 
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -47,6 +48,7 @@ clean: ## remove .venv, builds and caches; runs stay
 	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	@test "$$PWM_FAST_BUILD" = 0 || ls pwm_fast/_C.*.so >/dev/null 2>&1 || \
 		echo 'NOTE: installed without the native extension; "make setup PWM_FAST_BUILD=1" says why.'
+	@$(RUN) pwm_fast.info | grep '^native CUDA' || true
 	@touch $@
 
 # Changes, and so makes .installed out of date, only when what it records does.
@@ -64,4 +66,6 @@ clean: ## remove .venv, builds and caches; runs stay
 				'on Debian and Ubuntu install the package python3-venv' >&2; exit 1; }; \
 	fi; \
 	key="$$want | $$PWD | $$CXX | $$CXXFLAGS | $$LDFLAGS | $${PWM_FAST_BUILD:-auto}"; \
+	key="$$key | $${PWM_FAST_CUDA:-auto} | $$PWM_FAST_CUDA_ARCHS | $$CUDA_HOME"; \
+	key="$$key | $${NVCC:-$$(command -v nvcc)}"; \
 	[ "$$key" = "$$(cat $@ 2>/dev/null)" ] || printf "%s\n" "$$key" >$@

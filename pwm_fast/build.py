@@ -18,7 +18,7 @@ from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import ConfigError, TrainConfig
-from pwm_fast.envs import VectorEnv, make
+from pwm_fast.envs import TASKS, Engine, VectorEnv, choose, make
 from pwm_fast.replay import Replay
 
 
@@ -107,8 +107,31 @@ def deterministic(enabled: bool) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def make_env(config: TrainConfig, num_envs: int, seed: int) -> VectorEnv:
+CPU = torch.device("cpu")
+
+
+def physics(config: TrainConfig, device: torch.device) -> Engine | None:
+    """The engine of a run's robots for an agent on ``device``; None where another library steps.
+
+    Raises:
+        ConfigError: it cannot run here.
+    """
+    if config.env.name not in TASKS:
+        return None
+    with _usable("the engine does"):
+        return choose(config.env.engine, device)
+
+
+def make_env(
+    config: TrainConfig, num_envs: int, seed: int, device: torch.device = CPU
+) -> VectorEnv:
     """The environment of a run, with ``num_envs`` worlds.
+
+    Args:
+        config: of the run.
+        num_envs: N.
+        seed: of the start states.
+        device: the agent's; an environment that can is there too.
 
     Raises:
         ConfigError: it cannot be made.
@@ -120,6 +143,8 @@ def make_env(config: TrainConfig, num_envs: int, seed: int) -> VectorEnv:
             seed=seed,
             max_episode_steps=config.env.max_episode_steps,
             threads=config.env.threads,
+            engine=config.env.engine,
+            device=device,
             **config.env.options,
         )
 

@@ -428,7 +428,10 @@ class EnvConfig:
         name: of the robot or adapter.
         num_envs: default number of worlds.
         max_episode_steps: time limit; null is the task's own.
-        threads: physics threads.
+        threads: physics threads of the native engine.
+        engine: physics of the built-in robots: ``mujoco`` (native, CPU threads), ``mujoco_warp``
+            (on the run's device, extra ``[gpu]``) or ``auto`` (``mujoco_warp`` where the device is
+            a CUDA GPU and it can run there, else ``mujoco``; the run says which).
         options: what the task itself takes, such as ``start`` of the cart-pole.
     """
 
@@ -436,10 +439,12 @@ class EnvConfig:
     num_envs: int = 64
     max_episode_steps: int | None = None
     threads: int = 1
+    engine: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _positive("env", self, "num_envs", "threads")
+        _one_of("env.engine", self.engine, ("auto", "mujoco", "mujoco_warp"))
         if self.max_episode_steps is not None:
             _positive("env", self, "max_episode_steps")
 

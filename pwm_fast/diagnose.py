@@ -172,7 +172,7 @@ def _subject(path: Path, config: DiagnoseConfig, device: torch.device) -> Subjec
     run, content = build.load_run(path)
     build.seed_everything(config.seed)  # the same for every checkpoint, whatever its place
     seed = config.seed + HELD_OUT_SEED
-    with closing(build.make_env(run, config.episodes, seed)) as env:
+    with closing(build.make_env(run, config.episodes, seed, device)) as env:
         agent = build.restore_agent(path, run, content, env, device)
         act = MixedPolicy(
             agent,

@@ -63,7 +63,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     device = build.select_device(config.device)
     build.set_threads(config.threads)
     run, content = build.load_run(path)
-    with closing(build.make_env(run, config.episodes, config.seed)) as env:
+    with closing(build.make_env(run, config.episodes, config.seed, device)) as env:
         agent = build.restore_agent(path, run, content, env, device)
         result = evaluate(agent, env, config.seed)
     return {

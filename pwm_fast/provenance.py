@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import pwm_fast
+from pwm_fast import build, files, info
 from pwm_fast import config as configuration
-from pwm_fast import files, info
 from pwm_fast.config import ConfigError, TrainConfig
 
 FORMAT = "pwm_fast.provenance"
@@ -100,6 +100,7 @@ def describe(config: TrainConfig, device: torch.device) -> Record:
     such names say nothing of the result but something of people and their networks.
     """
     values = configuration.to_dict(config)
+    engine = build.physics(config, device)
     record: Record = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(),
@@ -111,6 +112,7 @@ def describe(config: TrainConfig, device: torch.device) -> Record:
         "versions": versions(),
         "machine": machine(device),
         "threads": torch.get_num_threads(),
+        "physics": None if engine is None else engine.name,
         "physics_threads": config.env.threads,
         "device": str(device),
         "deterministic": config.deterministic,

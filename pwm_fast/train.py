@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
     build.seed_everything(config.seed)
     with (
         build.deterministic(config.deterministic),
-        closing(build.make_env(config, config.worlds, config.seed)) as env,
+        closing(build.make_env(config, config.worlds, config.seed, device)) as env,
     ):
         agent = build.make_agent(config, env, device)
         replay = build.make_replay(config, env, device)
@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 env,
                 agent,
                 replay,
-                lambda n: build.make_env(config, n, config.seed),
+                lambda n: build.make_env(config, n, config.seed, device),
                 data,
             )
             if source is None:
@@ -90,10 +90,12 @@ def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:
     """A few lines on what is about to run."""
     counts = agent.world_model.num_parameters()
     shown = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+    engine = build.physics(config, device)
     return (
         f"{config.env.name} x {config.worlds}, {config.alg.name} on {device} "
         f"({torch.get_num_threads()} CPU threads), seed {config.seed}, {config.epochs} epochs\n"
-        f"world-model parameters: {shown}\n"
+        + ("" if engine is None else f"{engine.describe(config.env.threads)}\n")
+        + f"world-model parameters: {shown}\n"
         f"run directory: {config.run_dir}"
     )
 

@@ -87,7 +87,7 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
     policy = config.policy or ("random" if content is None else "stochastic")
     worlds = min(config.episodes, WORLDS)
     seed = config.seed + EXPORT_SEED
-    with closing(build.make_env(run, worlds, seed)) as env:
+    with closing(build.make_env(run, worlds, seed, device)) as env:
         agent = None
         if content is not None:
             path = Path(str(config.checkpoint)).expanduser()

@@ -6,9 +6,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from pwm_fast.envs.dm_control_adapter import DMControlEnv
+from pwm_fast.envs.engines import ENGINES, Engine, choose
 from pwm_fast.envs.gymnasium_adapter import GymnasiumEnv
 from pwm_fast.envs.mujoco_cpu import MujocoEnv
+from pwm_fast.envs.mujoco_warp import MujocoWarpEnv
 from pwm_fast.envs.protocol import SAME_STEP, Box, StateNotSupported, VectorEnv
 from pwm_fast.envs.tasks.ant import Ant
 from pwm_fast.envs.tasks.base import Task
@@ -23,15 +27,19 @@ ADAPTERS: dict[str, Callable[..., VectorEnv]] = {
 
 __all__ = [
     "ADAPTERS",
+    "ENGINES",
     "SAME_STEP",
     "TASKS",
     "Box",
     "DMControlEnv",
+    "Engine",
     "GymnasiumEnv",
     "MujocoEnv",
+    "MujocoWarpEnv",
     "StateNotSupported",
     "Task",
     "VectorEnv",
+    "choose",
     "make",
 ]
 
@@ -43,6 +51,8 @@ def make(
     seed: int = 0,
     max_episode_steps: int | None = None,
     threads: int = 1,
+    engine: str = "auto",
+    device: torch.device | str = "cpu",
     **options: Any,
 ) -> VectorEnv:
     """Make N worlds of a built-in robot or of another library.
@@ -52,7 +62,10 @@ def make(
         num_envs: N.
         seed: seed of the reset states.
         max_episode_steps: time limit; the task's own by default.
-        threads: physics threads; the adapters take 1.
+        threads: physics threads of the native engine; the adapters take 1.
+        engine: of a built-in robot: ``mujoco`` (native, on the CPU), ``mujoco_warp`` (on
+            ``device``) or ``auto``, see :func:`choose`; the adapters take ``auto``.
+        device: the agent's; the worlds' tensors are there where the engine runs there.
         **options: the task's or adapter's own arguments, such as ``start`` of the cart-pole,
             ``id`` of ``gym``, ``domain`` and ``task`` of ``dmc``.
 
@@ -62,8 +75,20 @@ def make(
     """
     if name in TASKS:
         _check_options(name, TASKS[name], {}, options)
+        task = TASKS[name](**options)
+        chosen = choose(engine, torch.device(device))
+        if chosen.name == "mujoco_warp":
+            if engine != "auto" and threads != 1:
+                raise ValueError(f"env.threads must be 1 for env.engine={engine}, got {threads}")
+            return MujocoWarpEnv(
+                task,
+                num_envs,
+                seed=seed,
+                max_episode_steps=max_episode_steps,
+                device=chosen.device,
+            )
         return MujocoEnv(
-            TASKS[name](**options),
+            task,
             num_envs,
             seed=seed,
             max_episode_steps=max_episode_steps,
@@ -72,6 +97,8 @@ def make(
     if name in ADAPTERS:
         if threads != 1:
             raise ValueError(f"env.threads must be 1 for env {name!r}, got {threads}")
+        if engine != "auto":
+            raise ValueError(f"env.engine must be auto for env {name!r}, got {engine!r}")
         common = {"num_envs": num_envs, "seed": seed, "max_episode_steps": max_episode_steps}
         _check_options(name, ADAPTERS[name], common, options)
         return ADAPTERS[name](**common, **options)

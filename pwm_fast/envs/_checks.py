@@ -21,13 +21,40 @@ def unit_action(action: Tensor, num_envs: int, action_dim: int) -> Tensor:
     Raises:
         ValueError: another shape, or a value that is not finite.
     """
-    expected = (num_envs, action_dim)
-    if tuple(action.shape) != expected:
-        raise ValueError(f"action must have shape {expected}, got {tuple(action.shape)}")
+    action_shape(action, num_envs, action_dim)
     action = action.detach().to(device="cpu", dtype=torch.float32)
     if not bool(torch.isfinite(action).all()):
         raise ValueError("action has non-finite values")
     return action.clamp(-1.0, 1.0)
+
+
+def action_shape(action: Tensor, num_envs: int, action_dim: int) -> None:
+    """Raise ValueError for an action of another shape than ``[N, A]``."""
+    expected = (num_envs, action_dim)
+    if tuple(action.shape) != expected:
+        raise ValueError(f"action must have shape {expected}, got {tuple(action.shape)}")
+
+
+def saved_state(state: dict[str, Any], engine: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError where a saved state cannot be continued.
+
+    Args:
+        state: of an environment's ``get_state``; without ``engine`` it is of ``mujoco``.
+        engine: of this environment.
+        shape: ``[N, n]`` of this environment's ``physics``.
+    """
+    of_engine = state.get("engine", "mujoco")
+    if of_engine != engine:
+        raise ValueError(
+            f"the saved state is of the physics engine {of_engine}, this environment runs "
+            f"{engine}; env.engine={of_engine} continues it"
+        )
+    saved = tuple(state["physics"].shape)
+    if saved != shape:
+        raise ValueError(
+            f"the saved state holds {saved[0]} worlds of {saved[1]} numbers, this environment "
+            f"has {shape[0]} of {shape[1]}"
+        )
 
 
 def reset_mask(options: dict[str, Any] | None, num_envs: int) -> Tensor:

@@ -129,6 +129,7 @@ class MujocoEnv:
     def get_state(self) -> dict[str, Any]:
         """Everything that decides the future: physics, counters, last action, random numbers."""
         return {
+            "engine": "mujoco",
             "physics": self._state.clone(),
             "obs": self._obs.clone(),
             "steps": self._steps.clone(),
@@ -140,14 +141,9 @@ class MujocoEnv:
         """Continue from a state of :meth:`get_state`, to the bit.
 
         Raises:
-            ValueError: the state is of another robot or number of worlds.
+            ValueError: the state is of another engine, robot or number of worlds.
         """
-        shape = tuple(state["physics"].shape)
-        if shape != tuple(self._state.shape):
-            raise ValueError(
-                f"the saved state holds {shape[0]} worlds of {shape[1]} numbers, this environment "
-                f"has {self._state.shape[0]} of {self._state.shape[1]}"
-            )
+        _checks.saved_state(state, "mujoco", tuple(self._state.shape))
         self._state.copy_(state["physics"])
         self._obs = state["obs"].clone()
         self._steps.copy_(state["steps"])

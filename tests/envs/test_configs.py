@@ -22,9 +22,9 @@ def test_every_environment_has_a_configuration():
 @pytest.mark.parametrize(
     ("name", "num_envs", "options"),
     [
-        ("ant", 128, set()),
-        ("cartpole", 64, {"start"}),
-        ("hopper", 64, set()),
+        ("ant", 128, {"engine"}),
+        ("cartpole", 64, {"engine", "start"}),
+        ("hopper", 64, {"engine"}),
         ("gym", 16, {"id", "kwargs"}),
         ("dmc", 8, {"domain", "task", "action_repeat"}),
     ],
@@ -35,6 +35,7 @@ def test_keys(name, num_envs, options):
     assert config["num_envs"] == num_envs
     assert config["max_episode_steps"] is None
     assert config["threads"] == 1
+    assert config.get("engine", "auto") == "auto"
     assert set(config) == {"name", "num_envs", "max_episode_steps", "threads"} | options
 
 

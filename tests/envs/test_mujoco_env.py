@@ -1,4 +1,4 @@
-"""The native CPU engine: autoreset, determinism, saved states, divergence, stability and errors."""
+"""Both physics engines: autoreset, determinism, saved states, divergence, stability and errors."""
 
 import math
 import warnings
@@ -6,38 +6,19 @@ import warnings
 import pytest
 import torch
 
-from pwm_fast.envs import TASKS, MujocoEnv, VectorEnv, make
+from pwm_fast.envs import TASKS, MujocoEnv, MujocoWarpEnv, VectorEnv, make
+from tests.envs.engines import ENGINES, flat, place, random_actions, same
 
 mujoco = pytest.importorskip("mujoco.batch", reason="needs pip install 'pwm-fast[train]'")
 
 NAMES = sorted(TASKS)
+on_both = pytest.mark.parametrize("engine", ENGINES)
 
 
-def random_actions(env, steps, seed=0):
-    shape = (steps, env.num_envs, *env.single_action_space.shape)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def flat(step):
-    """All tensors that came out of one step."""
-    *tensors, info = step
-    return [*tensors, info["final_obs"], *info["episode"].values()]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
-
-
-def place(env, world, **coordinates):
-    """Write entries of one world's state, ``qpos_2=0.1``."""
-    for key, value in coordinates.items():
-        field, index = key.split("_")
-        env._batch.bind(field)[world, int(index)] = value
-
-
+@on_both
 @pytest.mark.parametrize("name", NAMES)
-def test_protocol(name):
-    env = make(name, 3, seed=1)
+def test_protocol(name, engine):
+    env = make(name, 3, engine=engine, seed=1)
     task = TASKS[name]()
     assert isinstance(env, VectorEnv)
     assert env.num_envs == 3
@@ -67,9 +48,10 @@ def test_gymnasium_recognises_the_autoreset_mode():
     assert env.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.SAME_STEP.value
 
 
+@on_both
 @pytest.mark.parametrize("name", NAMES)
-def test_reward_is_of_the_state_and_action_before_the_step(name):
-    env = make(name, 4, seed=3)
+def test_reward_is_of_the_state_and_action_before_the_step(name, engine):
+    env = make(name, 4, engine=engine, seed=3)
     obs, _ = env.reset()
     for action in random_actions(env, 5) * 1.5:  # clipped inside
         expected = env.task.reward(obs, action.clamp(-1.0, 1.0))
@@ -77,8 +59,9 @@ def test_reward_is_of_the_state_and_action_before_the_step(name):
         torch.testing.assert_close(reward, expected, rtol=0, atol=0)
 
 
-def test_ant_observation_holds_the_last_action():
-    env = make("ant", 2, max_episode_steps=2)
+@on_both
+def test_ant_observation_holds_the_last_action(engine):
+    env = make("ant", 2, engine=engine, max_episode_steps=2)
     obs, _ = env.reset()
     assert not obs[:, 29:].any()
     action = random_actions(env, 1)[0] * 2
@@ -90,10 +73,14 @@ def test_ant_observation_holds_the_last_action():
     assert not obs[:, 29:].any()
 
 
+@on_both
 @pytest.mark.parametrize("name", NAMES)
-def test_time_limit(name):
+def test_time_limit(name, engine):
     """Final observations are the true next ones; new episodes start; counters start anew."""
-    short, long = make(name, 4, seed=5, max_episode_steps=5), make(name, 4, seed=5)
+    short, long = (
+        make(name, 4, engine=engine, seed=5, max_episode_steps=5),
+        make(name, 4, engine=engine, seed=5),
+    )
     returns = torch.zeros(4)
     for i, action in enumerate(random_actions(short, 12)):
         obs, reward, terminated, truncated, info = short.step(action)
@@ -109,15 +96,16 @@ def test_time_limit(name):
         assert torch.equal(obs, info["final_obs"]) != end
         if end:
             returns.zero_()
-    assert short._time.tolist() == pytest.approx([2 / 60] * 4)
+    assert short._time.tolist() == pytest.approx([2 / 60] * 4, rel=1e-6)
 
 
+@on_both
 @pytest.mark.parametrize(
     ("name", "low"),
     [("hopper", {"qpos_1": -0.7}), ("ant", {"qpos_2": 0.26, "qpos_3": 0.0, "qpos_4": 1.0})],
 )
-def test_termination_restarts_one_world(name, low):
-    env, other = make(name, 3, seed=6), make(name, 3, seed=6)
+def test_termination_restarts_one_world(name, low, engine):
+    env, other = make(name, 3, engine=engine, seed=6), make(name, 3, engine=engine, seed=6)
     place(env, 1, **low)
     action = random_actions(env, 1)[0]
     step, expected = env.step(action), other.step(action)
@@ -132,10 +120,12 @@ def test_termination_restarts_one_world(name, low):
     assert env.step(action)[4]["episode"]["length"].tolist() == [2, 1, 2]
 
 
+@on_both
 @pytest.mark.parametrize("name", NAMES)
-def test_partial_reset_leaves_other_worlds_alone(name):
-    env, other = make(name, 3, seed=7), make(name, 3, seed=7)
-    for action in random_actions(env, 20):
+def test_partial_reset_leaves_other_worlds_alone(name, engine):
+    env, other = make(name, 3, engine=engine, seed=7), make(name, 3, engine=engine, seed=7)
+    steps = 20 if engine == "mujoco" else 5
+    for action in random_actions(env, steps):
         before, *_ = env.step(action)
         other.step(action)
     obs, _ = env.reset(options={"reset_mask": torch.tensor([False, True, False])})
@@ -145,33 +135,39 @@ def test_partial_reset_leaves_other_worlds_alone(name):
     step, expected = flat(env.step(action)), flat(other.step(action))
     for a, b in zip(step, expected, strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
-    assert env.step(action)[4]["episode"]["length"].tolist() == [22, 2, 22]
+    assert env.step(action)[4]["episode"]["length"].tolist() == [steps + 2, 2, steps + 2]
 
 
-def test_empty_reset_changes_nothing():
-    env, other = make("hopper", 2), make("hopper", 2)
+@on_both
+def test_empty_reset_changes_nothing(engine):
+    env, other = make("hopper", 2, engine=engine), make("hopper", 2, engine=engine)
     env.reset(options={"reset_mask": torch.zeros(2, dtype=torch.bool)})
     action = random_actions(env, 1)[0]
     assert same(env.step(action), other.step(action))
 
 
+@on_both
 @pytest.mark.parametrize("name", NAMES)
-def test_equal_for_equal_seeds_at_any_thread_count(name):
-    first, second = make(name, 6, seed=8), make(name, 6, seed=8, threads=2)
-    other = make(name, 6, seed=9)
+def test_equal_for_equal_seeds_at_any_thread_count(name, engine):
+    native = engine == "mujoco"
+    first = make(name, 6, engine=engine, seed=8)
+    second = make(name, 6, engine=engine, seed=8, threads=2 if native else 1)
+    other = make(name, 6, engine=engine, seed=9)
     assert torch.equal(first.reset()[0], second.reset()[0])
     differs = False
-    for action in random_actions(first, 150):
+    for action in random_actions(first, 150 if native else 12):
         a, b, c = first.step(action), second.step(action), other.step(action)
         assert same(a, b)
         differs |= not torch.equal(a[0], c[0])
     assert differs
     assert torch.equal(first.reset(seed=4)[0], second.reset(seed=4)[0])
-    assert torch.equal(first.reset(seed=4)[0], make(name, 6, seed=4).reset(seed=4)[0])
+    assert torch.equal(first.reset(seed=4)[0], make(name, 6, engine=engine).reset(seed=4)[0])
 
 
 def touching(env):
     """Number of contacts in all worlds."""
+    if isinstance(env, MujocoWarpEnv):
+        return int(env._data.nacon.numpy()[0])
     count = 0
     for i in range(env.num_envs):
         data = env._batch.get_data(i)
@@ -180,28 +176,32 @@ def touching(env):
     return count
 
 
+@on_both
 @pytest.mark.parametrize("name", NAMES)
-def test_saved_state_continues_to_the_bit(name, tmp_path):
-    env = make(name, 8, seed=10, max_episode_steps=70)
-    actions = random_actions(env, 100)
-    for action in actions[:50]:
+def test_saved_state_continues_to_the_bit(name, engine, tmp_path):
+    half = 50 if engine == "mujoco" else 20
+    options = {"engine": engine, "max_episode_steps": half + 5}
+    env = make(name, 8, seed=10, **options)
+    actions = random_actions(env, 2 * half)
+    for action in actions[:half]:
         env.step(action)
     if name != "cartpole":
         assert touching(env)
     torch.save(env.get_state(), tmp_path / "state.pt")
-    expected = [env.step(action) for action in actions[50:]]
+    expected = [env.step(action) for action in actions[half:]]
 
-    restored = make(name, 8, seed=99, max_episode_steps=70, threads=2)
+    restored = make(name, 8, seed=99, **options, threads=2 if engine == "mujoco" else 1)
     for action in actions[:3]:
         restored.step(action)
     restored.set_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    for action, step in zip(actions[50:], expected, strict=True):
+    for action, step in zip(actions[half:], expected, strict=True):
         assert same(restored.step(action), step)
     assert any(step[3].any() for step in expected)  # a time limit, so random starts too
 
 
-def test_saved_state_is_a_copy():
-    env = make("hopper", 2)
+@on_both
+def test_saved_state_is_a_copy(engine):
+    env = make("hopper", 2, engine=engine)
     state = env.get_state()
     actions = random_actions(env, 5)
     expected = [env.step(action) for action in actions]
@@ -211,16 +211,20 @@ def test_saved_state_is_a_copy():
     assert all(same(env.step(a), step) for a, step in zip(actions, expected, strict=True))
 
 
-def test_state_of_another_environment():
-    state = make("ant", 2).get_state()
+@on_both
+def test_state_of_another_environment(engine):
+    state = make("ant", 2, engine=engine).get_state()
     with pytest.raises(ValueError, match="2 worlds"):
-        make("ant", 3).set_state(state)
+        make("ant", 3, engine=engine).set_state(state)
     with pytest.raises(ValueError, match="numbers"):
-        make("hopper", 2).set_state(state)
+        make("hopper", 2, engine=engine).set_state(state)
+    with pytest.raises(ValueError, match="of the physics engine other, this environment runs"):
+        make("ant", 2, engine=engine).set_state({**state, "engine": "other"})
 
 
-def test_outputs_are_the_callers():
-    env, other = make("ant", 2), make("ant", 2)
+@on_both
+def test_outputs_are_the_callers(engine):
+    env, other = make("ant", 2, engine=engine), make("ant", 2, engine=engine)
     for action in random_actions(env, 4):
         step, expected = env.step(action), other.step(action)
         assert same(step, expected)
@@ -228,11 +232,12 @@ def test_outputs_are_the_callers():
             tensor.zero_()
 
 
+@on_both
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e7])
 @pytest.mark.parametrize("name", NAMES)
-def test_divergence(name, value, tmp_path, monkeypatch):
+def test_divergence(name, value, engine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
-    env, other = make(name, 3, seed=11), make(name, 3, seed=11)
+    env, other = make(name, 3, engine=engine, seed=11), make(name, 3, engine=engine, seed=11)
     before = env.reset()[0]
     other.reset()
     place(env, 1, qpos_0=value)
@@ -305,6 +310,8 @@ def test_stable_under_random_full_range_actions(name, bang_bang):
         ("gym", {}, "id"),
         ("dmc", {"domain": "cheetah"}, "task"),
         ("gym", {"id": "Hopper-v5", "threads": 2}, "env.threads must be 1"),
+        ("gym", {"id": "Hopper-v5", "engine": "mujoco"}, "env.engine must be auto for env 'gym'"),
+        ("ant", {"engine": "bullet"}, "env.engine must be one of auto, mujoco, mujoco_warp"),
     ],
 )
 def test_make_errors(name, kwargs, match):
@@ -324,6 +331,7 @@ def test_missing_libraries_name_their_extra(module, monkeypatch):
         make(name, 2, **options)
 
 
+@on_both
 @pytest.mark.parametrize(
     ("action", "match"),
     [
@@ -333,20 +341,21 @@ def test_missing_libraries_name_their_extra(module, monkeypatch):
         (torch.full((2, 8), math.inf), "non-finite"),
     ],
 )
-def test_bad_actions_change_nothing(action, match):
-    env, other = make("ant", 2), make("ant", 2)
+def test_bad_actions_change_nothing(action, match, engine):
+    env, other = make("ant", 2, engine=engine), make("ant", 2, engine=engine)
     with pytest.raises(ValueError, match=match):
         env.step(action)
     good = random_actions(env, 1)[0]
     assert same(env.step(good), other.step(good))
 
 
+@on_both
 @pytest.mark.parametrize(
     "mask", [torch.ones(3), torch.ones(2, dtype=torch.bool), torch.ones(3, 1, dtype=torch.bool)]
 )
-def test_bad_reset_masks(mask):
+def test_bad_reset_masks(mask, engine):
     with pytest.raises(ValueError, match="reset_mask must be a bool tensor"):
-        make("cartpole", 3).reset(options={"reset_mask": mask})
+        make("cartpole", 3, engine=engine).reset(options={"reset_mask": mask})
 
 
 def test_cartpole_starts():
@@ -355,10 +364,11 @@ def test_cartpole_starts():
     assert (upright.reset()[0][:, 3] >= -1e-6).all()
 
 
-def test_a_task_of_ones_own():
+@on_both
+def test_a_task_of_ones_own(engine):
     class Short(TASKS["cartpole"]):
         max_episode_steps = 3
 
-    env = MujocoEnv(Short(), 2)
+    env = MujocoEnv(Short(), 2) if engine == "mujoco" else MujocoWarpEnv(Short(), 2, device="cpu")
     action = torch.zeros(2, 1)
     assert [bool(env.step(action)[3].all()) for _ in range(4)] == [False, False, True, False]

@@ -1,0 +1,408 @@
+"""Tasks on mujoco-warp: N worlds whose whole control step is one CUDA graph."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pwm_fast.envs import _checks
+from pwm_fast.envs._buffers import contacts_and_rows
+from pwm_fast.envs._device import Packed, Watch
+from pwm_fast.envs.engines import import_warp, why_unusable
+from pwm_fast.envs.protocol import SAME_STEP, Box
+from pwm_fast.envs.tasks.base import Task
+
+_MAX_COORDINATE = 1e6  # beyond this a state counts as diverged, as in the native engine
+_WARM_UP = 2  # eager steps before the capture: they compile and load every kernel
+
+
+class MujocoWarpEnv:
+    """N worlds of one task on a GPU; implements :class:`pwm_fast.envs.protocol.VectorEnv`.
+
+    On CUDA the step, from the actions to the observations after the resets, is captured once and
+    replayed: the host never waits for it. Physics is in float32, and its sums have no fixed order:
+    repetitions differ in the last bits (``torch.use_deterministic_algorithms`` turns mujoco-warp's
+    deterministic mode on, which is experimental there). On the CPU the same code runs eagerly, to
+    the bit, and is slow.
+
+    A world whose physics diverges (a non-finite coordinate, or one beyond 1e6) terminates, as in
+    the native engine; so does, on CUDA, one whose action is not finite. Such worlds, and contacts
+    that were dropped for want of room, are counted on the device; a warning says so once, on CUDA
+    some steps later.
+
+    Args:
+        task: the robot and its task; its functions must not wait for the device.
+        num_envs: N, at least 1.
+        seed: seed of the reset states.
+        max_episode_steps: time limit; the task's own by default.
+        device: a CUDA device, or the CPU.
+        graph: replay a CUDA graph; False steps eagerly, which waits for the device.
+        max_contacts: room for contacts, N times this many; what the model can have by default.
+        max_rows: room for constraint rows of each world; what the model can have by default.
+
+    Raises:
+        ImportError: mujoco-warp is missing or cannot run on this device.
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        num_envs: int,
+        *,
+        seed: int = 0,
+        max_episode_steps: int | None = None,
+        device: torch.device | str = "cuda",
+        graph: bool = True,
+        max_contacts: int | None = None,
+        max_rows: int | None = None,
+    ) -> None:
+        if max_episode_steps is None:
+            max_episode_steps = task.max_episode_steps
+        _checks.positive(num_envs=num_envs, max_episode_steps=max_episode_steps)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        reason = why_unusable(device)
+        if reason is not None:
+            raise ImportError(f"the physics engine mujoco_warp cannot run: {reason}")
+        self._wp = import_warp()  # before mujoco_warp imports it
+        import mujoco_warp
+
+        self._mjw = mujoco_warp
+
+        self.task = task
+        self.num_envs = num_envs
+        self.device = device
+        self.single_observation_space = Box((task.obs_dim,))
+        self.single_action_space = Box((task.action_dim,), -1.0, 1.0)
+        self.max_episode_steps = max_episode_steps
+        self.can_terminate = task.can_terminate
+        self.metadata: dict[str, Any] = {"autoreset_mode": SAME_STEP}
+
+        self._cuda_stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            # Everything eager runs on this stream, and the capture: Warp must know the very object.
+            self._cuda_stream = torch.cuda.Stream(device)
+            self._warp_stream = self._wp.stream_from_torch(self._cuda_stream)
+        self._make_physics(max_contacts, max_rows)
+
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._action = torch.zeros(num_envs, task.action_dim, device=device)
+        self._obs = torch.zeros(num_envs, task.obs_dim, device=device)
+        self._steps = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self._returns = torch.zeros(num_envs, device=device)
+        # Ever diverged [N], ever got an action that is not finite [N]; and their sums, with the
+        # largest of the overflow masks.
+        self._diverged = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self._unusable = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self._counters = torch.zeros(3, dtype=torch.int64, device=device)
+        self._watch = Watch(self._counters)
+        self._told: set[str] = set()
+
+        n, o = num_envs, task.obs_dim
+        self._has_goal = task.goal(self._obs) is not None
+        self._outputs = Packed(
+            {
+                "obs": ((n, o), torch.float32),
+                "final_obs": ((n, o), torch.float32),
+                "reward": ((n,), torch.float32),
+                "return": ((n,), torch.float32),
+                "length": ((n,), torch.int64),
+                "terminated": ((n,), torch.bool),
+                "truncated": ((n,), torch.bool),
+                "done": ((n,), torch.bool),
+                "goal": ((n,), torch.bool),
+            },
+            device,
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._closed = False
+        self.reset()
+        if device.type == "cuda" and graph:
+            self._capture()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
+        if seed is not None:
+            self._generator.manual_seed(seed)
+        mask = _checks.reset_mask(options, self.num_envs).to(self.device)
+        self._restart(mask, *self._sample_reset())
+        self._obs.copy_(torch.where(mask.unsqueeze(-1), self._observe(), self._obs))
+        return self._obs.clone(), {}
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Advance all worlds by one control step; see the protocol for what comes back."""
+        if self._closed:
+            raise RuntimeError("this environment was closed")
+        if self.device.type == "cpu":
+            action = _checks.unit_action(action, self.num_envs, self.task.action_dim)
+        else:
+            _checks.action_shape(action, self.num_envs, self.task.action_dim)
+        self._action.copy_(action.detach())
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            with self._on_stream():
+                self._control_step()
+        self._tell(self._watch.poll())
+
+        out = self._outputs.snapshot()
+        info: dict[str, Any] = {
+            "final_obs": out["final_obs"],
+            "episode": {"return": out["return"], "length": out["length"], "mask": out["done"]},
+        }
+        if self._has_goal:
+            info["goal"] = out["goal"]
+        return out["obs"], out["reward"], out["terminated"], out["truncated"], info
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that decides the future: physics, counters, last action, random numbers."""
+        return {
+            "engine": "mujoco_warp",
+            "physics": torch.cat(self._physics_fields(), dim=-1),
+            "obs": self._obs.clone(),
+            "steps": self._steps.clone(),
+            "returns": self._returns.clone(),
+            "generator": self._generator.get_state(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a state of :meth:`get_state`, on the CPU to the bit.
+
+        Raises:
+            ValueError: the state is of another engine, robot, number of worlds or kind of device.
+        """
+        fields = self._physics_fields()
+        widths = [field.shape[-1] for field in fields]
+        _checks.saved_state(state, "mujoco_warp", (self.num_envs, sum(widths)))
+        random = state["generator"].cpu()
+        if random.numel() != self._generator.get_state().numel():
+            raise ValueError(
+                "the saved state was made on another kind of device: its random numbers cannot be "
+                f"continued on {self.device.type}"
+            )
+        for field, saved in zip(fields, state["physics"].split(widths, dim=-1), strict=True):
+            field.copy_(saved)
+        self._obs.copy_(state["obs"])
+        self._steps.copy_(state["steps"])
+        self._returns.copy_(state["returns"])
+        self._generator.set_state(random)
+
+    def close(self) -> None:
+        """Wait for the device, say what is left to say, and release the graph."""
+        if not self._closed:
+            self._closed = True
+            self._tell(self._watch.now())
+            self._graph = None
+
+    # --- the step, all of it work of the device -------------------------------------------------
+
+    def _control_step(self) -> None:
+        """From the buffer of actions to those of outputs, as the native engine does it."""
+        # Random numbers come first: what torch has to know of a capture, Warp's loops would hide.
+        start = self._sample_reset()
+        unusable = ~torch.isfinite(self._action).all(-1)
+        action = torch.nan_to_num(self._action, 0.0, 0.0, 0.0).clamp(-1.0, 1.0)
+        reward = self.task.reward(self._obs, action)
+        self._ctrl.copy_(action)
+        self._advance()
+        self._steps += 1
+        self._returns += reward
+
+        final_obs = self._observe()
+        size = torch.maximum(self._qpos.abs().amax(-1), self._qvel.abs().amax(-1))
+        # NaN compares false, so "not below" catches it too.
+        diverged = ~(size < _MAX_COORDINATE)
+        lost = diverged | unusable
+        terminated = self.task.terminated(final_obs) | lost
+        final_obs = torch.where(lost.unsqueeze(-1), self._obs, final_obs)
+        truncated = self._steps >= self.max_episode_steps
+        done = terminated | truncated
+
+        out = self._outputs.parts
+        out["final_obs"].copy_(final_obs)
+        out["reward"].copy_(reward)
+        out["return"].copy_(self._returns)
+        out["length"].copy_(self._steps)
+        out["terminated"].copy_(terminated)
+        out["truncated"].copy_(truncated)
+        out["done"].copy_(done)
+        goal = self.task.goal(final_obs)
+        if goal is not None:
+            out["goal"].copy_(goal)
+        self._count(diverged, unusable)
+        self._restart(done, *start)
+        self._obs.copy_(torch.where(done.unsqueeze(-1), self._observe(), final_obs))
+        out["obs"].copy_(self._obs)
+
+    def _sample_reset(self) -> tuple[Tensor, Tensor]:
+        return self.task.sample_reset(self.num_envs, self._generator, self._qpos.dtype, self.device)
+
+    def _observe(self) -> Tensor:
+        return self.task.observation(self._qpos, self._qvel, self._ctrl)
+
+    def _advance(self) -> None:
+        """The physics of one control step."""
+        with self._warp_scope():
+            for _ in range(self.task.substeps):
+                self._mjw.step(self._model, self._data)
+
+    def _restart(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
+        rows = mask.unsqueeze(-1)
+        self._qpos.copy_(torch.where(rows, qpos, self._qpos))
+        self._qvel.copy_(torch.where(rows, qvel, self._qvel))
+        # masked_fill, not a product with zero: a diverged world holds NaN.
+        self._ctrl.masked_fill_(rows, 0.0)
+        self._warmstart.masked_fill_(rows, 0.0)
+        self._time.masked_fill_(mask, 0.0)
+        self._steps.masked_fill_(mask, 0)
+        self._returns.masked_fill_(mask, 0.0)
+
+    def _count(self, diverged: Tensor, unusable: Tensor) -> None:
+        self._diverged |= diverged
+        self._unusable |= unusable
+        overflow = (self._overflow & self._room).amax().long()
+        counts = torch.stack((self._diverged.sum(), self._unusable.sum(), overflow))
+        self._counters.copy_(counts)
+
+    # --- around it ------------------------------------------------------------------------------
+
+    def _make_physics(self, max_contacts: int | None, max_rows: int | None) -> None:
+        """Model and worlds on the device, and torch's views of what the step reads and writes."""
+        import mujoco
+
+        model = mujoco.MjModel.from_xml_string(self.task.mjcf())
+        # mujoco-warp never resets a world by itself, and does not know the flag that forbids it.
+        model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
+        contacts, rows = contacts_and_rows(model)
+        contacts = contacts if max_contacts is None else max_contacts
+        rows = rows if max_rows is None else max_rows
+        with self._on_stream(), self._warp_scope():
+            self._model = self._mjw.put_model(model)
+            self._model.opt.warn_overflow = 0  # it would print from the device; we count
+            self._model.opt.deterministic = torch.are_deterministic_algorithms_enabled()
+            self._data = self._mjw.make_data(
+                model, nworld=self.num_envs, nconmax=contacts, njmax=rows
+            )
+        if self._cuda_stream is not None:
+            torch.cuda.synchronize(self.device)
+        data = self._data
+        self._qpos, self._qvel, self._ctrl, self._warmstart, self._time, self._overflow = (
+            self._wp.to_torch(array)
+            for array in (
+                data.qpos,
+                data.qvel,
+                data.ctrl,
+                data.qacc_warmstart,
+                data.time,
+                data.overflow,
+            )
+        )
+        kinds = self._mjw.OverflowType
+        # Not the limits of the solver's iterations, of which the native engine says nothing either.
+        self._room = int(kinds.ALL & ~(kinds.ITERATIONS | kinds.LS_ITERATIONS))
+
+    def _physics_fields(self) -> tuple[Tensor, ...]:
+        """Views ``[N, n]`` of all that the physics carries from one step to the next."""
+        return (self._qpos, self._qvel, self._ctrl, self._warmstart, self._time.unsqueeze(-1))
+
+    def _warp_scope(self) -> AbstractContextManager[Any]:
+        """Where Warp works inside: this environment's device and stream."""
+        scope: AbstractContextManager[Any]
+        if self._cuda_stream is None:
+            scope = self._wp.ScopedDevice("cpu")
+        else:  # without the synchronisation that Warp would add: torch is on that stream already
+            scope = self._wp.ScopedStream(self._warp_stream, sync_enter=False)
+        return scope
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Run eager work on the one stream of this environment."""
+        if self._cuda_stream is None:
+            yield
+            return
+        caller = torch.cuda.current_stream(self.device)
+        self._cuda_stream.wait_stream(caller)
+        with torch.cuda.stream(self._cuda_stream):
+            yield
+        caller.wait_stream(self._cuda_stream)
+
+    def _capture(self) -> None:
+        """Record the control step as a CUDA graph; the worlds are left as they were."""
+        before = self.get_state()
+        with self._on_stream():
+            for _ in range(_WARM_UP):
+                self._control_step()
+        torch.cuda.synchronize(self.device)
+
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        # Both libraries capture by thread, so that other threads may go on using the device.
+        capture = torch.cuda.graph(
+            graph, stream=self._cuda_stream, capture_error_mode="thread_local"
+        )
+        with torch.cuda.device(self.device), _without_gc(), capture:
+            # Else the solver's loop would wait for the device, not become part of the graph.
+            self._wp.capture_begin(stream=self._warp_stream, external=True)
+            try:
+                self._control_step()
+            finally:
+                self._wp.capture_end(stream=self._warp_stream)
+        self._graph = graph
+        self.set_state(before)
+        for buffer in (self._diverged, self._unusable, self._counters, self._overflow):
+            buffer.zero_()
+        torch.cuda.synchronize(self.device)
+
+    def _tell(self, counters: list[int]) -> None:
+        """Warn, once each, of what the counters say."""
+        diverged, unusable, overflow = counters
+        worlds = f"of {self.num_envs} worlds"
+        if diverged:
+            self._warn(
+                "diverged",
+                f"the physics of {self.task.name} diverged in {diverged} {worlds}; they were "
+                "restarted (said once)",
+            )
+        if unusable:
+            self._warn(
+                "unusable",
+                f"{unusable} {worlds} of {self.task.name} got an action that is not finite; they "
+                "were restarted (said once)",
+            )
+        if overflow:
+            kinds = self._mjw.OverflowType
+            named = [k.name for k in kinds if k and k != kinds.ALL and overflow & k]
+            self._warn(
+                "overflow",
+                f"mujoco-warp's buffers overflowed ({', '.join(named)}): contacts of "
+                f"{self.task.name} were dropped, its physics is wrong; make MujocoWarpEnv with "
+                "larger max_contacts and max_rows (said once)",
+            )
+
+    def _warn(self, key: str, text: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Keep the collector from freeing memory of the device inside: that would break a capture."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,35 @@
+"""What the tests of the physics engines share."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+HAVE_WARP = find_spec("mujoco_warp") is not None
+needs_warp = pytest.mark.skipif(not HAVE_WARP, reason="needs pip install 'pwm-fast[gpu]'")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+# mujoco-warp on its CPU device, for what it computes: 20 ms and more a step, so few of them.
+ENGINES = ["mujoco", pytest.param("mujoco_warp", marks=needs_warp)]
+
+
+def random_actions(env, steps, seed=0):
+    shape = (steps, env.num_envs, *env.single_action_space.shape)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def flat(step):
+    """All tensors that came out of one step."""
+    *tensors, info = step
+    return [*tensors, info["final_obs"], *info["episode"].values()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
+
+
+def place(env, world, **coordinates):
+    """Write entries of one world's state, ``qpos_2=0.1``."""
+    for key, value in coordinates.items():
+        field, index = key.split("_")
+        getattr(env, f"_{field}")[world, int(index)] = value

@@ -83,7 +83,16 @@ def software() -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
     }
-    for package in ("torch", "triton", "numpy", "mujoco"):
+    for package in (
+        "torch",
+        "triton",
+        "numpy",
+        "mujoco",
+        "mujoco-warp",
+        "warp-lang",
+        "jax",
+        "diffrax",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -13,7 +13,7 @@ Outputs = Mapping[str, Tensor | Sequence[Tensor]]
 
 # Plain PyTorch is the unit that others' errors are measured in; its own is bounded here, in the
 # relative L2 norm: it must compute the same thing as the truth.
-SANE = {"published": 1e-4, "autocast": 0.1}
+SANE = {"published": 1e-4, "autocast": 0.1, "tf32": 0.02}
 
 
 class Mismatch(Exception):
@@ -45,10 +45,9 @@ def check(
 ) -> None:
     """Compare a provider's outputs with the truth.
 
-    ``published`` and ``autocast`` must be sane (see :data:`SANE`). Everything else errs at most
-    twice as much as ``unit``, which is the published fp32 code for fp32 and eager autocast for
-    bf16 and tf32: the rule of the tests, over each kind of output. ``others`` are more pairs of
-    a unit and its truth.
+    ``published``, ``autocast`` and ``tf32`` must be sane (see :data:`SANE`). Everything else errs
+    at most twice as much as ``unit`` (:func:`bench.providers.unit_of`): the rule of the tests, over
+    each kind of output. ``others`` are more pairs of a unit and its truth.
 
     Raises:
         Mismatch: an output is wrong, has another shape, or is missing.

@@ -11,6 +11,7 @@ from typing import Any
 SCHEMA = 1
 STORE = Path(__file__).with_name("results")
 PATTERN = "speed_*.json"
+GPU_PATTERN = "gpu_*.json"
 
 
 class ResultError(ValueError):
@@ -23,7 +24,8 @@ class Row:
 
     Attributes:
         provider: a key of :data:`bench.providers.LABELS`.
-        status: ``ok``, ``failed`` (the check was red or it raised: no speed), or ``absent``.
+        status: ``ok``, ``failed`` (the check was red or it raised: no speed), ``memory`` (it does
+            not fit into the GPU's), or ``absent``.
         reason: why, unless it is ``ok``.
         seconds: of one call, one figure a round.
         peak: bytes that a call adds to the memory in use; None where that is not known.
@@ -58,11 +60,13 @@ class Result:
         facts: commit, date, machine, software.
         groups: cases by name.
         path: where it was read from.
+        gpu: of a run of ``bench.gpu``: ``stages`` and ``micro``; else empty.
     """
 
     facts: dict[str, Any]
     groups: dict[str, Group]
     path: Path | None = None
+    gpu: dict[str, Any] = field(default_factory=dict)
 
     def kind(self) -> dict[str, Any]:
         """What two runs must share to be compared: machine, threads, ISA and versions."""
@@ -81,14 +85,26 @@ def to_json(result: Result) -> dict[str, Any]:
             {
                 "name": group.name,
                 "axes": dict(group.axes),
-                "rows": [_row_to_json(row) for row in group.rows.values()],
+                "rows": [row_to_json(row) for row in group.rows.values()],
             }
             for group in result.groups.values()
         ],
+        **({"gpu": result.gpu} if result.gpu else {}),
     }
 
 
-def _row_to_json(row: Row) -> dict[str, Any]:
+def row_from_json(data: dict[str, Any]) -> Row:
+    """What :func:`row_to_json` made of a row."""
+    return Row(
+        data["provider"],
+        data["status"],
+        data.get("reason"),
+        list(data.get("seconds", ())),
+        data.get("peak_bytes"),
+    )
+
+
+def row_to_json(row: Row) -> dict[str, Any]:
     if row.status != "ok":
         return {"provider": row.provider, "status": row.status, "reason": row.reason}
     seconds = [float(f"{s:.5g}") for s in row.seconds]
@@ -112,19 +128,10 @@ def load(path: Path) -> Result:
             raise ResultError(f"{path} has schema {data['schema']}, this code reads {SCHEMA}")
         groups = {}
         for case in data["cases"]:
-            rows = {
-                r["provider"]: Row(
-                    r["provider"],
-                    r["status"],
-                    r.get("reason"),
-                    list(r.get("seconds", ())),
-                    r.get("peak_bytes"),
-                )
-                for r in case["rows"]
-            }
+            rows = {r["provider"]: row_from_json(r) for r in case["rows"]}
             groups[case["name"]] = Group(case["name"], case["axes"], rows)
         facts = {key: data[key] for key in ("date", "commit", "machine", "software")}
-        result = Result(facts, groups, path)
+        result = Result(facts, groups, path, data.get("gpu", {}))
         result.kind()
     except (KeyError, TypeError, AttributeError) as error:
         raise ResultError(
@@ -133,9 +140,9 @@ def load(path: Path) -> Result:
     return result
 
 
-def stored(directory: Path = STORE) -> list[Result]:
+def stored(directory: Path = STORE, pattern: str = PATTERN) -> list[Result]:
     """All stored results of speed, oldest first."""
-    found = [load(path) for path in sorted(directory.glob(PATTERN))]
+    found = [load(path) for path in sorted(directory.glob(pattern))]
     return sorted(found, key=lambda r: str(r.facts["date"]))
 
 

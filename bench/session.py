@@ -50,7 +50,7 @@ class Session:
         try:
             workload = case.build(self.device)
         except Exception as error:
-            group.rows = {name: Row(name, "failed", _say(error)) for name in names}
+            group.rows = {name: Row(name, "failed", say(error)) for name in names}
             return group
         for name in names:
             why_not = pointless(name, self.device)
@@ -63,7 +63,7 @@ class Session:
             except Absent as error:
                 group.rows[name] = Row(name, "absent", str(error))
             except Exception as error:
-                group.rows[name] = Row(name, "failed", _say(error))
+                group.rows[name] = Row(name, "failed", say(error))
             else:
                 group.rows[name] = Row(name, "ok")
                 ready[name] = provider
@@ -87,7 +87,8 @@ class Session:
         return Result(environment.describe(self.device), self.groups)
 
 
-def _say(error: Exception) -> str:
+def say(error: BaseException) -> str:
+    """An error in one line."""
     text = " ".join(str(error).split())
     name = type(error).__name__
     return f"{name}: {text[:300]}" if text else name

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from bench import plain
 from pwm_fast import config
 from pwm_fast.agent import PWM
 from pwm_fast.replay import Windows
 
 OBS, ACTION, HORIZON = 37, 8, 16
-CONFIGS = Path(config.__file__).with_name("configs") / "alg"
 
 
 def alg_config(model: str, substeps: int = 2) -> config.AlgConfig:
@@ -21,13 +20,10 @@ def alg_config(model: str, substeps: int = 2) -> config.AlgConfig:
 
     Fixed flow times cost the same as drawn ones and let any two providers be compared.
     """
-    from omegaconf import OmegaConf
-
-    alg = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"pwm_{model}.yaml"))
-    assert isinstance(alg, dict)
+    alg = plain.load("alg", f"pwm_{model}")
     alg.setdefault("model_learning", {})["tau_sampling"] = "midpoint"
     alg["world_model"]["substeps"] = substeps
-    return config.from_dict({"env": {"name": "ant"}, "alg": alg}).alg
+    return plain.build(config.AlgConfig, alg)
 
 
 def make_agent(alg: config.AlgConfig, device: torch.device, seed: int = 0) -> PWM:

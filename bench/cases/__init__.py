@@ -10,6 +10,7 @@ import torch
 from bench import gate
 from bench.gate import Outputs
 from bench.measure import Effort
+from bench.providers import unit_of
 
 Check = Callable[[], Outputs | None]
 MORE = 3  # draws to see plain PyTorch's error in, where one draw refuses a provider
@@ -23,10 +24,13 @@ class Provider:
         call: what is timed.
         check: outputs to compare with the truth, computed before anything is timed; it may raise
             :class:`bench.gate.Mismatch` itself and return None. None checks nothing (a floor).
+        wall: it waits for its results itself and is timed by the wall clock; torch knows nothing of
+            its work.
     """
 
     call: Callable[[], object]
     check: Check | None = None
+    wall: bool = False
 
 
 @dataclass
@@ -38,11 +42,15 @@ class Workload:
             :class:`bench.providers.Absent` where it cannot run here.
         truth: the outputs in float64, or None where no provider has outputs to compare.
         again: makes the same case from other random numbers.
+        unit: outputs of plain PyTorch, by name, computed in less memory than the provider takes.
+        device: of the inputs.
     """
 
     make: Mapping[str, Callable[[], Provider]]
     truth: Callable[[], Outputs] | None = None
     again: Callable[[], Workload] | None = None
+    unit: Mapping[str, Callable[[], Outputs]] = field(default_factory=dict)
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
     _known: dict[str, Outputs] = field(default_factory=dict)
 
     def verify(self, name: str, provider: Provider) -> None:
@@ -58,7 +66,7 @@ class Workload:
             return
         if name in gate.SANE:
             self._known[name] = found
-        unit = "autocast" if name in ("autocast", "tf32", "fast_bf16") else "published"
+        unit = unit_of(name, self.device)
         pair = self.outputs(unit), self.outputs("truth")
         try:
             gate.check(name, found, *pair)
@@ -77,7 +85,9 @@ class Workload:
     def outputs(self, name: str) -> Outputs:
         """Outputs of ``truth`` or of a provider that is not refused here, computed once."""
         if name not in self._known:
-            found = self.truth if name == "truth" else self.make[name]().check
+            found = self.truth if name == "truth" else self.unit.get(name)
+            if found is None and name != "truth":
+                found = self.make[name]().check
             if found is None:
                 raise RuntimeError(f"{name} has no outputs to compare with")
             self._known[name] = found() or {}

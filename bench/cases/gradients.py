@@ -1,4 +1,4 @@
-"""The signal-to-noise ratio of 16 gradient samples."""
+"""The signal-to-noise ratio of gradient samples."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import Tensor
 from bench import providers, published
 from bench.cases import QUICK, Case, Provider, Workload
 from bench.gate import Outputs
+from bench.measure import graphed
 from bench.sizes import ACTION, OBS, alg_config
 from pwm_fast import ops
 from pwm_fast.models import make_world_model
 
 SAMPLES = 16
-TITLE = f"ESNR of {SAMPLES} gradient samples"
+TITLE = "ESNR of {} gradient samples"
 
 
 def cases(device: torch.device) -> list[Case]:
     return [
         Case(
             f"esnr-{model}",
-            {"work": TITLE, "model": model, "batch": SAMPLES},
+            {"work": TITLE.format(SAMPLES), "model": model, "batch": SAMPLES},
             partial(build, _shapes(model)),
             ("published", "reference", "fast", "floor"),
             frozenset({"figures"}),
@@ -36,18 +37,21 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def _shapes(model: str) -> tuple[torch.Size, ...]:
-    """Of the world model's parameters: 1.5 M elements of ``5M``, 18.7 M of ``48M``."""
+    """Of the world model's parameters: 1.5 M elements of ``5M``, 18.7 M of ``48M``, 150 M of
+    ``317M``."""
     with torch.device("meta"):
         world_model = make_world_model(OBS, ACTION, alg_config(model).world_model)
     return tuple(p.shape for p in world_model.parameters())
 
 
-def build(shapes: tuple[torch.Size, ...], device: torch.device, seed: int = 0) -> Workload:
+def build(
+    shapes: tuple[torch.Size, ...], device: torch.device, seed: int = 0, samples: int = SAMPLES
+) -> Workload:
     """Samples of about as much noise as signal; the published code takes them flat."""
     sizes = [shape.numel() for shape in shapes]
     g = torch.Generator(device).manual_seed(seed)
     mean = torch.randn(sum(sizes), generator=g, device=device)
-    flat = [mean + torch.randn(mean.shape, generator=g, device=device) for _ in range(SAMPLES)]
+    flat = [mean + torch.randn(mean.shape, generator=g, device=device) for _ in range(samples)]
     lists = [
         [part.view(shape) for part, shape in zip(x.split(sizes), shapes, strict=True)] for x in flat
     ]
@@ -71,14 +75,24 @@ def build(shapes: tuple[torch.Size, ...], device: torch.device, seed: int = 0) -
 
         return Provider(call, check)
 
+    def replayed() -> Provider:
+        providers.need("fast_graph", device)
+        call = graphed(ours("fast").call)
+
+        def check() -> Outputs:
+            result = call()
+            return outputs(result.signal, result.noise)
+
+        return Provider(call, check)
+
     def truth() -> Outputs:
         signal = torch.zeros((), dtype=torch.float64, device=device)
         noise = torch.zeros_like(signal)
         for parts in zip(*(x.split(1 << 20) for x in flat), strict=True):
-            samples = torch.stack([p.double() for p in parts])
-            center = samples.mean(0)
+            stacked = torch.stack([p.double() for p in parts])
+            center = stacked.mean(0)
             signal += center.square().sum()
-            noise += (samples - center).square().sum() / SAMPLES
+            noise += (stacked - center).square().sum() / samples
         return outputs(signal, noise)
 
     def read() -> None:
@@ -89,6 +103,7 @@ def build(shapes: tuple[torch.Size, ...], device: torch.device, seed: int = 0) -
     make: dict[str, Callable[[], Provider]] = {
         "published": lambda: Provider(plain, plain),
         **{n: partial(ours, n) for n in ("reference", "fast")},
-        "floor": lambda: Provider(read),
+        "fast_graph": replayed,
+        "floor": lambda: Provider(graphed(read) if device.type == "cuda" else read),
     }
-    return Workload(make, truth, partial(build, shapes, device, seed + 1))
+    return Workload(make, truth, partial(build, shapes, device, seed + 1, samples), device=device)

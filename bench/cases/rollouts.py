@@ -20,6 +20,7 @@ from pwm_fast.agent.imagination import discounted_return, frozen
 from pwm_fast.config import AlgConfig
 
 TITLE = "imagined rollout"
+PART = {"cpu": 512, "cuda": 2048}  # rows at a time of the truth
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -137,30 +138,31 @@ def build(
 
         return Provider(call, call)
 
-    def truth() -> Outputs:
-        """In float64, some rows at a time: only the gradient adds up over them."""
-        double = copy.copy(agent)
-        for name in ("world_model", "actor", "critic"):
-            setattr(
-                double, name, copy.deepcopy(getattr(agent, name)).double().requires_grad_(False)
-            )
-        double.actor.requires_grad_(gradient)
-        own = list(double.actor.parameters())
+    def in_parts(name: str, dtype: torch.dtype) -> Outputs:
+        """Plain PyTorch, some rows at a time: only the gradient adds up over them."""
+        own = copy.copy(agent)
+        for part in ("world_model", "actor", "critic"):
+            module = copy.deepcopy(getattr(agent, part)).to(dtype)
+            setattr(own, part, module.requires_grad_(False))
+        own.actor.requires_grad_(gradient)
+        learnt = list(own.actor.parameters())
         rewards, values, last = [], [], []
-        grads = [torch.zeros_like(p) for p in own]
+        grads = [torch.zeros_like(p) for p in learnt]
+        size = PART[device.type]
         with torch.set_grad_enabled(gradient):
-            for rows in torch.arange(batch).split(512):
-                r = roll(*parts(double), z[rows].double(), noise[:, rows].double())
+            for start, noises in zip(z.split(size), noise.split(size, 1), strict=True):
+                with providers.eager(name, device):
+                    r = roll(*parts(own), start.to(dtype), noises.to(dtype))
                 rewards.append(r.reward.detach())
                 values.append(r.value.detach())
                 last.append(r.z[-1].detach())
                 if gradient:
-                    found = torch.autograd.grad(-r.returns.sum() / batch, own)
-                    for total, part in zip(grads, found, strict=True):
-                        total.add_(part)
+                    found = torch.autograd.grad(-r.returns.sum() / batch, learnt)
+                    for total, share in zip(grads, found, strict=True):
+                        total.add_(share)
         return outputs(torch.cat(rewards, 1), torch.cat(values), torch.cat(last), grads)
 
-    def bottom(dtype: torch.dtype) -> Provider:
+    def bottom(name: str, dtype: torch.dtype) -> Provider:
         policy, dynamics, heads = parts(agent)
         assert heads.value is not None
         products = floor.rollout_products(
@@ -172,19 +174,42 @@ def build(
             horizon,
             gradient=gradient,
         )
-        return Provider(floor.floor(products, dtype, device))
+        with providers.eager(name, device):
+            chain = floor.floor(products, dtype, device)
+
+            def call() -> None:
+                with providers.eager(name, device):
+                    chain()
+
+            return Provider(graphed(call) if device.type == "cuda" else call)
 
     def eager(name: str) -> Provider:
         call = partial(plain, name)
         return Provider(call, call)
 
-    def compiled() -> Provider:
-        call = partial(plain, "compile", providers.compiled(published.macro_step))
+    def compiled(name: str, graph: bool) -> Provider:
+        step = providers.compiled(published.macro_step, providers.MODES.get(name))
+        call: Callable[[], Outputs] = partial(plain, name, step)
+        if graph:
+            if device.type != "cuda":
+                raise providers.Absent("a CUDA graph needs a GPU")
+            call = graphed(call)
         return Provider(call, call)
 
     def graph() -> Provider:
         call = graphed(partial(plain, "frozen"))
         return Provider(call, call)
+
+    def replayed(name: str) -> Provider:
+        providers.need(name, device)
+        call = graphed(ours(name.removesuffix(providers.GRAPH)).call)
+        return Provider(call, call)
+
+    def jax(name: str) -> Provider:
+        from bench.jax_rollout import rollout
+
+        work = rollout(name, agent, z, noise, gamma=alg.gamma, gradient=gradient)
+        return Provider(work.call, lambda: outputs(*work.result()), wall=True)
 
     make: dict[str, Callable[[], Provider]] = {
         "published": lambda: Provider(everything, everything),
@@ -192,10 +217,16 @@ def build(
         "autocast": partial(eager, "autocast"),
         "tf32": partial(eager, "tf32"),
         "graph": graph,
-        "compile": compiled,
-        **{n: partial(ours, n) for n in ("reference", "algebra", "fast", "fast_bf16")},
-        "floor": partial(bottom, torch.float32),
-        "floor_bf16": partial(bottom, torch.bfloat16),
+        "compile": partial(compiled, "compile", False),
+        **{n: partial(compiled, n, True) for n in ("compile_tf32", "compile_bf16", "compile_max")},
+        **{n: partial(ours, n) for n in ("reference", "algebra", *providers.OURS)},
+        **{n + providers.GRAPH: partial(replayed, n + providers.GRAPH) for n in providers.OURS},
+        **{n: partial(jax, n) for n in ("jax", "jax_bf16", "diffrax")},
+        "floor": partial(bottom, "floor", torch.float32),
+        "floor_tf32": partial(bottom, "floor_tf32", torch.float32),
+        "floor_bf16": partial(bottom, "floor_bf16", torch.bfloat16),
     }
+    truth = partial(in_parts, "published", torch.float64)
+    unit = {n: partial(in_parts, n, torch.float32) for n in ("published", "autocast", "tf32")}
     again = partial(build, alg, batch, mode, device, horizon, seed + 1)
-    return Workload(make, truth, again)
+    return Workload(make, truth, again, unit, device)

@@ -134,12 +134,12 @@ def build_world_model(
         "autocast": partial(plain, "autocast"),
         "tf32": partial(plain, "tf32"),
         "compile": lambda: plain("compile", providers.compiled(published.next_latent)),
-        **{n: partial(ours, n) for n in ("reference", "algebra", "fast", "fast_bf16")},
+        **{n: partial(ours, n) for n in ("reference", "algebra", *providers.OURS)},
         "floor": partial(bottom, torch.float32),
         "floor_bf16": partial(bottom, torch.bfloat16),
     }
     again = partial(build_world_model, alg, batch, device, horizon, seed + 1)
-    return Workload(make, truth, again)
+    return Workload(make, truth, again, device=device)
 
 
 def build_critic(
@@ -212,9 +212,10 @@ def build_critic(
     make: dict[str, Callable[[], Provider]] = {
         "published": partial(plain, "published"),
         "autocast": partial(plain, "autocast"),
-        **{n: partial(ours, n) for n in ("reference", "algebra", "fast", "fast_bf16")},
+        "tf32": partial(plain, "tf32"),
+        **{n: partial(ours, n) for n in ("reference", "algebra", *providers.OURS)},
         "floor": partial(bottom, torch.float32),
         "floor_bf16": partial(bottom, torch.bfloat16),
     }
     again = partial(build_critic, alg, batch, device, horizon, seed + 1)
-    return Workload(make, truth, again)
+    return Workload(make, truth, again, device=device)

@@ -1,0 +1,120 @@
+"""The cases of ``python -m bench.gpu``: a quick set, and a full matrix over model, batch and K."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from bench.cases import Case, epochs, gradients, rollouts
+from bench.measure import Effort
+from bench.providers import GRAPH, OURS
+from bench.sizes import alg_config
+
+MODELS = ("5M", "48M", "317M")
+BATCHES = (64, 128, 512, 2048, 16384)
+SUBSTEPS = (4, 1)
+MODES = ("backward", "forward")
+SAMPLES = (4, 16, 64)
+
+# Providers in passes: all cases take the first before any takes the second, because compiling costs
+# more time than everything else together.
+EAGER = ("published", "tf32", "autocast")
+FLOORS = ("floor", "floor_tf32", "floor_bf16")
+PASSES = (
+    (*EAGER, *OURS, *(name + GRAPH for name in OURS), *FLOORS),
+    ("compile_tf32", "compile_bf16", "jax", "jax_bf16"),
+    ("compile_max", "diffrax"),
+)
+# Enough to see a few percent: a GPU's time varies less than a CPU's.
+EFFORT = Effort(seconds=0.6, min_rounds=5, max_rounds=40, sample=0.02)
+
+
+def rollout(model: str, batch: int, substeps: int, mode: str) -> Case:
+    """An imagined rollout of ``pwm_<model>_flow``, with all providers of :data:`PASSES`."""
+    return Case(
+        f"rollout-{model}_flow-b{batch}-K{substeps}-{mode}",
+        {
+            "work": rollouts.TITLE,
+            "model": f"{model}_flow",
+            "batch": batch,
+            "K": substeps,
+            "mode": mode,
+        },
+        partial(rollouts.build, alg_config(f"{model}_flow", substeps), batch, mode),
+        tuple(name for names in PASSES for name in names),
+        effort=EFFORT,
+    )
+
+
+def quick() -> list[Case]:
+    """The set that is measured first: K = 4, forward and backward."""
+    sizes = [(model, batch) for batch in (128, 512, 16384) for model in ("5M", "48M")]
+    return [rollout(model, batch, 4, "backward") for model, batch in sizes]
+
+
+def full() -> list[Case]:
+    """Every model, batch, K and mode; the quick ones too."""
+    return [
+        rollout(model, batch, substeps, mode)
+        for model in MODELS
+        for substeps in SUBSTEPS
+        for mode in MODES
+        for batch in BATCHES
+    ]
+
+
+def esnr() -> list[Case]:
+    """M gradient samples of the world model's 1.5, 18.7 and 150 million parameters."""
+    return [
+        Case(
+            f"esnr-{model}-M{samples}",
+            {"work": gradients.TITLE.format(samples), "model": model, "batch": samples},
+            partial(gradients.build, gradients._shapes(model), samples=samples),
+            ("published", "reference", "fast", "fast_graph", "floor"),
+            effort=EFFORT,
+        )
+        for model in MODELS
+        for samples in SAMPLES
+    ]
+
+
+def epoch(device: torch.device) -> list[Case]:
+    """A training epoch's updates, and with the physics of 128 Ants."""
+    found = [case for case in epochs.cases(device) if "5M" in case.name]
+    return [
+        replace(case, effort=Effort(seconds=3.0, min_rounds=3, max_rounds=20)) for case in found
+    ]
+
+
+def dry(kind: str, device: torch.device) -> list[Case]:
+    """Stand-ins of a stage, small enough for a run that only shows that everything runs."""
+    if kind in ("quick", "matrix"):
+        sizes = [("tiny", 7, 1, "backward")] if kind == "quick" else [("tiny", 9, 2, "forward")]
+        cases = [rollout(*size) for size in sizes]
+    elif kind == "esnr":
+        shapes = (torch.Size((50, 7)), torch.Size((9,)))
+        cases = [
+            replace(case, name="esnr-tiny-M4", build=partial(gradients.build, shapes, samples=4))
+            for case in esnr()[:1]
+        ]
+    else:
+        cases = [
+            replace(
+                case,
+                name=case.name.replace("5M", "tiny"),
+                build=partial(case.build.func, *_small_epoch(), worlds=4, horizon=4),  # type: ignore[attr-defined]
+            )
+            for case in epoch(device)
+        ]
+    effort = Effort(seconds=0.2, min_rounds=2, max_rounds=3, sample=0.0)
+    return [replace(case, effort=effort) for case in cases]
+
+
+def _small_epoch() -> tuple[object, object]:
+    small = alg_config("tiny_flow"), alg_config("tiny")
+    for alg in small:
+        alg.model_learning.updates, alg.steps_per_epoch = 2, 4
+        alg.actor.batch_size = alg.model_learning.batch_size = 16
+    return small

@@ -1,0 +1,72 @@
+"""Small odd-sized work through every GPU kernel, to be run under compute-sanitizer.
+
+python -m bench.exercise [--device cuda]
+
+Checks nothing itself: it prints what ran, and the sanitizer says whether an access was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bench import plain, providers
+from bench.cases import Workload, gradients, rollouts, updates
+from pwm_fast.config import AlgConfig
+
+
+def small(kind: str) -> AlgConfig:
+    """A published configuration with widths that fit no tile; ``flow`` or ``mlp``."""
+    alg = plain.algorithm("pwm_5M_flow" if kind == "flow" else "pwm_5M")
+    model = alg.world_model
+    model.latent_dim, model.units = 16, [17, 17]
+    model.encoder_units, model.reward_units = [12], [14, 14]
+    alg.actor.units, alg.critic.units = [12, 10], [11, 9]
+    alg.actor.batch_size, alg.model_learning.batch_size = 100, 20
+    alg.model_learning.updates, alg.critic.passes = 2, 1
+    alg.model_learning.tau_sampling = "midpoint"
+    return alg
+
+
+def workloads(device: torch.device) -> dict[str, Callable[[], Workload]]:
+    """What is run, by name."""
+    return {
+        f"rollout of {kind}, {mode}": lambda kind=kind, mode=mode: rollouts.build(
+            small(kind), 37, mode, device, 3
+        )
+        for kind in ("flow", "mlp")
+        for mode in ("forward", "backward")
+    } | {
+        "world model": lambda: updates.build_world_model(small("flow"), 19, device, 3),
+        "critic": lambda: updates.build_critic(small("flow"), 13, device, 3),
+        "ESNR": lambda: gradients.build((torch.Size((50, 7)), torch.Size((9,))), device),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Status 0 if at least one precision ran."""
+    parser = argparse.ArgumentParser(prog="python -m bench.exercise", description=__doc__)
+    parser.add_argument("--device", default="cuda", type=torch.device)
+    device = parser.parse_args(argv).device
+    ran = 0
+    for title, build in workloads(device).items():
+        work = build()
+        for name in providers.OURS:
+            if name not in work.make:
+                continue
+            try:
+                work.make[name]().call()
+            except providers.Absent as error:
+                print(f"{title}, {name}: absent: {error}")
+                continue
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            ran += 1
+            print(f"{title}, {name}: ran", flush=True)
+    return 0 if ran else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

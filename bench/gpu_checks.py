@@ -1,0 +1,215 @@
+"""The stages of :mod:`bench.gpu` that measure nothing: the build, the tests, the sanitizer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from bench.environment import ROOT
+from bench.stages import Deadline, Outcome, Record
+
+WORK = ROOT / "build" / "gpu"
+TOGETHER = 4  # test files that run at once: most of their time is spent compiling kernels
+SANITIZERS = ("memcheck", "racecheck")
+NEEDED = ("setuptools", "pybind11", "ninja")
+
+
+def build(left: Deadline, record: Record) -> Outcome:
+    """Build ``pwm_fast._C`` in place, from nothing but what is installed.
+
+    It is built through a folder without pyproject.toml: the project's metadata asks for a newer
+    setuptools than many machines have, and the extension does not.
+    """
+    WORK.mkdir(parents=True, exist_ok=True)
+    for name in ("setup.py", "csrc", "pwm_fast", "kernels", "configs"):
+        link = WORK / name
+        if not link.is_symlink():
+            link.symlink_to(ROOT / name)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = _run(command, left, cwd=WORK, PWM_FAST_BUILD="1")
+    if done.status is None:
+        return Outcome("partial", f"the build did not end within {done.seconds:.0f} s")
+    if done.status:
+        return Outcome("failed", _telling(done.output))
+    probe = (
+        "from pwm_fast import _C; print(_C.cpu_isa(), *sorted(n for n in dir(_C) if 'cuda' in n))"
+    )
+    found = _run([sys.executable, "-c", probe], Deadline(60.0))
+    if found.status:
+        return Outcome("failed", f"built, but it does not load: {_telling(found.output)}")
+    isa, *cuda = found.output.split()
+    record.result.facts["machine"]["native_isa"] = isa
+    return Outcome("ok", f"CPU kernels for {isa}; of CUDA: {' '.join(cuda) or 'nothing'}")
+
+
+def test_files() -> list[str]:
+    """Test files with tests that need a GPU, found by their text: some cannot be imported here."""
+    return [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if re.search(r"\bmark\.gpu\b|gpu_test", path.read_text("utf-8"))
+    ]
+
+
+def tests(
+    left: Deadline, record: Record, device: str, files: Sequence[str] | None = None
+) -> Outcome:
+    """Run the tests marked ``gpu``, some files at a time, each in a process of its own."""
+    known: dict[str, Any] = record.result.gpu["tests"]
+    files = test_files() if files is None else files
+    waiting = [name for name in files if name not in known]
+    folder = WORK / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < TOGETHER and not left.over:
+                name = waiting.pop(0)
+                running[name] = _test(name, folder)
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    known[name] = counts(_report(folder, name), process.returncode)
+                    del running[name]
+                    record.save()
+            if left.left <= 0.0 or (left.over and not running):
+                break
+            time.sleep(0.05)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    return summary(known, files, device)
+
+
+def _test(name: str, folder: Path) -> subprocess.Popen[bytes]:
+    report = _report(folder, name)
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", name, "-q", "-p", "no:cacheprovider"]
+    command.append(f"--junitxml={report}")
+    with report.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _report(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace('/', '.')}.xml"
+
+
+def counts(report: Path, status: int) -> dict[str, Any]:
+    """Passed, failed and skipped tests of a file, and the messages of up to 10 that failed.
+
+    pytest's status 5, no test was chosen, is no failure; where the process left no report it is.
+    """
+    try:
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        text = f"no report, status {status}: {_last(report.with_suffix('.log'))}"
+        return {"passed": 0, "failed": 1, "skipped": 0, "messages": [text]}
+    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = sum(c.find("skipped") is not None for c in cases)
+    messages = []
+    for case in bad[:10]:
+        found = case.find("failure")
+        found = case.find("error") if found is None else found
+        text = " ".join((found.get("message") or "").split())[:200]  # type: ignore[union-attr]
+        messages.append(f"{case.get('name')}: {text}")
+    if not bad and status not in (0, 5):  # it died after its tests
+        messages.append(f"status {status}: {_last(report.with_suffix('.log'))}")
+        return {"passed": 0, "failed": 1, "skipped": skipped, "messages": messages}
+    passed = len(cases) - len(bad) - skipped
+    return {"passed": passed, "failed": len(bad), "skipped": skipped, "messages": messages}
+
+
+def summary(known: dict[str, Any], files: Sequence[str], device: str) -> Outcome:
+    """What became of the tests, in a line."""
+    there = [known[name] for name in files if name in known]
+    passed, failed, skipped = (sum(c[k] for c in there) for k in ("passed", "failed", "skipped"))
+    text = (
+        f"{passed} passed, {failed} failed, {skipped} skipped in {len(there)} of {len(files)} files"
+    )
+    broken = [name for name in files if known.get(name, {}).get("failed")]
+    if broken:
+        text += f"; see {', '.join(broken)}"
+    if len(there) < len(files):
+        return Outcome("partial", text)
+    if failed or (device == "cuda" and not passed):
+        return Outcome("failed", text if failed else f"{text}: no test has run on the GPU")
+    return Outcome("ok", text)
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer's path; None where it is not installed."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=f"{home}/bin"
+    )
+
+
+def sanitize(left: Deadline, device: str) -> Outcome:
+    """Small work under compute-sanitizer's memcheck and racecheck."""
+    program = sanitizer()
+    if program is None or device != "cuda":
+        return Outcome("ok", "not run: " + ("no GPU" if program else "no compute-sanitizer here"))
+    words, bad = [], False
+    for tool in SANITIZERS:
+        command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        command += [sys.executable, "-m", "bench.exercise"]
+        # The caching allocator's blocks would hide what lies beyond the end of a tensor.
+        done = _run(command, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        (WORK / f"{tool}.log").write_text(done.output, "utf-8")
+        if done.status is None:
+            words.append(f"{tool} did not end within {done.seconds:.0f} s")
+        else:
+            said = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.output)
+            words.append(f"{tool}: {said[-1] if said else _telling(done.output)}")
+            bad |= done.status != 0
+    return Outcome("failed" if bad else "ok", "; ".join(words))
+
+
+class Done(NamedTuple):
+    """A process that ended; ``status`` is None where it was stopped."""
+
+    status: int | None
+    output: str
+    seconds: float
+
+
+def _run(command: Sequence[str], left: Deadline, cwd: Path = ROOT, **variables: str) -> Done:
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that what it starts can be ended with it
+    )
+    try:
+        output, _ = process.communicate(timeout=max(left.left, 0.1))
+        status: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        status = None
+    return Done(status, output.decode("utf-8", "replace"), time.monotonic() - started)
+
+
+def _telling(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\berror\b|Error", line)]
+    return ([*errors[:1], *lines[-1:], "it said nothing"])[0][:300]
+
+
+def _last(path: Path) -> str:
+    try:
+        return _telling(path.read_text("utf-8", "replace"))
+    except OSError:
+        return "it said nothing"

@@ -1,0 +1,181 @@
+"""Tables of a GPU run: what it says in the terminal, and what docs/performance.md says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.predictions import (
+    ASSUMPTIONS,
+    EPOCH_AIM,
+    ESNR_MODEL,
+    ESNR_SHARE,
+    NOT_HERE,
+    ROLLOUT_MODEL,
+)
+from bench.providers import GRAPH, OURS
+from bench.results import Group, Result, Row, Spread
+
+NOT_MEASURED = "not measured"
+PLAIN = ("tf32", "autocast", "graph", "compile", "compile_tf32", "compile_bf16", "compile_max")
+BEST_16 = ("compile_bf16", "compile_max")
+ALL_OURS = (*OURS, *(name + GRAPH for name in OURS))
+OURS_16 = ("fast_fp16", "fast_bf16", "fast_fp16_graph", "fast_bf16_graph")
+
+
+def milliseconds(row: Row | None) -> str:
+    """The median, or why there is none."""
+    if row is None:
+        return NOT_MEASURED
+    if row.status != "ok":
+        return "out of memory" if row.status == "memory" else row.status
+    return figure(Spread.of(row.seconds).p50 * 1e3)
+
+
+def figure(x: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.{2 if x >= 1 else 4}g}" if x < 10 else f"{x:.1f}"
+
+
+def best(group: Group | None, names: Iterable[str]) -> Row | None:
+    """The fastest of these providers; else one that says why there is none; else None."""
+    if group is None:
+        return None
+    rows = [group.rows[name] for name in names if name in group.rows]
+    measured = [row for row in rows if row.status == "ok"]
+    if measured:
+        return min(measured, key=lambda row: Spread.of(row.seconds).p50)
+    worth = [row for row in rows if row.status in ("failed", "memory")]
+    return (worth or rows or [None])[0]
+
+
+def faster(slow: Row | None, fast: Row | None) -> str:
+    """How many times; empty where one is not measured."""
+    if slow is None or fast is None or slow.status != "ok" or fast.status != "ok":
+        return ""
+    return f"{Spread.of(slow.seconds).p50 / Spread.of(fast.seconds).p50:.2f}x"
+
+
+# --- the end of a run ---------------------------------------------------------------------------
+
+
+def short(result: Result) -> str:
+    """Stages, then a line a case, then what failed."""
+    lines = [f"{'stage':9} {'status':8} {'s':>5}"]
+    for name, stage in result.gpu.get("stages", {}).items():
+        lines.append(f"{name:9} {stage['status']:8} {stage['seconds']:5.0f}  {stage['detail']}")
+    lines += ["", _line("case (ms)", "eager", "best plain", "best ours", "floor", "gain", "by")]
+    for group in result.groups.values():
+        slow, ours = group.rows.get("published"), best(group, ALL_OURS)
+        plain = best(group, PLAIN)
+        bottom = best(group, ("floor_bf16", "floor"))
+        by = ours.provider if ours is not None and ours.status == "ok" else ""
+        gain = faster(plain if plain is not None else slow, ours)
+        cells = [milliseconds(row) for row in (slow, plain, ours, bottom)]
+        lines.append(_line(group.name, *cells, gain, by))
+    for reading in headline(result):
+        value = NOT_MEASURED if reading["value"] is None else f"{reading['value']:.4g}"
+        lines.append(f"{reading['name']}: {value} {reading['unit']}")
+    failed = [
+        f"failed: {group.name}, {row.provider}: {row.reason}"
+        for group in result.groups.values()
+        for row in group.rows.values()
+        if row.status == "failed"
+    ]
+    messages = [
+        f"failed: {name}: {text}"
+        for name, found in result.gpu.get("tests", {}).items()
+        for text in found["messages"]
+    ]
+    return "\n".join([*lines, *messages[:10], *failed[:20]])
+
+
+def _line(name: str, *cells: str) -> str:
+    widths = (13, 13, 13, 13, 7, 16)
+    return f"{name:34}" + " ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True))
+
+
+def headline(result: Result) -> list[dict[str, Any]]:
+    """The readings that replace an assumption."""
+    return [
+        reading
+        for readings in result.gpu.get("micro", {}).values()
+        for reading in readings
+        if reading["name"] in ASSUMPTIONS
+    ]
+
+
+# --- predicted and measured ---------------------------------------------------------------------
+
+
+def comparison(result: Result | None) -> str:
+    """Markdown: the model's figures beside those of a result, or beside "not measured"."""
+    return "\n\n".join([_constants(result), _rollouts(result), _esnr(result), _epoch(result)])
+
+
+def _constants(result: Result | None) -> str:
+    measured = {r["name"]: r for r in ([] if result is None else headline(result))}
+    lines = [
+        "| constant of the cost model | predicted | its source | measured |",
+        "|---|---|---|---|",
+    ]
+    for name, a in ASSUMPTIONS.items():
+        value = NOT_MEASURED if a.value is None else f"{a.value:g} {a.unit}"
+        found = measured.get(name, {}).get("value")
+        have = NOT_MEASURED if found is None else f"{found:.3g} {a.unit}"
+        lines.append(
+            f"| {a.text} | {'no figure' if a.value is None else value} | {a.source} | {have} |"
+        )
+    lines += [f"| {text} | no figure | | {NOT_MEASURED}: needs CUDA C++ |" for text in NOT_HERE]
+    return "\n".join(lines)
+
+
+def _rollouts(result: Result | None) -> str:
+    lines = [
+        "| rollout, forward and backward, H = 16 (ms) | eager fp32: model | measured "
+        "| compile + graph, tf32: model | measured | the same, 16 bit: model | measured "
+        "| pwm_fast, 16 bit: model | measured |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (model, batch, substeps), values in ROLLOUT_MODEL.items():
+        group = _group(result, f"rollout-{model}_flow-b{batch}-K{substeps}-backward")
+        rows = (("published",), ("compile_tf32",), BEST_16, OURS_16)
+        cells = [f"{model}, batch {batch}, K {substeps}"]
+        for value, names in zip(values, rows, strict=True):
+            cells += ["" if value is None else f"{value:g}", milliseconds(best(group, names))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _esnr(result: Result | None) -> str:
+    lines = ["| ESNR (ms) | model: floor | aim | measured | one read of the samples |"]
+    lines.append("|---|---|---|---|---|")
+    for (model, samples), value in ESNR_MODEL.items():
+        group = _group(result, f"esnr-{model}-M{samples}")
+        ours, floor = best(group, ("fast", "fast_graph")), best(group, ("floor",))
+        lines.append(
+            f"| {model}, M {samples} | {value:g} | {figure(ESNR_SHARE * value)} "
+            f"| {milliseconds(ours)} | {milliseconds(floor)} |"
+        )
+    return "\n".join(lines)
+
+
+def _epoch(result: Result | None) -> str:
+    group = _group(result, "updates-5M")
+    return (
+        "| updates of an epoch, `pwm_5M_flow`, K = 2 (ms) | aim | measured | eager, flow "
+        "| eager, baseline |\n|---|---|---|---|---|\n"
+        f"| 8 of the world model, 1 of the actor, 32 of the critics | {EPOCH_AIM:g} "
+        f"| {milliseconds(best(group, ALL_OURS))} | {milliseconds(best(group, ('published',)))} "
+        f"| {milliseconds(best(group, ('published_baseline',)))} |"
+    )
+
+
+def _group(result: Result | None, name: str) -> Group | None:
+    return None if result is None else result.groups.get(name)
+
+
+def newest(found: Sequence[Result]) -> Result | None:
+    """Of stored GPU runs that were no dry ones the newest with most cases."""
+    real = [r for r in found if r.facts["machine"]["gpu"] and not r.gpu.get("dry")]
+    return max(real, key=lambda r: (len(r.groups), str(r.facts["date"])), default=None)

@@ -1,0 +1,123 @@
+"""Triton kernels that measure the machine, for :mod:`bench.micro`; nothing else uses them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pwm_fast.kernels.aot import Case
+
+
+@triton.jit
+def nothing(x):
+    """A kernel that starts and ends."""
+
+
+@triton.jit
+def read(x, out, blocks, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, AHEAD: tl.constexpr):
+    """Every program sums its share of ``blocks`` blocks of ``x``; ``AHEAD`` loads are in flight."""
+    pid = tl.program_id(0)
+    offsets = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(pid, blocks, PROGRAMS * AHEAD):
+        for j in tl.static_range(AHEAD):
+            block = i + j * PROGRAMS
+            place = x + block.to(tl.int64) * BLOCK + offsets
+            total += tl.load(place, mask=(block < blocks) & (offsets < BLOCK), other=0.0)
+    tl.store(out + pid, tl.sum(total, 0))
+
+
+@triton.jit
+def flags(flag, out, rounds, LIMIT: tl.constexpr):
+    """Two programs, which must run at once, pass a number to and fro through L2.
+
+    Program p waits until the other's flag says it is its turn and then sets its own. Every wait
+    gives up after ``LIMIT`` looks, and ``out[p]`` holds the rounds that worked.
+    """
+    me = tl.program_id(0)
+    mine, other = flag + me * 64, flag + (1 - me) * 64  # lines of their own
+    done = 0
+    going = 1
+    for i in range(rounds):
+        wanted = i + 1 - me  # program 1 moves first, to 1; then 0 follows to 1
+        looks = 0
+        seen = tl.atomic_add(other, 0, sem="acquire", scope="gpu")
+        while (seen < wanted) & (looks < LIMIT) & (going > 0):
+            seen = tl.atomic_add(other, 0, sem="acquire", scope="gpu")
+            looks += 1
+        going = tl.where(seen >= wanted, going, 0)
+        tl.atomic_xchg(mine, i + 1, sem="release", scope="gpu")
+        done += going
+    tl.store(out + me, done)
+
+
+@triton.jit
+def mish(x, out, rounds, BLOCK: tl.constexpr):
+    """``rounds`` times Mish of every element, in registers, with one exponential and a division."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(x + place)
+    for _ in range(rounds):
+        e = tl.exp(tl.minimum(y, 20.0))
+        n = e * (e + 2.0)
+        y = y * (n / (n + 2.0)) + 1.0  # + 1: the values stay of order 1
+    tl.store(out + place, y)
+
+
+@triton.jit
+def clock(out, cycles):
+    """Cycles of the multiprocessor's clock and nanoseconds that pass meanwhile."""
+    kind: tl.constexpr = "=l"
+    start = tl.inline_asm_elementwise(
+        "mov.u64 $0, %clock64;", kind, [], dtype=tl.int64, is_pure=False, pack=1
+    )
+    began = tl.inline_asm_elementwise(
+        "mov.u64 $0, %globaltimer;", kind, [], dtype=tl.int64, is_pure=False, pack=1
+    )
+    now = start
+    while now - start < cycles:
+        now = tl.inline_asm_elementwise(
+            "mov.u64 $0, %clock64;", kind, [], dtype=tl.int64, is_pure=False, pack=1
+        )
+    ended = tl.inline_asm_elementwise(
+        "mov.u64 $0, %globaltimer;", kind, [], dtype=tl.int64, is_pure=False, pack=1
+    )
+    tl.store(out, now - start)
+    tl.store(out + 1, ended - began)
+
+
+READ_BLOCK, READ_AHEAD, READ_WARPS = 4096, 4, 8
+MISH_BLOCK, MISH_WARPS = 1024, 8
+
+
+def cases() -> list[Case]:
+    """All of them, as :mod:`bench.micro` launches them."""
+    size = {"BLOCK": READ_BLOCK, "PROGRAMS": 132, "AHEAD": READ_AHEAD}
+    reading = {"x": "*fp32", "out": "*fp32", "blocks": "i32", **dict.fromkeys(size, "constexpr")}
+    return [
+        Case("bench nothing", nothing, {"x": "*fp32"}, num_warps=1),
+        Case(
+            "bench read",
+            read,
+            reading,
+            size,
+            unaligned=frozenset({"blocks"}),
+            num_warps=READ_WARPS,
+        ),
+        Case(
+            "bench flags",
+            flags,
+            {"flag": "*i32", "out": "*i32", "rounds": "i32", "LIMIT": "constexpr"},
+            {"LIMIT": 100_000},
+            unaligned=frozenset({"rounds"}),
+            num_warps=1,
+        ),
+        Case(
+            "bench mish",
+            mish,
+            {"x": "*fp32", "out": "*fp32", "rounds": "i32", "BLOCK": "constexpr"},
+            {"BLOCK": MISH_BLOCK},
+            unaligned=frozenset({"rounds"}),
+            num_warps=MISH_WARPS,
+        ),
+        Case("bench clock", clock, {"out": "*i64", "cycles": "i64"}, num_warps=1),
+    ]

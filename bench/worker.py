@@ -1,0 +1,171 @@
+"""Measurements in a process of their own, which may crash, hang or run out of time."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import apart
+from bench.results import row_to_json
+
+Message = tuple[Any, ...]
+Serve = Callable[["Job", torch.device, Callable[[Message], None]], None]
+
+
+class Job(NamedTuple):
+    """What a worker is asked for.
+
+    Attributes:
+        kind: ``case`` or ``micro``.
+        stage: that names the case.
+        name: of the case or of the microbenchmark.
+        providers: of the case.
+        dry: the small stand-in.
+    """
+
+    kind: str
+    stage: str
+    name: str
+    providers: tuple[str, ...] = ()
+    dry: bool = False
+
+
+class Ended(NamedTuple):
+    """How a job ended.
+
+    Attributes:
+        how: ``done``, ``time`` (it was stopped) or ``crash``.
+        provider: that was at work when it was stopped or crashed.
+        reason: of a crash.
+        seconds: that this provider had been at work.
+    """
+
+    how: str
+    provider: str | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def do(job: Job, device: torch.device, send: Callable[[Message], None]) -> None:
+    """Measure, and send ``("provider", name)``, ``("row", data)`` or ``("micro", data)``."""
+    if job.kind == "micro":
+        from bench import micro
+
+        for reading in micro.read(job.name, device, job.dry):
+            send(("micro", reading))
+        return
+    from bench.gpu_plan import cases
+
+    case = next(c for c in cases(job.stage, device, job.dry) if c.name == job.name)
+    for item in apart.measure(case, job.providers, device):
+        send(("provider", item) if isinstance(item, str) else ("row", row_to_json(item)))
+
+
+def _serve(pipe: Connection, device: str, log: str, serve: Serve) -> None:
+    """The worker's life: one job after another, until None comes."""
+    with open(log, "a", buffering=1) as file:  # so that the last words of a crash are known
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    while (job := pipe.recv()) is not None:
+        try:
+            serve(job, torch.device(device), pipe.send)
+            pipe.send(("done",))
+        except apart.Broken as error:
+            pipe.send(("broken", str(error)))
+            os._exit(3)
+        except Exception as error:
+            pipe.send(("error", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+
+
+class Worker:
+    """Starts a process when there is work, and a new one after a crash.
+
+    Args:
+        device: that it computes on.
+        log: where what it prints goes.
+        serve: what it does.
+    """
+
+    def __init__(self, device: torch.device, log: Path, serve: Serve = do) -> None:
+        self.device, self.log, self._do = device, log, serve
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def run(self, job: Job, seconds: float, take: Callable[[Message], None]) -> Ended:
+        """Do a job within ``seconds``; ``take`` gets its rows and readings as they come."""
+        pipe = self._connect()
+        since = time.monotonic()
+        end = since + seconds
+        provider = None
+        pipe.send(job)
+        while True:
+            try:
+                if not pipe.poll(max(end - time.monotonic(), 0.0)):
+                    self.stop(kill=True)
+                    return Ended("time", provider, seconds=time.monotonic() - since)
+                message = pipe.recv()
+            except (EOFError, ConnectionError):
+                code = self._wait()
+                self.stop(kill=True)
+                return Ended("crash", provider, f"the process died ({code}); {self._last_words()}")
+            if message[0] == "done":
+                return Ended("done")
+            if message[0] in ("error", "broken"):
+                if message[0] == "broken":
+                    self.stop(kill=True)
+                return Ended("crash", provider, message[1])
+            if message[0] == "provider":
+                provider, since = message[1], time.monotonic()
+                continue
+            if message[0] == "row":
+                provider = None
+            take(message)
+
+    def stop(self, *, kill: bool = False) -> None:
+        """End the process."""
+        if self._process is None:
+            return
+        if not kill:
+            with contextlib.suppress(OSError):
+                self._pipe.send(None)
+            self._process.join(10.0)
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self._pipe.close()
+        self._process = self._pipe = None
+
+    def _connect(self) -> Any:
+        if self._process is None or not self._process.is_alive():
+            self.stop(kill=True)
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(
+                target=_serve,
+                args=(theirs, str(self.device), str(self.log), self._do),
+                daemon=False,  # torch.compile starts processes of its own
+            )
+            self._process.start()
+            theirs.close()
+        return self._pipe
+
+    def _wait(self) -> str:
+        self._process.join(10.0)
+        code = self._process.exitcode
+        return f"signal {-code}" if code is not None and code < 0 else f"status {code}"
+
+    def _last_words(self) -> str:
+        try:
+            lines = self.log.read_text("utf-8", "replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1][:200] if lines else "it said nothing"

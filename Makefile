@@ -14,7 +14,7 @@ INPUTS := pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/* csrc/*/
 PROBE := -c 'import sys; v = sys.version_info[:2]; print("%d.%d of %s" % (v + (sys.base_prefix,))); \
 	sys.exit(not (3, 10) <= v <= (3, 13))'
 
-.PHONY: help setup train test bench lint clean FORCE
+.PHONY: help setup train test bench gpu lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ test: setup ## run the tests
 
 bench: setup ## run the benchmarks
 	$(RUN) pytest bench --benchmark-only $(ARGS)
+
+gpu: ## check and measure with a GPU, with the Python and torch that are installed
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: setup ## check style and types
 	$(RUN) ruff check .

@@ -88,6 +88,7 @@ def _one(
 ) -> bool:
     """Do a job and keep what comes; False if the time was over."""
     readings: list[object] = []
+    came: list[str] = []
     case = by_name.get(job.name)
 
     def keep(row: Row) -> None:
@@ -96,6 +97,7 @@ def _one(
     def take(message: Message) -> None:
         if message[0] == "row":
             keep(row_from_json(message[1]))
+            came.append(message[1]["provider"])
         else:
             readings.append(message[1])
 
@@ -109,11 +111,10 @@ def _one(
         failure = {"name": job.name, "value": None, "unit": "", "reason": f"failed: {ended.reason}"}
         micro[job.name] = [failure]
     elif ended.how == "crash":
-        # Whoever was at work is to blame; where nobody was, all of the case.
-        guilty = record.missing(
-            job.name, [ended.provider or ""] if ended.provider else job.providers
-        )
-        for name in guilty:
+        # Whoever was at work is to blame; nobody, where a row came and then the context was found
+        # lost: that row says so itself; all of the case, where it could not even be made.
+        guilty = [ended.provider] if ended.provider else [] if came else list(job.providers)
+        for name in record.missing(job.name, guilty):
             keep(Row(name, "failed", ended.reason))
     elif ended.how == "time":
         rest = _missing(job, record)

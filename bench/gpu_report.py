@@ -34,7 +34,7 @@ def milliseconds(row: Row | None) -> str:
 
 def figure(x: float) -> str:
     """Three significant digits, without an exponent."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.{2 if x >= 1 else 4}g}" if x < 10 else f"{x:.1f}"
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.3g}"
 
 
 def best(group: Group | None, names: Iterable[str]) -> Row | None:
@@ -169,6 +169,24 @@ def _epoch(result: Result | None) -> str:
         f"| {milliseconds(best(group, ALL_OURS))} | {milliseconds(best(group, ('published',)))} "
         f"| {milliseconds(best(group, ('published_baseline',)))} |"
     )
+
+
+def figures(result: Result) -> str:
+    """Markdown: what users ask for first, of the cases that were measured."""
+    lines = [
+        "| forward and backward, H = 16 (ms) | eager fp32 as published | best torch.compile "
+        "| pwm_fast, 16 bit | faster than that compile |",
+        "|---|---|---|---|---|",
+    ]
+    for model, batch, substeps in ROLLOUT_MODEL:
+        group = _group(result, f"rollout-{model}_flow-b{batch}-K{substeps}-backward")
+        if group is None:
+            continue
+        plain, ours = best(group, ("compile_tf32", *BEST_16)), best(group, OURS_16)
+        cells = [milliseconds(row) for row in (group.rows.get("published"), plain, ours)]
+        name = f"rollout of {model}_flow, batch {batch}, K {substeps}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {faster(plain, ours)} |")
+    return "\n".join(lines)
 
 
 def _group(result: Result | None, name: str) -> Group | None:

@@ -118,7 +118,12 @@ def need(provider: str, device: torch.device) -> None:
             raise Absent(f"the native extension does not load: {error}") from error
         return
     x = torch.zeros(1, 1, device=device)
-    if dispatch.select("mlp", "auto", dispatch.Call([x])) == "reference":
+    with dispatch.precision(PRECISIONS[base]):
+        try:
+            taken = dispatch.select("mlp", "auto", dispatch.Call([x]))
+        except dispatch.BackendError as error:
+            raise Absent(str(error)) from error
+    if taken == "reference":
         raise Absent(f"no fast backend runs on {device.type} yet")
 
 

@@ -2,7 +2,8 @@
 
 python -m bench.report RESULT.json...                  # tables of ratios
 python -m bench.report RESULT.json... --plots DIR      # and plots, as PNG
-python -m bench.report --readme                        # rewrite the README's table
+python -m bench.report --readme                        # rewrite the README's tables
+python -m bench.report --docs                          # and those of docs/performance.md on GPUs
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import gpu_report, results
 from bench.environment import ROOT
-from bench.providers import LABELS
+from bench.providers import GRAPH, LABELS
 from bench.results import Group, Result, ResultError, Row, Spread, ratio
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 README = ROOT / "README.md"
-FLOORS = {"fast_bf16": "floor_bf16", "autocast": "floor_bf16"}
+DOCS = ROOT / "docs" / "performance.md"
+FLOORS = {
+    **dict.fromkeys(("fast_bf16", "fast_fp16", "autocast", *gpu_report.BEST_16), "floor_bf16"),
+    **dict.fromkeys(("fast_tf32", "tf32", "compile_tf32", "jax", "diffrax"), "floor_tf32"),
+    "jax_bf16": "floor_bf16",
+}
 
 
 # --- numbers as text ----------------------------------------------------------------------------
@@ -87,7 +93,8 @@ def title(group: Group) -> str:
 
 def floor_of(group: Group, row: Row) -> Row | None:
     """The floor that a row is measured against: that of its precision."""
-    found = group.rows.get(FLOORS.get(row.provider, "floor"))
+    provider = row.provider.removesuffix(GRAPH)
+    found = group.rows.get(FLOORS.get(provider, "floor"))
     known = found is not None and found.status == "ok"
     return found if known and not row.provider.startswith("floor") else None
 
@@ -104,7 +111,8 @@ def table(group: Group) -> str:
     for row in group.rows.values():
         label = LABELS.get(row.provider, row.provider)
         if row.status != "ok" or anchor is None:
-            lines.append(f"| {label} | {row.status}: {_cell(row.reason)} | | | |")
+            what = "out of memory" if row.status == "memory" else row.status
+            lines.append(f"| {label} | {what}: {_cell(row.reason)} | | | |")
             continue
         bottom = floor_of(group, row)
         part = "" if bottom is None else f"{ratio(bottom, row).p50:.0%}"
@@ -220,21 +228,49 @@ def _peaks(group: Group) -> str:
     return " to ".join(size(row.peak) for row in rows if row is not None)
 
 
-def write_readme(path: Path, section: str) -> bool:
+def markers(name: str) -> tuple[str, str]:
+    """What stands before and after a section that is written here."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def write_readme(path: Path, section: str, name: str = "speed") -> bool:
     """Put the section between the markers; False if it stood there already.
 
     Raises:
         ResultError: the file has no markers.
     """
     text = path.read_text("utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = markers(name)
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ResultError(f"{path} has no {BEGIN} ... {END}")
-    new = f"{before}{BEGIN}\n{section}\n{END}{after}"
+        raise ResultError(f"{path} has no {first} ... {last}")
+    new = f"{before}{first}\n{section}\n{last}{after}"
     if new != text:
         path.write_text(new, "utf-8")
     return new != text
+
+
+# --- runs of bench.gpu --------------------------------------------------------------------------
+
+
+def stored_gpu() -> Result | None:
+    """The stored run of ``bench.gpu`` that tables are made from; None where there is none."""
+    return gpu_report.newest(results.stored(pattern=results.GPU_PATTERN))
+
+
+def gpu_readme(result: Result | None) -> str:
+    """The README's lines on GPUs."""
+    if result is None:
+        return "On a GPU: not measured. `make gpu` takes the measurements."
+    return f"{machine_line(result)}:\n\n{gpu_report.figures(result)}"
+
+
+def gpu_docs(result: Result | None) -> str:
+    """The tables of docs/performance.md: the model's figures and the measured ones."""
+    if result is None:
+        return f"Measured: nothing yet.\n\n{gpu_report.comparison(None)}"
+    return f"Measured: {machine_line(result)}.\n\n{gpu_report.comparison(result)}"
 
 
 # --- plots --------------------------------------------------------------------------------------
@@ -347,11 +383,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="*", type=Path, metavar="RESULT.json")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files into DIR")
     parser.add_argument(
-        "--readme", action="store_true", help="rewrite the README's table from bench/results"
+        "--readme", action="store_true", help="rewrite the README's tables from bench/results"
+    )
+    parser.add_argument(
+        "--docs", action="store_true", help="rewrite docs/performance.md's tables on GPUs"
     )
     options = parser.parse_args(argv)
-    if not options.results and not options.readme:
-        parser.error("name a RESULT.json, or give --readme")
+    if not options.results and not options.readme and not options.docs:
+        parser.error("name a RESULT.json, or give --readme or --docs")
     try:
         for result in map(results.load, options.results):
             print(report(result), end="\n\n")
@@ -359,7 +398,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"wrote {path}")
         if options.readme:
             changed = write_readme(README, readme_section(results.stored()))
+            changed |= write_readme(README, gpu_readme(stored_gpu()), "gpu")
             print(f"{README.name}: {'written' if changed else 'up to date'}")
+        if options.docs:
+            changed = write_readme(DOCS, gpu_docs(stored_gpu()), "gpu")
+            print(f"{DOCS.name}: {'written' if changed else 'up to date'}")
     except (ResultError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

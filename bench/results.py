@@ -140,7 +140,7 @@ def load(path: Path) -> Result:
     return result
 
 
-def stored(directory: Path = STORE, pattern: str = PATTERN) -> list[Result]:
+def stored(directory: Path = STORE, *, pattern: str = PATTERN) -> list[Result]:
     """All stored results of speed, oldest first."""
     found = [load(path) for path in sorted(directory.glob(pattern))]
     return sorted(found, key=lambda r: str(r.facts["date"]))

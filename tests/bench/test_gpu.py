@@ -1,0 +1,242 @@
+"""The GPU command: its line, its checks, and that it runs where there is no Hydra and no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu, gpu_checks, gpu_plan, micro, plain, predictions, report, results, train_ant
+from bench.cases import matrix
+from bench.environment import ROOT
+from bench.providers import LABELS
+from bench.stages import Deadline
+from pwm_fast import config
+from pwm_fast.config import ConfigError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+# As on a machine that has torch, triton, nvcc and pytest alone.
+BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax")
+SITE = f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
+
+
+def bare(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a module of bench as on such a machine, its child processes too."""
+    (tmp_path / "usercustomize.py").write_text(SITE, "utf-8")
+    (tmp_path / "sitecustomize.py").write_text(SITE, "utf-8")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-m", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", gpu_plan.MEASURED)
+def test_every_provider_of_every_case_is_in_one_job(stage: str) -> None:
+    cases = gpu_plan.cases(stage, CUDA, False)
+    jobs = list(gpu_plan.jobs(stage, cases, False))
+    taken = [(job.name, name) for job in jobs for name in job.providers]
+    assert sorted(taken) == sorted((c.name, p) for c in cases for p in c.providers)
+    assert {name for _, name in taken} <= set(LABELS)
+
+
+def test_the_matrix_is_what_is_to_be_measured() -> None:
+    quick, full = ({c.name for c in found} for found in (matrix.quick(), matrix.full()))
+    assert len(quick) == 6 and quick <= full
+    assert len(full) == 3 * 5 * 2 * 2
+    assert {c.name for c in matrix.esnr()} >= {"esnr-317M-M64", "esnr-5M-M4"}
+    for model, batch, substeps in predictions.ROLLOUT_MODEL:
+        assert f"rollout-{model}_flow-b{batch}-K{substeps}-backward" in full
+    assert sum(b for b in gpu.BUDGETS.values() if b < float("inf")) > gpu.BUDGET - 60
+
+
+def test_every_constant_of_the_model_has_a_measurement() -> None:
+    source = Path(micro.__file__).read_text("utf-8")
+    names = {f"product {kind} 8192" for kind in micro.DTYPES}
+    for name in set(predictions.ASSUMPTIONS) - names:
+        assert f'"{name}"' in source, name
+    assert names <= set(predictions.ASSUMPTIONS)
+
+
+def test_the_kernels_that_measure_compile() -> None:
+    from bench import micro_kernels
+    from pwm_fast.kernels import aot
+
+    for case in micro_kernels.cases():
+        compiled = aot.compile_case(case, 90)
+        assert compiled.asm["cubin"], case.name
+        if case.name == "bench read":
+            assert "ld.global.v4" in compiled.asm["ptx"]
+
+
+# --- configurations without OmegaConf ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((plain.CONFIGS / "alg").glob("*.yaml")), ids=str)
+def test_configurations_are_those_that_hydra_composes(path: Path) -> None:
+    assert plain.algorithm(path.stem) == config.compose(f"alg={path.stem}").alg
+
+
+def test_a_wrong_configuration_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"alg must be one of pwm, .*got 'pwm_6M'"):
+        plain.algorithm("pwm_6M")
+    with pytest.raises(ConfigError, match="AlgConfig has no key speed"):
+        plain.build(config.AlgConfig, {"speed": 1})
+    with pytest.raises(ConfigError, match=r"alg\.gamma must be in \(0, 1\]"):
+        plain.build(config.AlgConfig, {"gamma": 2.0})
+    with pytest.raises(ConfigError, match="cannot read the line '& anchor'"):
+        plain.parse("a: 1\n& anchor")
+
+
+# --- build, tests, sanitizer ---------------------------------------------------------------------
+
+REPORT = """<testsuites><testsuite>
+<testcase name="a"/><testcase name="b"><skipped message="no GPU"/></testcase>
+<testcase name="c"><failure message="error 3
+exceeds 2"/></testcase><testcase name="d"><error message="fixture"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_report_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "x.xml"
+    path.write_text(REPORT, "utf-8")
+    assert gpu_checks.counts(path, 1) == {
+        "passed": 1,
+        "failed": 2,
+        "skipped": 1,
+        "messages": ["c: error 3 exceeds 2", "d: fixture"],
+    }
+
+
+def test_a_process_that_left_no_report_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "x.log").write_text("collected\nFatal Python error: Aborted\n", "utf-8")
+    found = gpu_checks.counts(tmp_path / "x.xml", -6)
+    assert found["failed"] == 1
+    assert "status -6: Fatal Python error: Aborted" in found["messages"][0]
+
+
+def test_tests_pass_only_if_some_ran_on_the_gpu() -> None:
+    good = {"passed": 3, "failed": 0, "skipped": 1}
+    none = {"passed": 0, "failed": 0, "skipped": 4}
+    bad = {"passed": 3, "failed": 1, "skipped": 0}
+    assert gpu_checks.summary({"a": good}, ["a"], "cuda").status == "ok"
+    assert gpu_checks.summary({"a": none}, ["a"], "cuda").status == "failed"
+    assert gpu_checks.summary({"a": none}, ["a"], "cpu").status == "ok"
+    assert gpu_checks.summary({"a": good}, ["a", "b"], "cuda").status == "partial"
+    found = gpu_checks.summary({"a": good, "b": bad}, ["a", "b"], "cuda")
+    assert found.status == "failed" and "see b" in found.detail
+
+
+def test_files_with_gpu_tests_are_found() -> None:
+    files = gpu_checks.test_files()
+    assert "tests/test_replay.py" in files
+    assert "tests/bench/test_stages.py" not in files
+
+
+def test_a_command_is_stopped_with_what_it_started(tmp_path: Path) -> None:
+    script = "sleep 60 & echo $! > child; wait"
+    done = gpu_checks._run(["sh", "-c", script], Deadline(1.0), cwd=tmp_path)
+    assert done.status is None and done.seconds < 30.0
+    child = (tmp_path / "child").read_text().strip()
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or " Z " in state.read_text()
+
+
+def test_small_work_runs_through_every_operation() -> None:
+    from bench import exercise
+
+    assert exercise.main(["--device", "cpu"]) == 0
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "--device=cuda, but torch"),
+        (["--device", "cpu"], "needs --quick"),
+        (["--device", "cpu", "--quick"], "--out"),
+        (["--device", "meta", "--quick", "--out", "x"], "must be cuda"),
+        (["--device", "cpu", "--quick", "--out", "x", "--budget", "1"], "--budget"),
+    ],
+)
+def test_what_cannot_run_is_said_in_a_line(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(args) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_command_runs_without_hydra_and_mujoco(tmp_path: Path) -> None:
+    """Two stages of the dry run, and again: nothing is left to do."""
+    path = tmp_path / "gpu_dry.json"
+    command = ["bench.gpu", "--device=cpu", "--quick", f"--out={path}"]
+    stages = ["--stage=quick", "--stage=epoch"]
+    done = bare(tmp_path, *command, *stages)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results.load(path)
+    rows = {f"{g.name} {r.provider}": r for g in found.groups.values() for r in g.rows.values()}
+    assert rows["rollout-tiny_flow-b7-K1-backward fast"].status == "ok"
+    assert "no physics engine" in str(rows["epoch-tiny published"].reason)
+    assert report.report(found)
+
+    before = path.read_text("utf-8")
+    done = bare(tmp_path, *command, "--stage=quick")
+    assert done.returncode == 0 and "0 failed" in done.stdout
+    again = json.loads(path.read_text("utf-8"))["cases"]
+    assert again == json.loads(before)["cases"]
+
+
+# --- training for some minutes -------------------------------------------------------------------
+
+
+def test_training_without_physics_says_what_is_missing(tmp_path: Path) -> None:
+    done = bare(tmp_path, "bench.train_ant", "--minutes=1", "--device=cpu", "--alg=pwm_tiny_flow")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "MuJoCo" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_speed_and_curve_of_a_run() -> None:
+    rows: list[Any] = [
+        {"epoch": 0, "env_steps": 0, "eval_reward": 1.0, "eval_reward_std": 0.5, "wall_time": 0.0},
+        {"epoch": 1, "steps_per_second": 900.0, "wall_time": 1.0},
+        {"epoch": 2, "steps_per_second": 10.0, "actor_loss": 1.0, "wall_time": 10.0},
+        {"epoch": 3, "steps_per_second": 200.0, "actor_loss": 1.0, "wall_time": 11.0},
+        {"epoch": 4, "steps_per_second": 400.0, "actor_loss": 1.0, "wall_time": 14.0},
+    ]
+    assert train_ant.speed(rows, 100) == {
+        "epochs_per_second": 3.0,
+        "epochs_per_second_with_evaluations": 0.5,
+    }
+    assert train_ant.speed(rows[:2], 100)["epochs_per_second"] is None
+    assert [p["eval_reward"] for p in train_ant.curve(rows)] == [1.0]
+
+
+@pytest.mark.slow
+def test_ant_learns_for_a_moment_and_leaves_its_curve(tmp_path: Path) -> None:
+    pytest.importorskip("mujoco")
+    path = tmp_path / "ant.json"
+    args = ["--minutes", "0.05", "--device", "cpu", "--alg", "pwm_tiny_flow", "--worlds", "4"]
+    args += ["--out", str(path), "--run-dir", str(tmp_path / "run"), "--eval-every", "0"]
+    assert train_ant.main(args) == 0
+    run = json.loads(path.read_text("utf-8"))["run"]
+    assert run["status"] == "interrupted" and run["worlds"] == 4 and run["engine"]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

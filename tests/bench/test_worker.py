@@ -1,0 +1,220 @@
+"""A crash or a hang costs one row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.cases import Case, Provider, Workload
+from bench.measure import Effort
+from bench.results import Row
+from bench.stages import Deadline, Record
+from bench.worker import Ended, Job, Message, Worker
+from tests.bench import fake_work
+from tests.bench.synthetic import FACTS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[Worker]:
+    found = Worker(CPU, tmp_path / "log", fake_work.serve)
+    yield found
+    found.stop(kill=True)
+
+
+def test_a_worker_survives_what_its_jobs_do(worker: Worker) -> None:
+    """One process after another: good work, a death, a lost context, an error, a hang."""
+
+    def run(*providers: str, seconds: float = 60.0) -> tuple[Ended, list[str]]:
+        rows: list[Message] = []
+        ended = worker.run(Job("case", "quick", "c", providers), seconds, rows.append)
+        return ended, [message[1]["provider"] for message in rows]
+
+    assert run("a", "b") == (Ended("done"), ["a", "b"])
+    ended, rows = run("a", "dies", "b")
+    assert (ended.how, ended.provider, rows) == ("crash", "dies", ["a"])
+    assert "status 7" in ended.reason and "Segmentation fault of the test" in ended.reason
+    ended, rows = run("breaks", "b")
+    assert (ended.how, ended.provider, rows) == ("crash", None, ["breaks"])
+    ended, rows = run("raises")
+    assert (ended.how, ended.provider) == ("crash", "raises")
+    assert ended.reason == "ValueError: of the test"
+    ended, rows = run("a", "hangs", "b", seconds=1.0)
+    assert (ended.how, ended.provider, rows) == ("time", "hangs", ["a"])
+    assert run("b") == (Ended("done"), ["b"])
+
+
+# --- the measuring stages, with the worker in this process ---------------------------------------
+
+
+class Script:
+    """A worker whose providers do as their table says, on a clock of its own."""
+
+    def __init__(self, table: dict[str, str], clock: list[float]) -> None:
+        self.table, self.clock, self.device = table, clock, CPU
+        self.ran: list[tuple[str, ...]] = []
+
+    def run(self, job: Job, seconds: float, take: Any) -> Ended:
+        end = self.clock[0] + seconds
+        self.ran.append(job.providers)
+        for name in job.providers:
+            what = self.table.get(name, "ok")
+            if what == "dies":
+                return Ended("crash", name, "it died")
+            cost = 50.0 if what == "slow" else 1.0
+            if self.clock[0] + cost > end:
+                spent, self.clock[0] = end - self.clock[0], end
+                return Ended("time", name, seconds=spent)
+            self.clock[0] += cost
+            status = what if what in ("memory", "absent", "failed") else "ok"
+            row = {"provider": name, "status": status, "reason": "why", "seconds": [1.0]}
+            take(("row", row))
+            if what == "failed":
+                return Ended("crash", None, "the context is lost")
+        return Ended("done")
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    return Record(tmp_path / "gpu_x.json", copy.deepcopy(FACTS))
+
+
+def measure(
+    monkeypatch: pytest.MonkeyPatch, record: Record, table: dict[str, str], seconds: float
+) -> tuple[Any, Script]:
+    case = Case("c", {"work": "w"}, lambda _: Workload({}), ("published", "fast", "compile_bf16"))
+    monkeypatch.setattr(gpu, "cases", lambda *_: [case])
+    clock = [0.0]
+    script = Script(table, clock)
+    left = Deadline(seconds, lambda: clock[0])
+    return gpu.measure(left, "quick", record, script, False), script  # type: ignore[arg-type]
+
+
+def status(record: Record) -> dict[str, str]:
+    return {name: row.status for name, row in record.result.groups["c"].rows.items()}
+
+
+def test_cheap_providers_come_before_those_that_compile(
+    monkeypatch: pytest.MonkeyPatch, record: Record
+) -> None:
+    outcome, script = measure(monkeypatch, record, {}, 100.0)
+    assert script.ran == [("published", "fast"), ("compile_bf16",)]
+    assert outcome == ("ok", "3 measured, 0 out of memory, 0 absent, 0 failed")
+
+
+def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
+    outcome, _ = measure(monkeypatch, record, {"published": "memory"}, 100.0)
+    assert outcome.status == "ok" and "1 out of memory" in outcome.detail
+    assert status(record)["published"] == "memory"
+
+
+def test_a_crash_fails_one_row_and_the_rest_is_measured(
+    monkeypatch: pytest.MonkeyPatch, record: Record
+) -> None:
+    outcome, script = measure(monkeypatch, record, {"published": "dies"}, 100.0)
+    assert outcome.status == "failed"
+    assert status(record) == {"published": "failed", "fast": "ok", "compile_bf16": "ok"}
+    assert record.result.groups["c"].rows["published"].reason == "it died"
+    assert script.ran == [("published", "fast"), ("fast",), ("compile_bf16",)]
+
+
+def test_a_lost_context_fails_the_row_that_lost_it_alone(
+    monkeypatch: pytest.MonkeyPatch, record: Record
+) -> None:
+    measure(monkeypatch, record, {"published": "failed"}, 100.0)
+    assert status(record) == {"published": "failed", "fast": "ok", "compile_bf16": "ok"}
+
+
+def test_a_case_that_cannot_be_made_fails_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, record: Record
+) -> None:
+    monkeypatch.setattr(Script, "run", lambda *_: Ended("crash", None, "ValueError: sizes"))
+    outcome, _ = measure(monkeypatch, record, {}, 100.0)
+    assert set(status(record).values()) == {"failed"}
+    assert outcome.status == "failed"
+
+
+def test_what_the_time_ended_is_taken_up_by_the_next_run(
+    monkeypatch: pytest.MonkeyPatch, record: Record
+) -> None:
+    outcome, _ = measure(monkeypatch, record, {"fast": "slow"}, 30.0)
+    assert outcome.status == "partial" and "2 missing" in outcome.detail
+    assert status(record) == {"published": "ok"}
+
+    # Too little time for what was stopped before: others are not kept waiting.
+    outcome, script = measure(monkeypatch, record, {"fast": "slow"}, 20.0)
+    assert script.ran == [("compile_bf16",)]
+    assert outcome.status == "partial" and "1 missing" in outcome.detail
+
+    outcome, script = measure(monkeypatch, record, {"fast": "slow"}, 100.0)
+    assert script.ran == [("fast",)]
+    assert outcome.status == "ok"
+
+
+def test_what_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
+    monkeypatch.setattr("bench.stages.GIVE_UP", 20.0)
+    measure(monkeypatch, record, {"fast": "slow"}, 30.0)
+    assert status(record)["fast"] == "failed"
+    assert "did not end within" in (record.result.groups["c"].rows["fast"].reason or "")
+
+
+# --- one provider after another ------------------------------------------------------------------
+
+
+def test_rows_of_every_kind() -> None:
+    from bench import apart
+    from bench.providers import Absent
+
+    def raising(error: Exception) -> Any:
+        def make() -> Provider:
+            raise error
+
+        return make
+
+    truth = {"y": torch.ones(3, dtype=torch.float64)}
+    good = Provider(lambda: None, lambda: {"y": torch.ones(3)})
+    wrong = Provider(lambda: None, lambda: {"y": torch.full((3,), 1.1)})
+    make = {
+        "published": lambda: good,
+        "tf32": raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")),
+        "jax": raising(RuntimeError("RESOURCE_EXHAUSTED: out of memory")),
+        "fast": lambda: wrong,
+        "fast_bf16": raising(Absent("not here")),
+        "reference": raising(RuntimeError("bug")),
+    }
+    case = Case("c", {}, lambda _: Workload(make, lambda: truth), tuple(make))
+    case = Case("c", {}, case.build, tuple(make), effort=Effort(0.01, 2, 3, 0.0))
+    found = [x for x in apart.measure(case, case.providers, CPU) if isinstance(x, Row)]
+    assert {row.provider: row.status for row in found} == {
+        "published": "ok",
+        "tf32": "memory",
+        "jax": "memory",
+        "fast": "failed",
+        "fast_bf16": "absent",
+        "reference": "failed",
+    }
+    rows = {row.provider: row for row in found}
+    assert len(rows["published"].seconds) >= 2
+    assert not rows["fast"].seconds and "error" in (rows["fast"].reason or "")
+    assert rows["reference"].reason == "RuntimeError: bug"
+
+
+def test_a_case_that_does_not_fit_is_out_of_memory_for_all() -> None:
+    from bench import apart
+
+    def build(_: torch.device) -> Workload:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    case = Case("c", {}, build, ("published", "fast"))
+    found = list(apart.measure(case, case.providers, CPU))
+    assert [(r.provider, r.status) for r in found if isinstance(r, Row)] == [
+        ("published", "memory"),
+        ("fast", "memory"),
+    ]

@@ -147,9 +147,10 @@ def stored(page: Path, section: str = SECTION) -> str:
 
 def store(page: Path, text: str, section: str = SECTION) -> None:
     """Put a table in the place of the one that a page holds in a section."""
-    begin = f"<!-- {section}:begin -->\n"
-    old = begin + stored(page, section)
-    page.write_text(page.read_text().replace(old, begin + text))
+    stored(page, section)
+    before, begin, rest = page.read_text().partition(f"<!-- {section}:begin -->\n")
+    _, end, after = rest.partition(f"<!-- {section}:end -->")
+    page.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
 def version_of(text: str) -> str | None:

@@ -4,7 +4,7 @@ Backends of an operation are tried in order; each says why it cannot run, or Non
 
 - ``native``: C++ kernels on the CPU, float32.
 - ``cuda``: CUDA C++ kernels of the native extension, where it was built with nvcc.
-- ``triton``: Triton kernels, on CUDA (and on the CPU in Triton's interpreter, for tests).
+- ``triton``: Triton kernels, float32 on CUDA (and on the CPU in Triton's interpreter, for tests).
 - ``torch``: the same algebra and hand-written backward passes in plain PyTorch, any device and
   floating dtype. Not chosen by itself: it is what the faster ones are tested against.
 - ``reference``: plain PyTorch with autograd's own gradients. It runs everything, differentiates
@@ -16,7 +16,7 @@ argument of a call, the innermost :func:`backend` context, the environment varia
 
 How operations with matrix products round their operands is the innermost :func:`precision`
 context's, the environment variable ``PWM_FAST_PRECISION``'s, or ``auto``, which is ``exact`` on a
-CPU:
+CPU and ``fast`` for ``triton``:
 
 - ``exact``: float32 (the tensors' dtype);
 - ``tf32``: float32 products with operands rounded to tf32, on CUDA;
@@ -162,33 +162,45 @@ def _cuda(call: Call) -> str | None:
     return _reduction(call) or why_not(device.index or 0)
 
 
-def _triton(call: Call) -> str | None:
-    device = call.tensors[0].device
+def _triton_missing(call: Call) -> str | None:
     from pwm_fast.ops.fused import triton_support
 
-    return triton_support.why_not(device.type) or _reduction(call)
+    return triton_support.why_not(str(call.tensors[0].device))
+
+
+def _triton_reduction(call: Call) -> str | None:
+    return _triton_missing(call) or _reduction(call)
+
+
+def _triton(call: Call) -> str | None:
+    reason = _triton_missing(call)
+    if reason is None and call.tensors[0].dtype != torch.float32:
+        reason = f"the tensors are {call.tensors[0].dtype}; it computes in float32"
+    return reason or _torch(call)
 
 
 _FUSED = (
     Backend("native", True, _native),
+    Backend("triton", True, _triton, precision="fast"),
     Backend("torch", False, _torch),
     Backend("reference", True, _reference),
 )
 
 # Without an algebra of their own: plain PyTorch is all there is beside the native kernel.
-_NATIVE = (_FUSED[0], Backend("torch", False, _reference), _FUSED[2])
+_NATIVE = (Backend("native", True, _native), Backend("torch", False, _reference), _FUSED[-1])
+_ROWS = (_NATIVE[0], Backend("triton", True, _triton), *_NATIVE[1:])
 
-_REDUCTIONS = (Backend("cuda", True, _cuda), Backend("triton", True, _triton))
+_REDUCTIONS = (Backend("cuda", True, _cuda), Backend("triton", True, _triton_reduction))
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "mlp": _FUSED,
     "flow_step": _FUSED,
     "latent_rollout": _FUSED,
     "imagine": _FUSED,
-    "layer_norm_act": _NATIVE,
-    "simnorm": _NATIVE,
-    "two_hot_decode": _NATIVE,
-    "two_hot_cross_entropy": _NATIVE,
+    "layer_norm_act": _ROWS,
+    "simnorm": _ROWS,
+    "two_hot_decode": _ROWS,
+    "two_hot_cross_entropy": _ROWS,
     "esnr": (_NATIVE[0], *_REDUCTIONS, *_NATIVE[1:]),
     "esnr_update": (*_REDUCTIONS, *_NATIVE[1:]),
 }

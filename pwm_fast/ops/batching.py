@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pwm_fast.ops import library, library_esnr, library_native  # noqa: F401  they define
+from pwm_fast.ops import library, library_esnr, library_rows  # noqa: F401  they define
 from pwm_fast.ops.fused.specs import decode_layers
 from pwm_fast.ops.library import needs_grad, register_vmap
 

@@ -83,8 +83,9 @@ def two_hot_decode(
     """
     _checks.vectors("logits", logits)
     _checks.value_range(logits.shape[-1], vmin, vmax)
-    if dispatch.select("two_hot_decode", backend, dispatch.Call([logits])) == "native":
-        return calls.two_hot_decode(logits, vmin, vmax, transform)
+    name = dispatch.select("two_hot_decode", backend, dispatch.Call([logits]))
+    if name in calls.ROW_KERNELS:
+        return calls.two_hot_decode(name, logits, vmin, vmax, transform)
     return reference.two_hot_decode(logits, vmin, vmax, transform)
 
 
@@ -123,8 +124,9 @@ def two_hot_cross_entropy(
         )
     reason = "a gradient towards x is asked for" if x.requires_grad else None
     call = dispatch.Call([logits, x], reason)
-    if dispatch.select("two_hot_cross_entropy", backend, call) == "native":
-        return calls.two_hot_cross_entropy(logits, x, vmin, vmax, transform)
+    name = dispatch.select("two_hot_cross_entropy", backend, call)
+    if name in calls.ROW_KERNELS:
+        return calls.two_hot_cross_entropy(name, logits, x, vmin, vmax, transform)
     return reference.two_hot_cross_entropy(logits, x, vmin, vmax, transform)
 
 

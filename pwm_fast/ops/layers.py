@@ -34,8 +34,9 @@ def simnorm(x: Tensor, dim: int = 8, *, backend: str | None = None) -> Tensor:
     """
     _checks.vectors("x", x)
     _checks.simnorm_width("x", x.shape[-1], "dim", dim)
-    if dispatch.select("simnorm", backend, dispatch.Call([x])) == "native":
-        return calls.simnorm(x, dim)
+    name = dispatch.select("simnorm", backend, dispatch.Call([x]))
+    if name in calls.ROW_KERNELS:
+        return calls.simnorm(name, x, dim)
     return reference.simnorm(x, dim)
 
 
@@ -108,8 +109,9 @@ def layer_norm_act(
     _checks.one_of("act", act, ACTIVATIONS)
     if act == "simnorm":
         _checks.simnorm_width("x", width, "simnorm_dim", simnorm_dim)
-    if dispatch.select("layer_norm_act", backend, dispatch.Call([x, weight, bias])) == "native":
-        return calls.layer_norm_act(x, weight, bias, act, simnorm_dim, eps)
+    name = dispatch.select("layer_norm_act", backend, dispatch.Call([x, weight, bias]))
+    if name in calls.ROW_KERNELS:
+        return calls.layer_norm_act(name, x, weight, bias, act, simnorm_dim, eps)
     return reference.layer_norm_act(x, weight, bias, act, simnorm_dim, eps)
 
 

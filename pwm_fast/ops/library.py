@@ -35,6 +35,10 @@ def kernels(backend: str) -> Kernels:
         from pwm_fast.ops.fused.native import NativeKernels
 
         return NativeKernels(precision)
+    if name == "triton":
+        from pwm_fast.ops.fused.triton import TritonKernels
+
+        return TritonKernels(precision)
     return TorchKernels(precision)
 
 

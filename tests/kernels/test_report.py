@@ -66,7 +66,7 @@ def test_a_table_is_stored_and_read_again(tmp_path: Path) -> None:
     text = page.read_text()
     assert report.stored(page) == report.table(made)
     assert "| one | 32 / 0 / 64 / HMMA | **does not compile** | not built |" in text
-    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert text.startswith("before\n") and text.endswith("|\n<!-- report:end -->\nafter\n")
     assert report.version_of(report.stored(page)) == triton.__version__
     with pytest.raises(ValueError, match="report:begin"):
         report.stored(Path(__file__).parent / "conftest.py")

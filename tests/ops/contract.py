@@ -9,14 +9,15 @@ ESNR is not in the table: its result is float64 whatever the inputs are (see tes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast import ops
+from pwm_fast import dispatch, ops
 from pwm_fast.ops import Activation, Layer
 from tests.helpers import PARAMETERS, assert_2x, random_layer
 
@@ -92,10 +93,59 @@ def check(case: Case, inputs: Inputs, *, summed: bool = False) -> None:
         raise error
 
 
+@contextmanager
+def _own(precision: str, device: str) -> Iterator[None]:
+    """PyTorch's own way to a precision of products: autocast, or tf32 for them."""
+    if precision == "tf32":
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+    else:
+        with torch.autocast(
+            device, dtype={"bf16": torch.bfloat16, "fast": torch.float16}[precision]
+        ):
+            yield
+
+
+def check_precision(
+    case: Case, precision: str, batch: int, width: int, device: str = "cpu"
+) -> None:
+    """Compare by the 2x rule with PyTorch in the same precision of products, on float32 inputs.
+
+    The backend in force computes in ``precision``: ``tf32``, ``bf16`` or ``fast``.
+    """
+
+    def own(given: Inputs) -> Inputs:
+        with _own(precision, device):
+            found = values_and_gradients(case, case.torch_call, given, False)
+        return {k: v.float() for k, v in found.items()}
+
+    draws = []
+    for seed in range(4):
+        drawn = case.inputs(batch, width, torch.float32, seed)
+        inputs = {k: v.to(device) for k, v in drawn.items()}
+        double = {k: v.double() for k, v in inputs.items()}
+        truth = values_and_gradients(case, case.torch_call, double, False)
+        draws.append((inputs, own(inputs), truth))
+    (inputs, torch_own, truth), *others = draws
+    with dispatch.precision(precision):
+        ours = values_and_gradients(case, case.call, inputs, False)
+    rounding = 0.0
+    for key, expected in truth.items():
+        near = [(theirs[key], ref[key]) for _, theirs, ref in others]
+        assert_2x(ours[key], torch_own[key], expected, f"{case.name}: {key}", near)
+        if expected.numel():
+            rounding = max(rounding, (ours[key].double() - expected).abs().max().item())
+    assert rounding > 1e-6 or batch == 0  # it is no float32 in disguise
+
+
 def _nudged(inputs: Inputs, generator: torch.Generator) -> Inputs:
     """Change every number by up to one percent."""
     return {
-        k: (v.double() * (1.0 + 0.01 * (2.0 * _uniform(generator, *v.shape) - 1.0))).to(v.dtype)
+        k: (v.double() * (0.99 + 0.02 * _uniform(generator, *v.shape).to(v.device))).to(v.dtype)
         for k, v in inputs.items()
     }
 
@@ -124,11 +174,11 @@ def values_and_gradients(
     generator = torch.Generator().manual_seed(1)
     # bfloat16 numbers, so that every dtype here gets the same cotangents
     cotangents = [
-        torch.randn(y.shape, dtype=torch.float64, generator=generator).bfloat16().to(y.dtype)
+        torch.randn(y.shape, dtype=torch.float64, generator=generator).bfloat16().to(y)
         for y in outputs
     ]
     if summed:
-        cotangents = [torch.ones((), dtype=y.dtype).expand(y.shape) for y in outputs]
+        cotangents = [y.new_ones(()).expand(y.shape) for y in outputs]
     gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
     return results | {f"gradient of {k}": g for k, g in zip(wanted, gradients, strict=True)}
 

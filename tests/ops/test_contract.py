@@ -38,7 +38,7 @@ def test_16_bit(case: Case, dtype: torch.dtype) -> None:
 
 def strided(x: Tensor) -> Tensor:
     """Every other element of the last axis of a wider buffer."""
-    buffer = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
+    buffer = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
     buffer[..., ::2] = x
     return buffer[..., ::2]
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pwm_fast
 from pwm_fast import dispatch, ops
+from pwm_fast.ops.fused import triton_support
 from pwm_fast.ops.fused.native import why_missing
 from tests.helpers import random_layer, tensors_of
 
@@ -45,6 +46,7 @@ def test_backend_and_verdicts() -> None:
     assert selection.asked == "auto"
     assert [(v.backend, v.reason, v.automatic) for v in selection.verdicts] == [
         ("native", None, True),
+        ("triton", triton_support.why_not("cpu"), True),
         ("torch", None, False),
         ("reference", None, True),
     ]

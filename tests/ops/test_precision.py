@@ -12,8 +12,8 @@ from pwm_fast.ops.fused import gemm
 from pwm_fast.ops.fused.kernels import TorchKernels, row_scale
 from pwm_fast.ops.fused.native import why_missing
 from pwm_fast.ops.fused.precision import FAST
-from tests.helpers import assert_2x, random_layer
-from tests.ops.contract import CASES, ROLLOUTS, Case, values_and_gradients
+from tests.helpers import random_layer
+from tests.ops.contract import CASES, ROLLOUTS, Case, check_precision
 
 PRODUCTS = [
     *ROLLOUTS,
@@ -24,7 +24,6 @@ PRODUCTS = [
         or case.name == "linear_act_norm_ensemble_shared_input"
     ),
 ]
-DTYPES = {"bf16": torch.bfloat16, "fast": torch.float16}
 MODES = [("torch", "bf16"), ("torch", "fast"), ("native", "bf16")]
 
 
@@ -35,30 +34,8 @@ def test_errs_no_more_than_autocast(case: Case, backend: str, precision: str, pa
     """At most twice PyTorch's own error in that precision, for outputs and every gradient."""
     if backend == "native" and why_missing() is not None:
         pytest.skip(f"no native kernels: {why_missing()}")
-    inputs = case.inputs(33, 33, torch.float32)
-    truth = values_and_gradients(
-        case, case.torch_call, {k: v.double() for k, v in inputs.items()}, False
-    )
-    with dispatch.backend(backend), dispatch.precision(precision), ops.algebra(pad=pad):
-        ours = values_and_gradients(case, case.call, inputs, False)
-
-    def autocast(given: dict[str, Tensor]) -> dict[str, Tensor]:
-        with torch.autocast("cpu", dtype=DTYPES[precision]):
-            found = values_and_gradients(case, case.torch_call, given, False)
-        return {k: v.float() for k, v in found.items()}
-
-    torch_own = autocast(inputs)
-    nearby = []
-    for seed in range(1, 4):
-        other = case.inputs(33, 33, torch.float32, seed)
-        double = {k: v.double() for k, v in other.items()}
-        nearby.append((autocast(other), values_and_gradients(case, case.torch_call, double, False)))
-    rounding = 0.0
-    for key, expected in truth.items():
-        near = [(a[key], b[key]) for a, b in nearby]
-        assert_2x(ours[key], torch_own[key], expected, f"{case.name}: {key}", near)
-        rounding = max(rounding, (ours[key].double() - expected).abs().max().item())
-    assert rounding > 1e-6  # it is no float32 in disguise
+    with dispatch.backend(backend), ops.algebra(pad=pad):
+        check_precision(case, precision, 33, 33)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fast"])

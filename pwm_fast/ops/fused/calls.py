@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.ops import batching, library_native  # noqa: F401  register the operators
+from pwm_fast.ops import batching, library_rows  # noqa: F401  register the operators
 from pwm_fast.ops.fused import algebra, packs
 from pwm_fast.ops.fused.rollout import DynamicsSpec
 from pwm_fast.ops.fused.specs import encode_dynamics, encode_layers
 from pwm_fast.ops.fused.stack import LayerSpec
 from pwm_fast.ops.library import needs_grad, run_mlp
 from pwm_fast.ops.types import Layer
+
+#: Backends with kernels for the row-wise operations; the others leave those to the reference.
+ROW_KERNELS = frozenset({"native", "triton"})
 
 
 def layer_tensors(layers: Sequence[Layer]) -> list[Tensor]:
@@ -164,35 +167,38 @@ def mlp(
 
 
 def layer_norm_act(
-    x: Tensor, weight: Tensor, bias: Tensor, act: str, group: int, eps: float
+    backend: str, x: Tensor, weight: Tensor, bias: Tensor, act: str, group: int, eps: float
 ) -> Tensor:
     """See :func:`pwm_fast.ops.layer_norm_act`."""
     (save,) = needs_grad((x, weight, bias))
     rows = _rows(x).contiguous()
     operator = torch.ops.pwm_fast.layer_norm_act
-    y, _, _ = operator(rows, weight.contiguous(), bias.contiguous(), act, group, eps, save)
+    vectors = weight.contiguous(), bias.contiguous()
+    y, _, _ = operator(rows, *vectors, act, group, eps, backend, save)
     return y.view(x.shape)
 
 
-def simnorm(x: Tensor, group: int) -> Tensor:
+def simnorm(backend: str, x: Tensor, group: int) -> Tensor:
     """See :func:`pwm_fast.ops.simnorm`."""
-    return torch.ops.pwm_fast.simnorm(_rows(x).contiguous(), group).view(x.shape)
+    return torch.ops.pwm_fast.simnorm(_rows(x).contiguous(), group, backend).view(x.shape)
 
 
-def two_hot_decode(logits: Tensor, vmin: float, vmax: float, transform: bool) -> Tensor:
+def two_hot_decode(
+    backend: str, logits: Tensor, vmin: float, vmax: float, transform: bool
+) -> Tensor:
     """See :func:`pwm_fast.ops.two_hot_decode`."""
     rows = _rows(logits).contiguous()
-    value, _, _ = torch.ops.pwm_fast.two_hot_decode(rows, vmin, vmax, transform)
+    value, _, _ = torch.ops.pwm_fast.two_hot_decode(rows, vmin, vmax, transform, backend)
     return value.view(logits.shape[:-1])
 
 
 def two_hot_cross_entropy(
-    logits: Tensor, x: Tensor, vmin: float, vmax: float, transform: bool
+    backend: str, logits: Tensor, x: Tensor, vmin: float, vmax: float, transform: bool
 ) -> Tensor:
     """See :func:`pwm_fast.ops.two_hot_cross_entropy`."""
     operator = torch.ops.pwm_fast.two_hot_cross_entropy
     rows = _rows(logits).contiguous()
-    loss, _ = operator(rows, x.reshape(-1).contiguous(), vmin, vmax, transform)
+    loss, _ = operator(rows, x.reshape(-1).contiguous(), vmin, vmax, transform, backend)
     return loss.view(x.shape)
 
 

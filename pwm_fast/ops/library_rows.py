@@ -1,35 +1,100 @@
-"""Row-wise operators that exist in native code alone; the rest is the reference's.
+"""Row-wise operators of kernels alone: what plain PyTorch does is the reference's.
 
 See :mod:`pwm_fast.ops.library` for the conventions.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.native import NativeKernels
+from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.library import define, first_order_only, kernels, register_gradient
 
 
-def _native() -> NativeKernels:
-    found = kernels("native")
-    assert isinstance(found, NativeKernels)
-    return found
+class RowKernels(Kernels, Protocol):
+    """What a backend of these operators has beside :class:`Kernels`; rows are contiguous."""
+
+    def simnorm_fwd(self, x: Tensor, y: Tensor, group: int) -> None:
+        """``y = softmax`` over groups of ``x [R, n]``."""
+
+    def simnorm_bwd(self, dy: Tensor, y: Tensor, dx: Tensor, group: int) -> None:
+        """Gradient of :meth:`simnorm_fwd`, from its result ``y``."""
+
+    def two_hot_decode_fwd(
+        self,
+        logits: Tensor,
+        value: Tensor,
+        mean: Tensor,
+        lse: Tensor,
+        vmin: float,
+        vmax: float,
+        transform: bool,
+    ) -> None:
+        """Expectation of logits ``[R, bins]`` over the centres; saves mean and log-sum-exp."""
+
+    def two_hot_decode_bwd(
+        self,
+        dvalue: Tensor,
+        logits: Tensor,
+        mean: Tensor,
+        lse: Tensor,
+        dlogits: Tensor,
+        vmin: float,
+        vmax: float,
+        transform: bool,
+    ) -> None:
+        """Gradient of :meth:`two_hot_decode_fwd`."""
+
+    def two_hot_ce_fwd(
+        self,
+        logits: Tensor,
+        x: Tensor,
+        loss: Tensor,
+        lse: Tensor,
+        vmin: float,
+        vmax: float,
+        transform: bool,
+    ) -> None:
+        """Cross-entropy of logits ``[R, bins]`` against the two-hot code of ``x [R]``."""
+
+    def two_hot_ce_bwd(
+        self,
+        dloss: Tensor,
+        logits: Tensor,
+        x: Tensor,
+        lse: Tensor,
+        dlogits: Tensor,
+        vmin: float,
+        vmax: float,
+        transform: bool,
+    ) -> None:
+        """Gradient of :meth:`two_hot_ce_fwd` towards the logits."""
+
+
+def _kernels(backend: str) -> RowKernels:
+    return cast(RowKernels, kernels(backend))
 
 
 # --- LayerNorm and activation -------------------------------------------------------------------
 
 
 def _layer_norm_act(
-    x: Tensor, weight: Tensor, bias: Tensor, act: str, group: int, eps: float, save: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    act: str,
+    group: int,
+    eps: float,
+    backend: str,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x)
     xhat = torch.empty_like(x) if save else x.new_empty(0)
     rstd = x.new_empty(x.shape[0] if save else 0)
-    _native().norm_act_fwd(
+    _kernels(backend).norm_act_fwd(
         x,
         y,
         xhat if save else None,
@@ -44,7 +109,14 @@ def _layer_norm_act(
 
 
 def _layer_norm_act_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, act: str, group: int, eps: float, save: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    act: str,
+    group: int,
+    eps: float,
+    backend: str,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, n = x.shape
     saved = (rows, n) if save else (0,)
@@ -53,7 +125,8 @@ def _layer_norm_act_fake(
 
 define(
     "layer_norm_act",
-    "(Tensor x, Tensor weight, Tensor bias, str act, int group, float eps, bool save)"
+    "(Tensor x, Tensor weight, Tensor bias, str act, int group, float eps, str backend,"
+    " bool save)"
     " -> (Tensor, Tensor, Tensor)",
     _layer_norm_act,
     _layer_norm_act_fake,
@@ -69,11 +142,12 @@ def _layer_norm_act_backward(
     bias: Tensor,
     act: str,
     group: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(xhat)
     dweight = torch.zeros_like(weight, dtype=torch.float64)
     dbias = torch.zeros_like(bias, dtype=torch.float64)
-    _native().norm_act_bwd(
+    _kernels(backend).norm_act_bwd(
         dy.contiguous(),
         dx,
         xhat,
@@ -98,6 +172,7 @@ def _layer_norm_act_backward_fake(
     bias: Tensor,
     act: str,
     group: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(xhat), torch.empty_like(weight), torch.empty_like(bias)
 
@@ -105,7 +180,7 @@ def _layer_norm_act_backward_fake(
 define(
     "layer_norm_act_backward",
     "(Tensor dy, Tensor xhat, Tensor rstd, Tensor y, Tensor weight, Tensor bias, str act,"
-    " int group) -> (Tensor, Tensor, Tensor)",
+    " int group, str backend) -> (Tensor, Tensor, Tensor)",
     _layer_norm_act_backward,
     _layer_norm_act_backward_fake,
 )
@@ -114,16 +189,18 @@ first_order_only("layer_norm_act_backward")
 
 def _layer_norm_act_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
-    _, weight, bias, ctx.act, ctx.group, _, _ = inputs
+    _, weight, bias, ctx.act, ctx.group, _, ctx.backend, _ = inputs
     y, xhat, rstd = output
     ctx.save_for_backward(xhat, rstd, y, weight, bias)
 
 
 def _layer_norm_act_grad(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
     if dy is None:
-        return (None,) * 7
-    grads = torch.ops.pwm_fast.layer_norm_act_backward(dy, *ctx.saved_tensors, ctx.act, ctx.group)
-    return (*grads, None, None, None, None)
+        return (None,) * 8
+    grads = torch.ops.pwm_fast.layer_norm_act_backward(
+        dy, *ctx.saved_tensors, ctx.act, ctx.group, ctx.backend
+    )
+    return (*grads, None, None, None, None, None)
 
 
 register_gradient("layer_norm_act", _layer_norm_act_grad, _layer_norm_act_setup)
@@ -132,37 +209,43 @@ register_gradient("layer_norm_act", _layer_norm_act_grad, _layer_norm_act_setup)
 # --- SimNorm ------------------------------------------------------------------------------------
 
 
-def _simnorm(x: Tensor, group: int) -> Tensor:
+def _simnorm(x: Tensor, group: int, backend: str) -> Tensor:
     y = torch.empty_like(x)
-    _native().simnorm_fwd(x, y, group)
+    _kernels(backend).simnorm_fwd(x, y, group)
     return y
 
 
-define("simnorm", "(Tensor x, int group) -> Tensor", _simnorm, lambda x, group: torch.empty_like(x))
+define(
+    "simnorm",
+    "(Tensor x, int group, str backend) -> Tensor",
+    _simnorm,
+    lambda x, group, backend: torch.empty_like(x),
+)
 
 
-def _simnorm_backward(dy: Tensor, y: Tensor, group: int) -> Tensor:
+def _simnorm_backward(dy: Tensor, y: Tensor, group: int, backend: str) -> Tensor:
     dx = torch.empty_like(y)
-    _native().simnorm_bwd(dy.contiguous(), y, dx, group)
+    _kernels(backend).simnorm_bwd(dy.contiguous(), y, dx, group)
     return dx
 
 
 define(
     "simnorm_backward",
-    "(Tensor dy, Tensor y, int group) -> Tensor",
+    "(Tensor dy, Tensor y, int group, str backend) -> Tensor",
     _simnorm_backward,
-    lambda dy, y, group: torch.empty_like(y),
+    lambda dy, y, group, backend: torch.empty_like(y),
 )
 first_order_only("simnorm_backward")
 
 
 def _simnorm_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.group = inputs[1]
+    _, ctx.group, ctx.backend = inputs
     ctx.save_for_backward(output)
 
 
 def _simnorm_grad(ctx: Any, dy: Tensor) -> Any:
-    return torch.ops.pwm_fast.simnorm_backward(dy, *ctx.saved_tensors, ctx.group), None
+    grad = torch.ops.pwm_fast.simnorm_backward(dy, *ctx.saved_tensors, ctx.group, ctx.backend)
+    return grad, None, None
 
 
 register_gradient("simnorm", _simnorm_grad, _simnorm_setup)
@@ -172,16 +255,16 @@ register_gradient("simnorm", _simnorm_grad, _simnorm_setup)
 
 
 def _two_hot_decode(
-    logits: Tensor, vmin: float, vmax: float, transform: bool
+    logits: Tensor, vmin: float, vmax: float, transform: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     value, mean, lse = (logits.new_empty(rows) for _ in range(3))
-    _native().two_hot_decode_fwd(logits, value, mean, lse, vmin, vmax, transform)
+    _kernels(backend).two_hot_decode_fwd(logits, value, mean, lse, vmin, vmax, transform)
     return value, mean, lse
 
 
 def _two_hot_decode_fake(
-    logits: Tensor, vmin: float, vmax: float, transform: bool
+    logits: Tensor, vmin: float, vmax: float, transform: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
@@ -189,7 +272,8 @@ def _two_hot_decode_fake(
 
 define(
     "two_hot_decode",
-    "(Tensor logits, float vmin, float vmax, bool transform) -> (Tensor, Tensor, Tensor)",
+    "(Tensor logits, float vmin, float vmax, bool transform, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     _two_hot_decode,
     _two_hot_decode_fake,
 )
@@ -203,9 +287,10 @@ def _two_hot_decode_backward(
     vmin: float,
     vmax: float,
     transform: bool,
+    backend: str,
 ) -> Tensor:
     dlogits = torch.empty_like(logits)
-    _native().two_hot_decode_bwd(
+    _kernels(backend).two_hot_decode_bwd(
         dvalue.contiguous(), logits, mean, lse, dlogits, vmin, vmax, transform
     )
     return dlogits
@@ -214,9 +299,9 @@ def _two_hot_decode_backward(
 define(
     "two_hot_decode_backward",
     "(Tensor dvalue, Tensor logits, Tensor mean, Tensor lse, float vmin, float vmax,"
-    " bool transform) -> Tensor",
+    " bool transform, str backend) -> Tensor",
     _two_hot_decode_backward,
-    lambda dvalue, logits, mean, lse, vmin, vmax, transform: torch.empty_like(logits),
+    lambda dvalue, logits, mean, lse, vmin, vmax, transform, backend: torch.empty_like(logits),
 )
 first_order_only("two_hot_decode_backward")
 
@@ -229,31 +314,32 @@ def _two_hot_decode_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _two_hot_decode_grad(ctx: Any, dvalue: Tensor | None, *_: Any) -> Any:
     if dvalue is None:
-        return (None,) * 4
+        return (None,) * 5
     grad = torch.ops.pwm_fast.two_hot_decode_backward(dvalue, *ctx.saved_tensors, *ctx.constants)
-    return grad, None, None, None
+    return grad, None, None, None, None
 
 
 register_gradient("two_hot_decode", _two_hot_decode_grad, _two_hot_decode_setup)
 
 
 def _cross_entropy(
-    logits: Tensor, x: Tensor, vmin: float, vmax: float, transform: bool
+    logits: Tensor, x: Tensor, vmin: float, vmax: float, transform: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     loss, lse = logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0])
-    _native().two_hot_ce_fwd(logits, x, loss, lse, vmin, vmax, transform)
+    _kernels(backend).two_hot_ce_fwd(logits, x, loss, lse, vmin, vmax, transform)
     return loss, lse
 
 
 def _cross_entropy_fake(
-    logits: Tensor, x: Tensor, vmin: float, vmax: float, transform: bool
+    logits: Tensor, x: Tensor, vmin: float, vmax: float, transform: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0])
 
 
 define(
     "two_hot_cross_entropy",
-    "(Tensor logits, Tensor x, float vmin, float vmax, bool transform) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor x, float vmin, float vmax, bool transform, str backend)"
+    " -> (Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_fake,
 )
@@ -267,18 +353,21 @@ def _cross_entropy_backward(
     vmin: float,
     vmax: float,
     transform: bool,
+    backend: str,
 ) -> Tensor:
     dlogits = torch.empty_like(logits)
-    _native().two_hot_ce_bwd(dloss.contiguous(), logits, x, lse, dlogits, vmin, vmax, transform)
+    _kernels(backend).two_hot_ce_bwd(
+        dloss.contiguous(), logits, x, lse, dlogits, vmin, vmax, transform
+    )
     return dlogits
 
 
 define(
     "two_hot_cross_entropy_backward",
-    "(Tensor dloss, Tensor logits, Tensor x, Tensor lse, float vmin, float vmax, bool transform)"
-    " -> Tensor",
+    "(Tensor dloss, Tensor logits, Tensor x, Tensor lse, float vmin, float vmax, bool transform,"
+    " str backend) -> Tensor",
     _cross_entropy_backward,
-    lambda dloss, logits, x, lse, vmin, vmax, transform: torch.empty_like(logits),
+    lambda dloss, logits, x, lse, vmin, vmax, transform, backend: torch.empty_like(logits),
 )
 first_order_only("two_hot_cross_entropy_backward")
 
@@ -291,11 +380,11 @@ def _cross_entropy_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _cross_entropy_grad(ctx: Any, dloss: Tensor | None, _: Any) -> Any:
     if dloss is None:
-        return (None,) * 5
+        return (None,) * 6
     grad = torch.ops.pwm_fast.two_hot_cross_entropy_backward(
         dloss, *ctx.saved_tensors, *ctx.constants
     )
-    return grad, None, None, None, None
+    return grad, None, None, None, None, None
 
 
 register_gradient("two_hot_cross_entropy", _cross_entropy_grad, _cross_entropy_setup)

@@ -1,0 +1,129 @@
+"""What the tests of the element kernels share: poisoned rows, and the 2x rule against float64.
+
+The tests run twice: in Triton's interpreter on CPU tensors (marked ``interpreted``) and on a GPU,
+where there is one (marked ``gpu``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import assert_2x
+
+_GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+)
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test as one that needs a CUDA GPU."""
+    for mark in _GPU:
+        test = mark(test)
+    return test
+
+
+#: Parametrise a test by it: ``@pytest.mark.parametrize("device", DEVICES)``.
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpreted),
+    pytest.param("cuda", marks=_GPU),
+]
+
+_GUARD = 19  # odd: rows are not aligned to vectors
+_POISON = 12345.0
+
+Values = dict[str, Tensor]
+
+
+class Rows:
+    """A matrix whose rows lie ``gap`` elements apart, amid numbers that must stay as they are."""
+
+    def __init__(
+        self, rows: int, n: int, dtype: torch.dtype, device: str = "cpu", gap: int = 0
+    ) -> None:
+        size = 2 * _GUARD + rows * (n + gap)
+        self._all = torch.full((size,), _POISON, dtype=dtype, device=device)
+        self._inside = torch.zeros(size, dtype=torch.bool, device=device)
+        self.tensor = self._rows(self._all, rows, n, gap)
+        self._rows(self._inside, rows, n, gap).fill_(True)
+        self.tensor.fill_(float("nan"))
+
+    @staticmethod
+    def _rows(flat: Tensor, rows: int, n: int, gap: int) -> Tensor:
+        return flat[_GUARD : _GUARD + rows * (n + gap)].view(rows, n + gap)[:, :n]
+
+    @classmethod
+    def of(cls, values: Tensor, dtype: torch.dtype, device: str = "cpu", gap: int = 0) -> Rows:
+        """Rows that hold ``values``."""
+        made = cls(*values.shape, dtype, device, gap)
+        made.tensor.copy_(values)
+        return made
+
+    def written(self) -> Tensor:
+        """The rows on the CPU, after a check that nothing beside them was written."""
+        outside = self._all[~self._inside]
+        assert (outside == torch.full_like(outside, _POISON)).all(), "written past a row"
+        return self.tensor.cpu()
+
+
+def check(
+    ours: Values,
+    reference: Callable[[Values, torch.dtype], Values],
+    inputs: Values,
+    what: str,
+) -> None:
+    """Compare with float64 by the 2x rule; PyTorch's own error is that of its float32 composition.
+
+    Args:
+        ours: results on the CPU, by name; 16-bit ones are measured against PyTorch's float32 result
+            in 16 bits, float64 ones (sums of float32 rows) as float32.
+        reference: the same in PyTorch, from inputs of the dtype that it is given.
+        inputs: exact values of what the kernel was given.
+        what: named in the message.
+    """
+    generator = torch.Generator().manual_seed(1)
+    pairs = []
+    for nudge in (0.0, 1e-3, 1e-3, 1e-3):
+        near = {
+            name: value.float() * (1.0 + nudge * torch.randn(value.shape, generator=generator))
+            for name, value in inputs.items()
+        }
+        same = reference(near, torch.float32)
+        truth = reference({k: v.double() for k, v in near.items()}, torch.float64)
+        pairs.append((same, truth))
+    same, truth = pairs[0]
+    assert ours.keys() <= truth.keys()
+    for name, value in ours.items():
+        dtype = torch.float32 if value.dtype == torch.float64 else value.dtype
+        nearby = [(s[name].to(dtype), t[name]) for s, t in pairs[1:]]
+        assert_2x(value.to(dtype), same[name].to(dtype), truth[name], f"{what}: {name}", nearby)
+
+
+def activate(u: Tensor, act: str, group: int) -> Tensor:
+    """The activation in PyTorch."""
+    if act == "mish":
+        return torch.nn.functional.mish(u)
+    if act == "simnorm":
+        return torch.softmax(u.unflatten(-1, (-1, group)), dim=-1).flatten(-2)
+    return u
+
+
+def pullback(f: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of ``f`` at ``x`` by autograd."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(f(x), x, dy)[0]
+
+
+def assert_row_scales(scaled: Tensor, scale: Tensor, true: Tensor) -> None:
+    """Scales are the powers of two that bring the rows' largest entries into (0.5, 1]."""
+    exponent = scale.double().log2()
+    assert torch.equal(exponent, exponent.round())
+    largest = true.abs().amax(-1)
+    zero = largest == 0
+    assert torch.equal(scale[zero], torch.ones_like(scale[zero]))
+    top = scaled[~zero].double().abs().amax(-1)
+    assert ((top > 0.499) & (top <= 1.0)).all(), top  # fp16 may round the largest to a half

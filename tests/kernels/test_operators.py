@@ -1,0 +1,159 @@
+"""The operations on ``backend="triton"``: a little in the interpreter, all of it on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+pytest.importorskip("triton")
+
+from pwm_fast import dispatch, ops
+from tests.helpers import random_layer
+from tests.kernels.harness import gpu
+from tests.ops.contract import ROLLOUTS, Case, check, check_precision
+from tests.ops.test_backends import FUSED, NATIVE
+from tests.ops.test_contract import expanded, strided, transposed
+from tests.ops.test_precision import PRODUCTS
+
+ROWS = tuple(case for case in NATIVE if case not in FUSED)
+
+
+def name(case: Case) -> str:
+    return case.name
+
+
+@pytest.fixture(autouse=True)
+def on_triton():
+    with dispatch.backend("triton"):
+        yield
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("case", NATIVE, ids=name)
+def test_contract_interpreted(case: Case) -> None:
+    with dispatch.precision("exact"):
+        check(case, case.inputs(3, 7, torch.float32))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("case", ROWS, ids=name)
+def test_strides_and_empty_batches_interpreted(case: Case) -> None:
+    inputs = case.inputs(5, 7, torch.float32)
+    check(case, inputs, summed=True)
+    check(case, {k: strided(x) for k, x in inputs.items()})
+    check(case, inputs | {k: expanded(inputs[k]) for k in case.rows})
+    check(case, case.inputs(0, 7, torch.float32))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in PRODUCTS
+        if case.name in ("rollout_heun", "imagine_attached_heun_folded", "imagine_map", "mlp")
+    ],
+    ids=name,
+)
+def test_fp16_interpreted(case: Case, pad: bool) -> None:
+    with ops.algebra(centre=pad, pad=pad):
+        check_precision(case, "fast", 9, 33)
+
+
+@pytest.mark.interpreted
+def test_any_group_of_simnorm() -> None:
+    """Group widths that are no power of two take two kernels."""
+    for group in (1, 3, 6, 8):
+        layers = [random_layer(5, 24, "simnorm", simnorm_dim=group, dtype=torch.float32)]
+        x = torch.randn(4, 5, requires_grad=True)
+        weight = torch.randn(4, 24)
+        found = {}
+        for backend in ("triton", "reference"):
+            y = (
+                ops.mlp([x], layers, backend=backend)
+                if backend == "reference"
+                else exact(x, layers)
+            )
+            found[backend] = (y, *torch.autograd.grad((y * weight).sum(), x))
+        for ours, theirs in zip(*found.values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def exact(x: Tensor, layers: list[ops.Layer]) -> Tensor:
+    with dispatch.precision("exact"):
+        return ops.mlp([x], layers, backend="triton")
+
+
+@pytest.mark.interpreted
+def test_opcheck() -> None:
+    """Schemas, shapes and gradients of the row-wise operators as torch.library sees them."""
+    x = torch.randn(3, 16, requires_grad=True)
+    vector = torch.rand(16)
+    operators = torch.ops.pwm_fast
+    opcheck(operators.layer_norm_act, (x, vector, vector, "mish", 8, 1e-5, "triton", True))
+    opcheck(operators.simnorm, (x, 8, "triton"))
+    opcheck(operators.two_hot_decode, (x, -10.0, 10.0, True, "triton"))
+    opcheck(operators.two_hot_cross_entropy, (x, vector[:3], -10.0, 10.0, True, "triton"))
+
+
+@pytest.mark.interpreted
+def test_vmap() -> None:
+    x, w, b = torch.randn(2, 3, 8), torch.rand(8), torch.rand(8)
+    mapped = torch.vmap(lambda x: ops.layer_norm_act(x, w, b))(x)
+    torch.testing.assert_close(mapped, ops.layer_norm_act(x, w, b))
+
+
+@gpu
+@pytest.mark.parametrize("case", NATIVE, ids=name)
+def test_contract(case: Case) -> None:
+    with dispatch.precision("exact"):
+        for batch in (1, 199):
+            for width in case.widths:
+                inputs = case.inputs(batch, width, torch.float32)
+                check(case, {k: v.cuda() for k, v in inputs.items()})
+
+
+@gpu
+@pytest.mark.parametrize("case", NATIVE, ids=name)
+def test_strides(case: Case) -> None:
+    inputs = {k: v.cuda() for k, v in case.inputs(7, case.widths[1], torch.float32).items()}
+    with dispatch.precision("exact"):
+        check(case, inputs, summed=True)
+        check(case, {k: strided(x) for k, x in inputs.items()})
+        check(case, {k: transposed(x) for k, x in inputs.items()})
+        check(case, inputs | {k: expanded(inputs[k]) for k in case.rows})
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fast"])
+@pytest.mark.parametrize("case", PRODUCTS, ids=name)
+def test_precisions(case: Case, precision: str) -> None:
+    for batch, width in ((33, 33), (199, 510), (64, 777)):
+        check_precision(case, precision, batch, width, "cuda")
+
+
+@gpu
+@pytest.mark.parametrize("case", ROLLOUTS[:2], ids=name)
+def test_auto_takes_triton(case: Case) -> None:
+    seen: list[str | None] = []
+    inputs = {k: v.cuda() for k, v in case.inputs(7, 7, torch.float32).items()}
+    with dispatch.backend("auto"), dispatch.observed(lambda *args: seen.append(args[2])):
+        case.call(inputs)
+    assert seen and set(seen) == {"triton"}
+
+
+def test_what_it_refuses() -> None:
+    """Without a GPU, and not in the interpreter, asking for it says what it needs."""
+    with pytest.raises(dispatch.BackendError, match="it runs on CUDA GPUs"):
+        ops.simnorm(torch.randn(2, 8))
+
+
+@pytest.mark.interpreted
+def test_what_it_refuses_of_a_call() -> None:
+    with pytest.raises(dispatch.BackendError, match="float64; it computes in float32"):
+        ops.simnorm(torch.randn(2, 8).double())
+    with pytest.raises(ValueError, match="9000 features do not fit"):
+        ops.layer_norm_act(torch.randn(1, 9000), torch.ones(9000), torch.ones(9000))

@@ -24,12 +24,22 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 # As on a machine that has torch, triton, nvcc and pytest alone.
 BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax")
-SITE = f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
+SITE = f"""
+import sys
+
+
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {BLOCKED!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} in this test", name=name)
+
+
+sys.meta_path.insert(0, Absent)
+"""
 
 
 def bare(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """Run a module of bench as on such a machine, its child processes too."""
-    (tmp_path / "usercustomize.py").write_text(SITE, "utf-8")
     (tmp_path / "sitecustomize.py").write_text(SITE, "utf-8")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     return subprocess.run(

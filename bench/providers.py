@@ -74,13 +74,13 @@ class Absent(Exception):
 
 
 @contextmanager
-def backend(provider: str, device: torch.device) -> Iterator[None]:
+def backend(provider: str, device: torch.device, operation: str = "mlp") -> Iterator[None]:
     """The context in which ``pwm_fast`` computes as the provider says.
 
     Raises:
         Absent: nothing here computes so.
     """
-    need(provider, device)
+    need(provider, device, operation)
     base = provider.removesuffix(GRAPH)
     with ExitStack() as stack:
         stack.enter_context(dispatch.backend(BACKENDS.get(base, "auto")))
@@ -99,7 +99,7 @@ def pointless(provider: str, device: torch.device) -> str | None:
     return None
 
 
-def need(provider: str, device: torch.device) -> None:
+def need(provider: str, device: torch.device, operation: str = "mlp") -> None:
     """Raise :class:`Absent` if ``pwm_fast`` cannot compute as the provider says.
 
     ``auto`` would fall back on the reference, whose numbers must not stand in a row of ``fast``.
@@ -120,7 +120,7 @@ def need(provider: str, device: torch.device) -> None:
     x = torch.zeros(1, 1, device=device)
     with dispatch.precision(PRECISIONS[base]):
         try:
-            taken = dispatch.select("mlp", "auto", dispatch.Call([x]))
+            taken = dispatch.select(operation, "auto", dispatch.Call([x]))
         except dispatch.BackendError as error:
             raise Absent(str(error)) from error
     if taken == "reference":

@@ -30,7 +30,6 @@ from bench.environment import ROOT
 from bench.results import Spread
 from pwm_fast import build, config, metrics
 from pwm_fast.config import ConfigError, TrainConfig
-from pwm_fast.envs import VectorEnv
 from pwm_fast.interrupt import Interrupt, Interrupted
 
 EPOCHS = 15_000  # of a whole run, which the learning rates decay over
@@ -92,7 +91,7 @@ def train(run: TrainConfig, minutes: float) -> dict[str, Any]:
 
     device = build.select_device(run.device)
     build.seed_everything(run.seed)
-    with closing(build.make_env(run, run.worlds, run.seed)) as env:
+    with closing(build.make_env(run, run.worlds, run.seed, device)) as env:
         agent = build.make_agent(run, env, device)
         replay = build.make_replay(run, env, device)
         with RunDirectory(Path(run.run_dir)) as directory, TimeLimit(60.0 * minutes) as stop:
@@ -104,11 +103,11 @@ def train(run: TrainConfig, minutes: float) -> dict[str, Any]:
                 env,
                 agent,
                 replay,
-                lambda n: build.make_env(run, n, run.seed),
+                lambda n: build.make_env(run, n, run.seed, device),
             )
             logger = RunLogger(run, directory)
             logger.say(
-                f"ant x {run.worlds} on {engine_of(env)}, {run.alg.name} on {device}, "
+                f"ant x {run.worlds} on {engine_of(run, device)}, {run.alg.name} on {device}, "
                 f"{minutes:g} minutes"
             )
             summary = trainer.run(logger, stop)
@@ -118,7 +117,7 @@ def train(run: TrainConfig, minutes: float) -> dict[str, Any]:
         "alg": run.alg.name,
         "worlds": run.worlds,
         "seed": run.seed,
-        "engine": engine_of(env),
+        "engine": engine_of(run, device),
         "status": summary["status"],
         "minutes": minutes,
         "epochs": summary["epochs"],
@@ -130,9 +129,10 @@ def train(run: TrainConfig, minutes: float) -> dict[str, Any]:
     }
 
 
-def engine_of(env: VectorEnv) -> str:
-    """The physics engine's name."""
-    return str(getattr(env, "engine", None) or type(env).__name__)
+def engine_of(run: TrainConfig, device: torch.device) -> str:
+    """The physics engine in words."""
+    engine = build.physics(run, device)
+    return "" if engine is None else engine.describe(run.env.threads).removeprefix("physics: ")
 
 
 def speed(rows: Sequence[metrics.Row], per_epoch: int) -> dict[str, float | None]:

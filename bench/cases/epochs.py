@@ -49,7 +49,7 @@ class Worlds:
 
     def __init__(self, device: torch.device, worlds: int, horizon: int) -> None:
         try:
-            self.env = envs.make("ant", worlds, seed=0)
+            self.env = envs.make("ant", worlds, seed=0, device=device)
         except ImportError as error:
             raise Absent(f"no physics engine: {error}") from error
         self.replay = Replay(worlds * 400, worlds, OBS, ACTION, horizon, device)

@@ -63,10 +63,10 @@ def build(
         return outputs(*published.esnr(flat))
 
     def ours(name: str) -> Provider:
-        providers.need(name, device)
+        providers.need(name, device, "esnr")
 
         def call() -> Any:
-            with providers.backend(name, device):
+            with providers.backend(name, device, "esnr"):
                 return ops.esnr(lists)
 
         def check() -> Outputs:
@@ -76,7 +76,7 @@ def build(
         return Provider(call, check)
 
     def replayed() -> Provider:
-        providers.need("fast_graph", device)
+        providers.need("fast_graph", device, "esnr")
         call = graphed(ours("fast").call)
 
         def check() -> Outputs:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast import checkpoint
+from pwm_fast import checkpoint, memory
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
@@ -36,9 +36,10 @@ def select_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
+            have = f"cuda:0 to cuda:{count - 1}, " if count else ""
             raise ConfigError(
                 f"device={name}, but torch {torch.__version__} sees {count} CUDA devices; "
-                "use device=cpu or device=auto"
+                f"use {have}device=cpu or device=auto"
             )
     return device
 
@@ -155,6 +156,8 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
     Raises:
         ConfigError: it cannot be made.
     """
+    if config.graphs == "true" and device.type != "cuda":
+        raise ConfigError(f"graphs=true needs a GPU, device={config.device} is {device} here")
     with _usable(f"alg={config.alg.name} does"):
         return PWM(
             env.single_observation_space.shape[0],
@@ -162,6 +165,8 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
             config.alg,
             can_terminate=env.can_terminate,
             device=device,
+            graphs=None if config.graphs == "auto" else config.graphs == "true",
+            precision=config.precision,
         )
 
 
@@ -190,6 +195,8 @@ def restore_agent(
     agent = make_agent(config, env, device)
     try:
         agent.load_state_dict(content["agent"], optimizers=False)
+        if content.get("precision"):
+            agent.set_precision(content["precision"])
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
     return agent
@@ -225,7 +232,6 @@ def _usable(what: str) -> Iterator[None]:
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if memory or "allocate memory" in str(error):
+        if memory.is_out_of_memory(error):
             raise ConfigError(f"{what} not fit into the memory") from error
         raise

@@ -29,7 +29,8 @@ KEYS = {
     "rng",  # states of the random number generators
     "replay",  # None but in `latest`
 }
-# Also, if the checkpoint is new enough: "data", what the replay was filled with at the start.
+# Also, if the checkpoint is new enough: "data", what the replay was filled with at the start, and
+# "precision", which replaced the configured one after an overflow, else None.
 
 
 class CheckpointError(RuntimeError):

@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import ConfigError
+from pwm_fast.memory import OutOfMemory
 from pwm_fast.trainer import TrainingDiverged
 
 # What a user can mend: shown as one line, without a traceback.
-USER_ERRORS = (ConfigError, CheckpointError, TrainingDiverged, OSError)
+USER_ERRORS = (ConfigError, CheckpointError, TrainingDiverged, OutOfMemory, OSError)
 NEEDS_TRAIN = "this command needs more packages: pip install 'pwm-fast[train]'"
 
 

@@ -460,6 +460,10 @@ class TrainConfig:
         epochs: epochs of ``alg.steps_per_epoch`` steps in each world.
         num_envs: number of worlds; null is ``env.num_envs``.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: of matrix products: ``auto`` (``fast`` on a GPU, ``exact`` on a CPU), ``exact``,
+            ``tf32``, ``bf16`` or ``fast`` (fp16). A run whose ``fast`` updates were skipped as
+            non-finite goes on in ``bf16``.
+        graphs: replay updates from CUDA graphs: ``auto`` (on a GPU), ``true`` or ``false``.
         threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
         deterministic: the same metrics to the bit whenever the run is repeated on one machine with
             as many threads; an operation that cannot give that raises.
@@ -480,6 +484,8 @@ class TrainConfig:
     epochs: int = 1000
     num_envs: int | None = None
     device: str = "auto"
+    precision: str = "auto"
+    graphs: str = "auto"
     threads: int | None = None
     deterministic: bool = False
     record_host: bool = False
@@ -498,6 +504,15 @@ class TrainConfig:
             self.device.startswith("cuda:") and self.device[5:].isdigit()
         )
         _require(ok, "device", self.device, "auto, cpu, cuda or cuda:N")
+        _one_of("precision", self.precision, ("auto", "exact", "tf32", "bf16", "fast"))
+        self.graphs = self.graphs.lower()  # a YAML true arrives as "True"
+        _one_of("graphs", self.graphs, ("auto", "true", "false"))
+        _require(
+            not (self.graphs == "true" and self.device == "cpu"),
+            "graphs",
+            self.graphs,
+            "auto or false where device is cpu",
+        )
         for name in ("num_envs", "threads"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "positive or null")

@@ -15,7 +15,7 @@ class EpochProgress:
     def __init__(self) -> None:
         self._done: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor | int] = {}  # of updates on the host, of episodes not
 
     def remaining(self, kind: str, total: int, check: Callable[[], None]) -> Iterator[int]:
         """Numbers of the steps of a kind still to do, each counted as done when the next is drawn.
@@ -32,8 +32,15 @@ class EpochProgress:
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Take up the metrics of an update."""
+        known = [name for name in values if name in self._sums]
+        for name in known:  # a checkpoint's come from the host
+            self._sums[name] = self._sums[name].to(values[name].device)
+        if known:  # one kernel for all of them on a GPU
+            torch._foreach_add_([self._sums[k] for k in known], [values[k] for k in known])
         for name, value in values.items():
-            self._add(name, value, torch.ones((), device=value.device))
+            if name not in self._sums:
+                self._sums[name] = value.clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def add_episodes(self, episode: dict[str, Tensor]) -> None:
         """Take up the training episodes that ended in a step of the environment."""

@@ -27,6 +27,8 @@ VERSION = 1
 # Keys (with all below them) that say how a run is carried out, not what is learnt.
 HOW_IT_RUNS = (
     "device",
+    "precision",
+    "graphs",
     "threads",
     "deterministic",
     "record_host",

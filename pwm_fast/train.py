@@ -93,7 +93,8 @@ def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:
     engine = build.physics(config, device)
     return (
         f"{config.env.name} x {config.worlds}, {config.alg.name} on {device} "
-        f"({torch.get_num_threads()} CPU threads), seed {config.seed}, {config.epochs} epochs\n"
+        f"({torch.get_num_threads()} CPU threads), precision {config.precision}, "
+        f"seed {config.seed}, {config.epochs} epochs\n"
         + ("" if engine is None else f"{engine.describe(config.env.threads)}\n")
         + f"world-model parameters: {shown}\n"
         f"run directory: {config.run_dir}"

@@ -75,6 +75,8 @@ class Trainer:
         self.wall_time = 0.0
         self.best: dict[str, Any] = {}
         self.latest_eval: dict[str, float] = {}
+        self.fallen_back: str | None = None  # the precision that replaced the configured one
+        self._skips_seen = 0
         self._progress = EpochProgress()
         self._obs, _ = env.reset()
         self._held_action = torch.zeros(config.worlds, agent.action_dim, device=agent.device)
@@ -150,7 +152,10 @@ class Trainer:
 
         row: metrics.Row = {"epoch": self.epoch + 1}
         row.update(metrics.to_numbers({**self._progress.means(), **self._esnr()}))
-        row.update(metrics.to_numbers(self.agent.skipped_updates()))
+        skips = metrics.to_numbers(self.agent.skipped_updates())
+        row.update(skips)
+        self._mind_overflow(skips)
+        row["fell_back"] = int(self.fallen_back is not None)
         row.update(rates)
         row["replay_size"] = len(self.replay)
         row["steps_per_second"] = self.config.alg.steps_per_epoch * self.config.worlds / elapsed
@@ -223,11 +228,28 @@ class Trainer:
         obs = self.replay.sample_obs(self.config.alg.actor.batch_size)
         return self.agent.actor_esnr(obs, config.samples)
 
+    def _mind_overflow(self, skips: metrics.Row) -> bool:
+        """Go on in a wider precision if updates were skipped since the last look; True if so."""
+        new, self._skips_seen = (
+            skips["skipped_updates"] - self._skips_seen,
+            skips["skipped_updates"],
+        )
+        precision = self.agent.fall_back() if new > 0 else None
+        if precision is None:
+            return False
+        self.fallen_back = precision
+        self._logger.say(
+            f"{new} updates had a non-finite loss or gradient in fp16 and were skipped, in epoch "
+            f"{self.epoch + 1}: from here on products are computed in precision={precision}"
+        )
+        return True
+
     def _guard(self) -> None:
         """Stop if too many updates in a row were not finite."""
         limit = self.config.alg.max_skipped_updates
-        in_a_row = int(self.agent.skipped_updates()["skipped_in_a_row"])
-        if in_a_row >= limit:
+        skips = metrics.to_numbers(self.agent.skipped_updates())
+        in_a_row = skips["skipped_in_a_row"]
+        if not self._mind_overflow(skips) and in_a_row >= limit:
             raise TrainingDiverged(
                 f"{in_a_row} updates in a row had a non-finite loss or gradient and were skipped "
                 f"(alg.max_skipped_updates={limit}), in epoch {self.epoch}; the state is in "
@@ -335,6 +357,7 @@ class Trainer:
             "rng": checkpoint.rng_state(),
             "replay": self.replay.state_dict() if latest else None,
             "data": self._data_record(),
+            "precision": self.fallen_back,
         }
         self._logger.sync()  # what is logged may be behind a checkpoint, never missing before it
         checkpoint.save(self.directory.checkpoints / f"{name}.pt", content, keep_previous=latest)
@@ -399,6 +422,10 @@ class Trainer:
         if content["replay"] is None:
             then, now = content.get("data"), self._data_record()
             self.use_data(seen=_manifest_of(then) == _manifest_of(now))
+        self._skips_seen = int(self.agent.skipped_updates()["skipped_updates"])
+        if content.get("precision"):
+            self.fallen_back = content["precision"]
+            self.agent.set_precision(self.fallen_back)
         self.epoch = content["epoch"]
         self.bootstrapped = content["bootstrapped"]
         self.wall_time = content["wall_time"]

@@ -194,6 +194,8 @@ OUT_OF_RANGE = {
     "epochs": [-1],
     "seed": [-1, 2**31],
     "device": ["gpu", "cuda:", "cuda:x", "CPU"],
+    "precision": ["fp16", "Fast"],
+    "graphs": ["on", "1"],
     "num_envs": [0, -1],
     "threads": [0],
     "run_dir": [""],

@@ -43,12 +43,13 @@ class GuardedAdam:
         self._scales = [s for s, g in ((1.0, fast_params), (slow_scale, slow_params)) if g]
         self.adam = torch.optim.Adam(
             [
-                {"params": group, "lr": torch.tensor(self.initial_lr * scale, device=device)}
+                {"params": group, "lr": torch.full((), self.initial_lr * scale, device=device)}
                 for scale, group in ((1.0, fast_params), (slow_scale, slow_params))
                 if group
             ],
             betas=(betas[0], betas[1]),
             fused=True,
+            capturable=device.type == "cuda",  # without, PyTorch refuses to record a step
         )
         self.grad_norm = grad_norm
         self.keep_gradients = False  # leave clipped gradients in `.grad`, for histograms

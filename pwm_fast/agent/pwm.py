@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pwm_fast import ops
+from pwm_fast import dispatch, memory, ops
+from pwm_fast.agent.graphs import CapturedUpdate, CudaGraphs, Recorder, Update
 from pwm_fast.agent.imagination import Rollout, discounted_return, frozen, imagine
 from pwm_fast.agent.losses import world_model_loss
 from pwm_fast.agent.normalizers import RunningMeanStd
@@ -24,7 +27,10 @@ class PWM:
     """Policy learning with a world model (arXiv 2407.02466), on MLP or flow dynamics.
 
     No method but :meth:`state_dict` and :meth:`load_state_dict` synchronises with the host: metrics
-    are scalars on the device.
+    are scalars on the device. With ``graphs`` the third call of an update, and the third after one
+    with other shapes, records it as a CUDA graph, for which it waits once; further calls replay it.
+    Sampling stays outside: it would tie the recordings to the replay's buffers, and while the
+    device computes one update the host has time to launch the sampling of the next.
 
     Args:
         obs_dim: O.
@@ -32,6 +38,9 @@ class PWM:
         config: networks and learning.
         can_terminate: the task can end in a terminal state, so the model learns where.
         device: where everything lives.
+        graphs: replay the updates from CUDA graphs; None is on CUDA alone.
+        precision: of matrix products, of :data:`pwm_fast.dispatch.PRECISIONS`.
+        recorder: records the graphs, for a device without them.
     """
 
     def __init__(
@@ -42,6 +51,9 @@ class PWM:
         *,
         can_terminate: bool = False,
         device: torch.device | str = "cpu",
+        graphs: bool | None = None,
+        precision: str = "auto",
+        recorder: Recorder | None = None,
     ) -> None:
         if config.world_model.kind == "flow" and config.model_learning.tau_sampling == "midpoint":
             warnings.warn(
@@ -49,8 +61,14 @@ class PWM:
                 "but the integrator also evaluates it elsewhere (Heun at 0 and 1): an ablation",
                 stacklevel=2,
             )
+        if precision not in dispatch.PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(dispatch.PRECISIONS)}, got {precision!r}"
+            )
         self.config = config
         self.device = torch.device(device)
+        self.precision = precision
+        self._used: set[str] = set()  # precisions that operations took, as far as it was watched
         self.action_dim = action_dim
         self.world_model = make_world_model(
             obs_dim, action_dim, config.world_model, can_terminate
@@ -95,6 +113,19 @@ class PWM:
             ),
         }
 
+        if recorder is None and (self.device.type == "cuda" if graphs is None else graphs):
+            if self.device.type != "cuda":
+                raise ValueError(f"graphs=True needs a CUDA device, the agent is on {self.device}")
+            recorder = CudaGraphs(self.device)
+        self.recorder = recorder
+        self._updates: dict[str, CapturedUpdate] = {}
+        if recorder is not None:
+            self._updates = {
+                "wm": CapturedUpdate(self._model_update, recorder),
+                "actor": CapturedUpdate(self._actor_update, recorder),
+                "critic": CapturedUpdate(self._critic_update, recorder, in_place=True),
+            }
+
     def _modules(self) -> dict[str, nn.Module]:
         return {
             "world_model": self.world_model,
@@ -111,9 +142,10 @@ class PWM:
     def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
         """Actions ``[N, A]`` for observations ``[N, O]``; sampled unless ``deterministic``."""
         obs = obs.to(self.device)
-        z = self._encode(obs, self._task(obs.shape[0]))
-        noise = None if deterministic else self._noise(obs.shape[0])
-        return self.actor(z, noise)
+        with dispatch.precision(self.precision):
+            z = self._encode(obs, self._task(obs.shape[0]))
+            noise = None if deterministic else self._noise(obs.shape[0])
+            return self.actor(z, noise)
 
     def observe(self, obs: Tensor, reward: Tensor) -> None:
         """Update the running statistics with collected ``obs [N, O]`` and ``reward [N]``."""
@@ -125,20 +157,56 @@ class PWM:
     # --- learning -------------------------------------------------------------------------------
 
     def update_world_model(self, windows: Windows) -> Metrics:
-        """One world-model update on a batch of windows."""
-        reward = windows.reward
+        """One world-model update on a batch of windows.
+
+        Raises:
+            OutOfMemory: the device's memory is too small for it; the message says what to lower.
+        """
+        steps, batch = windows.action.shape[:2]
+        what = f"the world model's update on {batch} windows of {steps} steps"
+        with memory.explained(what, "alg.model_learning.batch_size or alg.horizon", self.device):
+            return self._run("wm", self._model_update, *windows).metrics
+
+    def update_policy(self, obs: Tensor) -> Metrics:
+        """One actor update on rollouts imagined from ``obs [B, O]``, then the critics' updates.
+
+        Raises:
+            OutOfMemory: the device's memory is too small for it; the message says what to lower.
+        """
+        what = (
+            f"the policy's update on {obs.shape[0]} rollouts of {self.config.imagined_steps} steps"
+        )
+        lower = "alg.actor.batch_size or alg.imagination_horizon"
+        with memory.explained(what, lower, self.device):
+            actor = self._run("actor", self._actor_update, obs)
+            critic = Update({})
+            if self.config.critic.passes:
+                critic = self._run("critic", self._critic_update, *actor.handed)
+        return {**actor.metrics, **critic.metrics}
+
+    def _run(self, name: str, function: Callable[..., Update], *inputs: Tensor | None) -> Update:
+        """An update, from its graph where it is recorded."""
+        with dispatch.precision(self.precision):
+            captured = self._updates.get(name)
+            if captured is None:
+                return function(*inputs)
+            keep = self.optimizers[name].keep_gradients
+            return captured(*inputs, key=(self.precision, dispatch.requested(), keep))
+
+    def _model_update(self, obs: Tensor, action: Tensor, reward: Tensor, end: Tensor) -> Update:
         if self.config.normalize_rewards:
             reward = reward / self.reward_rms.scale()
-        loss = world_model_loss(
-            self.world_model,
-            self._normalize(windows.obs),
-            windows.action,
-            reward,
-            windows.terminated,
-            self.config.model_learning,
-            gamma=self.config.gamma,
-            task=self._task(windows.action.shape[1]),
-        )
+        with self._watched():
+            loss = world_model_loss(
+                self.world_model,
+                self._normalize(obs),
+                action,
+                reward,
+                end,
+                self.config.model_learning,
+                gamma=self.config.gamma,
+                task=self._task(action.shape[1]),
+            )
         norm = self.optimizers["wm"].step(loss.total)
         metrics = {
             "wm_loss": loss.total.detach(),
@@ -149,11 +217,10 @@ class PWM:
         }
         if self.world_model._termination is not None:
             metrics["termination_loss"] = loss.termination
-        return metrics
+        return Update(metrics)
 
-    def update_policy(self, obs: Tensor) -> Metrics:
-        """One actor update on rollouts imagined from ``obs [B, O]``, then the critics' updates."""
-        with frozen(self.world_model, self.critic):
+    def _actor_update(self, obs: Tensor) -> Update:
+        with frozen(self.world_model, self.critic), self._watched():
             rollout, returns = self._imagine(obs)
             self.return_rms.update(returns)
             loss = self._actor_loss(returns)
@@ -164,8 +231,10 @@ class PWM:
             "imagined_return": returns.detach().mean() / self.config.value_scale,
             "actor_std": self.actor.std().detach().mean(),
         }
-        metrics.update(self._update_critic(rollout))
-        return metrics
+        return Update(metrics, tuple(None if x is None else x.detach() for x in rollout))
+
+    def _critic_update(self, *rollout: Tensor) -> Update:
+        return Update(self._update_critic(Rollout(*rollout)))
 
     def actor_esnr(self, obs: Tensor, samples: int) -> Metrics:
         """Signal-to-noise ratio of the actor's gradient over ``samples`` micro-batches of ``obs``.
@@ -198,7 +267,12 @@ class PWM:
         size = obs.shape[0] // samples
         params = list(self.actor.parameters())
         grads = []
-        with frozen(self.world_model, self.critic):
+        what = f"the actor's gradients on {samples} times {size} rollouts"
+        with (
+            memory.explained(what, "alg.actor.batch_size", self.device),
+            dispatch.precision(self.precision),
+            frozen(self.world_model, self.critic),
+        ):
             for part in obs[: size * samples].split(size):
                 loss = self._actor_loss(self._imagine(part, horizon)[1])
                 grads.append(torch.autograd.grad(loss, params))
@@ -218,6 +292,39 @@ class PWM:
         total = torch.stack([o.skipped for o in self.optimizers.values()]).sum()
         row = torch.stack([o.skipped_in_a_row for o in self.optimizers.values()]).amax()
         return {"skipped_updates": total, "skipped_in_a_row": row}
+
+    def fall_back(self) -> str | None:
+        """Take a precision with a wider range, if products ran in fp16; its name, else None.
+
+        It is ``bf16``, or ``exact`` where some operation has no 16-bit form and ran without.
+        Skips in a row are counted anew.
+        """
+        if "fast" not in self._used:
+            return None
+        self.set_precision("bf16" if self._used == {"fast"} else "exact")
+        for optimizer in self.optimizers.values():
+            optimizer.skipped_in_a_row.zero_()
+        return self.precision
+
+    def set_precision(self, precision: str) -> None:
+        """Compute in another precision from now on; graphs are recorded anew."""
+        self.precision = precision
+        self._used.clear()
+        for update in self._updates.values():
+            update.forget()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Inside, note in which precision products run."""
+
+        def note(operation: str, asked: str, taken: str | None, call: dispatch.Call) -> None:
+            for backend in dispatch.OPERATIONS[operation]:
+                if operation in dispatch.PRODUCTS and backend.name == taken:
+                    own = call.precision == "auto"
+                    self._used.add(backend.precision if own else call.precision)
+
+        with dispatch.observed(note):
+            yield
 
     def gradients(self) -> Metrics:
         """Clipped gradients of the last updates, of optimisers whose ``keep_gradients`` is set."""
@@ -258,6 +365,8 @@ class PWM:
         if optimizers:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state[_OPTIMIZER_KEYS[name]])
+        for update in self._updates.values():
+            update.forget()  # the moments are other tensors now
 
     # --- parts ----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.agent import PWM
+from pwm_fast.agent.graphs import Recorder
 from pwm_fast.config import (
     ActorConfig,
     AlgConfig,
@@ -64,11 +65,23 @@ def make_agent(
     can_terminate: bool = False,
     double: bool = False,
     device: str = "cpu",
+    recorder: Recorder | None = None,
+    graphs: bool | None = None,
+    precision: str = "auto",
     **changes: Any,
 ) -> PWM:
     """An agent whose every parameter is random: fresh heads are zero and would hide errors."""
     torch.manual_seed(seed)
-    agent = PWM(OBS, ACTION, alg_config(**changes), can_terminate=can_terminate, device=device)
+    agent = PWM(
+        OBS,
+        ACTION,
+        alg_config(**changes),
+        can_terminate=can_terminate,
+        device=device,
+        graphs=graphs,
+        precision=precision,
+        recorder=recorder,
+    )
     for module in (agent.world_model, agent.actor, agent.critic):
         randomize_(module)
         if double:

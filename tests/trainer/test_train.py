@@ -310,6 +310,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], dict[str, Any], type[Exception]
         "alg.horizon=4 is long",
     ),
     "no CUDA": (nothing, {"device": "cuda:77"}, ConfigError, "device=cuda:77, but torch"),
+    "no CUDA for graphs": (
+        nothing,
+        {"graphs": "true", "device": "cpu"},
+        ConfigError,
+        "graphs must be auto or false where device is cpu",
+    ),
     "unknown option": (nothing, {"env__options": {"x": 1}}, ConfigError, "env 'cartpole': .*'x'"),
 }
 

@@ -28,7 +28,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit, and whether tracked files differ from it; ``id`` is None outside of git."""
+    """The commit, and whether tracked files differ from it.
+
+    Outside of git, as in a copy on another machine, ``id`` is PWM_FAST_COMMIT's value or None.
+    """
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -38,7 +41,7 @@ def commit() -> dict[str, Any]:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return {"id": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
-        return {"id": None, "dirty": None}
+        return {"id": os.environ.get("PWM_FAST_COMMIT"), "dirty": None}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

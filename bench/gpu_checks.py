@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from bench.environment import ROOT
 from bench.stages import Deadline, Outcome, Record
 
 WORK = ROOT / "build" / "gpu"
+PATIENCE = 5.0  # seconds that pytest has to write its report when its time is over
 TOGETHER = 4  # test files that run at once: most of their time is spent compiling kernels
 SANITIZERS = ("memcheck", "racecheck")
 NEEDED = ("setuptools", "pybind11", "ninja")
@@ -63,26 +65,41 @@ def test_files() -> list[str]:
 def tests(
     left: Deadline, record: Record, device: str, files: Sequence[str] | None = None
 ) -> Outcome:
-    """Run the tests marked ``gpu``, some files at a time, each in a process of its own."""
+    """Run the tests marked ``gpu``, some files at a time, each in a process of its own.
+
+    A file that the time ends is gone on with by the next run, after the tests that it has done.
+    """
     known: dict[str, Any] = record.result.gpu["tests"]
     files = test_files() if files is None else files
-    waiting = [name for name in files if name not in known]
+    waiting = [name for name in files if name not in known or known[name].get("stopped")]
     folder = WORK / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def take(name: str, status: int, stopped: bool) -> None:
+        known[name] = added(known.get(name), counts(_report(folder, name), status, stopped))
+        record.save()
+
     try:
         while waiting or running:
             while waiting and len(running) < TOGETHER and not left.over:
                 name = waiting.pop(0)
-                running[name] = _test(name, folder)
+                done = known.get(name, {}).get("done", [])
+                running[name] = _test(name, folder, done)
             for name, process in list(running.items()):
                 if process.poll() is not None:
-                    known[name] = counts(_report(folder, name), process.returncode)
+                    take(name, process.returncode, False)
                     del running[name]
-                    record.save()
             if left.left <= 0.0 or (left.over and not running):
                 break
             time.sleep(0.05)
+        for process in running.values():
+            process.send_signal(signal.SIGINT)  # pytest then writes what it has
+        for name, process in running.items():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            process.kill()
+            take(name, process.wait(), True)
     finally:
         for process in running.values():
             process.kill()
@@ -90,11 +107,11 @@ def tests(
     return summary(known, files, device)
 
 
-def _test(name: str, folder: Path) -> subprocess.Popen[bytes]:
+def _test(name: str, folder: Path, done: Sequence[str]) -> subprocess.Popen[bytes]:
     report = _report(folder, name)
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", name, "-q", "-p", "no:cacheprovider"]
-    command.append(f"--junitxml={report}")
+    command += [f"--junitxml={report}", *(f"--deselect={name}::{test}" for test in done)]
     with report.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
@@ -103,42 +120,58 @@ def _report(folder: Path, name: str) -> Path:
     return folder / f"{name.replace('/', '.')}.xml"
 
 
-def counts(report: Path, status: int) -> dict[str, Any]:
+def counts(report: Path, status: int, stopped: bool = False) -> dict[str, Any]:
     """Passed, failed and skipped tests of a file, and the messages of up to 10 that failed.
 
-    pytest's status 5, no test was chosen, is no failure; where the process left no report it is.
+    pytest's status 5, no test was chosen, is no failure; where the process left no report it is,
+    unless it was stopped. Then ``stopped`` is set, and ``done`` names the tests that ended.
     """
     try:
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     except (OSError, ElementTree.ParseError):
+        found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "messages": []}
+        if stopped:
+            return {**found, "stopped": True, "done": []}
         text = f"no report, status {status}: {_last(report.with_suffix('.log'))}"
-        return {"passed": 0, "failed": 1, "skipped": 0, "messages": [text]}
+        return {**found, "failed": 1, "messages": [text]}
     bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(c.find("skipped") is not None for c in cases)
     messages = []
     for case in bad[:10]:
-        found = case.find("failure")
-        found = case.find("error") if found is None else found
-        text = " ".join((found.get("message") or "").split())[:200]  # type: ignore[union-attr]
+        said = case.find("failure")
+        said = case.find("error") if said is None else said
+        text = " ".join((said.get("message") or "").split())[:200]  # type: ignore[union-attr]
         messages.append(f"{case.get('name')}: {text}")
+    passed, failed = len(cases) - len(bad) - skipped, len(bad)
+    found = {"passed": passed, "failed": failed, "skipped": skipped, "messages": messages}
+    if stopped:
+        return {**found, "stopped": True, "done": [str(case.get("name")) for case in cases]}
     if not bad and status not in (0, 5):  # it died after its tests
         messages.append(f"status {status}: {_last(report.with_suffix('.log'))}")
-        return {"passed": 0, "failed": 1, "skipped": skipped, "messages": messages}
-    passed = len(cases) - len(bad) - skipped
-    return {"passed": passed, "failed": len(bad), "skipped": skipped, "messages": messages}
+        found["failed"] = 1
+    return found
+
+
+def added(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of a file found together."""
+    if before is None:
+        return now
+    both = {k: before[k] + now[k] for k in ("passed", "failed", "skipped", "messages")}
+    if now.get("stopped"):
+        both |= {"stopped": True, "done": [*before.get("done", []), *now["done"]]}
+    return both
 
 
 def summary(known: dict[str, Any], files: Sequence[str], device: str) -> Outcome:
     """What became of the tests, in a line."""
     there = [known[name] for name in files if name in known]
+    ended = sum(not found.get("stopped") for found in there)
     passed, failed, skipped = (sum(c[k] for c in there) for k in ("passed", "failed", "skipped"))
-    text = (
-        f"{passed} passed, {failed} failed, {skipped} skipped in {len(there)} of {len(files)} files"
-    )
+    text = f"{passed} passed, {failed} failed, {skipped} skipped in {ended} of {len(files)} files"
     broken = [name for name in files if known.get(name, {}).get("failed")]
     if broken:
         text += f"; see {', '.join(broken)}"
-    if len(there) < len(files):
+    if ended < len(files):
         return Outcome("partial", text)
     if failed or (device == "cuda" and not passed):
         return Outcome("failed", text if failed else f"{text}: no test has run on the GPU")
@@ -158,9 +191,12 @@ def sanitize(left: Deadline, device: str) -> Outcome:
     program = sanitizer()
     if program is None or device != "cuda":
         return Outcome("ok", "not run: " + ("no GPU" if program else "no compute-sanitizer here"))
+    plain = _run([sys.executable, "-m", "bench.exercise"], left)  # compiles the kernels, too
+    if plain.status:
+        return Outcome("failed", f"without the sanitizer: {_telling(plain.output)}")
     words, bad = [], False
     for tool in SANITIZERS:
-        command = [program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        command = [program, "--tool", tool, "--error-exitcode", "9"]
         command += [sys.executable, "-m", "bench.exercise"]
         # The caching allocator's blocks would hide what lies beyond the end of a tensor.
         done = _run(command, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

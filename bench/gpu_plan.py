@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from bench import micro
 from bench.cases import Case, matrix
 from bench.worker import Job
@@ -13,15 +11,15 @@ from bench.worker import Job
 MEASURED = ("quick", "esnr", "epoch", "matrix")
 
 
-def cases(stage: str, device: torch.device, dry: bool) -> list[Case]:
+def cases(stage: str, dry: bool) -> list[Case]:
     """The cases of a stage, or small stand-ins."""
     if dry:
-        return matrix.dry(stage, device)
+        return matrix.dry(stage)
     if stage == "quick":
         return matrix.quick()
     if stage == "matrix":
         return matrix.full()
-    return matrix.esnr() if stage == "esnr" else matrix.epoch(device)
+    return matrix.esnr() if stage == "esnr" else matrix.epoch()
 
 
 def jobs(stage: str, found: Sequence[Case], dry: bool) -> Iterator[Job]:

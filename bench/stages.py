@@ -99,7 +99,8 @@ class Record:
                     f"{path} cannot be gone on with: {'; '.join(different)}; "
                     "name another file (--out) or start it anew (--restart)"
                 )
-            self.result.facts["commit"]["dirty"] |= facts["commit"]["dirty"]
+            if facts["commit"]["dirty"]:
+                self.result.facts["commit"]["dirty"] = True
         self.result.gpu.setdefault("stages", {})
         self.result.gpu.setdefault("micro", {})
         self.result.gpu.setdefault("tests", {})
@@ -139,11 +140,14 @@ class Record:
         group.rows = dict(sorted(group.rows.items(), key=lambda item: place.get(item[0], 99)))
         self.save()
 
-    def attempt(self, key: str, seconds: float) -> bool:
-        """Note that work was stopped after so long; True if it is to be given up."""
+    def attempt(self, key: str, seconds: float, enough: float | None = None) -> bool:
+        """Note that work was stopped after so long; True if it is to be given up.
+
+        ``enough``: seconds after which it is; :data:`GIVE_UP` by default.
+        """
         attempts: dict[str, float] = self.result.gpu["attempts"]
         attempts[key] = max(round(seconds, 1), attempts.get(key, 0.0))
-        return attempts[key] >= GIVE_UP
+        return attempts[key] >= (GIVE_UP if enough is None else enough)
 
     def fits(self, key: str, left: float) -> bool:
         """Work that was stopped before is begun again only with more time than it had."""

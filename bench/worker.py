@@ -64,7 +64,7 @@ def do(job: Job, device: torch.device, send: Callable[[Message], None]) -> None:
         return
     from bench.gpu_plan import cases
 
-    case = next(c for c in cases(job.stage, device, job.dry) if c.name == job.name)
+    case = next(c for c in cases(job.stage, job.dry) if c.name == job.name)
     for item in apart.measure(case, job.providers, device):
         send(("provider", item) if isinstance(item, str) else ("row", row_to_json(item)))
 

@@ -80,15 +80,15 @@ def esnr() -> list[Case]:
     ]
 
 
-def epoch(device: torch.device) -> list[Case]:
+def epoch() -> list[Case]:
     """A training epoch's updates, and with the physics of 128 Ants."""
-    found = [case for case in epochs.cases(device) if "5M" in case.name]
+    found = [case for case in epochs.cases(torch.device("cuda")) if "5M" in case.name]
     return [
         replace(case, effort=Effort(seconds=3.0, min_rounds=3, max_rounds=20)) for case in found
     ]
 
 
-def dry(kind: str, device: torch.device) -> list[Case]:
+def dry(kind: str) -> list[Case]:
     """Stand-ins of a stage, small enough for a run that only shows that everything runs."""
     if kind in ("quick", "matrix"):
         sizes = [("tiny", 7, 1, "backward")] if kind == "quick" else [("tiny", 9, 2, "forward")]
@@ -106,7 +106,7 @@ def dry(kind: str, device: torch.device) -> list[Case]:
                 name=case.name.replace("5M", "tiny"),
                 build=partial(case.build.func, *_small_epoch(), worlds=4, horizon=4),  # type: ignore[attr-defined]
             )
-            for case in epoch(device)
+            for case in epoch()
         ]
     effort = Effort(seconds=0.2, min_rounds=2, max_rounds=3, sample=0.0)
     return [replace(case, effort=effort) for case in cases]

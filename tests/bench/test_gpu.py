@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,11 +17,10 @@ from bench import gpu, gpu_checks, gpu_plan, micro, plain, predictions, report, 
 from bench.cases import matrix
 from bench.environment import ROOT
 from bench.providers import LABELS
-from bench.stages import Deadline
+from bench.stages import Deadline, Record
 from pwm_fast import config
 from pwm_fast.config import ConfigError
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+from tests.bench.synthetic import FACTS
 
 # As on a machine that has torch, triton, nvcc and pytest alone.
 BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax")
@@ -56,7 +56,7 @@ def bare(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("stage", gpu_plan.MEASURED)
 def test_every_provider_of_every_case_is_in_one_job(stage: str) -> None:
-    cases = gpu_plan.cases(stage, CUDA, False)
+    cases = gpu_plan.cases(stage, False)
     jobs = list(gpu_plan.jobs(stage, cases, False))
     taken = [(job.name, name) for job in jobs for name in job.providers]
     assert sorted(taken) == sorted((c.name, p) for c in cases for p in c.providers)
@@ -136,6 +136,44 @@ def test_a_process_that_left_no_report_has_failed(tmp_path: Path) -> None:
     found = gpu_checks.counts(tmp_path / "x.xml", -6)
     assert found["failed"] == 1
     assert "status -6: Fatal Python error: Aborted" in found["messages"][0]
+
+
+def test_a_file_that_was_stopped_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "x.xml"
+    assert gpu_checks.counts(path, -9, True) == {
+        "passed": 0,
+        "failed": 0,
+        "skipped": 0,
+        "messages": [],
+        "stopped": True,
+        "done": [],
+    }
+    path.write_text('<testsuites><testsuite><testcase name="a"/></testsuite></testsuites>', "utf-8")
+    first = gpu_checks.counts(path, 2, True)
+    assert first["passed"] == 1 and first["done"] == ["a"] and first["failed"] == 0
+    assert gpu_checks.summary({"f": first}, ["f"], "cuda").status == "partial"
+    path.write_text(REPORT, "utf-8")
+    both = gpu_checks.added(first, gpu_checks.counts(path, 1))
+    assert (both["passed"], both["failed"], both["skipped"]) == (2, 2, 1)
+    assert "stopped" not in both
+
+
+def test_running_tests_are_ended_in_good_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two tests hangs: what is known is kept, and the file is taken up again."""
+    file = tmp_path / "test_slow.py"
+    file.write_text(
+        "import pytest, time\npytestmark = pytest.mark.gpu\n"
+        "def test_quick(): pass\ndef test_slow(): time.sleep(60)\n",
+        "utf-8",
+    )
+    monkeypatch.setattr(gpu_checks, "WORK", tmp_path)
+    record = Record(tmp_path / "gpu_x.json", copy.deepcopy(FACTS))
+    outcome = gpu_checks.tests(Deadline(8.0), record, "cuda", [str(file)])
+    assert outcome.status == "partial", outcome
+    found = record.result.gpu["tests"][str(file)]
+    assert found["stopped"] and found["done"] == ["test_quick"]
 
 
 def test_tests_pass_only_if_some_ran_on_the_gpu() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import re
 import shutil
@@ -13,13 +13,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
+from bench import gpu_plugin
 from bench.environment import ROOT
 from bench.stages import Deadline, Outcome, Record
 
 WORK = ROOT / "build" / "gpu"
-PATIENCE = 5.0  # seconds that pytest has to write its report when its time is over
+HANGS = 60.0  # seconds in which a file must get one test done
 TOGETHER = 4  # test files that run at once: most of their time is spent compiling kernels
 SANITIZERS = ("memcheck", "racecheck")
 NEEDED = ("setuptools", "pybind11", "ninja")
@@ -75,9 +75,14 @@ def tests(
     folder = WORK / "tests"
     folder.mkdir(parents=True, exist_ok=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
+    began: dict[str, float] = {}
 
     def take(name: str, status: int, stopped: bool) -> None:
-        known[name] = added(known.get(name), counts(_report(folder, name), status, stopped))
+        now = counts(_report(folder, name), status, stopped)
+        if stopped and not now["done"] and record.attempt(name, began[name] - left.left, HANGS):
+            now = {**now, "failed": 1, "messages": ["a test did not end"]}
+            del now["stopped"], now["done"]
+        known[name] = added(known.get(name), now)
         record.save()
 
     try:
@@ -86,6 +91,7 @@ def tests(
                 name = waiting.pop(0)
                 done = known.get(name, {}).get("done", [])
                 running[name] = _test(name, folder, done)
+                began[name] = left.left
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     take(name, process.returncode, False)
@@ -93,11 +99,7 @@ def tests(
             if left.left <= 0.0 or (left.over and not running):
                 break
             time.sleep(0.05)
-        for process in running.values():
-            process.send_signal(signal.SIGINT)  # pytest then writes what it has
         for name, process in running.items():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
             process.kill()
             take(name, process.wait(), True)
     finally:
@@ -111,45 +113,47 @@ def _test(name: str, folder: Path, done: Sequence[str]) -> subprocess.Popen[byte
     report = _report(folder, name)
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", name, "-q", "-p", "no:cacheprovider"]
-    command += [f"--junitxml={report}", *(f"--deselect={name}::{test}" for test in done)]
+    command += ["-p", "bench.gpu_plugin", *(f"--deselect={test}" for test in done)]
+    variables = {**os.environ, gpu_plugin.VARIABLE: str(report)}
     with report.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
 def _report(folder: Path, name: str) -> Path:
-    return folder / f"{name.replace('/', '.')}.xml"
+    return folder / f"{name.strip('/').replace('/', '.')}.jsonl"
 
 
 def counts(report: Path, status: int, stopped: bool = False) -> dict[str, Any]:
     """Passed, failed and skipped tests of a file, and the messages of up to 10 that failed.
 
-    pytest's status 5, no test was chosen, is no failure; where the process left no report it is,
-    unless it was stopped. Then ``stopped`` is set, and ``done`` names the tests that ended.
+    pytest's status 5, no test was chosen, is no failure. A process that ended badly without a
+    failed test is one. Of one that was stopped, ``stopped`` is set and ``done`` names the tests
+    that ended.
     """
     try:
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "messages": []}
-        if stopped:
-            return {**found, "stopped": True, "done": []}
-        text = f"no report, status {status}: {_last(report.with_suffix('.log'))}"
-        return {**found, "failed": 1, "messages": [text]}
-    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = sum(c.find("skipped") is not None for c in cases)
-    messages = []
-    for case in bad[:10]:
-        said = case.find("failure")
-        said = case.find("error") if said is None else said
-        text = " ".join((said.get("message") or "").split())[:200]  # type: ignore[union-attr]
-        messages.append(f"{case.get('name')}: {text}")
-    passed, failed = len(cases) - len(bad) - skipped, len(bad)
-    found = {"passed": passed, "failed": failed, "skipped": skipped, "messages": messages}
+        lines = [json.loads(line) for line in report.read_text("utf-8").splitlines()]
+    except (OSError, ValueError):
+        lines = []
+    worst = {}
+    for line in lines:  # a test that passes may still fail in its teardown
+        worst[line["test"]] = line if line["outcome"] != "passed" else worst.get(line["test"], line)
+    by_outcome = {
+        outcome: sum(line["outcome"] == outcome for line in worst.values())
+        for outcome in ("passed", "failed", "skipped")
+    }
+    messages = [
+        f"{line['test'].rpartition('::')[2]}: {line['message']}"
+        for line in worst.values()
+        if line["outcome"] == "failed"
+    ][:10]
     if stopped:
-        return {**found, "stopped": True, "done": [str(case.get("name")) for case in cases]}
-    if not bad and status not in (0, 5):  # it died after its tests
+        return {**by_outcome, "messages": messages, "stopped": True, "done": list(worst)}
+    if not by_outcome["failed"] and status not in (0, 5):  # it died
+        by_outcome["failed"] = 1
         messages.append(f"status {status}: {_last(report.with_suffix('.log'))}")
-        found["failed"] = 1
-    return found
+    return {**by_outcome, "messages": messages}
 
 
 def added(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:

@@ -113,59 +113,65 @@ def test_a_wrong_configuration_is_named() -> None:
 
 # --- build, tests, sanitizer ---------------------------------------------------------------------
 
-REPORT = """<testsuites><testsuite>
-<testcase name="a"/><testcase name="b"><skipped message="no GPU"/></testcase>
-<testcase name="c"><failure message="error 3
-exceeds 2"/></testcase><testcase name="d"><error message="fixture"/></testcase>
-</testsuite></testsuites>"""
+
+def line(test: str, outcome: str, message: str = "") -> str:
+    found = {"test": f"tests/test_x.py::{test}", "outcome": outcome, "message": message}
+    return json.dumps(found) + "\n"
+
+
+LINES = (
+    line("a", "passed")
+    + line("b", "skipped")
+    + line("c", "failed", "error 3 exceeds 2")
+    + line("d", "passed")
+    + line("d", "failed", "teardown")
+)
 
 
 def test_a_report_is_counted(tmp_path: Path) -> None:
-    path = tmp_path / "x.xml"
-    path.write_text(REPORT, "utf-8")
+    path = tmp_path / "x.jsonl"
+    path.write_text(LINES, "utf-8")
     assert gpu_checks.counts(path, 1) == {
         "passed": 1,
         "failed": 2,
         "skipped": 1,
-        "messages": ["c: error 3 exceeds 2", "d: fixture"],
+        "messages": ["c: error 3 exceeds 2", "d: teardown"],
     }
 
 
-def test_a_process_that_left_no_report_has_failed(tmp_path: Path) -> None:
+def test_a_process_that_died_has_failed(tmp_path: Path) -> None:
     (tmp_path / "x.log").write_text("collected\nFatal Python error: Aborted\n", "utf-8")
-    found = gpu_checks.counts(tmp_path / "x.xml", -6)
+    found = gpu_checks.counts(tmp_path / "x.jsonl", -6)
     assert found["failed"] == 1
     assert "status -6: Fatal Python error: Aborted" in found["messages"][0]
+    assert gpu_checks.counts(tmp_path / "x.jsonl", 5)["failed"] == 0
 
 
 def test_a_file_that_was_stopped_is_gone_on_with(tmp_path: Path) -> None:
-    path = tmp_path / "x.xml"
-    assert gpu_checks.counts(path, -9, True) == {
-        "passed": 0,
-        "failed": 0,
-        "skipped": 0,
-        "messages": [],
-        "stopped": True,
-        "done": [],
-    }
-    path.write_text('<testsuites><testsuite><testcase name="a"/></testsuite></testsuites>', "utf-8")
-    first = gpu_checks.counts(path, 2, True)
-    assert first["passed"] == 1 and first["done"] == ["a"] and first["failed"] == 0
+    path = tmp_path / "x.jsonl"
+    none = gpu_checks.counts(path, -9, True)
+    assert none["stopped"] and none["done"] == [] and none["failed"] == 0
+    path.write_text(line("z", "passed"), "utf-8")
+    first = gpu_checks.added(none, gpu_checks.counts(path, -9, True))
+    assert first["passed"] == 1 and first["done"] == ["tests/test_x.py::z"]
     assert gpu_checks.summary({"f": first}, ["f"], "cuda").status == "partial"
-    path.write_text(REPORT, "utf-8")
+    path.write_text(LINES, "utf-8")
     both = gpu_checks.added(first, gpu_checks.counts(path, 1))
     assert (both["passed"], both["failed"], both["skipped"]) == (2, 2, 1)
     assert "stopped" not in both
 
 
-def test_running_tests_are_ended_in_good_order(
+def test_tests_that_the_time_ends_are_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of two tests hangs: what is known is kept, and the file is taken up again."""
+    """Of three tests the last hangs, once: the next run does that one alone."""
     file = tmp_path / "test_slow.py"
     file.write_text(
-        "import pytest, time\npytestmark = pytest.mark.gpu\n"
-        "def test_quick(): pass\ndef test_slow(): time.sleep(60)\n",
+        "import pathlib, pytest, time\npytestmark = pytest.mark.gpu\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "def test_good(): assert not (here / 'second').exists()\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_slow():\n    if not (here / 'second').exists(): time.sleep(60)\n",
         "utf-8",
     )
     monkeypatch.setattr(gpu_checks, "WORK", tmp_path)
@@ -173,7 +179,16 @@ def test_running_tests_are_ended_in_good_order(
     outcome = gpu_checks.tests(Deadline(8.0), record, "cuda", [str(file)])
     assert outcome.status == "partial", outcome
     found = record.result.gpu["tests"][str(file)]
-    assert found["stopped"] and found["done"] == ["test_quick"]
+    assert found["stopped"] and [t.rpartition("::")[2] for t in found["done"]] == [
+        "test_good",
+        "test_bad",
+    ]
+    (tmp_path / "second").touch()
+    outcome = gpu_checks.tests(Deadline(60.0), record, "cuda", [str(file)])
+    assert outcome.status == "failed"
+    found = record.result.gpu["tests"][str(file)]
+    assert (found["passed"], found["failed"], found.get("stopped")) == (2, 1, None)
+    assert found["messages"] == ["test_bad: assert 1 == 2"]
 
 
 def test_tests_pass_only_if_some_ran_on_the_gpu() -> None:

@@ -16,6 +16,8 @@ LABELS = {
     "published": "eager fp32 as published",
     "published_baseline": "MLP baseline, eager fp32 as published",
     "separate": "a tensor a field, episodes not kept apart",
+    "native": "native MuJoCo on all CPU threads",
+    "mujoco_warp": "pwm_fast on mujoco-warp",
     "frozen": "eager fp32, frozen",
     "autocast": "eager bf16 autocast",
     "tf32": "eager tf32",

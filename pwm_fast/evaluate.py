@@ -63,6 +63,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     device = build.select_device(config.device)
     build.set_threads(config.threads)
     run, content = build.load_run(path)
+    engine = build.physics(run, device)
     with closing(build.make_env(run, config.episodes, config.seed, device)) as env:
         agent = build.restore_agent(path, run, content, env, device)
         result = evaluate(agent, env, config.seed)
@@ -74,6 +75,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
         "epoch": content["epoch"],
         "env_steps": content["epoch"] * run.alg.steps_per_epoch * run.worlds,
         "seed": config.seed,
+        "physics": None if engine is None else engine.name,
         **result.summary(),
     }
 
@@ -85,7 +87,8 @@ def table(result: dict[str, Any]) -> str:
         f"checkpoint  {result['checkpoint']}",
         f"trained     {result['env']}, {result['alg']}, seed {result['training_seed']}: "
         f"{result['epoch']} epochs, {result['env_steps']:,} environment steps",
-        f"evaluated   {result['episodes']} episodes, deterministic policy, seed {result['seed']}",
+        f"evaluated   {result['episodes']} episodes, deterministic policy, seed {result['seed']}"
+        + (f", physics {result['physics']}" if result["physics"] else ""),
         "",
         f"{'':16}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}",
     ]

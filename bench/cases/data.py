@@ -11,28 +11,33 @@ from torch import Tensor
 from bench.cases import QUICK, Case, Provider, Workload
 from bench.gate import Mismatch, Outputs
 from bench.measure import Effort
+from bench.providers import Absent
 from bench.sizes import ACTION, HORIZON, OBS
 from pwm_fast import envs
+from pwm_fast.info import usable_cpus
 from pwm_fast.replay import Replay
 
+ENGINES = {"native": "mujoco", "mujoco_warp": "mujoco_warp"}  # by provider, on a GPU
 WORLDS, CAPACITY = 128, 1_000_000
 SHORT = Effort(seconds=3.0)
 
 
 def cases(device: torch.device) -> list[Case]:
     found = []
-    for robot, worlds in (("cartpole", 64), ("hopper", 64), ("ant", 128)):
-        if device.type == "cpu":  # the robots' physics is MuJoCo's, on the CPU
-            found.append(
-                Case(
-                    f"env-{robot}",
-                    {"work": "environment step", "model": robot, "batch": worlds},
-                    partial(build_env, robot, worlds),
-                    ("floor", "fast"),
-                    quick=QUICK if robot == "ant" else frozenset(),
-                    effort=SHORT,
-                )
+    robots = [("cartpole", 64), ("hopper", 64), ("ant", 128)]
+    for robot, worlds in robots if device.type == "cpu" else [*robots, ("ant", 4096)]:
+        found.append(
+            Case(
+                f"env-{robot}" if worlds < 4096 else f"env-{robot}-b{worlds}",
+                {"work": "environment step", "model": robot, "batch": worlds},
+                partial(build_env, robot, worlds),
+                ("floor", "fast") if device.type == "cpu" else ("native", "mujoco_warp"),
+                quick=QUICK | {"native", "mujoco_warp"}
+                if (robot, worlds) == ("ant", 128)
+                else frozenset(),
+                effort=SHORT,
             )
+        )
     for batch in (64, 256, 4096):
         found.append(
             Case(
@@ -60,32 +65,48 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def build_env(robot: str, worlds: int, device: torch.device) -> Workload:
-    """One control step of all worlds; the floor is the physics alone, on the same states."""
-    actions = torch.rand(worlds, envs.make(robot, 1).single_action_space.shape[0]) * 2 - 1
+    """One control step of all worlds, with actions and observations where the agent is.
 
-    def make() -> envs.VectorEnv:
-        env = envs.make(robot, worlds, seed=0)
+    On a CPU the floor is the physics alone, on the same states. For an agent on a GPU, native
+    MuJoCo on all CPU threads, with the copies, stands beside mujoco-warp.
+    """
+    actions = torch.rand(worlds, envs.TASKS[robot].action_dim, device=device) * 2 - 1
+
+    def make(engine: str) -> envs.VectorEnv:
+        threads = usable_cpus() if engine == "mujoco" and device.type == "cuda" else 1
+        env = envs.make(robot, worlds, seed=0, engine=engine, device=device, threads=threads)
         for _ in range(60):  # past the fall onto the ground
             env.step(actions)
         return env
 
-    def step() -> Provider:
-        env = make()
+    def step(engine: str) -> Provider:
+        why_not = envs.why_unusable(device) if engine == "mujoco_warp" else None
+        if why_not is not None:
+            raise Absent(why_not)
+        try:
+            env = make(engine)
+        except ImportError as error:
+            raise Absent(str(error)) from error
+
+        def call() -> list[Tensor]:
+            return [x.to(device) for x in env.step(actions.to(env.device))[:4]]
 
         def check() -> Outputs | None:
-            obs, reward = env.step(actions)[:2]
+            obs, reward = call()[:2]
             if not (torch.isfinite(obs).all() and torch.isfinite(reward).all()):
                 raise Mismatch("an observation or a reward is not finite")
             return None
 
-        return Provider(lambda: env.step(actions), check)
+        return Provider(call, check)
 
     def physics() -> Provider:
-        env = make()
+        env = make("mujoco")
         assert isinstance(env, envs.MujocoEnv)
         return Provider(partial(env._batch.step, nstep=env.task.substeps))
 
-    return Workload({"floor": physics, "fast": step})
+    if device.type == "cpu":
+        return Workload({"floor": physics, "fast": partial(step, "mujoco")})
+    return Workload({name: partial(step, engine) for name, engine in ENGINES.items()})
 
 
 class SeparateTensors:

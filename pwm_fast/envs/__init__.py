@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pwm_fast.envs.dm_control_adapter import DMControlEnv
-from pwm_fast.envs.engines import ENGINES, Engine, choose
+from pwm_fast.envs.engines import ENGINES, Engine, choose, why_unusable
 from pwm_fast.envs.gymnasium_adapter import GymnasiumEnv
 from pwm_fast.envs.mujoco_cpu import MujocoEnv
 from pwm_fast.envs.mujoco_warp import MujocoWarpEnv
@@ -41,6 +41,7 @@ __all__ = [
     "VectorEnv",
     "choose",
     "make",
+    "why_unusable",
 ]
 
 

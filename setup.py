@@ -183,8 +183,8 @@ class Nvcc:
         """Add the rules and objects of the CUDA sources to build.ninja; return the objects."""
         from ninja import ninja_syntax
 
-        host = ["-ccbin", shlex.split(CXX)[-1], *for_host(["-fPIC", "-fvisibility=hidden"])]
-        # Of the user's flags, those that change how code is generated: a sanitizer, an ABI.
+        host = ["-ccbin", shlex.split(CXX)[-1]]
+        # Those that change how code is generated, as -fPIC and a sanitizer do.
         host += for_host(flag for flag in flags if flag.startswith(("-f", "-g", "-m")))
         archs = [f"-DPWM_FAST_CUDA_ARCHS={json.dumps(', '.join(self.archs))}", *self.gencode()]
         ninja.variable("nvcc", ninja_syntax.escape(shlex.quote(self.program)))

@@ -123,6 +123,7 @@ class MujocoWarpEnv:
             device,
         )
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._warp_graph: Any = None
         self._closed = False
         self.reset()
         if device.type == "cuda" and graph:
@@ -202,7 +203,7 @@ class MujocoWarpEnv:
         if not self._closed:
             self._closed = True
             self._tell(self._watch.now())
-            self._graph = None
+            self._graph = self._warp_graph = None
 
     # --- the step, all of it work of the device -------------------------------------------------
 
@@ -356,7 +357,8 @@ class MujocoWarpEnv:
             try:
                 self._control_step()
             finally:
-                self._wp.capture_end(stream=self._warp_stream)
+                # Warp's record of the capture keeps its kernels loaded.
+                self._warp_graph = self._wp.capture_end(stream=self._warp_stream)
         self._graph = graph
         self.set_state(before)
         for buffer in (self._diverged, self._unusable, self._counters, self._overflow):

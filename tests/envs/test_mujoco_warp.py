@@ -1,6 +1,9 @@
 """mujoco-warp against native MuJoCo, what its step may not do, and its CUDA graph."""
 
+import contextlib
+import gc
 import math
+import types
 
 import pytest
 import torch
@@ -232,6 +235,107 @@ def test_states_of_the_other_engine():
     state = warp.get_state()
     with pytest.raises(ValueError, match="another kind of device"):
         warp.set_state({**state, "generator": state["generator"][:16]})
+
+
+class Cuda:
+    """Stands in for the parts of torch.cuda and Warp that the capture uses, and logs them."""
+
+    def __init__(self, env, monkeypatch):
+        self.env, self.log = env, []
+        warp = env._wp
+        self.warp = types.SimpleNamespace(
+            ScopedStream=lambda stream, sync_enter: warp.ScopedDevice("cpu"),
+            capture_begin=lambda stream, external: self.note(f"warp begins, external={external}"),
+            capture_end=lambda stream: self.note("warp ends"),
+        )
+        stream = types.SimpleNamespace(wait_stream=lambda other: self.note("wait"))
+        for name, value in {
+            "current_stream": lambda device: stream,
+            "stream": self.scope("stream"),
+            "device": self.scope("device"),
+            "graph": lambda graph, stream, capture_error_mode: self.scope("capture")(None),
+            "synchronize": lambda device: self.note("synchronize"),
+            "CUDAGraph": lambda: self,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(env, "_wp", self.warp)
+        monkeypatch.setattr(env, "_cuda_stream", stream)
+        monkeypatch.setattr(env, "_warp_stream", stream, raising=False)
+
+    def note(self, what):
+        self.log.append(what)
+
+    def scope(self, name):
+        @contextlib.contextmanager
+        def inside(*args):
+            self.note(f"{name} {{")
+            yield
+            self.note(f"}} {name}")
+
+        return inside
+
+    def register_generator_state(self, generator):
+        assert generator is self.env._generator
+        self.note("generator known")
+
+    def replay(self):
+        self.note("replay")
+        self.env._control_step()
+
+
+@needs_warp
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_order_of_a_capture(collecting, monkeypatch):
+    """On stand-ins: what has to come before, within and after it. The worlds do not notice."""
+    env = make("hopper", 2, engine="mujoco_warp", seed=3, max_episode_steps=2)
+    twin = make("hopper", 2, engine="mujoco_warp", seed=3, max_episode_steps=2)
+    cuda = Cuda(env, monkeypatch)
+    advance = env._advance
+
+    def logged():
+        cuda.note(f"physics, collector {'on' if gc.isenabled() else 'off'}")
+        advance()
+
+    monkeypatch.setattr(env, "_advance", logged)
+    monkeypatch.setattr(gc, "collect", lambda: cuda.note("collect"))
+    on = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        env._capture()
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if on else gc.disable)()
+    state = "on" if collecting else "off"
+    eager = [f"physics, collector {state}"] * 2
+    assert cuda.log == [
+        *("wait", "stream {", *eager, "} stream", "wait", "synchronize"),
+        *("generator known", "device {", "collect", "capture {", "warp begins, external=True"),
+        *("physics, collector off", "warp ends", "} capture", "} device", "synchronize"),
+    ]
+    assert not env._counters.any()
+    for action in random_actions(env, 5):
+        assert same(env.step(action), twin.step(action))
+    assert cuda.log.count("replay") == 5
+
+
+@needs_warp
+def test_a_capture_that_fails(monkeypatch):
+    env = make("cartpole", 2, engine="mujoco_warp")
+    cuda = Cuda(env, monkeypatch)
+    control_step, calls = env._control_step, []
+
+    def failing():
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("no capture of this")
+        control_step()
+
+    monkeypatch.setattr(env, "_control_step", failing)
+    with pytest.raises(RuntimeError, match="no capture of this"):
+        env._capture()
+    assert "warp ends" in cuda.log, "Warp would hold the stream for capturing"
+    assert gc.isenabled()
+    assert env._graph is None
 
 
 def test_packed():

@@ -1,0 +1,428 @@
+"""Products fused with norm and activation against float64, in whole rows and in shared ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from pwm_fast.kernels.linear_norm_act import (
+    PLANES,
+    linear_norm_act_bwd,
+    linear_norm_act_fwd,
+    parameter_grads,
+)
+from pwm_fast.kernels.plan import Exchange, Plan, make_plan
+from pwm_fast.ops.fused.kernels import TorchKernels
+from tests.helpers import assert_2x
+
+EPS = 1e-5
+WHOLE = Plan(16, 64, 16, 4, 2, 1, 1 << 20)
+SHARED = Plan(16, 16, 16, 4, 2, 3, 2)  # two row blocks in flight, of three
+
+
+def plan_of(plan: Plan, rows: int) -> Plan:
+    return dataclasses.replace(plan, groups=min(plan.groups, -(-rows // plan.block_m)))
+
+
+def phases(plan: Plan, device: str = "cpu") -> tuple[int, ...]:
+    """The interpreter runs programs one after another: the two halves of the exchange in turn."""
+    return (1, 2) if plan.synced and device == "cpu" else (0,)
+
+
+class Layer:
+    """A Linear and the norm after it, and its input, in several dtypes."""
+
+    def __init__(self, rows: int, n: int, k: int, width: int, dtype: torch.dtype) -> None:
+        self.x = torch.randn(rows, k).to(dtype)
+        weight, vectors = torch.randn(n, k) / k**0.5, torch.randn(4, n)
+        gamma, beta = 1.0 + 0.3 * torch.randn(n), 0.3 * torch.randn(n)
+        if width:
+            weight[width:], vectors[:, width:], gamma[width:], beta[width:] = 0, 0, 0, 0
+            weight[:width] -= weight[:width].mean(0)
+            vectors[:, :width] -= vectors[:, :width].mean(1, keepdim=True)
+        self.weight = weight.to(dtype)
+        self.bias, self.w_tau, self.add = vectors[0], vectors[1], vectors[2:]
+        self.gamma, self.beta = gamma, beta
+        self.tau = torch.rand(rows)
+        self.width = width
+
+    def to(self, dtype: torch.dtype, device: str) -> Layer:
+        other = object.__new__(Layer)
+        for name, value in self.__dict__.items():
+            is_tensor = isinstance(value, Tensor)
+            other.__dict__[name] = value.to(device, dtype) if is_tensor else value
+        return other
+
+    def plain(self, act: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``y``, ``xhat`` and ``rstd`` in PyTorch, in the layer's own precision."""
+        x, w = self.x, self.weight
+        h = (x @ w.t()).to(self.bias.dtype)
+        y, hat = torch.empty_like(h), torch.empty_like(h)
+        rstd = h.new_empty(h.shape[0])
+        n = self.width or h.shape[1]
+        for out in (y, hat):
+            out[:, n:] = 0
+        add = self.add[:, :n]
+        rows = h.shape[0] // 2 * 2  # the addend repeats over an even number of rows
+        for part in (slice(0, rows), slice(rows, None)):
+            some = add if part.stop else add[:1]
+            if h[part].shape[0]:
+                TorchKernels().norm_act_fwd(
+                    h[part, :n].contiguous(),
+                    y[part, :n],
+                    hat[part, :n],
+                    rstd[part],
+                    gamma=self.gamma[:n],
+                    beta=self.beta[:n],
+                    act=act,
+                    group=8,
+                    eps=EPS,
+                    bias=self.bias[:n],
+                    add=some,
+                    tau=self.tau[part],
+                    w_tau=self.w_tau[:n],
+                )
+        return y, hat, rstd
+
+
+def nan(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def forward(layer: Layer, plan: Plan, act: str, device: str = "cpu", exchange=None, phase=None):
+    rows, n = layer.x.shape[0], layer.weight.shape[0]
+    plan = plan_of(plan, rows)
+    y = nan(rows, n, dtype=layer.x.dtype, device=device)
+    hat = nan(rows, n, dtype=layer.x.dtype, device=device)
+    rstd = nan(rows, dtype=torch.float32, device=device)
+    if plan.synced and exchange is None:
+        exchange = Exchange(plan, rows, PLANES, layer.x.device)
+    for each in phases(plan, device) if phase is None else (phase,):
+        linear_norm_act_fwd(
+            layer.x,
+            layer.weight,
+            y,
+            hat,
+            rstd,
+            gamma=layer.gamma,
+            beta=layer.beta,
+            act=act,
+            group=8,
+            eps=EPS,
+            plan=plan,
+            exchange=exchange,
+            bias=layer.bias,
+            add=layer.add,
+            tau=layer.tau,
+            w_tau=layer.w_tau,
+            width=layer.width,
+            input_precision="ieee",
+            phase=each,
+        )
+    return y, hat, rstd
+
+
+SHAPES = [  # plan, rows, n, k, width
+    (WHOLE, 19, 40, 21, 0),
+    (WHOLE, 33, 48, 32, 43),
+    (SHARED, 37, 40, 21, 0),
+    (SHARED, 37, 48, 32, 43),
+]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("act", ["none", "mish", "simnorm"])
+@pytest.mark.parametrize(("plan", "rows", "n", "k", "width"), SHAPES)
+def test_forward(plan, rows, n, k, width, act, dtype) -> None:
+    if act == "simnorm" and width:
+        width = 40
+    layer = Layer(rows, n, k, width, dtype)
+    ours = forward(layer, plan, act)
+    exact = layer.to(torch.float64, "cpu").plain(act)
+    mixed = layer.to(torch.float32, "cpu").plain(act)
+    for name, a, b, c in zip(("y", "xhat", "rstd"), ours, mixed, exact, strict=True):
+        assert_2x(a, b.to(a.dtype), c, name)
+    if width:
+        assert not ours[0][:, width:].any()
+        assert not ours[1][:, width:].any()
+
+
+def adjoint(rows: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Rows of very different size, as fp16 with a power of two each, or as they are."""
+    dy = torch.randn(rows, k) * 10.0 ** torch.linspace(-7, 2, rows).unsqueeze(1)
+    if dtype != torch.float16:
+        return dy.to(dtype), None
+    scale = torch.exp2(torch.ceil(torch.log2(dy.abs().amax(1))))
+    return (dy / scale.unsqueeze(1)).to(dtype), scale
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("act", ["none", "mish"])
+@pytest.mark.parametrize(("plan", "rows", "n", "k", "width"), SHAPES)
+def test_backward(plan, rows, n, k, width, act, dtype) -> None:
+    plan = plan_of(plan, rows)
+    layer = Layer(rows, n, k, width, dtype)
+    _, hat, rstd = forward(layer, plan, act)
+    dy, dy_scale = adjoint(rows, k, dtype)
+    weight = (torch.randn(k, n) / k**0.5).to(dtype)  # of the layer that follows
+    add = torch.randn(rows, n) * 10.0 ** torch.linspace(-7, 2, rows).unsqueeze(1)
+    if width:  # only its centred columns come in
+        weight[:, width:] = 0
+        add[:, width:] = 0
+    dx = nan(rows, n, dtype=dtype)
+    dx_scale = nan(rows, dtype=torch.float32) if dy_scale is not None else None
+    blocks = -(-rows // plan.block_m)
+    sums = nan(3, blocks, n, dtype=torch.float32)
+    exchange = Exchange(plan, rows, PLANES, dx.device) if plan.synced else None
+    for phase in phases(plan):
+        linear_norm_act_bwd(
+            dy,
+            weight,
+            dx,
+            hat,
+            rstd,
+            gamma=layer.gamma,
+            beta=layer.beta,
+            act=act,
+            plan=plan,
+            exchange=exchange,
+            dy_scale=dy_scale,
+            dx_scale=dx_scale,
+            add=add,
+            add_factor=0.5,
+            sums=sums,
+            width=width,
+            input_precision="ieee",
+            phase=phase,
+        )
+
+    def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        to = lambda t: t.to(dtype)  # noqa: E731
+        dm = to(dy) @ to(weight)
+        if dy_scale is not None:
+            dm *= to(dy_scale).unsqueeze(1)
+        dm += 0.5 * to(add)
+        h, gamma = to(hat), to(layer.gamma)
+        u = h * gamma + to(layer.beta)
+        if act == "mish":
+            t = torch.tanh(torch.nn.functional.softplus(u))
+            dm = dm * (t + u * torch.sigmoid(u) * (1 - t * t))
+        g = dm * gamma
+        features = width or n
+        out = g - h * (g * h).sum(1, keepdim=True) / features
+        if not width:
+            out -= g.mean(1, keepdim=True)
+        out = out * to(rstd).unsqueeze(1)
+        return out, torch.stack([(dm * h).sum(0), dm.sum(0), out.sum(0)])
+
+    (exact, exact_sums), (mixed, mixed_sums) = plain(torch.float64), plain(torch.float32)
+    if dx_scale is not None:
+        assert torch.equal(dx_scale, torch.exp2(torch.log2(dx_scale).round()))
+        largest = dx.abs().amax(1).float()
+        assert largest.max() <= 1.0
+        assert largest.min() > (0.4 if not plan.synced else 0.02)
+        exact, mixed = (v / dx_scale.to(v.dtype).unsqueeze(1) for v in (exact, mixed))
+    size = exact.abs().amax(1, keepdim=True)  # rows count alike
+    ours, plain_dx = ((v.double() / size).to(dtype) for v in (dx, mixed))
+    assert_2x(ours, plain_dx, exact / size, "dx")
+    for name, a, b, c in zip(
+        ("gamma", "beta", "bias"), parameter_grads(sums), mixed_sums, exact_sums, strict=True
+    ):
+        size = c.abs().max() + 1e-30
+        assert_2x((a / size).float(), b / size.float(), c / size, name)
+
+
+@pytest.mark.interpreted
+def test_a_scale_holds_zero_rows_and_tiny_ones() -> None:
+    layer = Layer(3, 40, 16, 0, torch.float16)
+    _, hat, rstd = forward(layer, WHOLE, "mish")
+    dy, weight = torch.randn(3, 16).half(), torch.randn(16, 40).half()
+    dy[0] = 0
+    scale = torch.tensor([1.0, 2.0**-120, 2.0**100])
+    dx, dx_scale = nan(3, 40, dtype=torch.float16), nan(3, dtype=torch.float32)
+    linear_norm_act_bwd(
+        dy,
+        weight,
+        dx,
+        hat,
+        rstd,
+        gamma=layer.gamma,
+        beta=layer.beta,
+        act="mish",
+        plan=plan_of(WHOLE, 3),
+        exchange=None,
+        dy_scale=scale,
+        dx_scale=dx_scale,
+    )
+    assert not dx[0].any()
+    assert dx_scale[0] == 1.0
+    assert dx[1:].isfinite().all()
+    assert (dx[1:].abs().amax(1) > 0.4).all()
+
+
+@pytest.mark.interpreted
+def test_fp16_saturates_and_keeps_nan() -> None:
+    layer = Layer(16, 40, 16, 0, torch.float16)
+    layer.gamma = layer.gamma * 1e6
+    layer.x[3] = float("nan")
+    y, _, _ = forward(layer, WHOLE, "none")
+    assert y[3].isnan().all()
+    others = torch.cat([y[:3], y[4:]])
+    assert others.isfinite().all()
+    assert others.max() == 65504.0
+
+
+# --- the exchange itself ---------------------------------------------------------------------
+
+
+ROUNDS, PROGRAMS = 3, 3
+ONE_ROW_BLOCK = Plan(16, 16, 16, 4, 2, PROGRAMS, 1)
+
+
+class Single:
+    """A kernel of which this process runs one program, whatever the grid is told to be."""
+
+    def __init__(self, kernel, program: int) -> None:
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        set_idx = builder.set_grid_idx
+        builder.set_grid_dim = lambda *dims: setattr(builder, "grid_dim", (PROGRAMS, 1, 1))
+        builder.set_grid_idx = lambda *idx: set_idx(program, 0, 0)
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.kernel[(1,)]
+
+
+def shared_exchange(folder: Path) -> Exchange:
+    """An exchange whose memory lies in files, for several processes."""
+    exchange = Exchange(ONE_ROW_BLOCK, 16, PLANES, torch.device("cpu"))
+    for name in ("slots", "counters"):
+        tensor = getattr(exchange, name)
+        file = str(folder / name)
+        setattr(exchange, name, torch.from_file(file, True, tensor.numel(), dtype=tensor.dtype))
+    return exchange
+
+
+def one_program(program: int, folder: Path) -> None:
+    """Run one program of each launch, that waits for those of other processes."""
+    from pwm_fast.kernels import linear_norm_act
+
+    name = "linear_norm_act_fwd_kernel"
+    setattr(linear_norm_act, name, Single(getattr(linear_norm_act, name), program))
+    torch.manual_seed(0)
+    layer = Layer(16, 40, 21, 0, torch.float32)
+    exchange = shared_exchange(folder)
+    for i in range(ROUNDS):
+        layer.x += 1.0
+        y, _, _ = forward(layer, ONE_ROW_BLOCK, "mish", exchange=exchange, phase=0)
+        torch.save(y[:, program * 16 : program * 16 + 16], folder / f"y{i}-{program}")
+
+
+@pytest.mark.interpreted
+def test_programs_wait_for_one_another(tmp_path: Path) -> None:
+    """Three programs of a row block in three processes, three launches on the same counters."""
+    exchange = shared_exchange(tmp_path)
+    exchange.counters.zero_()
+    code = (
+        "import sys, pathlib, importlib.util as u\n"
+        f"spec = u.spec_from_file_location('waiting', {__file__!r})\n"
+        "module = u.module_from_spec(spec)\n"
+        "sys.modules['waiting'] = module\n"
+        "spec.loader.exec_module(module)\n"
+        "module.one_program(int(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(p), str(tmp_path)], env=env)
+        for p in range(PROGRAMS)
+    ]
+    try:
+        assert [w.wait(120) for w in workers] == [0] * PROGRAMS
+    finally:
+        for w in workers:
+            w.kill()
+    assert exchange.counters[0] == PROGRAMS * ROUNDS
+    torch.manual_seed(0)
+    layer = Layer(16, 40, 21, 0, torch.float32)
+    for i in range(ROUNDS):
+        layer.x += 1.0
+        expected, _, _ = forward(layer, ONE_ROW_BLOCK, "mish")
+        parts = [torch.load(tmp_path / f"y{i}-{p}") for p in range(PROGRAMS)]
+        assert torch.equal(torch.cat(parts, 1), expected)
+
+
+@pytest.mark.interpreted
+def test_errors() -> None:
+    layer = Layer(19, 40, 21, 0, torch.float32)
+    with pytest.raises(ValueError, match="needs an Exchange"):
+        linear_norm_act_fwd(
+            layer.x, layer.weight, nan(19, 40, dtype=torch.float32), None, None,
+            gamma=layer.gamma, beta=layer.beta, act="mish", group=8, eps=EPS, plan=SHARED,
+            exchange=None,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"y must be \[19, 40\], got \[19, 39\]"):
+        linear_norm_act_fwd(
+            layer.x, layer.weight, nan(19, 39, dtype=torch.float32), None, None,
+            gamma=layer.gamma, beta=layer.beta, act="mish", group=8, eps=EPS, plan=WHOLE,
+            exchange=None,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="float16"):
+        linear_norm_act_fwd(
+            layer.x.double(), layer.weight.double(), nan(19, 40, dtype=torch.float32), None, None,
+            gamma=layer.gamma, beta=layer.beta, act="mish", group=8, eps=EPS, plan=WHOLE,
+            exchange=None,
+        )  # fmt: skip
+
+
+# --- on a device -----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(16, 64), (32, 64), (64, 64), (64, 128), (128, 128), (16, 512)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [0, 510])
+def test_on_a_gpu(tile, dtype, width) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    layer = Layer(519, 512, 500, width, dtype)
+    plan = make_plan(*tile, 519, 512, sms, dtype.itemsize, 160 * 1024)
+    if plan is None:
+        pytest.skip(f"tiles of {tile} do not fit")
+    there = layer.to(torch.float32, "cuda")
+    there.x, there.weight = layer.x.cuda(), layer.weight.cuda()
+    ours = forward(there, plan, "mish", "cuda")
+    exact = layer.to(torch.float64, "cpu").plain("mish")
+    mixed = layer.to(torch.float32, "cpu").plain("mish")
+    for name, a, b, c in zip(("y", "xhat", "rstd"), ours, mixed, exact, strict=True):
+        assert_2x(a.cpu(), b.to(a.dtype), c, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(16, 64), (64, 128)])
+def test_the_exchange_gives_the_same_bits_each_time(tile) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    plan = make_plan(*tile, 1000, 512, sms, 2, 160 * 1024)
+    assert plan is not None
+    layer = Layer(1000, 512, 512, 0, torch.float16)
+    there = layer.to(torch.float32, "cuda")
+    there.x, there.weight = layer.x.cuda(), layer.weight.cuda()
+    exchange = Exchange(plan, 1000, PLANES, there.x.device)
+    first = forward(there, plan, "mish", "cuda", exchange)
+    for _ in range(100):
+        again = forward(there, plan, "mish", "cuda", exchange)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pwm_fast.kernels.aot import Case
-from pwm_fast.kernels.plan import Exchange, Plan
+from pwm_fast.kernels.plan import LARGEST_BACKWARD, Exchange, Plan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
 from pwm_fast.kernels.tile import COUNTER_STRIDE, meet, product, put, take
 from pwm_fast.kernels.tile_cases import tile_case
@@ -497,9 +497,10 @@ def parameter_grads(sums: Tensor) -> Tensor:
 #: Values a row and tile that the kernels exchange: at most this many.
 PLANES = 3
 
-#: Bytes that an epilogue may spill, of tiles of at most 64 accumulators a thread, and backward.
-#: It runs once a tile; the loop of the product is free of them.
-SPILL, SPILL_BWD, SPILL_LARGE_BWD = 64, 64, 384
+#: Bytes that an epilogue may spill: a few registers at its fullest, once a tile; the loop of the
+#: product is free of them.
+SPILL = 64
+
 _ALL, _HOPPER = (80, 90, 100), (90,)
 _TILES: list[tuple[str, tuple[int, int], int, tuple[int, ...]]] = [
     ("fp16", (16, 64), 512, _ALL),
@@ -508,8 +509,8 @@ _TILES: list[tuple[str, tuple[int, int], int, tuple[int, ...]]] = [
     ("fp16", (64, 128), 1792, _ALL),
     ("fp16", (128, 128), 4096, _ALL),
     ("fp16", (64, 256), 4096, _HOPPER),
-    ("fp16", (16, 512), 512, _HOPPER),
-    ("fp16", (32, 512), 512, _ALL),
+    ("fp16", (16, 512), 512, _ALL),
+    ("fp16", (32, 512), 512, _HOPPER),
     ("bf16", (64, 128), 1792, _HOPPER),
     ("tf32", (16, 64), 512, _HOPPER),
     ("tf32", (64, 128), 1792, _HOPPER),
@@ -518,7 +519,7 @@ _TILES: list[tuple[str, tuple[int, int], int, tuple[int, ...]]] = [
     ("exact", (64, 128), 1792, _HOPPER),
     ("exact", (128, 128), 4096, _HOPPER),
 ]
-_LAYER_NORM = ((32, 512), (64, 128))  # tiles that are compiled with two statistics, too
+_LAYER_NORM = ((16, 512), (64, 128))  # tiles that are compiled with two statistics, too
 
 
 def cases() -> list[Case]:
@@ -548,6 +549,8 @@ def cases() -> list[Case]:
                     max_spill=SPILL,
                 )
             )
+            if tile[0] * tile[1] > LARGEST_BACKWARD:
+                continue
             found.append(
                 tile_case(
                     f"linear_norm_act_bwd {what}mish",
@@ -559,7 +562,7 @@ def cases() -> list[Case]:
                     absent=("add",) if operand == "fp16" else ("add", "dy_scale", "dx_scale"),
                     constants={"stride_wn": 1, "CENTRED": centred, "ACT": "mish"},
                     backward=True,
-                    max_spill=SPILL_LARGE_BWD if tile[0] * tile[1] > 8192 else SPILL_BWD,
+                    max_spill=SPILL,
                     archs=archs,
                 )
             )

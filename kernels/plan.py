@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from pwm_fast.kernels.tuning import load
 
@@ -25,8 +24,8 @@ SHARED_ROWS = ((16, 64), (32, 64), (64, 64), (64, 128), (128, 128), (64, 256))
 #: Rows of a tile that holds whole rows, and the widest such row.
 WHOLE_ROWS = (16, 32, 64)
 WIDEST = 512
-#: Elements of a tile: 64 rows of 512, or 128 of 256, spill in the epilogue.
-LARGEST = 16384
+#: Elements of a tile, and of one in a backward pass: larger ones spill in the epilogue.
+LARGEST, LARGEST_BACKWARD = 16384, 8192
 #: Column tiles that a row may lie in.
 MOST_TILES = 64
 
@@ -95,17 +94,17 @@ def make_plan(
         backward: its epilogue holds more, so that a thread has half the accumulators.
     """
     tiles_m, tiles_n = _cdiv(rows, block_m), _cdiv(n, block_n)
-    if tiles_n > min(sms, MOST_TILES) or block_m * block_n > LARGEST:
+    largest = LARGEST_BACKWARD if backward else LARGEST
+    if tiles_n > min(sms, MOST_TILES) or block_m * block_n > largest:
         return None
     block_k = 128 // element  # one line of shared memory
     stages = min(4, (shared - 8192) // ((block_m + block_n) * block_k * element))
     if stages < 2:
         return None
-    # At most 64 accumulators a thread: the epilogue holds about as much again. Products of few
-    # rows take their operands through registers as well. More than 8 warps would leave a thread
-    # 128 registers, which spills more than it saves.
-    fewer = block_m < 32 or (backward and block_m >= 64)
-    warps = min(8, max(4, block_m * block_n // (1024 if fewer else 2048)))
+    # At most 64 accumulators a thread: the epilogue holds about as much again, backward more.
+    # Products of few rows take their operands through registers as well.
+    fewer = backward or block_m < 32
+    warps = max(4, block_m * block_n // (1024 if fewer else 2048))
     groups = tiles_m if tiles_n == 1 else min(tiles_m, sms // tiles_n)
     return Plan(block_m, block_n, block_k, warps, stages, tiles_n, groups)
 
@@ -242,14 +241,27 @@ def _limits(device: torch.device) -> tuple[int, int, str]:
     return properties.multi_processor_count, int(shared), properties.name
 
 
-def device_plan(kernel: str, x: Tensor, n: int, k: int, input_precision: str) -> Plan | None:
-    """:func:`plan` for rows ``x`` on the device that they are on, with its tuned entries.
+def device_plan(
+    kernel: str,
+    rows: int,
+    n: int,
+    k: int,
+    element: int,
+    device: torch.device,
+    input_precision: str,
+) -> Plan | None:
+    """:func:`plan` for a device, with its tuned entries.
+
+    On CPU tensors, which Triton's interpreter works on, a plan of whole rows or none: there nobody
+    can wait.
 
     Args:
-        kernel: whose entries: ``"linear_norm_act_fwd"`` and the like.
-        x: ``[R, ...]``, the operand.
+        kernel: whose entries: ``"linear_norm_act_fwd"`` or ``"linear_norm_act_bwd"``.
+        rows: of the result.
         n: columns of the result.
         k: summed over.
+        element: bytes of an operand's element.
+        device: of the tensors.
         input_precision: of fp32 operands.
 
     Raises:
@@ -258,23 +270,23 @@ def device_plan(kernel: str, x: Tensor, n: int, k: int, input_precision: str) ->
     choice = os.environ.get(VARIABLE) or "1"
     if choice not in ("0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {choice!r}")
-    if x.shape[0] == 0 or choice == "0":
+    if min(rows, n, k) < 1 or choice == "0":
         return None
-    if x.is_cuda:
-        sms, shared, name = _limits(x.device)
-        tuned = load(name).get(kernel)
-    else:  # the interpreter, which cannot wait: whole rows alone
-        sms, shared, tuned = 1, 227 * 1024, None
+    backward = kernel.endswith("bwd")
+    if device.type != "cuda":
+        found = candidates(rows, n, 1, element=element, backward=backward)
+        return next((p for p in found if not p.synced), None)
+    sms, shared, name = _limits(device)
     return plan(
-        x.shape[0],
+        rows,
         n,
         k,
         sms,
-        element=x.element_size(),
+        element=element,
         input_precision=input_precision,
         shared=shared,
-        backward="bwd" in kernel,
-        tuned=tuned,
+        backward=backward,
+        tuned=load(name).get(kernel),
     )
 
 

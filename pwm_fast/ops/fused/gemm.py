@@ -108,8 +108,7 @@ class Gemm:
         """
         if self._prepack and not members:
             return _prepacked(dy, self._packed(True)), None
-        if self.precision.operand is not None and dy.dtype != self.precision.operand:
-            dy, scale = self._operand(dy, self.precision.scaled)
+        dy, scale = self.operand(dy, scale, scaled=self.precision.scaled)
         dx = self._product(dy, self._copy(True), members, wide)
         if wide and scale is not None:
             return dx.mul_(scale.unsqueeze(-1)), None
@@ -139,11 +138,26 @@ class Gemm:
 
         return packs.kept(("onednn", rows, transposed), (self.weight,), reorder)
 
+    def operand_weight(self) -> Tensor:
+        """The weight in the operands' dtype."""
+        operand = self.precision.operand
+        if operand is None:
+            return self.weight
+        return packs.kept(("operand", operand), (self.weight,), lambda w: _narrowed(w, operand))
+
+    def operand(
+        self, x: Tensor, scale: Tensor | None, *, scaled: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``x`` as products take it and the factors of its rows; new ones where ``scaled``."""
+        if self.precision.operand is None or x.dtype == self.precision.operand:
+            return x, scale
+        return self._operand(x, scaled)
+
     def _make_copy(self, transposed: bool) -> Tensor:
         operand = self.precision.operand
         if operand is None:
             return self.weight.transpose(-1, -2) if not transposed else self.weight
-        narrow = packs.kept(("operand", operand), (self.weight,), lambda w: _narrowed(w, operand))
+        narrow = self.operand_weight()
         if self._emulated(narrow):
             narrow = packs.kept(("widened",), (narrow,), lambda w: w.float())
         return narrow.transpose(-1, -2) if not transposed else narrow

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from pwm_fast.ops.fused.gemm import Gemm, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
+from pwm_fast.ops.fused.products import FusedBackward, FusedForward, products_of
+
+_GROUPS = (1, 2, 4, 8, 16, 32, 64)  # of SimNorm, that lie whole in a tile
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,38 @@ class Stack:
         self._dh: list[Tensor | None] = [None] * len(specs)
         self._scale: list[Tensor | None] = [None] * len(specs)
         self._sums: list[dict[str, Tensor]] = [{} for _ in specs]
+        self._parts: list[Tensor | None] = [None] * len(specs)
+        self._fused_forward: dict[int, FusedForward | None] = {}
+        self._fused_backward: dict[int, FusedBackward | None] = {}
+
+    def _forward_of(self, i: int) -> FusedForward | None:
+        """What does layer ``i``'s product, norm and activation in one, if anything does."""
+        if i not in self._fused_forward:
+            self._fused_forward[i] = None
+            products, spec, n = products_of(self.kernels), self.specs[i], self.widths[i]
+            grouped = spec.act == "simnorm" and (spec.group not in _GROUPS or n % spec.group)
+            if products is not None and i and self._fuses(i) and not grouped:
+                self._fused_forward[i] = products.forward(
+                    self.rows, n, self.widths[i - 1], self._operand, self.params[i].weight.device
+                )
+        return self._fused_forward[i]
+
+    def _backward_of(self, i: int) -> FusedBackward | None:
+        """What goes from layer ``i``'s adjoint through its weight and the norm below it in one."""
+        if i not in self._fused_backward:
+            self._fused_backward[i] = None
+            products = products_of(self.kernels)
+            plain = i > 0 and self.specs[i - 1].act in ("none", "mish")
+            if products is not None and plain and self._fuses(i - 1):
+                device = self.params[i].weight.device
+                self._fused_backward[i] = products.backward(
+                    self.rows, self.widths[i - 1], self.widths[i], self._operand, device
+                )
+        return self._fused_backward[i]
+
+    def _fuses(self, i: int) -> bool:
+        spec = self.specs[i]
+        return not self.members and spec.norm and spec.order == "norm_act"
 
     def _buffer(self, layer: int, name: str, e: int) -> Tensor | None:
         slot = self._slots[layer].get(name)
@@ -160,6 +195,10 @@ class Stack:
         k = self.kernels
         last = len(self.specs) - 1
         for i, (spec, p) in enumerate(zip(self.specs, self.params, strict=True)):
+            fused = self._forward_of(i)
+            if fused is not None:
+                h = self._run_forward(fused, i, e, h)
+                continue
             if i:
                 h = self.gemms[i](h, self.members, wide=spec.plain)
             bias = p.bias
@@ -212,6 +251,29 @@ class Stack:
             h = y
         return h
 
+    def _run_forward(self, fused: FusedForward, i: int, e: int, x: Tensor) -> Tensor:
+        spec, p = self.specs[i], self.params[i]
+        assert p.gamma is not None and p.beta is not None
+        y = self._buffer(i, "y", e)
+        if y is None:
+            dtype = self._state if i == len(self.specs) - 1 else self._operand
+            y = torch.empty((self.rows, self.widths[i]), dtype=dtype, device=x.device)
+        fused(
+            self.gemms[i].operand(x, None, scaled=False)[0],
+            self.gemms[i].operand_weight(),
+            y,
+            self._buffer(i, "hat", e),
+            self._buffer(i, "rstd", e),
+            gamma=p.gamma,
+            beta=p.beta,
+            bias=p.bias,
+            act=spec.act,
+            group=spec.group,
+            eps=spec.eps,
+            width=spec.width,
+        )
+        return y
+
     def _add_bias(self, h: Tensor, bias: Tensor) -> Tensor:
         if self.members:
             h.view(self.members, -1, h.shape[-1]).add_(bias.unsqueeze(1))
@@ -249,9 +311,12 @@ class Stack:
         """
         k = self.kernels
         scale: Tensor | None = None
+        done = False  # by the product of the layer above
         for i in range(len(self.specs) - 1, -1, -1):
             spec, p, sums = self.specs[i], self.params[i], self._sums[i]
-            if spec.plain:
+            if done:
+                following = scale
+            elif spec.plain:
                 kept = self._dh[i]
                 if kept is not None:
                     kept[e].copy_(dy)
@@ -298,13 +363,48 @@ class Stack:
                     )
                 dy = out
             scale = following
-            if i:
+            fused = self._backward_of(i)
+            done = fused is not None
+            if fused is not None:
+                dy, scale = self._run_backward(fused, i, e, dy, scale)
+            elif i:
                 below = self.specs[i - 1]
                 dy, scale = self.gemms[i].scaled_dgrad(dy, self.members, scale, wide=below.plain)
         return dy
 
-    def _adjoint(self, i: int, e: int, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where layer ``i`` writes its adjoint, and the factors of its rows.
+    def _run_backward(
+        self, fused: FusedBackward, i: int, e: int, dy: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The adjoint of layer ``i - 1`` and the factors of its rows, from that of layer ``i``."""
+        spec, p = self.specs[i - 1], self.params[i - 1]
+        hat, rstd = self._buffer(i - 1, "hat", e), self._buffer(i - 1, "rstd", e)
+        assert p.gamma is not None and p.beta is not None
+        assert hat is not None and rstd is not None
+        dy, scale = self.gemms[i].operand(dy, scale, scaled=self.kernels.precision.scaled)
+        # Its rows are of another width than dy's, and all of dy is read until the end.
+        dx, dx_scale = self._adjoint(i - 1, e, None)
+        sums = self._parts[i - 1]
+        if self.wgrad and sums is None:
+            sums = hat.new_empty((self.evals, 3, fused.blocks, hat.shape[-1]), dtype=torch.float32)
+            self._parts[i - 1] = sums
+        fused(
+            dy,
+            self.gemms[i].operand_weight(),
+            dx,
+            hat,
+            rstd,
+            gamma=p.gamma,
+            beta=p.beta,
+            act=spec.act,
+            width=spec.width,
+            dy_scale=scale,
+            dx_scale=dx_scale,
+            sums=None if sums is None else sums[e],
+        )
+        return dx, dx_scale
+
+    def _adjoint(self, i: int, e: int, dy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Where layer ``i`` writes its adjoint, and the factors of its rows; over ``dy`` if it can.
 
         The first layer's is a result, in the state's dtype; the others' are operands.
         """
@@ -312,9 +412,13 @@ class Stack:
         kept, scales = self._dh[i], self._scale[i]
         if kept is not None:
             return kept[e], None if scales is None else scales[e]
-        out = dy if dy.dtype == dtype else torch.empty(dy.shape, dtype=dtype, device=dy.device)
+        like = self.params[i].weight
+        if dy is not None and dy.dtype == dtype:
+            out = dy
+        else:
+            out = like.new_empty((self.rows, self.widths[i]), dtype=dtype)
         scaled = i > 0 and self.kernels.precision.scaled
-        return out, dy.new_empty(dy.shape[0], dtype=self._state) if scaled else None
+        return out, like.new_empty(self.rows, dtype=self._state) if scaled else None
 
     def first_gradients(self) -> Tensor:
         """Gradients towards the first product of every evaluation, ``[E, R, n]``."""
@@ -338,11 +442,20 @@ class Stack:
             else:
                 x = first_input
             weight = None if x is None else self._weight_grad(dh, x, self._scale[i])
-            sums = {name: total.to(p.weight.dtype) for name, total in self._sums[i].items()}
+            sums = self._totals(i)
             if spec.plain and p.bias is not None:
                 sums["bias"] = self._bias_grad(dh)
             grads.append(LayerGrads(weight, sums.get("bias"), sums.get("gamma"), sums.get("beta")))
         return grads
+
+    def _totals(self, i: int) -> dict[str, Tensor]:
+        """Gradients of layer ``i``'s gamma, beta and bias, those that it has."""
+        totals, parts = self._sums[i], self._parts[i]
+        if parts is not None:  # row blocks of all evaluations, in the order of the kernel
+            each = parts.sum((0, 2), dtype=torch.float64)
+            totals = dict(zip(("gamma", "beta", "bias"), each, strict=True))
+            totals = {name: totals[name] for name in self._sums[i]}
+        return {name: total.to(self.params[i].weight.dtype) for name, total in totals.items()}
 
     def _weight_grad(self, dh: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
         k = self.kernels

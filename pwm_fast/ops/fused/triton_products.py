@@ -1,0 +1,124 @@
+"""Fused products in Triton (:mod:`pwm_fast.kernels.linear_norm_act`). Imports triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pwm_fast.kernels import linear_norm_act
+from pwm_fast.kernels.plan import Exchange, Plan, device_plan
+from pwm_fast.ops.fused.precision import EXACT, Precision
+from pwm_fast.ops.fused.products import FusedBackward, FusedForward
+
+
+class TritonProducts:
+    """See :class:`pwm_fast.ops.fused.products.Products`.
+
+    Args:
+        precision: of products of float32 operands.
+    """
+
+    def __init__(self, precision: Precision = EXACT) -> None:
+        self.input_precision = "tf32" if precision.tf32 else "ieee"
+
+    def forward(
+        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
+    ) -> FusedForward | None:
+        """See :class:`pwm_fast.ops.fused.products.Products`."""
+        plan = self._plan("linear_norm_act_fwd", rows, n, k, operand, device)
+        return None if plan is None else _Forward(plan, rows, device, self.input_precision)
+
+    def backward(
+        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
+    ) -> FusedBackward | None:
+        """See :class:`pwm_fast.ops.fused.products.Products`."""
+        plan = self._plan("linear_norm_act_bwd", rows, n, k, operand, device)
+        return None if plan is None else _Backward(plan, rows, device, self.input_precision)
+
+    def _plan(
+        self, kernel: str, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
+    ) -> Plan | None:
+        if operand not in (torch.float32, torch.float16, torch.bfloat16):
+            return None
+        return device_plan(kernel, rows, n, k, operand.itemsize, device, self.input_precision)
+
+
+class _Fused:
+    def __init__(self, plan: Plan, rows: int, device: torch.device, input_precision: str) -> None:
+        self.plan, self.input_precision = plan, input_precision
+        self.exchange = (
+            Exchange(plan, rows, linear_norm_act.PLANES, device) if plan.synced else None
+        )
+        self.blocks = -(-rows // plan.block_m)
+
+
+class _Forward(_Fused):
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        xhat: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        bias: Tensor | None,
+        act: str,
+        group: int,
+        eps: float,
+        width: int,
+    ) -> None:
+        linear_norm_act.linear_norm_act_fwd(
+            x,
+            weight,
+            y,
+            xhat,
+            rstd,
+            gamma=gamma,
+            beta=beta,
+            act=act,
+            group=group,
+            eps=eps,
+            plan=self.plan,
+            exchange=self.exchange,
+            bias=bias,
+            width=width,
+            input_precision=self.input_precision,
+        )
+
+
+class _Backward(_Fused):
+    def __call__(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        xhat: Tensor,
+        rstd: Tensor,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        act: str,
+        width: int,
+        dy_scale: Tensor | None,
+        dx_scale: Tensor | None,
+        sums: Tensor | None,
+    ) -> None:
+        linear_norm_act.linear_norm_act_bwd(
+            dy,
+            weight,
+            dx,
+            xhat,
+            rstd,
+            gamma=gamma,
+            beta=beta,
+            act=act,
+            plan=self.plan,
+            exchange=self.exchange,
+            dy_scale=dy_scale,
+            dx_scale=dx_scale,
+            sums=sums,
+            width=width,
+            input_precision=self.input_precision,
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pwm_fast.kernels import act_norm, axpby, norm_act, simnorm, two_hot
 from pwm_fast.ops.fused.precision import EXACT, Precision
+from pwm_fast.ops.fused.triton_products import TritonProducts
 
 
 class TritonKernels:
@@ -20,6 +21,7 @@ class TritonKernels:
 
     def __init__(self, precision: Precision = EXACT) -> None:
         self.precision = precision
+        self.products = TritonProducts(precision)
         self.act_norm_fwd = act_norm.act_norm_fwd
         self.act_norm_bwd = act_norm.act_norm_bwd
         self.axpby = axpby.axpby

@@ -26,12 +26,19 @@ def alg_config(model: str, substeps: int = 2) -> config.AlgConfig:
     return plain.build(config.AlgConfig, alg)
 
 
-def make_agent(alg: config.AlgConfig, device: torch.device, seed: int = 0) -> PWM:
+def make_agent(
+    alg: config.AlgConfig,
+    device: torch.device,
+    seed: int = 0,
+    *,
+    graphs: bool = False,
+    precision: str = "auto",
+) -> PWM:
     """An agent with random parameters: the zero weights of fresh heads would hide errors."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*midpoint.*")
-        agent = PWM(OBS, ACTION, alg, device=device)
+        agent = PWM(OBS, ACTION, alg, device=device, graphs=graphs, precision=precision)
     with torch.no_grad():
         for module in agent.world_model.modules():
             if isinstance(module, nn.LayerNorm):

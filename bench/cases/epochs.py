@@ -21,12 +21,13 @@ from pwm_fast.replay import Replay, Windows
 WORLDS = 128
 TITLE = "training epoch, 128 Ants"
 UPDATES = "updates of a training epoch"
+RECORDED = 3  # calls after which the agent's updates are replayed from CUDA graphs
 
 
 def cases(device: torch.device) -> list[Case]:
     names = ["published_baseline", "published", "reference", "fast", "fast_bf16"]
     if device.type == "cuda":
-        names += ["fast_tf32", "fast_fp16"]
+        names += ["fast_tf32", "fast_fp16", *(n + providers.GRAPH for n in providers.OURS)]
     return [
         Case(
             f"{kind}-{size}",
@@ -141,7 +142,9 @@ def build(
 
     def ours(name: str) -> Provider:
         providers.need(name, device)
-        agent = make_agent(flow, device)
+        base = name.removesuffix(providers.GRAPH)
+        precision = providers.PRECISIONS.get(base, "auto")
+        agent = make_agent(flow, device, graphs=base != name, precision=precision)
         own = (Worlds if physics else Recorded)(device, worlds, horizon)
 
         def call() -> None:
@@ -149,8 +152,9 @@ def build(
                 run(own, flow, agent.act, agent.update_world_model, agent.update_policy)
 
         def check() -> Outputs | None:
-            parts(flow, name)
-            call()
+            parts(flow, base)
+            for _ in range(RECORDED if base != name else 1):
+                call()
             finite(agent.world_model)
             return None
 
@@ -160,5 +164,6 @@ def build(
         "published_baseline": partial(plain, baseline),
         "published": partial(plain, flow),
         **{n: partial(ours, n) for n in ("reference", *providers.OURS)},
+        **{n + providers.GRAPH: partial(ours, n + providers.GRAPH) for n in providers.OURS},
     }
     return Workload(make, device=device)

@@ -116,5 +116,5 @@ def _small_epoch() -> tuple[object, object]:
     small = alg_config("tiny_flow"), alg_config("tiny")
     for alg in small:
         alg.model_learning.updates, alg.steps_per_epoch = 2, 4
-        alg.actor.batch_size = alg.model_learning.batch_size = 16
+        alg.actor.batch_size, alg.model_learning.batch_size = 100, 20
     return small

@@ -101,6 +101,7 @@ def build_world_model(
     def ours(name: str) -> Provider:
         providers.need(name, device)
         own = copy.deepcopy(agent)
+        own.precision = providers.PRECISIONS.get(name, "auto")
         optimizer = own.optimizers["wm"]
 
         def call() -> None:

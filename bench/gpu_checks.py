@@ -54,12 +54,23 @@ def build(left: Deadline, record: Record) -> Outcome:
 
 
 def test_files() -> list[str]:
-    """Test files with tests that need a GPU, found by their text: some cannot be imported here."""
-    return [
-        str(path.relative_to(ROOT))
-        for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        if re.search(r"\bmark\.gpu\b", path.read_text("utf-8"))
-    ]
+    """Test files with tests that need a GPU, found by their text: some cannot be imported here.
+
+    The mark stands in the file, or in a module of the tests that it imports.
+    """
+    marked: dict[Path, bool] = {}
+
+    def has(path: Path) -> bool:
+        if path not in marked:
+            marked[path] = False  # until known: modules may import each other
+            text = path.read_text("utf-8") if path.is_file() else ""
+            names = re.findall(r"^\s*(?:from|import) (tests(?:\.\w+)+)", text, re.MULTILINE)
+            others = [ROOT / f"{name.replace('.', '/')}.py" for name in names]
+            marked[path] = bool(re.search(r"\bmark\.gpu\b", text)) or any(map(has, others))
+        return marked[path]
+
+    found = filter(has, sorted((ROOT / "tests").rglob("test_*.py")))
+    return [path.relative_to(ROOT).as_posix() for path in found]
 
 
 def tests(

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from bench.cases import Case, epochs, gradients, rollouts
+from bench.cases import Case, Workload, epochs, gradients, rollouts
 from bench.measure import Effort
 from bench.providers import GRAPH, OURS
 from bench.sizes import alg_config
@@ -104,7 +104,7 @@ def dry(kind: str) -> list[Case]:
             replace(
                 case,
                 name=case.name.replace("5M", "tiny"),
-                build=partial(case.build.func, *_small_epoch(), worlds=4, horizon=4),  # type: ignore[attr-defined]
+                build=partial(_small_epoch, case.build),
             )
             for case in epoch()
         ]
@@ -112,9 +112,9 @@ def dry(kind: str) -> list[Case]:
     return [replace(case, effort=effort) for case in cases]
 
 
-def _small_epoch() -> tuple[object, object]:
+def _small_epoch(build: partial[Workload], device: torch.device) -> Workload:
     small = alg_config("tiny_flow"), alg_config("tiny")
     for alg in small:
         alg.model_learning.updates, alg.steps_per_epoch = 2, 4
         alg.actor.batch_size, alg.model_learning.batch_size = 100, 20
-    return small
+    return build.func(*small, device, worlds=4, horizon=4, **build.keywords)

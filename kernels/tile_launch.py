@@ -52,11 +52,13 @@ def launch(
     exchange: Exchange | None,
     rows: int,
     arguments: Mapping[str, Any],
-    members: int = 1,
+    *,
+    waits: bool = True,
 ) -> None:
     """Launch a kernel of the fused products, on the tensors' device and its current stream.
 
-    Adds to ``arguments`` what the plan decides.
+    Adds to ``arguments`` what the plan decides. ``waits`` says that programs exchange something
+    where a row lies in several tiles.
 
     Raises:
         ValueError: the plan does not fit the columns, or its exchange is missing or too small.
@@ -64,7 +66,8 @@ def launch(
     n, k = arguments["N"], arguments["K"]
     if plan.tiles_n != -(-n // plan.block_n):
         raise ValueError(f"the plan's {plan.tiles_n} tiles of {plan.block_n} are not {n} columns")
-    if plan.synced and (
+    synced = plan.synced and waits
+    if synced and (
         exchange is None
         or exchange.tiles_n != plan.tiles_n
         or exchange.stride < -(-rows // plan.block_m) * plan.block_m
@@ -86,10 +89,10 @@ def launch(
         "EVEN_K": k % plan.block_k == 0,
     }
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
-        kernel[(plan.programs * members,)](
+        kernel[(plan.programs,)](
             **arguments,
             num_warps=plan.warps,
             num_stages=plan.stages,
             enable_fp_fusion=True,
-            launch_cooperative_grid=plan.synced,
+            launch_cooperative_grid=synced,
         )

@@ -1,0 +1,249 @@
+"""A product that ends in an integrator's update: ``out = c0 z + c1 k1 + c2 (x W^T + bias)``.
+
+An Euler or Heun step after a velocity head is one kernel, and so is a step of the adjoint after the
+product with a first layer's weight; the next product's operand is written beside the state.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pwm_fast.kernels.aot import Case
+from pwm_fast.kernels.plan import Exchange, Plan
+from pwm_fast.kernels.pointwise import power, rounded, row_exponent
+from pwm_fast.kernels.tile import COUNTER_STRIDE, meet, product, put, take
+from pwm_fast.kernels.tile_cases import tile_case
+from pwm_fast.kernels.tile_launch import check_operands, launch
+
+_COUNTER = tl.constexpr(COUNTER_STRIDE)
+
+#: Values a row and tile that the kernel exchanges, where ``operand_scale`` is asked for.
+PLANES = 1
+
+
+@triton.jit
+def linear_axpby_kernel(
+    x,
+    x_scale,
+    w,
+    bias,
+    z,
+    k1,
+    out,
+    raw,
+    operand,
+    operand_scale,
+    slots,
+    counters,
+    R,
+    N,
+    K,
+    groups,
+    stride_slot,
+    stride_x,
+    stride_wn,
+    stride_wk,
+    stride_z,
+    stride_k1,
+    stride_out,
+    stride_raw,
+    stride_operand,
+    c0,
+    c1,
+    c2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILES_N: tl.constexpr,
+    TILES_2: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PHASE: tl.constexpr,
+):
+    """Grid as in ``linear_norm_act``; programs wait only where ``operand_scale`` needs them to."""
+    for part in range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * TILES_N, groups * TILES_N):
+        tile = part % TILES_N
+        block = part // TILES_N
+        cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = cols < N
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = tl.minimum(rows, R - 1)
+        far = valid[:, None].to(tl.int64)
+        kept = (rows < R)[:, None] & inside[None, :]
+        h = product(
+            x,
+            w,
+            valid,
+            cols,
+            N,
+            K,
+            stride_x,
+            stride_wn,
+            stride_wk,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN_N,
+            EVEN_K,
+            PRECISION,
+        )
+        if x_scale is not None:
+            h *= tl.load(x_scale + valid)[:, None]
+        if bias is not None:
+            h += tl.load(bias + cols, mask=inside, other=0.0)[None, :]
+        if raw is not None and PHASE != 1:
+            tl.store(raw + far * stride_raw + cols[None, :], h, mask=kept)
+        old = tl.load(z + far * stride_z + cols[None, :], mask=inside[None, :], other=0.0)
+        h = c0 * old + c2 * h
+        if k1 is not None:
+            at = k1 + far * stride_k1 + cols[None, :]
+            h += c1 * tl.load(at, mask=inside[None, :], other=0.0)
+        if operand_scale is not None:
+            largest = tl.max(tl.where(inside[None, :], tl.abs(h), 0.0), 1)
+            if TILES_N > 1:
+                if PHASE != 2:
+                    put(slots, 0, tile, rows, largest, stride_slot, TILES_N)
+                if PHASE == 0:
+                    meet(counters + block * _COUNTER, TILES_N)
+                largest = tl.max(take(slots, 0, rows, stride_slot, TILES_N, TILES_2), 0)
+            exponent = row_exponent(largest)
+        if PHASE != 1:
+            if out is not None:
+                tl.store(out + far * stride_out + cols[None, :], h, mask=kept)
+            if operand is not None:
+                if operand_scale is not None:
+                    h *= power(254 - exponent)[:, None]
+                    first = (rows < R) & (tile == 0)
+                    tl.store(operand_scale + rows, power(exponent), mask=first)
+                h = rounded(h, operand.dtype.element_ty)
+                tl.store(operand + far * stride_operand + cols[None, :], h, mask=kept)
+
+
+def linear_axpby(
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    k1: Tensor | None,
+    out: Tensor | None,
+    c0: float,
+    c1: float,
+    c2: float,
+    *,
+    plan: Plan,
+    exchange: Exchange | None = None,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    raw: Tensor | None = None,
+    operand: Tensor | None = None,
+    operand_scale: Tensor | None = None,
+    input_precision: str = "tf32",
+    phase: int = 0,
+) -> None:
+    """``out = c0 z + c1 k1 + c2 p`` with ``p = x_scale x weight^T + bias``.
+
+    Forward Euler is ``(1, 0, dt)``; Heun's second stage ``(1, dt / 2, dt / 2)`` with the first
+    stage's ``raw`` as ``k1``. For a step of the adjoint pass ``weight.t()`` and ``x_scale``.
+
+    Args:
+        x: ``[R, K]``, the operand.
+        weight: ``[N, K]`` of the same dtype, with any strides.
+        z: ``[R, N]`` fp32.
+        k1: ``[R, N]`` fp32 or None.
+        out: ``[R, N]`` fp32, written; None where only ``operand`` is wanted. May be ``z`` or ``k1``
+            where one launch does not need two phases.
+        c0: factor of ``z``.
+        c1: factor of ``k1``.
+        c2: factor of the product.
+        plan: how to launch it.
+        exchange: where the plan is synced and ``operand_scale`` is given.
+        bias: ``[N]`` fp32.
+        x_scale: ``[R]`` fp32, factors of ``x``'s rows.
+        raw: ``[R, N]`` fp32, written: the product ``p`` itself.
+        operand: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next product.
+        operand_scale: ``[R]`` fp32, written: powers of two that ``operand``'s rows are divided by,
+            so that their largest entries lie in (0.5, 1]. Without it an fp16 operand saturates.
+        input_precision: of fp32 operands.
+        phase: of the exchange; for tests without a device.
+
+    Raises:
+        ValueError: tensors that do not fit one another or the plan.
+    """
+    n, k = weight.shape
+    results = {"z": z, "k1": k1, "out": out, "raw": raw, "operand": operand}
+    rows = check_operands("linear_axpby", x, weight, k, results, n)
+    if operand_scale is not None and operand is None:
+        raise ValueError("linear_axpby: operand_scale needs an operand")
+    if rows == 0:
+        return
+    launch(
+        linear_axpby_kernel,
+        plan,
+        exchange,
+        rows,
+        {
+            "x": x,
+            "x_scale": x_scale,
+            "w": weight,
+            "bias": bias,
+            "z": z,
+            "k1": k1,
+            "out": out,
+            "raw": raw,
+            "operand": operand,
+            "operand_scale": operand_scale,
+            "R": rows,
+            "N": n,
+            "K": k,
+            "stride_x": x.stride(0),
+            "stride_wn": weight.stride(0),
+            "stride_wk": weight.stride(1),
+            "stride_z": z.stride(0),
+            "stride_k1": 0 if k1 is None else k1.stride(0),
+            "stride_out": 0 if out is None else out.stride(0),
+            "stride_raw": 0 if raw is None else raw.stride(0),
+            "stride_operand": 0 if operand is None else operand.stride(0),
+            "c0": c0,
+            "c1": c1,
+            "c2": c2,
+            "PRECISION": input_precision,
+            "PHASE": phase,
+        },
+        waits=operand_scale is not None,
+    )
+
+
+def cases() -> list[Case]:
+    """What the tests and the table of ``docs/kernels.md`` compile."""
+    found = []
+    for operand, tile, n, k in (
+        ("fp16", (16, 64), 512, 512),
+        ("fp16", (64, 128), 768, 1792),
+        ("bf16", (64, 128), 768, 1792),
+        ("tf32", (64, 128), 768, 1792),
+        ("exact", (64, 128), 768, 1792),
+    ):
+        for what, absent, constants in (
+            ("", ("x_scale", "operand_scale"), {"stride_wk": 1}),
+            (" adjoint", ("bias", "raw"), {"stride_wn": 1}),
+        ):
+            if what and operand != "fp16":
+                continue
+            found.append(
+                tile_case(
+                    f"linear_axpby{what}",
+                    linear_axpby_kernel,
+                    operand,
+                    tile,
+                    n,
+                    k,
+                    absent=absent,
+                    constants=constants,
+                    backward=True,
+                    max_spill=32,  # at the epilogue's fullest, with raw and k1, once a tile
+                    archs=(80, 90, 100) if operand == "fp16" else (90,),
+                )
+            )
+    return found

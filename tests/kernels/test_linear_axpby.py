@@ -1,0 +1,103 @@
+"""Products that end in an integrator's update, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from pwm_fast.kernels.linear_axpby import PLANES, linear_axpby
+from pwm_fast.kernels.plan import Exchange, Plan, make_plan
+from tests.helpers import assert_2x
+
+ROWS, N, K = 37, 40, 21
+WHOLE = Plan(16, 64, 16, 4, 2, 1, 3)
+SHARED = Plan(16, 16, 16, 4, 2, 3, 2)
+
+
+def nan(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def check(plan: Plan, dtype: torch.dtype, scaled: bool, rows: int, n: int, k: int, device: str):
+    x, weight = torch.randn(rows, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
+    z, k1, bias = torch.randn(rows, n), torch.randn(rows, n), torch.randn(n)
+    x_scale = torch.exp2(torch.randint(-3, 3, (rows,)).float()) if scaled else None
+    there = [None if t is None else t.to(device) for t in (x, weight, z, k1, bias, x_scale)]
+    out, raw = nan(rows, n, device=device), nan(rows, n, device=device)
+    operand = nan(rows, n, dtype=dtype, device=device)
+    scale = nan(rows, device=device) if scaled else None
+    exchange = Exchange(plan, rows, PLANES, out.device) if plan.synced and scaled else None
+    # The weight as an adjoint meets it: its columns contiguous.
+    w = there[1].t().contiguous().t() if scaled else there[1]
+    for phase in (1, 2) if exchange is not None and device == "cpu" else (0,):
+        linear_axpby(
+            there[0], w, there[2], there[3], out, 0.5, 0.25, 0.125, plan=plan, exchange=exchange,
+            bias=there[4], x_scale=there[5], raw=raw, operand=operand, operand_scale=scale,
+            input_precision="ieee", phase=phase,
+        )  # fmt: skip
+
+    def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        p = x.to(dtype) @ weight.to(dtype).t()
+        if x_scale is not None:
+            p *= x_scale.to(dtype).unsqueeze(1)
+        p += bias.to(dtype)
+        return p, 0.5 * z.to(dtype) + 0.25 * k1.to(dtype) + 0.125 * p
+
+    (exact_raw, exact), (mixed_raw, mixed) = plain(torch.float64), plain(torch.float32)
+    assert_2x(raw.cpu(), mixed_raw, exact_raw, "raw")
+    assert_2x(out.cpu(), mixed, exact, "out")
+    operand = operand.cpu()
+    if scale is not None:
+        scale = scale.cpu()
+        assert torch.equal(scale, torch.exp2(torch.log2(scale).round()))
+        largest = operand.abs().amax(1).float()
+        assert largest.max() <= 1.0
+        assert largest.min() > 0.49
+        mixed, exact = mixed / scale.unsqueeze(1), exact / scale.double().unsqueeze(1)
+    assert_2x(operand, mixed.to(dtype), exact, "operand")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("plan", [WHOLE, SHARED], ids=["whole", "shared"])
+def test_update(plan: Plan, scaled: bool, dtype: torch.dtype) -> None:
+    check(plan, dtype, scaled, ROWS, N, K, "cpu")
+
+
+@pytest.mark.interpreted
+def test_the_state_may_be_overwritten() -> None:
+    x, weight, z = torch.randn(ROWS, K), torch.randn(N, K), torch.randn(ROWS, N)
+    expected = z + 0.5 * (x @ weight.t())
+    linear_axpby(x, weight, z, None, z, 1.0, 0.0, 0.5, plan=SHARED, input_precision="ieee")
+    torch.testing.assert_close(z, expected)
+
+
+@pytest.mark.interpreted
+def test_errors() -> None:
+    x, weight, z = torch.randn(ROWS, K), torch.randn(N, K), torch.randn(ROWS, N)
+    with pytest.raises(ValueError, match=r"z must be \[37, 40\], got \[36, 40\]"):
+        linear_axpby(x, weight, z[1:], None, z, 1.0, 0.0, 0.5, plan=WHOLE)
+    with pytest.raises(ValueError, match="needs an operand"):
+        linear_axpby(x, weight, z, None, z, 1.0, 0.0, 0.5, plan=WHOLE, operand_scale=nan(ROWS))
+    with pytest.raises(ValueError, match="needs an Exchange"):
+        linear_axpby(
+            x, weight, z, None, None, 1.0, 0.0, 0.5, plan=SHARED,
+            operand=nan(ROWS, N), operand_scale=nan(ROWS),
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(16, 64), (64, 128)])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_update_on_a_gpu(dtype: torch.dtype, scaled: bool, tile: tuple[int, int]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    plan = make_plan(*tile, 519, 512, sms, dtype.itemsize, 160 * 1024, True)
+    assert plan is not None
+    check(plan, dtype, scaled, 519, 512, 500, "cuda")

@@ -1,0 +1,319 @@
+"""The persistent rollout against float64: results, every adjoint, exchange, layouts, checks."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from pwm_fast.kernels import rollout as module
+from pwm_fast.kernels.rollout import (
+    Plan,
+    Scheme,
+    plan,
+    rollout_backward,
+    rollout_forward,
+    why_not,
+)
+from tests.kernels import rollout_truth as truth
+
+H100 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """torch.empty is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("method", "substeps", "steps", "batch", "rows"),
+    [
+        ("heun", 1, 1, 5, 4),
+        ("heun", 2, 3, 9, 8),
+        ("heun", 3, 1, 19, 16),
+        ("euler", 1, 3, 9, 8),
+        ("euler", 2, 1, 1, 8),
+        ("euler", 3, 1, 17, 16),
+    ],
+)
+def test_results_and_adjoints(
+    method: str, substeps: int, steps: int, batch: int, rows: int, dtype: torch.dtype
+) -> None:
+    scheme = Scheme(method, substeps, 50, 1e-5, 1e-4, tf32=False)
+    problem = truth.problem(scheme, batch, steps)
+    results = truth.run(problem, 64, dtype, Plan(rows, 64, 4, 2))
+    truth.check(problem, results, dtype)
+
+
+@pytest.mark.interpreted
+def test_tiny_adjoints_do_not_vanish() -> None:
+    """Adjoints of 1e-7, below what fp16 holds, come out as accurately as those of 1."""
+    scheme = Scheme("heun", 2, 33, tf32=False)
+    large = truth.problem(scheme, 6, 2)
+    small = large._replace(g=large.g * 2.0**-23, lp=large.lp * 2.0**-23)
+    layout = Plan(8, 64, 4, 2)
+    expected = truth.run(large, 64, torch.float16, layout)
+    results = truth.run(small, 64, torch.float16, layout)
+    for name in ("d_p", "d_c", "d_w2", "d_w13", "d_gamma1"):
+        assert torch.equal(results[name] * 2.0**23, expected[name]), name
+
+
+@pytest.mark.interpreted
+def test_steps_one_by_one_are_the_whole_rollout() -> None:
+    """T launches of one macro step, as imagination makes them, give the same bits."""
+    scheme = Scheme("heun", 2, 50, tf32=False)
+    problem = truth.problem(scheme, 5, 3)
+    layout = Plan(4, 64, 4, 2)
+    net = truth.network(problem, 64, torch.float16)
+    p, c = truth.pad(problem.p, 64).float(), truth.pad(problem.c, 64).float()
+    whole = rollout_forward(p, c, net, scheme, layout)
+    for t in range(3):
+        step = rollout_forward(p, c[t : t + 1].contiguous(), net, scheme, layout)
+        assert torch.equal(step.total[0], whole.total[t])
+        p = step.p
+    assert torch.equal(p, whole.p)
+
+
+# --- programs that wait for each other ----------------------------------------------------------
+
+
+def _in_processes(missing: Sequence[int] = ()) -> Any:
+    """What launches a kernel with every program in a process of its own, tensors in shared memory.
+
+    Triton's interpreter runs programs one after another; so the device code itself, with all its
+    exchanges, runs at the same time here. What this does not show: a GPU's weaker memory order,
+    for which there are the release, the acquire and the barriers of the compiled code.
+    """
+    from triton.runtime import interpreter
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        for x in args:
+            if isinstance(x, Tensor):
+                x.share_memory_()
+        names = {n: v for n, v in constants.items() if n in kernel.arg_names}
+
+        def program(number: int) -> None:
+            builder = interpreter.interpreter_builder
+            builder.set_grid_idx = lambda x, y, z: setattr(builder, "grid_idx", (number, 0, 0))
+            # It would copy every tensor onto itself, over what others have written since.
+            interpreter.GridExecutor._restore_args_dev = lambda *args: None
+            kernel[(1,)](*args, **names)
+
+        fork = multiprocessing.get_context("fork")
+        processes = [
+            fork.Process(target=program, args=(i,)) for i in range(grid[0]) if i not in missing
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        hung = [p for p in processes if p.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung and not any(p.exitcode for p in processes)
+
+    return launch
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("width", "padded", "features", "batch", "rows"),
+    [
+        (50, 64, 32, 5, 4),  # 2 programs in each of 2 groups
+        (50, 64, 8, 3, 8),  # 8 in one
+        (150, 192, 64, 9, 16),  # 3: neither they nor the features are a power of two
+    ],
+)
+def test_programs_exchange(
+    width: int,
+    padded: int,
+    features: int,
+    batch: int,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "launch", _in_processes())
+    monkeypatch.setattr(module, "LIMIT", 1 << 20)
+    scheme = Scheme("heun", 1, width, tf32=False)
+    problem = truth.problem(scheme, batch, 1)
+    layout = Plan(rows, features, 4, 2)
+    results = truth.run(problem, padded, torch.float32, layout)
+    truth.check(problem, results, torch.float32)
+    again = truth.run(problem, padded, torch.float32, layout)
+    assert all(torch.equal(results[name], again[name]) for name in results)
+
+
+@pytest.mark.interpreted
+def test_a_program_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its group gives up with NaN instead of hanging; the other group's rows are right."""
+    monkeypatch.setattr(module, "LIMIT", 300)
+    scheme = Scheme("euler", 1, 50, tf32=False)
+    problem = truth.problem(scheme, 8, 2)
+    net = truth.network(problem, 64, torch.float32)
+    p, c = truth.pad(problem.p, 64).float(), truth.pad(problem.c, 64).float()
+    layout = Plan(4, 32, 4, 2)
+    monkeypatch.setattr(module, "launch", _in_processes(missing=[2]))
+    broken = rollout_forward(p, c, net, scheme, layout)
+    # Only what program 3 writes: 2 never ran.
+    assert broken.total[:, 4:, 32:].isnan().all() and broken.p[4:, 32:].isnan().all()
+    monkeypatch.setattr(module, "LIMIT", 1 << 20)
+    monkeypatch.setattr(module, "launch", _in_processes())
+    whole = rollout_forward(p, c, net, scheme, layout)
+    assert torch.equal(whole.total[:, :4], broken.total[:, :4])
+    assert not whole.total.isnan().any()
+
+
+# --- layouts and checks -------------------------------------------------------------------------
+
+
+def test_plans_of_a_5m_class_net_on_an_h100() -> None:
+    f16 = torch.float16
+    assert plan(1, 512, f16, *H100) == Plan(8, 64, 8, 4)
+    assert plan(128, 512, f16, *H100) == Plan(8, 64, 8, 4)
+    assert plan(256, 512, f16, *H100) == Plan(16, 64, 8, 4)
+    assert plan(512, 512, f16, *H100) == Plan(32, 64, 8, 2)
+    assert plan(64, 1024, f16, *H100) == Plan(16, 32, 8, 4)
+    assert plan(64, 512, torch.float32, *H100) == Plan(8, 32, 8, 4)
+
+
+def test_what_does_not_fit_says_why() -> None:
+    f16 = torch.float16
+    assert "multiprocessors" in str(plan(1024, 512, f16, *H100))
+    assert "shared memory" in str(plan(8, 1792, f16, *H100))
+    assert "shared memory" in str(plan(8, 512, f16, 132, 99 * 1024 - 40000))
+    assert "no multiple" in str(why_not(Plan(8, 64, 8, 4), 8, 510, 2, *H100))
+    assert "no rows" in str(plan(0, 512, f16, *H100))
+
+
+def test_every_plan_keeps_the_programs_resident() -> None:
+    for batch in range(1, 700, 13):
+        for padded in (64, 512, 832, 1024, 1792):
+            for sms in (60, 108, 132):
+                found = plan(batch, padded, torch.float16, sms, 227 * 1024)
+                if isinstance(found, Plan):
+                    assert -(-batch // found.bm) * (padded // found.bn) <= sms
+                    assert padded % found.bn == 0
+
+
+def test_wrong_arguments_are_named() -> None:
+    scheme = Scheme("heun", 1, 50)
+    problem = truth.problem(scheme, 3, 2)
+    net = truth.network(problem, 64, torch.float16)
+    saved, adjoints = truth.buffers(problem, 64, torch.float16)
+    layout = Plan(8, 64, 4, 2)
+    p, c = truth.pad(problem.p, 64).float(), truth.pad(problem.c, 64).float()
+
+    def forward(**changed: Any) -> None:
+        values = {"p": p, "c": c, "network": net, "scheme": scheme, "plan": layout} | changed
+        rollout_forward(**values)
+
+    for match, changed in (
+        ("c must be", {"c": c[0]}),
+        ("p must be a contiguous", {"p": p.double()}),
+        ("c must be a contiguous", {"c": c.transpose(0, 1).contiguous().transpose(0, 1)}),
+        ("heun or euler", {"scheme": scheme._replace(method="map")}),
+        ("scheme.width", {"scheme": scheme._replace(width=65)}),
+        ("at least one row", {"p": p[:0], "c": c[:, :0]}),
+        ("multiple of the plan", {"plan": Plan(8, 48, 4, 2)}),
+        ("b2 must be", {"network": net._replace(b2=net.b2.half())}),
+        ("w13 must be", {"network": net._replace(w13=net.w13.float())}),
+        ("w2 must be float16", {"network": net._replace(w2=net.w2.double(), w13=net.w13.double())}),
+        ("xhat2 must be", {"saved": saved._replace(xhat2=saved.xhat2.float())}),
+        ("rstd1 must be", {"saved": saved._replace(rstd1=saved.rstd1[1:])}),
+        ("y1 and y2", {"saved": saved._replace(y1=None)}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            forward(**changed)
+    with pytest.raises(ValueError, match="dq_scale must be given"):
+        rollout_backward(
+            c, p, net, scheme, layout, saved, adjoints=adjoints._replace(dq_scale=None)
+        )
+    with pytest.raises(ValueError, match="g must be"):
+        rollout_backward(c[0], p, net, scheme, layout, saved)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+def _gpu_problem(batch: int, width: int = 510) -> tuple[truth.Problem, int, Plan]:
+    scheme = Scheme("heun", 4, width)
+    padded = -(-width // 64) * 64
+    properties = torch.cuda.get_device_properties(0)
+    layout = plan(
+        batch,
+        padded,
+        torch.float16,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+    if isinstance(layout, str):
+        pytest.skip(layout)
+    return truth.problem(scheme, batch, 4, device="cuda"), padded, layout
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("batch", [1, 64, 100, 128, 199, 512])
+def test_gpu_results_and_adjoints(batch: int) -> None:
+    problem, padded, layout = _gpu_problem(batch)
+    truth.check(problem, truth.run(problem, padded, torch.float16, layout), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("batch", [128, 256, 512])
+def test_gpu_repetitions_are_bitwise_equal(batch: int) -> None:
+    problem, padded, layout = _gpu_problem(batch)
+    first = truth.run(problem, padded, torch.float16, layout)
+    for _ in range(200):
+        again = truth.run(problem, padded, torch.float16, layout)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_gpu_graph_replays_with_changed_inputs() -> None:
+    problem, padded, layout = _gpu_problem(128)
+    net = truth.network(problem, padded, torch.float16)
+    saved, _ = truth.buffers(problem, padded, torch.float16)
+    p, c = truth.pad(problem.p, padded).float(), truth.pad(problem.c, padded).float()
+    g, lp = torch.randn_like(c), torch.randn_like(p)
+
+    def both() -> tuple[Tensor, ...]:
+        f = rollout_forward(p, c, net, problem.scheme, layout, saved=saved)
+        b = rollout_backward(g, lp, net, problem.scheme, layout, saved)
+        return f.total, f.p, b.dc, b.lp
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiled before, and on a stream that is not the default
+        expected = [x.clone() for x in both()]
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(x, y) for x, y in zip(both(), expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for x in (p, c, g, lp):
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        assert all(torch.equal(x, y) for x, y in zip(replayed, both(), strict=True))

@@ -313,7 +313,7 @@ def rollout_forward_kernel(
                 tl.store(xhat2_ptr + at * size + offs, rounded(xhat, DTYPE), mask=mask)
                 tl.store(rstd2_ptr + at * batch + m, rstd, mask=rows & (tile == 0))
             if KEEP:
-                tl.store(y2_ptr + at * size + offs, rounded(y, DTYPE), mask=mask)
+                tl.store(y2_ptr + at * size + offs, y, mask=mask)
             q = _product(w13, full, nil, PRECISION, CHUNKS, FLIP) + b13[:, None]
             if HEUN:
                 total += (0.5 * dt) * y

@@ -141,12 +141,13 @@ def buffers(problem: Problem, padded: int, dtype: torch.dtype) -> tuple[Saved, A
         return torch.full(shape, float("nan"), dtype=kind, device=problem.c.device)
 
     f32 = torch.float32
-    wide = [rows(dtype, padded) for _ in range(6)]
+    wide = [rows(dtype, padded) for _ in range(5)]
     narrow = [rows(f32) for _ in range(4)]
-    saved = Saved(wide[0], narrow[0], wide[1], narrow[1], wide[2], wide[3])
+    y2 = rows(f32, padded)
+    saved = Saved(wide[0], narrow[0], wide[1], narrow[1], wide[2], y2)
     scaled = dtype == torch.float16
     adjoints = Adjoints(
-        wide[4], narrow[2] if scaled else None, wide[5], narrow[3] if scaled else None
+        wide[3], narrow[2] if scaled else None, wide[4], narrow[3] if scaled else None
     )
     return saved, adjoints
 

@@ -1,0 +1,31 @@
+"""Sums over steps against torch.cumsum in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pwm_fast.kernels.running_sum import running_sum
+from tests.helpers import assert_2x
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("steps", "shape"), [(1, (1, 1)), (3, (5, 7)), (4, (2, 300)), (0, (2, 3))])
+def test_sums(steps: int, shape: tuple[int, int], backward: bool) -> None:
+    start, x = torch.randn(shape), torch.randn(steps, *shape)
+    order = x.flip(0) if backward else x
+    truth, theirs = ((start.to(d) + order.to(d).cumsum(0)) for d in (torch.float64, torch.float32))
+    if backward:
+        truth, theirs = truth.flip(0), theirs.flip(0)
+    assert_2x(running_sum(start, x, backward=backward), theirs, truth)
+
+
+def test_wrong_arguments_are_named() -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="x must be"):
+        running_sum(x, x)
+    with pytest.raises(ValueError, match="float32"):
+        running_sum(x[0].double(), x)

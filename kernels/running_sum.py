@@ -20,7 +20,9 @@ def running_sum_kernel(
     """``out[t] = start + x[0] + ... + x[t]``, or with ``x[T - 1] + ... + x[t]``; one order."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    total = tl.load(start_ptr + i, mask=inside, other=0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    if start_ptr is not None:
+        total = tl.load(start_ptr + i, mask=inside, other=0.0)
     size = tl.full([1], n, tl.int64)
     for number in range(steps):
         t = number
@@ -30,29 +32,37 @@ def running_sum_kernel(
         tl.store(out_ptr + t * size + i, total, mask=inside)
 
 
-def running_sum(start: Tensor, x: Tensor, *, backward: bool = False) -> Tensor:
+def running_sum(
+    start: Tensor | None, x: Tensor, *, backward: bool = False, out: Tensor | None = None
+) -> Tensor:
     """``out[t]``: ``start`` plus all of ``x`` up to and with ``x[t]`` (or from the end down to it).
 
     Args:
-        start: ``[B, D]`` float32.
+        start: ``[B, D]`` float32; None for zeros.
         x: ``[T, B, D]`` float32.
         backward: sum from the last step to the first.
+        out: contiguous tensor like ``x`` to write to.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    if x.dim() < 1 or x.shape[1:] != start.shape:
-        raise ValueError(f"x must be [T, *start], got {list(x.shape)} for {list(start.shape)}")
-    if x.dtype != torch.float32 or start.dtype != torch.float32:
-        raise ValueError(f"x and start must be float32, got {x.dtype} and {start.dtype}")
-    start, x = start.contiguous(), x.contiguous()
-    out = torch.empty_like(x)
-    n = start.numel()
-    if x.shape[0]:
+    if x.dtype != torch.float32 or x.dim() < 1:
+        raise ValueError(f"x must be float32 [T, ...], got {x.dtype} {list(x.shape)}")
+    if start is not None and (start.shape != x.shape[1:] or start.dtype != torch.float32):
+        raise ValueError(
+            f"start must be float32 {list(x.shape[1:])}, got {start.dtype} {list(start.shape)}"
+        )
+    x = x.contiguous()
+    if out is None:
+        out = torch.empty_like(x)
+    elif out.shape != x.shape or out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError(f"out must be a contiguous float32 {list(x.shape)}, got {list(out.shape)}")
+    if x.numel():
+        n = x[0].numel()
         launch(
             running_sum_kernel,
             (triton.cdiv(n, _BLOCK),),
-            start,
+            None if start is None else start.contiguous(),
             x,
             out,
             x.shape[0],
@@ -69,7 +79,9 @@ def cases() -> list[Case]:
     types |= dict.fromkeys(("steps", "n"), "i32")
     found = []
     for backward in (False, True):
-        constants = {"BACKWARD": backward, "BLOCK": _BLOCK}
+        constants: dict[str, object] = {"BACKWARD": backward, "BLOCK": _BLOCK}
+        if backward:
+            constants["start_ptr"] = None
         found.append(
             Case(
                 f"running_sum {'backward' if backward else 'forward'}",

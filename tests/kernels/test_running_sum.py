@@ -21,11 +21,15 @@ def test_sums(steps: int, shape: tuple[int, int], backward: bool) -> None:
     if backward:
         truth, theirs = truth.flip(0), theirs.flip(0)
     assert_2x(running_sum(start, x, backward=backward), theirs, truth)
+    out = torch.full_like(x, float("nan"))
+    assert_2x(running_sum(None, x, backward=backward, out=out), theirs - start, truth - start)
 
 
 def test_wrong_arguments_are_named() -> None:
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="x must be"):
+    with pytest.raises(ValueError, match="start must be"):
         running_sum(x, x)
-    with pytest.raises(ValueError, match="float32"):
-        running_sum(x[0].double(), x)
+    with pytest.raises(ValueError, match="x must be float32"):
+        running_sum(None, x.double())
+    with pytest.raises(ValueError, match="out must be"):
+        running_sum(None, x, out=x[:1])

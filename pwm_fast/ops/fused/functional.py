@@ -192,8 +192,7 @@ def rollout_forward(
     dynamics = Dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
     z = z0.new_empty(horizon + 1, *z0.shape)
     z[0] = z0
-    for t in range(horizon):
-        dynamics.step(t, z[t], c[t], z[t + 1])
+    dynamics.rollout(z, c)
     return z, dynamics.saved()
 
 
@@ -213,10 +212,7 @@ def rollout_backward(
     weights = dynamics_weights(spec, w_z, w_tau, params)
     dynamics = Dynamics(kernels, spec, weights, horizon, batch, save=True, wgrad=wgrad, saved=saved)
     dynamics.start_backward()
-    adjoint = dz[horizon]
-    for t in range(horizon - 1, -1, -1):
-        adjoint = dynamics.step_backward(t, adjoint) + dz[t]
-    grads = dynamics.finish_backward(adjoint, z0)
+    grads = dynamics.finish_backward(dynamics.rollout_backward(dz), z0)
     return grads, _dynamics_flat(spec, grads, len(params))
 
 
@@ -304,10 +300,12 @@ def imagine_backward(
     first = Gemm(kernels, layers[0].weight, rows)
     slope = 1.0 - action * action
     dmu = torch.empty_like(action)
-    adjoint = dz[horizon]
-    for t in range(horizon - 1, -1, -1):
-        adjoint = dynamics.step_backward(t, adjoint) + dz[t]
-        if not detach:
+    if detach:
+        adjoint = dynamics.rollout_backward(dz)
+    else:
+        adjoint = dz[horizon]
+        for t in range(horizon - 1, -1, -1):
+            adjoint = dynamics.step_backward(t, adjoint) + dz[t]
             da = torch.addmm(daction[t], dynamics.c_grad(t), w_a)
             torch.mul(da, slope[t], out=dmu[t])
             adjoint += first.dgrad(policy.backward(t, dmu[t].clone()))

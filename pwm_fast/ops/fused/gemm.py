@@ -143,7 +143,7 @@ class Gemm:
         operand = self.precision.operand
         if operand is None:
             return self.weight
-        return packs.kept(("operand", operand), (self.weight,), lambda w: _narrowed(w, operand))
+        return operand_copy(self.weight, operand)
 
     def operand(
         self, x: Tensor, scale: Tensor | None, *, scaled: bool
@@ -184,6 +184,11 @@ class Gemm:
             with _fp32_products(self.precision.tf32, a):
                 y = product(a, b)
         return y.view(-1, y.shape[-1]) if members else y
+
+
+def operand_copy(weight: Tensor, operand: torch.dtype) -> Tensor:
+    """The weight rounded to a product's operand, kept until it changes."""
+    return packs.kept(("operand", operand), (weight,), lambda w: _narrowed(w, operand))
 
 
 def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:

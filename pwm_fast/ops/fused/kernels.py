@@ -33,9 +33,11 @@ class Kernels(Protocol):
     """What a device provides.
 
     Attributes:
+        name: the backend's.
         precision: what the operands of products are rounded to.
     """
 
+    name: str
     precision: Precision
 
     def norm_act_fwd(
@@ -181,6 +183,8 @@ def _write(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
 
 class TorchKernels:
     """The kernels in plain PyTorch: any device, any floating dtype; the truth for the others."""
+
+    name = "torch"
 
     def __init__(self, precision: Precision = EXACT) -> None:
         self.precision = precision

@@ -80,6 +80,8 @@ def _type(x: Tensor | None) -> int:
 class NativeKernels:
     """See :class:`pwm_fast.ops.fused.kernels.Kernels`; row-wise tensors are contiguous."""
 
+    name = "native"
+
     def __init__(self, precision: Precision = EXACT) -> None:
         self._c = extension()
         self.precision = precision

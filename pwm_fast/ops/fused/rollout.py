@@ -10,13 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pwm_fast.ops.fused.architecture import Sizes, persistent_plan
 from pwm_fast.ops.fused.gemm import Gemm, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_buffers
+
+if TYPE_CHECKING:
+    from pwm_fast.ops.fused.persistent import Persistent
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,58 @@ class Dynamics:
             self.b13 = weights.layers[-1].bias
             self.w3, self.b3 = Gemm(kernels, weights.head[0], batch), weights.head[1]
         self._p: Tensor | None = None
+        # Macro steps in one launch, where the kernels have such a way; None: layer by layer.
+        self.persistent = self._persistent()
+
+    def _persistent(self) -> Persistent | None:
+        spec, weights = self.spec, self.weights
+        sizes = Sizes(self.batch, self.hidden, self.stack.widths[-1])
+        k = self.kernels
+        plan = persistent_plan(k.name, k.precision, spec, sizes, weights.w_z.device)
+        if plan is None:
+            return None
+        from pwm_fast.ops.fused.persistent import Persistent
+
+        first, second = self.specs
+        last = self.inputs[1] if self.wgrad else None
+        return Persistent(
+            k,
+            spec.method,
+            spec.substeps,
+            (first, second),
+            weights.layers,
+            weights.w_tau,
+            self.stack,
+            last,
+            plan,
+        )
 
     def saved(self) -> list[Tensor]:
         """What a backward pass needs."""
         return [*self.inputs, *self.stack.saved] if self.save else []
 
     # --- forward --------------------------------------------------------------------------------
+
+    def rollout(self, z: Tensor, c: Tensor) -> None:
+        """All macro steps: ``z[1:]`` from ``z[0]`` of ``z [H+1, B, D]``, and ``c [H, B, U]``."""
+        if self.persistent is None:
+            for t in range(self.horizon):
+                self.step(t, z[t], c[t], z[t + 1])
+            return
+        if not self.horizon:
+            return
+        from pwm_fast.kernels.running_sum import running_sum
+
+        total, _ = self.persistent.forward(0, self.w_z(z[0]), c)
+        if self.wgrad:
+            self.inputs[0].copy_(total)
+        increments = self._head(total.flatten(0, 1)).view(z[1:].shape)
+        running_sum(z[0], increments, out=z[1:])
+
+    def _head(self, total: Tensor) -> Tensor:
+        """The latents' increments for the sums of hidden outputs of macro steps."""
+        step = self.w3(total)
+        return step if self.b3 is None else step.add_(self.b3)
 
     def step(self, t: int, z: Tensor, c: Tensor, out: Tensor) -> None:
         """Macro step ``t``: ``out [B, D]`` from ``z [B, D]`` and the hoisted term ``c [B, U]``."""
@@ -183,6 +234,12 @@ class Dynamics:
     def _folded_step(self, t: int, z: Tensor, c: Tensor, out: Tensor) -> None:
         k = self.kernels
         p = self.w_z(z) if self._p is None else self._p
+        if self.persistent is not None:
+            totals, self._p = self.persistent.forward(t, p, c.unsqueeze(0))
+            if self.wgrad:
+                self.inputs[0][t].copy_(totals[0])
+            torch.add(z, self._head(totals[0]), out=out)
+            return
         dt = 1.0 / self.spec.substeps
         heun = self.spec.method == "heun"
         total: Tensor | None = None
@@ -211,10 +268,7 @@ class Dynamics:
         assert total is not None
         if self.wgrad:
             self.inputs[0][t].copy_(total)
-        step = self.w3(total)
-        if self.b3 is not None:
-            step.add_(self.b3)
-        torch.add(z, step, out=out)
+        torch.add(z, self._head(total), out=out)
         self._p = p
 
     def _folded_evaluate(self, t: int, e: int, p: Tensor, c: Tensor) -> Tensor:
@@ -240,12 +294,39 @@ class Dynamics:
 
     def start_backward(self) -> None:
         """Begin at the last macro step."""
-        self.stack.start_backward(keep_first=True)
         like = self.weights.w_z
         self._lp = like.new_zeros(self.batch, self.hidden) if self.spec.fold else None
+        if self.persistent is not None:
+            evals = self.horizon * self.stages
+            self.persistent.start_backward(evals, self.batch, self.wgrad)
+            self._dc = like.new_empty(self.horizon, self.batch, self.hidden)
+            if self.wgrad:
+                self._lz = like.new_empty(self.horizon, self.batch, self.latent)
+            return
+        self.stack.start_backward(keep_first=True)
         if self.wgrad and self.spec.fold:
             self._dq = like.new_empty(self.horizon * self.stages, self.batch, self.hidden)
             self._lz = like.new_empty(self.horizon, self.batch, self.latent)
+
+    def rollout_backward(self, dz: Tensor) -> Tensor:
+        """Adjoint of all macro steps: gradient towards ``z_0`` for ``dz [H+1, B, D]`` to them.
+
+        With fold what flows through ``p`` is kept apart until :meth:`finish_backward`.
+        """
+        if self.persistent is None or not self.horizon:
+            adjoint = dz[self.horizon]
+            for t in range(self.horizon - 1, -1, -1):
+                adjoint = self.step_backward(t, adjoint) + dz[t]
+            return adjoint
+        from pwm_fast.kernels.running_sum import running_sum
+
+        assert self._lp is not None
+        lz = running_sum(None, dz[1:], backward=True)
+        g = self.w3.dgrad(lz.flatten(0, 1)).view(self._dc.shape)
+        self._dc, self._lp = self.persistent.backward(0, g, self._lp)
+        if self.wgrad:
+            self._lz = lz
+        return lz[0] + dz[0]
 
     def step_backward(self, t: int, dz: Tensor) -> Tensor:
         """Adjoint of macro step ``t``: gradient towards ``z_t`` for that towards ``z_{t+1}``.
@@ -284,6 +365,10 @@ class Dynamics:
         if self.wgrad:
             self._lz[t].copy_(dz)
         g = self.w3.dgrad(dz)  # towards the sum of the stages' hidden outputs
+        if self.persistent is not None:
+            dc, self._lp = self.persistent.backward(t, g.unsqueeze(0), lp)
+            self._dc[t] = dc[0]
+            return dz
         n = t * self.stages
         e = self.stages
         for _ in range(self.spec.substeps):
@@ -313,13 +398,18 @@ class Dynamics:
 
     def c_grad(self, t: int) -> Tensor:
         """Gradient towards macro step ``t``'s hoisted term, ``[B, U]``."""
+        if self.persistent is not None:
+            return self._dc[t]
         first = self.stack.first_gradients()
         return first[t * self.stages : (t + 1) * self.stages].sum(0)
 
     def finish_backward(self, dz: Tensor, z0: Tensor) -> DynamicsGrads:
         """All gradients, once macro step 0 is done and ``dz`` is the one towards ``z0``."""
-        first = self.stack.first_gradients()
-        c = first.view(self.horizon, self.stages, self.batch, self.hidden).sum(1)
+        if self.persistent is not None:
+            c = self._dc
+        else:
+            first = self.stack.first_gradients()
+            c = first.view(self.horizon, self.stages, self.batch, self.hidden).sum(1)
         if self.spec.fold:
             assert self._lp is not None
             dz = dz + self.w_z.dgrad(self._lp)
@@ -327,6 +417,12 @@ class Dynamics:
         if not self.wgrad:
             return grads
         k = self.kernels
+        if self.persistent is not None:
+            if self.weights.w_tau is not None:
+                grads.w_tau = self.persistent.w_tau_grad(c.dtype)
+            grads.layers = self.persistent.layer_grads(c.dtype)
+            self._head_grads(grads, z0)
+            return grads
         flat = first.flatten(0, 1)
         if self.weights.w_tau is not None:
             # float64, as the other sums over rows: one long sum in float32 would lose more than the
@@ -339,17 +435,20 @@ class Dynamics:
             m = self.inputs[1].flatten(0, 1)
             bias = None if self.b13 is None else _column_sum(dq)
             grads.layers.append(LayerGrads(weight_grad(k, dq, m), bias, None, None))
-            lz = self._lz.flatten(0, 1)
-            total = self.inputs[0].flatten(0, 1)
-            grads.head_weight = weight_grad(k, lz, total)
-            grads.head_bias = None if self.b3 is None else _column_sum(lz)
-            # p_0 = W1z z_0 is the only use of W1z here; the rest went into W13.
-            assert self._lp is not None
-            grads.w_z = weight_grad(k, self._lp, z0)
+            self._head_grads(grads, z0)
         else:
             grads.layers = self.stack.param_grads(None)
             grads.w_z = weight_grad(k, flat, self.inputs[0].flatten(0, 1))
         return grads
+
+    def _head_grads(self, grads: DynamicsGrads, z0: Tensor) -> None:
+        """Fold's gradients of the head and of W1z."""
+        assert self._lp is not None
+        lz = self._lz.flatten(0, 1)
+        grads.head_weight = weight_grad(self.kernels, lz, self.inputs[0].flatten(0, 1))
+        grads.head_bias = None if self.b3 is None else _column_sum(lz)
+        # p_0 = W1z z_0 is the only use of W1z here; the rest went into W13.
+        grads.w_z = weight_grad(self.kernels, self._lp, z0)
 
 
 def _column_sum(x: Tensor) -> Tensor:

@@ -172,6 +172,11 @@ class Stack:
         slot = self._slots[layer].get(name)
         return None if slot is None else self.saved[slot][e]
 
+    def buffer(self, layer: int, name: str) -> Tensor | None:
+        """What is kept of a layer over all evaluations: ``hat``, ``rstd``, ``mean`` or ``y``."""
+        slot = self._slots[layer].get(name)
+        return None if slot is None else self.saved[slot]
+
     def forward(
         self,
         e: int,

@@ -1,0 +1,174 @@
+"""Macro steps of a folded flow on the persistent kernels, for :class:`Dynamics`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pwm_fast.kernels.rollout import (
+    Adjoints,
+    Network,
+    Plan,
+    Saved,
+    Scheme,
+    rollout_backward,
+    rollout_forward,
+)
+from pwm_fast.ops.fused.gemm import operand_copy, weight_grad
+from pwm_fast.ops.fused.kernels import Kernels
+from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack
+
+
+class Persistent:
+    """Runs of macro steps, forward and backward.
+
+    Args:
+        kernels: element kernels, which say the precision.
+        method: ``"heun"`` or ``"euler"``.
+        substeps: K.
+        specs: of the two hidden layers.
+        params: of the two hidden layers and of the folded head.
+        w_tau: what flow time is multiplied with, or None.
+        stack: of the hidden layers; its buffers are filled and read.
+        last: ``[T E, B, U]`` float32, for the last layer's outputs; None without weight gradients.
+        plan: layout of the launches.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        method: str,
+        substeps: int,
+        specs: tuple[LayerSpec, LayerSpec],
+        params: list[LayerParams],
+        w_tau: Tensor | None,
+        stack: Stack,
+        last: Tensor | None,
+        plan: Plan,
+    ) -> None:
+        self.kernels, self.plan = kernels, plan
+        first, second, head = params
+        like = first.weight
+        operand = kernels.precision.dtype(like.dtype)
+        none = like.new_zeros(like.shape[0])
+
+        def vector(x: Tensor | None) -> Tensor:
+            return none if x is None else x.contiguous()
+
+        def weight(x: Tensor) -> Tensor:
+            return x if x.dtype == operand else operand_copy(x, operand)
+
+        self.network = Network(
+            vector(w_tau),
+            weight(second.weight),
+            vector(second.bias),
+            weight(head.weight),
+            vector(head.bias),
+            vector(first.gamma),
+            vector(first.beta),
+            vector(second.gamma),
+            vector(second.beta),
+        )
+        self.has_bias = second.bias is not None, head.bias is not None
+        precision = kernels.precision
+        self.scheme = Scheme(
+            method, substeps, specs[0].width, specs[0].eps, specs[1].eps, precision.tf32
+        )
+        self._buffers = {
+            "xhat1": stack.buffer(0, "hat"),
+            "rstd1": stack.buffer(0, "rstd"),
+            "xhat2": stack.buffer(1, "hat"),
+            "rstd2": stack.buffer(1, "rstd"),
+            "y1": stack.buffer(0, "y"),
+            "y2": last,
+        }
+        self._operand = operand
+        self._adjoints: Adjoints | None = None
+        self._sums: Tensor | None = None
+
+    def _saved(self, t: int, steps: int) -> Saved | None:
+        """The buffers of macro steps ``t`` and on."""
+        begin, end = t * self.scheme.evals, (t + steps) * self.scheme.evals
+        cut = {n: None if x is None else x[begin:end] for n, x in self._buffers.items()}
+        if cut["xhat1"] is None:
+            return None
+        return Saved(**cut)  # type: ignore[arg-type]
+
+    def forward(self, t: int, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Macro steps ``t`` and on under ``c [T, B, U]``: sums of outputs ``[T, B, U]``, and p."""
+        result = rollout_forward(
+            p.contiguous(),
+            c.contiguous(),
+            self.network,
+            self.scheme,
+            self.plan,
+            saved=self._saved(t, c.shape[0]),
+        )
+        return result.total, result.p
+
+    def start_backward(self, evals: int, batch: int, wgrad: bool) -> None:
+        """Make the buffers of the backward pass."""
+        if not wgrad:
+            return
+        like = self.network.b2
+        width = like.shape[0]
+
+        def scale() -> Tensor | None:
+            return like.new_empty(evals, batch) if self._operand == torch.float16 else None
+
+        def wide() -> Tensor:
+            return torch.empty(evals, batch, width, dtype=self._operand, device=like.device)
+
+        self._adjoints = Adjoints(wide(), scale(), wide(), scale())
+        self._sums = torch.zeros(7, width, dtype=torch.float64, device=like.device)
+
+    def backward(self, t: int, g: Tensor, lp: Tensor) -> tuple[Tensor, Tensor]:
+        """Adjoint of macro steps ``t`` and on: gradients towards ``c [T, B, U]`` and p."""
+        steps = g.shape[0]
+        saved = self._saved(t, steps)
+        assert saved is not None
+        adjoints = self._adjoints
+        if adjoints is not None:
+            begin, end = t * self.scheme.evals, (t + steps) * self.scheme.evals
+            rows = (x if x is None else x[begin:end] for x in adjoints)
+            adjoints = Adjoints(*rows)  # type: ignore[arg-type]
+        result = rollout_backward(
+            g.contiguous(),
+            lp.contiguous(),
+            self.network,
+            self.scheme,
+            self.plan,
+            saved,
+            adjoints=adjoints,
+        )
+        if self._sums is not None and result.sums is not None:
+            self._sums += result.sums
+        return result.dc, result.lp
+
+    def layer_grads(self, dtype: torch.dtype) -> list[LayerGrads]:
+        """Gradients of the hidden layers' and the folded head's parameters, but the first weight's.
+
+        Only after a backward pass with weight gradients over all macro steps.
+        """
+        assert self._adjoints is not None and self._sums is not None
+        dh2, dh2_scale, dq, dq_scale = self._adjoints
+        y1, y2 = self._buffers["y1"], self._buffers["y2"]
+        assert y1 is not None and y2 is not None
+        gamma1, beta1, gamma2, beta2, b2, b13, _ = self._sums.to(dtype)
+        has_b2, has_b13 = self.has_bias
+        return [
+            LayerGrads(None, None, gamma1, beta1),
+            LayerGrads(
+                self._weight_grad(dh2, dh2_scale, y1), b2 if has_b2 else None, gamma2, beta2
+            ),
+            LayerGrads(self._weight_grad(dq, dq_scale, y2), b13 if has_b13 else None, None, None),
+        ]
+
+    def _weight_grad(self, dh: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
+        flat = None if scale is None else scale.flatten()
+        return weight_grad(self.kernels, dh.flatten(0, 1), x.flatten(0, 1), flat)
+
+    def w_tau_grad(self, dtype: torch.dtype) -> Tensor:
+        """Gradient of what flow time is multiplied with."""
+        assert self._sums is not None
+        return self._sums[6].to(dtype)

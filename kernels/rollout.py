@@ -155,10 +155,11 @@ class Scheme(NamedTuple):
     Attributes:
         method: ``"heun"`` or ``"euler"``.
         substeps: K.
-        width: U, features without padding.
+        width: U, features of the first hidden layer without padding.
         eps1: of the first LayerNorm.
         eps2: of the second.
         tf32: float32 weights are multiplied in tf32.
+        width2: features of the second hidden layer, if it has others.
     """
 
     method: str
@@ -167,6 +168,7 @@ class Scheme(NamedTuple):
     eps1: float = 1e-5
     eps2: float = 1e-5
     tf32: bool = True
+    width2: int | None = None
 
     @property
     def evals(self) -> int:
@@ -298,6 +300,7 @@ def rollout_forward(
         *network.w13.stride(),
         LIMIT,
         float(scheme.width),
+        float(scheme.width2 or scheme.width),
         scheme.eps1,
         scheme.eps2,
         1.0 / scheme.substeps,
@@ -378,6 +381,7 @@ def rollout_backward(
         *w13.stride(),
         LIMIT,
         float(scheme.width),
+        float(scheme.width2 or scheme.width),
         1.0 / scheme.substeps,
         0.0,
         **_constants(padded, plan, operand, scheme),
@@ -446,8 +450,9 @@ def _check(
             f"scheme must be heun or euler with at least 1 substep, got {scheme.method!r} with "
             f"{scheme.substeps}"
         )
-    if not 0 < scheme.width <= padded:
-        raise ValueError(f"scheme.width must be in 1 to {padded}, got {scheme.width}")
+    for name_of, width in (("width", scheme.width), ("width2", scheme.width2 or scheme.width)):
+        if not 0 < width <= padded:
+            raise ValueError(f"scheme.{name_of} must be in 1 to {padded}, got {width}")
     if batch < 1 or steps < 1:
         raise ValueError(f"{name} must hold at least one row and macro step, got {list(c.shape)}")
     if padded % plan.bn:
@@ -533,7 +538,7 @@ def _case(
     types |= {name: "*fp32" for name in fn.arg_names if name.endswith("_ptr") and name not in types}
     types |= {"counters_ptr": "*i32"}
     types |= dict.fromkeys((*_PLAIN, "w2_n", "w2_k", "w13_n", "w13_k"), "i32")
-    types |= dict.fromkeys(("width", "eps1", "eps2", "dt", "nil"), "fp32")
+    types |= dict.fromkeys(("width1", "width2", "eps1", "eps2", "dt", "nil"), "fp32")
     constants: dict[str, Any] = _constants(padded, plan, operand, Scheme("heun", 4, padded))
     constants |= {"KEEP": keep}
     # Contiguous weights, read as they are or as their transposes.

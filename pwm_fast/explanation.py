@@ -18,7 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pwm_fast import dispatch, ops
+from pwm_fast.ops.fused.architecture import Candidate, candidates
+from pwm_fast.ops.fused.precision import BY_NAME
 from pwm_fast.ops.fused.specs import decode_dynamics
+from pwm_fast.ops.library import dynamics_sizes
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Explanation:
             that are plain PyTorch and nothing else.
         operators: the fused operators that run, with what they are told; empty on ``reference``.
         fold: whether the velocity head is folded into the hidden state; None where there is none.
+        architecture: ways to run a rollout's macro steps, in the order of preference, the first
+            without a reason being taken; empty for other operations and on ``reference``.
         copies: arguments that are copied, and why.
         gradients: arguments towards which a backward pass computes gradients.
         constants: arguments that get none.
@@ -75,6 +80,7 @@ class Explanation:
     selections: tuple[Selection, ...]
     operators: tuple[str, ...]
     fold: bool | None
+    architecture: tuple[Candidate, ...]
     copies: tuple[str, ...]
     gradients: tuple[str, ...]
     constants: tuple[str, ...]
@@ -95,6 +101,12 @@ class Explanation:
         rows += [("operators" if i == 0 else "", o) for i, o in enumerate(self.operators)]
         if self.fold is not None:
             rows.append(("fold", "yes" if self.fold else "no"))
+        for i, way in enumerate(self.architecture):
+            text = "can" if way.reason is None else f"cannot: {way.reason}"
+            if i == 0:
+                taken = next(w.name for w in self.architecture if w.reason is None)
+                rows.append(("macro steps", taken))
+            rows.append((f"  {way.name}", text))
         rows += [("copies" if i == 0 else "", c) for i, c in enumerate(self.copies or ("none",))]
         rows.append(("gradients", ", ".join(self.gradients) or "none"))
         if self.gradients and self.constants:
@@ -155,6 +167,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
         tuple(selections),
         tuple(trace.operators()),
         trace.fold,
+        trace.architecture,
         tuple(trace.copies()),
         towards,
         constants,
@@ -229,6 +242,7 @@ class _Trace(TorchDispatchMode):
         super().__init__()
         self.names: dict[int, str] = {}
         self.fold: bool | None = None
+        self.architecture: tuple[Candidate, ...] = ()
         self._operators: Counter[str] = Counter()
         self._copies: dict[tuple[str, str], list[int]] = {}
 
@@ -253,6 +267,11 @@ class _Trace(TorchDispatchMode):
         if "w_z" in told:
             spec = decode_dynamics(told["spec"])
             self.fold = spec.fold if spec.method != "map" else None
+            name, _, mode = told["backend"].partition("+")
+            z0 = told["z0"]
+            sizes = dynamics_sizes(spec, told["w_z"], told["params"], z0.shape[0])
+            found = candidates(name, BY_NAME[mode or "exact"], spec, sizes, z0.device)
+            self.architecture = tuple(found)
         facts = []
         for flag, whose in (("wgrad", "parameters"), ("actor_wgrad", "the policy's parameters")):
             if flag in told:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.ops.fused import functional
+from pwm_fast.ops.fused.architecture import Sizes
 from pwm_fast.ops.fused.kernels import Kernels, TorchKernels
 from pwm_fast.ops.fused.precision import BY_NAME
 from pwm_fast.ops.fused.rollout import DynamicsSpec, dynamics_saved_buffers
@@ -299,6 +300,13 @@ def _dynamics_buffers(
     return dynamics_saved_buffers(
         spec, widths, w_z.shape[1], horizon, batch, save, wgrad, operand, w_z.dtype
     )
+
+
+def dynamics_sizes(spec: DynamicsSpec, w_z: Tensor, params: Sequence[Tensor], batch: int) -> Sizes:
+    """What the choice of an architecture looks at, from an operator's arguments."""
+    first, *others = spec.layers
+    widths = [w_z.shape[0], *_widths(others, params[2 if first.norm else 0 :])]
+    return Sizes(batch, widths[0], widths[-2] if spec.fold else widths[-1])
 
 
 def _rollout_fake(

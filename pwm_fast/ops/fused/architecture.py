@@ -109,10 +109,13 @@ def _persistent(
         return f"it is for two hidden layers under a linear head, here are {len(hidden)}"
     if any(s.order != "norm_act" or not s.norm or s.act != "mish" for s in hidden):
         return "its hidden layers are Linear, LayerNorm and Mish"
-    if not hidden[0].width or hidden[0].width != hidden[1].width or sizes.hidden != sizes.last:
-        return "it needs two layers of one width with centred weights"
-    if sizes.hidden % 64:
-        return f"it needs weights padded to a multiple of 64 outputs, not {sizes.hidden}"
+    if not hidden[0].width or not hidden[1].width:
+        return "it needs centred weights"
+    if sizes.hidden % 64 or sizes.hidden != sizes.last:
+        return (
+            f"it needs two layers padded to the same multiple of 64 outputs, not to {sizes.hidden} "
+            f"and {sizes.last}"
+        )
     if precision.name == "exact":
         return "exact products of float32 do not run on tensor cores"
     from pwm_fast.kernels.launch import INTERPRETING

@@ -72,7 +72,13 @@ class Persistent:
         self.has_bias = second.bias is not None, head.bias is not None
         precision = kernels.precision
         self.scheme = Scheme(
-            method, substeps, specs[0].width, specs[0].eps, specs[1].eps, precision.tf32
+            method,
+            substeps,
+            specs[0].width,
+            specs[0].eps,
+            specs[1].eps,
+            precision.tf32,
+            specs[1].width,
         )
         self._buffers = {
             "xhat1": stack.buffer(0, "hat"),

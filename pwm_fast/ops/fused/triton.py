@@ -19,6 +19,8 @@ from pwm_fast.ops.fused.triton_products import TritonProducts
 class TritonKernels:
     """See :class:`pwm_fast.ops.fused.kernels.Kernels`."""
 
+    name = "triton"
+
     def __init__(self, precision: Precision = EXACT) -> None:
         self.precision = precision
         self.products = TritonProducts(precision)

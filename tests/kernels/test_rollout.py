@@ -174,6 +174,27 @@ def test_a_program_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not whole.total.isnan().any()
 
 
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_the_compiled_exchange_is_ordered(direction: str) -> None:
+    """All threads' stores, a barrier, one release and acquire, a barrier, then loads past L1."""
+    from pwm_fast.kernels.aot import compile_case
+
+    case = next(c for c in module.cases() if c.name.startswith(f"rollout_{direction} U512 fp16"))
+    lines = compile_case(case, 90).asm["ptx"].splitlines()
+    marks = ("st.global", "ld.global.cg", "bar.sync", "atom.global")
+    events = [m for line in lines for m in marks if m in line]
+    text = " ".join(events)
+    exchanges = events.count("atom.global")
+    assert exchanges == {"fwd": 4, "bwd": 5}[direction]
+    assert sum("atom.global.gpu.acq_rel" in line for line in lines) == exchanges
+    assert text.count("st.global bar.sync atom.global bar.sync") == exchanges
+    assert "ld.global.gpu.acquire" in "".join(lines)
+    after = [part.split() for part in text.split("atom.global")[1:]]
+    loads = [part for part in after if "ld.global.cg" in part]
+    assert len(loads) >= exchanges - 1  # a block of the code may lie before where it comes from
+    assert all(part.index("bar.sync") < part.index("ld.global.cg") for part in loads)
+
+
 # --- layouts and checks -------------------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def test_as_right_as_layer_by_layer(
     with dispatch.precision("fast"), ops.algebra(centre=True, pad=True):
         ours = _rollout(torch.float32, wgrad, method)
         assert launches == ["rollout_forward", "rollout_backward"]
-        monkeypatch.setenv(architecture.VARIABLE, "elements")
+        monkeypatch.setenv(architecture.VARIABLE, "layers")
         layers = _rollout(torch.float32, wgrad, method)
         assert len(launches) == 2
     assert_2x(ours[0], layers[0], truth[0], "z")
@@ -129,9 +129,9 @@ def _reasons(
 def test_every_way_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architecture, "_limits", lambda index: (132, 227 * 1024))
     found = _reasons()
-    assert list(found) == ["cluster", "persistent", "elements"]
+    assert list(found) == ["cluster", "persistent", "layers"]
     assert "not built" in str(found["cluster"])
-    assert found["persistent"] is None and found["elements"] is None
+    assert found["persistent"] is None and found["layers"] is None
     for match, changed in (
         ("backend triton", {"backend": "native"}),
         ("not folded", {"spec": replace(_SPEC, fold=False)}),
@@ -145,13 +145,13 @@ def test_every_way_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         found = _reasons(**changed)  # type: ignore[arg-type]
         assert match in str(found["persistent"]), match
-        assert found["elements"] is None
+        assert found["layers"] is None
 
 
 def test_the_environment_rules_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architecture, "_limits", lambda index: (132, 227 * 1024))
-    monkeypatch.setenv(architecture.VARIABLE, "elements")
-    assert "is elements" in str(_reasons()["persistent"])
+    monkeypatch.setenv(architecture.VARIABLE, "layers")
+    assert "is layers" in str(_reasons()["persistent"])
     monkeypatch.setenv(architecture.VARIABLE, "fast")
     with pytest.raises(ValueError, match="PWM_FAST_ARCHITECTURE"):
         _reasons()

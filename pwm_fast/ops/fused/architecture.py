@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pwm_fast.ops.fused.rollout import DynamicsSpec
 
 VARIABLE = "PWM_FAST_ARCHITECTURE"
-NAMES = ("auto", "cluster", "persistent", "elements")
+NAMES = ("auto", "cluster", "persistent", "layers")
 
 
 class Candidate(NamedTuple):
@@ -28,8 +28,8 @@ class Candidate(NamedTuple):
     Attributes:
         name: ``"cluster"``: weights in the registers and shared memory of thread-block clusters;
             ``"persistent"``: one launch keeps the weights in shared memory
-            (:mod:`pwm_fast.kernels.rollout`); ``"elements"``: products and element kernels one
-            after another.
+            (:mod:`pwm_fast.kernels.rollout`); ``"layers"``: layer by layer, products fused with
+            what follows them where that pays, element kernels elsewhere.
         reason: why it does not run, or None if it can.
     """
 
@@ -66,14 +66,14 @@ def candidates(
     found = [
         Candidate("cluster", "not built: this version has no such kernel"),
         Candidate("persistent", plan if isinstance(plan, str) else None),
-        Candidate("elements", None),
+        Candidate("layers", None),
     ]
     if asked == "auto":
         return found
     # The last one is never ruled out: it runs everything that the others do not.
     return [
         c._replace(reason=c.reason or f"{VARIABLE} is {asked}")
-        if c.name not in (asked, "elements")
+        if c.name not in (asked, "layers")
         else c
         for c in found
     ]

@@ -13,9 +13,10 @@ recorded is then replayed once for the call at hand.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,10 +34,12 @@ class Update(NamedTuple):
     Attributes:
         metrics: scalars on the device.
         handed: tensors for the update that follows; the next call overwrites them.
+        gradients: of the parameters, where they are asked for; likewise.
     """
 
     metrics: dict[str, Tensor]
     handed: tuple[Tensor | None, ...] = ()
+    gradients: tuple[Tensor, ...] = ()
 
 
 class Recorder(Protocol):
@@ -91,6 +94,10 @@ class CudaGraphs:
             function()
         return graph.replay
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CudaGraphs:
+        """Another recorder: streams are no data."""
+        return CudaGraphs(self.device)
+
 
 class _Recording(NamedTuple):
     inputs: tuple[Tensor | None, ...]  # kept for their memory
@@ -98,6 +105,7 @@ class _Recording(NamedTuple):
     names: tuple[str, ...]
     values: Tensor | None  # all metrics
     handed: tuple[Tensor | None, ...]
+    gradients: tuple[Tensor, ...]
     replay: Callable[[], None]
 
 
@@ -149,6 +157,11 @@ class CapturedUpdate:
             self._recordings.move_to_end(place)
         return self._replay(recording, inputs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedUpdate:
+        """The same update of another agent, with nothing recorded."""
+        function, recorder = copy.deepcopy((self.function, self.recorder), memo)
+        return CapturedUpdate(function, recorder, in_place=self.in_place, warm_up=self.warm_up)
+
     def forget(self) -> None:
         """Drop all recordings and their memory: tensors that they use were replaced."""
         self._calls.clear()
@@ -160,18 +173,19 @@ class CapturedUpdate:
         names: tuple[str, ...] = ()
         values: Tensor | None = None
         handed: tuple[Tensor | None, ...] = ()
+        gradients: tuple[Tensor, ...] = ()
 
         def function() -> list[Tensor]:
-            nonlocal names, values, handed
+            nonlocal names, values, handed, gradients
             result = self.function(*own)
-            names, handed = tuple(result.metrics), result.handed
+            names, handed, gradients = tuple(result.metrics), result.handed, result.gradients
             # One tensor: a replay's caller copies it once.
             values = torch.stack(list(result.metrics.values())) if names else None
-            return [x for x in (values, *handed) if x is not None]
+            return [x for x in (values, *handed, *gradients) if x is not None]
 
         replay = self.recorder.record(function)
         self.recorded += 1
-        return _Recording(own, copies, names, values, handed, replay)
+        return _Recording(own, copies, names, values, handed, gradients, replay)
 
     def _replay(self, recording: _Recording, inputs: Sequence[Tensor | None]) -> Update:
         if recording.copies:
@@ -180,9 +194,9 @@ class CapturedUpdate:
         self.replayed += 1
         invalidate()  # parameters changed without PyTorch's knowledge
         if recording.values is None:
-            return Update({}, recording.handed)
+            return Update({}, recording.handed, recording.gradients)
         metrics = dict(zip(recording.names, recording.values.clone().unbind(), strict=True))
-        return Update(metrics, recording.handed)
+        return Update(metrics, recording.handed, recording.gradients)
 
 
 def _form(x: Tensor | None) -> Hashable:

@@ -188,10 +188,22 @@ class PWM:
         """An update, from its graph where it is recorded."""
         with dispatch.precision(self.precision):
             captured = self._updates.get(name)
-            if captured is None:
+            if captured is None or self._is_captured():
                 return function(*inputs)
-            keep = self.optimizers[name].keep_gradients
-            return captured(*inputs, key=(self.precision, dispatch.requested(), keep))
+            optimizer = self.optimizers[name]
+            key = (self.precision, dispatch.requested(), optimizer.keep_gradients)
+            result = captured(*inputs, key=key)
+            for p, gradient in zip(optimizer.params, result.gradients, strict=False):
+                p.grad = gradient  # a replay does not do what Python did
+            return result
+
+    def _is_captured(self) -> bool:
+        """The caller records a graph of its own, which an update becomes a part of."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _kept(self, name: str) -> tuple[Tensor, ...]:
+        """Gradients that an optimiser keeps."""
+        return tuple(p.grad for p in self.optimizers[name].params if p.grad is not None)
 
     def _model_update(self, obs: Tensor, action: Tensor, reward: Tensor, end: Tensor) -> Update:
         if self.config.normalize_rewards:
@@ -217,7 +229,7 @@ class PWM:
         }
         if self.world_model._termination is not None:
             metrics["termination_loss"] = loss.termination
-        return Update(metrics)
+        return Update(metrics, gradients=self._kept("wm"))
 
     def _actor_update(self, obs: Tensor) -> Update:
         with frozen(self.world_model, self.critic), self._watched():
@@ -231,10 +243,12 @@ class PWM:
             "imagined_return": returns.detach().mean() / self.config.value_scale,
             "actor_std": self.actor.std().detach().mean(),
         }
-        return Update(metrics, tuple(None if x is None else x.detach() for x in rollout))
+        handed = tuple(None if x is None else x.detach() for x in rollout)
+        return Update(metrics, handed, self._kept("actor"))
 
     def _critic_update(self, *rollout: Tensor) -> Update:
-        return Update(self._update_critic(Rollout(*rollout)))
+        metrics = self._update_critic(Rollout(*rollout))
+        return Update(metrics, gradients=self._kept("critic"))
 
     def actor_esnr(self, obs: Tensor, samples: int) -> Metrics:
         """Signal-to-noise ratio of the actor's gradient over ``samples`` micro-batches of ``obs``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -78,9 +79,23 @@ def test_kept_gradients_are_recorded_anew() -> None:
         for optimizer in agent.optimizers.values():
             optimizer.keep_gradients = True
         learn(agent, 4)
+        for module in agent._modules().values():
+            module.zero_grad()
+        learn(agent, 1)
     ours, theirs = captured.gradients(), plain.gradients()
     assert ours.keys() == theirs.keys() and len(ours) > 20
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_copy_of_an_agent_records_its_own() -> None:
+    agent, plain = make_captured(make_agent), make_agent()
+    learn(agent, 4)
+    learn(plain, 4)
+    other = copy.deepcopy(agent)
+    before = snapshot(agent)
+    assert_equal(learn(other, 5), learn(plain, 5))
+    assert changed(before, snapshot(agent)) == []
+    assert all(u.recorded == 1 for u in other._updates.values())
 
 
 def test_loading_a_state_drops_the_recordings() -> None:

@@ -1,0 +1,175 @@
+"""``python -m bench.launches``: kernels that an imagined rollout and the updates would launch.
+
+Counted without a GPU, by running them on tensors without data (:mod:`bench.fake_cuda`). An operator
+of PyTorch's counts once, so its numbers are lower bounds; a Triton kernel is one launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.fake_cuda import DEVICE, FakeCuda
+from pwm_fast import config as configuration
+from pwm_fast import dispatch
+from pwm_fast.agent import PWM
+from pwm_fast.config import (
+    ActorConfig,
+    AlgConfig,
+    CriticConfig,
+    ModelLearningConfig,
+    WorldModelConfig,
+)
+from pwm_fast.replay import Windows
+
+OBS, ACTION = 37, 8  # the Ant's
+STEPS = ("rollout", "actor", "critics", "world model")
+BOUNDS = Path(__file__).with_name("launches.json")
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+MARKS = ("<!-- launches -->", "<!-- /launches -->")
+ALGS = ("tests", "pwm_5M_flow")  # `tests`: a small agent, as the bound of the tests
+
+Launches = dict[str, Counter[str]]
+
+
+def count(
+    config: AlgConfig,
+    backend: str = "auto",
+    precision: str = "auto",
+    *,
+    can_terminate: bool = False,
+) -> Launches:
+    """Launches of each of :data:`STEPS`, by kernel.
+
+    ``rollout`` is the imagined rollout that the actor's loss differentiates, forward; ``actor``,
+    ``critics`` (all passes) and ``world model`` are whole updates with their optimiser steps, from
+    the second update on.
+
+    Raises:
+        HostSyncError: the host would wait for the device.
+    """
+    result: Launches = {}
+    with FakeCuda() as cuda, dispatch.backend(backend):
+        with torch.device(DEVICE):
+            agent = PWM(
+                OBS,
+                ACTION,
+                config,
+                can_terminate=can_terminate,
+                device=DEVICE,
+                graphs=False,
+                precision=precision,
+            )
+        windows = fake_windows(config)
+        obs = torch.randn(config.actor.batch_size, OBS, device=DEVICE)
+        rollout: list[Tensor | None] = []
+
+        def actor() -> None:
+            rollout[:] = agent._run("actor", agent._actor_update, obs).handed
+
+        def imagine() -> None:
+            with dispatch.precision(agent.precision):
+                agent._imagine(obs)
+
+        steps: dict[str, Callable[[], object]] = {
+            "rollout": imagine,
+            "actor": actor,
+            "critics": lambda: agent._run("critic", agent._critic_update, *rollout),
+            "world model": lambda: agent._run("wm", agent._model_update, *windows),
+        }
+        for name, step in steps.items():
+            if name != "rollout":
+                step()  # makes Adam's state
+            cuda.launches = Counter()
+            step()
+            result[name] = Counter(cuda.launches)
+    return result
+
+
+def small() -> AlgConfig:
+    """A small flow model over three steps."""
+    return AlgConfig(
+        world_model=WorldModelConfig(
+            latent_dim=16, units=[14], encoder_units=[12], reward_units=[10], num_bins=11
+        ),
+        model_learning=ModelLearningConfig(batch_size=6),
+        actor=ActorConfig(units=[12, 10], batch_size=6),
+        critic=CriticConfig(units=[11, 9], passes=2, minibatches=2),
+        horizon=3,
+    )
+
+
+def fake_windows(config: AlgConfig) -> Windows:
+    """A batch of windows on the fake device."""
+    h, b = config.horizon, config.model_learning.batch_size
+    shapes = ((h + 1, b, OBS), (h, b, ACTION), (h, b), (h, b))
+    return Windows(*(torch.randn(*shape, device=DEVICE) for shape in shapes))
+
+
+def providers() -> list[tuple[str, str]]:
+    """Backends and precisions that can run on a GPU: plain PyTorch, its fused algebra, kernels."""
+    found = [("reference", "exact"), ("torch", "exact"), ("torch", "fast")]
+    names = {backend.name for backend in dispatch.OPERATIONS["imagine"]}
+    return [*found, *([("triton", "exact"), ("triton", "fast")] if "triton" in names else [])]
+
+
+def table(results: dict[str, dict[str, dict[str, int]]]) -> str:
+    """Markdown."""
+    lines = [
+        "| configuration | backend, precision | " + " | ".join(STEPS) + " |",
+        "|---|---|" + "---:|" * len(STEPS),
+    ]
+    for alg, rows in results.items():
+        if alg == "tests" and len(results) > 1:
+            continue
+        for provider, counts in rows.items():
+            cells = " | ".join(f"{counts[s]:,}" for s in STEPS)
+            lines.append(f"| `{alg}` | {provider} | {cells} |")
+    return "\n".join(lines)
+
+
+def load() -> dict[str, dict[str, dict[str, int]]]:
+    """The stored counts, which are bounds for the tests."""
+    return json.loads(BOUNDS.read_text())
+
+
+def write(results: dict[str, dict[str, dict[str, int]]]) -> None:
+    """Store the counts and put their table into ``docs/performance.md``."""
+    BOUNDS.write_text(json.dumps(results, indent=2) + "\n")
+    page = PAGE.read_text()
+    before, rest = page.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    PAGE.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table; ``--write`` stores it, ``--kernels`` lists what is launched most."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--alg", nargs="*", default=ALGS)
+    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list the N most often")
+    parser.add_argument("--write", action="store_true", help="store, also in docs/performance.md")
+    options = parser.parse_args(arguments)
+    results: dict[str, dict[str, dict[str, int]]] = {}
+    for alg in options.alg:
+        config = small() if alg == "tests" else configuration.compose(f"alg={alg}").alg
+        results[alg] = {}
+        for backend, precision in providers():
+            launches = count(config, backend, precision)
+            name = f"{backend}, {precision}"
+            results[alg][name] = {step: launches[step].total() for step in STEPS}
+            for step in STEPS if options.kernels else ():
+                most = ", ".join(f"{k} {n}" for k, n in launches[step].most_common(options.kernels))
+                print(f"{alg}, {name}, {step}: {most}")
+    print(table(results))
+    if options.write:
+        write(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,7 @@ Source: section 2 (d) of this project's kernel design; Diamos et al. 2016, Persi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -210,7 +211,19 @@ def why_not(plan: Plan, batch: int, padded: int, size: int, sms: int, shared: in
     return None
 
 
-def plan(batch: int, padded: int, dtype: torch.dtype, sms: int, shared: int) -> Plan | str:
+def tuning_key(batch: int, padded: int, dtype: torch.dtype) -> str:
+    """Under what a tuned file keeps the layout of these sizes, for kernel ``"rollout"``."""
+    return f"{str(dtype).removeprefix('torch.')} B{batch} U{padded}"
+
+
+def plan(
+    batch: int,
+    padded: int,
+    dtype: torch.dtype,
+    sms: int,
+    shared: int,
+    tuned: Mapping[str, Mapping[str, int]] | None = None,
+) -> Plan | str:
     """The layout for B rows of Up features, or why there is none.
 
     Args:
@@ -219,9 +232,17 @@ def plan(batch: int, padded: int, dtype: torch.dtype, sms: int, shared: int) -> 
         dtype: of the weights.
         sms: multiprocessors; every program needs one of its own, as they wait for each other.
         shared: bytes of shared memory that a program may have.
+        tuned: layouts measured on the GPU, by :func:`tuning_key`: the fields of a :class:`Plan`,
+            or ``{"bm": 0}`` where layer by layer was faster.
+
+    Raises:
+        ValueError: a tuned layout is none, or does not fit.
     """
     if batch < 1:
         return "there are no rows"
+    entry = (tuned or {}).get(tuning_key(batch, padded, dtype))
+    if entry is not None and not INTERPRETING:
+        return _tuned_plan(entry, batch, padded, dtype, sms, shared)
     if INTERPRETING:  # programs run one after another: one a group
         if triton.next_power_of_2(padded) != padded:
             return f"Triton's interpreter needs a power of two for a width, got {padded}"
@@ -233,6 +254,20 @@ def plan(batch: int, padded: int, dtype: torch.dtype, sms: int, shared: int) -> 
             return candidate
         reason = reason or found
     return reason
+
+
+def _tuned_plan(
+    entry: Mapping[str, int], batch: int, padded: int, dtype: torch.dtype, sms: int, shared: int
+) -> Plan | str:
+    if dict(entry) == {"bm": 0}:
+        return "layer by layer was measured to be faster"
+    if set(entry) != set(Plan._fields):
+        raise ValueError(f"a tuned rollout has {', '.join(Plan._fields)}, got {dict(entry)}")
+    layout = Plan(**entry)
+    wrong = why_not(layout, batch, padded, dtype.itemsize, sms, shared)
+    if wrong is not None:
+        raise ValueError(f"the tuned rollout {layout} does not fit: {wrong}")
+    return layout
 
 
 # --- launches -----------------------------------------------------------------------------------

@@ -128,6 +128,7 @@ def _reasons(
 
 def test_every_way_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architecture, "_limits", lambda index: (132, 227 * 1024))
+    monkeypatch.setattr(architecture, "_tuned", lambda index: None)
     found = _reasons()
     assert list(found) == ["cluster", "persistent", "layers"]
     assert "not built" in str(found["cluster"])
@@ -150,6 +151,7 @@ def test_every_way_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_environment_rules_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architecture, "_limits", lambda index: (132, 227 * 1024))
+    monkeypatch.setattr(architecture, "_tuned", lambda index: None)
     monkeypatch.setenv(architecture.VARIABLE, "layers")
     assert "is layers" in str(_reasons()["persistent"])
     monkeypatch.setenv(architecture.VARIABLE, "fast")

@@ -7,6 +7,7 @@ does not change what an operator keeps for its backward pass.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -123,9 +124,19 @@ def _persistent(
 
     if device.type != "cuda" and not INTERPRETING:
         return f"it runs on CUDA, the tensors are on {device}"
-    sms, shared = _limits(device.index or 0) if device.type == "cuda" else (0, 0)
     operand = precision.dtype(torch.float32)
-    return plan(sizes.batch, sizes.hidden, operand, sms, shared)
+    if device.type != "cuda":
+        return plan(sizes.batch, sizes.hidden, operand, 0, 0)
+    index = device.index or 0
+    return plan(sizes.batch, sizes.hidden, operand, *_limits(index), _tuned(index))
+
+
+@lru_cache(maxsize=16)
+def _tuned(index: int) -> Mapping[str, Mapping[str, int]] | None:
+    """Layouts measured on a GPU; None where there are none."""
+    from pwm_fast.kernels.tuning import load
+
+    return load(torch.cuda.get_device_name(index)).get("rollout")
 
 
 @lru_cache(maxsize=16)

@@ -164,7 +164,7 @@ def linear_axpby(
         raw: ``[R, N]`` fp32, written: the product ``p`` itself.
         operand: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next product.
         operand_scale: ``[R]`` fp32, written: powers of two that ``operand``'s rows are divided by,
-            so that their largest entries lie in (0.5, 1]. Without it an fp16 operand saturates.
+            so that their largest entries lie in (0.5, 1]; without it fp16 may overflow.
         input_precision: of fp32 operands.
         phase: of the exchange; for tests without a device.
 

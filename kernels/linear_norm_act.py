@@ -324,7 +324,7 @@ def linear_norm_act_fwd(
     Args:
         x: ``[R, K]``, the operand.
         weight: ``[N, K]`` of the same dtype, with any strides.
-        y: ``[R, N]``, written; an fp16 ``y`` saturates.
+        y: ``[R, N]``, written; what an fp16 ``y`` cannot hold is infinite.
         xhat: ``[R, N]`` or None: the normalised rows, for the backward pass.
         rstd: ``[R]`` fp32 or None: their reciprocal standard deviations.
         gamma: ``[N]`` fp32.

@@ -13,7 +13,7 @@ from pwm_fast.ops.fused.kernels import TorchKernels, row_scale
 from pwm_fast.ops.fused.native import why_missing
 from pwm_fast.ops.fused.precision import FAST
 from tests.helpers import random_layer
-from tests.ops.contract import CASES, ROLLOUTS, Case, check_precision
+from tests.ops.contract import CASES, ROLLOUTS, Case, check_precision, values_and_gradients
 
 PRODUCTS = [
     *ROLLOUTS,
@@ -74,13 +74,29 @@ def test_scales_are_powers_of_two() -> None:
     assert ((largest > 0.5) & (largest <= 1.0))[[0, 1, 3, 4]].all()
 
 
-def test_fp16_saturates() -> None:
+def test_fp16_overflows_to_infinity() -> None:
     x = torch.tensor([[1e6, -1e6, float("nan"), 2.0]])
     out = torch.empty(1, 4, dtype=torch.float16)
     TorchKernels(FAST).to_operand(x, out, None)
-    assert out[0, 0] == 65504
-    assert out[0, 1] == -65504
+    assert out[0, 0] == float("inf")
+    assert out[0, 1] == -float("inf")
     assert out[0, 2].isnan()
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_an_overflow_reaches_every_gradient(fold: bool) -> None:
+    """A latent beyond fp16: what is skipped for it must not look sound."""
+    case = next(
+        c for c in ROLLOUTS if c.name == ("rollout_heun_folded" if fold else "rollout_heun")
+    )
+    inputs = case.inputs(4, 16, torch.float32)
+    name = next(k for k, v in inputs.items() if k.startswith("z"))
+    inputs[name] = inputs[name] * 1e6
+    with dispatch.backend("torch"), dispatch.precision("fast"):
+        found = values_and_gradients(case, case.call, inputs, False)
+    gradients = [v for k, v in found.items() if k.startswith("gradient of") and v.numel()]
+    assert gradients
+    assert not any(bool(v.isfinite().all()) for v in gradients)
 
 
 def test_bf16_without_hardware_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,8 +192,6 @@ def operand_copy(weight: Tensor, operand: torch.dtype) -> Tensor:
 
 
 def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float16:
-        weight = weight.clamp(-65504.0, 65504.0)
     return weight.to(dtype)
 
 

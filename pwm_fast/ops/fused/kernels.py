@@ -145,7 +145,8 @@ class Kernels(Protocol):
     def to_operand(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
         """``out = x / scale`` in 16 bit; ``scale`` is written as above, or None for 1.
 
-        fp16 saturates at its largest finite value; NaN stays NaN.
+        What fp16 cannot hold becomes infinite: the loss or a gradient is then not finite, which
+        whoever takes the step looks at (:class:`pwm_fast.agent.optim.GuardedAdam`).
         """
 
 
@@ -176,8 +177,6 @@ def _write(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
     if scale is not None:
         scale.copy_(row_scale(x))
         x = x / scale.unsqueeze(-1)
-    if out.dtype == torch.float16:
-        x = x.clamp(-65504.0, 65504.0)  # keeps NaN
     out.copy_(x)
 
 

@@ -24,6 +24,8 @@ SHARED_ROWS = ((16, 64), (32, 64), (64, 64), (64, 128), (128, 128), (64, 256))
 #: Rows of a tile that holds whole rows, and the widest such row.
 WHOLE_ROWS = (16, 32, 64)
 WIDEST = 512
+#: Rows of such a tile where a row's end is masked: with 64, as warpgroup products, it spills.
+GROUPED_ROWS = (16, 32)
 #: Elements of a tile, and of one in a backward pass: larger ones spill in the epilogue.
 LARGEST, LARGEST_BACKWARD = 16384, 8192
 #: Column tiles that a row may lie in.
@@ -201,6 +203,81 @@ def plan(
     return best
 
 
+def whole_rows(
+    block_m: int,
+    rows: int,
+    n: int,
+    element: int,
+    shared: int,
+    backward: bool = False,
+) -> Plan | None:
+    """The plan of tiles that hold whole rows of one member each, or None where it does not fit.
+
+    Args:
+        block_m: rows of a tile.
+        rows: of a member.
+        n: columns of the result.
+        element: bytes of an operand's element.
+        shared: bytes of shared memory that a program may have.
+        backward: its epilogue holds more.
+    """
+    if n > WIDEST:
+        return None
+    block_n = _power_of_two(max(n, 64))
+    return make_plan(block_m, block_n, rows, n, 1, element, shared, backward)
+
+
+def grouped_plan(
+    rows: int,
+    members: int,
+    n: int,
+    k: int,
+    sms: int,
+    *,
+    element: int = 2,
+    input_precision: str = "tf32",
+    shared: int = 227 * 1024,
+    backward: bool = False,
+) -> Plan | None:
+    """How to launch a fused product of each of an ensemble's members, whole rows a tile.
+
+    None says not to fuse it. The grid is ``[plan.groups, members]``.
+
+    Args:
+        rows: of a member.
+        members: of the ensemble; 1: a layer alone.
+        n: columns of the result.
+        k: summed over.
+        sms: multiprocessors of the device.
+        element: bytes of an operand's element.
+        input_precision: of fp32 operands, as ``tl.dot`` names it.
+        shared: bytes of shared memory that a program may have.
+        backward: the plan is for a backward kernel.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+    if min(rows, members, n, k, sms) < 1:
+        raise ValueError(
+            f"sizes must be positive, got rows={rows}, members={members}, n={n}, k={k}, sms={sms}"
+        )
+    if not backward and k % 16:
+        return None  # the weight's rows would be read number by number, which spills
+    rate = "16" if element == 2 else input_precision
+    made = [whole_rows(m, rows, n, element, shared, backward) for m in GROUPED_ROWS]
+    found = {
+        p: cost(p, members * p.groups * p.block_m, k, sms, element, rate)
+        for p in made
+        if p is not None
+    }
+    if not found:
+        return None
+    best = min(found, key=lambda p: found[p])
+    if found[best] > unfused_cost(members * rows, n, k, sms, element, rate):
+        return None
+    return best
+
+
 def key(rows: int, n: int, k: int, rate: str) -> str:
     """Name of a tuned entry; rows count by the power of two that holds them."""
     return f"{rate} R{_power_of_two(rows)} N{n} K{k}"
@@ -269,10 +346,7 @@ def device_plan(
     Raises:
         ValueError: ``PWM_FAST_FUSED_PRODUCTS`` is neither 1 nor 0, which asks for no plan ever.
     """
-    choice = os.environ.get(VARIABLE) or "1"
-    if choice not in ("0", "1"):
-        raise ValueError(f"{VARIABLE} must be 0 or 1, got {choice!r}")
-    if min(rows, n, k) < 1 or choice == "0":
+    if min(rows, n, k) < 1 or not _wanted():
         return None
     backward = kernel.endswith("bwd")
     if device.type != "cuda":
@@ -290,6 +364,57 @@ def device_plan(
         backward=backward,
         tuned=load(name).get(kernel),
     )
+
+
+def device_grouped_plan(
+    rows: int,
+    members: int,
+    n: int,
+    k: int,
+    element: int,
+    device: torch.device,
+    input_precision: str,
+    *,
+    backward: bool,
+) -> Plan | None:
+    """:func:`grouped_plan` for a device; on CPU tensors the first plan that fits.
+
+    Args:
+        rows: of a member.
+        members: of the ensemble; 1: a layer alone.
+        n: columns of the result.
+        k: summed over.
+        element: bytes of an operand's element.
+        device: of the tensors.
+        input_precision: of fp32 operands.
+        backward: the plan is for a backward kernel.
+
+    Raises:
+        ValueError: ``PWM_FAST_FUSED_PRODUCTS`` is neither 1 nor 0, which asks for no plan ever.
+    """
+    if min(rows, members, n, k) < 1 or not _wanted():
+        return None
+    if device.type != "cuda":
+        return whole_rows(GROUPED_ROWS[0], rows, n, element, 163 * 1024, backward)
+    sms, shared, _ = _limits(device)
+    return grouped_plan(
+        rows,
+        members,
+        n,
+        k,
+        sms,
+        element=element,
+        input_precision=input_precision,
+        shared=shared,
+        backward=backward,
+    )
+
+
+def _wanted() -> bool:
+    choice = os.environ.get(VARIABLE) or "1"
+    if choice not in ("0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 or 1, got {choice!r}")
+    return choice == "1"
 
 
 class Exchange:

@@ -11,7 +11,11 @@ from pwm_fast.ops.fused.kernels import Kernels
 
 
 class FusedForward(Protocol):
-    """One layer's product, norm and activation, at one shape."""
+    """One layer's product, norm and activation, at one shape.
+
+    Of an ensemble ``weight`` is ``[E, N, K]``, other parameters ``[E, N]``; rows are those of all
+    members one after another.
+    """
 
     def __call__(
         self,
@@ -28,15 +32,20 @@ class FusedForward(Protocol):
         group: int,
         eps: float,
         width: int,
+        mean: Tensor | None = None,
     ) -> None:
-        """``y = act(norm(x weight^T + bias))``, see :meth:`Kernels.norm_act_fwd`."""
+        """``y = act(norm(x weight^T + bias))``, see :meth:`Kernels.norm_act_fwd`.
+
+        Of layers that act first ``y = norm(act(x weight^T + bias))``, see
+        :meth:`Kernels.act_norm_fwd`: ``xhat`` is its ``u`` there, and ``mean`` is written as well.
+        """
 
 
 class FusedBackward(Protocol):
     """The product with one layer's adjoint, and the gradient of the norm below, at one shape.
 
     Attributes:
-        blocks: row blocks that ``sums`` has.
+        blocks: row blocks that ``sums`` has, a member.
     """
 
     blocks: int
@@ -56,11 +65,12 @@ class FusedBackward(Protocol):
         dy_scale: Tensor | None,
         dx_scale: Tensor | None,
         sums: Tensor | None,
+        mean: Tensor | None = None,
     ) -> None:
-        """:meth:`Kernels.norm_act_bwd` of ``dy weight``.
+        """:meth:`Kernels.norm_act_bwd`, or :meth:`Kernels.act_norm_bwd`, of ``dy weight``.
 
-        ``sums [3, blocks, N]`` fp32 is written: what row blocks add to the gradients of gamma, beta
-        and bias.
+        ``sums [3, blocks, N]``, or ``[3, E, blocks, N]``, fp32 is written: what row blocks add to
+        the gradients of gamma, beta and bias.
         """
 
 
@@ -68,15 +78,34 @@ class Products(Protocol):
     """What a kernel set has as its attribute ``products``."""
 
     def forward(
-        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
+        self,
+        rows: int,
+        n: int,
+        k: int,
+        operand: torch.dtype,
+        device: torch.device,
+        *,
+        order: str = "norm_act",
+        members: int = 0,
     ) -> FusedForward | None:
         """For ``[rows, k] [n, k]^T``; None where plain product and element kernel are better.
+
+        ``rows`` are those of all ``members``, 0 without an ensemble; ``order`` is that of
+        :class:`pwm_fast.ops.fused.stack.LayerSpec`.
 
         One object serves launches that follow one another on one stream.
         """
 
     def backward(
-        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
+        self,
+        rows: int,
+        n: int,
+        k: int,
+        operand: torch.dtype,
+        device: torch.device,
+        *,
+        order: str = "norm_act",
+        members: int = 0,
     ) -> FusedBackward | None:
         """For ``[rows, k] [k, n]``; likewise."""
 

@@ -147,7 +147,13 @@ class Stack:
             grouped = spec.act == "simnorm" and (spec.group not in _GROUPS or n % spec.group)
             if products is not None and i and self._fuses(i) and not grouped:
                 self._fused_forward[i] = products.forward(
-                    self.rows, n, self.widths[i - 1], self._operand, self.params[i].weight.device
+                    self.rows,
+                    n,
+                    self.widths[i - 1],
+                    self._operand,
+                    self.params[i].weight.device,
+                    order=spec.order,
+                    members=self.members,
                 )
         return self._fused_forward[i]
 
@@ -160,13 +166,21 @@ class Stack:
             if products is not None and plain and self._fuses(i - 1):
                 device = self.params[i].weight.device
                 self._fused_backward[i] = products.backward(
-                    self.rows, self.widths[i - 1], self.widths[i], self._operand, device
+                    self.rows,
+                    self.widths[i - 1],
+                    self.widths[i],
+                    self._operand,
+                    device,
+                    order=self.specs[i - 1].order,
+                    members=self.members,
                 )
         return self._fused_backward[i]
 
     def _fuses(self, i: int) -> bool:
         spec = self.specs[i]
-        return not self.members and spec.norm and spec.order == "norm_act"
+        if spec.order == "act_norm":
+            return spec.norm and spec.act in ("none", "mish")
+        return not self.members and spec.norm
 
     def _buffer(self, layer: int, name: str, e: int) -> Tensor | None:
         slot = self._slots[layer].get(name)
@@ -276,6 +290,7 @@ class Stack:
             group=spec.group,
             eps=spec.eps,
             width=spec.width,
+            mean=self._buffer(i, "mean", e),
         )
         return y
 
@@ -390,7 +405,9 @@ class Stack:
         dx, dx_scale = self._adjoint(i - 1, e, None)
         sums = self._parts[i - 1]
         if self.wgrad and sums is None:
-            sums = hat.new_empty((self.evals, 3, fused.blocks, hat.shape[-1]), dtype=torch.float32)
+            members = (self.members,) if self.members else ()
+            shape = (self.evals, 3, *members, fused.blocks, hat.shape[-1])
+            sums = hat.new_empty(shape, dtype=torch.float32)
             self._parts[i - 1] = sums
         fused(
             dy,
@@ -405,6 +422,7 @@ class Stack:
             dy_scale=scale,
             dx_scale=dx_scale,
             sums=None if sums is None else sums[e],
+            mean=self._buffer(i - 1, "mean", e),
         )
         return dx, dx_scale
 
@@ -457,7 +475,7 @@ class Stack:
         """Gradients of layer ``i``'s gamma, beta and bias, those that it has."""
         totals, parts = self._sums[i], self._parts[i]
         if parts is not None:  # row blocks of all evaluations, in the order of the kernel
-            each = parts.sum((0, 2), dtype=torch.float64)
+            each = parts.sum((0, -2), dtype=torch.float64)
             totals = dict(zip(("gamma", "beta", "bias"), each, strict=True))
             totals = {name: totals[name] for name in self._sums[i]}
         return {name: total.to(self.params[i].weight.dtype) for name, total in totals.items()}

@@ -1,14 +1,19 @@
-"""Fused products in Triton (:mod:`pwm_fast.kernels.linear_norm_act`). Imports triton."""
+"""Fused products in Triton: of :mod:`pwm_fast.kernels.linear_norm_act` and ``linear_act_norm``.
+
+Imports triton.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pwm_fast.kernels import linear_norm_act
-from pwm_fast.kernels.plan import Exchange, Plan, device_plan
+from pwm_fast.kernels import linear_act_norm, linear_norm_act
+from pwm_fast.kernels.plan import Exchange, Plan, device_grouped_plan, device_plan
 from pwm_fast.ops.fused.precision import EXACT, Precision
 from pwm_fast.ops.fused.products import FusedBackward, FusedForward
+
+_OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TritonProducts:
@@ -22,34 +27,99 @@ class TritonProducts:
         self.input_precision = "tf32" if precision.tf32 else "ieee"
 
     def forward(
-        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
+        self,
+        rows: int,
+        n: int,
+        k: int,
+        operand: torch.dtype,
+        device: torch.device,
+        *,
+        order: str = "norm_act",
+        members: int = 0,
     ) -> FusedForward | None:
         """See :class:`pwm_fast.ops.fused.products.Products`."""
+        if order == "act_norm":
+            plan = self._grouped(rows, n, k, operand, device, members, False)
+            return (
+                None
+                if plan is None
+                else _ActNormForward(plan, rows, device, self.input_precision, members)
+            )
+        if members:
+            return None
         plan = self._plan("linear_norm_act_fwd", rows, n, k, operand, device)
         return None if plan is None else _Forward(plan, rows, device, self.input_precision)
 
     def backward(
-        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
+        self,
+        rows: int,
+        n: int,
+        k: int,
+        operand: torch.dtype,
+        device: torch.device,
+        *,
+        order: str = "norm_act",
+        members: int = 0,
     ) -> FusedBackward | None:
         """See :class:`pwm_fast.ops.fused.products.Products`."""
+        if order == "act_norm":
+            plan = self._grouped(rows, n, k, operand, device, members, True)
+            return (
+                None
+                if plan is None
+                else _ActNormBackward(plan, rows, device, self.input_precision, members)
+            )
+        if members:
+            return None
         plan = self._plan("linear_norm_act_bwd", rows, n, k, operand, device)
         return None if plan is None else _Backward(plan, rows, device, self.input_precision)
 
     def _plan(
         self, kernel: str, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
     ) -> Plan | None:
-        if operand not in (torch.float32, torch.float16, torch.bfloat16):
+        if operand not in _OPERANDS:
             return None
         return device_plan(kernel, rows, n, k, operand.itemsize, device, self.input_precision)
 
+    def _grouped(
+        self,
+        rows: int,
+        n: int,
+        k: int,
+        operand: torch.dtype,
+        device: torch.device,
+        members: int,
+        backward: bool,
+    ) -> Plan | None:
+        if operand not in _OPERANDS:
+            return None
+        count = max(members, 1)
+        return device_grouped_plan(
+            rows // count,
+            count,
+            n,
+            k,
+            operand.itemsize,
+            device,
+            self.input_precision,
+            backward=backward,
+        )
+
 
 class _Fused:
-    def __init__(self, plan: Plan, rows: int, device: torch.device, input_precision: str) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        rows: int,
+        device: torch.device,
+        input_precision: str,
+        members: int = 0,
+    ) -> None:
         self.plan, self.input_precision = plan, input_precision
         self.exchange = (
             Exchange(plan, rows, linear_norm_act.PLANES, device) if plan.synced else None
         )
-        self.blocks = -(-rows // plan.block_m)
+        self.blocks = -(-(rows // max(members, 1)) // plan.block_m)
 
 
 class _Forward(_Fused):
@@ -68,6 +138,7 @@ class _Forward(_Fused):
         group: int,
         eps: float,
         width: int,
+        mean: Tensor | None = None,
     ) -> None:
         linear_norm_act.linear_norm_act_fwd(
             x,
@@ -104,6 +175,7 @@ class _Backward(_Fused):
         dy_scale: Tensor | None,
         dx_scale: Tensor | None,
         sums: Tensor | None,
+        mean: Tensor | None = None,
     ) -> None:
         linear_norm_act.linear_norm_act_bwd(
             dy,
@@ -120,5 +192,76 @@ class _Backward(_Fused):
             dx_scale=dx_scale,
             sums=sums,
             width=width,
+            input_precision=self.input_precision,
+        )
+
+
+class _ActNormForward(_Fused):
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        xhat: Tensor | None,
+        rstd: Tensor | None,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        bias: Tensor | None,
+        act: str,
+        group: int,
+        eps: float,
+        width: int,
+        mean: Tensor | None = None,
+    ) -> None:
+        linear_act_norm.linear_act_norm_fwd(
+            x,
+            weight,
+            y,
+            xhat,
+            mean,
+            rstd,
+            gamma=gamma,
+            beta=beta,
+            act=act,
+            eps=eps,
+            plan=self.plan,
+            bias=bias,
+            input_precision=self.input_precision,
+        )
+
+
+class _ActNormBackward(_Fused):
+    def __call__(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        dx: Tensor,
+        xhat: Tensor,
+        rstd: Tensor,
+        *,
+        gamma: Tensor,
+        beta: Tensor,
+        act: str,
+        width: int,
+        dy_scale: Tensor | None,
+        dx_scale: Tensor | None,
+        sums: Tensor | None,
+        mean: Tensor | None = None,
+    ) -> None:
+        assert mean is not None
+        linear_act_norm.linear_act_norm_bwd(
+            dy,
+            weight,
+            dx,
+            xhat,
+            mean,
+            rstd,
+            gamma=gamma,
+            act=act,
+            plan=self.plan,
+            dy_scale=dy_scale,
+            dx_scale=dx_scale,
+            sums=sums,
             input_precision=self.input_precision,
         )

@@ -206,7 +206,7 @@ def linear_act_norm_fwd(
     Args:
         x: ``[R, K]``, the operand; of E members, the rows of one after those of another.
         weight: ``[N, K]`` or ``[E, N, K]`` of the same dtype, with any strides.
-        y: ``[R, N]``, written; an fp16 ``y`` saturates.
+        y: ``[R, N]``, written; what an fp16 ``y`` cannot hold is infinite.
         u: ``[R, N]`` or None: the pre-activation, for the backward pass.
         mean: ``[R]`` fp32 or None: of the activations.
         rstd: ``[R]`` fp32 or None: their reciprocal standard deviations.

@@ -241,6 +241,18 @@ def test_a_zero_row_has_the_factor_one() -> None:
 
 
 @pytest.mark.interpreted
+def test_fp16_overflows_and_keeps_nan() -> None:
+    layer = Ensemble(3, 7, 21, 13, torch.float16)
+    layer.gamma = layer.gamma * 1e6
+    layer.x[3] = float("nan")
+    y, *_ = layer.forward(tiles(21), "mish")
+    assert y[3].isnan().all()
+    others = torch.cat([y[:3], y[4:]])
+    assert others.isinf().any()
+    assert not others.isnan().any()
+
+
+@pytest.mark.interpreted
 def test_errors() -> None:
     layer = Ensemble(3, 7, 21, 13, torch.float32)
     with pytest.raises(ValueError, match="21 columns must lie in one tile, got tiles of 16"):
@@ -322,17 +334,16 @@ def test_a_stack_with_fused_products(members: int, precision: Precision) -> None
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("n", [1, 101, 200, 400, 512])
 def test_plans_hold_whole_rows_of_a_member(n: int, backward: bool) -> None:
-    plan = grouped_plan(300, 3, n, 400, 132, backward=backward)
-    if plan is not None:
-        assert plan.tiles_n == 1 and plan.block_n >= n
-        assert plan.groups == -(-300 // plan.block_m)
-    assert whole_rows(16, 300, n, 2, 160 * 1024, backward) is not None
+    plan = whole_rows(16, 300, n, 2, 160 * 1024, backward)
+    assert plan is not None
+    assert plan.tiles_n == 1 and plan.block_n >= n
+    assert plan.groups == -(-300 // plan.block_m)
 
 
 def test_what_has_no_plan() -> None:
-    assert grouped_plan(300, 3, 400, 512, 132) is not None
-    assert grouped_plan(300, 3, 513, 400, 132) is None
-    assert grouped_plan(300, 3, 400, 201, 132) is None
+    assert grouped_plan(1024, 3, 200, 400, 132) is not None
+    assert grouped_plan(1024, 3, 513, 400, 132) is None
+    assert grouped_plan(1024, 3, 200, 401, 132) is None
     assert whole_rows(32, 300, 400, 2, 160 * 1024, backward=True) is None
     with pytest.raises(ValueError, match="members=0"):
         grouped_plan(300, 0, 400, 400, 132)

@@ -335,7 +335,8 @@ def device_plan(
     can wait.
 
     Args:
-        kernel: whose entries: ``"linear_norm_act_fwd"`` or ``"linear_norm_act_bwd"``.
+        kernel: whose entries: ``"linear_norm_act_fwd"``, ``"linear_norm_act_bwd"`` or
+            ``"linear_axpby"``, whose epilogue holds as much as a backward one.
         rows: of the result.
         n: columns of the result.
         k: summed over.
@@ -348,7 +349,7 @@ def device_plan(
     """
     if min(rows, n, k) < 1 or not _wanted():
         return None
-    backward = kernel.endswith("bwd")
+    backward = not kernel.endswith("fwd")
     if device.type != "cuda":
         found = candidates(rows, n, 1, element=element, backward=backward)
         return next((p for p in found if not p.synced), None)

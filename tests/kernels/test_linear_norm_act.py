@@ -166,66 +166,88 @@ def adjoint(rows: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | Non
     return (dy / scale.unsqueeze(1)).to(dtype), scale
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("act", ["none", "mish"])
-@pytest.mark.parametrize(("plan", "rows", "n", "k", "width"), SHAPES)
-def test_backward(plan, rows, n, k, width, act, dtype) -> None:
-    plan = plan_of(plan, rows)
-    layer = Layer(rows, n, k, width, dtype)
-    _, hat, rstd = forward(layer, plan, act)
-    dy, dy_scale = adjoint(rows, k, dtype)
-    weight = (torch.randn(k, n) / k**0.5).to(dtype)  # of the layer that follows
-    add = torch.randn(rows, n) * 10.0 ** torch.linspace(-7, 2, rows).unsqueeze(1)
-    if width:  # only its centred columns come in
-        weight[:, width:] = 0
-        add[:, width:] = 0
-    dx = nan(rows, n, dtype=dtype)
-    dx_scale = nan(rows, dtype=torch.float32) if dy_scale is not None else None
-    blocks = -(-rows // plan.block_m)
-    sums = nan(3, blocks, n, dtype=torch.float32)
-    exchange = Exchange(plan, rows, PLANES, dx.device) if plan.synced else None
-    for phase in phases(plan):
-        linear_norm_act_bwd(
-            dy,
-            weight,
-            dx,
-            hat,
-            rstd,
-            gamma=layer.gamma,
-            beta=layer.beta,
-            act=act,
-            plan=plan,
-            exchange=exchange,
-            dy_scale=dy_scale,
-            dx_scale=dx_scale,
-            add=add,
-            add_factor=0.5,
-            sums=sums,
-            width=width,
-            input_precision="ieee",
-            phase=phase,
-        )
+class Backward:
+    """A layer's backward pass: its inputs on the CPU, and launches on a device."""
 
-    def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def __init__(self, plan, rows, n, k, width, act, dtype, device="cpu") -> None:
+        self.plan, self.act, self.device, self.width = plan_of(plan, rows), act, device, width
+        layer = Layer(rows, n, k, width, dtype)
+        _, hat, rstd = layer.to(torch.float32, "cpu").plain("none")
+        self.hat, self.rstd, self.gamma, self.beta = hat.to(dtype), rstd, layer.gamma, layer.beta
+        self.dy, self.dy_scale = adjoint(rows, k, dtype)
+        self.weight = (torch.randn(k, n) / k**0.5).to(dtype)  # of the layer that follows
+        self.add = torch.randn(rows, n) * 10.0 ** torch.linspace(-7, 2, rows).unsqueeze(1)
+        if width:  # only its centred columns come in
+            self.weight[:, width:] = 0
+            self.add[:, width:] = 0
+        names = ("hat", "rstd", "gamma", "beta", "dy", "dy_scale", "weight", "add")
+        self.there = {
+            name: None if value is None else value.to(device)
+            for name, value in ((name, getattr(self, name)) for name in names)
+        }
+        self.exchange = None
+        if self.plan.synced:
+            self.exchange = Exchange(self.plan, rows, PLANES, self.there["dy"].device)
+
+    def launch(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``dx``, its rows' factors, and the sums of row blocks, on the device."""
+        rows, n = self.hat.shape
+        there, scaled = self.there, self.dy_scale is not None
+        f32 = torch.float32
+        dx = nan(rows, n, dtype=self.dy.dtype, device=self.device)
+        dx_scale = nan(rows, dtype=f32, device=self.device) if scaled else None
+        blocks = -(-rows // self.plan.block_m)
+        sums = nan(3, blocks, n, dtype=f32, device=self.device)
+        for phase in phases(self.plan, self.device):
+            linear_norm_act_bwd(
+                there["dy"],
+                there["weight"],
+                dx,
+                there["hat"],
+                there["rstd"],
+                gamma=there["gamma"],
+                beta=there["beta"],
+                act=self.act,
+                plan=self.plan,
+                exchange=self.exchange,
+                dy_scale=there["dy_scale"],
+                dx_scale=dx_scale,
+                add=there["add"],
+                add_factor=0.5,
+                sums=sums,
+                width=self.width,
+                input_precision="ieee",
+                phase=phase,
+            )
+        return dx, dx_scale, sums
+
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``dx`` and the parameters' gradients in PyTorch."""
         to = lambda t: t.to(dtype)  # noqa: E731
-        dm = to(dy) @ to(weight)
-        if dy_scale is not None:
-            dm *= to(dy_scale).unsqueeze(1)
-        dm += 0.5 * to(add)
-        h, gamma = to(hat), to(layer.gamma)
-        u = h * gamma + to(layer.beta)
-        if act == "mish":
+        dm = to(self.dy) @ to(self.weight)
+        if self.dy_scale is not None:
+            dm *= to(self.dy_scale).unsqueeze(1)
+        dm += 0.5 * to(self.add)
+        h, gamma = to(self.hat), to(self.gamma)
+        u = h * gamma + to(self.beta)
+        if self.act == "mish":
             t = torch.tanh(torch.nn.functional.softplus(u))
             dm = dm * (t + u * torch.sigmoid(u) * (1 - t * t))
         g = dm * gamma
-        features = width or n
+        features = self.width or h.shape[1]
         out = g - h * (g * h).sum(1, keepdim=True) / features
-        if not width:
+        if not self.width:
             out -= g.mean(1, keepdim=True)
-        out = out * to(rstd).unsqueeze(1)
+        out = out * to(self.rstd).unsqueeze(1)
         return out, torch.stack([(dm * h).sum(0), dm.sum(0), out.sum(0)])
 
+
+def check_backward(backward: Backward) -> None:
+    """Against float64."""
+    results = backward.launch()
+    dx, dx_scale, sums = (None if t is None else t.cpu() for t in results)
+    assert dx is not None and sums is not None
+    plan, plain, dtype = backward.plan, backward.plain, dx.dtype
     (exact, exact_sums), (mixed, mixed_sums) = plain(torch.float64), plain(torch.float32)
     if dx_scale is not None:
         assert torch.equal(dx_scale, torch.exp2(torch.log2(dx_scale).round()))
@@ -241,6 +263,14 @@ def test_backward(plan, rows, n, k, width, act, dtype) -> None:
     ):
         size = c.abs().max() + 1e-30
         assert_2x((a / size).float(), b / size.float(), c / size, name)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("act", ["none", "mish"])
+@pytest.mark.parametrize(("plan", "rows", "n", "k", "width"), SHAPES)
+def test_backward(plan, rows, n, k, width, act, dtype) -> None:
+    check_backward(Backward(plan, rows, n, k, width, act, dtype))
 
 
 @pytest.mark.interpreted
@@ -425,4 +455,34 @@ def test_the_exchange_gives_the_same_bits_each_time(tile) -> None:
     first = forward(there, plan, "mish", "cuda", exchange)
     for _ in range(100):
         again = forward(there, plan, "mish", "cuda", exchange)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def backward_on_a_gpu(tile, rows, k, width, dtype) -> Backward:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    plan = make_plan(*tile, rows, 512, sms, dtype.itemsize, 160 * 1024, True)
+    if plan is None:
+        pytest.skip(f"tiles of {tile} do not fit")
+    return Backward(plan, rows, 512, k, width, "mish", dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(16, 64), (32, 64), (64, 64), (64, 128), (16, 512)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [0, 510])
+def test_backward_on_a_gpu(tile, dtype, width) -> None:
+    check_backward(backward_on_a_gpu(tile, 519, 500, width, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tile", [(16, 64), (64, 128), (16, 512)])
+def test_backward_gives_the_same_bits_each_time(tile, dtype) -> None:
+    """In whole rows and in shared ones, 100 launches on the same counters."""
+    backward = backward_on_a_gpu(tile, 1000, 512, 0, dtype)
+    first = [t for t in backward.launch() if t is not None]
+    for _ in range(100):
+        again = [t for t in backward.launch() if t is not None]
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

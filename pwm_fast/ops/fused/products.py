@@ -66,11 +66,40 @@ class FusedBackward(Protocol):
         dx_scale: Tensor | None,
         sums: Tensor | None,
         mean: Tensor | None = None,
+        add: Tensor | None = None,
+        add_factor: float = 1.0,
     ) -> None:
         """:meth:`Kernels.norm_act_bwd`, or :meth:`Kernels.act_norm_bwd`, of ``dy weight``.
 
+        With order ``"norm_act"`` of ``dy weight + add_factor add``; else there is no ``add``.
+
         ``sums [3, blocks, N]``, or ``[3, E, blocks, N]``, fp32 is written: what row blocks add to
         the gradients of gamma, beta and bias.
+        """
+
+
+class FusedUpdate(Protocol):
+    """A product that ends in a step of the state or of its adjoint, at one shape."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        z: Tensor,
+        k1: Tensor | None,
+        out: Tensor,
+        c1: float,
+        c2: float,
+        *,
+        bias: Tensor | None,
+        x_scale: Tensor | None,
+        raw: Tensor | None,
+        operand: Tensor | None,
+    ) -> None:
+        """``out = z + c1 k1 + c2 p`` with ``p = x_scale x weight^T + bias``; ``out`` may be ``z``.
+
+        ``raw`` and ``operand`` are written where they are given: ``p`` itself, and ``out`` in the
+        operands' dtype.
         """
 
 
@@ -108,6 +137,11 @@ class Products(Protocol):
         members: int = 0,
     ) -> FusedBackward | None:
         """For ``[rows, k] [k, n]``; likewise."""
+
+    def update(
+        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
+    ) -> FusedUpdate | None:
+        """For ``[rows, k] [n, k]^T``, the weight in either order; likewise."""
 
 
 def products_of(kernels: Kernels) -> Products | None:

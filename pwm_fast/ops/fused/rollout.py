@@ -19,6 +19,7 @@ from pwm_fast.ops.fused.architecture import Sizes, persistent_plan
 from pwm_fast.ops.fused.gemm import Gemm, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_buffers
+from pwm_fast.ops.fused.updates import Update
 
 if TYPE_CHECKING:
     from pwm_fast.ops.fused.persistent import Persistent
@@ -135,7 +136,17 @@ class Dynamics:
             self.w13 = Gemm(kernels, weights.layers[-1].weight, batch)
             self.b13 = weights.layers[-1].bias
             self.w3, self.b3 = Gemm(kernels, weights.head[0], batch), weights.head[1]
+            self._carry = Update(self.w13, batch, self.b13)
+            self._latent_step = Update(self.w3, batch, self.b3)
+        else:
+            # A velocity head that is a Linear alone ends in the integrator's update.
+            linear = spec.method != "map" and len(self.specs) > 1 and self.specs[-1].plain
+            head = Update(self.stack.gemms[-1], batch, params[-1].bias) if linear else None
+            self._head_update = head
+            self._adjoint_step = Update(self.w_z, batch, adjoint=True)
         self._p: Tensor | None = None
+        # The last macro step's result as the next one's product takes it.
+        self._narrow: Tensor | None = None
         # Macro steps in one launch, where the kernels have such a way; None: layer by layer.
         self.persistent = self._persistent()
 
@@ -195,26 +206,71 @@ class Dynamics:
             self._folded_step(t, z, c, out)
             return
         if self.spec.method == "map":
-            out.copy_(self._evaluate(t, 0, z, c))
+            out.copy_(self._evaluate(t, 0, z, None, c))
             return
-        k = self.kernels
         dt = 1.0 / self.spec.substeps
-        e = 0
+        e, narrow = 0, self._narrow
         for i in range(self.spec.substeps):
-            v1 = self._evaluate(t, e, z, c)
-            target = out if i == self.spec.substeps - 1 else torch.empty_like(z)
+            last = i == self.spec.substeps - 1
+            target = out if last else torch.empty_like(z)
+            # No product takes the rollout's last latent.
+            following = None if last and t == self.horizon - 1 else self._operand_like(z)
             if self.spec.method == "euler":
-                k.axpby(z, v1, None, target, dt, 0.0)
+                self._advance(t, e, (z, narrow), c, z, (target, following), dt)
                 e += 1
             else:
-                stage = self._stage_buffer(t, e + 1, z)
-                k.axpby(z, v1, None, stage, dt, 0.0)
-                v2 = self._evaluate(t, e + 1, stage, c)
-                k.axpby(z, v1, v2, target, 0.5 * dt, 0.5 * dt)
+                middle = self._stage_buffer(t, e + 1, z), self._operand_like(z)
+                half = 0.5 * dt
+                v1 = self._advance(t, e, (z, narrow), c, z, middle, dt, keep=True)
+                self._advance(t, e + 1, middle, c, z, (target, following), half, v1, half)
                 e += 2
-            z = target
+            z, narrow = target, following
+        self._narrow = narrow
 
-    def _evaluate(self, t: int, e: int, z: Tensor, c: Tensor) -> Tensor:
+    def _operand_like(self, z: Tensor) -> Tensor | None:
+        """For ``z`` as products take it, None where they take ``z`` itself."""
+        operand = self.kernels.precision.operand
+        return None if operand is None else torch.empty_like(z, dtype=operand)
+
+    def _advance(
+        self,
+        t: int,
+        e: int,
+        x: tuple[Tensor, Tensor | None],
+        c: Tensor,
+        z: Tensor,
+        out: tuple[Tensor, Tensor | None],
+        c2: float,
+        k1: Tensor | None = None,
+        c1: float = 0.0,
+        *,
+        keep: bool = False,
+    ) -> Tensor | None:
+        """``out = z + c1 k1 + c2 v(x)``; the result is ``v`` if it is to be kept.
+
+        ``x`` and ``out`` each have beside them what products take, or None.
+        """
+        state, operand = out
+        update = self._head_update
+        y = self._evaluate(t, e, *x, c, head=update is None)
+        if update is not None:
+            return update(y, z, state, c2, k1=k1, c1=c1, keep=keep, operand=operand)
+        if k1 is None:
+            self.kernels.axpby(z, y, None, state, c2, 0.0, operand=operand)
+        else:
+            self.kernels.axpby(z, k1, y, state, c1, c2, operand=operand)
+        return y if keep else None
+
+    def _evaluate(
+        self,
+        t: int,
+        e: int,
+        z: Tensor,
+        narrow: Tensor | None,
+        c: Tensor,
+        *,
+        head: bool = True,
+    ) -> Tensor:
         if self.wgrad:
             kept = self.inputs[0][t * self.stages + e]
             if kept.data_ptr() != z.data_ptr():
@@ -222,10 +278,11 @@ class Dynamics:
         w_tau = self.weights.w_tau
         return self.stack.forward(
             t * self.stages + e,
-            self.w_z(z),
+            self.w_z(z if narrow is None else narrow),
             add=c,
             tau=None if w_tau is None else self.taus[e],
             w_tau=w_tau,
+            head=head,
         )
 
     def _stage_buffer(self, t: int, e: int, like: Tensor) -> Tensor:
@@ -238,7 +295,7 @@ class Dynamics:
             totals, self._p = self.persistent.forward(t, p, c.unsqueeze(0))
             if self.wgrad:
                 self.inputs[0][t].copy_(totals[0])
-            torch.add(z, self._head(totals[0]), out=out)
+            self._latent_step(totals[0], z, out, 1.0)
             return
         dt = 1.0 / self.spec.substeps
         heun = self.spec.method == "heun"
@@ -246,20 +303,18 @@ class Dynamics:
         e = 0
         for _ in range(self.spec.substeps):
             m1 = self._folded_evaluate(t, e, p, c)
-            q1 = self._w13(m1)
             following = torch.empty_like(p)
             if heun:
                 stage = torch.empty_like(p)
-                k.axpby(p, q1, None, stage, dt, 0.0)
+                q1 = self._carry(m1, p, stage, dt, keep=True)
                 m2 = self._folded_evaluate(t, e + 1, stage, c)
-                q2 = self._w13(m2)
-                k.axpby(p, q1, q2, following, 0.5 * dt, 0.5 * dt)
+                self._carry(m2, p, following, 0.5 * dt, k1=q1, c1=0.5 * dt)
                 if total is None:
                     total = torch.zeros_like(m1)
                 k.axpby(total, m1, m2, total, 0.5 * dt, 0.5 * dt)
                 e += 2
             else:
-                k.axpby(p, q1, None, following, dt, 0.0)
+                self._carry(m1, p, following, dt)
                 if total is None:
                     total = torch.zeros_like(m1)
                 k.axpby(total, m1, None, total, dt, 0.0)
@@ -268,7 +323,7 @@ class Dynamics:
         assert total is not None
         if self.wgrad:
             self.inputs[0][t].copy_(total)
-        torch.add(z, self._head(total), out=out)
+        self._latent_step(total, z, out, 1.0)
         self._p = p
 
     def _folded_evaluate(self, t: int, e: int, p: Tensor, c: Tensor) -> Tensor:
@@ -285,10 +340,6 @@ class Dynamics:
         if self.wgrad:
             self.inputs[1][n].copy_(m)
         return m
-
-    def _w13(self, m: Tensor) -> Tensor:
-        q = self.w13(m)
-        return q if self.b13 is None else q.add_(self.b13)
 
     # --- backward -------------------------------------------------------------------------------
 
@@ -338,22 +389,22 @@ class Dynamics:
         n = t * self.stages
         if self.spec.method == "map":
             return self.w_z.dgrad(self.stack.backward(n, dz.clone()))
-        k = self.kernels
         dt = 1.0 / self.spec.substeps
         e = self.stages
+        dz = dz.contiguous()
+        step = self._adjoint_step
         for _ in range(self.spec.substeps):
+            out = torch.empty_like(dz)
             if self.spec.method == "euler":
                 e -= 1
-                ds = self.w_z.dgrad(self.stack.backward(n + e, dz * dt))
-                dz = dz + ds
-                continue
-            e -= 2
-            half = dz * (0.5 * dt)
-            ds2 = self.w_z.dgrad(self.stack.backward(n + e + 1, half.clone()))
-            k.axpby(half, ds2, None, half, dt, 0.0)
-            ds1 = self.w_z.dgrad(self.stack.backward(n + e, half))
-            out = torch.empty_like(ds1)
-            k.axpby(dz.contiguous(), ds2, ds1, out, 1.0, 1.0)
+                step(self.stack.backward(n + e, dz * dt), dz, out, 1.0)
+            else:
+                e -= 2
+                half = dz * (0.5 * dt)
+                dh = self.stack.backward(n + e + 1, half.clone())
+                ds2 = step(dh, half, half, dt, keep=True)
+                dh = self.stack.backward(n + e, half)
+                step(dh, dz, out, 1.0, k1=ds2, c1=1.0)
             dz = out
         return dz
 
@@ -392,9 +443,7 @@ class Dynamics:
     def _folded_stage(self, n: int, dq: Tensor, g: Tensor, weight: float) -> Tensor:
         if self.wgrad:
             self._dq[n].copy_(dq)
-        dm = self.w13.dgrad(dq)
-        self.kernels.axpby(dm, g, None, dm, weight, 0.0)
-        return self.stack.backward(n, dm)
+        return self.stack.backward_below(n, self.w13, dq, g, weight)
 
     def c_grad(self, t: int) -> Tensor:
         """Gradient towards macro step ``t``'s hoisted term, ``[B, U]``."""

@@ -157,20 +157,23 @@ class Stack:
                 )
         return self._fused_forward[i]
 
-    def _backward_of(self, i: int) -> FusedBackward | None:
-        """What goes from layer ``i``'s adjoint through its weight and the norm below it in one."""
+    def _backward_of(self, i: int, gemm: Gemm | None = None) -> FusedBackward | None:
+        """What goes from layer ``i``'s adjoint through its weight and the norm below it in one.
+
+        ``gemm`` is the product of a layer above the stack, whose ``i`` is the number of layers.
+        """
         if i not in self._fused_backward:
             self._fused_backward[i] = None
             products = products_of(self.kernels)
             plain = i > 0 and self.specs[i - 1].act in ("none", "mish")
             if products is not None and plain and self._fuses(i - 1):
-                device = self.params[i].weight.device
+                weight = (self.gemms[i] if gemm is None else gemm).weight
                 self._fused_backward[i] = products.backward(
                     self.rows,
                     self.widths[i - 1],
-                    self.widths[i],
+                    weight.shape[-2],
                     self._operand,
-                    device,
+                    weight.device,
                     order=self.specs[i - 1].order,
                     members=self.members,
                 )
@@ -200,6 +203,7 @@ class Stack:
         tau: Tensor | None = None,
         w_tau: Tensor | None = None,
         own: bool = True,
+        head: bool = True,
     ) -> Tensor:
         """Evaluation ``e``: the stack's output ``[R, N]`` for the first layer's product ``h``.
 
@@ -210,10 +214,14 @@ class Stack:
             tau: likewise.
             w_tau: likewise.
             own: ``h`` may be overwritten.
+            head: without it the last layer, a plain one above others, is left to the caller: the
+                result is what its product takes.
         """
         k = self.kernels
         last = len(self.specs) - 1
         for i, (spec, p) in enumerate(zip(self.specs, self.params, strict=True)):
+            if i == last and not head:
+                break
             fused = self._forward_of(i)
             if fused is not None:
                 h = self._run_forward(fused, i, e, h)
@@ -329,9 +337,33 @@ class Stack:
 
         Both have the state's dtype; between them adjoints are what products take.
         """
+        return self._backward(e, dy, None, False)
+
+    def backward_below(
+        self, e: int, gemm: Gemm, dq: Tensor, add: Tensor, add_factor: float
+    ) -> Tensor:
+        """:meth:`backward` of ``dq W + add_factor add``; ``W`` is of a layer above the stack.
+
+        Args:
+            e: number of the evaluation.
+            gemm: that layer's product, the same one in all calls.
+            dq: ``[R, N]``, its adjoint.
+            add: ``[R, n]``.
+            add_factor: what ``add`` is multiplied by.
+        """
+        i = len(self.specs)
+        # Kernels of the other order take no addend.
+        fused = self._backward_of(i, gemm) if self.specs[-1].order == "norm_act" else None
+        if fused is None:
+            dm = gemm.dgrad(dq)
+            self.kernels.axpby(dm, add, None, dm, add_factor, 0.0)
+            return self.backward(e, dm)
+        dy, scale = self._run_backward(fused, gemm, i, e, dq, None, add, add_factor)
+        return self._backward(e, dy, scale, True)
+
+    def _backward(self, e: int, dy: Tensor, scale: Tensor | None, done: bool) -> Tensor:
+        """From the last layer's output, or its pre-activation if that is ``done``."""
         k = self.kernels
-        scale: Tensor | None = None
-        done = False  # by the product of the layer above
         for i in range(len(self.specs) - 1, -1, -1):
             spec, p, sums = self.specs[i], self.params[i], self._sums[i]
             if done:
@@ -386,21 +418,29 @@ class Stack:
             fused = self._backward_of(i)
             done = fused is not None
             if fused is not None:
-                dy, scale = self._run_backward(fused, i, e, dy, scale)
+                dy, scale = self._run_backward(fused, self.gemms[i], i, e, dy, scale)
             elif i:
                 below = self.specs[i - 1]
                 dy, scale = self.gemms[i].scaled_dgrad(dy, self.members, scale, wide=below.plain)
         return dy
 
     def _run_backward(
-        self, fused: FusedBackward, i: int, e: int, dy: Tensor, scale: Tensor | None
+        self,
+        fused: FusedBackward,
+        gemm: Gemm,
+        i: int,
+        e: int,
+        dy: Tensor,
+        scale: Tensor | None,
+        add: Tensor | None = None,
+        add_factor: float = 1.0,
     ) -> tuple[Tensor, Tensor | None]:
         """The adjoint of layer ``i - 1`` and the factors of its rows, from that of layer ``i``."""
         spec, p = self.specs[i - 1], self.params[i - 1]
         hat, rstd = self._buffer(i - 1, "hat", e), self._buffer(i - 1, "rstd", e)
         assert p.gamma is not None and p.beta is not None
         assert hat is not None and rstd is not None
-        dy, scale = self.gemms[i].operand(dy, scale, scaled=self.kernels.precision.scaled)
+        dy, scale = gemm.operand(dy, scale, scaled=self.kernels.precision.scaled)
         # Its rows are of another width than dy's, and all of dy is read until the end.
         dx, dx_scale = self._adjoint(i - 1, e, None)
         sums = self._parts[i - 1]
@@ -411,7 +451,7 @@ class Stack:
             self._parts[i - 1] = sums
         fused(
             dy,
-            self.gemms[i].operand_weight(),
+            gemm.operand_weight(),
             dx,
             hat,
             rstd,
@@ -423,6 +463,8 @@ class Stack:
             dx_scale=dx_scale,
             sums=None if sums is None else sums[e],
             mean=self._buffer(i - 1, "mean", e),
+            add=add,
+            add_factor=add_factor,
         )
         return dx, dx_scale
 

@@ -1,6 +1,6 @@
-"""Fused products in Triton: of :mod:`pwm_fast.kernels.linear_norm_act` and ``linear_act_norm``.
+"""Fused products in Triton. Imports triton.
 
-Imports triton.
+Kernels are :mod:`pwm_fast.kernels.linear_norm_act`, ``linear_act_norm`` and ``linear_axpby``.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pwm_fast.kernels import linear_act_norm, linear_norm_act
+from pwm_fast.kernels import linear_act_norm, linear_axpby, linear_norm_act
 from pwm_fast.kernels.plan import Exchange, Plan, device_grouped_plan, device_plan
 from pwm_fast.ops.fused.precision import EXACT, Precision
-from pwm_fast.ops.fused.products import FusedBackward, FusedForward
+from pwm_fast.ops.fused.products import FusedBackward, FusedForward, FusedUpdate
 
 _OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -73,6 +73,13 @@ class TritonProducts:
             return None
         plan = self._plan("linear_norm_act_bwd", rows, n, k, operand, device)
         return None if plan is None else _Backward(plan, rows, device, self.input_precision)
+
+    def update(
+        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
+    ) -> FusedUpdate | None:
+        """See :class:`pwm_fast.ops.fused.products.Products`."""
+        plan = self._plan("linear_axpby", rows, n, k, operand, device)
+        return None if plan is None else _Update(plan, self.input_precision)
 
     def _plan(
         self, kernel: str, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
@@ -176,6 +183,8 @@ class _Backward(_Fused):
         dx_scale: Tensor | None,
         sums: Tensor | None,
         mean: Tensor | None = None,
+        add: Tensor | None = None,
+        add_factor: float = 1.0,
     ) -> None:
         linear_norm_act.linear_norm_act_bwd(
             dy,
@@ -190,6 +199,8 @@ class _Backward(_Fused):
             exchange=self.exchange,
             dy_scale=dy_scale,
             dx_scale=dx_scale,
+            add=add,
+            add_factor=add_factor,
             sums=sums,
             width=width,
             input_precision=self.input_precision,
@@ -248,8 +259,10 @@ class _ActNormBackward(_Fused):
         dx_scale: Tensor | None,
         sums: Tensor | None,
         mean: Tensor | None = None,
+        add: Tensor | None = None,
+        add_factor: float = 1.0,
     ) -> None:
-        assert mean is not None
+        assert mean is not None and add is None
         linear_act_norm.linear_act_norm_bwd(
             dy,
             weight,
@@ -263,5 +276,44 @@ class _ActNormBackward(_Fused):
             dy_scale=dy_scale,
             dx_scale=dx_scale,
             sums=sums,
+            input_precision=self.input_precision,
+        )
+
+
+class _Update:
+    """Its programs never wait for one another, however many tiles a row lies in."""
+
+    def __init__(self, plan: Plan, input_precision: str) -> None:
+        self.plan, self.input_precision = plan, input_precision
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        z: Tensor,
+        k1: Tensor | None,
+        out: Tensor,
+        c1: float,
+        c2: float,
+        *,
+        bias: Tensor | None,
+        x_scale: Tensor | None,
+        raw: Tensor | None,
+        operand: Tensor | None,
+    ) -> None:
+        linear_axpby.linear_axpby(
+            x,
+            weight,
+            z,
+            k1,
+            out,
+            1.0,
+            c1,
+            c2,
+            plan=self.plan,
+            bias=bias,
+            x_scale=x_scale,
+            raw=raw,
+            operand=operand,
             input_precision=self.input_precision,
         )

@@ -83,6 +83,7 @@ class Gemm:
         self._rows = rows
         self._prepack = self.precision.operand is None and rows > 0 and prepacks(weight)
         self._copies: dict[bool, Tensor] = {}
+        self._narrow: Tensor | None = None
 
     def __call__(self, x: Tensor, members: int = 0, *, wide: bool = True) -> Tensor:
         """``x W^T``: ``[R, K]`` to ``[R, N]``; rows are those of all members one after another.
@@ -143,7 +144,9 @@ class Gemm:
         operand = self.precision.operand
         if operand is None:
             return self.weight
-        return operand_copy(self.weight, operand)
+        if self._narrow is None:
+            self._narrow = operand_copy(self.weight, operand)
+        return self._narrow
 
     def operand(
         self, x: Tensor, scale: Tensor | None, *, scaled: bool

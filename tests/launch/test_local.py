@@ -40,7 +40,7 @@ def test_seeds_in_parallel(
     assert rows(tmp_path / "run_0") == rows(whole_run)
     assert json.loads((tmp_path / "run_1" / "summary.json").read_text())["seed"] == 1
     log = (tmp_path / "sweep" / "1_seed=1.log").read_text()
-    assert "(1 CPU threads), seed 1" in log and "finished: 6 epochs" in log
+    assert "(1 CPU threads), precision auto, seed 1" in log and "finished: 6 epochs" in log
     assert "launch" not in (tmp_path / "run_0" / "config.yaml").read_text()
 
 

@@ -13,6 +13,7 @@ The store holds no weight alive: entries die with their tensors' memory.
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ class _Entry(NamedTuple):
 
 
 _store: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+_lock = threading.RLock()  # on CUDA autograd runs backward passes in threads of its own
 _hooked = False
 
 
@@ -71,9 +73,14 @@ def kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[...,
         tensors: what it is made of.
         make: the function; its result is not to be written to.
     """
-    global _hooked
     if not _keepable(tensors):
         return make(*tensors)  # under vmap gradients may be wanted though no tensor here says so
+    with _lock:
+        return _kept(kind, tensors, make)
+
+
+def _kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[..., Any]) -> Any:
+    global _hooked
     key = (kind, *(_identity(x) for x in tensors))
     entry = _store.get(key)
     if entry is not None:
@@ -96,7 +103,8 @@ def kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[...,
 
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    _store.clear()
+    with _lock:
+        _store.clear()
 
 
 def invalidate(weights: torch.nn.Module | Iterable[Tensor] | None = None) -> None:
@@ -109,10 +117,16 @@ def invalidate(weights: torch.nn.Module | Iterable[Tensor] | None = None) -> Non
         weights: a module, or tensors; None for all.
     """
     if weights is None:
-        _store.clear()
+        with _lock:
+            _store.clear()
         return
     tensors = weights.parameters() if isinstance(weights, torch.nn.Module) else weights
     changed = {x.untyped_storage()._cdata for x in tensors}
+    with _lock:
+        _forget(changed)
+
+
+def _forget(changed: set[int]) -> None:
     # A pack may be made of a pack: take what hangs on it along.
     while True:
         stale = [key for key in _store if any(identity[0] in changed for identity in key[1:])]

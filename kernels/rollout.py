@@ -607,7 +607,7 @@ def cases() -> list[Case]:
         (middle, 512, "fp16", (80, 90, 100), 0, 0),
         # Seven sums a feature over 32 rows, for the smaller gradients, beside fragments of weights
         # and activations: too many registers, in a pass that mostly waits for exchanges.
-        (many, 512, "fp16", (90, 100), 128, 0),
+        (many, 512, "fp16", (90, 100), 128, 16),
         # Rows of 1024 in chunks of 256 or 512: fragments of both operands of a product.
         (few_narrow, 1024, "fp16", (80, 90, 100), 64, 0),
         (many_narrow, 1024, "fp16", (90, 100), 128, 96),

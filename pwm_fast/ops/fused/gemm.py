@@ -200,8 +200,8 @@ def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def _fp32_products(tf32: bool, like: Tensor) -> Iterator[None]:
-    """Whether float32 products on CUDA use tf32, whatever the process has set."""
-    if not like.is_cuda or like.dtype != torch.float32:
+    """Whether float32 products of CUDA tensors use tf32, whatever the process has set."""
+    if like.dtype != torch.float32:
         yield
         return
     before = torch.backends.cuda.matmul.allow_tf32
@@ -257,16 +257,16 @@ def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = 
     product = torch.bmm if dh.dim() == 3 else torch.mm
     if min(dh.shape[-1], x.shape[-1]) < _NARROW:
         return product(dh.double().transpose(-1, -2), x.double()).to(wide)
+    if dh.is_cuda:
+        with _fp32_products(kernels.precision.tf32, dh):
+            return product(dh.transpose(-1, -2), x)
     rows = dh.shape[-2]
-    if not dh.is_cuda and dh.dim() == 2 and _RUN < rows <= _FEW:
+    if dh.dim() == 2 and _RUN < rows <= _FEW:
         total = torch.mm(dh[:_RUN].t(), x[:_RUN])
         for start in range(_RUN, rows, _RUN):
             total.addmm_(dh[start : start + _RUN].t(), x[start : start + _RUN])
         return total
-    if not dh.is_cuda:
-        return product(dh.transpose(-1, -2), x)
-    with _fp32_products(kernels.precision.tf32, dh):
-        return product(dh.transpose(-1, -2), x)
+    return product(dh.transpose(-1, -2), x)
 
 
 def _narrow_weight_grad(

@@ -6,14 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("auto", "exact", "tf32", "bf16", "fast")
-
 
 class Precision(NamedTuple):
     """A mode. State, LayerNorm, sums, losses and accumulators are float32 in all of them.
 
     Attributes:
-        name: of :data:`NAMES`.
+        name: of :data:`pwm_fast.dispatch.PRECISIONS`.
         operand: dtype of products' operands; None for the state's own.
         scaled: adjoints have a factor a row (see :mod:`pwm_fast.ops.fused.kernels`).
         tf32: float32 products may round their operands to tf32 (CUDA).

@@ -5,6 +5,8 @@ Kernels are :mod:`pwm_fast.kernels.linear_norm_act`, ``linear_act_norm`` and ``l
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -129,6 +131,9 @@ class _Fused:
         self.blocks = -(-(rows // max(members, 1)) // plan.block_m)
 
 
+# What they are called with is said by FusedForward and FusedBackward; here is what differs.
+
+
 class _Forward(_Fused):
     def __call__(
         self,
@@ -138,14 +143,8 @@ class _Forward(_Fused):
         xhat: Tensor | None,
         rstd: Tensor | None,
         *,
-        gamma: Tensor,
-        beta: Tensor,
-        bias: Tensor | None,
-        act: str,
-        group: int,
-        eps: float,
-        width: int,
         mean: Tensor | None = None,
+        **options: Any,
     ) -> None:
         linear_norm_act.linear_norm_act_fwd(
             x,
@@ -153,16 +152,10 @@ class _Forward(_Fused):
             y,
             xhat,
             rstd,
-            gamma=gamma,
-            beta=beta,
-            act=act,
-            group=group,
-            eps=eps,
             plan=self.plan,
             exchange=self.exchange,
-            bias=bias,
-            width=width,
             input_precision=self.input_precision,
+            **options,
         )
 
 
@@ -175,16 +168,8 @@ class _Backward(_Fused):
         xhat: Tensor,
         rstd: Tensor,
         *,
-        gamma: Tensor,
-        beta: Tensor,
-        act: str,
-        width: int,
-        dy_scale: Tensor | None,
-        dx_scale: Tensor | None,
-        sums: Tensor | None,
         mean: Tensor | None = None,
-        add: Tensor | None = None,
-        add_factor: float = 1.0,
+        **options: Any,
     ) -> None:
         linear_norm_act.linear_norm_act_bwd(
             dy,
@@ -192,18 +177,10 @@ class _Backward(_Fused):
             dx,
             xhat,
             rstd,
-            gamma=gamma,
-            beta=beta,
-            act=act,
             plan=self.plan,
             exchange=self.exchange,
-            dy_scale=dy_scale,
-            dx_scale=dx_scale,
-            add=add,
-            add_factor=add_factor,
-            sums=sums,
-            width=width,
             input_precision=self.input_precision,
+            **options,
         )
 
 
@@ -216,14 +193,10 @@ class _ActNormForward(_Fused):
         xhat: Tensor | None,
         rstd: Tensor | None,
         *,
-        gamma: Tensor,
-        beta: Tensor,
-        bias: Tensor | None,
-        act: str,
         group: int,
-        eps: float,
         width: int,
         mean: Tensor | None = None,
+        **options: Any,
     ) -> None:
         linear_act_norm.linear_act_norm_fwd(
             x,
@@ -232,13 +205,9 @@ class _ActNormForward(_Fused):
             xhat,
             mean,
             rstd,
-            gamma=gamma,
-            beta=beta,
-            act=act,
-            eps=eps,
             plan=self.plan,
-            bias=bias,
             input_precision=self.input_precision,
+            **options,
         )
 
 
@@ -251,16 +220,12 @@ class _ActNormBackward(_Fused):
         xhat: Tensor,
         rstd: Tensor,
         *,
-        gamma: Tensor,
         beta: Tensor,
-        act: str,
         width: int,
-        dy_scale: Tensor | None,
-        dx_scale: Tensor | None,
-        sums: Tensor | None,
         mean: Tensor | None = None,
         add: Tensor | None = None,
         add_factor: float = 1.0,
+        **options: Any,
     ) -> None:
         assert mean is not None and add is None
         linear_act_norm.linear_act_norm_bwd(
@@ -270,13 +235,9 @@ class _ActNormBackward(_Fused):
             xhat,
             mean,
             rstd,
-            gamma=gamma,
-            act=act,
             plan=self.plan,
-            dy_scale=dy_scale,
-            dx_scale=dx_scale,
-            sums=sums,
             input_precision=self.input_precision,
+            **options,
         )
 
 

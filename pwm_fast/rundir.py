@@ -195,7 +195,7 @@ class RunDirectory:
 
 def refuse_other_config(saved: dict[str, Any], config: TrainConfig, path: Path) -> None:
     """Raise ConfigError, naming every key, if ``config`` is not the ``saved`` one of ``path``."""
-    before, now = flat(saved), flat(configuration.to_dict(config))
+    before, now = flat(_with_defaults(saved)), flat(configuration.to_dict(config))
     different = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
@@ -207,3 +207,11 @@ def refuse_other_config(saved: dict[str, Any], config: TrainConfig, path: Path) 
             f"{path} is of a run with another configuration: {'; '.join(different)}. Give this run "
             "another run_dir, or name a checkpoint (resume=PATH) to continue it with new settings"
         )
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with today's keys: one that a run is older than has its default."""
+    try:
+        return configuration.to_dict(configuration.from_dict(saved))
+    except ConfigError:  # it has keys or values of another version: they differ as they stand
+        return saved

@@ -320,6 +320,18 @@ REFUSED: dict[str, tuple[Callable[[Path], None], dict[str, Any], type[Exception]
 }
 
 
+def test_resume_of_a_run_older_than_a_key(run_dir: Path) -> None:
+    """A saved configuration without the key has its default; another value is refused."""
+    latest = run_dir / "checkpoints" / "latest.pt"
+    saved = checkpoint.load(latest)
+    del saved["config"]["env"]["engine"], saved["config"]["alg"]["max_skipped_updates"]
+    checkpoint.save(latest, saved)
+    with pytest.raises(ConfigError, match=r": alg\.max_skipped_updates was 20, is 3\. Give"):
+        train(tiny_config(run_dir, resume="auto", alg__max_skipped_updates=3))
+    summary, status = train(tiny_config(run_dir, resume="auto", epochs=7))
+    assert (summary["epochs"], status) == (7, 0)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_start_changes_nothing(case: str, run_dir: Path) -> None:
     prepare, changes, kind, message = REFUSED[case]

@@ -179,17 +179,17 @@ def problems(
     from pwm_fast.kernels import plan as planning
 
     for kernel in ("linear_norm_act_fwd", "linear_norm_act_bwd"):
-        backward = kernel.endswith("bwd")
         for n, k in SHAPES:
             for count in rows:
-                limits = {"element": 2, "shared": shared, "backward": backward}
-                plans = planning.candidates(count, n, sms, **limits)
-                own = planning.plan(count, n, k, sms, **limits)
+                limits = planning.Limits(sms, shared)
+                product = planning.Product(kernel, count, n, k)
+                plans = planning.candidates(product, limits)
+                own = planning.plan(product, limits)
                 choices: dict[str, Options] = {_name(p): _options(p) for p in plans}
                 choices["unfused"] = {"block_m": 0}
                 yield Problem(
                     kernel,
-                    planning.key(count, n, k, "16"),
+                    product.key,
                     choices,
                     "unfused" if own is None else _name(own),
                     partial(_fused_call, kernel, count, n, k, sms, shared, device),
@@ -229,9 +229,8 @@ def _fused_call(
     chosen = None
     exchange = None
     if options["block_m"]:
-        limits = {"element": 2, "shared": shared, "backward": kernel.endswith("bwd")}
-        tuned = {plan.key(rows, n, k, "16"): dict(options)}
-        chosen = plan.plan(rows, n, k, sms, tuned=tuned, **limits)
+        product = plan.Product(kernel, rows, n, k)
+        chosen = plan.entry_plan(options, product, plan.Limits(sms, shared))
         if chosen.synced:
             exchange = plan.Exchange(chosen, rows, linear_norm_act.PLANES, device)
 

@@ -1,21 +1,23 @@
 """Which tiles a fused product is launched with, or that it had better not be fused.
 
-The choice is the least of a small cost model: a tile's loads at what an SM takes in, its products
-at the tensor cores' rate, its epilogue, and the exchange where a row lies in several tiles. The
-constants are an H200's, partly assumed and not yet measured through these kernels; they order the
-choices, they are not promises. Entries of :mod:`pwm_fast.kernels.tuning` come before it.
+What there is to choose from is :data:`TILES`, for every kernel. The choice is an entry of the GPU's
+file of measured ones (:mod:`pwm_fast.kernels.tuning`) or else the least of the cost model
+(:mod:`pwm_fast.kernels.cost`). It depends on sizes, precision and device alone, is made once for
+each of them and launches nothing.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-from pwm_fast.kernels.tuning import load
+from pwm_fast.kernels import cost, tuning
 
 VARIABLE = "PWM_FAST_FUSED_PRODUCTS"
 
@@ -28,16 +30,116 @@ WIDEST = 512
 GROUPED_ROWS = (16, 32)
 #: Elements of a tile, and of one in a backward pass: larger ones spill in the epilogue.
 LARGEST, LARGEST_BACKWARD = 16384, 8192
-#: Column tiles that a row may lie in.
+#: Column tiles of a row whose programs wait for one another.
 MOST_TILES = 64
 
-_INGRESS = 85e3  # bytes a microsecond into one SM
-_L2 = 6.4e6  # bytes a microsecond, all SMs
-_HBM = 4.3e6
-_LAUNCH = 1.6  # microseconds to start and drain a product
-_EXCHANGE = 1.1  # microseconds until a row block's programs have met
-_EPILOGUE = 0.22 / 1755.0  # microseconds an element
-_FLOPS = {"16": 5.98e6, "tf32": 2.99e6, "tf32x3": 1.0e6, "bf16x3": 1.99e6, "ieee": 0.38e6}
+
+class Tiles(NamedTuple):
+    """What a kernel can be launched with.
+
+    Attributes:
+        whole: rows of tiles that hold whole rows; their columns are the power of two from 64 on.
+        shared: tiles of rows that lie in several.
+        waits: the programs of such a row wait for one another.
+        backward: the epilogue holds more, so that tiles are smaller and have more warps.
+        aligned: the summed width must be a multiple of so many.
+        state: bytes that the epilogue moves of each element in float32.
+        operands: numbers that it moves of each in the operands' dtype.
+    """
+
+    whole: tuple[int, ...]
+    shared: tuple[tuple[int, int], ...]
+    waits: bool
+    backward: bool
+    aligned: int = 1
+    state: int = 0
+    operands: int = 2
+
+
+#: By kernel. The cases of ahead-of-time compilation are of these.
+TILES: Mapping[str, Tiles] = {
+    "linear_norm_act_fwd": Tiles(WHOLE_ROWS, SHARED_ROWS, True, False),
+    "linear_norm_act_bwd": Tiles(WHOLE_ROWS, SHARED_ROWS, True, True),
+    # The weight's unaligned rows would be read number by number, which spills.
+    "linear_act_norm_fwd": Tiles(GROUPED_ROWS, (), False, False, aligned=16),
+    "linear_act_norm_bwd": Tiles(GROUPED_ROWS, (), False, True),
+    "linear_axpby": Tiles(WHOLE_ROWS, SHARED_ROWS, False, True, state=12, operands=1),
+}
+RATES = ("16", "tf32", "ieee")
+
+
+class Product(NamedTuple):
+    """A product ``[rows, k] [n, k]^T``, or one of each member, with what follows it.
+
+    Attributes:
+        kernel: a key of :data:`TILES`.
+        rows: of the result, of one member.
+        n: columns of the result.
+        k: summed over.
+        members: of an ensemble; 1: a layer alone.
+        element: bytes of an operand's element.
+        input_precision: of fp32 operands, as ``tl.dot`` names it.
+    """
+
+    kernel: str
+    rows: int
+    n: int
+    k: int
+    members: int = 1
+    element: int = 2
+    input_precision: str = "tf32"
+
+    @property
+    def rate(self) -> str:
+        """Of :data:`RATES`: what it is multiplied in."""
+        return "16" if self.element == 2 else self.input_precision
+
+    @property
+    def traffic(self) -> int:
+        """Bytes that the epilogue moves of each element of the result."""
+        tiles = TILES[self.kernel]
+        return tiles.state + tiles.operands * self.element
+
+    @property
+    def key(self) -> str:
+        """Of a tuned entry: precision, members, rows by the power of two that holds them, N, K."""
+        members = "" if self.members == 1 else f" E{self.members}"
+        return f"{self.rate}{members} R{_power_of_two(self.rows)} N{self.n} K{self.k}"
+
+    def check(self) -> None:
+        """Raise ValueError for what is no product."""
+        if self.kernel not in TILES:
+            raise ValueError(f"kernel must be one of {', '.join(TILES)}, got {self.kernel!r}")
+        if min(self.rows, self.n, self.k, self.members) < 1:
+            raise ValueError(
+                f"sizes must be positive, got rows={self.rows}, n={self.n}, k={self.k}, "
+                f"members={self.members}"
+            )
+        if self.rate not in RATES:
+            raise ValueError(f"input_precision must be tf32 or ieee, got {self.input_precision!r}")
+
+
+_KEY = re.compile(r"(16|tf32|ieee)(?: E(\d+))? R(\d+) N(\d+) K(\d+)")
+
+
+def product_of(kernel: str, key: str) -> Product:
+    """The largest product that a tuned entry is for; of a key that ``tuning.load`` let pass."""
+    rate, members, rows, n, k = _KEY.fullmatch(key).groups()  # type: ignore[union-attr]
+    element = 2 if rate == "16" else 4
+    precision = "tf32" if rate == "16" else rate
+    return Product(kernel, int(rows), int(n), int(k), int(members or 1), element, precision)
+
+
+class Limits(NamedTuple):
+    """What of a device matters.
+
+    Attributes:
+        sms: multiprocessors.
+        shared: bytes of shared memory that a program may have.
+    """
+
+    sms: int
+    shared: int = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -50,8 +152,9 @@ class Plan:
         block_k: summed at once.
         warps: of a program.
         stages: of software pipelining.
-        tiles_n: column tiles that a row lies in; 1: no exchange.
-        groups: row blocks in flight; ``groups * tiles_n`` programs.
+        tiles_n: column tiles that a row lies in.
+        groups: row blocks in flight, of a member; ``groups * tiles_n`` programs.
+        waits: programs of a row that lies in several tiles may wait for one another.
     """
 
     block_m: int
@@ -61,16 +164,22 @@ class Plan:
     stages: int
     tiles_n: int
     groups: int
+    waits: bool = True
 
     @property
     def programs(self) -> int:
-        """Programs of a launch."""
+        """Programs of a launch, of a member."""
         return self.groups * self.tiles_n
 
     @property
     def synced(self) -> bool:
         """Programs wait for one another: the launch has to be cooperative."""
-        return self.tiles_n > 1
+        return self.waits and self.tiles_n > 1
+
+    @property
+    def name(self) -> str:
+        """``"64x128"``."""
+        return f"{self.block_m}x{self.block_n}"
 
 
 def make_plan(
@@ -82,6 +191,8 @@ def make_plan(
     element: int,
     shared: int,
     backward: bool = False,
+    *,
+    waits: bool = True,
 ) -> Plan | None:
     """The plan of one tile shape, or None where it does not fit the shapes or the device.
 
@@ -94,10 +205,13 @@ def make_plan(
         element: bytes of an operand's element.
         shared: bytes of shared memory that a program may have.
         backward: its epilogue holds more, so that a thread has half the accumulators.
+        waits: programs of a row that lies in several tiles wait for one another: all are resident.
     """
     tiles_m, tiles_n = _cdiv(rows, block_m), _cdiv(n, block_n)
-    largest = LARGEST_BACKWARD if backward else LARGEST
-    if tiles_n > min(sms, MOST_TILES) or block_m * block_n > largest:
+    synced = waits and tiles_n > 1
+    if synced and tiles_n > min(sms, MOST_TILES):
+        return None
+    if block_m * block_n > (LARGEST_BACKWARD if backward else LARGEST):
         return None
     block_k = 128 // element  # one line of shared memory
     stages = min(4, (shared - 8192) // ((block_m + block_n) * block_k * element))
@@ -107,308 +221,153 @@ def make_plan(
     # Products of few rows take their operands through registers as well.
     fewer = backward or block_m < 32
     warps = max(4, block_m * block_n // (1024 if fewer else 2048))
-    groups = tiles_m if tiles_n == 1 else min(tiles_m, sms // tiles_n)
-    return Plan(block_m, block_n, block_k, warps, stages, tiles_n, groups)
+    groups = min(tiles_m, sms // tiles_n) if synced else tiles_m
+    return Plan(block_m, block_n, block_k, warps, stages, tiles_n, groups, waits)
 
 
-def candidates(
-    rows: int,
-    n: int,
-    sms: int,
-    *,
-    element: int = 2,
-    shared: int = 227 * 1024,
-    backward: bool = False,
-) -> list[Plan]:
-    """Every plan that fits, for a tuner to try."""
-    shapes = [] if n > WIDEST else [(m, _power_of_two(max(n, 64))) for m in WHOLE_ROWS]
-    shapes += [(m, b) for m, b in SHARED_ROWS if b < n]
-    plans = [make_plan(m, b, rows, n, sms, element, shared, backward) for m, b in shapes]
-    return [p for p in plans if p is not None]
+def shapes(kernel: str, n: int) -> list[tuple[int, int]]:
+    """The tiles ``(BLOCK_M, BLOCK_N)`` that a kernel's rows of ``n`` columns can be cut into."""
+    tiles = TILES[kernel]
+    whole = [] if n > WIDEST else [(m, _power_of_two(max(n, 64))) for m in tiles.whole]
+    return whole + [(m, b) for m, b in tiles.shared if b < n]
 
 
-def _busy(plan: Plan, rows: int, k: int, sms: int, element: int, rate: str) -> tuple[int, float]:
-    """Waves of tiles, and microseconds that the model gives a tile's product."""
-    tiles = _cdiv(rows, plan.block_m) * plan.tiles_n
-    together = min(tiles, plan.programs if plan.synced else sms)
-    bytes_in = (plan.block_m + plan.block_n) * k * element
-    # Tiles of fewer than 64 rows do not reach the warpgroup products.
-    efficiency = 0.7 if plan.block_m >= 64 else 0.35
-    products = 2.0 * plan.block_m * plan.block_n * k / (_FLOPS[rate] * efficiency)
-    return _cdiv(tiles, together), max(products, bytes_in / _INGRESS, bytes_in * together / _L2)
+def candidates(product: Product, limits: Limits) -> list[Plan]:
+    """Every plan that fits, for the model and the tuner to choose from.
 
-
-def cost(plan: Plan, rows: int, k: int, sms: int, element: int, rate: str) -> float:
-    """Microseconds that the model gives a plan."""
-    waves, busy = _busy(plan, rows, k, sms, element, rate)
-    epilogue = plan.block_m * plan.block_n * _EPILOGUE
-    return _LAUNCH + waves * (busy + epilogue + (_EXCHANGE if plan.synced else 0.0))
-
-
-def unfused_cost(rows: int, n: int, k: int, sms: int, element: int, rate: str) -> float:
-    """Microseconds that the model gives a plain product and an element kernel after it.
-
-    The product is the best of the same tiles without epilogue and exchange.
+    Raises:
+        ValueError: a size is not positive, or the kernel or precision unknown.
     """
-    shapes = [p for p in candidates(rows, n, sms, element=element) if p.tiles_n > 1 or n <= 64]
-    busy = [_busy(p, rows, k, sms, element, rate) for p in shapes]
-    product = min((waves * each for waves, each in busy), default=0.0)
-    if rate == "ieee":  # cuBLAS's float32 products make better use of the cores than tl.dot's
-        product *= 0.5
-    between = 2 * rows * n * 4 + 2 * rows * n * element  # fp32 written and read, y and xhat
-    return 2 * _LAUNCH + product + between / (_L2 if between < 32e6 else _HBM)
+    product.check()
+    tiles = TILES[product.kernel]
+    if product.k % tiles.aligned:
+        return []
+    made = (_plan(m, b, product, limits) for m, b in shapes(product.kernel, product.n))
+    return [p for p in made if p is not None]
+
+
+def _plan(block_m: int, block_n: int, product: Product, limits: Limits) -> Plan | None:
+    tiles = TILES[product.kernel]
+    return make_plan(
+        block_m,
+        block_n,
+        product.rows,
+        product.n,
+        limits.sms,
+        product.element,
+        limits.shared,
+        tiles.backward,
+        waits=tiles.waits,
+    )
+
+
+def model(product: Product, limits: Limits) -> dict[Plan | None, float]:
+    """Microseconds that the cost model gives every candidate; None: plain product, element kernel.
+
+    Raises:
+        ValueError: see :func:`candidates`.
+    """
+    plain = [
+        make_plan(
+            m, b, product.rows, product.n, limits.sms, product.element, limits.shared, waits=False
+        )
+        for m, b in SHARED_ROWS
+        if b < product.n or b == SHARED_ROWS[0][1]
+    ]
+    found: dict[Plan | None, float] = {
+        p: cost.fused(p, product, limits.sms) for p in candidates(product, limits)
+    }
+    found[None] = cost.unfused([p for p in plain if p is not None], product, limits.sms)
+    return found
 
 
 def plan(
-    rows: int,
-    n: int,
-    k: int,
-    sms: int,
-    *,
-    element: int = 2,
-    input_precision: str = "tf32",
-    shared: int = 227 * 1024,
-    backward: bool = False,
-    tuned: Mapping[str, Mapping[str, int]] | None = None,
+    product: Product, limits: Limits, tuned: Mapping[str, Mapping[str, int]] | None = None
 ) -> Plan | None:
-    """How to launch a fused product ``[rows, k] [n, k]^T``, or None: do not fuse it.
+    """How to launch a fused product, or None: do not fuse it.
 
     Args:
-        rows: of the result.
-        n: columns of the result.
-        k: summed over.
-        sms: multiprocessors of the device.
-        element: bytes of an operand's element.
-        input_precision: of fp32 operands, as ``tl.dot`` names it.
-        shared: bytes of shared memory that a program may have.
-        backward: the plan is for a backward kernel.
-        tuned: entries that come before the model: :func:`key` to a plan's fields ``block_m`` and
-            ``block_n`` (others optional); ``block_m`` 0 says not to fuse.
+        product: what is to be computed.
+        limits: of the device.
+        tuned: entries that come before the model, by :attr:`Product.key`: see :func:`entry_plan`.
 
     Raises:
-        ValueError: a size is not positive, or a tuned entry does not fit the shapes.
+        ValueError: see :func:`candidates`; or a tuned entry does not fit.
     """
-    if min(rows, n, k, sms) < 1:
-        raise ValueError(f"sizes must be positive, got rows={rows}, n={n}, k={k}, sms={sms}")
-    rate = "16" if element == 2 else input_precision
-    name = key(rows, n, k, rate)
-    if tuned is not None and name in tuned:
-        return _tuned(name, tuned[name], rows, n, sms, element, shared, backward)
-    found = candidates(rows, n, sms, element=element, shared=shared, backward=backward)
-    if not found:
-        return None
-    best = min(found, key=lambda p: cost(p, rows, k, sms, element, rate))
-    if cost(best, rows, k, sms, element, rate) > unfused_cost(rows, n, k, sms, element, rate):
-        return None
-    return best
+    product.check()
+    entry = None if tuned is None else tuned.get(product.key)
+    if entry is not None:
+        return entry_plan(entry, product, limits)
+    found = model(product, limits)
+    return min(found, key=lambda p: found[p])
 
 
-def whole_rows(
-    block_m: int,
-    rows: int,
-    n: int,
-    element: int,
-    shared: int,
-    backward: bool = False,
-) -> Plan | None:
-    """The plan of tiles that hold whole rows of one member each, or None where it does not fit.
-
-    Args:
-        block_m: rows of a tile.
-        rows: of a member.
-        n: columns of the result.
-        element: bytes of an operand's element.
-        shared: bytes of shared memory that a program may have.
-        backward: its epilogue holds more.
-    """
-    if n > WIDEST:
-        return None
-    block_n = _power_of_two(max(n, 64))
-    return make_plan(block_m, block_n, rows, n, 1, element, shared, backward)
-
-
-def grouped_plan(
-    rows: int,
-    members: int,
-    n: int,
-    k: int,
-    sms: int,
-    *,
-    element: int = 2,
-    input_precision: str = "tf32",
-    shared: int = 227 * 1024,
-    backward: bool = False,
-) -> Plan | None:
-    """How to launch a fused product of each of an ensemble's members, whole rows a tile.
-
-    None says not to fuse it. The grid is ``[plan.groups, members]``.
-
-    Args:
-        rows: of a member.
-        members: of the ensemble; 1: a layer alone.
-        n: columns of the result.
-        k: summed over.
-        sms: multiprocessors of the device.
-        element: bytes of an operand's element.
-        input_precision: of fp32 operands, as ``tl.dot`` names it.
-        shared: bytes of shared memory that a program may have.
-        backward: the plan is for a backward kernel.
+def entry_plan(entry: Mapping[str, int], product: Product, limits: Limits) -> Plan | None:
+    """The plan of a tuned entry: a tile's ``block_m`` and ``block_n``; ``block_m`` 0: do not fuse.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: the kernel has no such tile, or it does not fit sizes or device.
     """
-    if min(rows, members, n, k, sms) < 1:
+    tuning.check(product.kernel, product.key, dict(entry))
+    if not entry["block_m"]:
+        return None
+    found = {(p.block_m, p.block_n): p for p in candidates(product, limits)}
+    tile = entry["block_m"], entry["block_n"]
+    if tile not in found:
+        fitting = ", ".join(p.name for p in found.values()) or "none"
         raise ValueError(
-            f"sizes must be positive, got rows={rows}, members={members}, n={n}, k={k}, sms={sms}"
+            f"{product.kernel} has no tile {tile[0]}x{tile[1]} that fits {product.rows} rows of "
+            f"{product.n} on {limits.sms} multiprocessors with {limits.shared} bytes of shared "
+            f"memory each; those that do: {fitting}"
         )
-    if not backward and k % 16:
-        return None  # the weight's rows would be read number by number, which spills
-    rate = "16" if element == 2 else input_precision
-    made = [whole_rows(m, rows, n, element, shared, backward) for m in GROUPED_ROWS]
-    found = {
-        p: cost(p, members * p.groups * p.block_m, k, sms, element, rate)
-        for p in made
-        if p is not None
-    }
-    if not found:
-        return None
-    best = min(found, key=lambda p: found[p])
-    if found[best] > unfused_cost(members * rows, n, k, sms, element, rate):
-        return None
-    return best
+    return found[tile]
 
 
-def key(rows: int, n: int, k: int, rate: str) -> str:
-    """Name of a tuned entry; rows count by the power of two that holds them."""
-    return f"{rate} R{_power_of_two(rows)} N{n} K{k}"
-
-
-def _tuned(
-    name: str,
-    entry: Mapping[str, int],
-    rows: int,
-    n: int,
-    sms: int,
-    element: int,
-    shared: int,
-    backward: bool,
-) -> Plan | None:
-    fields = dict(entry)
-    try:
-        block_m, block_n = fields.pop("block_m"), fields.pop("block_n", 0)
-    except KeyError as error:
-        raise ValueError(f"tuned entry {name!r} has no {error}") from error
-    if block_m == 0:
-        return None
-    made = None
-    if block_n:
-        made = make_plan(block_m, block_n, rows, n, sms, element, shared, backward)
-    unknown = set(fields) - {"block_k", "warps", "stages"}
-    if made is None or unknown:
-        raise ValueError(
-            f"tuned entry {name!r} does not fit {rows} rows of {n} on {sms} multiprocessors, "
-            f"or has unknown fields: {dict(entry)}"
-        )
-    values = {**made.__dict__, **fields}
-    return Plan(**values)
+# --- on a device ----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=16)
-def _limits(device: torch.device) -> tuple[int, int, str]:
+def device_limits(device: torch.device) -> tuple[str, Limits]:
+    """Name and limits of a CUDA device."""
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 163 * 1024)
-    return properties.multi_processor_count, int(shared), properties.name
+    return properties.name, Limits(properties.multi_processor_count, int(shared))
 
 
-def device_plan(
-    kernel: str,
-    rows: int,
-    n: int,
-    k: int,
-    element: int,
-    device: torch.device,
-    input_precision: str,
-) -> Plan | None:
-    """:func:`plan` for a device, with its tuned entries.
+@lru_cache(maxsize=64)
+def _tuned(kernel: str, gpu: str, limits: Limits) -> Mapping[str, Mapping[str, int]]:
+    def fits(key: str, entry: Mapping[str, int]) -> None:
+        entry_plan(entry, product_of(kernel, key), limits)
 
-    On CPU tensors, which Triton's interpreter works on, a plan of whole rows or none: there nobody
-    can wait.
-
-    Args:
-        kernel: whose entries: ``"linear_norm_act_fwd"``, ``"linear_norm_act_bwd"`` or
-            ``"linear_axpby"``, whose epilogue holds as much as a backward one.
-        rows: of the result.
-        n: columns of the result.
-        k: summed over.
-        element: bytes of an operand's element.
-        device: of the tensors.
-        input_precision: of fp32 operands.
-
-    Raises:
-        ValueError: ``PWM_FAST_FUSED_PRODUCTS`` is neither 1 nor 0, which asks for no plan ever.
-    """
-    if min(rows, n, k) < 1 or not _wanted():
-        return None
-    backward = not kernel.endswith("fwd")
-    if device.type != "cuda":
-        found = candidates(rows, n, 1, element=element, backward=backward)
-        return next((p for p in found if not p.synced), None)
-    sms, shared, name = _limits(device)
-    return plan(
-        rows,
-        n,
-        k,
-        sms,
-        element=element,
-        input_precision=input_precision,
-        shared=shared,
-        backward=backward,
-        tuned=load(name).get(kernel),
-    )
+    return tuning.entries(gpu, kernel, fits)
 
 
-def device_grouped_plan(
-    rows: int,
-    members: int,
-    n: int,
-    k: int,
-    element: int,
-    device: torch.device,
-    input_precision: str,
-    *,
-    backward: bool,
-) -> Plan | None:
-    """:func:`grouped_plan` for a device; on CPU tensors the first plan that fits.
+@lru_cache(maxsize=4096)
+def _chosen(product: Product, gpu: str, limits: Limits) -> Plan | None:
+    return plan(product, limits, _tuned(product.kernel, gpu, limits))
+
+
+def device_plan(product: Product, device: torch.device) -> Plan | None:
+    """:func:`plan` for a device, with its tuned entries; chosen once, then looked up.
+
+    On CPU tensors, which Triton's interpreter works on, the first plan whose programs do not wait:
+    there nobody can.
 
     Args:
-        rows: of a member.
-        members: of the ensemble; 1: a layer alone.
-        n: columns of the result.
-        k: summed over.
-        element: bytes of an operand's element.
+        product: what is to be computed; without rows, columns or a summed width there is no plan.
         device: of the tensors.
-        input_precision: of fp32 operands.
-        backward: the plan is for a backward kernel.
 
     Raises:
-        ValueError: ``PWM_FAST_FUSED_PRODUCTS`` is neither 1 nor 0, which asks for no plan ever.
+        ValueError: ``PWM_FAST_FUSED_PRODUCTS`` is neither 1 nor 0, which asks for no plan ever; or
+            the GPU's file of tuned entries is wrong.
     """
-    if min(rows, members, n, k) < 1 or not _wanted():
+    if min(product.rows, product.n, product.k) < 1 or not _wanted():
         return None
     if device.type != "cuda":
-        return whole_rows(GROUPED_ROWS[0], rows, n, element, 163 * 1024, backward)
-    sms, shared, _ = _limits(device)
-    return grouped_plan(
-        rows,
-        members,
-        n,
-        k,
-        sms,
-        element=element,
-        input_precision=input_precision,
-        shared=shared,
-        backward=backward,
-    )
+        # Alignment only matters to a GPU's registers.
+        even = product._replace(k=_cdiv(product.k, 16) * 16)
+        return next((p for p in candidates(even, Limits(1)) if not p.synced), None)
+    return _chosen(product, *device_limits(device))
 
 
 def _wanted() -> bool:

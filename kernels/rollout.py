@@ -216,6 +216,13 @@ def tuning_key(batch: int, padded: int, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} B{batch} U{padded}"
 
 
+def check_tuned(key: str, entry: Mapping[str, int], sms: int, shared: int) -> None:
+    """Raise ValueError where a tuned layout does not fit the sizes of its key, or the device."""
+    dtype, batch, padded = key.split()
+    operand = getattr(torch, dtype)
+    _tuned_plan(entry, int(batch[1:]), int(padded[1:]), operand, sms, shared)
+
+
 def plan(
     batch: int,
     padded: int,

@@ -66,6 +66,8 @@ def launch(
     n, k = arguments["N"], arguments["K"]
     if plan.tiles_n != -(-n // plan.block_n):
         raise ValueError(f"the plan's {plan.tiles_n} tiles of {plan.block_n} are not {n} columns")
+    if waits and plan.tiles_n > 1 and not plan.waits:
+        raise ValueError("the plan is made for programs that do not wait for one another")
     synced = plan.synced and waits
     if synced and (
         exchange is None

@@ -114,14 +114,12 @@ def test_the_kernels_take_what_is_written(tmp_path: Path) -> None:
     planning = pytest.importorskip("pwm_fast.kernels.plan")
     tuning = pytest.importorskip("pwm_fast.kernels.tuning")
     for p in tune.problems(None, 132, 227 * 1024, (64, 16384)):
-        rows, n, k = (int(part[1:]) for part in p.key.split()[1:])
+        product, limits = planning.product_of(p.kernel, p.key), planning.Limits(132)
         assert p.heuristic in p.choices
         for name, options in p.choices.items():
             tuning.save("Some GPU", {p.kernel: {p.key: options}}, tmp_path)
             tuned = tuning.load("Some GPU", tmp_path)[p.kernel]
-            found = planning.plan(
-                rows, n, k, 132, element=2, backward=p.kernel.endswith("bwd"), tuned=tuned
-            )
+            found = planning.plan(product, limits, tuned)
             assert ("unfused" if found is None else tune._name(found)) == name
 
 

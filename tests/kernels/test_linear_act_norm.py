@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast.kernels.linear_act_norm import linear_act_norm_bwd, linear_act_norm_fwd
-from pwm_fast.kernels.plan import GROUPED_ROWS, Plan, grouped_plan, whole_rows
+from pwm_fast.kernels.plan import GROUPED_ROWS, Limits, Plan, Product, candidates, make_plan, plan
 from pwm_fast.ops.fused.kernels import TorchKernels
 from pwm_fast.ops.fused.precision import EXACT, FAST, Precision
 from pwm_fast.ops.fused.stack import LayerParams, LayerSpec, Stack
@@ -331,22 +331,24 @@ def test_a_stack_with_fused_products(members: int, precision: Precision) -> None
 # --- plans -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("kernel", ["linear_act_norm_fwd", "linear_act_norm_bwd"])
 @pytest.mark.parametrize("n", [1, 101, 200, 400, 512])
-def test_plans_hold_whole_rows_of_a_member(n: int, backward: bool) -> None:
-    plan = whole_rows(16, 300, n, 2, 160 * 1024, backward)
-    assert plan is not None
-    assert plan.tiles_n == 1 and plan.block_n >= n
-    assert plan.groups == -(-300 // plan.block_m)
+def test_plans_hold_whole_rows_of_a_member(n: int, kernel: str) -> None:
+    found = candidates(Product(kernel, 300, n, 400, members=3), Limits(132, 160 * 1024))
+    assert found
+    for p in found:
+        assert p.tiles_n == 1 and p.block_n >= n
+        assert p.groups == -(-300 // p.block_m)
 
 
 def test_what_has_no_plan() -> None:
-    assert grouped_plan(1024, 3, 200, 400, 132) is not None
-    assert grouped_plan(1024, 3, 513, 400, 132) is None
-    assert grouped_plan(1024, 3, 200, 401, 132) is None
-    assert whole_rows(32, 300, 400, 2, 160 * 1024, backward=True) is None
-    with pytest.raises(ValueError, match="members=0"):
-        grouped_plan(300, 0, 400, 400, 132)
+    product = Product("linear_act_norm_fwd", 1024, 200, 400, members=3)
+    assert plan(product, Limits(132)) is not None
+    for changed in ({"n": 513}, {"k": 401}):
+        other = product._replace(**changed)
+        assert candidates(other, Limits(132)) == [] and plan(other, Limits(132)) is None
+    backward = Product("linear_act_norm_bwd", 300, 400, 200, members=3)
+    assert [p.block_m for p in candidates(backward, Limits(132))] == [16]
 
 
 # --- on a device -----------------------------------------------------------------------------
@@ -378,7 +380,9 @@ def test_on_a_gpu(members, rows, n, k, block_m, kind) -> None:
         pytest.skip("needs a CUDA GPU")
     dtype, precision = KINDS[kind]
     layer = Ensemble(members, rows, n, k, dtype)
-    plans = [whole_rows(block_m, rows, n, dtype.itemsize, 160 * 1024, b) for b in (False, True)]
+    block_n = 1 << max(6, (n - 1).bit_length())
+    fixed = (block_m, block_n, rows, n, 1, dtype.itemsize, 160 * 1024)
+    plans = [make_plan(*fixed, backward) for backward in (False, True)]
     if plans == [None, None]:
         pytest.skip(f"rows of {n} do not fit {block_m} at a time")
     if plans[0] is not None:

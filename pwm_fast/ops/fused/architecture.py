@@ -132,11 +132,14 @@ def _persistent(
 
 
 @lru_cache(maxsize=16)
-def _tuned(index: int) -> Mapping[str, Mapping[str, int]] | None:
-    """Layouts measured on a GPU; None where there are none."""
-    from pwm_fast.kernels.tuning import load
+def _tuned(index: int) -> Mapping[str, Mapping[str, int]]:
+    """Layouts measured on a GPU."""
+    from pwm_fast.kernels import rollout, tuning
 
-    return load(torch.cuda.get_device_name(index)).get("rollout")
+    def fits(key: str, entry: Mapping[str, int]) -> None:
+        rollout.check_tuned(key, entry, *_limits(index))
+
+    return tuning.entries(torch.cuda.get_device_name(index), "rollout", fits)
 
 
 @lru_cache(maxsize=16)

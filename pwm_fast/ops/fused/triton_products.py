@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.kernels import linear_act_norm, linear_axpby, linear_norm_act
-from pwm_fast.kernels.plan import Exchange, Plan, device_grouped_plan, device_plan
+from pwm_fast.kernels.plan import Exchange, Plan, Product, device_plan
 from pwm_fast.ops.fused.precision import EXACT, Precision
 from pwm_fast.ops.fused.products import FusedBackward, FusedForward, FusedUpdate
 
@@ -41,7 +41,7 @@ class TritonProducts:
     ) -> FusedForward | None:
         """See :class:`pwm_fast.ops.fused.products.Products`."""
         if order == "act_norm":
-            plan = self._grouped(rows, n, k, operand, device, members, False)
+            plan = self._plan("linear_act_norm_fwd", rows, n, k, operand, device, members)
             return (
                 None
                 if plan is None
@@ -65,7 +65,7 @@ class TritonProducts:
     ) -> FusedBackward | None:
         """See :class:`pwm_fast.ops.fused.products.Products`."""
         if order == "act_norm":
-            plan = self._grouped(rows, n, k, operand, device, members, True)
+            plan = self._plan("linear_act_norm_bwd", rows, n, k, operand, device, members)
             return (
                 None
                 if plan is None
@@ -84,35 +84,23 @@ class TritonProducts:
         return None if plan is None else _Update(plan, self.input_precision)
 
     def _plan(
-        self, kernel: str, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
-    ) -> Plan | None:
-        if operand not in _OPERANDS:
-            return None
-        return device_plan(kernel, rows, n, k, operand.itemsize, device, self.input_precision)
-
-    def _grouped(
         self,
+        kernel: str,
         rows: int,
         n: int,
         k: int,
         operand: torch.dtype,
         device: torch.device,
-        members: int,
-        backward: bool,
+        members: int = 0,
     ) -> Plan | None:
+        """``rows`` are those of all members."""
         if operand not in _OPERANDS:
             return None
         count = max(members, 1)
-        return device_grouped_plan(
-            rows // count,
-            count,
-            n,
-            k,
-            operand.itemsize,
-            device,
-            self.input_precision,
-            backward=backward,
+        product = Product(
+            kernel, rows // count, n, k, count, operand.itemsize, self.input_precision
         )
+        return device_plan(product, device)
 
 
 class _Fused:

@@ -96,7 +96,7 @@ def linear_norm_act_fwd_kernel(
         if bias is not None:
             h += tl.load(bias + cols, mask=inside, other=0.0)[None, :]
         if add is not None:
-            at = add + (valid % S)[:, None] * N + cols[None, :]
+            at = add + (valid % S)[:, None].to(tl.int64) * N + cols[None, :]
             h += tl.load(at, mask=inside[None, :], other=0.0)
         if tau is not None:
             wt = tl.load(w_tau + cols, mask=inside, other=0.0)
@@ -287,8 +287,10 @@ def linear_norm_act_bwd_kernel(
                     if not CENTRED:
                         largest += tl.abs(mean)
                     largest = largest * r
-                else:
+                elif CENTRED or EVEN_N:
                     largest = tl.max(tl.abs(g), 1)
+                else:  # beyond the row's end there is the mean that was taken off
+                    largest = tl.max(tl.where(inside[None, :], tl.abs(g), 0.0), 1)
                 exponent = row_exponent(largest)
                 g *= power(254 - exponent)[:, None]
                 tl.store(dx_scale + rows, power(exponent), mask=(rows < R) & (tile == 0))

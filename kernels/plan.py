@@ -396,7 +396,8 @@ class Exchange:
         self.stride = tiles_m * plan.block_m
         self.planes = planes
         self.tiles_n = plan.tiles_n
-        self.slots = torch.empty(planes * plan.tiles_n * self.stride, device=device)
+        size = planes * plan.tiles_n * self.stride
+        self.slots = torch.empty(size, dtype=torch.float32, device=device)
         # COUNTER_STRIDE of kernels/tile.py, which cannot be imported without triton
         self.counters = torch.zeros(tiles_m * 32, dtype=torch.int32, device=device)
 

@@ -302,6 +302,18 @@ def test_a_scale_holds_zero_rows_and_tiny_ones() -> None:
 
 
 @pytest.mark.interpreted
+def test_a_scale_is_that_of_the_row_alone() -> None:
+    """A gradient that is nearly the mean: what is left of it is small, but not beyond the row."""
+    backward = Backward(WHOLE, 16, 40, 16, 0, "none", torch.float16)
+    there = backward.there
+    there["weight"] = (1.0 + 1e-2 * torch.randn(16, 40)).half()
+    there["dy"], there["add"] = torch.ones(16, 16).half(), torch.zeros(16, 40)
+    there["gamma"] = torch.ones(40)
+    dx, _, _ = backward.launch()
+    assert (dx.abs().amax(1) > 0.4).all(), dx.abs().amax(1)
+
+
+@pytest.mark.interpreted
 def test_fp16_overflows_to_infinity_and_keeps_nan() -> None:
     layer = Layer(16, 40, 16, 0, torch.float16)
     layer.gamma = layer.gamma * 1e6

@@ -30,7 +30,7 @@ class Case:
         name: unique, for the table: ``"norm_act_fwd mish U512 fp16"``.
         fn: the ``triton.jit`` function.
         signature: every argument's type in order: ``"*fp32"``, ``"*fp16"``, ``"i32"``, ``"fp32"``,
-            or ``"constexpr"``.
+            ``"constexpr"``, or a tuple of these.
         constants: values of the ``"constexpr"`` arguments; also of arguments passed as None.
         unaligned: pointers and integers that are not multiples of 16; all others are taken to be.
         num_warps: warps of a program.
@@ -44,7 +44,7 @@ class Case:
 
     name: str
     fn: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[str, Any] = field(default_factory=dict)
     unaligned: frozenset[str] = frozenset()
     num_warps: int = 4
@@ -72,7 +72,9 @@ class Usage(NamedTuple):
     tensor_cores: str
 
 
-def signature(fn: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> dict[str, str]:
+def signature(
+    fn: Any, types: Mapping[str, str | tuple[str, ...]], constants: Mapping[str, Any]
+) -> dict[str, str | tuple[str, ...]]:
     """The signature of a kernel whose arguments are in ``constants`` or of the given types."""
     return {n: "constexpr" if n in constants else types[n] for n in fn.arg_names}
 
@@ -88,8 +90,9 @@ def compile_case(case: Case, arch: int) -> Any:
     if missing:
         raise ValueError(f"case {case.name!r} has no value for constexpr {', '.join(missing)}")
     attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
+        path: [["tt.divisibility", 16]]
+        for i, (name, kinds) in enumerate(signature.items())
+        for path, kind in _leaves(i, kinds)
         if (kind.startswith("*") or kind == "i32" or kind == "i64") and name not in case.unaligned
     }
     source = ASTSource(case.fn, signature, dict(case.constants), attrs)
@@ -102,6 +105,13 @@ def compile_case(case: Case, arch: int) -> Any:
             **case.options,
         },
     )
+
+
+def _leaves(i: int, kinds: str | tuple[str, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """Paths and types of argument ``i``, which may be a tuple."""
+    if isinstance(kinds, str):
+        return [((i,), kinds)]
+    return [((i, j), kind) for j, kind in enumerate(kinds)]
 
 
 def usage(compiled: Any) -> Usage:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pwm_fast import dispatch
+from pwm_fast.ops.fused import packs, triton_support
+
 
 class GuardedAdam:
     """Clip, check and apply gradients.
@@ -52,28 +55,103 @@ class GuardedAdam:
             capturable=device.type == "cuda",  # without, PyTorch refuses to record a step
         )
         self.grad_norm = grad_norm
+        options = (*self.adam.defaults["betas"], self.adam.defaults["eps"], grad_norm)
+        self._options = torch.stack(
+            [torch.full((), x, dtype=torch.float64, device=device) for x in options]
+        )
+        self._steps: list[Tensor] | None = None
         self.keep_gradients = False  # leave clipped gradients in `.grad`, for histograms
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     def step(self, loss: Tensor) -> Tensor:
         """Backpropagate ``loss`` and update; return the gradient's norm before clipping."""
-        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+        return self.apply(loss, torch.autograd.grad(loss, self.params, allow_unused=True))
+
+    def apply(self, loss: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
+        """Update by gradients of ``loss`` that the caller has; they may be overwritten.
+
+        On a GPU with Triton's kernels (docs/kernels.md), else with PyTorch's fused Adam.
+
+        Args:
+            loss: a scalar; it is only looked at.
+            grads: one for each of the parameters, None for zeros.
+
+        Returns:
+            The gradients' norm before clipping.
+        """
         for p, g in zip(self.params, grads, strict=True):
             p.grad = torch.zeros_like(p) if g is None else _laid_out_as(p, g)
-        gradients = [p.grad for p in self.params if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = self._triton_step(loss) if self._takes_triton() else self._torch_step(loss)
+        if not self.keep_gradients:
+            for p in self.params:
+                p.grad = None
+        return norm
+
+    def _torch_step(self, loss: Tensor) -> Tensor:
+        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         nn.utils.clip_grads_with_norm_(self.params, self.grad_norm, norm)
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
         # Fused Adam leaves parameters, moments and its step count alone where found_inf is 1.
         self.adam.found_inf = bad.float()  # type: ignore[attr-defined]
         self.adam.step()
-        if not self.keep_gradients:
-            for p in self.params:
-                p.grad = None
         self.skipped.add_(bad)
         self.skipped_in_a_row.add_(1).mul_(bad)
         return norm
+
+    def _takes_triton(self) -> bool:
+        """Where the operations take Triton's kernels, so does the step."""
+        backend, device = dispatch.requested(), self.params[0].device
+        if backend != "triton" and (backend != "auto" or device.type != "cuda"):
+            return False
+        if any(p.dtype != torch.float32 or not p.is_contiguous() for p in self.params):
+            return False
+        return triton_support.why_not(str(device)) is None
+
+    def _triton_step(self, loss: Tensor) -> Tensor:
+        from pwm_fast.kernels.adam import Group, guarded_step
+
+        state, groups = self.adam.state, []
+        for group, steps in zip(self.adam.param_groups, self._step_counts(), strict=True):
+            params = group["params"]
+            groups.append(
+                Group(
+                    params,
+                    [p.grad for p in params],
+                    [state[p]["exp_avg"] for p in params],
+                    [state[p]["exp_avg_sq"] for p in params],
+                    steps,
+                    group["lr"],
+                )
+            )
+        norm = guarded_step(
+            groups,
+            self._options,
+            loss.detach(),
+            self.skipped,
+            self.skipped_in_a_row,
+            keep=self.keep_gradients,
+        )
+        packs.invalidate()  # as after a step of an optimiser of torch.optim
+        return norm
+
+    def _step_counts(self) -> list[Tensor]:
+        """Step counts of each group in one tensor; Adam's state has views of its entries."""
+        if self._steps is None:
+            self._steps = []
+            for group in self.adam.param_groups:
+                params = group["params"]
+                counts = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
+                for p, count in zip(params, counts.unbind(), strict=True):
+                    state = self.adam.state[p]
+                    if state:
+                        count.copy_(state["step"])
+                    else:
+                        state["exp_avg"] = torch.zeros_like(p)
+                        state["exp_avg_sq"] = torch.zeros_like(p)
+                    state["step"] = count
+                self._steps.append(counts)
+        return self._steps
 
     @property
     def lr(self) -> Tensor:
@@ -101,6 +179,7 @@ class GuardedAdam:
         for group, own in zip(self.adam.param_groups, options, strict=True):
             own["lr"].copy_(torch.as_tensor(group["lr"]))
             group.update({k: v for k, v in own.items() if k != "params"})
+        self._steps = None  # what was loaded has counts of its own
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
 

@@ -1,0 +1,153 @@
+"""Clipped Adam in two launches: against float64, and that what is not finite leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from pwm_fast import dispatch
+from pwm_fast.agent.optim import GuardedAdam
+from pwm_fast.kernels import adam
+from tests.helpers import assert_2x
+from tests.kernels.harness import DEVICES
+
+SHAPES = ((5, 3), (0,), (41, 103), (), (7,))  # one of more than a chunk; some at odd addresses
+BETAS = (0.7, 0.95)
+STEPS = 3
+
+
+def make(device: str, grad_norm: float = 1.0, dtype: torch.dtype = torch.float32) -> GuardedAdam:
+    """An optimiser whose last parameters are slow; the values are those of the seed."""
+    generator = torch.Generator().manual_seed(5)
+    params = []
+    for shape in SHAPES:
+        values = torch.randn(shape, generator=generator).to(device, dtype)
+        flat = torch.empty(values.numel() + 1, dtype=dtype, device=device)[1:]  # unaligned
+        params.append(nn.Parameter(flat.view(shape).copy_(values)))
+    return GuardedAdam(params, 0.1, BETAS, grad_norm, slow=params[3:], slow_scale=0.5)
+
+
+def gradients(step: int, like: GuardedAdam) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator).to(p) for p in like.params]
+
+
+def learn(optimizer: GuardedAdam, steps: int = STEPS) -> list[Tensor]:
+    """Parameters, moments and norms after some steps."""
+    loss = torch.ones((), device=optimizer.params[0].device)
+    norms = [optimizer.apply(loss, gradients(i, optimizer)) for i in range(steps)]
+    return [*state_of(optimizer), *norms]
+
+
+def state_of(optimizer: GuardedAdam) -> list[Tensor]:
+    state = optimizer.adam.state
+    moments = [state[p][k] for p in optimizer.params for k in ("exp_avg", "exp_avg_sq", "step")]
+    return [x.detach().clone().cpu() for x in (*optimizer.params, *moments)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad_norm", [1.0, 1e9])
+def test_as_right_as_torchs_fused_adam(grad_norm: float, device: str) -> None:
+    with dispatch.backend("reference"):
+        truth = learn(make("cpu", grad_norm, torch.float64))
+        theirs = learn(make("cpu", grad_norm))
+    with dispatch.backend("triton"):
+        ours = learn(make(device, grad_norm))
+    assert len(ours) == len(theirs) == len(truth) == 4 * len(SHAPES) + STEPS
+    for kind, own in {
+        "parameters": slice(len(SHAPES)),
+        "first moments": slice(len(SHAPES), -STEPS, 3),
+        "second moments": slice(len(SHAPES) + 1, -STEPS, 3),
+        "step counts": slice(len(SHAPES) + 2, -STEPS, 3),
+        "norms": slice(-STEPS, None),
+    }.items():
+        a, b, c = (torch.cat([x.cpu().flatten() for x in r[own]]) for r in (ours, theirs, truth))
+        assert_2x(a, b, c.double(), kind)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_several_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tensors than a launch has room for: the same bits."""
+    with dispatch.backend("triton"):
+        once = learn(make(device))
+        monkeypatch.setattr(adam, "MOST", 2)
+        parts = learn(make(device))
+    assert all(torch.equal(a, b) for a, b in zip(once, parts, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", ["nan", "inf", "nan loss", "inf loss"])
+def test_what_is_not_finite_is_skipped(bad: str, device: str) -> None:
+    """Everything stays as it is, also at first; the next step is as if nothing had been."""
+    with dispatch.backend("triton"):
+        optimizer, clean = make(device), make(device)
+        for done in range(2):
+            before = state_of(optimizer) if done else None
+            loss = torch.ones((), device=device)
+            grads = gradients(9, optimizer)
+            if "loss" in bad:
+                loss *= float(bad.split()[0])
+            else:
+                grads[2][40, 102] = float(bad)
+            for skips in (1, 2):
+                norm = optimizer.apply(loss, [g.clone() for g in grads])
+                assert bool(norm.isfinite()) == ("loss" in bad)
+                assert int(optimizer.skipped) == skips + 2 * done
+                assert int(optimizer.skipped_in_a_row) == skips
+            if before is not None:
+                after = state_of(optimizer)
+                assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            ours, theirs = learn(optimizer, 1), learn(clean, 1)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            assert int(optimizer.skipped_in_a_row) == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kept_gradients_are_clipped(device: str) -> None:
+    with dispatch.backend("triton"):
+        optimizer, other = make(device), make(device)
+        optimizer.keep_gradients = True
+        ours, theirs = learn(optimizer, 1), learn(other, 1)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    kept = [p.grad for p in optimizer.params if p.grad is not None]
+    assert len(kept) == len(SHAPES)
+    square = torch.stack([g.double().square().sum() for g in kept]).sum().item()
+    assert square == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_goes_on_from_the_state_of_torchs_adam_and_back(device: str) -> None:
+    """A checkpoint says nothing of who took its steps; step counts are one a parameter."""
+    optimizer, other = make(device), make(device)
+    with dispatch.backend("reference"):
+        learn(other)
+        learn(optimizer, 1)
+    with dispatch.backend("triton"):
+        loss = torch.ones((), device=device)
+        optimizer.apply(loss, gradients(1, optimizer))
+        restored = make(device)
+        restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for p, q in zip(restored.params, optimizer.params, strict=True):
+            p.data.copy_(q.data)
+        for each in (optimizer, restored):
+            each.apply(loss, gradients(2, each))
+    for a, b, c in zip(*map(state_of, (optimizer, restored, other)), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
+    with dispatch.backend("reference"):
+        restored.apply(loss, gradients(3, restored))
+    steps = [float(restored.adam.state[p]["step"]) for p in restored.params]
+    assert steps == [4.0] * len(SHAPES)
+
+
+def test_strided_tensors_are_refused() -> None:
+    x = [torch.zeros(3, 2).t()]
+    group = adam.Group([torch.zeros(2, 3)], x, x, x, torch.zeros(1), torch.zeros(()))
+    counts = torch.zeros((), dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"grads\[0\] of group 0 must be contiguous"):
+        adam.guarded_step([group], torch.zeros(4), torch.zeros(()), counts, counts)

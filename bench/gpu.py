@@ -42,7 +42,7 @@ BUDGETS = {  # seconds of each stage; the last takes what is left
     "build": 90.0,
     "tests": 110.0,
     "sanitize": 40.0,
-    "micro": 45.0,
+    "micro": 60.0,
     "quick": 150.0,
     "esnr": 20.0,
     "epoch": 30.0,

@@ -10,7 +10,6 @@ from bench.predictions import (
     EPOCH_AIM,
     ESNR_MODEL,
     ESNR_SHARE,
-    NOT_HERE,
     ROLLOUT_MODEL,
 )
 from bench.providers import GRAPH, OURS
@@ -56,6 +55,13 @@ def faster(slow: Row | None, fast: Row | None) -> str:
     return f"{Spread.of(slow.seconds).p50 / Spread.of(fast.seconds).p50:.2f}x"
 
 
+def of_reading(reading: dict[str, Any], digits: int) -> str:
+    """A figure with its unit, or in a word why there is none."""
+    if reading["value"] is None:
+        return str(reading.get("reason", NOT_MEASURED)).partition(":")[0]
+    return f"{reading['value']:.{digits}g} {reading['unit']}"
+
+
 # --- the end of a run ---------------------------------------------------------------------------
 
 
@@ -74,8 +80,14 @@ def short(result: Result) -> str:
         cells = [milliseconds(row) for row in (slow, plain, ours, bottom)]
         lines.append(_line(group.name, *cells, gain, by))
     for reading in headline(result):
-        value = NOT_MEASURED if reading["value"] is None else f"{reading['value']:.4g}"
-        lines.append(f"{reading['name']}: {value} {reading['unit']}")
+        assumed = ASSUMPTIONS[reading["name"]]
+        lines.append(f"{reading['name']}: {of_reading(reading, 4)} (model: {assumed})")
+    constants = [
+        f"failed: {reading['name']}: {reading['reason'].removeprefix('failed: ')}"
+        for readings in result.gpu.get("micro", {}).values()
+        for reading in readings
+        if reading.get("reason", "").startswith("failed")
+    ]
     failed = [
         f"failed: {group.name}, {row.provider}: {row.reason}"
         for group in result.groups.values()
@@ -87,7 +99,7 @@ def short(result: Result) -> str:
         for name, found in result.gpu.get("tests", {}).items()
         for text in found["messages"]
     ]
-    return "\n".join([*lines, *messages[:10], *failed[:20]])
+    return "\n".join([*lines, *messages[:10], *constants[:20], *failed[:20]])
 
 
 def _line(name: str, *cells: str) -> str:
@@ -120,13 +132,8 @@ def _constants(result: Result | None) -> str:
         "|---|---|---|---|",
     ]
     for name, a in ASSUMPTIONS.items():
-        value = NOT_MEASURED if a.value is None else f"{a.value:g} {a.unit}"
-        found = measured.get(name, {}).get("value")
-        have = NOT_MEASURED if found is None else f"{found:.3g} {a.unit}"
-        lines.append(
-            f"| {a.text} | {'no figure' if a.value is None else value} | {a.source} | {have} |"
-        )
-    lines += [f"| {text} | no figure | | {NOT_MEASURED}: needs CUDA C++ |" for text in NOT_HERE]
+        have = of_reading(measured[name], 3) if name in measured else NOT_MEASURED
+        lines.append(f"| {a.text} | {a} | {a.source} | {have} |")
     return "\n".join(lines)
 
 

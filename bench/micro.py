@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import published
-from bench.measure import CpuClock, CudaClock, Effort, graphed, race
+from bench import micro_cuda, published
+from bench.measure import CpuClock, CudaClock, Effort, graphed, race, settled
 from bench.predictions import ASSUMPTIONS
 from bench.providers import Absent, compiled, eager, tf32
 from bench.results import Spread
@@ -19,6 +20,7 @@ from bench.sizes import ACTION, alg_config, make_agent
 
 Reading = dict[str, Any]
 EFFORT = Effort(seconds=0.15, min_rounds=5, max_rounds=20, sample=0.002)
+MANY = Effort(seconds=0.02, min_rounds=3, max_rounds=5, sample=0.001)  # of 200 products
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -42,29 +44,31 @@ def reading(name: str, value: float | None, unit: str, reason: str | None = None
     return found
 
 
-def seconds(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+def seconds(
+    call: Callable[[], Any], device: torch.device, calls: int = 1, effort: Effort = EFFORT
+) -> float:
     """Median time of a call; on a GPU of ``calls`` of them in one CUDA graph, a call."""
     if device.type != "cuda":
-        return _median(call, device)
+        return _median(call, device, effort)
 
     def several() -> None:
         for _ in range(calls):
             call()
 
     several()
-    return _median(graphed(several), device) / calls
+    return _median(graphed(several, 1), device, effort) / calls
 
 
-def _median(call: Callable[[], Any], device: torch.device) -> float:
+def _median(call: Callable[[], Any], device: torch.device, effort: Effort = EFFORT) -> float:
     call()
     clock = CudaClock() if device.type == "cuda" else CpuClock()
-    return Spread.of(race({"": call}, clock, EFFORT)[""]).p50
+    return Spread.of(race({"": call}, clock, effort)[""]).p50
 
 
 def read(name: str, device: torch.device, dry: bool = False) -> Iterator[Reading]:
     """The readings of one of :data:`BENCHMARKS`; what cannot run gives one without a value."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), settled():
             for found in BENCHMARKS[name](device, dry):
                 if device.type != "cuda":
                     found.pop("replaces", None)  # a CPU's figure says nothing of the model
@@ -115,7 +119,7 @@ def flags(device: torch.device, dry: bool) -> Iterator[Reading]:
 
 
 def bandwidth(device: torch.device, dry: bool) -> Iterator[Reading]:
-    """Reading what L2 holds, what it just does not, and device memory; and copying that."""
+    """Reading and copying device memory; bench/cuda/l2.cu reads L2."""
     large = (2**22 if dry else 2**32) // 4
     source = torch.randn(large, device=device)
     target = torch.empty_like(source)
@@ -125,33 +129,24 @@ def bandwidth(device: torch.device, dry: bool) -> Iterator[Reading]:
     yield reading("HBM read by torch.sum", rate / 1e12, "TB/s")
     kernels = _kernels(device)
     del target
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    out = torch.empty(4 * sms, device=device)
-    for name, size, programs in (
-        ("L2 read, 12 MB", 12 * 2**20, 2 * sms),
-        ("L2 read, 56 MB", 56 * 2**20, 2 * sms),
-        ("HBM read", 4 * large, 2 * sms),
-        ("L2 read by one SM", 4 * 2**20, 1),
-    ):
-        blocks = size // 4 // kernels.READ_BLOCK
-        call = partial(
-            kernels.read[(programs,)],
-            source,
-            out,
-            blocks,
-            BLOCK=kernels.READ_BLOCK,
-            PROGRAMS=programs,
-            AHEAD=kernels.READ_AHEAD,
-            num_warps=kernels.READ_WARPS,
-        )
-        used = source[: blocks * kernels.READ_BLOCK]
-        call()
-        found, wanted = float(out[:programs].double().sum()), float(used.double().sum())
-        if abs(found - wanted) > 1e-3 * float(used.double().norm()):
-            raise Absent(f"the sum of what was read is {found}, not {wanted}")
-        rate = 4 * used.numel() / seconds(call, device, 1 if size > 2**30 else 20)
-        alone = programs == 1
-        yield reading(name, rate / (1e9 if alone else 1e12), "GB/s" if alone else "TB/s")
+    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    out = torch.empty(programs, device=device)
+    call = partial(
+        kernels.read[(programs,)],
+        source,
+        out,
+        large // kernels.READ_BLOCK,
+        BLOCK=kernels.READ_BLOCK,
+        PROGRAMS=programs,
+        AHEAD=kernels.READ_AHEAD,
+        num_warps=kernels.READ_WARPS,
+    )
+    call()
+    found, wanted = float(out.double().sum()), float(source.double().sum())
+    if abs(found - wanted) > 1e-3 * float(source.double().norm()):
+        yield reading("HBM read", None, "", f"failed: the sum is {found}, not {wanted}")
+        return
+    yield reading("HBM read", 4e-12 * large / _median(call, device), "TB/s")
 
 
 def products(device: torch.device, dry: bool) -> Iterator[Reading]:
@@ -168,16 +163,13 @@ def products(device: torch.device, dry: bool) -> Iterator[Reading]:
             x = torch.randn(m, k, device=device).to(dtype)
             w = torch.randn(n, k, device=device).to(dtype)
             calls = max(1, min(20, int(2e11 / (2 * m * k * n))))
-            if kind == "tf32":
-                with tf32():
-                    time = seconds(partial(F.linear, x, w), device, calls)
-            else:
-                time = seconds(partial(F.linear, x, w), device, calls)
+            with tf32() if kind == "tf32" else nullcontext():
+                time = seconds(partial(F.linear, x, w), device, calls, MANY)
             yield reading(f"product {kind} {name}", 2e-12 * m * k * n / time, "TF/s")
 
 
 def mish(device: torch.device, dry: bool) -> Iterator[Reading]:
-    """Mish in registers, and the clock that it ran at."""
+    """The project's Mish in registers, and the clock; bench/cuda/mish.cu has the limit."""
     kernels = _kernels(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     pair = torch.zeros(2, dtype=torch.int64, device=device)
@@ -196,52 +188,86 @@ def mish(device: torch.device, dry: bool) -> Iterator[Reading]:
         num_warps=kernels.MISH_WARPS,
     )
     time = _median(call, device)
+    wanted = x.double()
+    for _ in range(100):  # it converges long before
+        wanted = 0.5 * F.mish(wanted) + x
+    name, worst = "Mish in Triton", float((out - wanted).abs().max())
+    if not worst < 1e-4:
+        yield reading(name, None, "", f"failed: its error is {worst:.3g}")
+        return
     rate = x.numel() * rounds / time / sms / (cycles / nanoseconds * 1e9)
-    yield reading("Mish", rate, "/clk/SM")
+    yield reading(name, rate, "/clk/SM")
+
+
+def _steps(
+    model: str, batch: int, device: torch.device
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], Tensor]:
+    """One velocity evaluation and one macro step of K = 4 by label, and their latents."""
+    agent = make_agent(alg_config(f"{model}_flow", 4), device)
+    dynamics = agent.world_model.dynamics()
+    z = torch.rand(batch, agent.config.world_model.latent_dim, device=device)
+    a = torch.rand(batch, ACTION, device=device)
+
+    def velocity(z: Tensor) -> Tensor:
+        return published.velocity(dynamics.net, z, a, 0.5)
+
+    def macro(z: Tensor) -> Tensor:
+        return published.next_latent(dynamics, z, a)
+
+    size = f"{model} B{batch}"
+    return {f"evaluation, {size}": velocity, f"macro step, K 4, {size}": macro}, z
+
+
+SIZES = (("5M", 128), ("48M", 512))
 
 
 def evaluations(device: torch.device, dry: bool) -> Iterator[Reading]:
-    """One velocity evaluation and one macro step of K = 4, forward, as PyTorch offers them."""
-    for model, batch in (("tiny", 7),) if dry else (("5M", 128), ("48M", 512)):
-        agent = make_agent(alg_config(f"{model}_flow", 4), device)
-        dynamics = agent.world_model.dynamics()
-        z = torch.rand(batch, agent.config.world_model.latent_dim, device=device)
-        a = torch.rand(batch, ACTION, device=device)
-
-        def velocity(z: Tensor, net: Any = dynamics.net, a: Tensor = a) -> Tensor:
-            return published.velocity(net, z, a, 0.5)
-
-        def macro(z: Tensor, dynamics: Any = dynamics, a: Tensor = a) -> Tensor:
-            return published.next_latent(dynamics, z, a)
-
-        for what, function in (("evaluation", velocity), ("macro step, K 4", macro)):
-            label = f"{what}, {model} B{batch}"
-            ways: list[tuple[str, str]] = [("eager fp32", "published"), ("eager bf16", "autocast")]
-            for way, name in ways:
+    """Evaluations and macro steps, forward, as eager PyTorch and captured."""
+    for model, batch in (("tiny", 7),) if dry else SIZES:
+        steps, z = _steps(model, batch, device)
+        for label, function in steps.items():
+            call = partial(function, z)
+            for way, name in (("fp32", "published"), ("tf32", "tf32"), ("bf16", "autocast")):
                 with eager(name, device):
-                    yield reading(
-                        f"{label}, {way}", 1e6 * _median(partial(function, z), device), "µs"
-                    )
-            if device.type != "cuda":
-                continue
-            for way, name in [("fp32 graph", "published"), ("tf32 graph", "tf32"), *ways[1:]]:
-                with eager(name, device):
-                    time = seconds(partial(function, z), device, 4)
-                yield reading(
-                    f"{label}, {way.replace('eager bf16', 'bf16 graph')}", 1e6 * time, "µs"
-                )
-        if device.type == "cuda":
-            target = compiled(velocity)
-            with eager("compile_bf16", device):
-                time = seconds(partial(target, z), device, 4)
-            yield reading(f"evaluation, {model} B{batch}, compiled bf16 graph", 1e6 * time, "µs")
+                    if way != "tf32":
+                        time = _median(call, device)
+                        yield reading(f"{label}, eager {way}", 1e6 * time, "µs")
+                    if device.type == "cuda":
+                        time = seconds(call, device, 4)
+                        yield reading(f"{label}, {way} graph", 1e6 * time, "µs")
 
 
+def compilations(
+    device: torch.device, dry: bool, model: str = "5M", batch: int = 128
+) -> Iterator[Reading]:
+    """The same through torch.compile, which takes its time."""
+    if dry or device.type != "cuda":
+        raise Absent("only a GPU's compiled code is measured here")
+    steps, z = _steps(model, batch, device)
+    for label, function in steps.items():
+        call = partial(compiled(function), z)
+        with eager("compile_bf16", device):
+            time = _median(call, device)
+            yield reading(f"{label}, compiled bf16", 1e6 * time, "µs")
+            time = seconds(call, device, 4)
+        yield reading(f"{label}, compiled bf16 graph", 1e6 * time, "µs")
+
+
+def cuda(name: str, device: torch.device, dry: bool) -> Iterator[Reading]:
+    """A program of bench/cuda; ``sanitizer`` runs one under compute-sanitizer."""
+    found = micro_cuda.sanitize(device) if name == "sanitizer" else micro_cuda.measure(name, device)
+    for figure in found:
+        yield reading(*figure)
+
+
+# In order: what the budget cuts off comes in the next run.
 BENCHMARKS: dict[str, Callable[[torch.device, bool], Iterator[Reading]]] = {
     "launches": launches,
     "flags": flags,
     "bandwidth": bandwidth,
     "mish": mish,
-    "products": products,
+    **{f"cuda {name}": partial(cuda, name) for name in (*micro_cuda.PROGRAMS, "sanitizer")},
     "evaluations": evaluations,
+    "products": products,
+    **{f"compiled {m}": partial(compilations, model=m, batch=b) for m, b in SIZES},
 }

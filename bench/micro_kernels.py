@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pwm_fast.kernels import pointwise
 from pwm_fast.kernels.aot import Case
 
 
@@ -53,13 +54,12 @@ def flags(flag, out, rounds, LIMIT: tl.constexpr):
 
 @triton.jit
 def mish(x, out, rounds, BLOCK: tl.constexpr):
-    """``rounds`` times Mish of every element, in registers, with one exponential and a division."""
+    """``rounds`` times ``y = mish(y) / 2 + x`` in registers, which converges."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    y = tl.load(x + place)
+    start = tl.load(x + place)
+    y = start
     for _ in range(rounds):
-        e = tl.exp(tl.minimum(y, 20.0))
-        n = e * (e + 2.0)
-        y = y * (n / (n + 2.0)) + 1.0  # + 1: the values stay of order 1
+        y = 0.5 * pointwise.mish(y) + start
     tl.store(out + place, y)
 
 

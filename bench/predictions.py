@@ -18,23 +18,39 @@ class Assumption(NamedTuple):
         value: what is assumed; None where the model has no figure.
         unit: of the value.
         source: ``assumed``, ``literature``, or ``other code`` (measured, but not by this command).
+        to: the end of a range that begins with the value.
     """
 
     text: str
     value: float | None
     unit: str
     source: str = "assumed"
+    to: float | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "no figure"
+        end = "" if self.to is None else f" to {self.to:g}"
+        return f"{self.value:g}{end} {self.unit}"
 
 
-# By name of the reading that replaces it (bench/micro.py).
+# By name of the reading that replaces it (bench/micro.py and the programs of bench/cuda).
 ASSUMPTIONS = {
     "graph node": Assumption("a kernel node in a CUDA graph", 1.3, "µs", "literature"),
+    "graph node, PDL": Assumption("the same, launched programmatically", 0.7, "µs"),
     "small product": Assumption("start and drain of a small product, in a graph", 1.6, "µs"),
     "eager operation": Assumption("an eager operation on the host, with its launch", 6.5, "µs"),
-    "flag round trip": Assumption("a flag to and fro through L2", None, "µs"),
+    "flag round trip": Assumption("a flag to and fro through L2, by Triton's atomics", None, "µs"),
+    "flag round trip, st.release and ld.acquire": Assumption(
+        "the same by stores and loads", None, "µs"
+    ),
     "L2 read, 12 MB": Assumption("reading 12 MB that L2 holds", 6.4, "TB/s", "literature"),
     "L2 read, 56 MB": Assumption("reading 56 MB, about L2's size", None, "TB/s"),
     "L2 read by one SM": Assumption("what one SM reads from L2", 85.0, "GB/s"),
+    "L2 read by one SM, a cycle": Assumption("the same a cycle, at most", 64.0, "B"),
+    "L2 read by each SM": Assumption("what each of all SMs reads from L2", None, "GB/s"),
+    "L2 read by TMA, 12 MB": Assumption("reading 12 MB that L2 holds, by TMA", None, "TB/s"),
+    "L2 read by TMA by one SM": Assumption("what one SM reads from L2 by TMA", None, "GB/s"),
     "HBM read": Assumption("reading device memory", 4.3, "TB/s", "other code"),
     "HBM copy": Assumption(
         "copying device memory, bytes read and written", 4.3, "TB/s", "other code"
@@ -43,16 +59,33 @@ ASSUMPTIONS = {
     "product fp16 8192": Assumption("the same in fp16", 790.0, "TF/s"),
     "product tf32 8192": Assumption("the same in tf32", 395.0, "TF/s"),
     "product fp32 8192": Assumption("the same in float32", 50.0, "TF/s"),
-    "Mish": Assumption("Mish elements a cycle and SM", None, "/clk/SM"),
+    "Mish": Assumption(
+        "Mish elements a cycle and SM: 16 special functions, 2 each", 8.0, "/clk/SM"
+    ),
+    "Mish in Triton": Assumption("the same as the project's kernels form it", None, "/clk/SM"),
     "SM clock": Assumption("cycles of an SM under a light load", None, "GHz"),
+    "clusters of 4 at once": Assumption("clusters of 4 blocks at once", None, "clusters"),
+    "clusters of 8 at once": Assumption("clusters of 8 blocks at once", 16.0, "clusters"),
+    "clusters of 16 at once": Assumption("clusters of 16 blocks at once", None, "clusters"),
+    "DSMEM load": Assumption(
+        "a load of another block's shared memory", 180.0, "cycles", "literature", 200.0
+    ),
+    "DSMEM hop": Assumption("a number to another block by st.async", 200.0, "cycles"),
+    "all-gather of 8 KB, st.async": Assumption("8 KB gathered by 8 blocks", 300.0, "cycles"),
+    "all-gather of 64 KB, st.async": Assumption(
+        "64 KB, of which 56 come at 32 to 14 B a cycle", 1792.0, "cycles", "literature", 4096.0
+    ),
+    "all-gather of 64 KB, L2 and TMA multicast": Assumption(
+        "the same through L2 and multicast", None, "cycles"
+    ),
+    "wgmma RS, layer of 64 x 512 by 8": Assumption(
+        "a layer of 64 x 512 by 8 rows on wgmma, and its wait", 120.0, "cycles"
+    ),
+    "wgmma RS m64n64k16, two warpgroups": Assumption(
+        "a wgmma m64n64k16 at 4096 FLOP a cycle", 32.0, "cycles"
+    ),
+    "mma.sync m16n8k16, 16 warps": Assumption("an mma.sync m16n8k16 on 16 warps", None, "cycles"),
 }
-# Of the design's list, what needs CUDA C++ that does not exist yet.
-NOT_HERE = (
-    "clusters that run at once",
-    "distributed shared memory: latency and all-gather",
-    "graph nodes with programmatic launch",
-    "issue rates of wgmma and mma",
-)
 
 # Imagined rollout forward and backward to the actor, H = 16: milliseconds of the cost model.
 # (model, batch, K): eager fp32, compile + graph in tf32, the same in 16 bit, this project's plan.

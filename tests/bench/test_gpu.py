@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,18 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, gpu_checks, gpu_plan, micro, plain, predictions, report, results, train_ant
+from bench import (
+    gpu,
+    gpu_checks,
+    gpu_plan,
+    micro,
+    micro_cuda,
+    plain,
+    predictions,
+    report,
+    results,
+    train_ant,
+)
 from bench.cases import matrix
 from bench.environment import ROOT
 from bench.providers import LABELS
@@ -75,11 +87,19 @@ def test_the_matrix_is_what_is_to_be_measured() -> None:
 
 
 def test_every_constant_of_the_model_has_a_measurement() -> None:
-    source = Path(micro.__file__).read_text("utf-8")
+    texts = [Path(micro.__file__), *micro_cuda.SOURCES.glob("*.cu")]
+    literals = [x for t in texts for x in re.findall(r'"((?:[^"\\]|\\.)*)"', t.read_text("utf-8"))]
     names = {f"product {kind} 8192" for kind in micro.DTYPES}
-    for name in set(predictions.ASSUMPTIONS) - names:
-        assert f'"{name}"' in source, name
     assert names <= set(predictions.ASSUMPTIONS)
+    for name in set(predictions.ASSUMPTIONS) - names:
+        assert any(_printed(literal, name) for literal in literals), name
+
+
+def _printed(literal: str, name: str) -> bool:
+    """The format, or the name itself, gives this name."""
+    parts = re.split(r"(%[ds])", literal)
+    pattern = "".join({"%d": r"\d+", "%s": ".*"}.get(p, re.escape(p)) for p in parts)
+    return bool(literal.strip("%ds")) and re.fullmatch(pattern, name) is not None
 
 
 def test_the_kernels_that_measure_compile() -> None:

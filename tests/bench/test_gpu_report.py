@@ -36,7 +36,17 @@ def measured() -> Result:
     found.gpu = {
         "stages": {"tests": {"status": "failed", "detail": "1 failed", "seconds": 3.0}},
         "tests": {"tests/test_x.py": {"failed": 1, "messages": ["a: error 3 exceeds 2"]}},
-        "micro": {"launches": [{"name": "graph node", "value": 1.51, "unit": "µs"}]},
+        "micro": {
+            "launches": [{"name": "graph node", "value": 1.51, "unit": "µs"}],
+            "cuda dsmem": [
+                {"name": "DSMEM load", "value": 207.2, "unit": "cycles"},
+                {"name": "DSMEM hop", "value": None, "unit": "", "reason": "failed: 3 are wrong"},
+                {"name": "dsmem copy", "value": None, "unit": "", "reason": "failed: signal 9"},
+            ],
+            "cuda graphs": [
+                {"name": "graph node, PDL", "value": None, "unit": "", "reason": "absent: sm_80"},
+            ],
+        },
     }
     return found
 
@@ -61,6 +71,11 @@ def test_measured_figures_stand_beside_the_models() -> None:
     assert line == "| 5M, batch 128, K 4 | 30.8 | 30.0 | 9.5 | 9 | 8.7 | 8 | 1.6 | 2 |"
     assert "not measured" in lines_of(text, "5M, batch 512, K 4")
     assert lines_of(text, "a kernel node").endswith("| 1.3 µs | literature | 1.51 µs |")
+    assert lines_of(text, "a load of another").endswith(
+        "| 180 to 200 cycles | literature | 207 cycles |"
+    )
+    assert lines_of(text, "a number to another block").endswith("| assumed | failed |")
+    assert lines_of(text, "the same, launched").endswith("| 0.7 µs | assumed | absent |")
     assert lines_of(text, "5M, M 16") == "| 5M, M 16 | 0.07 | 0.077 | 0.08 | 0.07 |"
 
 
@@ -93,7 +108,10 @@ def test_the_end_of_a_run_is_a_short_table() -> None:
     text = gpu_report.short(measured())
     line = next(line for line in text.splitlines() if line.startswith(QUICK))
     assert line.split() == [QUICK, "30.0", "8", "2", "1", "4.00x", "fast_fp16_graph"]
-    assert "graph node: 1.51 µs" in text
+    assert "graph node: 1.51 µs (model: 1.3 µs)" in text
+    assert "DSMEM hop: failed (model: 200 cycles)" in text
+    assert "failed: DSMEM hop: failed: 3 are wrong" not in text  # once is enough
+    assert "failed: DSMEM hop: 3 are wrong" in text and "failed: dsmem copy: signal 9" in text
     assert "failed: tests/test_x.py: a: error 3 exceeds 2" in text
     assert f"failed: {QUICK}, compile_max: why" in text
 

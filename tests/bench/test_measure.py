@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -51,6 +52,24 @@ def test_a_very_slow_provider_leaves_the_time_to_the_others() -> None:
     calls = {name: (lambda name=name: name) for name in "ab"}
     samples = measure.race(calls, clock, Effort(seconds=1000.0, min_rounds=5, max_rounds=7))
     assert (len(samples["a"]), len(samples["b"])) == (7, 2)
+
+
+def test_old_objects_are_not_looked_through_while_times_are_taken() -> None:
+    frozen = []
+
+    def call() -> str:
+        frozen.append(gc.get_freeze_count())
+        return "a"
+
+    assert gc.get_freeze_count() == 0
+    clock = Recorder({"a": 0.01})
+    measure.race({"a": call}, clock, Effort(seconds=1000.0, max_rounds=2, sample=0.0))
+    assert frozen[0] == 0 and min(frozen[2:]) > 1000
+    assert gc.get_freeze_count() == 0 and gc.isenabled()
+    with measure.settled():
+        measure.race({"a": call}, clock, Effort(seconds=1000.0, max_rounds=2, sample=0.0))
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process reset its peak")

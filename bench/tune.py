@@ -1,13 +1,17 @@
 """Measure the launch choices of the fused kernels on this GPU and keep those that pay.
 
-python -m bench.tune                    # all problems, at most 480 s; the same command goes on
-python -m bench.tune --only fwd --rows 128
-python -m bench.tune --dry              # on any machine: what would be measured
+python -m bench.tune                    # everything, at most 8 minutes; the same command goes on
+python -m bench.tune --only act_norm --minutes 2
+python -m bench.tune --precision 16 tf32 ieee --rows 64 16384
+python -m bench.tune --dry-run          # on any machine: what would be measured
 
-Every choice that fits is run on random operands, compared with float64, and timed in a CUDA graph.
-Where one is faster than the kernel's own heuristic by more than 3 %, it becomes an entry of
-``kernels/tuned/<gpu>.json``, which the kernels read (``pwm_fast.kernels.tuning``); all times go to
-``bench/results/tune_<gpu>.json``. Nothing is tuned while a program runs.
+Problems are the products and rollouts that the shipped agents ask for (bench/products.json). Every
+choice that fits, and the plain product with its element kernel (of a rollout: layer by layer), is
+run on the same random operands, compared with float64, and captured in a CUDA graph; then the
+choices of a problem are timed in turns. One that is faster than the kernel's own heuristic by more
+than 3 % becomes an entry of ``kernels/tuned/<gpu>.json``, which the kernels read
+(``pwm_fast.kernels.tuning``); all times go to ``bench/results/tune_<gpu>.json``. At the end stands
+how far the cost model is off. Nothing is tuned while a program runs.
 
 Exit status: 0 done or the time was over, 1 a choice was wrong or failed, 2 one line says why
 nothing could be measured.
@@ -16,7 +20,9 @@ nothing could be measured.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,21 +32,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench import environment, results
+from bench import environment, products, results, tune_report
+from bench.measure import Call, CudaClock, Effort, graphed, race
+from bench.results import Row, Spread
 from bench.session import say
+from pwm_fast.kernels import plan as planning
+from pwm_fast.kernels import tuning
 
-Options = Mapping[str, int]
+Options = tuning.Options
+Times = dict[str, Any]  # by name of a choice: seconds a round, or what went wrong
+Clock = Callable[[Mapping[str, Call]], Mapping[str, Sequence[float]]]
+
 GAIN = 0.03  # less is noise, and the heuristic also serves sizes that nobody measured
-ERROR = 2e-2  # of a result in 16 bit, relative to its largest entry; a wrong tile is off by more
-ROWS = (64, 128, 512, 2048, 16384)
-# Padded widths (columns of the result, summed over) of hidden layers and of first layers.
-SHAPES = ((512, 512), (1792, 768), (1792, 1792), (4096, 1376), (4096, 4096))
-
-
-class Wrong(Exception):
-    """A choice computes something else."""
+PLAIN, LAYERS = "unfused", "layers"
+CALLS = 10  # of a choice in one graph, so that the graph's own start does not count
+EFFORT = Effort(seconds=0.25, min_rounds=5, max_rounds=25, sample=0.001)
+ENDED = "the process ended while it ran"
 
 
 @dataclass(frozen=True)
@@ -50,16 +58,18 @@ class Problem:
     Attributes:
         kernel: whose entries.
         key: of the entry.
-        choices: options by name; ``unfused`` has ``block_m`` 0.
+        choices: options by name.
         heuristic: the name that the kernel chooses by itself.
-        run: makes a choice's call, checked; raises :class:`Wrong`.
+        prepare: makes the operands; its result makes a choice's call of its options, compared.
+        model: microseconds that the cost model gives the choices, where it has a figure.
     """
 
     kernel: str
     key: str
     choices: Mapping[str, Options]
     heuristic: str
-    run: Callable[[Options], Callable[[], Any]]
+    prepare: Callable[[], Callable[[Options], Call]]
+    model: Mapping[str, float]
 
     @property
     def name(self) -> str:
@@ -67,29 +77,67 @@ class Problem:
         return f"{self.kernel} {self.key}"
 
 
-Times = dict[str, Any]  # by name of a choice: microseconds, or what went wrong
+class Broken(RuntimeError):
+    """The CUDA context is lost: this process cannot measure any more."""
 
 
-def measure(problem: Problem, clock: Callable[[Callable[[], Any]], float]) -> Times:
+def measure(problem: Problem, clock: Clock, log: Log) -> Times:
     """Time every choice; one that fails or is wrong says so instead."""
-    found: Times = {}
+    found: Times = dict(log.failed(problem))
+    calls: dict[str, Call] = {}
+    make = problem.prepare()
     for name, options in problem.choices.items():
+        if name in found:
+            continue
+        log.begin(problem, name)
         try:
-            found[name] = float(f"{1e6 * clock(problem.run(options)):.4g}")
+            calls[name] = make(options)
         except Exception as error:
             found[name] = say(error)
-    return found
+            _check(error)
+    for name, seconds in clock(calls).items():
+        found[name] = [float(f"{1e6 * s:.4g}") for s in seconds]
+    return {name: found[name] for name in problem.choices}
+
+
+def _check(error: Exception) -> None:
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            raise Broken(say(error)) from error
+
+
+def on_gpu(calls: Mapping[str, Call]) -> dict[str, list[float]]:
+    """Seconds a call, round by round, of each from a CUDA graph of its own."""
+
+    def several(call: Call) -> None:
+        for _ in range(CALLS):
+            call()
+
+    graphs = {name: graphed(partial(several, call), warmup=1) for name, call in calls.items()}
+    rounds = race(graphs, CudaClock(), EFFORT)
+    return {name: [s / CALLS for s in seconds] for name, seconds in rounds.items()}
+
+
+def medians(times: Times) -> dict[str, float]:
+    """Microseconds of what was measured."""
+    return {name: Spread.of(t).p50 for name, t in times.items() if isinstance(t, list)}
 
 
 def entry(problem: Problem, times: Times) -> Options | None:
     """The options that pay; None where the heuristic is as good or nothing was measured."""
-    measured = {name: t for name, t in times.items() if isinstance(t, float)}
+    measured = medians(times)
     if not measured:
         return None
     best = min(measured, key=lambda name: measured[name])
-    usual = measured.get(problem.heuristic)
-    if best == problem.heuristic or (usual is not None and measured[best] > usual * (1.0 - GAIN)):
+    if best == problem.heuristic:
         return None
+    if problem.heuristic in measured:
+        rows = (Row(name, "ok", None, times[name]) for name in (best, problem.heuristic))
+        share = results.ratio(*rows)  # round by round
+        if share.p50 > 1.0 - GAIN or share.p80 >= 1.0:
+            return None
     return problem.choices[best]
 
 
@@ -97,17 +145,22 @@ class Log:
     """All times measured on a GPU, kept after every problem.
 
     Args:
-        path: the file.
+        path: the file; what it holds of another commit, machine or version is measured anew.
         facts: of :func:`bench.environment.describe`.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path = path
-        self.data: dict[str, Any] = {"schema": results.SCHEMA, **facts, "times": {}}
+        self.data: dict[str, Any] = {"schema": results.SCHEMA, **facts, "times": {}, "failed": {}}
         if path.exists():
             before = json.loads(path.read_text("utf-8"))
-            if before.get("commit", {}).get("id") == facts["commit"]["id"]:
+            same = all(before.get(k) == facts[k] for k in ("machine", "software"))
+            if same and before.get("commit", {}).get("id") == facts["commit"]["id"]:
                 self.data["times"] = before["times"]
+                self.data["failed"] = before["failed"]
+                if "begun" in before:
+                    name, choice = before["begun"]
+                    self.data["failed"].setdefault(name, {})[choice] = ENDED
 
     @property
     def times(self) -> dict[str, Times]:
@@ -115,198 +168,174 @@ class Log:
         found: dict[str, Times] = self.data["times"]
         return found
 
+    def failed(self, problem: Problem) -> dict[str, str]:
+        """Choices of a problem that ended a process, which are not tried again."""
+        found: dict[str, str] = self.data["failed"].get(problem.name, {})
+        return found
+
+    def begin(self, problem: Problem, choice: str) -> None:
+        """Note what is at work, should the process end."""
+        self.data["begun"] = [problem.name, choice]
+        self.save()
+
+    def end(self, problem: Problem, times: Times) -> None:
+        """Note a problem's times."""
+        self.times[problem.name] = times
+        self.data.pop("begun", None)
+        self.save()
+
     def save(self) -> None:
-        """Write the file."""
+        """Write the file in one step."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.data, indent=1) + "\n", "utf-8")
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.data) + "\n", "utf-8")
+        os.replace(temporary, self.path)
 
 
 def tune(
     problems: Iterable[Problem],
     log: Log,
-    clock: Callable[[Callable[[], Any]], float],
+    clock: Clock,
     over: Callable[[], bool],
     tell: Callable[[str], None] = print,
-) -> tuple[dict[str, dict[str, Options]], bool]:
-    """Measure what the log has not; entries of all that it has then, and whether all was right."""
-    entries: dict[str, dict[str, Options]] = {}
+) -> bool:
+    """Measure what the log has not, as long as there is time; whether all was right.
+
+    Raises:
+        Broken: see there; the log has what was measured, and the choice to leave out.
+    """
     right = True
     for problem in problems:
         if problem.name not in log.times:
             if over():
                 continue
-            log.times[problem.name] = measure(problem, clock)
-            log.save()
+            log.end(problem, measure(problem, clock, log))
+            gc.collect()
         times = log.times[problem.name]
-        right &= all(isinstance(t, float) for t in times.values())
-        chosen = entry(problem, times)
-        entries.setdefault(problem.kernel, {})
-        if chosen is not None:
-            entries[problem.kernel][problem.key] = chosen
-        tell(line(problem, times, chosen))
-    return entries, right
+        right &= all(isinstance(t, list) for t in times.values())
+        tell(line(problem, times))
+    return right
 
 
-def line(problem: Problem, times: Times, chosen: Options | None) -> str:
+def line(problem: Problem, times: Times) -> str:
     """A problem's outcome in a line."""
-    measured = {name: t for name, t in times.items() if isinstance(t, float)}
+    measured = medians(times)
+    failed = [f"{name} failed: {t}" for name, t in times.items() if isinstance(t, str)]
     if not measured:
-        return f"{problem.name}: nothing ran: {next(iter(times.values()), 'no choice fits')}"
+        return f"{problem.name}: nothing ran: {'; '.join(failed) or 'no choice fits'}"
     best = min(measured, key=lambda name: measured[name])
     usual = measured.get(problem.heuristic)
-    text = f"{problem.name}: best {best} {measured[best]:.4g} µs"
-    text += f", heuristic {problem.heuristic} " + ("failed" if usual is None else f"{usual:.4g} µs")
-    return text + (f"; kept {dict(chosen)}" if chosen is not None else "; the heuristic stays")
+    text = f"{problem.name}: {best} {measured[best]:.3g} µs"
+    if best != problem.heuristic and usual is not None:
+        text += f", {usual / measured[best]:.2f}x of the heuristic's"
+        text += f" {problem.heuristic} {usual:.3g} µs"
+    text += ": kept" if entry(problem, times) is not None else ": the heuristic stays"
+    return "; ".join([text, *failed])
 
 
-# --- the fused products --------------------------------------------------------------------------
+# --- what there is to choose ----------------------------------------------------------------------
 
 
 def problems(
-    device: torch.device | None, sms: int, shared: int, rows: Sequence[int] = ROWS
+    device: torch.device | None,
+    limits: planning.Limits,
+    rates: Sequence[str] = ("16",),
+    rows: Sequence[int] = (),
 ) -> Iterator[Problem]:
-    """Everything that reads tuned entries.
+    """Everything that reads tuned entries, the most wanted first.
 
     Args:
         device: to compute on; None makes problems that are only to be listed.
-        sms: multiprocessors.
-        shared: bytes of shared memory that a program may have.
-        rows: of the results.
-
-    Raises:
-        ImportError: no kernel with launch choices is there, or Triton is not.
+        limits: of the device.
+        rates: precisions, of :data:`pwm_fast.kernels.plan.RATES`.
+        rows: of the products (of a member) and rollouts, in place of those that agents have.
     """
-    from pwm_fast.kernels import plan as planning
-
-    for kernel in ("linear_norm_act_fwd", "linear_norm_act_bwd"):
-        for n, k in SHAPES:
-            for count in rows:
-                limits = planning.Limits(sms, shared)
-                product = planning.Product(kernel, count, n, k)
-                plans = planning.candidates(product, limits)
-                own = planning.plan(product, limits)
-                choices: dict[str, Options] = {_name(p): _options(p) for p in plans}
-                choices["unfused"] = {"block_m": 0}
-                yield Problem(
-                    kernel,
-                    product.key,
-                    choices,
-                    "unfused" if own is None else _name(own),
-                    partial(_fused_call, kernel, count, n, k, sms, shared, device),
-                )
+    seen: set[str] = set()
+    for problem in _problems(device, limits, rates, rows):
+        if problem.name not in seen:  # other rows may be of the same class
+            seen.add(problem.name)
+            yield problem
 
 
-def _name(plan: Any) -> str:
-    return f"{plan.block_m}x{plan.block_n}"
+def _problems(
+    device: torch.device | None,
+    limits: planning.Limits,
+    rates: Sequence[str],
+    rows: Sequence[int],
+) -> Iterator[Problem]:
+    wanted, rollouts = products.wanted(products.load())
+    for rate in rates:
+        element, precision = (2, "tf32") if rate == "16" else (4, rate)
+        cast = [p._replace(element=element, input_precision=precision) for p in wanted]
+        for rollout in _spread(rollouts, "batch", rows):
+            yield from _rollout_problem(rollout, rate, device, limits)
+        for product in _spread(cast, "rows", rows):
+            if planning.candidates(product, limits):
+                yield _product_problem(product, device, limits)
 
 
-def _options(plan: Any) -> Options:
-    return {"block_m": plan.block_m, "block_n": plan.block_n}
+def _spread(sizes: Iterable[Any], field: str, values: Sequence[int]) -> list[Any]:
+    """The sizes with every value of a field; as they are where there are no values."""
+    if not values:
+        return list(sizes)
+    return [size._replace(**{field: value}) for value in values for size in sizes]
 
 
-def _fused_call(
-    kernel: str,
-    rows: int,
-    n: int,
-    k: int,
-    sms: int,
-    shared: int,
-    device: torch.device,
-    options: Options,
-) -> Callable[[], Any]:
-    """The call of one choice on random operands, after its result was compared with float64."""
-    from pwm_fast.kernels import linear_norm_act, norm_act, plan
+def _product_problem(
+    product: planning.Product, device: torch.device | None, limits: planning.Limits
+) -> Problem:
+    model = planning.model(product, limits)
+    plans = {PLAIN if p is None else p.name: p for p in model}
+    own = planning.plan(product, limits)
 
-    g = torch.Generator(device).manual_seed(0)
+    def prepare() -> Callable[[Options], Call]:
+        from bench.tune_products import WORKLOADS
 
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return scale * torch.randn(*shape, generator=g, device=device)
+        assert device is not None
+        workload = WORKLOADS[product.kernel](product, device)
+        return lambda options: workload.call(planning.entry_plan(options, product, limits))
 
-    gamma, beta = 1.0 + normal(n, scale=0.1), normal(n, scale=0.1)
-    y = torch.full((rows, n), float("nan"), dtype=torch.float16, device=device)
-    rstd = torch.rand(rows, generator=g, device=device) + 0.5
-    common: dict[str, Any] = {"gamma": gamma, "beta": beta, "act": "mish", "width": n}
-    chosen = None
-    exchange = None
-    if options["block_m"]:
-        product = plan.Product(kernel, rows, n, k)
-        chosen = plan.entry_plan(options, product, plan.Limits(sms, shared))
-        if chosen.synced:
-            exchange = plan.Exchange(chosen, rows, linear_norm_act.PLANES, device)
-
-    if kernel.endswith("fwd"):
-        x, hat = normal(rows, k).half(), torch.empty_like(y)
-        weight = normal(n, k, scale=k**-0.5)
-        weight = (weight - weight.mean(0)).half()
-        extra = {**common, "group": 1, "eps": 1e-5}
-        if chosen is not None:
-            call = partial(
-                linear_norm_act.linear_norm_act_fwd,
-                x,
-                weight,
-                y,
-                hat,
-                rstd,
-                plan=chosen,
-                exchange=exchange,
-                **extra,
-            )
-        else:
-            h = torch.empty(rows, n, device=device)
-
-            def call() -> None:
-                _product(x, weight.t(), h)
-                norm_act.norm_act_fwd(h, y, hat, rstd, **extra)
-
-        h64 = x.double() @ weight.double().t()
-        u = h64 * (h64.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gamma + beta
-        wanted = torch.nn.functional.mish(u)
-        found, factor = y, None
-    else:
-        dy, hat = normal(rows, k).half(), normal(rows, n).half()
-        weight = normal(k, n, scale=k**-0.5).half()
-        ones, factor = torch.ones(rows, device=device), torch.empty(rows, device=device)
-        scales = {"dy_scale": ones, "dx_scale": factor}
-        if chosen is not None:
-            call = partial(
-                linear_norm_act.linear_norm_act_bwd,
-                dy,
-                weight,
-                y,
-                hat,
-                rstd,
-                plan=chosen,
-                exchange=exchange,
-                **scales,
-                **common,
-            )
-        else:
-            dm = torch.empty(rows, n, device=device)
-
-            def call() -> None:
-                _product(dy, weight, dm)
-                norm_act.norm_act_bwd(dm, y, hat, rstd, y=None, group=1, **scales, **common)
-
-        hat64 = hat.double()
-        u = (hat64 * gamma + beta).requires_grad_(True)
-        (slope,) = torch.autograd.grad(torch.nn.functional.mish(u).sum(), u)
-        gain = (dy.double() @ weight.double()) * slope * gamma
-        wanted = rstd[:, None] * (gain - hat64 * (gain * hat64).mean(-1, keepdim=True))
-        found = y
-    call()
-    result = found.double() if factor is None else found.double() * factor[:, None]
-    error = float((result - wanted).abs().max() / wanted.abs().max())
-    if not error <= ERROR:
-        raise Wrong(f"relative error {error:.1e} exceeds {ERROR:.0e}")
-    return call
+    return Problem(
+        product.kernel,
+        product.key,
+        {name: _options(p) for name, p in plans.items()},
+        PLAIN if own is None else own.name,
+        prepare,
+        {PLAIN if p is None else p.name: t for p, t in model.items()},
+    )
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """In 16 bit with float32 sums and result; on a CPU, for tests, in float32."""
-    if out.is_cuda:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        out.copy_(a.float() @ b.float())
+def _options(plan: planning.Plan | None) -> Options:
+    return {"block_m": 0} if plan is None else {"block_m": plan.block_m, "block_n": plan.block_n}
+
+
+def _rollout_problem(
+    rollout: products.Rollout, rate: str, device: torch.device | None, limits: planning.Limits
+) -> Iterator[Problem]:
+    """The problem of a rollout; none where only layer by layer can run."""
+    from pwm_fast.kernels import rollout as kernels
+
+    if rate == "ieee":
+        return
+    dtype = torch.float16 if rate == "16" else torch.float32
+    batch, padded = rollout
+    sizes = (batch, padded, dtype.itemsize, *limits)
+    layouts = {f"{p.bm}x{p.bn}": p for p in kernels.LAYOUTS if kernels.why_not(p, *sizes) is None}
+    own = kernels.plan(batch, padded, dtype, *limits)
+    if not layouts:
+        return
+
+    def prepare() -> Callable[[Options], Call]:
+        from bench.tune_rollout import RolloutWorkload
+
+        assert device is not None
+        workload = RolloutWorkload(batch, padded, rate, device)
+        return lambda options: workload.call(kernels.Plan(**options) if options["bm"] else None)
+
+    choices: dict[str, Options] = {name: p._asdict() for name, p in layouts.items()}
+    heuristic = LAYERS if isinstance(own, str) else f"{own.bm}x{own.bn}"
+    key = kernels.tuning_key(batch, padded, dtype)
+    yield Problem("rollout", key, {**choices, LAYERS: {"bm": 0}}, heuristic, prepare, {})
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -320,10 +349,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("--device", default="cuda")
-    found.add_argument("--budget", type=float, default=480.0, metavar="S")
+    found.add_argument("--minutes", type=float, default=8.0, metavar="M", help="in all")
     found.add_argument("--only", default="", metavar="TEXT", help="problems with this in the name")
-    found.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    found.add_argument("--dry", action="store_true", help="list what would be measured")
+    found.add_argument(
+        "--precision", nargs="+", choices=planning.RATES, default=["16"], help="of the products"
+    )
+    found.add_argument(
+        "--rows", type=int, nargs="+", default=(), help="in place of those that agents have"
+    )
+    found.add_argument("--dry-run", action="store_true", help="list what would be measured")
     return found
 
 
@@ -332,15 +366,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     started = time.monotonic()
     try:
-        if min(options.rows) < 1:
+        if options.rows and min(options.rows) < 1:
             raise ValueError(f"--rows must be positive, got {min(options.rows)}")
-        device = None if options.dry else _device(options.device)
-        sms, shared = 132, 227 * 1024  # of an H200, for a list
+        device = None if options.dry_run else _device(options.device)
+        name, limits = "an H200", planning.Limits(132)
         if device is not None:
-            properties = torch.cuda.get_device_properties(device)
-            sms = properties.multi_processor_count
-            shared = getattr(properties, "shared_memory_per_block_optin", 163 * 1024)
-        found = [p for p in problems(device, sms, shared, options.rows) if options.only in p.name]
+            name, limits = planning.device_limits(device)
+        everything = problems(device, limits, options.precision, options.rows)
+        found = [p for p in everything if options.only in p.name]
         if not found:
             raise ValueError(f"--only {options.only}: no problem has that in its name")
     except (ImportError, ValueError, RuntimeError) as error:
@@ -349,52 +382,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device is None:
         for p in found:
             print(f"{p.name}: {', '.join(p.choices)}; heuristic {p.heuristic}")
-        print(f"{len(found)} problems, {sum(len(p.choices) for p in found)} choices; not measured")
+        count = sum(len(p.choices) for p in found)
+        print(f"{len(found)} problems, {count} choices on {name}; not measured")
         return 0
 
     from bench.gpu import default_path
-    from bench.micro import seconds
-    from pwm_fast.kernels import tuning
 
     slug = default_path(device).stem.removeprefix("gpu_")
-    log = Log(results.STORE / f"tune_{slug}.json", environment.describe(device))
-    entries, right = tune(
-        found,
-        log,
-        lambda call: seconds(call, device, 10),
-        lambda: time.monotonic() - started > options.budget,
-    )
-    name = torch.cuda.get_device_name(device)
-    path = tuning.save(name, merged(tuning.load(name), found, log.times, entries))
-    done = sum(p.name in log.times for p in found)
-    print(f"{done} of {len(found)} problems, {sum(map(len, entries.values()))} entries; {path}")
+    facts = environment.describe(device)
+    log = Log(results.STORE / f"tune_{slug}.json", facts)
+    deadline = started + 60.0 * options.minutes
+    right = False
+    try:
+        right = tune(found, log, on_gpu, lambda: time.monotonic() > deadline)
+    except (Broken, KeyboardInterrupt) as error:
+        print(f"stopped ({say(error)}); the same command goes on from here", file=sys.stderr)
+    done = [p for p in found if p.name in log.times]
+    path, kept = save(name, done, log.times, facts)
+    print()
+    print(tune_report.summary(done, log.times, tune_report.readings(name)))
+    print(f"\n{len(done)} of {len(found)} problems, {kept} entries; {path}")
     return 0 if right else 1
 
 
-def merged(
-    before: Mapping[str, Mapping[str, Options]],
-    found: Iterable[Problem],
+def save(
+    gpu: str,
+    done: Sequence[Problem],
     times: Mapping[str, Times],
-    entries: Mapping[str, Mapping[str, Options]],
-) -> dict[str, dict[str, Options]]:
-    """The entries that were there, but for those that were measured anew."""
-    new = {kernel: dict(options) for kernel, options in before.items()}
-    for problem in found:
-        if problem.name in times:
-            new.setdefault(problem.kernel, {}).pop(problem.key, None)
-    for kernel, options in entries.items():
-        new.setdefault(kernel, {}).update(options)
-    return {kernel: options for kernel, options in new.items() if options}
+    facts: Mapping[str, Any],
+    folder: Path | None = None,
+) -> tuple[Path, int]:
+    """Write what pays of problems that were measured beside entries of others; file and entries."""
+    try:
+        before = tuning.load(gpu, folder)
+    except ValueError as error:
+        print(f"the file is written anew: {error}", file=sys.stderr)
+        before = {}
+    entries = {kernel: dict(own) for kernel, own in before.items()}
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    kept = 0
+    for problem in done:
+        entries.setdefault(problem.kernel, {}).pop(problem.key, None)
+        figures.setdefault(problem.kernel, {})[problem.key] = medians(times[problem.name])
+        chosen = entry(problem, times[problem.name])
+        if chosen is not None:
+            entries[problem.kernel][problem.key] = chosen
+            kept += 1
+    path = tuning.save(
+        gpu, {k: own for k, own in entries.items() if own}, folder, made=facts, times=figures
+    )
+    return path, kept
 
 
 def _device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type != "cuda":
-        raise ValueError(f"--device must be cuda or cuda:N, got {name}; --dry needs none")
+        raise ValueError(f"--device must be cuda or cuda:N, got {name}; --dry-run needs none")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) >= count:
+    index = device.index or 0
+    if index >= count:
         raise ValueError(f"--device={name}, but torch {torch.__version__} sees {count} GPUs here")
-    return device
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,7 @@ def shared_bytes(plan: Plan, padded: int, size: int) -> int:
 # grow with the rows of all programs of a group.
 _LAYOUTS = (Plan(8, 64, 8, 4), Plan(16, 64, 8, 4), Plan(32, 64, 8, 2))
 _NARROW_LAYOUTS = (Plan(8, 32, 8, 4), Plan(16, 32, 8, 4), Plan(32, 32, 8, 2))
+LAYOUTS = (*_LAYOUTS, *_NARROW_LAYOUTS)
 
 
 def why_not(plan: Plan, batch: int, padded: int, size: int, sms: int, shared: int) -> str | None:
@@ -254,13 +255,9 @@ def plan(
         if triton.next_power_of_2(padded) != padded:
             return f"Triton's interpreter needs a power of two for a width, got {padded}"
         return Plan(8 if batch < 16 else 16, padded, 4, 2)
-    reason = ""
-    for candidate in (*_LAYOUTS, *_NARROW_LAYOUTS):
-        found = why_not(candidate, batch, padded, dtype.itemsize, sms, shared)
-        if found is None:
-            return candidate
-        reason = reason or found
-    return reason
+    found = {p: why_not(p, batch, padded, dtype.itemsize, sms, shared) for p in LAYOUTS}
+    fitting = (p for p, reason in found.items() if reason is None)
+    return next(fitting, str(found[LAYOUTS[0]]))
 
 
 def _tuned_plan(

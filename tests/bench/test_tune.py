@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import tune
+from bench import launches, predictions, products, tune, tune_report
 from bench.tune import Log, Options, Problem
+from pwm_fast.kernels import cost, tuning
+from pwm_fast.kernels.plan import Limits, Product, plan, product_of
 from tests.bench.synthetic import FACTS
 
 CHOICES: dict[str, Options] = {
@@ -20,23 +22,36 @@ CHOICES: dict[str, Options] = {
     "64x128": {"block_m": 64, "block_n": 128},
     "unfused": {"block_m": 0},
 }
+KERNEL, KEYS = "linear_norm_act_fwd", ("16 R64 N512 K512", "16 R128 N512 K512")
+FITTING = Limits(132)
 
 
-def problem(key: str = "16 R128 N512 K512", heuristic: str = "64x128", **seconds: Any) -> Problem:
+def problem(key: str = KEYS[1], heuristic: str = "64x128", **seconds: Any) -> Problem:
     """A problem whose choices take so long, or raise."""
 
-    def run(options: Options) -> Callable[[], Any]:
+    def make(options: Options) -> Callable[[], Any]:
         name = next(n for n, o in CHOICES.items() if o == options)
         value = seconds[name]
-        if isinstance(value, Exception):
+        if isinstance(value, BaseException):
             raise value
         return lambda: value
 
-    return Problem("linear_norm_act_fwd", key, CHOICES, heuristic, run)
+    model = {"16x64": 2.0, "64x128": 2.0, "unfused": 3.0}
+    return Problem(KERNEL, key, CHOICES, heuristic, lambda: make, model)
 
 
 def times(a: Any, b: Any, c: Any) -> dict[str, Any]:
     return {"16x64": a, "64x128": b, "unfused": c}
+
+
+def clock(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Sequence[float]]:
+    """Three rounds, the third slower for all."""
+    return {name: [call(), call(), 2 * call()] for name, call in calls.items()}
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Log:
+    return Log(tmp_path / "tune_x.json", copy.deepcopy(FACTS))
 
 
 @pytest.mark.parametrize(
@@ -47,86 +62,219 @@ def times(a: Any, b: Any, c: Any) -> dict[str, Any]:
         (times(3e-6, 2e-6, 1e-6), {"block_m": 0}),
         (times(3e-6, 2e-6, 2.5e-6), None),
         (times(3e-6, RuntimeError("does not compile"), 4e-6), CHOICES["16x64"]),
-        (times(tune.Wrong("off"), 2e-6, 3e-6), None),
+        (times(RuntimeError("off"), 2e-6, 3e-6), None),
+        (times(*[RuntimeError("off")] * 3), None),
     ],
 )
-def test_what_pays_is_kept(seconds: dict[str, Any], kept: Options | None) -> None:
+def test_what_pays_is_kept(seconds: dict[str, Any], kept: Options | None, log: Log) -> None:
     found = problem(**seconds)
-    measured = tune.measure(found, lambda call: call())
-    assert tune.entry(found, measured) == kept
+    assert tune.entry(found, tune.measure(found, clock, log)) == kept
 
 
-def test_a_failed_choice_says_why_and_is_never_the_best() -> None:
-    found = problem(**times(tune.Wrong("relative error 1"), 2e-6, 3e-6))
-    measured = tune.measure(found, lambda call: call())
-    assert measured == {"16x64": "Wrong: relative error 1", "64x128": 2.0, "unfused": 3.0}
-    assert "the heuristic stays" in tune.line(found, measured, None)
+def test_what_is_faster_in_some_rounds_only_is_not_kept() -> None:
+    rounds = times([1.0, 1.0, 1.0, 3.0, 3.0], [2.0] * 5, [9.0] * 5)
+    assert tune.medians(rounds)["16x64"] == 1.0
+    assert tune.entry(problem(), rounds) is None
+    rounds["16x64"][3:] = [1.0, 1.0]
+    assert tune.entry(problem(), rounds) == CHOICES["16x64"]
 
 
-def test_a_second_run_measures_what_is_missing(tmp_path: Path) -> None:
-    first = problem("16 R64 N512 K512", **times(1e-6, 2e-6, 3e-6))
-    second = problem("16 R128 N512 K512", **times(2e-6, 1e-6, 3e-6))
-    path, said = tmp_path / "tune_x.json", []
-    over = iter([False, True])
-    log = Log(path, copy.deepcopy(FACTS))
-    entries, right = tune.tune([first, second], log, lambda c: c(), lambda: next(over), said.append)
-    assert right and len(said) == 1
-    assert entries == {"linear_norm_act_fwd": {"16 R64 N512 K512": CHOICES["16x64"]}}
-
-    broken = problem("16 R64 N512 K512", **times(*[RuntimeError("not again")] * 3))
-    log = Log(path, copy.deepcopy(FACTS))
-    entries, right = tune.tune([broken, second], log, lambda c: c(), lambda: False, said.append)
-    assert right and set(log.times) == {first.name, second.name}
-    assert entries == {"linear_norm_act_fwd": {"16 R64 N512 K512": CHOICES["16x64"]}}
-
-
-def test_times_of_another_commit_are_measured_anew(tmp_path: Path) -> None:
-    path = tmp_path / "tune_x.json"
-    log = Log(path, copy.deepcopy(FACTS))
-    tune.tune([problem(**times(1e-6, 2e-6, 3e-6))], log, lambda c: c(), lambda: False, str)
-    facts = copy.deepcopy(FACTS)
-    facts["commit"]["id"] = "fedcba987654"
-    assert Log(path, facts).times == {}
-    assert {"schema", "commit", "machine", "software", "times"} <= set(json.loads(path.read_text()))
-
-
-def test_entries_that_were_not_measured_stay() -> None:
-    found = [problem("b", **times(1e-6, 2e-6, 3e-6)), problem("c", **times(1e-6, 2e-6, 3e-6))]
-    own: dict[str, Options] = {"a": {"block_m": 32}, "b": {"block_m": 16}}
-    before = {"linear_norm_act_fwd": own, "other": {"d": {}}}
-    measured = {found[0].name: {"64x128": 1.0}}
-    assert tune.merged(before, found, measured, {"linear_norm_act_fwd": {}}) == {
-        "linear_norm_act_fwd": {"a": {"block_m": 32}},
-        "other": {"d": {}},
+def test_a_failed_choice_says_why_and_is_never_the_best(log: Log) -> None:
+    found = problem(**times(ValueError("relative error 1"), 2e-6, 3e-6))
+    measured = tune.measure(found, clock, log)
+    assert measured == {
+        "16x64": "ValueError: relative error 1",
+        "64x128": [2.0, 2.0, 4.0],
+        "unfused": [3.0, 3.0, 6.0],
     }
+    said = tune.line(found, measured)
+    assert "the heuristic stays" in said and "16x64 failed: ValueError: relative error 1" in said
+    assert "2.00x of the heuristic's 64x128" in tune.line(found, times([1.0], [2.0], [3.0]))
+
+
+def test_a_second_run_measures_what_is_missing(log: Log) -> None:
+    first = problem(KEYS[0], **times(1e-6, 2e-6, 3e-6))
+    second = problem(KEYS[1], **times(2e-6, 1e-6, 3e-6))
+    said: list[str] = []
+    over = iter([False, True])
+    assert tune.tune([first, second], log, clock, lambda: next(over), said.append)
+    assert len(said) == 1 and set(log.times) == {first.name}
+
+    broken = problem(KEYS[0], **times(*[RuntimeError("not again")] * 3))
+    again = Log(log.path, copy.deepcopy(FACTS))
+    assert tune.tune([broken, second], again, clock, lambda: False, said.append)
+    assert set(again.times) == {first.name, second.name}
+    assert again.times[first.name] == log.times[first.name]
+
+
+def test_a_choice_that_ended_the_process_is_left_out(log: Log) -> None:
+    deadly = problem(**times(1e-6, SystemExit(), 3e-6))
+    with pytest.raises(SystemExit):
+        tune.tune([deadly], log, clock, lambda: False, str)
+    again = Log(log.path, copy.deepcopy(FACTS))
+    assert not tune.tune([deadly], again, clock, lambda: False, str)
+    assert again.times[deadly.name] == times([1.0, 1.0, 2.0], tune.ENDED, [3.0, 3.0, 6.0])
+    assert tune.entry(deadly, again.times[deadly.name]) == CHOICES["16x64"]
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "value"),
+    [("commit", "id", "fedcba987654"), ("software", "triton", "0"), ("machine", "gpu", "another")],
+)
+def test_other_times_are_measured_anew(where: str, what: str, value: str, log: Log) -> None:
+    tune.tune([problem(**times(1e-6, 2e-6, 3e-6))], log, clock, lambda: False, str)
+    assert Log(log.path, copy.deepcopy(FACTS)).times
+    facts = copy.deepcopy(FACTS)
+    facts[where][what] = value
+    assert Log(log.path, facts).times == {}
+    stored = json.loads(log.path.read_text())
+    assert {"schema", "commit", "machine", "software", "times"} <= set(stored)
+
+
+def test_the_file_says_what_with_and_why(tmp_path: Path) -> None:
+    found = [problem(key) for key in KEYS]
+    other = {"16 R32 N512 K512": CHOICES["16x64"]}
+    tuning.save("Some GPU", {KERNEL: {**other, KEYS[1]: CHOICES["16x64"]}}, tmp_path)
+    measured = {
+        found[0].name: times([1.0], [2.0], [3.0]),
+        found[1].name: times([3.0], [2.0], [3.0]),
+    }
+    path, kept = tune.save("Some GPU", found, measured, FACTS, tmp_path)
+    assert kept == 1
+    assert tuning.load("Some GPU", tmp_path) == {KERNEL: {**other, KEYS[0]: CHOICES["16x64"]}}
+    content = json.loads(path.read_text())
+    assert content["gpu"] == "Some GPU" and content["made"] == FACTS
+    assert content["times"][KERNEL][KEYS[0]] == times(1.0, 2.0, 3.0)
+
+
+def test_a_file_that_cannot_be_read_is_written_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning.file_of("Some GPU", tmp_path).write_text("{")
+    tune.save("Some GPU", [problem()], {problem().name: times([1.0], [2.0], [3.0])}, {}, tmp_path)
+    assert "written anew" in capsys.readouterr().err
+    assert tuning.load("Some GPU", tmp_path) == {KERNEL: {KEYS[1]: CHOICES["16x64"]}}
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def test_all_kernels_are_measured_with_the_plain_path_among_their_choices() -> None:
+    found = list(tune.problems(None, FITTING))
+    assert {p.kernel for p in found} == set(tuning.FORMS)
+    assert len({p.name for p in found}) == len(found)
+    for p in found:
+        plain = p.choices[tune.LAYERS if p.kernel == "rollout" else tune.PLAIN]
+        assert plain == {tuning.FORMS[p.kernel].fields[0]: 0}
+        assert p.heuristic in p.choices
+        assert set(p.model) == (set() if p.kernel == "rollout" else set(p.choices))
+
+
+def test_the_kernels_take_what_is_written() -> None:
+    """Every choice of every problem is an entry that the planning accepts."""
+    rollout = pytest.importorskip("pwm_fast.kernels.rollout")
+    for p in tune.problems(None, FITTING, ("16", "tf32", "ieee"), (64, 16384)):
+        for name, options in p.choices.items():
+            tuning.check(p.kernel, p.key, options)
+            if p.kernel == "rollout":
+                rollout.check_tuned(p.key, options, *FITTING)
+                continue
+            found = plan(product_of(p.kernel, p.key), FITTING, {p.key: options})
+            assert (tune.PLAIN if found is None else found.name) == name
+
+
+def test_rows_in_place_of_those_that_agents_have() -> None:
+    found = [p for p in tune.problems(None, FITTING, rows=(500, 512)) if p.kernel != "rollout"]
+    assert {p.key.split(" R")[1].split()[0] for p in found} == {"512"}
+
+
+def test_what_an_agent_asks_for_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most often first, whatever float32 operands would be multiplied in."""
+    triton = pytest.importorskip("pwm_fast.ops.fused.triton")
+    from pwm_fast.kernels import rollout
+    from pwm_fast.ops.fused.precision import FAST
+
+    def count(*args: object) -> None:
+        own = triton.TritonKernels(FAST).products
+        for rows in (64, 64, 32):
+            own.update(rows, 48, 16, torch.float16, torch.device("cpu"))
+        own.backward(6, 40, 24, torch.float16, torch.device("cpu"), order="act_norm", members=3)
+        rollout.plan(64, 512, torch.float16, *FITTING, {})
+
+    monkeypatch.setattr(launches, "count", count)
+    asked = products.record(launches.small())
+    assert asked.products == [
+        Product("linear_axpby", 64, 48, 16),
+        Product("linear_act_norm_bwd", 2, 40, 24, 3),
+        Product("linear_axpby", 32, 48, 16),
+    ]
+    assert asked.rollouts == [products.Rollout(64, 512)]
+
+
+def test_what_agents_ask_for_is_stored() -> None:
+    stored = products.load()
+    assert list(stored) == [n if b is None else f"{n}, batch {b}" for n, b in products.AGENTS]
+    assert {p.kernel for p in stored["5M_flow"].products} == set(tuning.FORMS) - {"rollout"}
+    # The published agents' critics: 3 members, minibatches of 512 states, 400 and 200 features.
+    critics = [p for p in stored["5M_flow"].products if p.members == 3 and p.rows == 512]
+    assert ("linear_act_norm_bwd", 400, 200) in {(p.kernel, p.n, p.k) for p in critics}
+    assert stored["5M_flow"].rollouts == [(128, 512)]
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_the_report_says_how_far_model_and_heuristic_are_off() -> None:
+    found = [problem(key) for key in KEYS]
+    measured = {
+        found[0].name: times([1.0], [2.0], [6.0]),
+        found[1].name: times([4.0], [2.0], "Wrong: off"),
+    }
+    lost = tune_report.heuristic(found, measured)[1].split()
+    assert lost == [KERNEL, "2", "1", "1.41", "2.00"]
+    ratios = {text[:52].strip(): text[52:].split() for text in tune_report.model(found, measured)}
+    assert ratios[f"{KERNEL}, plain product"] == ["1", "2.00", "2.00", "2.00"]
+    assert ratios[f"{KERNEL}, fewer rows, shared rows"] == ["2", "0.80", "1.25", "1.70"]
+    assert ratios[f"{KERNEL}, 64 rows or more, shared rows"] == ["2", "1.00", "1.00", "1.00"]
+
+
+def test_constants_stand_beside_their_readings() -> None:
+    text = "\n".join(tune_report.constants({"L2 read by one SM": 71.0}))
+    assert "85 GB/s" in text and "71 GB/s" in text and "not measured" in text
+    assert tune_report.readings("a GPU that nobody has") == {}
+    table = tune_report.table(tune_report.readings())
+    assert len(table.splitlines()) == 2 + len(cost.CONSTANTS)
+    assert table in tune_report.PAGE.read_text(), "run python -m bench.tune_report"
+
+
+def test_the_model_and_the_predictions_assume_the_same() -> None:
+    for constant in cost.CONSTANTS.values():
+        assumed = predictions.ASSUMPTIONS.get(str(constant.reading))
+        if constant.reading is not None:
+            assert assumed is not None, constant.reading
+            assert assumed.unit == constant.unit
+            assert assumed.value in (None, constant.value)
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_a_dry_run_lists_the_problems(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pwm_fast.kernels.plan")
-    assert tune.main(["--dry", "--rows", "128"]) == 0
+    assert tune.main(["--dry-run", "--rows", "128", "--only", "linear_norm_act_bwd"]) == 0
     out = capsys.readouterr().out
-    assert "linear_norm_act_bwd 16 R128 N1792 K1792" in out
-    assert f"{2 * len(tune.SHAPES)} problems" in out and "not measured" in out
-
-
-def test_the_kernels_take_what_is_written(tmp_path: Path) -> None:
-    """Every choice of every problem is an entry that the planning accepts."""
-    planning = pytest.importorskip("pwm_fast.kernels.plan")
-    tuning = pytest.importorskip("pwm_fast.kernels.tuning")
-    for p in tune.problems(None, 132, 227 * 1024, (64, 16384)):
-        product, limits = planning.product_of(p.kernel, p.key), planning.Limits(132)
-        assert p.heuristic in p.choices
-        for name, options in p.choices.items():
-            tuning.save("Some GPU", {p.kernel: {p.key: options}}, tmp_path)
-            tuned = tuning.load("Some GPU", tmp_path)[p.kernel]
-            found = planning.plan(product, limits, tuned)
-            assert ("unfused" if found is None else tune._name(found)) == name
+    assert "linear_norm_act_bwd 16 R128 N1792 K1792: " in out and "unfused; heuristic" in out
+    assert "rollout" not in out and "not measured" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     ("args", "says"),
-    [([], "GPUs here"), (["--device", "cpu"], "--dry"), (["--rows", "0"], "--rows")],
+    [
+        ([], "GPUs here"),
+        (["--device", "cpu"], "--dry-run"),
+        (["--rows", "0"], "--rows"),
+        (["--dry-run", "--only", "nothing"], "no problem"),
+    ],
 )
 def test_what_cannot_run_is_said_in_a_line(
     args: list[str], says: str, capsys: pytest.CaptureFixture[str]
@@ -138,10 +286,9 @@ def test_what_cannot_run_is_said_in_a_line(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_every_choice_computes_the_same() -> None:
-    pytest.importorskip("pwm_fast.kernels.linear_norm_act")
-    properties = torch.cuda.get_device_properties(0)
-    shared = properties.shared_memory_per_block_optin
-    for p in tune.problems(torch.device("cuda"), properties.multi_processor_count, shared, (128,)):
-        for options in p.choices.values():
-            p.run(options)  # raises where it is wrong
+def test_a_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(tune.results, "STORE", tmp_path)
+    assert tune.main(["--minutes", "1", "--only", "16 R128 N512 K512"]) == 0
+    assert tune.main(["--minutes", "1", "--only", "float16 B128"]) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 2

@@ -2,34 +2,144 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench import tune
-
 pytest.importorskip("triton")
+
+from bench import tune, tune_products
+from bench.fake_cuda import DEVICE, FakeCuda
+from bench.tune_products import WORKLOADS, Wrong
+from bench.tune_rollout import RolloutWorkload
+from pwm_fast.kernels import plan, rollout, tuning
+from pwm_fast.kernels.plan import Limits, Plan, Product, candidates
+from tests.bench.synthetic import FACTS
+
 CPU = torch.device("cpu")
 
 
+def alone(product: Product) -> Plan:
+    """A plan that the interpreter can run: its programs do not wait."""
+    return next(p for p in candidates(product, Limits(1)) if not p.synced)
+
+
 @pytest.mark.interpreted
-@pytest.mark.parametrize("kernel", ["linear_norm_act_fwd", "linear_norm_act_bwd"])
-@pytest.mark.parametrize("options", [{"block_m": 16, "block_n": 64}, {"block_m": 0}])
-def test_a_choice_is_checked_against_float64(kernel: str, options: dict[str, int]) -> None:
-    pytest.importorskip("pwm_fast.kernels.linear_norm_act")
-    call = tune._fused_call(kernel, 5, 64, 48, 1, 227 * 1024, CPU, options)
-    call()
+@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize("kernel", WORKLOADS)
+def test_every_choice_is_checked_against_float64(kernel: str, element: int) -> None:
+    members = 2 if "act_norm" in kernel[7:] and element == 2 else 1
+    product = Product(kernel, 5, 48, 16, members, element, "ieee")
+    workload = WORKLOADS[kernel](product, CPU)
+    workload.call(alone(product))()
+    workload.call(None)()
 
 
 @pytest.mark.interpreted
 def test_a_wrong_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("pwm_fast.kernels.linear_norm_act")
-    right = kernels.linear_norm_act_fwd
+    workload = WORKLOADS["linear_axpby"](Product("linear_axpby", 5, 48, 16), CPU)
+    right = workload.fused
 
-    def wrong(x, weight, y, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        right(x, weight, y, *args, **kwargs)
-        y[3, 5] += 1.0
+    def wrong(chosen: Plan):  # type: ignore[no-untyped-def]
+        call = right(chosen)
 
-    monkeypatch.setattr(kernels, "linear_norm_act_fwd", wrong)
-    options = {"block_m": 16, "block_n": 64}
-    with pytest.raises(tune.Wrong, match="relative error"):
-        tune._fused_call("linear_norm_act_fwd", 5, 64, 48, 1, 227 * 1024, CPU, options)
+        def called() -> None:
+            call()
+            workload.out[3, 5] += 1.0
+
+        return called
+
+    monkeypatch.setattr(workload, "fused", wrong)
+    with pytest.raises(Wrong, match="relative error"):
+        workload.call(alone(workload.product))
+    monkeypatch.setattr(workload, "fused", lambda plan: lambda: None)
+    with pytest.raises(Wrong, match="relative error nan"):
+        workload.call(alone(workload.product))
+
+
+@pytest.mark.interpreted
+def test_a_rollout_is_checked_layer_by_layer_and_in_one_launch() -> None:
+    workload = RolloutWorkload(5, 64, "16", CPU, horizon=1)
+    workload.call(rollout.Plan(8, 64, 4, 2))()
+    workload.call(None)()
+    workload.z0 += 1.0  # what was true of others
+    with pytest.raises(Wrong, match="of z exceeds"):
+        workload.call(None)
+
+
+@pytest.mark.interpreted
+def test_problems_are_measured_from_their_operands_on(tmp_path: Path) -> None:
+    """All of the tuner but its clock and the GPU."""
+    limits = Limits(1)
+    product = Product("linear_act_norm_bwd", 5, 48, 16, 2)
+    problem = tune._product_problem(product, CPU, limits)
+    assert set(problem.choices) == {"16x64", "32x64", "unfused"}
+
+    def clock(calls):  # type: ignore[no-untyped-def]
+        for call in calls.values():
+            call()
+        return {name: [1e-6 if name == "32x64" else 2e-6] * 5 for name in calls}
+
+    log = tune.Log(tmp_path / "log.json", copy.deepcopy(FACTS))
+    assert tune.tune([problem], log, clock, lambda: False)
+    _, kept = tune.save("Some GPU", [problem], log.times, FACTS, tmp_path)
+    assert kept == (problem.heuristic != "32x64")
+    tuned = tuning.load("Some GPU", tmp_path).get(product.kernel, {})
+    found = plan.plan(product, limits, tuned)
+    assert found is not None and found.name == "32x64"
+
+
+# --- on CUDA tensors without data -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", tune_products.PRECISIONS)
+@pytest.mark.parametrize("kernel", WORKLOADS)
+def test_choices_launch_what_they_stand_for(kernel: str, rate: str) -> None:
+    element, precision = (2, "tf32") if rate == "16" else (4, rate)
+    members = 3 if "act_norm" in kernel[7:] else 1
+    product = Product(kernel, 200, 400, 512, members, element, precision)
+    with FakeCuda() as cuda:
+        workload = WORKLOADS[kernel](product, DEVICE)
+        fused = [workload.fused(p) for p in candidates(product, Limits(132))]
+        plain = workload.plain()
+        plain()  # makes the weight's copies
+        for call in fused:
+            cuda.launches.clear()
+            call()
+            assert cuda.launches.pop(f"triton {kernel}_kernel") == 1
+            assert cuda.total == ("act_norm_bwd" in kernel[7:])  # the sums of row blocks
+        cuda.launches.clear()
+        plain()
+        assert not any("linear" in name for name in cuda.launches)
+        assert cuda.launches["bmm" if members > 1 else "mm"] == 1
+        assert any(name.startswith("triton") for name in cuda.launches)
+    assert fused
+
+
+def test_a_rollout_is_one_launch_a_direction_or_layer_by_layer() -> None:
+    with FakeCuda() as cuda:
+        workload = RolloutWorkload(128, 512, "16", DEVICE, horizon=2)
+        for layout in (rollout.LAYOUTS[0], None):
+            cuda.launches.clear()
+            workload._run(workload.kernels, workload.weights, torch.float32, layout)
+            seen = cuda.launches["triton rollout_forward_kernel"]
+            assert seen == cuda.launches["triton rollout_backward_kernel"] == (layout is not None)
+    assert cuda.launches["triton linear_norm_act_fwd_kernel"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("rate", tune_products.PRECISIONS)
+@pytest.mark.parametrize("kernel", WORKLOADS)
+def test_every_choice_computes_the_same(kernel: str, rate: str) -> None:
+    properties = torch.cuda.get_device_properties(0)
+    limits = Limits(properties.multi_processor_count, int(properties.shared_memory_per_block_optin))
+    element = 2 if rate == "16" else 4
+    members = 3 if "act_norm" in kernel[7:] else 1
+    precision = "tf32" if rate == "16" else rate
+    product = Product(kernel, 200, 400, 512, members, element, precision)
+    workload = WORKLOADS[kernel](product, torch.device("cuda:0"))
+    for choice in (*candidates(product, limits), None):
+        workload.call(choice)  # raises where it is wrong

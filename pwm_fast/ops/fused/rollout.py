@@ -22,6 +22,7 @@ from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, 
 from pwm_fast.ops.fused.updates import Update
 
 if TYPE_CHECKING:
+    from pwm_fast.kernels.rollout import Plan
     from pwm_fast.ops.fused.persistent import Persistent
 
 
@@ -155,10 +156,13 @@ class Dynamics:
         sizes = Sizes(self.batch, self.hidden, self.stack.widths[-1])
         k = self.kernels
         plan = persistent_plan(k.name, k.precision, spec, sizes, weights.w_z.device)
-        if plan is None:
-            return None
+        return None if plan is None else self.persistent_on(plan)
+
+    def persistent_on(self, plan: Plan) -> Persistent:
+        """Macro steps in one launch of this layout; the networks must be such as have one."""
         from pwm_fast.ops.fused.persistent import Persistent
 
+        spec, weights, k = self.spec, self.weights, self.kernels
         first, second = self.specs
         last = self.inputs[1] if self.wgrad else None
         return Persistent(

@@ -40,17 +40,9 @@ class TritonProducts:
         members: int = 0,
     ) -> FusedForward | None:
         """See :class:`pwm_fast.ops.fused.products.Products`."""
-        if order == "act_norm":
-            plan = self._plan("linear_act_norm_fwd", rows, n, k, operand, device, members)
-            return (
-                None
-                if plan is None
-                else _ActNormForward(plan, rows, device, self.input_precision, members)
-            )
-        if members:
+        if members and order == "norm_act":
             return None
-        plan = self._plan("linear_norm_act_fwd", rows, n, k, operand, device)
-        return None if plan is None else _Forward(plan, rows, device, self.input_precision)
+        return self._fused(f"linear_{order}_fwd", rows, n, k, operand, device, members)
 
     def backward(
         self,
@@ -64,26 +56,17 @@ class TritonProducts:
         members: int = 0,
     ) -> FusedBackward | None:
         """See :class:`pwm_fast.ops.fused.products.Products`."""
-        if order == "act_norm":
-            plan = self._plan("linear_act_norm_bwd", rows, n, k, operand, device, members)
-            return (
-                None
-                if plan is None
-                else _ActNormBackward(plan, rows, device, self.input_precision, members)
-            )
-        if members:
+        if members and order == "norm_act":
             return None
-        plan = self._plan("linear_norm_act_bwd", rows, n, k, operand, device)
-        return None if plan is None else _Backward(plan, rows, device, self.input_precision)
+        return self._fused(f"linear_{order}_bwd", rows, n, k, operand, device, members)
 
     def update(
         self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
     ) -> FusedUpdate | None:
         """See :class:`pwm_fast.ops.fused.products.Products`."""
-        plan = self._plan("linear_axpby", rows, n, k, operand, device)
-        return None if plan is None else _Update(plan, self.input_precision)
+        return self._fused("linear_axpby", rows, n, k, operand, device)
 
-    def _plan(
+    def _fused(
         self,
         kernel: str,
         rows: int,
@@ -92,18 +75,31 @@ class TritonProducts:
         operand: torch.dtype,
         device: torch.device,
         members: int = 0,
-    ) -> Plan | None:
-        """``rows`` are those of all members."""
+    ) -> Any:
+        """Of :data:`FUSED`, or None; ``rows`` are those of all members."""
         if operand not in _OPERANDS:
             return None
         count = max(members, 1)
         product = Product(
             kernel, rows // count, n, k, count, operand.itemsize, self.input_precision
         )
-        return device_plan(product, device)
+        plan = device_plan(product, device)
+        if plan is None:
+            return None
+        return FUSED[kernel](plan, rows, device, self.input_precision, members)
 
 
 class _Fused:
+    """One kernel's launches by one plan, that follow one another on one stream.
+
+    Args:
+        plan: of the launches.
+        rows: of the results, of all members.
+        device: of the tensors.
+        input_precision: of fp32 operands.
+        members: of an ensemble, else 0.
+    """
+
     def __init__(
         self,
         plan: Plan,
@@ -229,12 +225,7 @@ class _ActNormBackward(_Fused):
         )
 
 
-class _Update:
-    """Its programs never wait for one another, however many tiles a row lies in."""
-
-    def __init__(self, plan: Plan, input_precision: str) -> None:
-        self.plan, self.input_precision = plan, input_precision
-
+class _Update(_Fused):
     def __call__(
         self,
         x: Tensor,
@@ -266,3 +257,13 @@ class _Update:
             operand=operand,
             input_precision=self.input_precision,
         )
+
+
+#: What runs a plan, by kernel.
+FUSED: dict[str, type[_Fused]] = {
+    "linear_norm_act_fwd": _Forward,
+    "linear_norm_act_bwd": _Backward,
+    "linear_act_norm_fwd": _ActNormForward,
+    "linear_act_norm_bwd": _ActNormBackward,
+    "linear_axpby": _Update,
+}

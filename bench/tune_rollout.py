@@ -1,0 +1,123 @@
+"""What the tuner runs of a rollout: every layout of the persistent kernels, and layer by layer.
+
+Macro steps of a folded flow, forward and backward without gradients of weights, as an actor's
+update has them, compared with float64 before they are timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.tune_products import EPS, PRECISIONS, Wrong
+from pwm_fast.kernels.rollout import Plan
+from pwm_fast.ops.fused.kernels import Kernels, TorchKernels
+from pwm_fast.ops.fused.precision import EXACT
+from pwm_fast.ops.fused.rollout import Dynamics, DynamicsSpec, DynamicsWeights
+from pwm_fast.ops.fused.stack import LayerParams, LayerSpec
+from pwm_fast.ops.fused.triton import TritonKernels
+
+LATENT, SUBSTEPS = 64, 2
+ERROR = 5e-2  # relative to the largest entry, after all steps; a wrong layout is off by more
+
+
+class RolloutWorkload:
+    """A random folded flow, shared by its layouts.
+
+    Args:
+        batch: B.
+        padded: Up, features of both hidden layers.
+        rate: of :data:`bench.tune_products.PRECISIONS`.
+        device: of the tensors.
+        horizon: macro steps.
+    """
+
+    def __init__(
+        self, batch: int, padded: int, rate: str, device: torch.device, horizon: int = 16
+    ) -> None:
+        self.kernels = TritonKernels(PRECISIONS[rate])
+        self.horizon, self.batch = horizon, batch
+        torch.manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return scale * torch.randn(*shape, device=device)
+
+        def centred(x: Tensor) -> Tensor:
+            return x - x.mean(0)
+
+        hidden = LayerSpec("norm_act", "mish", True, True, 8, EPS, padded)
+        head = LayerSpec("norm_act", "none", True, False, 8, EPS)
+        self.spec = DynamicsSpec((hidden, hidden, head), "heun", SUBSTEPS, True)
+        u, norms = padded, (1.0 + normal(2, padded, scale=0.1), normal(2, padded, scale=0.1))
+        gammas, betas = norms
+        w_z = centred(normal(u, LATENT, scale=LATENT**-0.5))
+        w3, b3 = normal(LATENT, u, scale=u**-0.5), normal(LATENT, scale=0.1)
+        self.weights = DynamicsWeights(
+            w_z,
+            centred(normal(u)),
+            [
+                LayerParams(w_z, None, gammas[0], betas[0]),
+                LayerParams(
+                    centred(normal(u, u, scale=u**-0.5)),
+                    centred(normal(u, scale=0.1)),
+                    gammas[1],
+                    betas[1],
+                ),
+                LayerParams(w_z @ w3, w_z @ b3, None, None),
+            ],
+            (w3, b3),
+        )
+        self.z0 = normal(batch, LATENT)
+        c = normal(horizon, batch, u)
+        self.c = c - c.mean(-1, keepdim=True)
+        self.dz = normal(horizon + 1, batch, LATENT)
+        self.results: list[Tensor] = []
+        self._truth: list[Tensor] | None = None
+
+    def call(self, plan: Plan | None) -> Callable[[], None]:
+        """The call of a layout, after one that was compared; None: layer by layer.
+
+        Raises:
+            Wrong: the latents or a gradient are others.
+        """
+
+        def call() -> None:
+            self.results = self._run(self.kernels, self.weights, torch.float32, plan)
+
+        if self._truth is None:
+            double = _double(self.weights)
+            self._truth = self._run(TorchKernels(EXACT), double, torch.float64, None)
+        call()
+        for name, found, wanted in zip(("z", "dz0", "dc"), self.results, self._truth, strict=True):
+            error = float((found.double() - wanted).abs().max() / wanted.abs().max())
+            if not error <= ERROR:
+                raise Wrong(f"relative error {error:.1e} of {name} exceeds {ERROR:.0e}")
+        return call
+
+    def _run(
+        self, kernels: Kernels, weights: DynamicsWeights, dtype: torch.dtype, plan: Plan | None
+    ) -> list[Tensor]:
+        """Latents, and the gradients towards the first one and the hoisted terms."""
+        dynamics = Dynamics(
+            kernels, self.spec, weights, self.horizon, self.batch, save=True, wgrad=False
+        )
+        dynamics.persistent = None if plan is None else dynamics.persistent_on(plan)
+        z = self.z0.new_empty(self.horizon + 1, self.batch, LATENT, dtype=dtype)
+        z[0] = self.z0
+        dynamics.rollout(z, self.c.to(dtype))
+        dynamics.start_backward()
+        dz = dynamics.rollout_backward(self.dz.to(dtype))
+        grads = dynamics.finish_backward(dz, z[0])
+        return [z, grads.z0, grads.c]
+
+
+def _double(weights: DynamicsWeights) -> DynamicsWeights:
+    def wide(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.double()
+
+    assert weights.head is not None
+    layers = [LayerParams(*(wide(x) for x in layer)) for layer in weights.layers]  # type: ignore[arg-type]
+    head = weights.head[0].double(), wide(weights.head[1])
+    return DynamicsWeights(weights.w_z.double(), wide(weights.w_tau), layers, head)

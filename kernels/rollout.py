@@ -268,6 +268,9 @@ def _tuned_plan(
     if set(entry) != set(Plan._fields):
         raise ValueError(f"a tuned rollout has {', '.join(Plan._fields)}, got {dict(entry)}")
     layout = Plan(**entry)
+    if layout not in LAYOUTS:
+        known = ", ".join(str(tuple(p)) for p in LAYOUTS)
+        raise ValueError(f"a tuned rollout must be one of {known}, got {tuple(layout)}")
     wrong = why_not(layout, batch, padded, dtype.itemsize, sms, shared)
     if wrong is not None:
         raise ValueError(f"the tuned rollout {layout} does not fit: {wrong}")

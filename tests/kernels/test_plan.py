@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ FORWARD = Product("linear_norm_act_fwd", 500, 512, 512)
 
 
 @pytest.fixture
-def fresh() -> None:
-    """Nothing that was chosen before counts."""
-    plan._chosen.cache_clear()
-    plan._tuned.cache_clear()
-    plan.device_limits.cache_clear()
+def fresh() -> Iterator[None]:
+    """Nothing that was chosen before counts, nor what is chosen here afterwards."""
+    caches = (plan._chosen, plan._tuned, plan.device_limits)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize("kernel", plan.TILES)
@@ -188,6 +192,22 @@ def test_a_device_plan_is_chosen_once_and_launches_nothing(
         assert chosen == products, "chosen anew"
         assert cuda.total == 0
     assert first[-1] is not None and first[-1].name == "16x64"
+
+
+def test_plans_come_from_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same again, whatever was asked for between, and without a look at a device."""
+
+    def touched(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a device was asked")
+
+    for name in ("get_device_properties", "current_stream", "synchronize", "Event", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    products = [Product(k, r, 400, 512, members=3) for k in plan.TILES for r in (128, 4096)]
+    first = [plan.plan(p, HOPPER) for p in products]
+    assert [plan.plan(p, HOPPER) for p in reversed(products)] == first[::-1]
+    assert [min(model(p, HOPPER).values()) for p in products] == [
+        model(p, HOPPER)[chosen] for p, chosen in zip(products, first, strict=True)
+    ]
 
 
 def test_no_kernel_is_autotuned_and_nothing_of_the_package_measures() -> None:

@@ -221,13 +221,20 @@ def test_a_measured_layout_comes_first() -> None:
     f16 = torch.float16
     key = module.tuning_key(128, 512, f16)
     assert key == "float16 B128 U512"
-    measured = Plan(16, 32, 4, 2)
+    measured = Plan(16, 32, 8, 4)
     assert plan(128, 512, f16, *H100, {key: measured._asdict()}) == measured
     assert plan(64, 512, f16, *H100, {key: measured._asdict()}) == Plan(8, 64, 8, 4)
     assert "faster" in str(plan(128, 512, f16, *H100, {key: {"bm": 0}}))
-    for wrong, match in (({"bm": 8}, "has bm, bn"), (Plan(8, 32, 4, 2)._asdict(), "not fit")):
+    for wrong, match in (
+        ({"bm": 8}, "has bm, bn"),
+        (Plan(8, 32, 4, 2)._asdict(), r"must be one of \(8, 64, 8, 4\), .*, got \(8, 32, 4, 2\)"),
+        (Plan(8, 32, 8, 4)._asdict(), "not fit"),
+    ):
         with pytest.raises(ValueError, match=match):
             plan(128, 512, f16, *H100, {key: wrong})
+        with pytest.raises(ValueError, match=match):
+            module.check_tuned(key, wrong, *H100)
+    module.check_tuned(key, measured._asdict(), *H100)
 
 
 def test_every_plan_keeps_the_programs_resident() -> None:

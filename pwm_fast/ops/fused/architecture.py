@@ -142,9 +142,8 @@ def _tuned(index: int) -> Mapping[str, Mapping[str, int]]:
     return tuning.entries(torch.cuda.get_device_name(index), "rollout", fits)
 
 
-@lru_cache(maxsize=16)
 def _limits(index: int) -> tuple[int, int]:
     """Multiprocessors of a GPU, and bytes of shared memory that a program may have."""
-    properties = torch.cuda.get_device_properties(index)
-    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return properties.multi_processor_count, shared
+    from pwm_fast.kernels.plan import device_limits
+
+    return device_limits(torch.device("cuda", index))[1]

@@ -8,10 +8,11 @@ python -m bench.tune --dry-run          # on any machine: what would be measured
 Problems are the products and rollouts that the shipped agents ask for (bench/products.json). Every
 choice that fits, and the plain product with its element kernel (of a rollout: layer by layer), is
 run on the same random operands, compared with float64, and captured in a CUDA graph; then the
-choices of a problem are timed in turns. One that is faster than the kernel's own heuristic by more
-than 3 % becomes an entry of ``kernels/tuned/<gpu>.json``, which the kernels read
-(``pwm_fast.kernels.tuning``); all times go to ``bench/results/tune_<gpu>.json``. At the end stands
-how far the cost model is off. Nothing is tuned while a program runs.
+choices of a problem are timed in turns; several processes have compiled them before. One that is
+faster than the kernel's own heuristic by more than 3 % becomes an entry of
+``kernels/tuned/<gpu>.json``, which the kernels read (``pwm_fast.kernels.tuning``); all times go to
+``bench/results/tune_<gpu>.json``. At the end stands how far the cost model is off. Nothing is tuned
+while a program runs.
 
 Exit status: 0 done or the time was over, 1 a choice was wrong or failed, 2 one line says why
 nothing could be measured.
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 
-from bench import environment, products, results, tune_report
+from bench import environment, products, results, tune_compile, tune_report
 from bench.measure import Call, CudaClock, Effort, graphed, race
 from bench.results import Row, Spread
 from bench.session import say
@@ -48,6 +49,7 @@ GAIN = 0.03  # less is noise, and the heuristic also serves sizes that nobody me
 PLAIN, LAYERS = "unfused", "layers"
 CALLS = 10  # of a choice in one graph, so that the graph's own start does not count
 EFFORT = Effort(seconds=0.25, min_rounds=5, max_rounds=25, sample=0.001)
+COMPILING = 0.5  # of the time, at most
 ENDED = "the process ended while it ran"
 
 
@@ -393,6 +395,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = Log(results.STORE / f"tune_{slug}.json", facts)
     deadline = started + 60.0 * options.minutes
     right = False
+    missing = [p.name for p in found if p.name not in log.times]
+    tune_compile.ahead(
+        missing, device, limits, options.precision, options.rows, COMPILING * 60 * options.minutes
+    )
     try:
         right = tune(found, log, on_gpu, lambda: time.monotonic() > deadline)
     except (Broken, KeyboardInterrupt) as error:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import launches, predictions, products, tune, tune_report
+from bench import launches, predictions, products, tune, tune_compile, tune_report
 from bench.tune import Log, Options, Problem
 from pwm_fast.kernels import cost, tuning
 from pwm_fast.kernels.plan import Limits, Product, plan, product_of
+from tests.bench import fake_compiling
 from tests.bench.synthetic import FACTS
 
 CHOICES: dict[str, Options] = {
@@ -282,6 +283,57 @@ def test_what_cannot_run_is_said_in_a_line(
     assert tune.main(args) == 2
     err = capsys.readouterr().err
     assert says in err and len(err.splitlines()) == 1
+
+
+def test_a_run_but_for_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that the command does, on a made-up device."""
+    products_ = pytest.importorskip("bench.tune_products")
+    compiled: list[Sequence[str]] = []
+    measured: list[str] = []
+
+    class Workload:
+        def __init__(self, product: Product, device: torch.device) -> None:
+            self.product = product
+
+        def call(self, chosen: Any) -> Callable[[], float]:
+            measured.append(self.product.key)
+            slow = 1.0 if chosen is None else chosen.block_m
+            return lambda: 1e-6 * slow
+
+    monkeypatch.setattr(tune, "_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(tune.planning, "device_limits", lambda device: ("Some GPU", FITTING))
+    monkeypatch.setattr(tune, "on_gpu", clock)
+    monkeypatch.setattr(tune.tune_compile, "ahead", lambda names, *args: compiled.append(names))
+    monkeypatch.setattr(products_, "WORKLOADS", dict.fromkeys(products_.WORKLOADS, Workload))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "tuned")
+    monkeypatch.setattr(tune.results, "STORE", tmp_path)
+    arguments = ["--only", "linear_norm_act_fwd 16 R128 N512", "--precision", "16"]
+    assert tune.main([*arguments, "--minutes", "0"]) == 0
+    assert not measured and "0 of 2 problems, 0 entries" in capsys.readouterr().out
+    for _ in range(2):
+        assert tune.main(arguments) == 0
+    assert [len(names) for names in compiled] == [2, 2, 0]
+    entries = tuning.load("Some GPU")[KERNEL]
+    assert entries == {key: {"block_m": 0} for key in measured} and len(entries) == 2
+    assert len(measured) == 2 * 9, "measured again"
+    out = capsys.readouterr().out
+    assert "unfused 1 µs, 16.00x of the heuristic's 16x64 16 µs: kept" in out
+    assert "heuristic / best choice" in out and "measured / model" in out and "85 GB/s" in out
+
+
+def test_choices_are_compiled_in_several_processes(tmp_path: Path) -> None:
+    def ahead(names: list[str], seconds: float) -> None:
+        tune_compile.ahead(  # the folder takes the device's place
+            names, tmp_path, None, (), (), seconds, count=2, work=fake_compiling.mark
+        )  # type: ignore[arg-type]
+
+    ahead(["alone"], 100.0)
+    assert list(tmp_path.iterdir()) == []
+    ahead(["a", "b", "c"], 100.0)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c"}
+    ahead(["hang", "hang"], 0.1)  # comes back
 
 
 @pytest.mark.gpu

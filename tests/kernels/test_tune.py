@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from bench import tune, tune_products
 from bench.fake_cuda import DEVICE, FakeCuda
+from bench.tune_compile import compiling
 from bench.tune_products import WORKLOADS, Wrong
 from bench.tune_rollout import RolloutWorkload
-from pwm_fast.kernels import plan, rollout, tuning
+from pwm_fast.kernels import linear_axpby, plan, rollout, tuning
 from pwm_fast.kernels.plan import Limits, Plan, Product, candidates
 from tests.bench.synthetic import FACTS
 
@@ -127,6 +128,19 @@ def test_a_rollout_is_one_launch_a_direction_or_layer_by_layer() -> None:
             seen = cuda.launches["triton rollout_forward_kernel"]
             assert seen == cuda.launches["triton rollout_backward_kernel"] == (layout is not None)
     assert cuda.launches["triton linear_norm_act_fwd_kernel"] > 0
+
+
+def test_what_is_only_compiled_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(kernel, *args, grid, warmup, **options):  # type: ignore[no-untyped-def]
+        seen.append((grid, warmup))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    with compiling():
+        linear_axpby.linear_axpby_kernel[(1,)]()
+    linear_axpby.linear_axpby_kernel[(2,)]()
+    assert seen == [((1,), True), ((2,), False)]
 
 
 @pytest.mark.gpu

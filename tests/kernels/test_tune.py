@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from bench import tune, tune_products
 from bench.fake_cuda import DEVICE, FakeCuda
@@ -131,12 +131,14 @@ def test_a_rollout_is_one_launch_a_direction_or_layer_by_layer() -> None:
 
 
 def test_what_is_only_compiled_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
     seen = []
 
     def run(kernel, *args, grid, warmup, **options):  # type: ignore[no-untyped-def]
         seen.append((grid, warmup))
 
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(JITFunction, "run", run)
     with compiling():
         linear_axpby.linear_axpby_kernel[(1,)]()
     linear_axpby.linear_axpby_kernel[(2,)]()

@@ -2,7 +2,8 @@
 
 python -m bench.exercise [--device cuda]
 
-Checks nothing itself: it prints what ran, and the sanitizer says whether an access was wrong.
+Checks no result: it prints what ran and what failed, and the sanitizer says whether an access was
+wrong. Nothing more is tried where the CUDA context is lost.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench import plain, providers
-from bench.cases import Workload, gradients, rollouts, updates
+from bench.cases import Provider, Workload, gradients, rollouts, updates
+from bench.session import say
 from pwm_fast.config import AlgConfig
 
 
@@ -46,26 +48,39 @@ def workloads(device: torch.device) -> dict[str, Callable[[], Workload]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Status 0 if at least one precision ran."""
+    """Status 0 if at least one precision ran and none failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.exercise", description=__doc__)
     parser.add_argument("--device", default="cuda", type=torch.device)
     device = parser.parse_args(argv).device
-    ran = 0
+    outcomes = []
     for title, build in workloads(device).items():
         work = build()
         for name in providers.OURS:
             if name not in work.make:
                 continue
-            try:
-                work.make[name]().call()
-            except providers.Absent as error:
-                print(f"{title}, {name}: absent: {error}")
-                continue
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            ran += 1
-            print(f"{title}, {name}: ran", flush=True)
-    return 0 if ran else 1
+            found = outcome(work.make[name], device)
+            outcomes.append(found.partition(":")[0])
+            print(f"{title}, {name}: {found}", flush=True)
+            if outcomes[-1] == "Error":
+                _wait(device)  # raises where the context is lost
+    return 0 if "ran" in outcomes and "Error" not in outcomes else 1
+
+
+def outcome(make: Callable[[], Provider], device: torch.device) -> str:
+    """``ran``, or why not."""
+    try:
+        make().call()
+        _wait(device)
+    except providers.Absent as error:
+        return f"absent: {error}"
+    except Exception as error:
+        return f"Error: {say(error)}"
+    return "ran"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

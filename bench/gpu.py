@@ -5,10 +5,11 @@ python -m bench.gpu --budget 600 --out bench/results/gpu_h200.json
 python -m bench.gpu --stage tests --stage micro       # these alone, and again where they have ended
 python -m bench.gpu --device cpu --quick --out /tmp/dry.json     # does the script itself run?
 
-Stages: build (the extension, in place), tests (those marked gpu), sanitize (compute-sanitizer),
-micro (the constants of the cost model), quick (5M and 48M, batch 128, 512 and 16384), esnr, epoch,
-matrix (all models, batches, K and providers). A run that its budget ends is gone on with by the
-same command; what has been measured is not measured again. It needs a checkout, torch, triton,
+Stages: build (the extension, in place), smoke (the first case of every test marked gpu), tests (the
+other cases), quick (5M and 48M, batch 128, 512 and 16384), micro (the constants of the cost model),
+esnr, epoch, sanitize (compute-sanitizer), matrix (all models, batches, K and providers). Tests that
+fail are printed as they come. A run that its budget ends is gone on with by the same command; what
+has been measured is not measured again. It needs a checkout, torch, triton,
 nvcc, pybind11, ninja, pytest and pytest-benchmark, and neither Hydra nor MuJoCo.
 
 Exit status: 0 nothing failed (a table says what is still missing), 1 a stage or a provider failed,
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from bench import environment, gpu_checks, results
+from bench import environment, gpu_checks, gpu_tests, results
 from bench.gpu_plan import MEASURED, cases, jobs
 from bench.gpu_report import short
 from bench.results import ResultError, Row, row_from_json
@@ -39,13 +40,14 @@ from bench.worker import Job, Message, Worker
 BUDGET = 480.0
 DRY = 5.0  # a dry run takes as much longer, on whatever CPU it runs
 BUDGETS = {  # seconds of each stage; the last takes what is left
-    "build": 90.0,
-    "tests": 110.0,
-    "sanitize": 40.0,
-    "micro": 60.0,
+    "build": 75.0,
+    "smoke": 60.0,
+    "tests": 100.0,
     "quick": 150.0,
+    "micro": 60.0,
     "esnr": 20.0,
     "epoch": 30.0,
+    "sanitize": 40.0,
     "matrix": float("inf"),
 }
 
@@ -159,9 +161,11 @@ def stages(record: Record, worker: Worker, dry: bool) -> list[Stage]:
     """All stages, in order."""
     kind = worker.device.type
     files = ["tests/test_replay.py"] if dry else None
+    tests = partial(gpu_tests.tests, record=record, device=kind, files=files, tell=_tell)
     runs = {
         "build": partial(gpu_checks.build, record=record),
-        "tests": partial(gpu_checks.tests, record=record, device=kind, files=files),
+        "smoke": partial(tests, first=True),
+        "tests": tests,
         "sanitize": partial(gpu_checks.sanitize, device=kind),
         **{
             name: partial(measure, stage=name, record=record, worker=worker, dry=dry)
@@ -225,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(gpu_checks.WORK / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(gpu_checks.WORK / "triton"))
     record.result.gpu["dry"] = options.quick
+    if any(record.finished(name) for name in options.stage or () if name in ("smoke", "tests")):
+        record.result.gpu["tests"].clear()  # asked for by name: once more
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         record.result.gpu["device"] = {
@@ -244,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             record,
             options.budget - (time.monotonic() - started),
             again=options.stage or (),
-            tell=lambda line: print(line, flush=True),
+            tell=_tell,
         )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -258,6 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         row.status == "failed" for g in record.result.groups.values() for row in g.rows.values()
     )
     return 0 if good and not rows_failed else 1
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 def _device(name: str, quick: bool) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,10 +30,9 @@ from bench import (
 from bench.cases import matrix
 from bench.environment import ROOT
 from bench.providers import LABELS
-from bench.stages import Deadline, Record
+from bench.stages import Deadline
 from pwm_fast import config
 from pwm_fast.config import ConfigError
-from tests.bench.synthetic import FACTS
 
 # As on a machine that has torch, triton, nvcc and pytest alone.
 BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax")
@@ -132,107 +131,12 @@ def test_a_wrong_configuration_is_named() -> None:
         plain.parse("a: 1\n& anchor")
 
 
-# --- build, tests, sanitizer ---------------------------------------------------------------------
-
-
-def line(test: str, outcome: str, message: str = "") -> str:
-    found = {"test": f"tests/test_x.py::{test}", "outcome": outcome, "message": message}
-    return json.dumps(found) + "\n"
-
-
-LINES = (
-    line("a", "passed")
-    + line("b", "skipped")
-    + line("c", "failed", "error 3 exceeds 2")
-    + line("d", "passed")
-    + line("d", "failed", "teardown")
-)
-
-
-def test_a_report_is_counted(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text(LINES, "utf-8")
-    assert gpu_checks.counts(path, 1) == {
-        "passed": 1,
-        "failed": 2,
-        "skipped": 1,
-        "messages": ["c: error 3 exceeds 2", "d: teardown"],
-    }
-
-
-def test_a_process_that_died_has_failed(tmp_path: Path) -> None:
-    (tmp_path / "x.log").write_text("collected\nFatal Python error: Aborted\n", "utf-8")
-    found = gpu_checks.counts(tmp_path / "x.jsonl", -6)
-    assert found["failed"] == 1
-    assert "status -6: Fatal Python error: Aborted" in found["messages"][0]
-    assert gpu_checks.counts(tmp_path / "x.jsonl", 5)["failed"] == 0
-
-
-def test_a_file_that_was_stopped_is_gone_on_with(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    none = gpu_checks.counts(path, -9, True)
-    assert none["stopped"] and none["done"] == [] and none["failed"] == 0
-    path.write_text(line("z", "passed"), "utf-8")
-    first = gpu_checks.added(none, gpu_checks.counts(path, -9, True))
-    assert first["passed"] == 1 and first["done"] == ["tests/test_x.py::z"]
-    assert gpu_checks.summary({"f": first}, ["f"], "cuda").status == "partial"
-    path.write_text(LINES, "utf-8")
-    both = gpu_checks.added(first, gpu_checks.counts(path, 1))
-    assert (both["passed"], both["failed"], both["skipped"]) == (2, 2, 1)
-    assert "stopped" not in both
-
-
-def test_tests_that_the_time_ends_are_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three tests the last hangs, once: the next run does that one alone."""
-    file = tmp_path / "test_slow.py"
-    file.write_text(
-        "import pathlib, pytest, time\npytestmark = pytest.mark.gpu\n"
-        "here = pathlib.Path(__file__).parent\n"
-        "def test_good(): assert not (here / 'second').exists()\n"
-        "def test_bad(): assert 1 == 2\n"
-        "def test_slow():\n    if not (here / 'second').exists(): time.sleep(60)\n",
-        "utf-8",
-    )
-    monkeypatch.setattr(gpu_checks, "WORK", tmp_path)
-    record = Record(tmp_path / "gpu_x.json", copy.deepcopy(FACTS))
-    outcome = gpu_checks.tests(Deadline(8.0), record, "cuda", [str(file)])
-    assert outcome.status == "partial", outcome
-    found = record.result.gpu["tests"][str(file)]
-    assert found["stopped"] and [t.rpartition("::")[2] for t in found["done"]] == [
-        "test_good",
-        "test_bad",
-    ]
-    (tmp_path / "second").touch()
-    outcome = gpu_checks.tests(Deadline(60.0), record, "cuda", [str(file)])
-    assert outcome.status == "failed"
-    found = record.result.gpu["tests"][str(file)]
-    assert (found["passed"], found["failed"], found.get("stopped")) == (2, 1, None)
-    assert found["messages"] == ["test_bad: assert 1 == 2"]
-
-
-def test_tests_pass_only_if_some_ran_on_the_gpu() -> None:
-    good = {"passed": 3, "failed": 0, "skipped": 1}
-    none = {"passed": 0, "failed": 0, "skipped": 4}
-    bad = {"passed": 3, "failed": 1, "skipped": 0}
-    assert gpu_checks.summary({"a": good}, ["a"], "cuda").status == "ok"
-    assert gpu_checks.summary({"a": none}, ["a"], "cuda").status == "failed"
-    assert gpu_checks.summary({"a": none}, ["a"], "cpu").status == "ok"
-    assert gpu_checks.summary({"a": good}, ["a", "b"], "cuda").status == "partial"
-    found = gpu_checks.summary({"a": good, "b": bad}, ["a", "b"], "cuda")
-    assert found.status == "failed" and "see b" in found.detail
-
-
-def test_files_with_gpu_tests_are_found() -> None:
-    files = gpu_checks.test_files()
-    assert "tests/test_replay.py" in files
-    assert "tests/bench/test_stages.py" not in files
+# --- build, sanitizer ---------------------------------------------------------------------
 
 
 def test_a_command_is_stopped_with_what_it_started(tmp_path: Path) -> None:
     script = "sleep 60 & echo $! > child; wait"
-    done = gpu_checks._run(["sh", "-c", script], Deadline(1.0), cwd=tmp_path)
+    done = gpu_checks.run_command(["sh", "-c", script], Deadline(1.0), cwd=tmp_path)
     assert done.status is None and done.seconds < 30.0
     child = (tmp_path / "child").read_text().strip()
     end = time.monotonic() + 10.0  # a killed process is there until somebody takes note of it
@@ -252,6 +156,24 @@ def test_small_work_runs_through_every_operation() -> None:
     from bench import exercise
 
     assert exercise.main(["--device", "cpu"]) == 0
+
+
+def test_small_work_goes_on_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import exercise
+
+    def fail() -> Any:
+        raise RuntimeError("no such kernel")
+
+    def work() -> Any:
+        return SimpleNamespace(make={"fast": fail, "fast_bf16": lambda: SimpleNamespace(call=list)})
+
+    monkeypatch.setattr(exercise, "workloads", lambda device: {"this": work, "that": work})
+    assert exercise.main(["--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("fast: Error: RuntimeError: no such kernel") == 2
+    assert out.count("fast_bf16: ran") == 2
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -1,0 +1,151 @@
+"""The GPU tests' stage: a test that fails, dies, hangs or takes the device along costs itself."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_tests
+from bench.stages import Deadline, Outcome, Record
+from tests.bench.synthetic import FACTS
+
+HEAD = "import os, pathlib, pytest, time\npytestmark = pytest.mark.gpu\n"
+HEAD += "here = pathlib.Path(__file__).parent\n"
+
+
+class Stage:
+    """The stage on files made of text."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+        self.record = Record(tmp_path / "gpu_x.json", copy.deepcopy(FACTS))
+        self.told: list[str] = []
+        self.files: list[str] = []
+
+    def write(self, name: str, text: str) -> str:
+        path = self.folder / f"test_{name}.py"
+        path.write_text(HEAD + text, "utf-8")
+        self.files.append(str(path))
+        return str(path)
+
+    def run(self, seconds: float = 60.0, first: bool = False) -> Outcome:
+        return gpu_tests.tests(
+            Deadline(seconds), self.record, "cuda", self.files, first=first, tell=self.told.append
+        )
+
+    def found(self, name: str) -> dict[str, Any]:
+        """Counts and messages, read from the file."""
+        return Record(self.record.path, self.record.result.facts).result.gpu["tests"][name]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    monkeypatch.setattr(gpu_tests, "WORK", tmp_path)
+    return Stage(tmp_path)
+
+
+def counts(found: dict[str, Any]) -> tuple[int, int, int]:
+    return found["passed"], found["failed"], found["skipped"]
+
+
+def test_one_outcome_a_test(stage: Stage) -> None:
+    name = stage.write(
+        "outcomes",
+        "@pytest.fixture\ndef after():\n    yield\n    assert 1 == 3, 'teardown'\n"
+        "def test_good(): pass\n"
+        "def test_after(after): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_skipped(): pytest.skip('no second GPU')\n",
+    )
+    outcome = stage.run()
+    assert outcome.status == "failed" and "1 passed, 2 failed, 1 skipped in 1 of 1" in outcome[1]
+    found = stage.found(name)
+    assert counts(found) == (1, 2, 1) and "done" not in found
+    assert found["messages"] == ["test_after: AssertionError: teardown", "test_bad: assert 1 == 2"]
+    assert len(stage.told) == 2 and stage.told[1].endswith("test_bad: assert 1 == 2")
+    stage.told.clear()
+    assert stage.run() == outcome and stage.told == []  # nothing is left
+
+
+def test_what_a_test_takes_along(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies, one that hangs, one whose CUDA context is lost: the others pass."""
+    monkeypatch.setattr(gpu_tests, "HANGS", 5.0)
+    name = stage.write(
+        "fatal",
+        "from bench import gpu_plugin\n"
+        "def test_one(): pass\n"
+        "def test_dies(): os._exit(11)\n"
+        "def test_lost():\n    gpu_plugin._context_is_lost = lambda: True\n    assert False\n"
+        "def test_two(): pass\n"
+        "def test_hangs(): time.sleep(100)\n"
+        "def test_three(): pass\n",
+    )
+    assert stage.run(150.0).status == "failed"
+    found = stage.found(name)
+    assert counts(found) == (3, 3, 0)
+    texts = dict(text.split(": ", 1) for text in found["messages"])
+    assert "status 11" in texts["test_dies"]
+    assert texts["test_lost"] == "assert False"
+    assert texts["test_hangs"].startswith("it did not end within ")
+
+
+def test_files_that_give_no_tests(stage: Stage) -> None:
+    broken = stage.write("broken", "import no_such_module\ndef test_x(): pass\n")
+    skipped = stage.write("skipped", "pytest.importorskip('no_such_module')\ndef test_x(): pass\n")
+    unmarked = stage.write("unmarked", "pytestmark = []\ndef test_x(): pass\n")
+    good = stage.write("good", "def test_x(): pass\n")
+    assert stage.run().status == "failed"
+    assert counts(stage.found(broken)) == (0, 1, 0)
+    assert "No module named 'no_such_module'" in stage.found(broken)["messages"][0]
+    assert counts(stage.found(skipped)) == (0, 0, 1)
+    assert counts(stage.found(unmarked)) == (0, 0, 0)
+    assert counts(stage.found(good)) == (1, 0, 0)
+
+
+def test_the_first_case_of_each_test_comes_first(stage: Stage) -> None:
+    """And is not run again; what the time ends is gone on with."""
+    name = stage.write(
+        "cases",
+        "@pytest.mark.parametrize('n', [1, 2, 3])\n"
+        "def test_cases(n):\n"
+        "    (here / f'ran{n}').touch(exist_ok=False)\n"
+        "    if n == 3 and not (here / 'second').exists():\n"
+        "        (here / 'ran3').unlink()\n        time.sleep(60)\n"
+        "def test_other(): pass\n",
+    )
+    outcome = stage.run(first=True)
+    assert outcome == ("ok", "2 passed, 0 failed, 0 skipped in 0 of 1 files")
+    assert stage.found(name)["done"] == ["test_cases[1]", "test_other"]
+    assert stage.run(25.0).status == "partial"
+    assert counts(stage.found(name)) == (3, 0, 0)
+    (stage.folder / "second").touch()
+    assert stage.run().status == "ok"
+    assert counts(stage.found(name)) == (4, 0, 0) and "done" not in stage.found(name)
+
+
+def test_stages_pass_only_if_some_ran_on_the_gpu(stage: Stage) -> None:
+    good = {"passed": 3, "failed": 0, "skipped": 1}
+    none = {"passed": 0, "failed": 0, "skipped": 4}
+    bad = {"passed": 3, "failed": 1, "skipped": 0}
+    known = gpu_tests.Known(stage.record, stage.told.append)
+
+    def summary(device: str = "cuda", **files: dict[str, Any]) -> Outcome:
+        known.files.clear()
+        known.files.update(files)
+        return known.summary(["a", "b"], device)
+
+    assert summary(a=good, b=none).status == "ok"
+    assert summary(a=none, b=none).status == "failed"
+    assert summary("cpu", a=none, b=none).status == "ok"
+    assert summary(a=good).status == "partial"
+    found = summary(a=good, b=bad)
+    assert found.status == "failed" and "see b" in found.detail
+
+
+def test_files_with_gpu_tests_are_found() -> None:
+    files = gpu_tests.test_files()
+    assert "tests/test_replay.py" in files
+    assert "tests/bench/test_stages.py" not in files

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench import plain
 from bench.fake_cuda import DEVICE, FakeCuda
-from pwm_fast import config as configuration
 from pwm_fast import dispatch
 from pwm_fast.agent import PWM
 from pwm_fast.config import (
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     results: dict[str, dict[str, dict[str, int]]] = {}
     for alg in options.alg:
-        config = small() if alg == "tests" else configuration.compose(f"alg={alg}").alg
+        config = small() if alg == "tests" else plain.algorithm(alg)
         results[alg] = {}
         for backend, precision in providers():
             launches = count(config, backend, precision)

@@ -7,8 +7,10 @@ PyTorch's generator of the device takes part: every replay draws other numbers, 
 update would have drawn without a graph.
 
 The first calls run as they are, on the stream that is recorded later: they compile kernels, make
-libraries' workspaces and Adam's state. Recording itself computes nothing, so the update that is
-recorded is then replayed once for the call at hand.
+libraries' workspaces and Adam's state. They too read copies of the inputs, laid out as those of the
+recording: Triton loads another kernel for another alignment, which CUDA refuses while it records.
+Recording itself computes nothing, so the update that is recorded is then replayed once for the call
+at hand.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.ops.fused.packs import invalidate
+from pwm_fast.recording import recording
 
 T = TypeVar("T")
 WARM_UP = 2  # calls; the first makes Adam's state, the second is as all that follow
@@ -86,11 +89,7 @@ class CudaGraphs:
     def record(self, function: Callable[[], list[Tensor]]) -> Callable[[], None]:
         """Record a graph; it replays on the caller's current stream."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread (of a logger, of an environment) may use CUDA meanwhile.
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-        ):
+        with recording(graph, self._stream, without="graphs=false"):
             function()
         return graph.replay
 
@@ -145,7 +144,7 @@ class CapturedUpdate:
         form = (key, tuple(_form(x) for x in inputs))
         if self._calls[form] < self.warm_up:
             self._calls[form] += 1
-            return self.recorder.run(lambda: self.function(*inputs))
+            return self.recorder.run(lambda: self.function(*self._own(inputs)))
         place = (form, _places(inputs)) if self.in_place else form
         recording = self._recordings.get(place)
         if recording is None:
@@ -167,8 +166,14 @@ class CapturedUpdate:
         self._calls.clear()
         self._recordings.clear()
 
+    def _own(self, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """What an update reads: contiguous copies, or the inputs in place."""
+        if self.in_place:
+            return inputs
+        return tuple(None if x is None else _copy(x) for x in inputs)
+
     def _record(self, inputs: tuple[Tensor | None, ...]) -> _Recording:
-        own = inputs if self.in_place else tuple(None if x is None else _copy(x) for x in inputs)
+        own = self._own(inputs)
         copies = [] if self.in_place else [x for x in own if x is not None]
         names: tuple[str, ...] = ()
         values: Tensor | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +16,7 @@ from pwm_fast.envs._device import Packed, Watch
 from pwm_fast.envs.engines import import_warp, why_unusable
 from pwm_fast.envs.protocol import SAME_STEP, Box
 from pwm_fast.envs.tasks.base import Task
+from pwm_fast.recording import recording
 
 _MAX_COORDINATE = 1e6  # beyond this a state counts as diverged, as in the native engine
 _WARM_UP = 2  # eager steps before the capture: they compile and load every kernel
@@ -124,6 +124,7 @@ class MujocoWarpEnv:
         )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warp_graph: Any = None
+        self._memory: torch.cuda.MemPool | None = None  # of the graph
         self._closed = False
         self.reset()
         if device.type == "cuda" and graph:
@@ -203,7 +204,7 @@ class MujocoWarpEnv:
         if not self._closed:
             self._closed = True
             self._tell(self._watch.now())
-            self._graph = self._warp_graph = None
+            self._graph = self._warp_graph = self._memory = None
 
     # --- the step, all of it work of the device -------------------------------------------------
 
@@ -339,6 +340,7 @@ class MujocoWarpEnv:
 
     def _capture(self) -> None:
         """Record the control step as a CUDA graph; the worlds are left as they were."""
+        assert self._cuda_stream is not None
         before = self.get_state()
         with self._on_stream():
             for _ in range(_WARM_UP):
@@ -347,11 +349,15 @@ class MujocoWarpEnv:
 
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
-        # Both libraries capture by thread, so that other threads may go on using the device.
-        capture = torch.cuda.graph(
-            graph, stream=self._cuda_stream, capture_error_mode="thread_local"
-        )
-        with torch.cuda.device(self.device), _without_gc(), capture:
+        with torch.cuda.device(self.device):
+            self._memory = torch.cuda.MemPool()
+        with (
+            recording(graph, self._cuda_stream, without="env.engine=mujoco"),
+            # A loop of Warp's ends the capture and begins another on the same graph. Torch would
+            # not know that one for its own, and give what is made after the loop memory that
+            # anybody may have between replays.
+            torch.cuda.use_mem_pool(self._memory, self.device),
+        ):
             # Else the solver's loop would wait for the device, not become part of the graph.
             self._wp.capture_begin(stream=self._warp_stream, external=True)
             try:
@@ -395,16 +401,3 @@ class MujocoWarpEnv:
         if key not in self._told:
             self._told.add(key)
             warnings.warn(text, RuntimeWarning, stacklevel=4)
-
-
-@contextmanager
-def _without_gc() -> Iterator[None]:
-    """Keep the collector from freeing memory of the device inside: that would break a capture."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -169,6 +169,16 @@ def test_inputs_in_place_are_recorded_by_address() -> None:
     assert copied.recorded == 1
 
 
+def test_warming_up_reads_what_a_recording_reads() -> None:
+    """Triton loads other kernels for another layout, and cannot while CUDA records."""
+    echo = Echo()
+    update = CapturedUpdate(echo, echo, warm_up=1)
+    strided = torch.arange(12.0).view(3, 4)[:, 1:3]
+    for _ in range(2):
+        (result,) = update(strided).handed
+        assert result is not None and result.is_contiguous() and torch.equal(result, strided)
+
+
 def test_old_recordings_are_dropped() -> None:
     echo = Echo()
     update = CapturedUpdate(echo, echo, warm_up=0)
@@ -279,6 +289,25 @@ def test_a_full_gpu_names_the_batch() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     agent.update_policy(make_obs(device="cuda"))  # it goes on
+
+
+@gpu
+@needs_cuda
+def test_a_gpu_that_is_full_when_it_records() -> None:
+    agent, obs = make_agent(device="cuda"), make_obs(65536, device="cuda")
+    for _ in range(WARM_UP):
+        agent.update_policy(obs)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**22) / total)
+    try:
+        with pytest.raises(OutOfMemory, match=r"65536 rollouts .*: lower alg\.actor\.batch_size"):
+            agent.update_policy(obs)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    agent.update_policy(obs)  # it goes on
+    assert agent._updates["actor"].recorded == 1
 
 
 @gpu

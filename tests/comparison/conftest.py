@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pwm_fast import config as configuration
 from pwm_fast.config import TrainConfig
@@ -16,6 +15,7 @@ from pwm_fast.config import TrainConfig
 try:
     import hydra  # noqa: F401
     import matplotlib  # noqa: F401
+    import yaml
 except ImportError:
     collect_ignore_glob = ["test_*.py"]  # the commands need pwm-fast[train]
 

@@ -248,12 +248,16 @@ class Cuda:
             capture_begin=lambda stream, external: self.note(f"warp begins, external={external}"),
             capture_end=lambda stream: self.note("warp ends"),
         )
-        stream = types.SimpleNamespace(wait_stream=lambda other: self.note("wait"))
+        stream = types.SimpleNamespace(
+            device=env.device, wait_stream=lambda other: self.note("wait")
+        )
         for name, value in {
             "current_stream": lambda device: stream,
             "stream": self.scope("stream"),
             "device": self.scope("device"),
             "graph": lambda graph, stream, capture_error_mode: self.scope("capture")(None),
+            "MemPool": lambda: "memory",
+            "use_mem_pool": lambda pool, device: self.scope(pool)(),
             "synchronize": lambda device: self.note("synchronize"),
             "CUDAGraph": lambda: self,
         }.items():
@@ -309,8 +313,9 @@ def test_the_order_of_a_capture(collecting, monkeypatch):
     eager = [f"physics, collector {state}"] * 2
     assert cuda.log == [
         *("wait", "stream {", *eager, "} stream", "wait", "synchronize"),
-        *("generator known", "device {", "collect", "capture {", "warp begins, external=True"),
-        *("physics, collector off", "warp ends", "} capture", "} device", "synchronize"),
+        *("generator known", "device {", "} device", "device {", "stream {", "collect"),
+        *("capture {", "memory {", "warp begins, external=True", "physics, collector off"),
+        *("warp ends", "} memory", "} capture", "} stream", "} device", "synchronize"),
     ]
     assert not env._counters.any()
     for action in random_actions(env, 5):
@@ -453,10 +458,14 @@ def test_the_graph_on_another_stream_and_beside_other_work(gpu):
     for action in random_actions(env, 5).to(gpu):
         expected = other.step(action)
         stream.wait_stream(torch.cuda.current_stream())
+        torch.cuda.empty_cache()  # as another recording does
         with torch.cuda.stream(stream):
             noise = [torch.full((1000, n), math.nan, device=gpu) for n in (1, 37, 256, 4096)]
             ours = env.step(action)
         torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.stream(env._cuda_stream):  # whose freed memory nobody else would get
+            noise += [torch.full((size,), math.nan, device=gpu) for size in range(4, 4000, 16)]
+        torch.cuda.current_stream().wait_stream(env._cuda_stream)
         for a, b in zip(flat(ours), flat(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         del noise

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from bench import environment, gpu_checks, gpu_tests, results
+from bench.cases import matrix
 from bench.gpu_plan import MEASURED, cases, jobs
 from bench.gpu_report import short
 from bench.results import ResultError, Row, row_from_json
@@ -57,12 +58,16 @@ def measure(left: Deadline, stage: str, record: Record, worker: Worker, dry: boo
     found = cases(stage, dry) if stage in MEASURED else []
     by_name = {case.name: case for case in found}
     wanted = list(jobs(stage, found, dry))
-    postponed = False
+    postponed = holding = False
     for job in wanted:
         while True:  # again where a provider took the process with it
             todo = _missing(job, record)
             if todo is None:
                 break
+            jax = not set(matrix.JAX).isdisjoint(todo.providers)
+            if holding and not jax:
+                worker.stop()
+            holding = jax
             if left.over or not record.fits(_key(todo), left.left):
                 postponed = True
                 break
@@ -71,6 +76,8 @@ def measure(left: Deadline, stage: str, record: Record, worker: Worker, dry: boo
                 break
         if left.over:
             break
+    if holding:
+        worker.stop()  # JAX gives no memory back, which others would be out of
     return _outcome(stage, wanted, record, postponed)
 
 

@@ -22,10 +22,12 @@ SAMPLES = (4, 16, 64)
 # more time than everything else together.
 EAGER = ("published", "tf32", "autocast")
 FLOORS = ("floor", "floor_tf32", "floor_bf16")
+JAX = ("jax", "jax_bf16", "diffrax")
 PASSES = (
     (*EAGER, *OURS, *(name + GRAPH for name in OURS), *FLOORS),
-    ("compile_tf32", "compile_bf16", "jax", "jax_bf16"),
-    ("compile_max", "diffrax"),
+    ("compile_tf32", "compile_bf16"),
+    JAX,
+    ("compile_max",),
 )
 # Enough to see a few percent: a GPU's time varies less than a CPU's.
 EFFORT = Effort(seconds=0.6, min_rounds=5, max_rounds=40, sample=0.02)

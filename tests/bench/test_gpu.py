@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -30,9 +31,12 @@ from bench import (
 from bench.cases import matrix
 from bench.environment import ROOT
 from bench.providers import LABELS
-from bench.stages import Deadline
+from bench.results import Row
+from bench.stages import Deadline, Record
+from bench.worker import Ended, Job
 from pwm_fast import config
 from pwm_fast.config import ConfigError
+from tests.bench.synthetic import FACTS
 
 # As on a machine that has torch, triton, nvcc and pytest alone.
 BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax")
@@ -83,6 +87,31 @@ def test_the_matrix_is_what_is_to_be_measured() -> None:
     for model, batch, substeps in predictions.ROLLOUT_MODEL:
         assert f"rollout-{model}_flow-b{batch}-K{substeps}-backward" in full
     assert sum(b for b in gpu.BUDGETS.values() if b < float("inf")) > gpu.BUDGET - 60
+
+
+def test_nobody_shares_a_process_with_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps what memory it has had."""
+    wanted = [Job("case", "quick", "a", names) for names in (("tf32",), ("jax",), ("compile_max",))]
+    wanted.insert(2, Job("case", "quick", "b", ("jax_bf16", "diffrax")))
+    case = SimpleNamespace(axes={}, providers=("tf32", "jax", "compile_max", "jax_bf16", "diffrax"))
+    monkeypatch.setattr(gpu, "cases", lambda stage, dry: [])
+    monkeypatch.setattr(gpu, "jobs", lambda stage, found, dry: wanted)
+    record = Record(tmp_path / "gpu_x.json", copy.deepcopy(FACTS))
+    log: list[str] = []
+
+    class Worker:
+        def run(self, job: Job, seconds: float, take: Any) -> Ended:
+            log.append(" ".join(job.providers))
+            for name in job.providers:
+                record.add(job.name, case.axes, Row(name, "ok", None, [1.0]), case.providers)
+            return Ended("done")
+
+        def stop(self) -> None:
+            log.append("stop")
+
+    outcome = gpu.measure(Deadline(60.0), "quick", record, Worker(), False)  # type: ignore[arg-type]
+    assert outcome.status == "ok"
+    assert log == ["tf32", "jax", "jax_bf16 diffrax", "stop", "compile_max"]
 
 
 def test_every_constant_of_the_model_has_a_measurement() -> None:

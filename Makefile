@@ -25,8 +25,9 @@ setup: .venv/.installed ## create .venv and install pwm_fast into it, unless tha
 train: setup ## train; without ARGS the quickstart, else Hydra overrides: ARGS="seed=1"
 	$(RUN) pwm_fast.train $(ARGS)
 
-test: setup ## run the tests
-	$(RUN) pytest tests $(ARGS)
+# A file's tests run in one process, files in the order of tests/conftest.py; ARGS="-n0 ..." starts none.
+test: setup ## run the tests, on every core
+	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: setup ## run the benchmarks
 	$(RUN) pytest bench --benchmark-only $(ARGS)

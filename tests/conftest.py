@@ -1,11 +1,29 @@
-"""Settings that every test shares."""
+"""Settings that every test shares, and how tests are dealt out to processes.
+
+``make test`` runs as many processes as there are cores (pytest-xdist). All tests of a file go to
+one of them, in their order: they share fixtures, caches, and in ``tests/kernels`` an interpreter.
+Files with tests marked ``slow`` come first, so that no process is left with one at the end.
+"""
+
+from __future__ import annotations
 
 import os
 
 import pytest
+
+if _workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # The cores are shared, also by what a test starts. Set before torch is imported.
+    _threads = max(1, (os.cpu_count() or 1) // int(_workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+os.environ.setdefault("MPLBACKEND", "Agg")  # before any test imports matplotlib: no display needed
+
 import torch
 
-os.environ.setdefault("MPLBACKEND", "Agg")  # before any test imports matplotlib: no display needed
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if _workers:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,14 @@ import pytest
 
 _REPORT = "PWM_FAST_TEST_REPORT"  # where the process of the interpreter leaves its results
 
+_TIMEOUT = 300  # seconds of a test in the interpreter
+
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+if _INTERPRETING:
+    from tests.kernels.interpreter import patch_once
+
+    patch_once()
 
 _selected: dict[str, list[str]] = {}
 _results: dict[str, dict[str, tuple[str, str]]] = {}
@@ -59,6 +66,8 @@ def _interpret(nodes: list[str], root: Path, tmp: Path) -> dict[str, tuple[str, 
     # Tensors of an interpreted kernel are tiny: threads would only get in each other's way.
     env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *nodes]
+    # A test that hangs ends that process, and is named, well before the one that waits for it.
+    command += ["-o", f"faulthandler_timeout={_TIMEOUT}"]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
     results: dict[str, tuple[str, str]] = {}
     for line in report.read_text().splitlines() if report.exists() else []:

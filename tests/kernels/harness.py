@@ -6,7 +6,8 @@ where there is one (marked ``gpu``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,32 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
+_MARKS = (("cpu", pytest.mark.interpreted), ("cuda", _GPU))
 #: Parametrise a test by it: ``@pytest.mark.parametrize("device", DEVICES)``.
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.interpreted),
-    pytest.param("cuda", marks=_GPU),
-]
+DEVICES = [pytest.param(device, marks=marks) for device, marks in _MARKS]
+#: Rows and features for the interpreter: real widths, in few rows.
+WIDE = [(3, 510), (1, 617), (0, 777), (2, 1788)]
+
+
+def on_devices(cpu: Iterable[tuple[Any, ...]], cuda: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of a test, after its ``device``: what the interpreter runs, and what a GPU.
+
+    So the GPU's tests have run before they meet one. The interpreter takes few rows, as its time
+    goes by programs and operations and hardly by how wide they are, and no bfloat16.
+    """
+    return [
+        pytest.param(device, *values, marks=marks)
+        for (device, marks), each in zip(_MARKS, (cpu, cuda), strict=True)
+        for values in each
+    ]
+
+
+def multiprocessors(device: str) -> int:
+    """Those of the GPU, or of an H100."""
+    if device == "cpu":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
 
 _GUARD = 19  # odd: rows are not aligned to vectors
 _POISON = 12345.0
@@ -86,21 +108,35 @@ def check(
         what: named in the message.
     """
     generator = torch.Generator().manual_seed(1)
-    pairs = []
-    for nudge in (0.0, 1e-3, 1e-3, 1e-3):
+    pairs: list[tuple[Values, Values]] = []
+
+    def draw(nudge: float) -> None:
         near = {
             name: value.float() * (1.0 + nudge * torch.randn(value.shape, generator=generator))
             for name, value in inputs.items()
         }
-        same = reference(near, torch.float32)
         truth = reference({k: v.double() for k, v in near.items()}, torch.float64)
-        pairs.append((same, truth))
-    same, truth = pairs[0]
-    assert ours.keys() <= truth.keys()
-    for name, value in ours.items():
-        dtype = torch.float32 if value.dtype == torch.float64 else value.dtype
-        nearby = [(s[name].to(dtype), t[name]) for s, t in pairs[1:]]
-        assert_2x(value.to(dtype), same[name].to(dtype), truth[name], f"{what}: {name}", nearby)
+        pairs.append((reference(near, torch.float32), truth))
+
+    def verdict(draws: int) -> AssertionError | None:
+        while len(pairs) <= draws:
+            draw(1e-3 if pairs else 0.0)
+        same, truth = pairs[0]
+        assert ours.keys() <= truth.keys()
+        for name, value in ours.items():
+            dtype = torch.float32 if value.dtype == torch.float64 else value.dtype
+            nearby = [(s[name].to(dtype), t[name]) for s, t in pairs[1:]]
+            theirs, title = same[name].to(dtype), f"{what}: {name}"
+            try:
+                assert_2x(value.to(dtype), theirs, truth[name], title, nearby)
+            except AssertionError as error:
+                return error
+        return None
+
+    # A few draws of PyTorch's own error say little of its range in a tensor of few numbers: what
+    # exceeds twice their worst is judged by more of them.
+    if verdict(3) is not None and (error := verdict(16)) is not None:
+        raise error
 
 
 def activate(u: Tensor, act: str, group: int) -> Tensor:

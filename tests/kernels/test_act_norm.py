@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from pwm_fast.kernels import act_norm
 from tests.kernels.harness import (
     DEVICES,
+    WIDE,
     Rows,
     Values,
     activate,
@@ -21,8 +22,9 @@ from tests.kernels.harness import (
 
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
 EPS = 1e-5
-SHAPES = [(1, 1, 0), (5, 7, 0), (6, 33, 3), (3, 617, 0)]  # rows, features, rows of a member
-LARGE = [(199, 510, 0), (130, 777, 65), (7, 4096, 0), (2000, 33, 1000), (0, 64, 0)]
+# Rows, features, rows of a member.
+SHAPES = [(1, 1, 0), (5, 7, 0), (6, 33, 3), (4, 777, 2), *((*shape, 0) for shape in WIDE)]
+LARGE = [(199, 510, 0), (130, 777, 65), (7, 4096, 0), (2000, 33, 1000)]
 SUMS = ("dgamma", "dbeta", "dbias")
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 

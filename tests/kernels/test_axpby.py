@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("triton")
 
 from pwm_fast.kernels import axpby
-from tests.kernels.harness import DEVICES, Rows, Values, assert_row_scales, check
+from tests.kernels.harness import DEVICES, WIDE, Rows, Values, assert_row_scales, check
 
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
-SHAPES = [(1, 1), (5, 7), (9, 40), (3, 617)]
-LARGE = [(199, 510), (77, 1788), (3000, 33), (0, 64)]
+SHAPES = [(1, 1), (5, 7), (9, 40), *WIDE]
+LARGE = [(199, 510), (77, 1788), (3000, 33)]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 

@@ -13,8 +13,14 @@ pytest.importorskip("triton")
 from pwm_fast import ops
 from pwm_fast.kernels import table
 from pwm_fast.kernels.esnr import TritonEsnr
+from pwm_fast.ops.fused import cuda
+from pwm_fast.ops.fused.cuda import CudaEsnr
+from pwm_fast.ops.fused.esnr import EsnrKernels
+from tests.kernels.harness import on_devices
 from tests.native.esnr_cases import (
     AGREEING,
+    DTYPES,
+    SIZES,
     assert_close,
     difference_of_totals,
     grads,
@@ -22,51 +28,83 @@ from tests.native.esnr_cases import (
     truth,
 )
 
+BACKENDS = ("cuda", "triton")
+SAMPLES = (1, 2, 4, 16, 64, 65)
 SMALL = (5, 0, 4097, 1)
-RTOL = 1e-6  # Welford's recurrence rounds once a sample, and these tensors are small
 HALVES = (torch.float32, torch.float16)  # the interpreter rounds bfloat16 wrongly
+# In CUDA C++ means are sums; in Triton Welford's recurrence rounds once a sample.
+RTOL = {"cuda": 2e-7, "triton": 2e-6}
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("samples", [1, 2, 17])
-def test_moments(samples: int, dtype: torch.dtype) -> None:
-    given = grads(samples, dtype, SMALL)
-    signal, noise = TritonEsnr().moments(given, samples)
-    wanted = truth(given, samples)
-    assert_close(signal, wanted[0], RTOL)
-    assert_close(noise, wanted[1], RTOL)
-    assert signal[1] == noise[1] == 0.0  # the empty tensor
+def kernels(backend: str) -> EsnrKernels:
+    if backend == "triton":
+        return TritonEsnr()
+    if (reason := cuda.why_not(0)) is not None:
+        pytest.skip(reason)
+    return CudaEsnr()
+
+
+def tolerance(backend: str, device: str) -> float:
+    return 1e-6 if device == "cpu" else RTOL[backend]  # the CPU's tensors are small
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "dtype", "samples"),
+    on_devices(
+        [("triton", dtype, samples) for dtype in HALVES for samples in (1, 2, 17)],
+        [(b, dtype, samples) for b in BACKENDS for dtype in DTYPES for samples in SAMPLES],
+    ),
+)
+def test_moments(device: str, backend: str, dtype: torch.dtype, samples: int) -> None:
+    given = grads(samples, dtype, SMALL if device == "cpu" else SIZES, device=device)
     moved = [misaligned(g) if i % 3 == 0 else g for i, g in enumerate(given)]
-    for got, expected in zip(TritonEsnr().moments(moved, samples), (signal, noise), strict=True):
-        assert torch.equal(got, expected)
+    ours, wanted = kernels(backend), truth(given, samples)
+    signal, noise = ours.moments(given, samples)
+    assert_close(signal, wanted[0], tolerance(backend, device))
+    assert_close(noise, wanted[1], tolerance(backend, device))
+    assert signal[1] == noise[1] == 0.0  # the empty tensor
+    for tensors in (given, moved, given):
+        for got, expected in zip(ours.moments(tensors, samples), (signal, noise), strict=True):
+            assert torch.equal(got, expected)
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize(("spread", "lost"), AGREEING)
-def test_samples_that_agree(spread: float, lost: float) -> None:
+@pytest.mark.parametrize(
+    ("device", "backend", "spread", "lost"),
+    on_devices(
+        [("triton", *pair) for pair in AGREEING],
+        [(backend, *pair) for backend in BACKENDS for pair in AGREEING],
+    ),
+)
+def test_samples_that_agree(device: str, backend: str, spread: float, lost: float) -> None:
     samples = 16
-    given = grads(samples, sizes=(2048, 1777), spread=spread)
-    signal, noise = TritonEsnr().moments(given, samples)
+    sizes = (2048, 1777) if device == "cpu" else (100_003, 20_000)
+    given = grads(samples, sizes=sizes, spread=spread, device=device)
+    signal, noise = kernels(backend).moments(given, samples)
     wanted = truth(given, samples)
-    assert_close(signal, wanted[0], RTOL)
-    assert_close(noise, wanted[1], RTOL)
+    assert_close(signal, wanted[0], tolerance(backend, device))
+    assert_close(noise, wanted[1], 1e-6 if device == "cpu" else 2e-6)
     exact = wanted[1].sum().item()
     assert abs(difference_of_totals(given, samples) - exact) > lost * exact
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("samples", [2, 5])
-def test_streamed_samples(samples: int, dtype: torch.dtype) -> None:
-    given, count = grads(samples, dtype, SMALL), len(SMALL)
-    accumulator = ops.EsnrAccumulator(backend="triton")
+@pytest.mark.parametrize(
+    ("device", "backend", "dtype", "samples"),
+    on_devices(
+        [("triton", dtype, samples) for dtype in HALVES for samples in (2, 5)],
+        [(backend, dtype, 5) for backend in BACKENDS for dtype in DTYPES],
+    ),
+)
+def test_streamed_samples(device: str, backend: str, dtype: torch.dtype, samples: int) -> None:
+    kernels(backend)
+    sizes = SMALL if device == "cpu" else SIZES
+    given, count = grads(samples, dtype, sizes, device=device), len(sizes)
+    accumulator = ops.EsnrAccumulator(backend=backend)
     parts = [given[s * count : (s + 1) * count] for s in range(samples)]
     for part in parts:
         accumulator.update(part)
     result, wanted = accumulator.result(), truth(given, samples)
-    assert_close(result.tensor_signal, wanted[0], RTOL)
-    assert_close(result.tensor_noise, wanted[1], RTOL)
+    assert_close(result.tensor_signal, wanted[0], 1e-6)
+    assert_close(result.tensor_noise, wanted[1], 1e-6)
     mean = [torch.stack(g).double().mean(0) for g in zip(*parts, strict=True)]
     for got, expected in zip(accumulator.mean(), mean, strict=True):
         torch.testing.assert_close(got, expected.to(dtype), rtol=2e-3, atol=1e-6)

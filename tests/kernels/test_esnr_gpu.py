@@ -1,4 +1,4 @@
-"""ESNR on a GPU, in CUDA C++ and in Triton: truth, bits, streams and graphs."""
+"""ESNR on a GPU, in CUDA C++ and in Triton: bits, streams and graphs. Truth is in test_esnr.py."""
 
 from __future__ import annotations
 
@@ -10,54 +10,13 @@ from torch import Tensor
 
 from pwm_fast import dispatch, ops
 from pwm_fast.ops.fused import cuda
-from pwm_fast.ops.fused.cuda import CudaEsnr
-from pwm_fast.ops.fused.esnr import EsnrKernels
-from tests.native.esnr_cases import (
-    AGREEING,
-    DTYPES,
-    SIZES,
-    assert_close,
-    difference_of_totals,
-    grads,
-    misaligned,
-    truth,
-)
+from tests.kernels.test_esnr import BACKENDS, RTOL, SAMPLES, kernels
+from tests.native.esnr_cases import DTYPES, SIZES, assert_close, grads, truth
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-
-BACKENDS = ("cuda", "triton")
-SAMPLES = (1, 2, 4, 16, 64, 65)
-# In CUDA C++ means are sums; in Triton Welford's recurrence rounds once a sample.
-RTOL = {"cuda": 2e-7, "triton": 2e-6}
-
-
-def kernels(backend: str) -> EsnrKernels:
-    if backend == "triton":
-        pytest.importorskip("triton")
-        from pwm_fast.kernels.esnr import TritonEsnr
-
-        return TritonEsnr()
-    if (reason := cuda.why_not(0)) is not None:
-        pytest.skip(reason)
-    return CudaEsnr()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("samples", SAMPLES)
-def test_moments(samples: int, dtype: torch.dtype, backend: str) -> None:
-    given = grads(samples, dtype, device="cuda")
-    moved = [misaligned(g) if i % 3 == 0 else g for i, g in enumerate(given)]
-    ours, wanted = kernels(backend), truth(given, samples)
-    signal, noise = ours.moments(given, samples)
-    assert_close(signal, wanted[0], RTOL[backend])
-    assert_close(noise, wanted[1], RTOL[backend])
-    for tensors in (given, moved, given):
-        for got, expected in zip(ours.moments(tensors, samples), (signal, noise), strict=True):
-            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,31 +31,6 @@ def test_the_bits_of_the_emulation(samples: int, dtype: torch.dtype) -> None:
     there = ours.moments([g.cuda() for g in given], samples)
     for got, expected in zip(there, Emulated().moments(given, samples), strict=True):
         assert torch.equal(got.cpu(), expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("spread", "lost"), AGREEING)
-def test_samples_that_agree(spread: float, lost: float, backend: str) -> None:
-    given = grads(16, sizes=(100_003, 20_000), spread=spread, device="cuda")
-    signal, noise = kernels(backend).moments(given, 16)
-    wanted = truth(given, 16)
-    assert_close(signal, wanted[0], RTOL[backend])
-    assert_close(noise, wanted[1], 2e-6)
-    exact = wanted[1].sum().item()
-    assert abs(difference_of_totals(given, 16) - exact) > lost * exact
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_streamed_samples(dtype: torch.dtype, backend: str) -> None:
-    kernels(backend)
-    given, count = grads(5, dtype, device="cuda"), len(SIZES)
-    accumulator = ops.EsnrAccumulator(backend=backend)
-    for s in range(5):
-        accumulator.update(given[s * count : (s + 1) * count])
-    result, wanted = accumulator.result(), truth(given, 5)
-    assert_close(result.tensor_signal, wanted[0], rtol=1e-6)
-    assert_close(result.tensor_noise, wanted[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

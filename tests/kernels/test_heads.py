@@ -18,7 +18,8 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 @pytest.mark.parametrize("group", [1, 7, 8, 300])
 def test_simnorm(device: str, group: int) -> None:
-    for rows, groups in [(1, 1), (3, 5)] + ([(199, 97), (0, 3)] if device == "cuda" else []):
+    wide = 512 // group + 1
+    for rows, groups in [(1, 1), (3, 5), (0, 3), (2, wide)] + [(199, 97)] * (device == "cuda"):
         n = group * groups
         i = {"x": 5.0 * torch.randn(rows, n), "dy": torch.randn(rows, n)}
         y, dx = Rows(rows, n, FP32, device), Rows(rows, n, FP32, device)
@@ -42,8 +43,8 @@ def test_simnorm(device: str, group: int) -> None:
         check({"dx": dx.written()}, backward, i, f"backward {rows} x {n}")
 
 
-SIZES = [(1, 2), (5, 7), (9, 101)]
-LARGE = [(4000, 101), (33, 255), (0, 101)]
+SIZES = [(1, 2), (5, 7), (9, 101), (0, 101), (2, 255)]
+LARGE = [(4000, 101), (33, 255)]
 
 
 def sizes(device: str) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from pwm_fast.ops.fused.precision import EXACT, FAST, Precision
 from pwm_fast.ops.fused.stack import LayerParams, LayerSpec, Stack
 from pwm_fast.ops.fused.triton_products import TritonProducts
 from tests.helpers import assert_2x
+from tests.kernels.harness import on_devices
 
 EPS = 1e-5
 
@@ -362,22 +363,30 @@ KINDS = {
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block_m", GROUPED_ROWS)
+# Members, rows of one, features, summed over.
+REAL = [
+    (3, 300, 400, 512),
+    (3, 300, 200, 400),
+    (0, 77, 101, 333),
+    (2, 33, 399, 201),
+    (1, 64, 512, 512),
+]
+
+
 @pytest.mark.parametrize(
-    ("members", "rows", "n", "k"),
-    [
-        (3, 300, 400, 512),
-        (3, 300, 200, 400),
-        (0, 77, 101, 333),
-        (2, 33, 399, 201),
-        (1, 64, 512, 512),
-    ],
+    ("device", "members", "rows", "n", "k", "block_m", "kind"),
+    on_devices(
+        [
+            (3, 2, 400, 512, 16, "fp16"),
+            (3, 17, 200, 400, 32, "exact"),
+            (0, 3, 101, 617, 16, "fp16"),
+            (2, 1, 399, 201, 16, "exact"),
+            (1, 3, 510, 777, 16, "fp16"),
+        ],
+        [(*sizes, block_m, kind) for sizes in REAL for block_m in GROUPED_ROWS for kind in KINDS],
+    ),
 )
-def test_on_a_gpu(members, rows, n, k, block_m, kind) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
+def test_real_layers(device, members, rows, n, k, block_m, kind) -> None:
     dtype, precision = KINDS[kind]
     layer = Ensemble(members, rows, n, k, dtype)
     block_n = 1 << max(6, (n - 1).bit_length())
@@ -386,10 +395,10 @@ def test_on_a_gpu(members, rows, n, k, block_m, kind) -> None:
     if plans == [None, None]:
         pytest.skip(f"rows of {n} do not fit {block_m} at a time")
     if plans[0] is not None:
-        ours = layer.to("cuda").forward(plans[0], "mish", precision)
+        ours = layer.to(device).forward(plans[0], "mish", precision)
         exact = layer.plain(torch.float64, "mish")
         mixed = layer.plain(torch.float32, "mish", kind == "tf32")
         for name, a, b, c in zip(("y", "u", "mean", "rstd"), ours, mixed, exact, strict=True):
             assert_2x(a.cpu(), b.to(a.dtype), c, name)
     if plans[1] is not None:
-        check_backward(layer, 200, plans[1], "mish", precision, "cuda")
+        check_backward(layer, 200, plans[1], "mish", precision, device)

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from pwm_fast.kernels.linear_axpby import PLANES, linear_axpby
 from pwm_fast.kernels.plan import Exchange, Plan, make_plan
 from tests.helpers import assert_2x
+from tests.kernels.harness import multiprocessors, on_devices
 
 ROWS, N, K = 37, 40, 21
 WHOLE = Plan(16, 64, 16, 4, 2, 1, 3)
@@ -90,14 +91,29 @@ def test_errors() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(16, 64), (64, 128)])
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_update_on_a_gpu(dtype: torch.dtype, scaled: bool, tile: tuple[int, int]) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    plan = make_plan(*tile, 519, 512, sms, dtype.itemsize, 160 * 1024, True)
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "n", "k", "tile", "scaled", "dtype"),
+    on_devices(
+        [
+            (3, 510, 617, (16, 64), True, F16),
+            (1, 512, 510, (16, 512), False, F32),
+            (2, 768, 1788, (64, 128), True, F16),
+            (3, 777, 777, (64, 128), False, F16),
+        ],
+        [
+            (519, 512, 500, tile, scaled, dtype)
+            for tile in ((16, 64), (64, 128))
+            for scaled in (False, True)
+            for dtype in (F16, BF16, F32)
+        ],
+    ),
+)
+def test_real_layers(device, rows, n, k, tile, scaled, dtype) -> None:
+    plan = make_plan(
+        *tile, rows, n, multiprocessors(device), dtype.itemsize, 160 * 1024, backward=True
+    )
     assert plan is not None
-    check(plan, dtype, scaled, 519, 512, 500, "cuda")
+    check(plan, dtype, scaled, rows, n, k, device)

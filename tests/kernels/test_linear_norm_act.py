@@ -6,7 +6,9 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from pwm_fast.kernels.linear_norm_act import (
 from pwm_fast.kernels.plan import Exchange, Plan, make_plan
 from pwm_fast.ops.fused.kernels import TorchKernels
 from tests.helpers import assert_2x
+from tests.kernels.harness import multiprocessors, on_devices
 
 EPS = 1e-5
 WHOLE = Plan(16, 64, 16, 4, 2, 1, 1 << 20)
@@ -428,73 +431,87 @@ def test_errors() -> None:
         )  # fmt: skip
 
 
-# --- on a device -----------------------------------------------------------------------------
+# --- with the plans of a device ---------------------------------------------------------------
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+DTYPES = (F16, BF16, F32)
+TILES = ((16, 64), (32, 64), (64, 64), (64, 128), (16, 512))
+
+# Rows, features, summed over, centred width, tile, dtype.
+REAL = [
+    (3, 510, 617, 0, (16, 512), F32),
+    (3, 512, 777, 510, (16, 512), F16),
+    (1, 512, 510, 510, (16, 64), F16),
+    (2, 1788, 777, 0, (64, 128), F16),
+]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(16, 64), (32, 64), (64, 64), (64, 128), (128, 128), (16, 512)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", [0, 510])
-def test_on_a_gpu(tile, dtype, width) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    layer = Layer(519, 512, 500, width, dtype)
-    plan = make_plan(*tile, 519, 512, sms, dtype.itemsize, 160 * 1024)
+def real(tiles: Sequence[tuple[int, int]]) -> list[Any]:
+    """Sizes of real layers for the interpreter and for a GPU."""
+    wide = [(199, 1788, 777, 0, (64, 128), dtype) for dtype in DTYPES]
+    cuda = [(519, 512, 500, width, t, d) for t in tiles for d in DTYPES for width in (0, 510)]
+    return on_devices(REAL, [*cuda, *wide])
+
+
+def device_plan(
+    device: str, tile: tuple[int, int], rows: int, n: int, dtype: torch.dtype, backward: bool
+) -> Plan:
+    shared = 160 * 1024
+    sms = multiprocessors(device)
+    plan = make_plan(*tile, rows, n, sms, dtype.itemsize, shared, backward)
     if plan is None:
         pytest.skip(f"tiles of {tile} do not fit")
-    there = layer.to(torch.float32, "cuda")
-    there.x, there.weight = layer.x.cuda(), layer.weight.cuda()
-    ours = forward(there, plan, "mish", "cuda")
+    return plan
+
+
+def layer_on(device: str, layer: Layer) -> Layer:
+    there = layer.to(torch.float32, device)
+    there.x, there.weight = layer.x.to(device), layer.weight.to(device)
+    return there
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "n", "k", "width", "tile", "dtype"), real((*TILES, (128, 128)))
+)
+def test_real_layers(device, rows, n, k, width, tile, dtype) -> None:
+    layer = Layer(rows, n, k, width, dtype)
+    plan = device_plan(device, tile, rows, n, dtype, False)
+    ours = forward(layer_on(device, layer), plan, "mish", device)
     exact = layer.to(torch.float64, "cpu").plain("mish")
     mixed = layer.to(torch.float32, "cpu").plain("mish")
     for name, a, b, c in zip(("y", "xhat", "rstd"), ours, mixed, exact, strict=True):
         assert_2x(a.cpu(), b.to(a.dtype), c, name)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(16, 64), (64, 128)])
-def test_the_exchange_gives_the_same_bits_each_time(tile) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    plan = make_plan(*tile, 1000, 512, sms, 2, 160 * 1024)
-    assert plan is not None
-    layer = Layer(1000, 512, 512, 0, torch.float16)
-    there = layer.to(torch.float32, "cuda")
-    there.x, there.weight = layer.x.cuda(), layer.weight.cuda()
-    exchange = Exchange(plan, 1000, PLANES, there.x.device)
-    first = forward(there, plan, "mish", "cuda", exchange)
-    for _ in range(100):
-        again = forward(there, plan, "mish", "cuda", exchange)
+@pytest.mark.parametrize(("device", "rows", "n", "k", "width", "tile", "dtype"), real(TILES))
+def test_backward_of_real_layers(device, rows, n, k, width, tile, dtype) -> None:
+    plan = device_plan(device, tile, rows, n, dtype, True)
+    check_backward(Backward(plan, rows, n, k, width, "mish", dtype, device))
+
+
+REPEATED = on_devices(
+    [(2, 19, (16, 64), F16)],
+    [(100, 1000, tile, dtype) for tile in ((16, 64), (64, 128), (16, 512)) for dtype in DTYPES],
+)
+
+
+@pytest.mark.parametrize(("device", "times", "rows", "tile", "dtype"), REPEATED)
+def test_the_same_bits_each_time(device, times, rows, tile, dtype) -> None:
+    """In whole rows and in shared ones, launches on the same counters."""
+    plan = device_plan(device, tile, rows, 512, dtype, False)
+    there = layer_on(device, Layer(rows, 512, 512, 0, dtype))
+    exchange = Exchange(plan_of(plan, rows), rows, PLANES, there.x.device) if plan.synced else None
+    first = forward(there, plan, "mish", device, exchange)
+    for _ in range(times):
+        again = forward(there, plan, "mish", device, exchange)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def backward_on_a_gpu(tile, rows, k, width, dtype) -> Backward:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    plan = make_plan(*tile, rows, 512, sms, dtype.itemsize, 160 * 1024, True)
-    if plan is None:
-        pytest.skip(f"tiles of {tile} do not fit")
-    return Backward(plan, rows, 512, k, width, "mish", dtype, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(16, 64), (32, 64), (64, 64), (64, 128), (16, 512)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", [0, 510])
-def test_backward_on_a_gpu(tile, dtype, width) -> None:
-    check_backward(backward_on_a_gpu(tile, 519, 500, width, dtype))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tile", [(16, 64), (64, 128), (16, 512)])
-def test_backward_gives_the_same_bits_each_time(tile, dtype) -> None:
-    """In whole rows and in shared ones, 100 launches on the same counters."""
-    backward = backward_on_a_gpu(tile, 1000, 512, 0, dtype)
+@pytest.mark.parametrize(("device", "times", "rows", "tile", "dtype"), REPEATED)
+def test_backward_gives_the_same_bits_each_time(device, times, rows, tile, dtype) -> None:
+    plan = device_plan(device, tile, rows, 512, dtype, True)
+    backward = Backward(plan, rows, 512, 512, 0, "mish", dtype, device)
     first = [t for t in backward.launch() if t is not None]
-    for _ in range(100):
+    for _ in range(times):
         again = [t for t in backward.launch() if t is not None]
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from pwm_fast import dispatch, ops
 from tests.helpers import random_layer
-from tests.kernels.harness import gpu
+from tests.kernels.harness import DEVICES, gpu, on_devices
 from tests.ops.contract import ROLLOUTS, Case, check, check_precision
 from tests.ops.test_backends import FUSED, NATIVE
 from tests.ops.test_contract import expanded, strided, transposed
@@ -30,37 +30,51 @@ def on_triton():
         yield
 
 
-@pytest.mark.interpreted
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", NATIVE, ids=name)
-def test_contract_interpreted(case: Case) -> None:
+def test_contract(case: Case, device: str) -> None:
+    """Odd and real widths; empty, single and odd batches, few of them in the interpreter."""
+    sizes = [(batch, width) for batch in (0, 1, 199) for width in case.widths]
+    if device == "cpu":
+        sizes = [(0, case.widths[-1]), (1, case.widths[2]), (3, 7), (2, case.widths[-1])]
     with dispatch.precision("exact"):
-        check(case, case.inputs(3, 7, torch.float32))
+        for batch, width in sizes:
+            inputs = case.inputs(batch, width, torch.float32)
+            check(case, {k: v.to(device) for k, v in inputs.items()})
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize("case", ROWS, ids=name)
-def test_strides_and_empty_batches_interpreted(case: Case) -> None:
-    inputs = case.inputs(5, 7, torch.float32)
-    check(case, inputs, summed=True)
-    check(case, {k: strided(x) for k, x in inputs.items()})
-    check(case, inputs | {k: expanded(inputs[k]) for k in case.rows})
-    check(case, case.inputs(0, 7, torch.float32))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", NATIVE, ids=name)
+def test_strides(case: Case, device: str) -> None:
+    """Of the outputs' gradients, too. Of real width where a row is all there is to compute."""
+    width = case.widths[2 if case in ROWS else 1]
+    inputs = {k: v.to(device) for k, v in case.inputs(7, width, torch.float32).items()}
+    with dispatch.precision("exact"):
+        check(case, inputs, summed=True)
+        check(case, {k: strided(x) for k, x in inputs.items()})
+        check(case, {k: transposed(x) for k, x in inputs.items()})
+        check(case, inputs | {k: expanded(inputs[k]) for k in case.rows})
 
 
-@pytest.mark.interpreted
-@pytest.mark.parametrize("pad", [False, True])
+SOME = ("rollout_heun", "imagine_attached_heun_folded", "imagine_map", "mlp")
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        case
-        for case in PRODUCTS
-        if case.name in ("rollout_heun", "imagine_attached_heun_folded", "imagine_map", "mlp")
-    ],
-    ids=name,
+    ("device", "case", "precision", "pad"),
+    on_devices(
+        [(case, "fast", pad) for case in PRODUCTS if case.name in SOME for pad in (False, True)],
+        [
+            (case, precision, None)  # as it is by itself
+            for case in PRODUCTS
+            for precision in ("tf32", "bf16", "fast")
+        ],
+    ),
 )
-def test_fp16_interpreted(case: Case, pad: bool) -> None:
+def test_precisions(device: str, case: Case, precision: str, pad: bool | None) -> None:
+    sizes = ((9, 33), (2, 510)) if device == "cpu" else ((33, 33), (199, 510), (64, 777))
     with ops.algebra(centre=pad, pad=pad):
-        check_precision(case, "fast", 9, 33)
+        for batch, width in sizes:
+            check_precision(case, precision, batch, width, device)
 
 
 @pytest.mark.interpreted
@@ -104,35 +118,6 @@ def test_vmap() -> None:
     x, w, b = torch.randn(2, 3, 8), torch.rand(8), torch.rand(8)
     mapped = torch.vmap(lambda x: ops.layer_norm_act(x, w, b))(x)
     torch.testing.assert_close(mapped, ops.layer_norm_act(x, w, b))
-
-
-@gpu
-@pytest.mark.parametrize("case", NATIVE, ids=name)
-def test_contract(case: Case) -> None:
-    with dispatch.precision("exact"):
-        for batch in (1, 199):
-            for width in case.widths:
-                inputs = case.inputs(batch, width, torch.float32)
-                check(case, {k: v.cuda() for k, v in inputs.items()})
-
-
-@gpu
-@pytest.mark.parametrize("case", NATIVE, ids=name)
-def test_strides(case: Case) -> None:
-    inputs = {k: v.cuda() for k, v in case.inputs(7, case.widths[1], torch.float32).items()}
-    with dispatch.precision("exact"):
-        check(case, inputs, summed=True)
-        check(case, {k: strided(x) for k, x in inputs.items()})
-        check(case, {k: transposed(x) for k, x in inputs.items()})
-        check(case, inputs | {k: expanded(inputs[k]) for k in case.rows})
-
-
-@gpu
-@pytest.mark.parametrize("precision", ["tf32", "bf16", "fast"])
-@pytest.mark.parametrize("case", PRODUCTS, ids=name)
-def test_precisions(case: Case, precision: str) -> None:
-    for batch, width in ((33, 33), (199, 510), (64, 777)):
-        check_precision(case, precision, batch, width, "cuda")
 
 
 @gpu

@@ -22,6 +22,7 @@ from pwm_fast.kernels.rollout import (
     why_not,
 )
 from tests.kernels import rollout_truth as truth
+from tests.kernels.harness import gpu, on_devices
 
 H100 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory
 
@@ -29,7 +30,8 @@ H100 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
     """torch.empty is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
+    # Only a warning, as cuBLAS wants a variable of the environment for the truth's products.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -287,51 +289,49 @@ def test_wrong_arguments_are_named() -> None:
 # --- on a GPU -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-
-
-def _gpu_problem(batch: int, width: int = 510) -> tuple[truth.Problem, int, Plan]:
-    scheme = Scheme("heun", 4, width)
-    padded = -(-width // 64) * 64
-    properties = torch.cuda.get_device_properties(0)
-    layout = plan(
-        batch,
-        padded,
-        torch.float16,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-    )
+def _real_problem(
+    device: str, batch: int, substeps: int, steps: int
+) -> tuple[truth.Problem, int, Plan]:
+    """510 features and the layout that a GPU has for them."""
+    width, padded = 510, 512
+    limits = H100
+    if device == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        limits = found.multi_processor_count, found.shared_memory_per_block_optin
+    layout = plan(batch, padded, torch.float16, *limits)
     if isinstance(layout, str):
         pytest.skip(layout)
-    return truth.problem(scheme, batch, 4, device="cuda"), padded, layout
+    problem = truth.problem(Scheme("heun", substeps, width), batch, steps, device=device)
+    return problem, padded, layout
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("batch", [1, 64, 100, 128, 199, 512])
-def test_gpu_results_and_adjoints(batch: int) -> None:
-    problem, padded, layout = _gpu_problem(batch)
+@pytest.mark.parametrize(
+    ("device", "batch", "substeps", "steps"),
+    on_devices([(3, 1, 1)], [(batch, 4, 4) for batch in (1, 64, 100, 128, 199, 512)]),
+)
+def test_results_and_adjoints_of_a_real_net(
+    device: str, batch: int, substeps: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(module, "launch", _in_processes())
+        monkeypatch.setattr(module, "LIMIT", 1 << 20)
+    problem, padded, layout = _real_problem(device, batch, substeps, steps)
     truth.check(problem, truth.run(problem, padded, torch.float16, layout), torch.float16)
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("gpu")
+@gpu
 @pytest.mark.parametrize("batch", [128, 256, 512])
 def test_gpu_repetitions_are_bitwise_equal(batch: int) -> None:
-    problem, padded, layout = _gpu_problem(batch)
+    problem, padded, layout = _real_problem("cuda", batch, 4, 4)
     first = truth.run(problem, padded, torch.float16, layout)
     for _ in range(200):
         again = truth.run(problem, padded, torch.float16, layout)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("gpu")
+@gpu
 def test_gpu_graph_replays_with_changed_inputs() -> None:
-    problem, padded, layout = _gpu_problem(128)
+    problem, padded, layout = _real_problem("cuda", 128, 4, 4)
     net = truth.network(problem, padded, torch.float16)
     saved, _ = truth.buffers(problem, padded, torch.float16)
     p, c = truth.pad(problem.p, padded).float(), truth.pad(problem.c, padded).float()

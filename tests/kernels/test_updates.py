@@ -15,7 +15,7 @@ from pwm_fast import dispatch, ops
 from pwm_fast.kernels import linear_axpby, linear_norm_act, plan
 from pwm_fast.ops.fused import architecture
 from tests.helpers import assert_2x, random_layer
-from tests.kernels.harness import gpu
+from tests.kernels.harness import on_devices
 
 HORIZON, SUBSTEPS, ACTION = 2, 2, 3
 
@@ -29,7 +29,8 @@ class Sizes(NamedTuple):
 
 
 TINY = Sizes(9, 21, 33)
-SIZES = {"5M": Sizes(128, 512, 510), "48M": Sizes(128, 768, 1788)}
+FEW = Sizes(3, 512, 510)
+SIZES = (Sizes(128, 512, 510), Sizes(128, 768, 1788))  # 5M, 48M
 
 
 def rollout(
@@ -122,13 +123,26 @@ def test_as_right_as_products_and_updates_apart(
     assert found["operand"] == (evals - 1 if precision == "fast" and not fold else 0)
 
 
-@gpu
-@pytest.mark.parametrize("precision", ["tf32", "bf16", "fast"])
-@pytest.mark.parametrize("method", ["heun", "euler"])
 @pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("size", SIZES)
-def test_on_a_gpu(
-    size: str, fold: bool, method: ops.Method, precision: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("device", "sizes", "method", "precision"),
+    on_devices(
+        [(FEW, "heun", "fast"), (FEW, "euler", "exact")],
+        [
+            (sizes, method, precision)
+            for sizes in SIZES
+            for method in ("heun", "euler")
+            for precision in ("tf32", "bf16", "fast")
+        ],
+    ),
+)
+def test_real_nets(
+    device: str,
+    sizes: Sizes,
+    method: ops.Method,
+    precision: str,
+    fold: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether the plan fuses is its own choice at these sizes; either is as right."""
-    check(SIZES[size], precision, method, fold, "cuda", monkeypatch)
+    check(sizes, precision, method, fold, device, monkeypatch)

@@ -174,6 +174,8 @@ def linear_axpby(
     n, k = weight.shape
     results = {"z": z, "k1": k1, "out": out, "raw": raw, "operand": operand}
     rows = check_operands("linear_axpby", x, weight, k, results, n)
+    if bias is not None and (bias.shape != (n,) or not bias.is_contiguous()):
+        raise ValueError(f"linear_axpby: bias must be contiguous, [{n}], got {list(bias.shape)}")
     if operand_scale is not None and operand is None:
         raise ValueError("linear_axpby: operand_scale needs an operand")
     if rows == 0:

@@ -82,6 +82,8 @@ def test_errors() -> None:
     x, weight, z = torch.randn(ROWS, K), torch.randn(N, K), torch.randn(ROWS, N)
     with pytest.raises(ValueError, match=r"z must be \[37, 40\], got \[36, 40\]"):
         linear_axpby(x, weight, z[1:], None, z, 1.0, 0.0, 0.5, plan=WHOLE)
+    with pytest.raises(ValueError, match=r"bias must be contiguous, \[40\]"):
+        linear_axpby(x, weight, z, None, z, 1.0, 0.0, 0.5, plan=WHOLE, bias=torch.ones(80)[::2])
     with pytest.raises(ValueError, match="needs an operand"):
         linear_axpby(x, weight, z, None, z, 1.0, 0.0, 0.5, plan=WHOLE, operand_scale=nan(ROWS))
     with pytest.raises(ValueError, match="needs an Exchange"):

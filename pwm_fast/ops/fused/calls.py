@@ -287,7 +287,7 @@ def pack(
         params += make(*products) if wgrad else packs.kept(("fold",), products, make)
         params.append(head.weight)
         if head.bias is not None:
-            params.append(head.bias)
+            params.append(head.bias.contiguous())
     spec = DynamicsSpec(specs_of(net, widths=rms), method, substeps, fold)
     return Packed(
         encode_dynamics(spec),

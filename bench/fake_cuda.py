@@ -100,11 +100,13 @@ class FakeCuda(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # asked by C++ alone: the autograd engine
-            return torch.device("meta")
+            device = args[0].fake_device
+            return torch.device("meta") if device.type == "cuda" else device
         name = func.overloadpacket.__name__
         if func.namespace == "profiler":
             return func(*args, **kwargs)
-        if name.startswith("new_") or kwargs.get("device") == torch.device("meta"):
+        new = name.startswith("new_") and args[0].fake_device.type == "cuda"
+        if new or kwargs.get("device") == torch.device("meta"):
             kwargs = {**kwargs, "device": DEVICE}  # C++ filled in the tensor's device
         if name in WAITING:
             raise HostSyncError(f"{func} waits for the device")

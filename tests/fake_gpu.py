@@ -8,6 +8,7 @@ They run on PyTorch's fake tensors (:mod:`bench.fake_cuda`), at their full sizes
 computed or launched, a number that is asked for is 1, and what is asserted is only evaluated. What
 shows is wrong code: names, arguments, shapes, and tensors on the wrong device. Values show in
 Triton's interpreter, which runs the same functions on small sizes (``tests/kernels/harness.py``).
+What measures time or starts processes that need the GPU fails here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 import torch
 from _pytest.assertion import rewrite
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,6 +46,9 @@ class Pretending(FakeCuda):
         if name in _NUMBERS:
             return _one(args[0].dtype)
         if name in _YES:
+            devices = {x.device for x in args[:2] if isinstance(x, Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{func} compares tensors on {devices}")
             return True
         if name == "nonzero":
             return args[0].new_zeros((args[0].numel(), args[0].dim()), dtype=torch.int64)
@@ -95,6 +100,8 @@ class _Methods(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.tolist:
             return _list(args[0].shape, _one(args[0].dtype))
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         if func is Tensor.cuda:
             return args[0].to(DEVICE)
         # Asked for the current one, C++ would name the CPU, whose guard takes the place of CUDA's.
@@ -126,6 +133,7 @@ _CUDA = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
     "current_device": lambda: 0,
+    "set_device": lambda device: None,
     "get_device_properties": lambda *_: PROPERTIES,
     "get_device_capability": lambda *_: (9, 0),
     "get_device_name": lambda *_: PROPERTIES.name,
@@ -167,11 +175,15 @@ def _compared(ours: Any, theirs: Any, **_: Any) -> None:
         _ = a - b
 
 
+_FAKE = Pretending()  # one for all: what is kept in caches belongs to it, and so do copies
+FakeTensorMode.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     with (
         mock.patch.object(torch.testing, "assert_close", _compared),
-        Pretending(),
+        _FAKE,
         mock.patch.object(nn.Module, "to", _to),
         _Methods(),
     ):

@@ -10,7 +10,7 @@ other cases), quick (5M and 48M, batch 128, 512 and 16384), micro (the constants
 esnr, epoch, sanitize (compute-sanitizer), matrix (all models, batches, K and providers). Tests that
 fail are printed as they come. A run that its budget ends is gone on with by the same command; what
 has been measured is not measured again. It needs a checkout, torch, triton,
-nvcc, pybind11, ninja, pytest and pytest-benchmark, and neither Hydra nor MuJoCo.
+nvcc, pytest and pytest-benchmark, and neither Hydra nor MuJoCo.
 
 Exit status: 0 nothing failed (a table says what is still missing), 1 a stage or a provider failed,
 2 there is no GPU, or the file cannot be gone on with.

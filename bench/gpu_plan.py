@@ -23,13 +23,16 @@ def cases(stage: str, dry: bool) -> list[Case]:
 
 
 def jobs(stage: str, found: Sequence[Case], dry: bool) -> Iterator[Job]:
-    """All cases in a first pass over their cheap providers, then those that take compiling."""
+    """All jobs of a stage, in order.
+
+    Rollouts in passes: all over their cheap providers, then over those that take compiling.
+    """
     if stage == "micro":
         yield from (Job("micro", stage, name, dry=dry) for name in micro.BENCHMARKS)
         return
     taken: dict[str, set[str]] = {case.name: set() for case in found}
     rest = tuple(dict.fromkeys(p for case in found for p in case.providers))
-    for names in (*matrix.PASSES, rest):
+    for names in (*(matrix.PASSES if stage in ("quick", "matrix") else ()), rest):
         for case in found:
             chosen = tuple(p for p in case.providers if p in names and p not in taken[case.name])
             taken[case.name].update(chosen)

@@ -66,22 +66,19 @@ def of_reading(reading: dict[str, Any], digits: int) -> str:
 
 
 def short(result: Result) -> str:
-    """Stages, then a line a case, then what failed."""
+    """Stages, the constants, what failed, and last a line a case."""
     lines = [f"{'stage':9} {'status':8} {'s':>5}"]
     for name, stage in result.gpu.get("stages", {}).items():
         lines.append(f"{name:9} {stage['status']:8} {stage['seconds']:5.0f}  {stage['detail']}")
-    lines += ["", _line("case (ms)", "eager", "best plain", "best ours", "floor", "gain", "by")]
-    for group in result.groups.values():
-        slow, ours = group.rows.get("published"), best(group, ALL_OURS)
-        plain = best(group, PLAIN)
-        bottom = best(group, ("floor_bf16", "floor"))
-        by = ours.provider if ours is not None and ours.status == "ok" else ""
-        gain = faster(plain if plain is not None else slow, ours)
-        cells = [milliseconds(row) for row in (slow, plain, ours, bottom)]
-        lines.append(_line(group.name, *cells, gain, by))
+    lines.append("")
     for reading in headline(result):
         assumed = ASSUMPTIONS[reading["name"]]
         lines.append(f"{reading['name']}: {of_reading(reading, 4)} (model: {assumed})")
+    messages = [
+        f"failed: {name}: {text}"
+        for name, found in result.gpu.get("tests", {}).items()
+        for text in found["messages"]
+    ]
     constants = [
         f"failed: {reading['name']}: {reading['reason'].removeprefix('failed: ')}"
         for readings in result.gpu.get("micro", {}).values()
@@ -94,12 +91,17 @@ def short(result: Result) -> str:
         for row in group.rows.values()
         if row.status == "failed"
     ]
-    messages = [
-        f"failed: {name}: {text}"
-        for name, found in result.gpu.get("tests", {}).items()
-        for text in found["messages"]
-    ]
-    return "\n".join([*lines, *messages[:10], *constants[:20], *failed[:20]])
+    lines += [*messages[:10], *constants[:20], *failed[:20], ""]
+    lines.append(_line("case (ms)", "eager", "best plain", "best ours", "floor", "gain", "by"))
+    for group in result.groups.values():
+        slow, ours = group.rows.get("published"), best(group, ALL_OURS)
+        plain = best(group, PLAIN)
+        bottom = best(group, ("floor_bf16", "floor"))
+        by = ours.provider if ours is not None and ours.status == "ok" else ""
+        gain = faster(plain if plain is not None else slow, ours)
+        cells = [milliseconds(row) for row in (slow, plain, ours, bottom)]
+        lines.append(_line(group.name, *cells, gain, by))
+    return "\n".join(lines)
 
 
 def _line(name: str, *cells: str) -> str:

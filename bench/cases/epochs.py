@@ -126,8 +126,8 @@ def build(
             raise Mismatch("a parameter is not finite after an epoch")
 
     def plain(alg: AlgConfig) -> Provider:
+        own = (Worlds if physics else Recorded)(device, worlds, horizon)  # the first to be absent
         learner = published.Learner(make_agent(alg, device))
-        own = (Worlds if physics else Recorded)(device, worlds, horizon)
         call = partial(
             run, own, alg, learner.act, learner.update_world_model, learner.update_policy
         )
@@ -144,8 +144,8 @@ def build(
         providers.need(name, device)
         base = name.removesuffix(providers.GRAPH)
         precision = providers.PRECISIONS.get(base, "auto")
-        agent = make_agent(flow, device, graphs=base != name, precision=precision)
         own = (Worlds if physics else Recorded)(device, worlds, horizon)
+        agent = make_agent(flow, device, graphs=base != name, precision=precision)
 
         def call() -> None:
             with providers.backend(name, device):

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench import floor, providers, published
 from bench.cases import QUICK, Case, Provider, Workload
 from bench.gate import Outputs
-from bench.measure import Effort, graphed
+from bench.measure import Effort, available_memory, graphed
 from bench.sizes import ACTION, HORIZON, alg_config, make_agent
 from pwm_fast import ops
 from pwm_fast.agent import PWM
@@ -20,7 +20,8 @@ from pwm_fast.agent.imagination import discounted_return, frozen
 from pwm_fast.config import AlgConfig
 
 TITLE = "imagined rollout"
-PART = {"cpu": 512, "cuda": 2048}  # rows at a time of the truth
+PART = {"cpu": 512, "cuda": 2048}  # rows at a time of the truth, at most
+SHARE = 0.3  # of the free memory, for what the truth keeps for its backward pass
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -51,20 +52,40 @@ def _case(device: torch.device, model: str, batch: int, substeps: int, mode: str
         marks.add("figures")
     if batch > (1024 if model.startswith("5M") else 128) and device.type == "cpu":
         marks.add("large")
-    width = {"5M": 512, "48M": 1792}[model.removesuffix("_flow")]
-    steps = 2 * substeps if model.endswith("flow") else 1
-    # The published code keeps about 12 activations of that width a velocity evaluation and row.
-    memory = 4.0 * batch * HORIZON * width * (12 * steps + 24) if mode == "backward" else 0.0
+    alg = alg_config(model, substeps)
+    memory = 4.0 * batch * kept(alg, HORIZON) if mode == "backward" else 0.0
     return Case(
         f"rollout-{model}-b{batch}-K{substeps}-{mode}",
         {"work": TITLE, "model": model, "batch": batch, "K": substeps, "mode": mode},
-        partial(build, alg_config(model, substeps), batch, mode),
+        partial(build, alg, batch, mode),
         tuple(names),
         frozenset(marks),
         QUICK if main and model == "5M_flow" and mode == "backward" else frozenset(),
         memory,
         Effort(seconds=15.0 if main else 8.0, min_rounds=5 if main else 3),
     )
+
+
+def kept(alg: AlgConfig, horizon: int) -> int:
+    """Numbers a row that the published code keeps for the backward pass, about.
+
+    12 activations of the hidden width a velocity evaluation, and 24 a macro step.
+    """
+    model = alg.world_model
+    evaluations = 1
+    if model.kind == "flow":
+        evaluations = model.substeps * (2 if model.integrator == "heun" else 1)
+    return horizon * max(model.units) * (12 * evaluations + 24)
+
+
+def rows_at_once(alg: AlgConfig, horizon: int, gradient: bool, device: torch.device) -> int:
+    """Rows of the truth that are computed at a time: on a GPU what its memory holds in float64."""
+    most = PART[device.type]
+    if not gradient or device.type != "cuda":
+        return most
+    torch.cuda.empty_cache()  # what the provider left counts as free
+    free = available_memory(device) or 0
+    return max(1, min(most, int(SHARE * free / (8.0 * kept(alg, horizon)))))
 
 
 def build(
@@ -148,7 +169,7 @@ def build(
         learnt = list(own.actor.parameters())
         rewards, values, last = [], [], []
         grads = [torch.zeros_like(p) for p in learnt]
-        size = PART[device.type]
+        size = rows_at_once(alg, horizon, gradient, device)
         with torch.set_grad_enabled(gradient):
             for start, noises in zip(z.split(size), noise.split(size, 1), strict=True):
                 with providers.eager(name, device):

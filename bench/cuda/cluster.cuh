@@ -71,8 +71,8 @@ __device__ inline uint32_t rank_in_cluster() {
 // All threads of all blocks; what was written before is seen after.
 __device__ inline void cluster_sync() {
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
 // The same place in another block of the cluster.

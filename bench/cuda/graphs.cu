@@ -31,11 +31,11 @@ static int programmatic_edges(cudaGraph_t graph) {
 #define GET_EDGES cudaGraphGetEdges_v2
 #endif
 #if CUDART_VERSION >= 12030
-  size_t count = 0;
-  CHECK(GET_EDGES(graph, nullptr, nullptr, nullptr, &count));
+  size_t count = nodes;
   std::vector<cudaGraphNode_t> from(count), to(count);
   std::vector<cudaGraphEdgeData> edges(count);
   CHECK(GET_EDGES(graph, from.data(), to.data(), edges.data(), &count));
+  edges.resize(count);
   return int(std::count_if(edges.begin(), edges.end(), [](const cudaGraphEdgeData& edge) {
     return edge.type == cudaGraphDependencyTypeProgrammatic;
   }));

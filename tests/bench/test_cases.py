@@ -140,3 +140,26 @@ def test_every_public_operation_has_a_benchmark() -> None:
     types = {"Dynamics", "Activation", "Method", "Order", "Start"}  # aliases
     controls = {"algebra", "invalidate"}  # say how to compute, and compute nothing
     assert public - types - controls == set(operations.OPERATIONS) | set(operations.ELSEWHERE)
+
+
+@pytest.mark.parametrize("free", [2**30, 70 * 2**30])
+def test_the_truth_of_large_rollouts_fits_into_a_gpus_memory(
+    free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_cases, "available_memory", lambda device: free)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    gpu = torch.device("cuda")
+    for model in ("5M", "48M", "317M"):
+        alg = sizes.alg_config(f"{model}_flow", 4)
+        rows = rollout_cases.rows_at_once(alg, sizes.HORIZON, True, gpu)
+        assert 1 <= rows <= rollout_cases.PART["cuda"]
+        assert rows * 8 * rollout_cases.kept(alg, sizes.HORIZON) < 0.5 * free
+        assert rollout_cases.rows_at_once(alg, sizes.HORIZON, False, gpu) == 2048
+
+
+def test_the_truth_is_the_same_however_many_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for rows in (100, 7):
+        monkeypatch.setattr(rollout_cases, "rows_at_once", lambda *args, rows=rows: rows)
+        found.append(WORKLOADS["rollout, backward"]().outputs("truth"))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-15)

@@ -55,11 +55,11 @@ sys.meta_path.insert(0, Absent)
 
 
 def bare(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a module of bench as on such a machine, its child processes too."""
+    """Run Python as on such a machine, its child processes too."""
     (tmp_path / "sitecustomize.py").write_text(SITE, "utf-8")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     return subprocess.run(
-        [sys.executable, "-m", *args],
+        [sys.executable, *args],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -77,6 +77,20 @@ def test_every_provider_of_every_case_is_in_one_job(stage: str) -> None:
     taken = [(job.name, name) for job in jobs for name in job.providers]
     assert sorted(taken) == sorted((c.name, p) for c in cases for p in c.providers)
     assert {name for _, name in taken} <= set(LABELS)
+
+
+def test_what_the_aims_are_about_comes_first() -> None:
+    def order(stage: str) -> list[tuple[str, tuple[str, ...]]]:
+        return [
+            (j.name, j.providers) for j in gpu_plan.jobs(stage, gpu_plan.cases(stage, False), False)
+        ]
+
+    compiled = [p for _, names in order("quick") for p in names if p.startswith("compile")]
+    assert set(compiled[:6]) == {"compile_bf16"} and len(compiled) == 18
+    updates, physics = order("epoch")
+    assert updates[0] == "updates-5M" and physics[0] == "epoch-5M"
+    assert updates[1][:3] == ("published_baseline", "published", "fast_fp16_graph")
+    assert len(order("esnr")) == 9  # samples of 38 GB are drawn once
 
 
 def test_the_matrix_is_what_is_to_be_measured() -> None:
@@ -231,14 +245,14 @@ def test_what_cannot_run_is_said_in_a_line(
 def test_the_command_runs_without_hydra_and_mujoco(tmp_path: Path) -> None:
     """Two stages of the dry run, and again: nothing is left to do."""
     path = tmp_path / "gpu_dry.json"
-    command = ["bench.gpu", "--device=cpu", "--quick", f"--out={path}"]
+    command = ["-m", "bench.gpu", "--device=cpu", "--quick", f"--out={path}"]
     stages = ["--stage=quick", "--stage=epoch"]
     done = bare(tmp_path, *command, *stages)
     assert done.returncode == 0, done.stdout + done.stderr
     found = results.load(path)
     rows = {f"{g.name} {r.provider}": r for g in found.groups.values() for r in g.rows.values()}
     assert rows["rollout-tiny_flow-b7-K1-backward fast"].status == "ok"
-    assert "no physics engine" in str(rows["epoch-tiny published"].reason)
+    assert rows["updates-tiny published"].status == "ok"
     assert report.report(found)
 
     before = path.read_text("utf-8")
@@ -248,11 +262,24 @@ def test_the_command_runs_without_hydra_and_mujoco(tmp_path: Path) -> None:
     assert again == json.loads(before)["cases"]
 
 
+def test_an_epoch_without_an_engine_is_absent(tmp_path: Path) -> None:
+    script = (
+        "import torch\nfrom bench import apart\nfrom bench.cases import matrix\n"
+        "case = next(c for c in matrix.dry('epoch') if c.name == 'epoch-tiny')\n"
+        "for x in apart.measure(case, ['published', 'fast'], torch.device('cpu')): print(x)"
+    )
+    done = bare(tmp_path, "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("absent") == 2 and done.stdout.count("no physics engine") == 2
+
+
 # --- training for some minutes -------------------------------------------------------------------
 
 
 def test_training_without_physics_says_what_is_missing(tmp_path: Path) -> None:
-    done = bare(tmp_path, "bench.train_ant", "--minutes=1", "--device=cpu", "--alg=pwm_tiny_flow")
+    done = bare(
+        tmp_path, "-m", "bench.train_ant", "--minutes=1", "--device=cpu", "--alg=pwm_tiny_flow"
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "MuJoCo" in done.stderr
     assert len(done.stderr.splitlines()) == 1

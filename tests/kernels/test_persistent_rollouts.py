@@ -21,7 +21,7 @@ from tests.helpers import assert_2x, random_layer
 from tests.ops.contract import ROLLOUTS, Case
 from tests.ops.test_precision import check_precision
 
-# Hidden layers of 31 and of 29 features, padded to 64.
+# Of width 33 their hidden layers have 31 and 29 features, padded to 64.
 FOLDED = [
     case
     for case in ROLLOUTS
@@ -53,9 +53,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.mark.parametrize("case", FOLDED, ids=lambda case: case.name)
 def test_contract(case: Case, launches: list[str]) -> None:
     """Results and gradients by the 2x rule, one launch a direction where no policy is between."""
-    with ops.algebra(centre=True, pad=True):
-        check_precision(case, "fast", 9, 33)
-    assert "rollout_forward" in launches and "rollout_backward" in launches
+    for batch, width in ((9, 33), (2, 510)):
+        launches.clear()
+        with ops.algebra(centre=True, pad=True):
+            check_precision(case, "fast", batch, width)
+        assert "rollout_forward" in launches and "rollout_backward" in launches
 
 
 def _rollout(

@@ -135,6 +135,7 @@ def adam_kernel(
             i = base + tl.arange(0, BLOCK)
             g = tl.load(g_pointer + i, mask=i < n, other=0.0) * factor
             tl.store(g_pointer + i, g, mask=i < n)
+        tl.debug_barrier()  # nothing says that the threads below read what they have written here
     if finite:
         step = tl.load(before + tensor) + 1.0
         if start == 0:

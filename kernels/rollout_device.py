@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
+from pwm_fast.kernels.pointwise import mish, mish_slope, operand, power, rounded, row_exponent
 
 # The loops must not be pipelined: what they load is written by other programs in between. Launches
 # therefore have num_stages=1.
@@ -66,6 +66,7 @@ def _slice(
     n,
     UP: tl.constexpr,
     KP: tl.constexpr,
+    PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
     FLIP: tl.constexpr,
 ):
@@ -79,6 +80,7 @@ def _slice(
         else:
             at = w + n[:, None] * stride_n + k[None, :] * stride_k
             chunk = tl.load(at, mask=k[None, :] < UP, other=0.0)
+        chunk = operand(chunk, PRECISION)
         chunks = chunks + (chunk,)  # type: ignore[assignment]  # noqa: RUF005  no unpacking there
     return chunks
 
@@ -143,6 +145,7 @@ def _hidden(
     BM: tl.constexpr,
     BN: tl.constexpr,
     DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
     FLIP: tl.constexpr,
 ):
@@ -164,7 +167,7 @@ def _hidden(
     rstd = tl.rsqrt(squares / width + eps)
     xhat = h * rstd[None, :]
     y = mish(xhat * gamma[:, None] + beta[:, None])
-    tl.store(board + own, rounded(y, DTYPE))
+    tl.store(board + own, operand(rounded(y, DTYPE), PRECISION))
     target += G
     ok = _exchange(counter, target, ok, limit)
     full = _gather(board, rows, UP, KP, CHUNKS, FLIP)
@@ -236,9 +239,9 @@ def rollout_forward_kernel(
     counter = counters_ptr + group * 32
     size = batch.to(tl.int64) * UP  # of one evaluation's or macro step's tensor
 
-    w2 = _slice(w2_ptr, w2_n, w2_k, n, UP, KP, CHUNKS, FLIP)
+    w2 = _slice(w2_ptr, w2_n, w2_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
     tl.debug_barrier()  # one slice at a time through the registers
-    w13 = _slice(w13_ptr, w13_n, w13_k, n, UP, KP, CHUNKS, FLIP)
+    w13 = _slice(w13_ptr, w13_n, w13_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
     tl.debug_barrier()
     gamma1, beta1 = tl.load(gamma1_ptr + n), tl.load(beta1_ptr + n)
     gamma2, beta2 = tl.load(gamma2_ptr + n), tl.load(beta2_ptr + n)
@@ -279,6 +282,7 @@ def rollout_forward_kernel(
                 BM,
                 BN,
                 DTYPE,
+                PRECISION,
                 CHUNKS,
                 FLIP,
             )
@@ -307,6 +311,7 @@ def rollout_forward_kernel(
                 BM,
                 BN,
                 DTYPE,
+                PRECISION,
                 CHUNKS,
                 FLIP,
             )
@@ -396,6 +401,7 @@ def _publish(
     BM: tl.constexpr,
     BN: tl.constexpr,
     DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
     FLIP: tl.constexpr,
 ):
@@ -403,7 +409,8 @@ def _publish(
     G: tl.constexpr = UP // BN
     rows = group * BM + tl.arange(0, BM)
     mine = rounded(x * inverse[None, :], DTYPE)
-    tl.store(board + rows[None, :] * UP + (tile * BN + tl.arange(0, BN))[:, None], mine)
+    at = board + rows[None, :] * UP + (tile * BN + tl.arange(0, BN))[:, None]
+    tl.store(at, operand(mine, PRECISION))
     target += G
     ok = _exchange(counter, target, ok, limit)
     return mine, _gather(board, rows, UP, KP, CHUNKS, FLIP), target, ok
@@ -488,9 +495,9 @@ def rollout_backward_kernel(
     counter = counters_ptr + group * 32
     size = batch.to(tl.int64) * UP  # of one evaluation's or macro step's tensor
 
-    w2 = _slice(w2_ptr, w2_n, w2_k, n, UP, KP, CHUNKS, FLIP)
+    w2 = _slice(w2_ptr, w2_n, w2_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
     tl.debug_barrier()  # one slice at a time through the registers
-    w13 = _slice(w13_ptr, w13_n, w13_k, n, UP, KP, CHUNKS, FLIP)
+    w13 = _slice(w13_ptr, w13_n, w13_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
     tl.debug_barrier()
     gamma1, beta1 = tl.load(gamma1_ptr + n), tl.load(beta1_ptr + n)
     gamma2, beta2 = tl.load(gamma2_ptr + n), tl.load(beta2_ptr + n)
@@ -546,6 +553,7 @@ def rollout_backward_kernel(
                 BM,
                 BN,
                 DTYPE,
+                PRECISION,
                 CHUNKS,
                 FLIP,
             )
@@ -594,6 +602,7 @@ def rollout_backward_kernel(
                 BM,
                 BN,
                 DTYPE,
+                PRECISION,
                 CHUNKS,
                 FLIP,
             )

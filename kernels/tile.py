@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pwm_fast.kernels.pointwise import operand
+
 #: A program waits for the others at most this many polls (seconds), then stops the device with a
 #: trap: an error of the launch in place of a hang.
 POLLS = 1 << 24
@@ -58,6 +60,7 @@ def product(
         else:
             at = tl.load(a, mask=ks[None, :] < K - k, other=0.0)
             bt = tl.load(b, mask=(ks[:, None] < K - k) & (cols[None, :] < N), other=0.0)
+        at, bt = operand(at, PRECISION), operand(bt, PRECISION)
         acc = tl.dot(at, bt, acc, input_precision=PRECISION)
         a += BLOCK_K
         b += BLOCK_K * stride_wk

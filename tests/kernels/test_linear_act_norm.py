@@ -69,7 +69,7 @@ class Ensemble:
         return y, u, mean, rstd
 
     def plain(self, dtype: torch.dtype, act: str, tf32: bool = False, bias: bool = True):
-        """The same in PyTorch; ``tf32`` cuts the operands to ten bits."""
+        """The same in PyTorch; ``tf32`` rounds the operands to ten bits."""
         total, n = self.x.shape[0], self.weight.shape[-2]
         h = multiply(self.x, self.weight.transpose(-1, -2), self.members, dtype, tf32)
         y, u = torch.empty_like(h), torch.empty_like(h)
@@ -101,8 +101,8 @@ def multiply(x: Tensor, weight: Tensor, members: int, dtype: torch.dtype, tf32: 
 
 
 def ten_bits(x: Tensor) -> Tensor:
-    """``x`` as tensor cores read it: the bits below are not looked at."""
-    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    """``x`` rounded to tf32."""
+    return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
 
 
 SHAPES = [(0, 19, 21, 13), (1, 16, 40, 16), (3, 7, 21, 35), (3, 33, 17, 32)]  # members, rows, n, k

@@ -51,6 +51,7 @@ BUDGETS = {  # seconds of each stage; the last takes what is left
     "sanitize": 40.0,
     "matrix": float("inf"),
 }
+MICRO_JOB = 40.0  # seconds of one microbenchmark, at most: torch.compile of a macro step
 
 
 def measure(left: Deadline, stage: str, record: Record, worker: Worker, dry: bool) -> Outcome:
@@ -110,15 +111,14 @@ def _one(
         else:
             readings.append(message[1])
 
-    ended = worker.run(job, left.left, take)
+    capped = job.kind == "micro" and not job.dry  # one that hangs leaves the others their time
+    ended = worker.run(job, min(left.left, MICRO_JOB) if capped else left.left, take)
     micro = record.result.gpu["micro"]
-    if job.kind == "micro" and (ended.how == "done" or (ended.how == "crash" and readings)):
+    failure = {"name": job.name, "value": None, "unit": ""}
+    if job.kind == "micro" and ended.how in ("done", "crash"):
         if ended.how == "crash":
-            readings.append({"name": job.name, "value": None, "unit": "", "reason": ended.reason})
+            readings.append({**failure, "reason": f"failed: {ended.reason}"})
         micro[job.name] = readings
-    elif job.kind == "micro" and ended.how == "crash":
-        failure = {"name": job.name, "value": None, "unit": "", "reason": f"failed: {ended.reason}"}
-        micro[job.name] = [failure]
     elif ended.how == "crash":
         # Whoever was at work is to blame; nobody, where a row came and then the context was found
         # lost: that row says so itself; all of the case, where it could not even be made.
@@ -127,14 +127,13 @@ def _one(
             keep(Row(name, "failed", ended.reason))
     elif ended.how == "time":
         rest = _missing(job, record)
-        enough = 0.5 * BUDGETS["micro"] if job.kind == "micro" else None
+        enough = MICRO_JOB if job.kind == "micro" else None
         if rest is not None and record.attempt(_key(rest), ended.seconds, enough):
             reason = f"it did not end within {ended.seconds:.0f} s"
             if rest.kind == "case":
                 keep(Row(rest.providers[0], "failed", reason))
             else:
-                reason = f"failed: {reason}"
-                micro[job.name] = [{"name": job.name, "value": None, "unit": "", "reason": reason}]
+                micro[job.name] = [*readings, {**failure, "reason": f"failed: {reason}"}]
     record.save()
     return ended.how != "time"
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,10 @@ class Compiler:
     def command(self, source: Path, target: Path) -> list[str]:
         """What compiles a program."""
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
-        host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
+        compiler = shlex.split(
+            os.environ.get("CXX", "")
+        )  # it may be called through another program
+        host = ["-ccbin", compiler[-1]] if compiler else []
         return [self.nvcc, *FLAGS, *host, *codes, "-o", str(target), str(source)]
 
     def path(self, source: Path) -> Path:

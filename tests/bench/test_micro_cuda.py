@@ -143,6 +143,17 @@ def test_programs_are_compiled_once_until_a_source_changes(script: Script, tmp_p
     assert other.path(folder / "a.cu") != compiler.path(folder / "a.cu")
 
 
+def test_the_host_compiler_is_the_one_that_was_asked_for(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = Compiler(script("nvcc", "echo 1"), ["80"], tmp_path)
+    monkeypatch.delenv("CXX", raising=False)
+    assert "-ccbin" not in compiler.command(tmp_path / "a.cu", tmp_path / "a")
+    monkeypatch.setenv("CXX", "ccache clang++")
+    command = compiler.command(tmp_path / "a.cu", tmp_path / "a")
+    assert command[command.index("-ccbin") + 1] == "clang++"
+
+
 def test_a_compiler_that_hangs_is_stopped(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,36 @@ def test_what_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, record: Re
     assert "did not end within" in (record.result.groups["c"].rows["fast"].reason or "")
 
 
+class Micro:
+    """A worker of microbenchmarks: one crashes after a reading, one hangs after a reading."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock = clock
+
+    def run(self, job: Job, seconds: float, take: Any) -> Ended:
+        take(("micro", {"name": f"{job.name} a", "value": 1.0, "unit": "s"}))
+        if job.name == "hangs":
+            self.clock[0] += seconds
+            return Ended("time", seconds=seconds)
+        self.clock[0] += 1.0
+        return Ended("crash", None, "it died") if job.name == "dies" else Ended("done")
+
+
+def test_a_microbenchmark_that_hangs_or_dies_leaves_the_others_their_time(
+    monkeypatch: pytest.MonkeyPatch, record: Record
+) -> None:
+    names = ("first", "hangs", "dies", "last")
+    monkeypatch.setattr(gpu, "jobs", lambda *_: [Job("micro", "micro", name) for name in names])
+    clock = [0.0]
+    left = Deadline(gpu.BUDGETS["micro"], lambda: clock[0])
+    outcome = gpu.measure(left, "micro", record, Micro(clock), False)  # type: ignore[arg-type]
+    assert outcome == ("failed", "4 figures, 2 failed")
+    found = {name: [r["value"] for r in rows] for name, rows in record.result.gpu["micro"].items()}
+    assert found == {"first": [1.0], "hangs": [1.0, None], "dies": [1.0, None], "last": [1.0]}
+    reasons = [record.result.gpu["micro"][name][1]["reason"] for name in ("hangs", "dies")]
+    assert reasons == ["failed: it did not end within 40 s", "failed: it died"]
+
+
 # --- one provider after another ------------------------------------------------------------------
 
 

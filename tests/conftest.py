@@ -15,6 +15,7 @@ if _workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # The cores are shared, also by what a test starts. Set before torch is imported.
     _threads = max(1, (os.cpu_count() or 1) // int(_workers))
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several threads do not spin for one core
 os.environ.setdefault("MPLBACKEND", "Agg")  # before any test imports matplotlib: no display needed
 
 import torch

@@ -8,12 +8,14 @@ They run on PyTorch's fake tensors (:mod:`bench.fake_cuda`), at their full sizes
 computed or launched, a number that is asked for is 1, and what is asserted is only evaluated. What
 shows is wrong code: names, arguments, shapes, and tensors on the wrong device. Values show in
 Triton's interpreter, which runs the same functions on small sizes (``tests/kernels/harness.py``).
-What measures time or starts processes that need the GPU fails here.
+Tests that start a Python of their own are skipped: it would have no GPU.
 """
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Generator
 from typing import Any
 from unittest import mock
@@ -179,10 +181,20 @@ _FAKE = Pretending()  # one for all: what is kept in caches belongs to it, and s
 FakeTensorMode.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
 
 
+_start = subprocess.Popen.__init__
+
+
+def _process(self: Any, command: Any, *args: Any, **kwargs: Any) -> None:
+    if sys.executable in command:
+        pytest.skip("starts a process, which would have no GPU")
+    _start(self, command, *args, **kwargs)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     with (
         mock.patch.object(torch.testing, "assert_close", _compared),
+        mock.patch.object(subprocess.Popen, "__init__", _process),
         _FAKE,
         mock.patch.object(nn.Module, "to", _to),
         _Methods(),

@@ -1,9 +1,9 @@
 """A pytest plugin that writes what becomes of each test at once, so that a killed run loses none.
 
 ``-p bench.gpu_plugin`` with PWM_FAST_TEST_LOG naming the file: a line of JSON where a test starts
-and one where it has ended; with ``--collect-only`` one for every test that there is. A test that
-takes the CUDA context with it ends the process with status :data:`LOST`: no test after it could
-pass.
+and one where it has ended; with ``--collect-only`` one for every test that there is. Tracebacks are
+printed at once, too, since pytest waits for the end. A test that takes the CUDA context with it
+ends the process with status :data:`LOST`: no test after it could pass.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 def pytest_runtest_logreport(report: Any) -> None:
     """The worst of a test's setup, call and teardown is its outcome."""
+    if report.failed:
+        print(f"\n{report.nodeid}, {report.when}:\n{report.longreprtext}", flush=True)
     if report.failed or (report.skipped and report.nodeid not in _found):
         _found[report.nodeid] = report.outcome, _message(report)
     if report.when == "teardown":

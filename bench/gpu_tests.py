@@ -59,7 +59,8 @@ def tests(
     """Run what has not been run yet, in several processes at a time.
 
     What fails is told at once. A process that dies, hangs or loses its CUDA context costs the test
-    at work; another goes on after it. What the time ends is gone on with by the next run.
+    at work; another goes on after it. What the time ends is gone on with by the next run. What was
+    printed by processes with failures is added to ``build/gpu/failed_tests.log``.
 
     Args:
         left: the time.
@@ -197,11 +198,12 @@ class _Batch:
     def __init__(self, name: str, tests: Sequence[str], number: int) -> None:
         self.name, self.left = name, list(tests)
         self.current: str | None = None  # has started and not ended
+        self.failed = False
         self.report = _folder() / f"{name.strip('/').replace('/', '.')}.{number}.jsonl"
         self.report.unlink(missing_ok=True)
         self._read = 0
         self._heard = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
         command += ["-p", "bench.gpu_plugin", *(f"{name}::{test}" for test in tests)]
         variables = {**os.environ, gpu_plugin.VARIABLE: str(self.report)}
         variables["OMP_NUM_THREADS"] = str(max(CORES // TOGETHER, 1))
@@ -219,6 +221,12 @@ class _Batch:
     def quiet(self) -> float:
         """Seconds since something was heard."""
         return time.monotonic() - self._heard
+
+    def keep_log(self) -> None:
+        """Add what was printed to the log of failures, if some test has failed."""
+        if self.failed:
+            with (WORK / "failed_tests.log").open("a", encoding="utf-8") as file:
+                file.write(self.log.read_text("utf-8", "replace"))
 
     def news(self) -> Iterator[dict[str, str]]:
         """Tests that have ended since the last call; a test is ``left`` until it has."""
@@ -267,11 +275,16 @@ class _Work:
                 self._take(batch)
                 test = f"{batch.name}::{batch.current}"
                 if batch.current and self._known.record.attempt(test, batch.quiet, HANGS):
-                    self._known.add(batch.name, batch.current, "failed", "it did not end")
+                    self._add(batch, batch.current, "failed", "it did not end")
+                batch.keep_log()
 
     def _take(self, batch: _Batch) -> None:
         for line in batch.news():
-            self._known.add(batch.name, line["test"], line["outcome"], line["message"])
+            self._add(batch, line["test"], line["outcome"], line["message"])
+
+    def _add(self, batch: _Batch, test: str, outcome: str, message: str) -> None:
+        batch.failed |= outcome == "failed"
+        self._known.add(batch.name, test, outcome, message)
 
     def _look(self, batch: _Batch) -> None:
         status = batch.process.poll()
@@ -286,12 +299,13 @@ class _Work:
             said = f"status {status}: {last_words(batch.log)}"
         self._running.remove(batch)
         if batch.current is not None:
-            self._known.add(batch.name, batch.current, "failed", said)
+            self._add(batch, batch.current, "failed", said)
             batch.left.remove(batch.current)
         elif status != gpu_plugin.LOST and (batch.left or status not in (0, 1)):
             # It could not run them, or it died when it had run all.
-            self._known.add(batch.name, "its process", "failed", said)
+            self._add(batch, "its process", "failed", said)
             self._known.files[batch.name]["done"] += batch.left
             batch.left = []
+        batch.keep_log()
         if batch.left:
             self.queue.appendleft((batch.name, batch.left))

@@ -31,14 +31,27 @@ class Stage:
         self.files.append(str(path))
         return str(path)
 
-    def run(self, seconds: float = 60.0, first: bool = False) -> Outcome:
+    def run(self, left: Deadline | None = None, first: bool = False) -> Outcome:
+        left = Deadline(120.0) if left is None else left
         return gpu_tests.tests(
-            Deadline(seconds), self.record, "cuda", self.files, first=first, tell=self.told.append
+            left, self.record, "cuda", self.files, first=first, tell=self.told.append
         )
 
     def found(self, name: str) -> dict[str, Any]:
         """Counts and messages, read from the file."""
         return Record(self.record.path, self.record.result.facts).result.gpu["tests"][name]
+
+
+class Until(Deadline):
+    """Over when there is a file of that name."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(120.0)
+        self._path = path
+
+    @property
+    def left(self) -> float:
+        return 0.0 if self._path.exists() else super().left
 
 
 @pytest.fixture
@@ -65,6 +78,8 @@ def test_one_outcome_a_test(stage: Stage) -> None:
     found = stage.found(name)
     assert counts(found) == (1, 2, 1) and "done" not in found
     assert found["messages"] == ["test_after: AssertionError: teardown", "test_bad: assert 1 == 2"]
+    log = (stage.folder / "failed_tests.log").read_text("utf-8")
+    assert "in test_bad\n" in log and "assert 1 == 2" in log and "test_after, teardown:" in log
     assert len(stage.told) == 2 and stage.told[1].endswith("test_bad: assert 1 == 2")
     stage.told.clear()
     assert stage.run() == outcome and stage.told == []  # nothing is left
@@ -83,12 +98,13 @@ def test_what_a_test_takes_along(stage: Stage, monkeypatch: pytest.MonkeyPatch) 
         "def test_hangs(): time.sleep(100)\n"
         "def test_three(): pass\n",
     )
-    assert stage.run(150.0).status == "failed"
+    assert stage.run().status == "failed"
     found = stage.found(name)
     assert counts(found) == (3, 3, 0)
     texts = dict(text.split(": ", 1) for text in found["messages"])
     assert "status 11" in texts["test_dies"]
     assert texts["test_lost"] == "assert False"
+    assert "test_lost, call:" in (stage.folder / "failed_tests.log").read_text("utf-8")
     assert texts["test_hangs"].startswith("it did not end within ")
 
 
@@ -113,13 +129,13 @@ def test_the_first_case_of_each_test_comes_first(stage: Stage) -> None:
         "def test_cases(n):\n"
         "    (here / f'ran{n}').touch(exist_ok=False)\n"
         "    if n == 3 and not (here / 'second').exists():\n"
-        "        (here / 'ran3').unlink()\n        time.sleep(60)\n"
+        "        (here / 'ran3').rename(here / 'waits')\n        time.sleep(60)\n"
         "def test_other(): pass\n",
     )
     outcome = stage.run(first=True)
     assert outcome == ("ok", "2 passed, 0 failed, 0 skipped in 0 of 1 files")
     assert stage.found(name)["done"] == ["test_cases[1]", "test_other"]
-    assert stage.run(25.0).status == "partial"
+    assert stage.run(Until(stage.folder / "waits")).status == "partial"
     assert counts(stage.found(name)) == (3, 0, 0)
     (stage.folder / "second").touch()
     assert stage.run().status == "ok"

@@ -138,18 +138,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_docs(text: str, path: Path = DOCS) -> None:
+def write_docs(text: str, path: Path = DOCS, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Put the table between its markers.
 
     Raises:
         ValueError: the page has no such markers.
     """
     page = path.read_text("utf-8")
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = page.partition(marks[0])
+    _, end, tail = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"{path.name} must hold {BEGIN} and {END}")
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", "utf-8")
+        raise ValueError(f"{path.name} must hold {marks[0]} and {marks[1]}")
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", "utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pwm_fast.ops import library, library_esnr, library_rows  # noqa: F401  they define
+from pwm_fast.ops import (  # noqa: F401  they define
+    library,
+    library_centring,
+    library_esnr,
+    library_rows,
+)
 from pwm_fast.ops.fused.specs import decode_layers
 from pwm_fast.ops.library import needs_grad, register_vmap
 
@@ -241,6 +246,8 @@ _register(
 )
 _register("esnr", update=_without_gradient("esnr", 0))
 for _name in (
+    "centred",
+    "centred_backward",
     "mlp_backward",
     "rollout_backward",
     "imagine_backward",

@@ -90,7 +90,7 @@ def first_order_only(name: str) -> None:
     register_gradient(name, backward, setup_context)
 
 
-def _filled(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+def filled(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """A schema's list of gradients holds tensors: an empty one stands for None."""
     return [like.new_empty(0) if g is None else g for g in grads]
 
@@ -156,7 +156,7 @@ def _mlp_backward(
     dinputs, dparams = functional.mlp_backward(
         kernels(backend), decode_layers(spec), dy, inputs, params, saved, needs, wgrad
     )
-    return _filled(dinputs, dy), _filled(dparams, dy)
+    return filled(dinputs, dy), filled(dparams, dy)
 
 
 def _mlp_backward_fake(
@@ -358,8 +358,8 @@ def _rollout_backward(
         saved,
         wgrad,
     )
-    dw_z, dw_tau = _filled((grads.w_z, grads.w_tau), dz)
-    return grads.z0, grads.c, dw_z, dw_tau, _filled(flat, dz)
+    dw_z, dw_tau = filled((grads.w_z, grads.w_tau), dz)
+    return grads.z0, grads.c, dw_z, dw_tau, filled(flat, dz)
 
 
 def _rollout_backward_fake(
@@ -563,16 +563,16 @@ def _imagine_backward(
     dbase = grads.c.sum(0)
     if base.shape[0] == 1:
         dbase = dbase.sum(0, keepdim=True)
-    dw_z, dw_tau = _filled((grads.w_z, grads.w_tau), dz)
+    dw_z, dw_tau = filled((grads.w_z, grads.w_tau), dz)
     return (
         grads.z0,
         dbase,
         dw_a,
         dw_z,
         dw_tau,
-        _filled(flat, dz),
+        filled(flat, dz),
         dstd,
-        _filled(dactor, dz),
+        filled(dactor, dz),
     )
 
 

@@ -63,7 +63,7 @@ def test_contract(case: Case, launches: list[str]) -> None:
 def _rollout(
     dtype: torch.dtype, wgrad: bool, method: ops.Method = "heun"
 ) -> tuple[Tensor, list[Tensor]]:
-    """A rollout of 3 macro steps and its gradients, on the backend in force."""
+    """A rollout of 3 macro steps and its gradients, on the backend in force, folded by default."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -85,7 +85,7 @@ def _rollout(
         for p in net
     ]
     z, action = normal(9, 21), normal(3, 9, 3)
-    out = ops.latent_rollout(z, action, ops.Flow(made, 2, method, fold=True))
+    out = ops.latent_rollout(z, action, ops.Flow(made, 2, method))
     weights = [t for p in made for t in p[:4] if t is not None] if wgrad else []
     loss = (out * torch.randn(out.shape, generator=generator).to(dtype)).sum()
     return out.detach(), list(torch.autograd.grad(loss, [z, action, *weights]))

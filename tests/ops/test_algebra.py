@@ -11,6 +11,7 @@ import torch
 from pwm_fast import dispatch, ops
 from pwm_fast.ops.fused import algebra, calls
 from pwm_fast.ops.fused.native import why_missing
+from pwm_fast.ops.fused.specs import decode_dynamics
 from tests.helpers import random_layer
 from tests.ops.contract import CASES, ROLLOUTS, Case, check
 
@@ -96,6 +97,32 @@ def test_centred_layers(width: int, pad: bool) -> None:
     assert not packed[0].weight[width:].any()
     assert packed[0].ln_weight is not None
     assert not packed[0].ln_weight[width:].any()
+
+
+@pytest.mark.parametrize(
+    ("backend", "frozen", "trained"),
+    [
+        ("native", True, False),
+        ("native+bf16", True, False),
+        ("torch+fast", True, False),
+        ("triton", True, False),
+        ("triton+bf16", True, True),
+        ("triton+fast", True, True),
+    ],
+)
+def test_what_is_folded_by_default(backend: str, frozen: bool, trained: bool) -> None:
+    """Trained dynamics only where 16-bit operands hide the rounding of the fold's own products."""
+    latent, hidden, action = 16, 24, 3
+    net = [
+        random_layer(latent + action + 1, hidden, "mish", dtype=torch.float32),
+        random_layer(hidden, latent, norm=False, dtype=torch.float32),
+    ]
+    for grad, expected in ((False, frozen), (True, trained)):
+        weights = [p._replace(weight=p.weight.detach().requires_grad_(grad)) for p in net]
+        spec = calls.pack(backend, weights, "heun", 2, latent, action).spec
+        assert decode_dynamics(spec).fold is expected
+    wide = [random_layer(latent + action + 1, 2 * latent, "mish"), random_layer(2 * latent, latent)]
+    assert not decode_dynamics(calls.pack(backend, wide, "heun", 2, latent, action).spec).fold
 
 
 def test_the_users_weights_stay_as_they_are() -> None:

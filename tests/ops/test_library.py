@@ -62,6 +62,11 @@ def call_frozen_mlp(backend: str, dtype: torch.dtype) -> Tensor:
     return ops.mlp([x], layers, backend=backend)
 
 
+def call_padded_mlp(backend: str, dtype: torch.dtype) -> Tensor:
+    with ops.algebra(pad=True):
+        return call_mlp(backend, dtype)
+
+
 def call_ensemble(backend: str, dtype: torch.dtype) -> Tensor:
     x = normal(B, D, dtype=dtype).requires_grad_()
     layers = net([D, 9, 1], dtype, members=(2,))
@@ -134,6 +139,7 @@ def call_esnr_accumulator(backend: str, dtype: torch.dtype) -> Tensor:
 CALLS: dict[str, tuple[str, Call]] = {
     "mlp": ("mlp", call_mlp),
     "mlp frozen": ("mlp", call_frozen_mlp),
+    "mlp padded": ("centred", call_padded_mlp),
     "ensemble": ("mlp", call_ensemble),
     "simnorm layer": ("mlp", call_simnorm_layer),
     "rollout": ("rollout", lambda b, d: call_rollout(b, d, fold=False, method="heun")),
@@ -198,7 +204,9 @@ def require_what_is_kept(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if "backward" in func.name():
         return args  # they have no gradient
     if "save" not in named:
-        groups = {"": ("x", "logits")} if "entropy" not in func.name() else {"": ("logits",)}
+        groups = (
+            {"": ("x", "logits", "tensors")} if "entropy" not in func.name() else {"": ("logits",)}
+        )
     for flag, members in groups.items():
         if not named.get(flag, True):
             continue

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast.ops import batching, library_rows  # noqa: F401  register the operators
@@ -73,6 +72,12 @@ def specs_of(
     )
 
 
+def _narrow(backend: str) -> bool:
+    """Products take 16-bit operands on tensor cores."""
+    name, _, mode = backend.partition("+")
+    return name == "triton" and mode in ("bf16", "fast")
+
+
 def _switches(backend: str) -> tuple[bool, bool]:
     """Whether to centre and whether to pad.
 
@@ -80,8 +85,7 @@ def _switches(backend: str) -> tuple[bool, bool]:
     than they spare.
     """
     switches = algebra.in_force()
-    name, _, mode = backend.partition("+")
-    pays = name == "triton" and mode in ("bf16", "fast")
+    pays = _narrow(backend)
     pad = (pays and switches.centre is not False) if switches.pad is None else switches.pad
     centre = (pays or pad) if switches.centre is None else switches.centre
     return centre, pad
@@ -98,13 +102,18 @@ def centred(backend: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[in
     if not centre or not any(p.ln_weight is not None for p in layers):
         return list(layers), [0] * len(layers)
     tensors = tuple(layer_tensors(layers))
-    shape = tuple((p.bias is not None, p.ln_weight is not None, p.act) for p in layers)
+    spec = encode_layers(specs_of(layers))
 
     def make(*flat: Tensor) -> tuple[Tensor, ...]:
-        return _centred_tensors(shape, flat, pad)
+        packed, copies = torch.ops.pwm_fast.centred(list(flat), spec, pad, backend)
+        weights = (x for x in packed if x.dim() == 2)
+        for weight, copy in zip(weights, copies, strict=bool(copies)):
+            packs.attach(weight, copy)
+        return (*packed, *copies)
 
     (wgrad,) = needs_grad(tensors)
-    flat = list(make(*tensors) if wgrad else packs.kept(("centred", shape, pad), tensors, make))
+    kind = ("centred", spec, pad, backend)
+    flat = list(make(*tensors) if wgrad else packs.kept(kind, tensors, make))
     result, widths = [], []
     for p in layers:
         weight = flat.pop(0)
@@ -114,28 +123,6 @@ def centred(backend: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[in
         result.append(p._replace(weight=weight, bias=bias, ln_weight=gamma, ln_bias=beta))
         widths.append(p.weight.shape[0] if norm else 0)
     return result, widths
-
-
-def _centred_tensors(
-    shape: Sequence[tuple[bool, bool, str]], flat: Sequence[Tensor], pad: bool
-) -> tuple[Tensor, ...]:
-    """The tensors of layers, in order: what :func:`centred` makes of them."""
-    out: list[Tensor] = []
-    rest = list(flat)
-    before = 0  # zeros that the layer below has behind its outputs
-    for has_bias, has_norm, act in shape:
-        rows = [rest.pop(0)] + ([rest.pop(0)] if has_bias else [])
-        n = rows[0].shape[0]
-        extra = -n % algebra.PAD_TO if pad and has_norm and act != "simnorm" else 0
-        if has_norm:
-            # In float64: the mean that rounding leaves is not subtracted any more.
-            rows = [(x.double() - x.double().mean(0)).to(x.dtype) for x in rows]
-        rows[0] = F.pad(rows[0], (0, before, 0, extra))
-        out += [rows[0], *(F.pad(x, (0, extra)) for x in rows[1:])]
-        if has_norm:
-            out += [F.pad(rest.pop(0), (0, extra)), F.pad(rest.pop(0), (0, extra))]
-        before = extra
-    return tuple(out)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -271,9 +258,11 @@ def pack(
     if fold is None:
         fold = algebra.in_force().fold
     if fold is None or (fold and not can_fold(net)):
-        # With weight gradients the fold's own products eat most of what it spares, and its rounding
-        # nearly doubles the error of the last layer's gradient (docs/performance.md).
-        fold = not wgrad and can_fold(net) and fold_pays(hidden, latent)
+        # With weight gradients the fold's own products eat most of what it spares on a CPU, and its
+        # rounding nearly doubles the float32 error of the last layer's gradient; that of 16-bit
+        # operands hides it, and what is folded runs in one launch (docs/performance.md).
+        pays = (_narrow(backend) or not wgrad) and fold_pays(hidden, latent)
+        fold = pays and can_fold(net)
     fold = fold and flow
     norm = [first.ln_weight, first.ln_bias]
     params = [t.contiguous() for t in norm if t is not None]

@@ -182,7 +182,7 @@ class Gemm:
             if wide and y.dtype == torch.bfloat16:
                 y = y.float()
         elif self.precision.operand is not None:
-            y = product(a, b, out_dtype=torch.float32)
+            y = _wide_product(a, b)
         else:
             with _fp32_products(self.precision.tf32, a):
                 y = product(a, b)
@@ -191,6 +191,9 @@ class Gemm:
 
 def operand_copy(weight: Tensor, operand: torch.dtype) -> Tensor:
     """The weight rounded to a product's operand, kept until it changes."""
+    copy = packs.attached(weight, operand)
+    if copy is not None:
+        return copy
     return packs.kept(("operand", operand), (weight,), lambda w: _narrowed(w, operand))
 
 
@@ -249,7 +252,7 @@ def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = 
     """
     operand = kernels.precision.operand
     if dh.is_cuda and operand is not None:
-        return _narrow_weight_grad(kernels, dh, x, scale, operand)
+        return narrow_weight_grad(kernels, dh, x, scale, operand)
     if scale is not None:
         dh = dh.float() * scale.unsqueeze(-1)
     wide = torch.promote_types(dh.dtype, torch.float32)
@@ -269,7 +272,15 @@ def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = 
     return product(dh.transpose(-1, -2), x)
 
 
-def _narrow_weight_grad(
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of 16-bit operands in float32."""
+    product = torch.bmm if a.dim() == 3 else torch.mm
+    if not a.is_cuda:
+        return product(a.float(), b.float())
+    return product(a, b, out_dtype=torch.float32)
+
+
+def narrow_weight_grad(
     kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None, operand: torch.dtype
 ) -> Tensor:
     """The product of 16-bit operands; a factor a row cannot leave it, one for all rows can.
@@ -289,6 +300,5 @@ def _narrow_weight_grad(
     if scale is not None:
         largest = scale.amax() if scale.numel() else scale.new_ones(())
         x = x * (scale / largest).unsqueeze(-1)
-    product = torch.bmm if dh.dim() == 3 else torch.mm
-    total = product(dh.transpose(-1, -2), _narrowed(x, operand), out_dtype=torch.float32)
+    total = _wide_product(dh.transpose(-1, -2), _narrowed(x, operand))
     return total if largest is None else total * largest

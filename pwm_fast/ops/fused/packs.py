@@ -28,12 +28,19 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, whose values may lie elsew
 LIMIT = 256  # entries; a world model with its critics has about 20
 
 
+class _Copy(NamedTuple):
+    storage: StorageWeakRef
+    version: int
+    value: Tensor
+
+
 class _Entry(NamedTuple):
     storages: tuple[StorageWeakRef, ...]
     value: Any
 
 
 _store: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+_copies: dict[int, _Copy] = {}  # by storage
 _lock = threading.RLock()  # on CUDA autograd runs backward passes in threads of its own
 _hooked = False
 
@@ -100,6 +107,38 @@ def _kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[...
         _store.popitem(last=False)
     _store[key] = _Entry(tuple(StorageWeakRef(x.untyped_storage()) for x in tensors), value)
     return value
+
+
+def attach(pack: Tensor, copy: Tensor) -> None:
+    """Let :func:`attached` find a rounded copy of a pack, made with it.
+
+    Unlike what :func:`kept` keeps this holds in a captured graph: there both are made by it.
+
+    Args:
+        pack: fills its storage but for the ends of rows, and is not written to any more.
+        copy: with the same shape and strides.
+    """
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if hidden or pack.is_inference():
+        return
+    storage = pack.untyped_storage()
+    with _lock:
+        for key in [k for k, c in _copies.items() if c.storage.expired()]:
+            del _copies[key]
+        _copies[storage._cdata] = _Copy(StorageWeakRef(storage), pack._version, copy)
+
+
+def attached(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The rounded copy of a pack, or of a view of one, if it has one of that dtype."""
+    if torch._C._are_functorch_transforms_active() or x.is_inference():
+        return None
+    with _lock:
+        found = _copies.get(x.untyped_storage()._cdata)
+    if found is None or found.storage.expired() or found.version != x._version:
+        return None
+    if found.value.dtype != dtype or found.value.device != x.device:
+        return None
+    return found.value.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:

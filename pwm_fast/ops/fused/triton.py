@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pwm_fast.kernels import act_norm, axpby, norm_act, simnorm, two_hot
+from pwm_fast.kernels import act_norm, axpby, centre, norm_act, simnorm, two_hot
 from pwm_fast.ops.fused.precision import EXACT, Precision
 from pwm_fast.ops.fused.triton_products import TritonProducts
 
@@ -28,6 +28,7 @@ class TritonKernels:
         self.act_norm_bwd = act_norm.act_norm_bwd
         self.axpby = axpby.axpby
         self.to_operand = axpby.to_operand
+        self.centre = centre.centre
         self.simnorm_fwd = simnorm.simnorm_fwd
         self.two_hot_decode_fwd = two_hot.two_hot_decode_fwd
         self.two_hot_ce_fwd = two_hot.two_hot_ce_fwd

@@ -1,0 +1,114 @@
+"""Layers packed for tensor cores: centred, padded, with 16-bit copies; and their gradients.
+
+A kernel set may have a method ``centre`` for it (:func:`pwm_fast.kernels.centre.centre`), which
+packs a layer in one launch; else PyTorch does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops.fused.algebra import PAD_TO
+from pwm_fast.ops.fused.kernels import Kernels
+from pwm_fast.ops.fused.stack import LayerSpec
+
+_ALIGNED = 8  # numbers: rows of 16-bit copies begin on 16 bytes
+
+Parts = list[Tensor | None]  # a layer's weight, bias, gamma and beta
+
+
+def padding(spec: LayerSpec, n: int, pad: bool) -> int:
+    """Zeros behind the ``n`` outputs of a layer; SimNorm's groups leave no room for any."""
+    return -n % PAD_TO if pad and spec.norm and spec.act != "simnorm" else 0
+
+
+def split(specs: Sequence[LayerSpec], flat: Sequence[Tensor | None]) -> list[Parts]:
+    """Tensors in the operators' order, as one entry a layer."""
+    rest, layers = iter(flat), []
+    for spec in specs:
+        has = (True, spec.bias, spec.norm, spec.norm)
+        layers.append([next(rest) if x else None for x in has])
+    return layers
+
+
+def empty(
+    kernels: Kernels, specs: Sequence[LayerSpec], tensors: Sequence[Tensor], pad: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What :func:`pack` fills: packed tensors, and 16-bit copies of the weights.
+
+    There are copies where the kernels pack; they lie in memory as the weights do, whose rows then
+    are aligned.
+    """
+    packed, copies = [], []
+    before = 0  # zeros that the layer below has behind its outputs
+    for spec, layer in zip(specs, split(specs, tensors), strict=True):
+        weight, *vectors = layer
+        assert weight is not None
+        n, k = weight.shape
+        rows, columns = n + padding(spec, n, pad), k + before
+        operand = kernels.precision.operand if hasattr(kernels, "centre") else None
+        stride = columns if operand is None else -(-columns // _ALIGNED) * _ALIGNED
+        packed.append(weight.new_empty(rows, stride)[:, :columns])
+        packed += [x.new_empty(rows) for x in vectors if x is not None]
+        if operand is not None:
+            copies.append(weight.new_empty(rows, stride, dtype=operand)[:, :columns])
+        before = rows - n
+    return packed, copies
+
+
+def pack(
+    kernels: Kernels, specs: Sequence[LayerSpec], tensors: Sequence[Tensor], pad: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Layers whose weights and biases have no mean over outputs, where a LayerNorm follows."""
+    packed, copies = empty(kernels, specs, tensors, pad)
+    layers, outs = split(specs, tensors), split(specs, packed)
+    for i, (spec, layer, out) in enumerate(zip(specs, layers, outs, strict=True)):
+        _copy(kernels, layer, out, spec.norm, copies[i] if copies else None)
+    return packed, copies
+
+
+def pack_grads(
+    kernels: Kernels,
+    specs: Sequence[LayerSpec],
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+) -> Parts:
+    """Gradients towards ``tensors`` for those towards what :func:`pack` made of them, or None."""
+    found: Parts = []
+    layers = zip(specs, split(specs, grads), split(specs, tensors), strict=True)
+    for spec, layer, like in layers:
+        out = [
+            None if g is None or x is None else torch.empty_like(x, memory_format=_CONTIGUOUS)
+            for g, x in zip(layer, like, strict=True)
+        ]
+        _copy(kernels, layer, out, spec.norm, None)
+        found += [o for o, x in zip(out, like, strict=True) if x is not None]
+    return found
+
+
+_CONTIGUOUS = torch.contiguous_format
+
+
+def _copy(kernels: Kernels, layer: Parts, out: Parts, centred: bool, copy: Tensor | None) -> None:
+    """``out``: the layer without means where ``centred``, zeros where it has nothing."""
+    if all(x is None for x in out):
+        return
+    centre = getattr(kernels, "centre", None)
+    if centre is not None:
+        layer = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in layer]
+        centre(layer, out, centred=centred, operand=copy)
+        return
+    for i, (x, y) in enumerate(zip(layer, out, strict=True)):
+        if x is None or y is None:
+            continue
+        inner = tuple(slice(min(a, b)) for a, b in zip(x.shape, y.shape, strict=True))
+        x = x[inner]
+        if centred and i < 2:
+            # In float64: the mean that rounding leaves is not subtracted any more.
+            x = (x.double() - x.double().mean(0)).to(y.dtype)
+        if x.shape != y.shape:
+            y.zero_()
+        y[inner].copy_(x)

@@ -76,9 +76,7 @@ def as_on_a_gpu() -> Iterator[None]:
     """Weight gradients of operands that are rounded, with the factors that a GPU gives them."""
 
     def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        operand = kernels.precision.operand
-        assert operand is not None
-        return gemm.narrow_weight_grad(kernels, dh, x, scale, operand)
+        return gemm.narrow_weight_grad(kernels, dh, x, scale)
 
     with ExitStack() as patches:
         for module in (functional, rollout, stack):

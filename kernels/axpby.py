@@ -87,6 +87,32 @@ def to_operand_kernel(
     tl.store(out + wide * out_stride + col[None, :], narrow, mask=inside)
 
 
+@triton.jit
+def scaled_rows_kernel(
+    x,
+    out,
+    scale,
+    largest,
+    rows,
+    n,
+    x_rows,
+    x_stride,
+    out_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A tile a program: each row times its factor over the largest one."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row_in = row < rows
+    inside = row_in[:, None] & (col < n)[None, :]
+    at = x + (row % x_rows).to(tl.int64)[:, None] * x_stride + col[None, :]
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.div_rn(tl.load(scale + row, mask=row_in, other=0.0), tl.load(largest))
+    narrow = rounded(value * factor[:, None], out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64)[:, None] * out_stride + col[None, :], narrow, mask=inside)
+
+
 def _flat_tile(n: int) -> tuple[int, int]:
     """Rows and columns of a tile where rows need not be whole."""
     block = min(max(triton.next_power_of_2(n), 16), 512)
@@ -164,9 +190,40 @@ def to_operand(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
     )
 
 
+def scaled_rows(x: Tensor, out: Tensor, scale: Tensor, largest: Tensor) -> None:
+    """``out = x * scale / largest`` row by row, rounded: an operand of a weight gradient.
+
+    Args:
+        x: ``[R', n]``, fp32 or 16-bit; its rows are taken over and over where R' divides R.
+        out: ``[R, n]`` fp16 or bf16, written.
+        scale: ``[R]`` fp32, factors of the rows of the adjoints that ``x`` meets.
+        largest: their largest, one number.
+    """
+    rows, n = out.shape
+    tile_rows, block = _flat_tile(n)
+    launch(
+        scaled_rows_kernel,
+        (triton.cdiv(rows, tile_rows), triton.cdiv(n, block)),
+        x,
+        out,
+        scale,
+        largest,
+        rows,
+        n,
+        x.shape[0],
+        x.stride(0),
+        out.stride(0),
+        ROWS=tile_rows,
+        BLOCK=block,
+        num_warps=_WARPS,
+    )
+
+
 _TYPES = {
-    **dict.fromkeys(("x", "z", "out", "scale", "k1_scale", "k2_scale"), "*fp32"),
-    **dict.fromkeys(("rows", "n", "x_stride", "z_stride", "k1_stride", "k2_stride"), "i32"),
+    **dict.fromkeys(("x", "z", "out", "scale", "k1_scale", "k2_scale", "largest"), "*fp32"),
+    **dict.fromkeys(
+        ("rows", "x_rows", "n", "x_stride", "z_stride", "k1_stride", "k2_stride"), "i32"
+    ),
     **dict.fromkeys(("out_stride", "operand_stride"), "i32"),
     **dict.fromkeys(("c1", "c2"), "fp32"),
 }
@@ -204,8 +261,22 @@ def _operand_case(n: int, out: str, scaled: bool) -> Case:
     )
 
 
+def _scaled_rows_case(n: int, x: str, out: str) -> Case:
+    rows, block = _flat_tile(n)
+    constants: dict[str, object] = {"ROWS": rows, "BLOCK": block}
+    odd = {"n", "x_stride", "out", "out_stride"} if n % 16 else set()
+    return Case(
+        f"scaled_rows D{n} {x} to {out}",
+        scaled_rows_kernel,
+        signature(scaled_rows_kernel, _TYPES | {"x": f"*{x}", "out": f"*{out}"}, constants),
+        constants,
+        unaligned=frozenset({"rows", "x_rows", *odd}),
+        num_warps=_WARPS,
+    )
+
+
 def cases() -> list[Case]:
-    """Euler, Heun and adjoint updates of aligned and odd latents."""
+    """Euler, Heun and adjoint updates, and operands, of aligned and odd widths."""
     return [
         _axpby_case(512, "fp32", None, ""),
         _axpby_case(512, "fp32", "fp16", "k2"),
@@ -216,4 +287,7 @@ def cases() -> list[Case]:
         _operand_case(777, "bf16", False),
         _operand_case(777, "fp16", True),
         _operand_case(4096, "fp16", True),
+        _scaled_rows_case(512, "fp16", "fp16"),
+        _scaled_rows_case(512, "fp32", "fp16"),
+        _scaled_rows_case(777, "fp32", "fp16"),
     ]

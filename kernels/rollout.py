@@ -288,6 +288,8 @@ def rollout_forward(
     plan: Plan,
     *,
     saved: Saved | None = None,
+    total: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> Forward:
     """T macro steps from ``p`` under hoisted terms ``c``.
 
@@ -298,14 +300,19 @@ def rollout_forward(
         scheme: what a macro step does.
         plan: layout, of :func:`plan`.
         saved: buffers to fill for a backward pass; with ``y1`` and ``y2`` one for weights too.
+        total: ``[T, B, Up]`` float32, written and returned; None for a new one.
+        counters: of this launch, one of :func:`counters`; None for new ones.
 
     Raises:
         ValueError: shapes, dtypes or the plan do not fit.
     """
     steps, batch, padded = _check(p, c, "c", network, scheme, plan)
-    total, p_out = torch.empty_like(c), torch.empty_like(p)
+    p_out = torch.empty_like(p)
+    if total is None:
+        total = torch.empty_like(c)
+    _buffer("total", total, c.shape, torch.float32, p)
     operand = network.w2.dtype
-    work = _Workspace(plan, p, padded, operand, slots=1)
+    work = _Workspace(plan, p, padded, operand, 1, counters)
     keep = saved is not None and saved.y1 is not None
     if saved is not None:
         _check_saved(saved, steps * scheme.evals, batch, padded, operand)
@@ -364,6 +371,7 @@ def rollout_backward(
     saved: Saved,
     *,
     adjoints: Adjoints | None = None,
+    counters: Tensor | None = None,
 ) -> Backward:
     """Adjoint of :func:`rollout_forward`.
 
@@ -375,6 +383,7 @@ def rollout_backward(
         plan: layout, of :func:`plan`.
         saved: filled by the forward pass.
         adjoints: buffers to fill for gradients of the weights; the sums are formed with them.
+        counters: of this launch, one of :func:`counters`; None for new ones.
 
     Raises:
         ValueError: shapes, dtypes or the plan do not fit.
@@ -387,7 +396,7 @@ def rollout_backward(
     if adjoints is not None:
         _check_adjoints(adjoints, evals, batch, padded, operand)
     dc, lp_out = torch.empty_like(g), torch.empty_like(lp)
-    work = _Workspace(plan, lp, padded, operand, slots=3)
+    work = _Workspace(plan, lp, padded, operand, 3, counters)
     sums = lp.new_empty(work.groups, 7, padded) if adjoints is not None else lp
     none = lp
     kept = Adjoints(none, none, none, none) if adjoints is None else adjoints
@@ -436,11 +445,23 @@ def rollout_backward(
     return Backward(dc, lp_out, sums.sum(0, dtype=torch.float64))
 
 
+def counters(plan: Plan, batch: int, launches: int, device: torch.device) -> Tensor:
+    """What the programs of several launches meet at, ``[launches, ...]``: zeros, one for each."""
+    groups = -(-batch // plan.bm)
+    return torch.zeros(launches, groups * _COUNTER, dtype=torch.int32, device=device)
+
+
 class _Workspace:
     """What the programs exchange through, of one launch's own: streams do not meet in it."""
 
     def __init__(
-        self, plan: Plan, like: Tensor, padded: int, dtype: torch.dtype, slots: int
+        self,
+        plan: Plan,
+        like: Tensor,
+        padded: int,
+        dtype: torch.dtype,
+        slots: int,
+        met: Tensor | None,
     ) -> None:
         self.groups = -(-like.shape[0] // plan.bm)
         tiles = padded // plan.bn
@@ -448,8 +469,10 @@ class _Workspace:
         rows = self.groups * plan.bm
         boards = torch.empty(2, rows, padded, dtype=dtype, device=like.device)
         parts = like.new_empty(2, self.groups * slots * tiles * plan.bm)
-        counters = torch.zeros(self.groups * _COUNTER, dtype=torch.int32, device=like.device)
-        self.tensors = (*boards, *parts, counters)
+        if met is None:
+            met = counters(plan, like.shape[0], 1, like.device)[0]
+        _buffer("counters", met, (self.groups * _COUNTER,), torch.int32, like)
+        self.tensors = (*boards, *parts, met)
 
 
 def _constants(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) -> dict[str, Any]:

@@ -83,6 +83,25 @@ def test_scaled_operand(device: str) -> None:
         assert torch.equal(out.written(), exact)
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_scaled_rows(device: str, dtype: torch.dtype) -> None:
+    """Powers of two leave only the rounding to 16 bits; rows that members share are taken again."""
+    for rows, n in shapes(device):
+        for members in (1, 3):
+            x = torch.randn(rows, n).to(dtype)
+            scale = 2.0 ** torch.randint(-20, 20, (members * rows,))
+            largest = scale.amax() if rows else torch.ones(())
+            out = Rows(members * rows, n, FP16, device, 3)
+            axpby.scaled_rows(
+                Rows.of(x, dtype, device, 2).tensor,
+                out.tensor,
+                scale.to(device),
+                largest.to(device),
+            )
+            factors = (scale / largest).double()[:, None]
+            assert torch.equal(out.written(), (x.double().repeat(members, 1) * factors).half())
+
+
 def test_plain_operand(device: str) -> None:
     """Without a scale it rounds to nearest, overflows to infinity, and keeps NaN."""
     x = torch.randn(7, 33)

@@ -7,7 +7,8 @@ as the user keeps them. Of weights that need no gradient the packs are kept unti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from pwm_fast.ops import batching, library_rows  # noqa: F401  register the operators
 from pwm_fast.ops.fused import algebra, packs
+from pwm_fast.ops.fused.gemm import fp32_products
+from pwm_fast.ops.fused.precision import BY_NAME
 from pwm_fast.ops.fused.rollout import DynamicsSpec
 from pwm_fast.ops.fused.specs import encode_dynamics, encode_layers
 from pwm_fast.ops.fused.stack import LayerSpec
@@ -212,6 +215,14 @@ def _fold_products(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
     return tuple((wide @ x.double()).to(w_z.dtype) for x in head)
 
 
+def _narrow_fold_products(operand: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
+    """The same in float32, where products round ``W1z W3`` to ``operand``."""
+    with fp32_products(False, w_z):
+        products = [w_z @ x for x in head]
+    packs.attach(products[0], products[0].detach().to(operand))
+    return tuple(products)
+
+
 def can_fold(net: Sequence[Layer]) -> bool:
     """The head is linear and there is a hidden layer, so that its input can carry the state."""
     return len(net) > 1 and net[-1].ln_weight is None and net[-1].act == "none"
@@ -272,8 +283,11 @@ def pack(
         head = others[-1]
         params += _flat(others[:-1])
         products = (w_z, head.weight, *(() if head.bias is None else (head.bias,)))
-        make = _fold_products
-        params += make(*products) if wgrad else packs.kept(("fold",), products, make)
+        make: Callable[..., tuple[Tensor, ...]] = _fold_products
+        operand = BY_NAME[backend.partition("+")[2] or "exact"].operand
+        if _narrow(backend) and operand is not None:
+            make = partial(_narrow_fold_products, operand)
+        params += make(*products) if wgrad else packs.kept(("fold", operand), products, make)
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias.contiguous())

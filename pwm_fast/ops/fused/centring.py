@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from pwm_fast.ops.fused.algebra import PAD_TO
+from pwm_fast.ops.fused.gemm import ALIGNED
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.stack import LayerSpec
-
-_ALIGNED = 8  # numbers: rows of 16-bit copies begin on 16 bytes
 
 Parts = list[Tensor | None]  # a layer's weight, bias, gamma and beta
 
@@ -50,7 +49,7 @@ def empty(
         n, k = weight.shape
         rows, columns = n + padding(spec, n, pad), k + before
         operand = kernels.precision.operand if hasattr(kernels, "centre") else None
-        stride = columns if operand is None else -(-columns // _ALIGNED) * _ALIGNED
+        stride = columns if operand is None else -(-columns // ALIGNED) * ALIGNED
         packed.append(weight.new_empty(rows, stride)[:, :columns])
         packed += [x.new_empty(rows) for x in vectors if x is not None]
         if operand is not None:

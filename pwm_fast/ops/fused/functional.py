@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.gemm import Gemm, weight_grad
+from pwm_fast.ops.fused.gemm import (
+    Gemm,
+    adjoint_operand,
+    narrow_weight_grad,
+    side_by_side,
+    takes_narrow,
+    weight_grad,
+)
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.rollout import Dynamics, DynamicsGrads, DynamicsSpec, DynamicsWeights
 from pwm_fast.ops.fused.stack import (
@@ -57,33 +64,45 @@ def mlp_backward(
     layers = split_params(specs, params)
     stack = _mlp_stack(kernels, specs, layers, inputs[0].shape[0], True, wgrad, saved)
     stack.start_backward(keep_first=False)
-    dh = stack.backward(0, dy.clone(memory_format=torch.contiguous_format))
+    # A layer with a norm writes its adjoint over what comes in.
+    dy = dy.contiguous() if specs[-1].plain else dy.clone(memory_format=torch.contiguous_format)
+    dh = stack.backward(0, dy)
     weight = layers[0].weight
     members = stack.members
+    scale = None
+    if takes_narrow(kernels, dh):
+        dh, scale = adjoint_operand(kernels, dh)
     dinputs: list[Tensor | None] = []
     for part, x, need in zip(_split(weight, inputs), inputs, needs, strict=True):
         if not need:
             dinputs.append(None)
         elif members:
-            each = Gemm(kernels, part).dgrad(dh, members)
+            each, _ = Gemm(kernels, part).scaled_dgrad(dh, members, scale, wide=True)
             dinputs.append(each.view(members, *x.shape).sum(0))
         else:
-            dinputs.append(Gemm(kernels, part).dgrad(dh))
+            dinputs.append(Gemm(kernels, part).scaled_dgrad(dh, 0, scale, wide=True)[0])
     if not wgrad:
         return dinputs, [None] * len(params)
-    dweight = torch.empty_like(weight)
-    start = 0
-    for x in inputs:
-        columns = dweight[..., start : start + x.shape[1]]
-        start += x.shape[1]
-        if members:
-            per_member = dh.view(members, -1, dh.shape[-1])
-            columns.copy_(weight_grad(kernels, per_member, x.expand(members, -1, -1)))
-        else:
-            columns.copy_(weight_grad(kernels, dh, x))
     grads = stack.param_grads(None)
-    grads[0] = grads[0]._replace(weight=dweight)
+    grads[0] = grads[0]._replace(weight=_first_weight_grad(kernels, weight, dh, inputs, scale))
     return dinputs, flatten_grads(specs, grads)
+
+
+def _first_weight_grad(
+    kernels: Kernels, weight: Tensor, dh: Tensor, inputs: Sequence[Tensor], scale: Tensor | None
+) -> Tensor:
+    """The gradient of the first weight, from its adjoints and what it was multiplied with."""
+    members = weight.shape[0] if weight.dim() == 3 else 0
+    if members:
+        dh = dh.view(members, -1, dh.shape[-1])
+        scale = None if scale is None else scale.view(members, -1)
+        inputs = [x.expand(members, -1, -1) for x in inputs]
+    if takes_narrow(kernels, dh):
+        return narrow_weight_grad(kernels, dh, inputs, scale)
+    found = torch.empty_like(weight)
+    for columns, x in zip(_split(found, inputs), inputs, strict=True):
+        columns.copy_(weight_grad(kernels, dh, x))
+    return found
 
 
 def _mlp_stack(
@@ -101,11 +120,17 @@ def _mlp_stack(
 
 def _split(weight: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The columns of the first weight that each input meets."""
-    return list(weight.split([x.shape[1] for x in inputs], -1))
+    return list(weight.split([x.shape[-1] for x in inputs], -1))
 
 
 def _first_product(kernels: Kernels, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     members = weight.shape[0] if weight.dim() == 3 else 0
+    operand = kernels.precision.operand
+    if operand is not None and len(inputs) > 1 and not members and takes_narrow(kernels, weight):
+        x, parts = side_by_side(inputs, operand)
+        for each, out in zip(inputs, parts, strict=True):
+            kernels.to_operand(each, out, None)
+        return Gemm(kernels, weight)(x)
     h: Tensor | None = None
     for x, part in zip(inputs, _split(weight, inputs), strict=True):
         x = x.expand(members, -1, -1) if members else x

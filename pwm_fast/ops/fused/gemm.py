@@ -18,6 +18,7 @@ CHOICES = ("auto", "torch", "onednn")
 _NARROW = 16
 _RUN, _FEW = 64, 1024  # rows of a short sum of a weight gradient; up to how many rows it is cut
 _CHUNK = 128  # longest sum of a prepacked product
+ALIGNED = 8  # 16-bit numbers: rows of operands begin on 16 bytes
 
 
 @lru_cache(maxsize=1)
@@ -184,7 +185,7 @@ class Gemm:
         elif self.precision.operand is not None:
             y = _wide_product(a, b)
         else:
-            with _fp32_products(self.precision.tf32, a):
+            with fp32_products(self.precision.tf32, a):
                 y = product(a, b)
         return y.view(-1, y.shape[-1]) if members else y
 
@@ -202,7 +203,7 @@ def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _fp32_products(tf32: bool, like: Tensor) -> Iterator[None]:
+def fp32_products(tf32: bool, like: Tensor) -> Iterator[None]:
     """Whether float32 products of CUDA tensors use tf32, whatever the process has set."""
     if like.dtype != torch.float32:
         yield
@@ -250,9 +251,8 @@ def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = 
         x: what the weight was multiplied with.
         scale: factors of the rows of ``dh``, or None.
     """
-    operand = kernels.precision.operand
-    if dh.is_cuda and operand is not None:
-        return narrow_weight_grad(kernels, dh, x, scale, operand)
+    if takes_narrow(kernels, dh):
+        return narrow_weight_grad(kernels, dh, x, scale)
     if scale is not None:
         dh = dh.float() * scale.unsqueeze(-1)
     wide = torch.promote_types(dh.dtype, torch.float32)
@@ -261,7 +261,7 @@ def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = 
     if min(dh.shape[-1], x.shape[-1]) < _NARROW:
         return product(dh.double().transpose(-1, -2), x.double()).to(wide)
     if dh.is_cuda:
-        with _fp32_products(kernels.precision.tf32, dh):
+        with fp32_products(kernels.precision.tf32, dh):
             return product(dh.transpose(-1, -2), x)
     rows = dh.shape[-2]
     if dh.dim() == 2 and _RUN < rows <= _FEW:
@@ -280,25 +280,74 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return product(a, b, out_dtype=torch.float32)
 
 
+def takes_narrow(kernels: Kernels, dh: Tensor) -> bool:
+    """Whether weight gradients take 16-bit operands: on a GPU, not where a CPU emulates them."""
+    return kernels.precision.operand is not None and (dh.is_cuda or kernels.name == "triton")
+
+
+def adjoint_operand(
+    kernels: Kernels, dh: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Adjoints as 16-bit products take them, and the factors of their rows."""
+    operand = kernels.precision.operand
+    if operand is None or dh.dtype == operand:
+        return dh, scale
+    narrow = torch.empty(dh.shape, dtype=operand, device=dh.device)
+    scale = dh.new_empty(dh.shape[:-1]) if kernels.precision.scaled else None
+    rows = None if scale is None else scale.flatten()
+    kernels.to_operand(dh.flatten(0, -2), narrow.flatten(0, -2), rows)
+    return narrow, scale
+
+
+def side_by_side(inputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Room for operands ``[..., K_i]`` as one ``[..., K]``, rows aligned, and the part of each."""
+    first = inputs[0]
+    widths = [x.shape[-1] for x in inputs]
+    width = sum(widths)
+    whole = torch.empty(
+        (*first.shape[:-1], -(-width // ALIGNED) * ALIGNED), dtype=dtype, device=first.device
+    )[..., :width]
+    return whole, list(whole.split(widths, -1))
+
+
 def narrow_weight_grad(
-    kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None, operand: torch.dtype
+    kernels: Kernels,
+    dh: Tensor,
+    x: Tensor | Sequence[Tensor],
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The product of 16-bit operands; a factor a row cannot leave it, one for all rows can.
 
     ``sum_r s_r dh_r x_r = s sum_r dh_r ((s_r / s) x_r)`` with ``s`` the largest: an exact power of
-    two for each row, and what underflows is below the rounding of the largest.
+    two for each row, and what underflows is below the rounding of the largest. ``x`` may be several
+    inputs, side by side.
     """
-    if dh.dtype != operand:
-        narrow = torch.empty(dh.shape, dtype=operand, device=dh.device)
-        if kernels.precision.scaled:
-            scale = dh.new_empty(dh.shape[:-1])
-        kernels.to_operand(
-            dh.flatten(0, -2), narrow.flatten(0, -2), None if scale is None else scale.flatten()
-        )
-        dh = narrow
+    dh, scale = adjoint_operand(kernels, dh, scale)
+    inputs = [x] if isinstance(x, Tensor) else list(x)
     largest = None
     if scale is not None:
         largest = scale.amax() if scale.numel() else scale.new_ones(())
-        x = x * (scale / largest).unsqueeze(-1)
-    total = _wide_product(dh.transpose(-1, -2), _narrowed(x, operand))
-    return total if largest is None else total * largest
+    if largest is None and len(inputs) == 1 and inputs[0].dtype == dh.dtype:
+        whole = inputs[0]
+    else:
+        whole, parts = side_by_side(inputs, dh.dtype)
+        for each, out in zip(inputs, parts, strict=True):
+            _scaled_rows(kernels, each, out, scale, largest)
+    total = _wide_product(dh.transpose(-1, -2), whole)
+    return total if largest is None else total.mul_(largest)
+
+
+def _scaled_rows(
+    kernels: Kernels, x: Tensor, out: Tensor, scale: Tensor | None, largest: Tensor | None
+) -> None:
+    """``out``: ``x`` in its dtype, its rows times ``scale / largest`` where these are given."""
+    run = getattr(kernels, "scaled_rows", None)
+    if scale is None or largest is None:
+        out.copy_(x)
+    elif run is None:
+        out.copy_(x * (scale / largest).unsqueeze(-1))
+    else:
+        shared = x.dim() == 3 and x.stride(0) == 0  # by the members of an ensemble
+        rows = x[0] if shared else x.flatten(0, -2)
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        run(rows, out.flatten(0, -2), scale.flatten(), largest)

@@ -11,6 +11,7 @@ from pwm_fast.kernels.rollout import (
     Plan,
     Saved,
     Scheme,
+    counters,
     rollout_backward,
     rollout_forward,
 )
@@ -32,6 +33,7 @@ class Persistent:
         stack: of the hidden layers; its buffers are filled and read.
         last: ``[T E, B, U]`` float32, for the last layer's outputs; None without weight gradients.
         plan: layout of the launches.
+        launches: most launches of a pass.
     """
 
     def __init__(
@@ -45,15 +47,15 @@ class Persistent:
         stack: Stack,
         last: Tensor | None,
         plan: Plan,
+        launches: int,
     ) -> None:
-        self.kernels, self.plan = kernels, plan
+        self.kernels, self.plan, self.launches = kernels, plan, launches
         first, second, head = params
         like = first.weight
         operand = kernels.precision.dtype(like.dtype)
-        none = like.new_zeros(like.shape[0])
 
         def vector(x: Tensor | None) -> Tensor:
-            return none if x is None else x.contiguous()
+            return like.new_zeros(like.shape[0]) if x is None else x.contiguous()
 
         def weight(x: Tensor) -> Tensor:
             return x if x.dtype == operand else operand_copy(x, operand)
@@ -91,6 +93,7 @@ class Persistent:
         self._operand = operand
         self._adjoints: Adjoints | None = None
         self._sums: Tensor | None = None
+        self._counters: list[Tensor] = []
 
     def _saved(self, t: int, steps: int) -> Saved | None:
         """The buffers of macro steps ``t`` and on."""
@@ -100,8 +103,20 @@ class Persistent:
             return None
         return Saved(**cut)  # type: ignore[arg-type]
 
-    def forward(self, t: int, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Macro steps ``t`` and on under ``c [T, B, U]``: sums of outputs ``[T, B, U]``, and p."""
+    def _next_counters(self, batch: int) -> Tensor:
+        """What the programs of one launch meet at; those of a whole pass are cleared together."""
+        if not self._counters:
+            each = counters(self.plan, batch, self.launches, self.network.b2.device)
+            self._counters = list(each.unbind())
+        return self._counters.pop()
+
+    def forward(
+        self, t: int, p: Tensor, c: Tensor, total: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Macro steps ``t`` and on under ``c [T, B, U]``: sums of outputs ``[T, B, U]``, and p.
+
+        The sums are written to ``total`` where it is given.
+        """
         result = rollout_forward(
             p.contiguous(),
             c.contiguous(),
@@ -109,6 +124,8 @@ class Persistent:
             self.scheme,
             self.plan,
             saved=self._saved(t, c.shape[0]),
+            total=total,
+            counters=self._next_counters(p.shape[0]),
         )
         return result.total, result.p
 
@@ -126,7 +143,6 @@ class Persistent:
             return torch.empty(evals, batch, width, dtype=self._operand, device=like.device)
 
         self._adjoints = Adjoints(wide(), scale(), wide(), scale())
-        self._sums = torch.zeros(7, width, dtype=torch.float64, device=like.device)
 
     def backward(self, t: int, g: Tensor, lp: Tensor) -> tuple[Tensor, Tensor]:
         """Adjoint of macro steps ``t`` and on: gradients towards ``c [T, B, U]`` and p."""
@@ -146,35 +162,33 @@ class Persistent:
             self.plan,
             saved,
             adjoints=adjoints,
+            counters=self._next_counters(lp.shape[0]),
         )
-        if self._sums is not None and result.sums is not None:
-            self._sums += result.sums
+        if result.sums is not None:
+            self._sums = result.sums if self._sums is None else self._sums.add_(result.sums)
         return result.dc, result.lp
 
-    def layer_grads(self, dtype: torch.dtype) -> list[LayerGrads]:
-        """Gradients of the hidden layers' and the folded head's parameters, but the first weight's.
+    def grads(self, dtype: torch.dtype) -> tuple[list[LayerGrads], Tensor]:
+        """Gradients of the hidden layers' and the folded head's parameters, and of ``w_tau``.
 
-        Only after a backward pass with weight gradients over all macro steps.
+        Not that of the first weight. Only after a backward pass with weight gradients over all
+        macro steps.
         """
         assert self._adjoints is not None and self._sums is not None
         dh2, dh2_scale, dq, dq_scale = self._adjoints
         y1, y2 = self._buffers["y1"], self._buffers["y2"]
         assert y1 is not None and y2 is not None
-        gamma1, beta1, gamma2, beta2, b2, b13, _ = self._sums.to(dtype)
+        gamma1, beta1, gamma2, beta2, b2, b13, w_tau = self._sums.to(dtype)
         has_b2, has_b13 = self.has_bias
-        return [
+        layers = [
             LayerGrads(None, None, gamma1, beta1),
             LayerGrads(
                 self._weight_grad(dh2, dh2_scale, y1), b2 if has_b2 else None, gamma2, beta2
             ),
             LayerGrads(self._weight_grad(dq, dq_scale, y2), b13 if has_b13 else None, None, None),
         ]
+        return layers, w_tau
 
     def _weight_grad(self, dh: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
         flat = None if scale is None else scale.flatten()
         return weight_grad(self.kernels, dh.flatten(0, 1), x.flatten(0, 1), flat)
-
-    def w_tau_grad(self, dtype: torch.dtype) -> Tensor:
-        """Gradient of what flow time is multiplied with."""
-        assert self._sums is not None
-        return self._sums[6].to(dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -130,8 +131,6 @@ class Dynamics:
             saved=stack_saved,
         )
         self.w_z = Gemm(kernels, weights.w_z, batch)
-        # Filled on the device: copied from the host they would make it wait, and break a capture.
-        self.taus = [like.new_full((1,), t) for t in spec.stages]
         if spec.fold:
             assert weights.head is not None
             self.w13 = Gemm(kernels, weights.layers[-1].weight, batch)
@@ -150,6 +149,12 @@ class Dynamics:
         self._narrow: Tensor | None = None
         # Macro steps in one launch, where the kernels have such a way; None: layer by layer.
         self.persistent = self._persistent()
+
+    @cached_property
+    def taus(self) -> list[Tensor]:
+        """Flow times of a macro step's evaluations, ``[1]`` each."""
+        # Filled on the device: copied from the host they would make it wait, and break a capture.
+        return [self.weights.w_z.new_full((1,), t) for t in self.spec.stages]
 
     def _persistent(self) -> Persistent | None:
         spec, weights = self.spec, self.weights
@@ -175,6 +180,7 @@ class Dynamics:
             self.stack,
             last,
             plan,
+            self.horizon,
         )
 
     def saved(self) -> list[Tensor]:
@@ -193,9 +199,8 @@ class Dynamics:
             return
         from pwm_fast.kernels.running_sum import running_sum
 
-        total, _ = self.persistent.forward(0, self.w_z(z[0]), c)
-        if self.wgrad:
-            self.inputs[0].copy_(total)
+        kept = self.inputs[0] if self.wgrad else None
+        total, _ = self.persistent.forward(0, self.w_z(z[0]), c, kept)
         increments = self._head(total.flatten(0, 1)).view(z[1:].shape)
         running_sum(z[0], increments, out=z[1:])
 
@@ -296,9 +301,8 @@ class Dynamics:
         k = self.kernels
         p = self.w_z(z) if self._p is None else self._p
         if self.persistent is not None:
-            totals, self._p = self.persistent.forward(t, p, c.unsqueeze(0))
-            if self.wgrad:
-                self.inputs[0][t].copy_(totals[0])
+            kept = self.inputs[0][t : t + 1] if self.wgrad else None
+            totals, self._p = self.persistent.forward(t, p, c.unsqueeze(0), kept)
             self._latent_step(totals[0], z, out, 1.0)
             return
         dt = 1.0 / self.spec.substeps
@@ -471,9 +475,8 @@ class Dynamics:
             return grads
         k = self.kernels
         if self.persistent is not None:
-            if self.weights.w_tau is not None:
-                grads.w_tau = self.persistent.w_tau_grad(c.dtype)
-            grads.layers = self.persistent.layer_grads(c.dtype)
+            grads.layers, w_tau = self.persistent.grads(c.dtype)
+            grads.w_tau = None if self.weights.w_tau is None else w_tau
             self._head_grads(grads, z0)
             return grads
         flat = first.flatten(0, 1)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.gemm import Gemm, weight_grad
+from pwm_fast.ops.fused.gemm import Gemm, takes_narrow, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.products import FusedBackward, FusedForward, products_of
 
@@ -136,6 +136,7 @@ class Stack:
         self._scale: list[Tensor | None] = [None] * len(specs)
         self._sums: list[dict[str, Tensor]] = [{} for _ in specs]
         self._parts: list[Tensor | None] = [None] * len(specs)
+        self._all_sums = params[0].weight.new_empty(0)
         self._fused_forward: dict[int, FusedForward | None] = {}
         self._fused_backward: dict[int, FusedBackward | None] = {}
 
@@ -317,20 +318,42 @@ class Stack:
             keep_first: keep the first layer's gradients of all evaluations, for the caller.
         """
         like = self.params[0].weight
-        for i, spec in enumerate(self.specs):
+        for i in range(len(self.specs)):
             if self.wgrad or (i == 0 and keep_first):
-                narrow = i > 0 and not spec.plain
+                narrow = self._keeps_narrow(i)
                 self._dh[i] = like.new_empty(
                     (self.evals, self.rows, self.widths[i]),
                     dtype=self._operand if narrow else self._state,
                 )
                 if narrow and self.kernels.precision.scaled:
                     self._scale[i] = like.new_empty(self.evals, self.rows)
-            if self.wgrad and not spec.plain:
-                p = self.params[i]
-                for name, tensor in (("gamma", p.gamma), ("beta", p.beta), ("bias", p.bias)):
-                    if tensor is not None:
-                        self._sums[i][name] = torch.zeros_like(tensor, dtype=torch.float64)
+        if self.wgrad:
+            self._make_sums()
+
+    def _keeps_narrow(self, i: int) -> bool:
+        """Layer ``i``'s adjoint is kept as products take it."""
+        like = self.params[0].weight
+        return i > 0 and (not self.specs[i].plain or takes_narrow(self.kernels, like))
+
+    def _make_sums(self) -> None:
+        """Zeros for the gradients of all vectors, in one piece: of a layer gamma, beta and bias."""
+        like = self.params[0].weight
+        sizes = [
+            p.weight[..., 0].numel() * (3 if spec.norm else 1)
+            for spec, p in zip(self.specs, self.params, strict=True)
+        ]
+        self._all_sums = like.new_zeros(sum(sizes), dtype=torch.float64)
+        for i, part in enumerate(self._all_sums.split(sizes)):
+            self._sums[i] = self._named(i, part)
+
+    def _named(self, i: int, part: Tensor) -> dict[str, Tensor]:
+        """Layer ``i``'s vectors, those that it has, in its part of all sums."""
+        p = self.params[i]
+        each = part.view(-1, *p.weight.shape[:-1])
+        if not self.specs[i].norm:
+            return {} if p.bias is None else {"bias": each[0]}
+        named = {"gamma": each[0], "beta": each[1], "bias": each[2]}
+        return named if p.bias is not None else {k: named[k] for k in ("gamma", "beta")}
 
     def backward(self, e: int, dy: Tensor) -> Tensor:
         """Gradient towards the first product of evaluation ``e``; ``dy`` is overwritten.
@@ -368,9 +391,15 @@ class Stack:
             spec, p, sums = self.specs[i], self.params[i], self._sums[i]
             if done:
                 following = scale
+            elif spec.plain and self._keeps_narrow(i):
+                out, following = self._adjoint(i, e, None)
+                k.to_operand(dy, out, following)
+                dy = out
             elif spec.plain:
                 kept = self._dh[i]
-                if kept is not None:
+                if kept is not None and self.evals == 1:
+                    self._dh[i] = dy.unsqueeze(0)
+                elif kept is not None:
                     kept[e].copy_(dy)
                 following = None
             else:
@@ -499,28 +528,40 @@ class Stack:
                 weight's gradient to the caller.
         """
         grads = []
-        for i, spec in enumerate(self.specs):
-            p, dh = self.params[i], self._dh[i]
+        totals = self._totals()
+        for i in range(len(self.specs)):
+            dh, sums = self._dh[i], totals[i]
             assert dh is not None
             if i:
                 x: Tensor | None = self.saved[self._slots[i - 1]["y"]]
             else:
                 x = first_input
             weight = None if x is None else self._weight_grad(dh, x, self._scale[i])
-            sums = self._totals(i)
-            if spec.plain and p.bias is not None:
-                sums["bias"] = self._bias_grad(dh)
             grads.append(LayerGrads(weight, sums.get("bias"), sums.get("gamma"), sums.get("beta")))
         return grads
 
-    def _totals(self, i: int) -> dict[str, Tensor]:
-        """Gradients of layer ``i``'s gamma, beta and bias, those that it has."""
-        totals, parts = self._sums[i], self._parts[i]
-        if parts is not None:  # row blocks of all evaluations, in the order of the kernel
-            each = parts.sum((0, -2), dtype=torch.float64)
-            totals = dict(zip(("gamma", "beta", "bias"), each, strict=True))
-            totals = {name: totals[name] for name in self._sums[i]}
-        return {name: total.to(self.params[i].weight.dtype) for name, total in totals.items()}
+    def _totals(self) -> list[dict[str, Tensor]]:
+        """Gradients of each layer's gamma, beta and bias, those that it has."""
+        dtype = self.params[0].weight.dtype
+        sizes = []
+        for i, spec in enumerate(self.specs):
+            shape = self.params[i].weight.shape[:-1]
+            sizes.append(shape.numel() * (3 if spec.norm else 1))
+            parts, dh = self._parts[i], self._dh[i]
+            if parts is not None:  # row blocks of all evaluations, in the order of the kernel
+                start = sum(sizes[:-1])
+                out = self._all_sums[start : start + sizes[-1]].view(3, *shape)
+                torch.sum(parts, (0, -2), dtype=torch.float64, out=out)
+            elif spec.plain and self._sums[i]:
+                assert dh is not None
+                self._bias_grad(i, dh, self._sums[i]["bias"])
+        if self.kernels.name != "triton":
+            # Results of an operator of their own: a compiler takes no two of one storage.
+            return [
+                {name: x.to(dtype, copy=True) for name, x in sums.items()} for sums in self._sums
+            ]
+        whole = self._all_sums.to(dtype)
+        return [self._named(i, part) for i, part in enumerate(whole.split(sizes))]
 
     def _weight_grad(self, dh: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
         k = self.kernels
@@ -532,10 +573,15 @@ class Stack:
         x = x.reshape(-1, dh.shape[1], x.shape[-1]).expand(self.members, -1, -1)
         return weight_grad(k, dh, x, None if scale is None else scale.view(self.members, -1))
 
-    def _bias_grad(self, dh: Tensor) -> Tensor:
+    def _bias_grad(self, i: int, dh: Tensor, out: Tensor) -> None:
+        scale = self._scale[i]
+        if scale is not None:
+            dh = dh * scale.unsqueeze(-1)
         if self.members:
-            return dh.view(self.members, -1, dh.shape[-1]).sum(1, dtype=torch.float64).to(dh.dtype)
-        return dh.flatten(0, 1).sum(0, dtype=torch.float64).to(dh.dtype)
+            dh = dh.view(self.members, -1, dh.shape[-1])
+            torch.sum(dh, 1, dtype=torch.float64, out=out)
+        else:
+            torch.sum(dh.flatten(0, 1), 0, dtype=torch.float64, out=out)
 
 
 def _slots(specs: Sequence[LayerSpec], save: bool, wgrad: bool) -> list[dict[str, int]]:

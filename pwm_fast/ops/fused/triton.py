@@ -28,6 +28,7 @@ class TritonKernels:
         self.act_norm_bwd = act_norm.act_norm_bwd
         self.axpby = axpby.axpby
         self.to_operand = axpby.to_operand
+        self.scaled_rows = axpby.scaled_rows
         self.centre = centre.centre
         self.simnorm_fwd = simnorm.simnorm_fwd
         self.two_hot_decode_fwd = two_hot.two_hot_decode_fwd

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pwm_fast.ops.fused import functional
 from pwm_fast.ops.fused.architecture import Sizes
+from pwm_fast.ops.fused.gemm import takes_narrow
 from pwm_fast.ops.fused.kernels import Kernels, TorchKernels
 from pwm_fast.ops.fused.precision import BY_NAME
 from pwm_fast.ops.fused.rollout import DynamicsSpec, dynamics_saved_buffers
@@ -297,8 +298,9 @@ def _dynamics_buffers(
     first, *others = spec.layers
     widths = [w_z.shape[0], *_widths(others, params[2 if first.norm else 0 :])]
     operand = operand_dtype(backend, w_z.dtype)
+    narrow = takes_narrow(kernels(backend), w_z)
     return dynamics_saved_buffers(
-        spec, widths, w_z.shape[1], horizon, batch, save, wgrad, operand, w_z.dtype
+        spec, widths, w_z.shape[1], horizon, batch, save, wgrad, operand, w_z.dtype, narrow
     )
 
 

@@ -66,12 +66,11 @@ def mlp_backward(
     stack.start_backward(keep_first=False)
     # A layer with a norm writes its adjoint over what comes in.
     dy = dy.contiguous() if specs[-1].plain else dy.clone(memory_format=torch.contiguous_format)
-    dh = stack.backward(0, dy)
+    dh, scale = stack.backward(0, dy)
     weight = layers[0].weight
     members = stack.members
-    scale = None
     if takes_narrow(kernels, dh):
-        dh, scale = adjoint_operand(kernels, dh)
+        dh, scale = adjoint_operand(kernels, dh, scale)
     dinputs: list[Tensor | None] = []
     for part, x, need in zip(_split(weight, inputs), inputs, needs, strict=True):
         if not need:
@@ -333,7 +332,8 @@ def imagine_backward(
             adjoint = dynamics.step_backward(t, adjoint) + dz[t]
             da = torch.addmm(daction[t], dynamics.c_grad(t), w_a)
             torch.mul(da, slope[t], out=dmu[t])
-            adjoint += first.dgrad(policy.backward(t, dmu[t].clone()))
+            dh, scale = policy.backward(t, dmu[t].clone())
+            adjoint += first.scaled_dgrad(dh, 0, scale, wide=True)[0]
     grads = dynamics.finish_backward(adjoint, z[0])
     if detach:
         flat = grads.c.flatten(0, 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.ops.fused.architecture import Sizes, persistent_plan
-from pwm_fast.ops.fused.gemm import Gemm, weight_grad
+from pwm_fast.ops.fused.gemm import Gemm, takes_narrow, weight_grad
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_buffers
 from pwm_fast.ops.fused.updates import Update
@@ -112,9 +112,12 @@ class Dynamics:
         self.latent = like.shape[1]
         self.hidden = like.shape[0]
         last = weights.layers[-1].weight.shape[1] if spec.fold else 0
+        # What the first product took is kept as its weight's gradient takes it.
+        self.narrow_inputs = wgrad and not spec.fold and takes_narrow(kernels, like)
+        kept = kernels.precision.dtype(like.dtype) if self.narrow_inputs else like.dtype
         shapes = extra_shapes(spec, self.latent, last, horizon, batch, wgrad)
         if saved is None:
-            self.inputs, stack_saved = [like.new_empty(shape) for shape in shapes], None
+            self.inputs, stack_saved = [like.new_empty(shape, dtype=kept) for shape in shapes], None
         else:
             self.inputs, stack_saved = list(saved[: len(shapes)]), saved[len(shapes) :]
         # Folded hidden layers run without the head: its product has two uses.
@@ -223,12 +226,14 @@ class Dynamics:
             last = i == self.spec.substeps - 1
             target = out if last else torch.empty_like(z)
             # No product takes the rollout's last latent.
-            following = None if last and t == self.horizon - 1 else self._operand_like(z)
+            stages = 1 if self.spec.method == "euler" else 2
+            end = last and t == self.horizon - 1
+            following = None if end else self._operand_like(t, e + stages, z)
             if self.spec.method == "euler":
                 self._advance(t, e, (z, narrow), c, z, (target, following), dt)
                 e += 1
             else:
-                middle = self._stage_buffer(t, e + 1, z), self._operand_like(z)
+                middle = self._stage_buffer(t, e + 1, z), self._operand_like(t, e + 1, z)
                 half = 0.5 * dt
                 v1 = self._advance(t, e, (z, narrow), c, z, middle, dt, keep=True)
                 self._advance(t, e + 1, middle, c, z, (target, following), half, v1, half)
@@ -236,9 +241,11 @@ class Dynamics:
             z, narrow = target, following
         self._narrow = narrow
 
-    def _operand_like(self, z: Tensor) -> Tensor | None:
-        """For ``z`` as products take it, None where they take ``z`` itself."""
+    def _operand_like(self, t: int, e: int, z: Tensor) -> Tensor | None:
+        """For evaluation ``e``'s latent as products take it, None where they take it itself."""
         operand = self.kernels.precision.operand
+        if self.narrow_inputs:
+            return self.inputs[0][t * self.stages + e]
         return None if operand is None else torch.empty_like(z, dtype=operand)
 
     def _advance(
@@ -282,7 +289,11 @@ class Dynamics:
     ) -> Tensor:
         if self.wgrad:
             kept = self.inputs[0][t * self.stages + e]
-            if kept.data_ptr() != z.data_ptr():
+            if self.narrow_inputs:
+                if narrow is None:
+                    self.kernels.to_operand(z, kept, None)
+                narrow = kept
+            elif kept.data_ptr() != z.data_ptr():
                 kept.copy_(z)
         w_tau = self.weights.w_tau
         return self.stack.forward(
@@ -295,7 +306,9 @@ class Dynamics:
         )
 
     def _stage_buffer(self, t: int, e: int, like: Tensor) -> Tensor:
-        return self.inputs[0][t * self.stages + e] if self.wgrad else torch.empty_like(like)
+        if self.wgrad and not self.narrow_inputs:
+            return self.inputs[0][t * self.stages + e]
+        return torch.empty_like(like)
 
     def _folded_step(self, t: int, z: Tensor, c: Tensor, out: Tensor) -> None:
         k = self.kernels
@@ -318,25 +331,28 @@ class Dynamics:
                 m2 = self._folded_evaluate(t, e + 1, stage, c)
                 self._carry(m2, p, following, 0.5 * dt, k1=q1, c1=0.5 * dt)
                 if total is None:
-                    total = torch.zeros_like(m1)
+                    total = self._total(t, m1)
                 k.axpby(total, m1, m2, total, 0.5 * dt, 0.5 * dt)
                 e += 2
             else:
                 self._carry(m1, p, following, dt)
                 if total is None:
-                    total = torch.zeros_like(m1)
+                    total = self._total(t, m1)
                 k.axpby(total, m1, None, total, dt, 0.0)
                 e += 1
             p = following
         assert total is not None
-        if self.wgrad:
-            self.inputs[0][t].copy_(total)
         self._latent_step(total, z, out, 1.0)
         self._p = p
+
+    def _total(self, t: int, like: Tensor) -> Tensor:
+        """Zeros for the sum of macro step ``t``'s hidden outputs."""
+        return self.inputs[0][t].zero_() if self.wgrad else torch.zeros_like(like)
 
     def _folded_evaluate(self, t: int, e: int, p: Tensor, c: Tensor) -> Tensor:
         w_tau = self.weights.w_tau
         n = t * self.stages + e
+        kept = self.inputs[1][n] if self.wgrad else None
         m = self.stack.forward(
             n,
             p,
@@ -344,9 +360,10 @@ class Dynamics:
             tau=None if w_tau is None else self.taus[e],
             w_tau=w_tau,
             own=False,
+            out=kept,
         )
-        if self.wgrad:
-            self.inputs[1][n].copy_(m)
+        if kept is not None and kept.data_ptr() != m.data_ptr():
+            kept.copy_(m)
         return m
 
     # --- backward -------------------------------------------------------------------------------
@@ -364,7 +381,12 @@ class Dynamics:
             return
         self.stack.start_backward(keep_first=True)
         if self.wgrad and self.spec.fold:
-            self._dq = like.new_empty(self.horizon * self.stages, self.batch, self.hidden)
+            shape = (self.horizon * self.stages, self.batch)
+            narrow = takes_narrow(self.kernels, like)
+            dtype = self.kernels.precision.dtype(like.dtype) if narrow else like.dtype
+            self._dq = like.new_empty(*shape, self.hidden, dtype=dtype)
+            scaled = narrow and self.kernels.precision.scaled
+            self._dq_scale = like.new_empty(shape) if scaled else None
             self._lz = like.new_empty(self.horizon, self.batch, self.latent)
 
     def rollout_backward(self, dz: Tensor) -> Tensor:
@@ -396,7 +418,8 @@ class Dynamics:
             return self._folded_backward(t, dz)
         n = t * self.stages
         if self.spec.method == "map":
-            return self.w_z.dgrad(self.stack.backward(n, dz.clone()))
+            dh, scale = self.stack.backward(n, dz.clone())
+            return self.w_z.scaled_dgrad(dh, 0, scale, wide=True)[0]
         dt = 1.0 / self.spec.substeps
         e = self.stages
         dz = dz.contiguous()
@@ -405,14 +428,17 @@ class Dynamics:
             out = torch.empty_like(dz)
             if self.spec.method == "euler":
                 e -= 1
-                step(self.stack.backward(n + e, dz * dt), dz, out, 1.0)
+                dh, scale = self.stack.backward(n + e, dz * dt)
+                step(dh, dz, out, 1.0, scale=scale)
             else:
                 e -= 2
                 half = dz * (0.5 * dt)
-                dh = self.stack.backward(n + e + 1, half.clone())
-                ds2 = step(dh, half, half, dt, keep=True)
-                dh = self.stack.backward(n + e, half)
-                step(dh, dz, out, 1.0, k1=ds2, c1=1.0)
+                # What is plain at its end leaves the adjoint that comes in as it is.
+                top = half if self.specs[-1].plain else half.clone()
+                dh, scale = self.stack.backward(n + e + 1, top)
+                ds2 = step(dh, half, half, dt, keep=True, scale=scale)
+                dh, scale = self.stack.backward(n + e, half)
+                step(dh, dz, out, 1.0, k1=ds2, c1=1.0, scale=scale)
             dz = out
         return dz
 
@@ -433,39 +459,50 @@ class Dynamics:
         for _ in range(self.spec.substeps):
             if self.spec.method == "euler":
                 e -= 1
-                dh = self._folded_stage(n + e, lp * dt, g, dt)
-                lp = lp + dh
+                dh, scale = self._folded_stage(n + e, lp * dt, g, dt)
+                out = torch.empty_like(lp)
+                k.axpby(lp, dh, None, out, 1.0, 0.0, k1_scale=scale)
+                lp = out
                 continue
             e -= 2
             half = lp * (0.5 * dt)
-            dh2 = self._folded_stage(n + e + 1, half, g, 0.5 * dt)
+            dh2, scale2 = self._folded_stage(n + e + 1, half, g, 0.5 * dt)
             stage = torch.empty_like(half)
-            k.axpby(half, dh2, None, stage, dt, 0.0)
-            dh1 = self._folded_stage(n + e, stage, g, 0.5 * dt)
+            k.axpby(half, dh2, None, stage, dt, 0.0, k1_scale=scale2)
+            dh1, scale1 = self._folded_stage(n + e, stage, g, 0.5 * dt)
             out = torch.empty_like(lp)
-            k.axpby(lp, dh2, dh1, out, 1.0, 1.0)
+            k.axpby(lp, dh2, dh1, out, 1.0, 1.0, k1_scale=scale2, k2_scale=scale1)
             lp = out
         self._lp = lp
         return dz
 
-    def _folded_stage(self, n: int, dq: Tensor, g: Tensor, weight: float) -> Tensor:
-        if self.wgrad:
+    def _folded_stage(
+        self, n: int, dq: Tensor, g: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor | None]:
+        scale: Tensor | None = None
+        if self.wgrad and self._dq.dtype != dq.dtype:
+            scale = None if self._dq_scale is None else self._dq_scale[n]
+            self.kernels.to_operand(dq, self._dq[n], scale)
+            dq = self._dq[n]
+        elif self.wgrad:
             self._dq[n].copy_(dq)
-        return self.stack.backward_below(n, self.w13, dq, g, weight)
+        return self.stack.backward_below(n, self.w13, (dq, scale), g, weight)
 
     def c_grad(self, t: int) -> Tensor:
         """Gradient towards macro step ``t``'s hoisted term, ``[B, U]``."""
         if self.persistent is not None:
             return self._dc[t]
-        first = self.stack.first_gradients()
-        return first[t * self.stages : (t + 1) * self.stages].sum(0)
+        first, scale = self.stack.first_gradients()
+        evals = slice(t * self.stages, (t + 1) * self.stages)
+        return _wide(first[evals], None if scale is None else scale[evals]).sum(0)
 
     def finish_backward(self, dz: Tensor, z0: Tensor) -> DynamicsGrads:
         """All gradients, once macro step 0 is done and ``dz`` is the one towards ``z0``."""
         if self.persistent is not None:
             c = self._dc
         else:
-            first = self.stack.first_gradients()
+            narrow, scale = self.stack.first_gradients()
+            first = _wide(narrow, scale)
             c = first.view(self.horizon, self.stages, self.batch, self.hidden).sum(1)
         if self.spec.fold:
             assert self._lp is not None
@@ -479,7 +516,6 @@ class Dynamics:
             grads.w_tau = None if self.weights.w_tau is None else w_tau
             self._head_grads(grads, z0)
             return grads
-        flat = first.flatten(0, 1)
         if self.weights.w_tau is not None:
             # float64, as the other sums over rows: one long sum in float32 would lose more than the
             # several short ones of step-by-step gradients.
@@ -488,13 +524,16 @@ class Dynamics:
         if self.spec.fold:
             grads.layers = self.stack.param_grads(None)
             dq = self._dq.flatten(0, 1)
+            dq_scale = None if self._dq_scale is None else self._dq_scale.flatten()
             m = self.inputs[1].flatten(0, 1)
-            bias = None if self.b13 is None else _column_sum(dq)
-            grads.layers.append(LayerGrads(weight_grad(k, dq, m), bias, None, None))
+            bias = None if self.b13 is None else _column_sum(_wide(dq, dq_scale))
+            grads.layers.append(LayerGrads(weight_grad(k, dq, m, dq_scale), bias, None, None))
             self._head_grads(grads, z0)
         else:
             grads.layers = self.stack.param_grads(None)
-            grads.w_z = weight_grad(k, flat, self.inputs[0].flatten(0, 1))
+            flat = None if scale is None else scale.flatten()
+            x = self.inputs[0].flatten(0, 1)
+            grads.w_z = weight_grad(k, narrow.flatten(0, 1), x, flat)
         return grads
 
     def _head_grads(self, grads: DynamicsGrads, z0: Tensor) -> None:
@@ -505,6 +544,13 @@ class Dynamics:
         grads.head_bias = None if self.b3 is None else _column_sum(lz)
         # p_0 = W1z z_0 is the only use of W1z here; the rest went into W13.
         grads.w_z = weight_grad(self.kernels, self._lp, z0)
+
+
+def _wide(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Adjoints in float32 (or their own, wider dtype), with the factors of their rows."""
+    if scale is not None:
+        return x * scale.unsqueeze(-1)
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _column_sum(x: Tensor) -> Tensor:
@@ -536,8 +582,12 @@ def dynamics_saved_buffers(
     wgrad: bool,
     operand: torch.dtype,
     state: torch.dtype,
+    narrow: bool,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of :meth:`Dynamics.saved`, in order; ``widths`` are of all layers."""
+    """Shapes and dtypes of :meth:`Dynamics.saved`, in order; ``widths`` are of all layers.
+
+    ``narrow``: weight gradients take 16-bit operands.
+    """
     if not save:
         return []
     specs = spec.layers[:-1] if spec.fold else spec.layers
@@ -546,6 +596,7 @@ def dynamics_saved_buffers(
     extra = extra_shapes(
         spec, latent, widths[len(specs) - 1] if spec.fold else 0, horizon, batch, wgrad
     )
-    return [(shape, state) for shape in extra] + saved_buffers(
+    kept = operand if narrow and not spec.fold else state
+    return [(shape, kept) for shape in extra] + saved_buffers(
         specs, stack_widths, evals, batch, save, wgrad, operand, state
     )

@@ -205,6 +205,7 @@ class Stack:
         w_tau: Tensor | None = None,
         own: bool = True,
         head: bool = True,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Evaluation ``e``: the stack's output ``[R, N]`` for the first layer's product ``h``.
 
@@ -217,6 +218,8 @@ class Stack:
             own: ``h`` may be overwritten.
             head: without it the last layer, a plain one above others, is left to the caller: the
                 result is what its product takes.
+            out: ``[R, N]`` for the result of a last layer with a norm; None where it may lie
+                anywhere.
         """
         k = self.kernels
         last = len(self.specs) - 1
@@ -225,7 +228,7 @@ class Stack:
                 break
             fused = self._forward_of(i)
             if fused is not None:
-                h = self._run_forward(fused, i, e, h)
+                h = self._run_forward(fused, i, e, h, out if i == last else None)
                 continue
             if i:
                 h = self.gemms[i](h, self.members, wide=spec.plain)
@@ -238,6 +241,8 @@ class Stack:
                     h = self._add_bias(h, bias)
                 continue
             y = self._buffer(i, "y", e)
+            if y is None and i == last:
+                y = out
             if y is None:
                 dtype = self._state if i == last else self._operand
                 if (i or own) and h.dtype == dtype:
@@ -279,10 +284,14 @@ class Stack:
             h = y
         return h
 
-    def _run_forward(self, fused: FusedForward, i: int, e: int, x: Tensor) -> Tensor:
+    def _run_forward(
+        self, fused: FusedForward, i: int, e: int, x: Tensor, out: Tensor | None
+    ) -> Tensor:
         spec, p = self.specs[i], self.params[i]
         assert p.gamma is not None and p.beta is not None
         y = self._buffer(i, "y", e)
+        if y is None:
+            y = out
         if y is None:
             dtype = self._state if i == len(self.specs) - 1 else self._operand
             y = torch.empty((self.rows, self.widths[i]), dtype=dtype, device=x.device)
@@ -331,9 +340,13 @@ class Stack:
             self._make_sums()
 
     def _keeps_narrow(self, i: int) -> bool:
-        """Layer ``i``'s adjoint is kept as products take it."""
-        like = self.params[0].weight
-        return i > 0 and (not self.specs[i].plain or takes_narrow(self.kernels, like))
+        """Layer ``i``'s adjoint is what products take.
+
+        The first one's and plain layers' are the state's where a CPU emulates 16 bits, as weight
+        gradients are float32 there.
+        """
+        inner = i > 0 and not self.specs[i].plain
+        return inner or takes_narrow(self.kernels, self.params[0].weight)
 
     def _make_sums(self) -> None:
         """Zeros for the gradients of all vectors, in one piece: of a layer gamma, beta and bias."""
@@ -355,22 +368,28 @@ class Stack:
         named = {"gamma": each[0], "beta": each[1], "bias": each[2]}
         return named if p.bias is not None else {k: named[k] for k in ("gamma", "beta")}
 
-    def backward(self, e: int, dy: Tensor) -> Tensor:
-        """Gradient towards the first product of evaluation ``e``; ``dy`` is overwritten.
+    def backward(self, e: int, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradient towards the first product of evaluation ``e``, and the factors of its rows.
 
-        Both have the state's dtype; between them adjoints are what products take.
+        ``dy`` has the state's dtype and is overwritten unless the last layer is plain. The result
+        is what products take, without factors where that is the state's dtype.
         """
         return self._backward(e, dy, None, False)
 
     def backward_below(
-        self, e: int, gemm: Gemm, dq: Tensor, add: Tensor, add_factor: float
-    ) -> Tensor:
+        self,
+        e: int,
+        gemm: Gemm,
+        dq: tuple[Tensor, Tensor | None],
+        add: Tensor,
+        add_factor: float,
+    ) -> tuple[Tensor, Tensor | None]:
         """:meth:`backward` of ``dq W + add_factor add``; ``W`` is of a layer above the stack.
 
         Args:
             e: number of the evaluation.
             gemm: that layer's product, the same one in all calls.
-            dq: ``[R, N]``, its adjoint.
+            dq: ``[R, N]``, its adjoint, and the factors of its rows or None.
             add: ``[R, n]``.
             add_factor: what ``add`` is multiplied by.
         """
@@ -378,13 +397,15 @@ class Stack:
         # Kernels of the other order take no addend.
         fused = self._backward_of(i, gemm) if self.specs[-1].order == "norm_act" else None
         if fused is None:
-            dm = gemm.dgrad(dq)
+            dm, _ = gemm.scaled_dgrad(dq[0], 0, dq[1], wide=True)
             self.kernels.axpby(dm, add, None, dm, add_factor, 0.0)
             return self.backward(e, dm)
-        dy, scale = self._run_backward(fused, gemm, i, e, dq, None, add, add_factor)
+        dy, scale = self._run_backward(fused, gemm, i, e, *dq, add, add_factor)
         return self._backward(e, dy, scale, True)
 
-    def _backward(self, e: int, dy: Tensor, scale: Tensor | None, done: bool) -> Tensor:
+    def _backward(
+        self, e: int, dy: Tensor, scale: Tensor | None, done: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """From the last layer's output, or its pre-activation if that is ``done``."""
         k = self.kernels
         for i in range(len(self.specs) - 1, -1, -1):
@@ -451,7 +472,7 @@ class Stack:
             elif i:
                 below = self.specs[i - 1]
                 dy, scale = self.gemms[i].scaled_dgrad(dy, self.members, scale, wide=below.plain)
-        return dy
+        return dy, scale
 
     def _run_backward(
         self,
@@ -500,9 +521,10 @@ class Stack:
     def _adjoint(self, i: int, e: int, dy: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Where layer ``i`` writes its adjoint, and the factors of its rows; over ``dy`` if it can.
 
-        The first layer's is a result, in the state's dtype; the others' are operands.
+        They are operands, or in the state's dtype (:meth:`_keeps_narrow`).
         """
-        dtype = self._operand if i else self._state
+        narrow = self._keeps_narrow(i)
+        dtype = self._operand if narrow else self._state
         kept, scales = self._dh[i], self._scale[i]
         if kept is not None:
             return kept[e], None if scales is None else scales[e]
@@ -511,14 +533,14 @@ class Stack:
             out = dy
         else:
             out = like.new_empty((self.rows, self.widths[i]), dtype=dtype)
-        scaled = i > 0 and self.kernels.precision.scaled
+        scaled = narrow and self.kernels.precision.scaled
         return out, like.new_empty(self.rows, dtype=self._state) if scaled else None
 
-    def first_gradients(self) -> Tensor:
-        """Gradients towards the first product of every evaluation, ``[E, R, n]``."""
+    def first_gradients(self) -> tuple[Tensor, Tensor | None]:
+        """Gradients towards the first product of every evaluation, ``[E, R, n]``, and factors."""
         first = self._dh[0]
         assert first is not None
-        return first
+        return first, self._scale[0]
 
     def param_grads(self, first_input: Tensor | None) -> list[LayerGrads]:
         """Gradients of the parameters over all evaluations, one product a weight.

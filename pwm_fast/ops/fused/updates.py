@@ -45,6 +45,7 @@ class Update:
         c1: float = 0.0,
         keep: bool = False,
         operand: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor | None:
         """Write ``out [R, N]``, which may be ``z`` or ``k1``; ``p`` is returned if ``keep``.
 
@@ -57,10 +58,11 @@ class Update:
             c1: its factor.
             keep: return the product, for a later step.
             operand: ``[R, N]`` in the operands' dtype or None, written: ``out`` for a product.
+            scale: factors of the rows of an adjoint ``x`` that is an operand already, or None.
         """
         gemm = self.gemm
         if self.fused is not None:
-            x, scale = gemm.operand(x, None, scaled=self.adjoint and gemm.precision.scaled)
+            x, scale = gemm.operand(x, scale, scaled=self.adjoint and gemm.precision.scaled)
             weight = gemm.operand_weight()
             raw = z.new_empty(z.shape) if keep else None
             self.fused(
@@ -77,7 +79,7 @@ class Update:
                 operand=operand,
             )
             return raw
-        p = gemm.dgrad(x) if self.adjoint else gemm(x)
+        p = gemm.scaled_dgrad(x, 0, scale, wide=True)[0] if self.adjoint else gemm(x)
         if self.bias is not None:
             p.add_(self.bias)
         if k1 is None:

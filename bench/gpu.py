@@ -5,12 +5,12 @@ python -m bench.gpu --budget 600 --out bench/results/gpu_h200.json
 python -m bench.gpu --stage tests --stage micro       # these alone, and again where they have ended
 python -m bench.gpu --device cpu --quick --out /tmp/dry.json     # does the script itself run?
 
-Stages: build (the extension, in place), smoke (the first case of every test marked gpu), tests (the
-other cases), quick (5M and 48M, batch 128, 512 and 16384), micro (the constants of the cost model),
-esnr, epoch, sanitize (compute-sanitizer), matrix (all models, batches, K and providers). Tests that
-fail are printed as they come. A run that its budget ends is gone on with by the same command; what
-has been measured is not measured again. It needs a checkout, torch, triton,
-nvcc, pytest and pytest-benchmark, and neither Hydra nor MuJoCo.
+Stages: build (the extension, in place), smoke (of every test marked gpu the first case, and one of
+every operation and precision), tests (the other cases), quick (5M and 48M, batch 128, 512 and
+16384), micro (the constants of the cost model), esnr, epoch, sanitize (compute-sanitizer), matrix
+(all models, batches, K and providers). Tests that fail are printed as they come. A run that its
+budget ends is gone on with by the same command; what has been measured is not measured again. It
+needs a checkout, torch, triton, nvcc, pytest and pytest-benchmark, and neither Hydra nor MuJoCo.
 
 Exit status: 0 nothing failed (a table says what is still missing), 1 a stage or a provider failed,
 2 there is no GPU, or the file cannot be gone on with.
@@ -42,8 +42,8 @@ BUDGET = 480.0
 DRY = 5.0  # a dry run takes as much longer, on whatever CPU it runs
 BUDGETS = {  # seconds of each stage; the last takes what is left
     "build": 75.0,
-    "smoke": 60.0,
-    "tests": 100.0,
+    "smoke": 80.0,
+    "tests": 80.0,
     "quick": 150.0,
     "micro": 60.0,
     "esnr": 20.0,

@@ -67,7 +67,7 @@ def tests(
         record: what is known.
         device: ``cuda``, where some test must have passed, or ``cpu``.
         files: with the tests.
-        first: of each test function the first of its cases alone.
+        first: of each test function :func:`first_cases` alone.
         tell: takes a line a failure.
     """
     files = test_files() if files is None else files
@@ -77,7 +77,7 @@ def tests(
         return there
     work = _Work(left, known)
     for name, found in sorted(there.items(), key=lambda item: -len(item[1])):
-        wanted = _first_cases(found) if first else found
+        wanted = first_cases(found) if first else found
         chosen = [test for test in wanted if test not in known.done(name)]
         size = -(-len(chosen) // max(-(-len(chosen) // BATCH), 1))  # batches of one size
         for begin in range(0, len(chosen), max(size, 1)):
@@ -89,8 +89,25 @@ def tests(
     return known.summary(files, device, first and complete)
 
 
-def _first_cases(tests: Sequence[str]) -> list[str]:
-    return list({test.partition("[")[0]: test for test in reversed(tests)}.values())[::-1]
+def first_cases(tests: Sequence[str]) -> list[str]:
+    """The first case of each test function, then each that brings a word none before it has.
+
+    Words are names of operations, precisions and dtypes; sizes, and numbered cases, are none.
+    """
+    first, more, seen = [], [], set()
+    for test in tests:
+        function, _, case = test.partition("[")
+        words = {(function, "")}
+        for word in case.rstrip("]").split("-"):
+            name = word if word.endswith(("16", "32")) else word.rstrip("0123456789")
+            if re.search("[a-zA-Z]", name):
+                words.add((function, name))
+        if (function, "") not in seen:
+            first.append(test)
+        elif not words <= seen:
+            more.append(test)
+        seen |= words
+    return first + more
 
 
 class Known:

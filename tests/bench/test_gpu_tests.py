@@ -142,6 +142,11 @@ def test_the_first_case_of_each_test_comes_first(stage: Stage) -> None:
     assert counts(stage.found(name)) == (4, 0, 0) and "done" not in stage.found(name)
 
 
+def test_first_cases_name_every_word() -> None:
+    names = ["f[3-fast-case0]", "f[4-fast-case1]", "f[3-bf16-case2]", "g", "f[9-tf32-case3]"]
+    assert gpu_tests.first_cases(names) == [names[0], names[3], names[2], names[4]]
+
+
 def test_stages_pass_only_if_some_ran_on_the_gpu(stage: Stage) -> None:
     good = {"passed": 3, "failed": 0, "skipped": 1}
     none = {"passed": 0, "failed": 0, "skipped": 4}

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pwm_fast.ops.fused import packs
+
 DEVICE = torch.device("cuda:0")
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -197,6 +199,7 @@ def _patches() -> list[Any]:
             "_get_foreach_kernels_supported_devices",
             lambda: ["cuda", "meta"],
         ),
+        mock.patch.object(packs, "_PLAIN", (*packs._PLAIN, FakeTensor)),
         mock.patch.object(torch.cuda, "get_device_properties", properties),
         mock.patch.object(torch.cuda, "get_device_capability", mock.Mock(return_value=(9, 0))),
         mock.patch.object(torch.cuda, "get_device_name", mock.Mock(return_value=PROPERTIES.name)),

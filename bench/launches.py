@@ -26,6 +26,7 @@ from pwm_fast.config import (
     ModelLearningConfig,
     WorldModelConfig,
 )
+from pwm_fast.ops.fused import packs
 from pwm_fast.replay import Windows
 
 OBS, ACTION = 37, 8  # the Ant's
@@ -87,7 +88,8 @@ def count(
             if name != "rollout":
                 step()  # makes Adam's state
             cuda.launches = Counter()
-            step()
+            with packs.capturing():  # as in CudaGraphs
+                step()
             result[name] = Counter(cuda.launches)
     return result
 

@@ -179,6 +179,12 @@ def _triton(call: Call) -> str | None:
     return reason or _torch(call)
 
 
+def _triton_returns(call: Call) -> str | None:
+    if torch._C._are_functorch_transforms_active():
+        return "it is inside a torch.func transform, which only the reference follows"
+    return _triton(call)
+
+
 _FUSED = (
     Backend("native", True, _native),
     Backend("triton", True, _triton, precision="fast"),
@@ -189,6 +195,12 @@ _FUSED = (
 # Without an algebra of their own: plain PyTorch is all there is beside the native kernel.
 _NATIVE = (Backend("native", True, _native), Backend("torch", False, _reference), _FUSED[-1])
 _ROWS = (_NATIVE[0], Backend("triton", True, _triton), *_NATIVE[1:])
+
+_RETURNS = (
+    Backend("triton", True, _triton_returns),
+    *(Backend(name, False, _reference) for name in ("native", "torch")),
+    _FUSED[-1],
+)
 
 _REDUCTIONS = (Backend("cuda", True, _cuda), Backend("triton", True, _triton_reduction))
 
@@ -201,6 +213,7 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "simnorm": _ROWS,
     "two_hot_decode": _ROWS,
     "two_hot_cross_entropy": _ROWS,
+    "td_lambda": _RETURNS,
     "esnr": (_NATIVE[0], *_REDUCTIONS, *_NATIVE[1:]),
     "esnr_update": (*_REDUCTIONS, *_NATIVE[1:]),
 }

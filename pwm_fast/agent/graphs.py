@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.packs import invalidate
+from pwm_fast.ops.fused.packs import capturing, invalidate
 from pwm_fast.recording import recording
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class CudaGraphs:
     def record(self, function: Callable[[], list[Tensor]]) -> Callable[[], None]:
         """Record a graph; it replays on the caller's current stream."""
         graph = torch.cuda.CUDAGraph()
-        with recording(graph, self._stream, without="graphs=false"):
+        with capturing(), recording(graph, self._stream, without="graphs=false"):
             function()
         return graph.replay
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pwm_fast import ops
 from pwm_fast.models import GaussianActor, LatentModel
+from pwm_fast.ops import heads
 
 
 class Rollout(NamedTuple):
@@ -70,12 +71,7 @@ def discounted_return(rollout: Rollout, last_value: Tensor, gamma: float) -> Ten
     With a termination head the product of the steps' continuation probabilities multiplies the
     discount.
     """
-    total = last_value
-    steps = rollout.reward.shape[0]
-    for t in range(steps - 1, -1, -1):
-        discount = gamma if rollout.continues is None else gamma * rollout.continues[t]
-        total = rollout.reward[t] + discount * total
-    return total
+    return heads.discounted_return(rollout.reward, last_value, gamma, rollout.continues)
 
 
 @contextmanager

@@ -435,16 +435,34 @@ class PWM:
         losses, norms = [], []
         for _ in range(config.passes):
             order = torch.randperm(states.shape[0], device=self.device)
-            for index in order.split(size):
-                loss = (self.critic(states[index]) - targets[index]).square().mean()
-                norms.append(self.optimizers["critic"].step(loss))
-                losses.append(loss.detach())
+            # All minibatches at once, whose rows then are views.
+            parts = zip(states[order].split(size), targets[order].split(size), strict=True)
+            for state, target in parts:
+                loss, norm = self._critic_step(state, target)
+                losses.append(loss)
+                norms.append(norm)
         if not losses:
             return {}
         return {
             "value_loss": torch.stack(losses).mean(),
             "critic_grad_norm": torch.stack(norms).mean(),
         }
+
+    def _critic_step(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on the mean squared error, whose own gradient is written out: 4 launches, not 9.
+
+        Returns:
+            The loss, and the norm of its gradient.
+        """
+        values = self.critic(states)
+        with torch.no_grad():
+            error = values - targets
+            loss = error.square().mean()
+            gradient = error * (2.0 / error.numel())
+        optimizer = self.optimizers["critic"]
+        return loss, optimizer.apply(
+            loss, torch.autograd.grad(values, optimizer.params, gradient, allow_unused=True)
+        )
 
 
 _OPTIMIZER_KEYS = {"wm": "world_model_opt", "actor": "actor_opt", "critic": "critic_opt"}

@@ -137,6 +137,7 @@ def td_lambda(
     gamma: float = 0.99,
     lam: float = 0.95,
     continues: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """TD(lambda) targets by the backward recursion.
 
@@ -148,6 +149,7 @@ def td_lambda(
         gamma: discount in [0, 1].
         lam: lambda in [0, 1]; 0 gives one-step targets, 1 the discounted return.
         continues: ``[H, ...]``: 0 where the episode ended at step t, else 1 (or a probability).
+        backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
         ``[H, ...]`` targets of ``values[:-1]``.
@@ -173,4 +175,34 @@ def td_lambda(
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    if _returns_backend(rewards, values, continues, backend) == "triton":
+        return calls.td_lambda(rewards, values, continues, gamma, lam)
     return reference.td_lambda(rewards, values, continues, gamma, lam)
+
+
+def discounted_return(
+    rewards: Tensor, last_value: Tensor, gamma: float, continues: Tensor | None = None
+) -> Tensor:
+    """``sum_t gamma^t r_t + gamma^H V`` with the discounts of :func:`td_lambda`.
+
+    Args:
+        rewards: ``[H, ...]``, time first.
+        last_value: ``[...]``, of the state after the last step.
+        gamma: discount.
+        continues: ``[H, ...]`` or None.
+
+    Returns:
+        ``[...]``.
+    """
+    if _returns_backend(rewards, last_value, continues, None) == "triton":
+        values = last_value.unsqueeze(0)
+        return calls.td_lambda(rewards, values, continues, gamma, 1.0)[0]
+    return reference.discounted_return(rewards, last_value, continues, gamma)
+
+
+def _returns_backend(
+    rewards: Tensor, values: Tensor, continues: Tensor | None, backend: str | None
+) -> str:
+    tensors = [rewards, values, *([] if continues is None else [continues])]
+    reason = None if rewards.numel() else "there are no rewards"
+    return dispatch.select("td_lambda", backend, dispatch.Call(tensors, reason))

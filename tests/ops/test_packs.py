@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.fake_cuda import DEVICE, FakeCuda
 from pwm_fast import ops
 from pwm_fast.ops.fused import packs
 
@@ -192,3 +193,46 @@ def test_a_rollout_sees_every_optimiser_step(precision: str, fused: bool) -> Non
     ops.invalidate()
     assert torch.equal(after, run())
     assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_packs_are_made_together_where_they_are_missing() -> None:
+    x, y, z = (torch.randn(3) for _ in range(3))
+    make = Counted()
+    double(y, make)
+    made: list[tuple[Tensor, ...]] = []
+
+    def make_all(*some: Tensor) -> list[Tensor]:
+        made.append(some)
+        return [2.0 * t for t in some]
+
+    packs.keep_each(("double",), [x, y, z], make_all)
+    assert len(made) == 1 and made[0][0] is x and made[0][1] is z
+    packs.keep_each(("double",), [x, y, z], make_all)
+    assert len(made) == 1
+    for t in (x, y, z):
+        assert torch.equal(double(t, make), 2.0 * t)
+    assert make.calls == 1
+    in_place(z)
+    assert torch.equal(double(z, make), 2.0 * z) and make.calls == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
+def test_a_capture_makes_packs_of_its_own_once() -> None:
+    """A graph that took one from outside would compute with weights of then when it is replayed."""
+    with FakeCuda():  # where all that is on the device is being captured
+        x, make = torch.randn(3, device=DEVICE), Counted()
+        for _ in range(2):
+            double(x, make)
+        assert make.calls == 2
+        for n in (3, 4):  # two captures
+            with packs.capturing():
+                double(x, make)
+                packs.keep_each(("double",), [x], lambda *_: pytest.fail("there is one"))
+                double(x, make)
+                assert make.calls == 2 * n - 3
+                ops.invalidate()
+                double(x, make)
+                assert make.calls == 2 * n - 2
+        in_place(x)
+        double(x, make)
+        assert make.calls == 7

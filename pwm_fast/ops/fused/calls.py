@@ -14,7 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast.ops import batching, library_rows  # noqa: F401  register the operators
+from pwm_fast.ops import (  # noqa: F401  register the operators
+    batching,
+    library_returns,
+    library_rows,
+)
 from pwm_fast.ops.fused import algebra, packs
 from pwm_fast.ops.fused.gemm import fp32_products
 from pwm_fast.ops.fused.precision import BY_NAME
@@ -190,6 +194,17 @@ def two_hot_cross_entropy(
     rows = _rows(logits).contiguous()
     loss, _ = operator(rows, x.reshape(-1).contiguous(), vmin, vmax, transform, backend)
     return loss.view(x.shape)
+
+
+def td_lambda(
+    rewards: Tensor, values: Tensor, continues: Tensor | None, gamma: float, lam: float
+) -> Tensor:
+    """See :func:`pwm_fast.ops.td_lambda`; with ``lam = 1`` the last values ``[1, ...]`` will do."""
+    rows = [
+        None if x is None else x.reshape(x.shape[0], -1).contiguous()
+        for x in (rewards, values, continues)
+    ]
+    return torch.ops.pwm_fast.td_lambda(*rows, gamma, lam).view(rewards.shape)
 
 
 class Packed(NamedTuple):

@@ -11,6 +11,7 @@ from pwm_fast.ops.fused.gemm import (
     Gemm,
     adjoint_operand,
     narrow_weight_grad,
+    round_together,
     side_by_side,
     takes_narrow,
     weight_grad,
@@ -40,12 +41,10 @@ def mlp_forward(
     """``[R, K_i]`` each, to ``[R, N]`` (``[E R, N]`` of an ensemble) and what backward needs."""
     layers = split_params(specs, params)
     stack = _mlp_stack(kernels, specs, layers, inputs[0].shape[0], save, wgrad, None)
+    round_together(kernels, [p.weight for p in layers])
     h = _first_product(kernels, layers[0].weight, inputs)
     y = stack.forward(0, h)
-    if (
-        stack.saved
-        and y.untyped_storage().data_ptr() == stack.saved[-1].untyped_storage().data_ptr()
-    ):
+    if stack.saved and y.untyped_storage()._cdata == stack.saved[-1].untyped_storage()._cdata:
         y = y.clone()  # an operator's outputs must not share memory
     return y, stack.saved
 
@@ -132,17 +131,16 @@ def _first_product(kernels: Kernels, weight: Tensor, inputs: Sequence[Tensor]) -
         return Gemm(kernels, weight)(x)
     h: Tensor | None = None
     for x, part in zip(inputs, _split(weight, inputs), strict=True):
-        x = x.expand(members, -1, -1) if members else x
         if h is None:
-            rows = x.reshape(-1, x.shape[-1])
-            h = Gemm(kernels, part)(rows, members)
+            h = Gemm(kernels, part).shared(x, members)
         elif kernels.precision.operand is None and not h.is_cuda:
             if members:
-                h.view(members, -1, h.shape[-1]).baddbmm_(x, part.transpose(1, 2))
+                shared = x.expand(members, -1, -1)
+                h.view(members, -1, h.shape[-1]).baddbmm_(shared, part.transpose(1, 2))
             else:
                 h.addmm_(x, part.t())
         else:
-            h += Gemm(kernels, part)(x.reshape(-1, x.shape[-1]), members)
+            h += Gemm(kernels, part).shared(x, members)
     if h is None:
         raise ValueError("an MLP needs an input")
     return h
@@ -267,6 +265,7 @@ def imagine_forward(
     layers = split_params(actor_specs, actor)
     policy = Stack(kernels, actor_specs, layers, horizon, batch, save=save, wgrad=actor_wgrad)
     first = Gemm(kernels, layers[0].weight, batch)
+    round_together(kernels, [p.weight for p in layers])
     z = z0.new_empty(horizon + 1, *z0.shape)
     action = z0.new_empty(horizon, batch, width)
     z[0] = z0

@@ -97,6 +97,13 @@ class Gemm:
             x, _ = self._operand(x, False)
         return self._product(x, self._copy(False), members, wide)
 
+    def shared(self, x: Tensor, members: int = 0) -> Tensor:
+        """``x W^T`` of rows ``[R, K]`` that all members have in common, to ``[E R, N]``."""
+        if not members:
+            return self(x)
+        x, _ = self.operand(x, None, scaled=False)
+        return self._product(x.expand(members, -1, -1), self._copy(False), members, True)
+
     def dgrad(self, dy: Tensor, members: int = 0) -> Tensor:
         """``dy W``: ``[R, N]`` to ``[R, K]``."""
         return self.scaled_dgrad(dy, members, None, wide=True)[0]
@@ -173,7 +180,7 @@ class Gemm:
 
     def _product(self, a: Tensor, b: Tensor, members: int, wide: bool) -> Tensor:
         """``a @ b`` of operands, ``[R, N]``."""
-        if members:
+        if members and a.dim() == 2:
             a = a.view(members, -1, a.shape[-1])
         if a.dtype != b.dtype:  # emulated
             a = a.to(b.dtype)
@@ -196,6 +203,21 @@ def operand_copy(weight: Tensor, operand: torch.dtype) -> Tensor:
     if copy is not None:
         return copy
     return packs.kept(("operand", operand), (weight,), lambda w: _narrowed(w, operand))
+
+
+def round_together(kernels: Kernels, weights: Sequence[Tensor]) -> None:
+    """Make the copies of :func:`operand_copy` that are missing in one launch, if they are kept."""
+    operand = kernels.precision.operand
+    if operand is None:
+        return
+
+    def make(*some: Tensor) -> list[Tensor]:
+        copies = [torch.empty_like(w, dtype=operand) for w in some]
+        torch._foreach_copy_(copies, list(some))
+        return copies
+
+    own = [w for w in weights if packs.attached(w, operand) is None]
+    packs.keep_each(("operand", operand), own, make)
 
 
 def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:

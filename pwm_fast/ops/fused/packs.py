@@ -4,8 +4,9 @@ A pack (a folded, centred, padded, 16-bit or reordered copy) is kept under the i
 version counter of every tensor it was made of, so an in-place change makes a new one. What bumps no
 counter is covered otherwise: any step of a ``torch.optim`` optimiser empties the store (fused Adam
 bumps none), and after writing through ``.data`` or replaying a captured update there is
-:func:`invalidate`. Nothing is kept, nor taken from the store, while a CUDA graph is captured (a
-replay must make its own packs), while a compiler traces, and of tensors without a counter.
+:func:`invalidate`. Nothing is kept, nor taken from the store, while a compiler traces, and of
+tensors without a counter. A CUDA graph must make its own packs: while one is captured they come
+from a store of that capture alone, if there is one (:func:`capturing`), and are not kept otherwise.
 
 The store holds no weight alive: entries die with their tensors' memory.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +41,10 @@ class _Entry(NamedTuple):
     value: Any
 
 
-_store: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+Store = OrderedDict[tuple[Any, ...], _Entry]
+
+_store: Store = OrderedDict()
+_recorded: Store | None = None  # of the capture that is going on
 _copies: dict[int, _Copy] = {}  # by storage
 _lock = threading.RLock()  # on CUDA autograd runs backward passes in threads of its own
 _hooked = False
@@ -57,19 +62,41 @@ def _identity(x: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _keepable(tensors: Iterable[Tensor]) -> bool:
-    """Whether identity and version of the tensors say all about their values."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
+def hidden() -> bool:
+    """Whether a compiler or a transform is between tensors and their values."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Inside, where a CUDA graph is captured, it makes each of its packs once.
+
+    For one capture, from before its beginning to its end; another thread may not capture meanwhile.
+    """
+    global _recorded
+    with _lock:
+        before, _recorded = _recorded, OrderedDict()
+    try:
+        yield
+    finally:
+        with _lock:
+            _recorded = before
+
+
+def _store_of(tensors: Iterable[Tensor]) -> Store | None:
+    """The store where identity and version of the tensors say all about their values, else None."""
+    if hidden():
+        return None
+    store: Store | None = _store
     for x in tensors:
         if type(x) not in _PLAIN or x.is_inference():
-            return False
+            return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
+            store = _recorded
     choice = os.environ.get(VARIABLE) or "1"
     if choice not in ("0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {choice!r}")
-    return choice == "1"
+    return store if choice == "1" else None
 
 
 def kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[..., Any]) -> Any:
@@ -80,33 +107,68 @@ def kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[...,
         tensors: what it is made of.
         make: the function; its result is not to be written to.
     """
-    if not _keepable(tensors):
+    store = _store_of(tensors)
+    if store is None:
         return make(*tensors)  # under vmap gradients may be wanted though no tensor here says so
     with _lock:
-        return _kept(kind, tensors, make)
+        key = (kind, *(_identity(x) for x in tensors))
+        found = _found(store, key)
+        if found is not None:
+            return found.value
+        with torch.no_grad():
+            value = make(*tensors)
+        _keep(store, key, tensors, value)
+    return value
 
 
-def _kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[..., Any]) -> Any:
+def keep_each(
+    kind: tuple[Any, ...], tensors: Sequence[Tensor], make: Callable[..., Sequence[Any]]
+) -> None:
+    """Make at once, for :func:`kept` of each tensor by itself, what it would have to make.
+
+    Nothing happens where nothing is kept.
+
+    Args:
+        kind: as there.
+        tensors: what one pack each is made of.
+        make: takes those whose packs are missing, and returns these.
+    """
+    store = _store_of(tensors)
+    if store is None:
+        return
+    with _lock:
+        keys = [(kind, _identity(x)) for x in tensors]
+        missing = [i for i, key in enumerate(keys) if _found(store, key) is None]
+        if not missing:
+            return
+        with torch.no_grad():
+            made = make(*(tensors[i] for i in missing))
+        for i, value in zip(missing, made, strict=True):
+            _keep(store, keys[i], (tensors[i],), value)
+
+
+def _found(store: Store, key: tuple[Any, ...]) -> _Entry | None:
+    entry = store.get(key)
+    if entry is None:
+        return None
+    if any(s.expired() for s in entry.storages):
+        del store[key]
+        return None
+    store.move_to_end(key)
+    return entry
+
+
+def _keep(store: Store, key: tuple[Any, ...], tensors: tuple[Tensor, ...], value: Any) -> None:
     global _hooked
-    key = (kind, *(_identity(x) for x in tensors))
-    entry = _store.get(key)
-    if entry is not None:
-        if not any(s.expired() for s in entry.storages):
-            _store.move_to_end(key)
-            return entry.value
-        del _store[key]
-    with torch.no_grad():
-        value = make(*tensors)
     if not _hooked:
         _hooked = True
         # Fused optimisers write to parameters without bumping their version counters.
         register_optimizer_step_post_hook(_after_step)
-    for old in [k for k, e in _store.items() if any(s.expired() for s in e.storages)]:
-        del _store[old]
-    while len(_store) >= LIMIT:
-        _store.popitem(last=False)
-    _store[key] = _Entry(tuple(StorageWeakRef(x.untyped_storage()) for x in tensors), value)
-    return value
+    for old in [k for k, e in store.items() if any(s.expired() for s in e.storages)]:
+        del store[old]
+    while len(store) >= LIMIT:
+        store.popitem(last=False)
+    store[key] = _Entry(tuple(StorageWeakRef(x.untyped_storage()) for x in tensors), value)
 
 
 def attach(pack: Tensor, copy: Tensor) -> None:
@@ -118,8 +180,7 @@ def attach(pack: Tensor, copy: Tensor) -> None:
         pack: fills its storage but for the ends of rows, and is not written to any more.
         copy: with the same shape and strides.
     """
-    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if hidden or pack.is_inference():
+    if hidden() or pack.is_inference():
         return
     storage = pack.untyped_storage()
     with _lock:
@@ -142,8 +203,7 @@ def attached(x: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    with _lock:
-        _store.clear()
+    invalidate()
 
 
 def invalidate(weights: torch.nn.Module | Iterable[Tensor] | None = None) -> None:
@@ -155,24 +215,26 @@ def invalidate(weights: torch.nn.Module | Iterable[Tensor] | None = None) -> Non
     Args:
         weights: a module, or tensors; None for all.
     """
-    if weights is None:
-        with _lock:
-            _store.clear()
-        return
     tensors = weights.parameters() if isinstance(weights, torch.nn.Module) else weights
-    changed = {x.untyped_storage()._cdata for x in tensors}
+    changed = None if tensors is None else {x.untyped_storage()._cdata for x in tensors}
     with _lock:
-        _forget(changed)
+        for store in (_store, _recorded):
+            if store is None:
+                continue
+            if changed is None:
+                store.clear()
+            else:
+                _forget(store, changed)
 
 
-def _forget(changed: set[int]) -> None:
+def _forget(store: Store, changed: set[int]) -> None:
     # A pack may be made of a pack: take what hangs on it along.
     while True:
-        stale = [key for key in _store if any(identity[0] in changed for identity in key[1:])]
+        stale = [key for key in store if any(identity[0] in changed for identity in key[1:])]
         if not stale:
             return
         for key in stale:
-            value = _store.pop(key).value
+            value = store.pop(key).value
             for x in value if isinstance(value, tuple) else (value,):
                 if isinstance(x, Tensor) and not x.is_mkldnn:
                     changed.add(x.untyped_storage()._cdata)

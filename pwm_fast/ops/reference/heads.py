@@ -57,3 +57,13 @@ def td_lambda(
         target = rewards[t] + discount * bootstrap
         targets.append(target)
     return torch.stack(targets[::-1]) if targets else rewards.clone()
+
+
+def discounted_return(
+    rewards: Tensor, last_value: Tensor, continues: Tensor | None, gamma: float
+) -> Tensor:
+    total = last_value
+    for t in range(rewards.shape[0] - 1, -1, -1):
+        discount = gamma if continues is None else gamma * continues[t]
+        total = rewards[t] + discount * total
+    return total

@@ -34,7 +34,9 @@ STEPS = ("rollout", "actor", "critics", "world model")
 BOUNDS = Path(__file__).with_name("launches.json")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 MARKS = ("<!-- launches -->", "<!-- /launches -->")
-ALGS = ("tests", "pwm_5M_flow")  # `tests`: a small agent, as the bound of the tests
+# `tests`: a small agent, as the bound of the tests.
+ALGS = ("tests", "pwm_5M_flow", "pwm_5M", "pwm_48M_flow")
+WHOLE = ALGS[:2]  # counted with every provider, others with the first and the last
 
 Launches = dict[str, Counter[str]]
 
@@ -161,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for alg in options.alg:
         config = small() if alg == "tests" else plain.algorithm(alg)
         results[alg] = {}
-        for backend, precision in providers():
+        every = providers()
+        for backend, precision in every if alg in WHOLE else (every[0], every[-1]):
             launches = count(config, backend, precision)
             name = f"{backend}, {precision}"
             results[alg][name] = {step: launches[step].total() for step in STEPS}

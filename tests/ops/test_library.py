@@ -239,4 +239,5 @@ def test_every_operator_is_checked() -> None:
     registered = {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pwm_fast::")
     }
-    assert seen == registered
+    only_triton = {"pwm_fast::td_lambda", "pwm_fast::td_lambda_backward"}  # kernels/test_returns.py
+    assert seen | only_triton == registered and not seen & only_triton

@@ -82,21 +82,21 @@ def mlp_backward(
     if not wgrad:
         return dinputs, [None] * len(params)
     grads = stack.param_grads(None)
-    grads[0] = grads[0]._replace(weight=_first_weight_grad(kernels, weight, dh, inputs, scale))
+    grads[0] = grads[0]._replace(weight=_first_weight_grad(stack, dh, inputs, scale))
     return dinputs, flatten_grads(specs, grads)
 
 
 def _first_weight_grad(
-    kernels: Kernels, weight: Tensor, dh: Tensor, inputs: Sequence[Tensor], scale: Tensor | None
+    stack: Stack, dh: Tensor, inputs: Sequence[Tensor], scale: Tensor | None
 ) -> Tensor:
     """The gradient of the first weight, from its adjoints and what it was multiplied with."""
-    members = weight.shape[0] if weight.dim() == 3 else 0
+    kernels, weight, members = stack.kernels, stack.params[0].weight, stack.members
     if members:
         dh = dh.view(members, -1, dh.shape[-1])
         scale = None if scale is None else scale.view(members, -1)
         inputs = [x.expand(members, -1, -1) for x in inputs]
     if takes_narrow(kernels, dh):
-        return narrow_weight_grad(kernels, dh, inputs, scale)
+        return narrow_weight_grad(kernels, dh, inputs, scale, stack.largest_factor(0))
     found = torch.empty_like(weight)
     for columns, x in zip(_split(found, inputs), inputs, strict=True):
         columns.copy_(weight_grad(kernels, dh, x))

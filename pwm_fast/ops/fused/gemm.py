@@ -258,7 +258,13 @@ def _prepacked(x: Tensor, packed: Sequence[Tensor]) -> Tensor:
     return y
 
 
-def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
+def weight_grad(
+    kernels: Kernels,
+    dh: Tensor,
+    x: Tensor,
+    scale: Tensor | None = None,
+    largest: Tensor | None = None,
+) -> Tensor:
     """``dh^T x``: ``[R, N]`` and ``[R, K]`` to ``[N, K]``, or each of an ensemble ``[E, R, .]``.
 
     On a CPU the product is float32 in every precision. Where one of the sides is narrow, MKL sums
@@ -272,9 +278,10 @@ def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = 
         dh: adjoints.
         x: what the weight was multiplied with.
         scale: factors of the rows of ``dh``, or None.
+        largest: the largest of them; None to look for it.
     """
     if takes_narrow(kernels, dh):
-        return narrow_weight_grad(kernels, dh, x, scale)
+        return narrow_weight_grad(kernels, dh, x, scale, largest)
     if scale is not None:
         dh = dh.float() * scale.unsqueeze(-1)
     wide = torch.promote_types(dh.dtype, torch.float32)
@@ -337,17 +344,17 @@ def narrow_weight_grad(
     dh: Tensor,
     x: Tensor | Sequence[Tensor],
     scale: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """The product of 16-bit operands; a factor a row cannot leave it, one for all rows can.
 
     ``sum_r s_r dh_r x_r = s sum_r dh_r ((s_r / s) x_r)`` with ``s`` the largest: an exact power of
     two for each row, and what underflows is below the rounding of the largest. ``x`` may be several
-    inputs, side by side.
+    inputs, side by side. ``largest`` is ``s`` where ``scale`` is given and it is known already.
     """
     dh, scale = adjoint_operand(kernels, dh, scale)
     inputs = [x] if isinstance(x, Tensor) else list(x)
-    largest = None
-    if scale is not None:
+    if scale is not None and largest is None:
         largest = scale.amax() if scale.numel() else scale.new_ones(())
     if largest is None and len(inputs) == 1 and inputs[0].dtype == dh.dtype:
         whole = inputs[0]

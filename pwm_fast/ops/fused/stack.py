@@ -134,6 +134,8 @@ class Stack:
         self._slots = _slots(specs, save, wgrad)
         self._dh: list[Tensor | None] = [None] * len(specs)
         self._scale: list[Tensor | None] = [None] * len(specs)
+        self._scales = params[0].weight.new_empty(0)  # all of them
+        self._largest: dict[int, Tensor] | None = None
         self._sums: list[dict[str, Tensor]] = [{} for _ in specs]
         self._parts: list[Tensor | None] = [None] * len(specs)
         self._all_sums = params[0].weight.new_empty(0)
@@ -327,6 +329,7 @@ class Stack:
             keep_first: keep the first layer's gradients of all evaluations, for the caller.
         """
         like = self.params[0].weight
+        scaled = []
         for i in range(len(self.specs)):
             if self.wgrad or (i == 0 and keep_first):
                 narrow = self._keeps_narrow(i)
@@ -335,7 +338,11 @@ class Stack:
                     dtype=self._operand if narrow else self._state,
                 )
                 if narrow and self.kernels.precision.scaled:
-                    self._scale[i] = like.new_empty(self.evals, self.rows)
+                    scaled.append(i)
+        self._scales = like.new_empty(len(scaled), self.evals, self.rows)
+        for i, scale in zip(scaled, self._scales, strict=True):
+            self._scale[i] = scale
+        self._largest = None
         if self.wgrad:
             self._make_sums()
 
@@ -558,7 +565,7 @@ class Stack:
                 x: Tensor | None = self.saved[self._slots[i - 1]["y"]]
             else:
                 x = first_input
-            weight = None if x is None else self._weight_grad(dh, x, self._scale[i])
+            weight = None if x is None else self._weight_grad(i, dh, x)
             grads.append(LayerGrads(weight, sums.get("bias"), sums.get("gamma"), sums.get("beta")))
         return grads
 
@@ -585,15 +592,27 @@ class Stack:
         whole = self._all_sums.to(dtype)
         return [self._named(i, part) for i, part in enumerate(whole.split(sizes))]
 
-    def _weight_grad(self, dh: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
-        k = self.kernels
+    def largest_factor(self, i: int) -> Tensor | None:
+        """The largest factor of layer ``i``'s adjoints, after all evaluations; None without any.
+
+        Those of all layers are found in one launch.
+        """
+        if self._largest is None:
+            scaled = [j for j, scale in enumerate(self._scale) if scale is not None]
+            each = self._scales.amax((1, 2)).unbind() if self._scales.numel() else ()
+            self._largest = dict(zip(scaled, each, strict=bool(each)))
+        return self._largest.get(i)
+
+    def _weight_grad(self, i: int, dh: Tensor, x: Tensor) -> Tensor:
+        k, scale, largest = self.kernels, self._scale[i], self.largest_factor(i)
         if not self.members:
             scale = None if scale is None else scale.flatten()
-            return weight_grad(k, dh.flatten(0, 1), x.flatten(0, 1), scale)
+            return weight_grad(k, dh.flatten(0, 1), x.flatten(0, 1), scale, largest)
         # An ensemble is evaluated once; its first input may be shared by the members.
         dh = dh.view(self.members, -1, dh.shape[-1])
         x = x.reshape(-1, dh.shape[1], x.shape[-1]).expand(self.members, -1, -1)
-        return weight_grad(k, dh, x, None if scale is None else scale.view(self.members, -1))
+        scale = None if scale is None else scale.view(self.members, -1)
+        return weight_grad(k, dh, x, scale, largest)
 
     def _bias_grad(self, i: int, dh: Tensor, out: Tensor) -> None:
         scale = self._scale[i]

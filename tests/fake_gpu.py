@@ -8,7 +8,8 @@ They run on PyTorch's fake tensors (:mod:`bench.fake_cuda`), at their full sizes
 computed or launched, a number that is asked for is 1, and what is asserted is only evaluated. What
 shows is wrong code: names, arguments, shapes, and tensors on the wrong device. Values show in
 Triton's interpreter, which runs the same functions on small sizes (``tests/kernels/harness.py``).
-Tests that start a Python of their own are skipped: it would have no GPU.
+Tests that start a Python of their own are skipped: it would have no GPU. One fails, that of a full
+memory: this one never is.
 """
 
 from __future__ import annotations

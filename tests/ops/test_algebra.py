@@ -117,12 +117,17 @@ def test_what_is_folded_by_default(backend: str, frozen: bool, trained: bool) ->
         random_layer(latent + action + 1, hidden, "mish", dtype=torch.float32),
         random_layer(hidden, latent, norm=False, dtype=torch.float32),
     ]
+    wide = [random_layer(latent + action + 1, 2 * latent, "mish"), random_layer(2 * latent, latent)]
+
+    def folded(layers: list[ops.Layer]) -> bool:
+        with ops.algebra(centre=False):  # which takes a kernel
+            packed = calls.pack(backend, layers, "heun", 2, latent, action)
+        return decode_dynamics(packed.spec).fold
+
     for grad, expected in ((False, frozen), (True, trained)):
         weights = [p._replace(weight=p.weight.detach().requires_grad_(grad)) for p in net]
-        spec = calls.pack(backend, weights, "heun", 2, latent, action).spec
-        assert decode_dynamics(spec).fold is expected
-    wide = [random_layer(latent + action + 1, 2 * latent, "mish"), random_layer(2 * latent, latent)]
-    assert not decode_dynamics(calls.pack(backend, wide, "heun", 2, latent, action).spec).fold
+        assert folded(weights) is expected
+    assert not folded(wide)
 
 
 def test_the_users_weights_stay_as_they_are() -> None:

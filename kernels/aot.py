@@ -114,18 +114,25 @@ def _leaves(i: int, kinds: str | tuple[str, ...]) -> list[tuple[tuple[int, ...],
     return [((i, j), kind) for j, kind in enumerate(kinds)]
 
 
+#: Instructions of tensor cores: in PTX, and what the assembler makes of each.
+_UNITS = {"tcgen05.mma": "UTCHMMA", "wgmma.mma_async": "HGMMA", "mma.sync": "HMMA"}
+
+
 def usage(compiled: Any) -> Usage:
-    """Registers, spills, shared memory and tensor-core instructions of a compiled kernel."""
+    """Registers, spills, shared memory and tensor-core instructions of a compiled kernel.
+
+    Instructions are looked for in the PTX: disassembling takes as long as compiling.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         resources = run_tool("cuobjdump", "-res-usage", str(cubin))
-        code = run_tool("nvdisasm", "-c", str(cubin))
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", resources)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers:\n{resources}")
     registers, stack, local = (int(x) for x in found.groups())
-    units = [name for name in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{name}\b", code)]
+    ptx = compiled.asm["ptx"]
+    units = [unit for name, unit in _UNITS.items() if re.search(rf"\b{re.escape(name)}\b", ptx)]
     return Usage(registers, stack + local, int(compiled.metadata.shared), "+".join(units))
 
 

@@ -12,19 +12,17 @@ The plain form of the arithmetic is ``act_norm_fwd`` of ``pwm_fast.ops.fused.ker
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels import launch as launches
 from pwm_fast.kernels.aot import Case
 from pwm_fast.kernels.plan import Plan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
 from pwm_fast.kernels.tile import product
-from pwm_fast.kernels.tile_cases import tile_case
-from pwm_fast.kernels.tile_launch import check_operands
+from pwm_fast.kernels.tile_cases import OPERANDS, SOME, absent_scales, tile_cases
+from pwm_fast.kernels.tile_launch import check_act, check_operands, launch
 
 
 @triton.jit
@@ -100,7 +98,8 @@ def linear_act_norm_fwd_kernel(
     tl.store(y + far * stride_y + cols[None, :], rounded(v, y.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+# Adjoints of 200 or 101 columns lie unaligned; the kernel is the same for aligned ones.
+@triton.jit(do_not_specialize_on_alignment=["K", "stride_dy"])
 def linear_act_norm_bwd_kernel(
     dy,
     dy_scale,
@@ -216,7 +215,7 @@ def linear_act_norm_fwd(
         eps: added to the variance.
         plan: how to launch it; of whole rows.
         bias: like ``gamma``.
-        input_precision: of fp32 operands: ``"tf32"``, ``"ieee"`` or ``"bf16x3"``.
+        input_precision: of fp32 operands: ``"tf32"`` or ``"ieee"``.
 
     Raises:
         ValueError: tensors that do not fit one another or the plan, or another ``act``.
@@ -226,31 +225,35 @@ def linear_act_norm_fwd(
     check_operands(what, x, weight, k, {"y": y, "u": u}, n)
     vectors = {"gamma": gamma, "beta": beta, "bias": bias}
     rows, members = _rows(what, x, weight, plan, n, act, vectors)
-    launches.launch(
+    launch(
+        what,
         linear_act_norm_fwd_kernel,
-        (-(-rows // plan.block_m), members),
-        x,
-        weight,
-        bias,
-        gamma,
-        beta,
-        y,
-        u,
-        mean,
-        rstd,
+        plan,
         rows,
-        n,
-        k,
-        x.stride(0),
-        weight.stride(0) if weight.dim() == 3 else 0,
-        weight.stride(-2),
-        weight.stride(-1),
-        y.stride(0),
-        0 if u is None else u.stride(0),
-        eps,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-        **_constants(plan, n, k, act, input_precision),
+        {
+            "x": x,
+            "w": weight,
+            "bias": bias,
+            "gamma": gamma,
+            "beta": beta,
+            "y": y,
+            "u": u,
+            "mean": mean,
+            "rstd": rstd,
+            "R": rows,
+            "N": n,
+            "K": k,
+            "stride_x": x.stride(0),
+            "stride_we": weight.stride(0) if weight.dim() == 3 else 0,
+            "stride_wn": weight.stride(-2),
+            "stride_wk": weight.stride(-1),
+            "stride_y": y.stride(0),
+            "stride_u": 0 if u is None else u.stride(0),
+            "eps": eps,
+            "ACT": act,
+        },
+        input_precision,
+        members=members,
     )
 
 
@@ -304,31 +307,35 @@ def linear_act_norm_bwd(
         raise ValueError(
             f"{what}: sums must be contiguous, {[3, members, blocks, n]}, got {list(sums.shape)}"
         )
-    launches.launch(
+    launch(
+        what,
         linear_act_norm_bwd_kernel,
-        (blocks, members),
-        dy,
-        dy_scale,
-        weight,
-        u,
-        mean,
-        rstd,
-        gamma,
-        dx,
-        dx_scale,
-        sums,
+        plan,
         rows,
-        n,
-        k,
-        dy.stride(0),
-        weight.stride(0) if weight.dim() == 3 else 0,
-        weight.stride(-1),
-        weight.stride(-2),
-        u.stride(0),
-        dx.stride(0),
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-        **_constants(plan, n, k, act, input_precision),
+        {
+            "dy": dy,
+            "dy_scale": dy_scale,
+            "w": weight,
+            "u": u,
+            "mean": mean,
+            "rstd": rstd,
+            "gamma": gamma,
+            "dx": dx,
+            "dx_scale": dx_scale,
+            "sums": sums,
+            "R": rows,
+            "N": n,
+            "K": k,
+            "stride_dy": dy.stride(0),
+            "stride_we": weight.stride(0) if weight.dim() == 3 else 0,
+            "stride_wn": weight.stride(-1),
+            "stride_wk": weight.stride(-2),
+            "stride_u": u.stride(0),
+            "stride_dx": dx.stride(0),
+            "ACT": act,
+        },
+        input_precision,
+        members=members,
     )
 
 
@@ -342,8 +349,7 @@ def _rows(
     vectors: Mapping[str, Tensor | None],
 ) -> tuple[int, int]:
     """Rows of a member, and members; checks what both directions take."""
-    if act not in ("none", "mish"):
-        raise ValueError(f'{what}: act must be "none" or "mish", got {act!r}')
+    check_act(what, act)
     if plan.tiles_n != 1 or plan.block_n < n:
         raise ValueError(f"{what}: {n} columns must lie in one tile, got tiles of {plan.block_n}")
     members = weight.shape[0] if weight.dim() == 3 else 1
@@ -357,67 +363,43 @@ def _rows(
     return x.shape[0] // members, members
 
 
-def _constants(plan: Plan, n: int, k: int, act: str, input_precision: str) -> dict[str, object]:
-    return {
-        "BLOCK_M": plan.block_m,
-        "BLOCK_N": plan.block_n,
-        "BLOCK_K": plan.block_k,
-        "EVEN_N": n % plan.block_n == 0,
-        "EVEN_K": k % plan.block_k == 0,
-        "ACT": act,
-        "PRECISION": input_precision,
-    }
-
-
-#: Bytes that an epilogue may spill: a few registers at its fullest, once a tile; the loop of the
-#: product is free of them.
-SPILL = 64
-
-_ALL, _HOPPER = (80, 90, 100), (90,)
-_CASES: list[tuple[str, str, tuple[int, int], int, int, tuple[int, ...]]] = [
-    ("fwd", "fp16", (16, 512), 400, 512, _ALL),
-    ("fwd", "fp16", (32, 512), 400, 512, _ALL),
-    ("fwd", "fp16", (16, 256), 200, 400, _HOPPER),
-    ("fwd", "fp16", (32, 256), 200, 400, _ALL),
-    ("fwd", "fp16", (16, 512), 399, 400, _HOPPER),
-    ("fwd", "fp16", (32, 512), 399, 400, _HOPPER),
-    ("fwd", "tf32", (32, 256), 200, 400, _HOPPER),
-    ("fwd", "exact", (16, 512), 400, 512, _HOPPER),
-    ("fwd", "exact", (32, 256), 200, 400, _HOPPER),
-    ("bwd", "fp16", (16, 512), 400, 200, _ALL),
-    ("bwd", "fp16", (32, 256), 200, 101, _ALL),
-    ("bwd", "fp16", (16, 512), 399, 201, _HOPPER),
-    ("bwd", "tf32", (16, 512), 400, 200, _HOPPER),
-    ("bwd", "exact", (16, 512), 400, 200, _HOPPER),
-]
-_KERNELS = {"fwd": linear_act_norm_fwd_kernel, "bwd": linear_act_norm_bwd_kernel}
-_ROW_OF_N = frozenset({"N", "stride_y", "stride_u", "stride_dx"})
-_ROW_OF_K = frozenset({"K", "stride_x", "stride_dy"})
+_KERNELS = {
+    "linear_act_norm_fwd": linear_act_norm_fwd_kernel,
+    "linear_act_norm_bwd": linear_act_norm_bwd_kernel,
+}
+#: ``(N, K)`` of critics' and actors' layers in tiles of 512 and of 256, N aligned and not.
+_SIZES = {
+    "linear_act_norm_fwd": ((400, 512), (399, 400), (208, 400), (200, 400)),
+    "linear_act_norm_bwd": ((400, 200), (399, 201), (208, 104), (200, 101)),
+}
+#: Arguments that are no multiples of 16 where N is none.
+_ROW_OF_N = {
+    "linear_act_norm_fwd": ("N", "stride_y", "stride_u"),
+    "linear_act_norm_bwd": ("N", "stride_we", "stride_wk", "stride_u", "stride_dx"),
+}
 
 
 def cases() -> list[Case]:
-    """The critics' layers of 400 and 200 features."""
+    """Every tile with all that it can be given."""
     found = []
-    for direction, operand, tile, n, k, archs in _CASES:
-        case = tile_case(
-            f"linear_act_norm_{direction} mish",
-            _KERNELS[direction],
-            operand,
-            tile,
-            n,
-            k,
-            absent=() if operand == "fp16" else ("dy_scale", "dx_scale"),
-            constants={"ACT": "mish", "stride_wk" if direction == "fwd" else "stride_wn": 1},
-            archs=archs,
-            backward=direction == "bwd",
-            max_spill=SPILL,
-        )
-        odd = (_ROW_OF_N if n % 16 else frozenset()) | (_ROW_OF_K if k % 16 else frozenset())
-        if direction == "fwd" and k % 16:
-            odd |= {"stride_wn"}
-        if direction == "bwd" and n % 16:
-            odd |= {"stride_wk"}
-        if n * k % 16:
-            odd |= {"stride_we"}
-        found.append(replace(case, unaligned=case.unaligned | odd))
+    for operand in OPERANDS:
+        for kernel, fn in _KERNELS.items():
+            forward = kernel.endswith("fwd")
+            for n, k in _SIZES[kernel]:
+                wide = not forward and operand == "tf32"
+                found += tile_cases(
+                    f"{kernel} mish{' to fp32' if wide else ''}",
+                    kernel,
+                    fn,
+                    operand,
+                    (n, k),
+                    tiles=SOME if operand == "bf16" else None,
+                    absent=() if forward else absent_scales(operand, wide),
+                    wide=("dx",) if wide else (),
+                    constants={"ACT": "mish", "stride_wk" if forward else "stride_wn": 1},
+                    unaligned=(
+                        *(_ROW_OF_N[kernel] if n % 16 else ()),
+                        *(() if forward else ("K", "stride_dy")),
+                    ),
+                )
     return found

@@ -11,16 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pwm_fast.kernels.aot import Case
-from pwm_fast.kernels.plan import Exchange, Plan
-from pwm_fast.kernels.pointwise import power, rounded, row_exponent
-from pwm_fast.kernels.tile import COUNTER_STRIDE, meet, product, put, take
-from pwm_fast.kernels.tile_cases import tile_case
+from pwm_fast.kernels.plan import Plan
+from pwm_fast.kernels.pointwise import rounded
+from pwm_fast.kernels.tile import product
+from pwm_fast.kernels.tile_cases import OPERANDS, SOME, tile_cases
 from pwm_fast.kernels.tile_launch import check_operands, launch
-
-_COUNTER = tl.constexpr(COUNTER_STRIDE)
-
-#: Values a row and tile that the kernel exchanges, where ``operand_scale`` is asked for.
-PLANES = 1
 
 
 @triton.jit
@@ -34,14 +29,10 @@ def linear_axpby_kernel(
     out,
     raw,
     operand,
-    operand_scale,
-    slots,
-    counters,
     R,
     N,
     K,
     groups,
-    stride_slot,
     stride_x,
     stride_wn,
     stride_wk,
@@ -57,13 +48,11 @@ def linear_axpby_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILES_N: tl.constexpr,
-    TILES_2: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    PHASE: tl.constexpr,
 ):
-    """Grid as in ``linear_norm_act``; programs wait only where ``operand_scale`` needs them to."""
+    """Grid as in ``linear_norm_act``; no program waits for another."""
     for part in range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * TILES_N, groups * TILES_N):
         tile = part % TILES_N
         block = part // TILES_N
@@ -94,32 +83,18 @@ def linear_axpby_kernel(
             h *= tl.load(x_scale + valid)[:, None]
         if bias is not None:
             h += tl.load(bias + cols, mask=inside, other=0.0)[None, :]
-        if raw is not None and PHASE != 1:
+        if raw is not None:
             tl.store(raw + far * stride_raw + cols[None, :], h, mask=kept)
         old = tl.load(z + far * stride_z + cols[None, :], mask=inside[None, :], other=0.0)
         h = c0 * old + c2 * h
         if k1 is not None:
             at = k1 + far * stride_k1 + cols[None, :]
             h += c1 * tl.load(at, mask=inside[None, :], other=0.0)
-        if operand_scale is not None:
-            largest = tl.max(tl.where(inside[None, :], tl.abs(h), 0.0), 1)
-            if TILES_N > 1:
-                if PHASE != 2:
-                    put(slots, 0, tile, rows, largest, stride_slot, TILES_N)
-                if PHASE == 0:
-                    meet(counters + block * _COUNTER, TILES_N)
-                largest = tl.max(take(slots, 0, rows, stride_slot, TILES_N, TILES_2), 0)
-            exponent = row_exponent(largest)
-        if PHASE != 1:
-            if out is not None:
-                tl.store(out + far * stride_out + cols[None, :], h, mask=kept)
-            if operand is not None:
-                if operand_scale is not None:
-                    h *= power(254 - exponent)[:, None]
-                    first = (rows < R) & (tile == 0)
-                    tl.store(operand_scale + rows, power(exponent), mask=first)
-                h = rounded(h, operand.dtype.element_ty)
-                tl.store(operand + far * stride_operand + cols[None, :], h, mask=kept)
+        if out is not None:
+            tl.store(out + far * stride_out + cols[None, :], h, mask=kept)
+        if operand is not None:
+            at = operand + far * stride_operand + cols[None, :]
+            tl.store(at, rounded(h, operand.dtype.element_ty), mask=kept)
 
 
 def linear_axpby(
@@ -133,14 +108,11 @@ def linear_axpby(
     c2: float,
     *,
     plan: Plan,
-    exchange: Exchange | None = None,
     bias: Tensor | None = None,
     x_scale: Tensor | None = None,
     raw: Tensor | None = None,
     operand: Tensor | None = None,
-    operand_scale: Tensor | None = None,
     input_precision: str = "tf32",
-    phase: int = 0,
 ) -> None:
     """``out = c0 z + c1 k1 + c2 p`` with ``p = x_scale x weight^T + bias``.
 
@@ -152,21 +124,18 @@ def linear_axpby(
         weight: ``[N, K]`` of the same dtype, with any strides.
         z: ``[R, N]`` fp32.
         k1: ``[R, N]`` fp32 or None.
-        out: ``[R, N]`` fp32, written; None where only ``operand`` is wanted. May be ``z`` or ``k1``
-            where one launch does not need two phases.
+        out: ``[R, N]`` fp32, written; None where only ``operand`` is wanted. May be ``z`` or
+            ``k1``.
         c0: factor of ``z``.
         c1: factor of ``k1``.
         c2: factor of the product.
         plan: how to launch it.
-        exchange: where the plan is synced and ``operand_scale`` is given.
         bias: ``[N]`` fp32.
         x_scale: ``[R]`` fp32, factors of ``x``'s rows.
         raw: ``[R, N]`` fp32, written: the product ``p`` itself.
-        operand: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next product.
-        operand_scale: ``[R]`` fp32, written: powers of two that ``operand``'s rows are divided by,
-            so that their largest entries lie in (0.5, 1]; without it fp16 may overflow.
-        input_precision: of fp32 operands.
-        phase: of the exchange; for tests without a device.
+        operand: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next product; what fp16
+            cannot hold is infinite.
+        input_precision: of fp32 operands: ``"tf32"`` or ``"ieee"``.
 
     Raises:
         ValueError: tensors that do not fit one another or the plan.
@@ -176,14 +145,10 @@ def linear_axpby(
     rows = check_operands("linear_axpby", x, weight, k, results, n)
     if bias is not None and (bias.shape != (n,) or not bias.is_contiguous()):
         raise ValueError(f"linear_axpby: bias must be contiguous, [{n}], got {list(bias.shape)}")
-    if operand_scale is not None and operand is None:
-        raise ValueError("linear_axpby: operand_scale needs an operand")
-    if rows == 0:
-        return
     launch(
+        "linear_axpby",
         linear_axpby_kernel,
         plan,
-        exchange,
         rows,
         {
             "x": x,
@@ -195,7 +160,6 @@ def linear_axpby(
             "out": out,
             "raw": raw,
             "operand": operand,
-            "operand_scale": operand_scale,
             "R": rows,
             "N": n,
             "K": k,
@@ -210,42 +174,28 @@ def linear_axpby(
             "c0": c0,
             "c1": c1,
             "c2": c2,
-            "PRECISION": input_precision,
-            "PHASE": phase,
         },
-        waits=operand_scale is not None,
+        input_precision,
     )
 
 
 def cases() -> list[Case]:
-    """What the tests and the table of ``docs/kernels.md`` compile."""
+    """A state's step, and an adjoint's, with all that they can be given."""
     found = []
-    for operand, tile, n, k in (
-        ("fp16", (16, 64), 512, 512),
-        ("fp16", (64, 128), 768, 1792),
-        ("bf16", (64, 128), 768, 1792),
-        ("tf32", (64, 128), 768, 1792),
-        ("exact", (64, 128), 768, 1792),
-    ):
-        for what, absent, constants in (
-            ("", ("x_scale", "operand_scale"), {"stride_wk": 1}),
-            (" adjoint", ("bias", "raw"), {"stride_wn": 1}),
+    for operand in OPERANDS:
+        unscaled = () if operand == "fp16" else ("x_scale",)
+        for what, absent, order in (
+            ("", ("x_scale",), "stride_wk"),
+            (" adjoint", ("bias", *unscaled), "stride_wn"),
         ):
-            if what and operand != "fp16":
-                continue
-            found.append(
-                tile_case(
-                    f"linear_axpby{what}",
-                    linear_axpby_kernel,
-                    operand,
-                    tile,
-                    n,
-                    k,
-                    absent=absent,
-                    constants=constants,
-                    backward=True,
-                    max_spill=32,  # at the epilogue's fullest, with raw and k1, once a tile
-                    archs=(80, 90, 100) if operand == "fp16" else (90,),
-                )
+            found += tile_cases(
+                f"linear_axpby{what}",
+                "linear_axpby",
+                linear_axpby_kernel,
+                operand,
+                (768, 1792),
+                tiles=SOME if operand == "bf16" else None,
+                absent=absent,
+                constants={order: 1},
             )
     return found

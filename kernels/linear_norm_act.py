@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pwm_fast.kernels.aot import Case
-from pwm_fast.kernels.plan import LARGEST_BACKWARD, Exchange, Plan
+from pwm_fast.kernels.plan import Exchange, Plan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
 from pwm_fast.kernels.tile import COUNTER_STRIDE, meet, product, put, take
-from pwm_fast.kernels.tile_cases import tile_case
-from pwm_fast.kernels.tile_launch import check_operands, launch
+from pwm_fast.kernels.tile_cases import SOME, SPILL, absent_scales, tile_cases
+from pwm_fast.kernels.tile_launch import check_act, check_operands, launch
 
 _COUNTER = tl.constexpr(COUNTER_STRIDE)
 
@@ -30,9 +30,6 @@ def linear_norm_act_fwd_kernel(
     x,
     w,
     bias,
-    add,
-    tau,
-    w_tau,
     gamma,
     beta,
     y,
@@ -43,7 +40,6 @@ def linear_norm_act_fwd_kernel(
     R,
     N,
     K,
-    S,
     width,
     groups,
     stride_slot,
@@ -60,7 +56,6 @@ def linear_norm_act_fwd_kernel(
     TILES_2: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    TAU_ROWS: tl.constexpr,
     CENTRED: tl.constexpr,
     ACT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -95,15 +90,6 @@ def linear_norm_act_fwd_kernel(
         )
         if bias is not None:
             h += tl.load(bias + cols, mask=inside, other=0.0)[None, :]
-        if add is not None:
-            at = add + (valid % S)[:, None].to(tl.int64) * N + cols[None, :]
-            h += tl.load(at, mask=inside[None, :], other=0.0)
-        if tau is not None:
-            wt = tl.load(w_tau + cols, mask=inside, other=0.0)
-            if TAU_ROWS:
-                h += tl.load(tau + valid)[:, None] * wt[None, :]
-            else:
-                h += tl.load(tau) * wt[None, :]
 
         # Statistics of the row: of this tile first, then of all.
         if CENTRED:
@@ -314,14 +300,11 @@ def linear_norm_act_fwd(
     plan: Plan,
     exchange: Exchange | None,
     bias: Tensor | None = None,
-    add: Tensor | None = None,
-    tau: Tensor | None = None,
-    w_tau: Tensor | None = None,
     width: int = 0,
     input_precision: str = "tf32",
     phase: int = 0,
 ) -> None:
-    """``y = act(norm(x weight^T + bias + add + tau w_tau))``.
+    """``y = act(norm(x weight^T + bias))``.
 
     Args:
         x: ``[R, K]``, the operand.
@@ -337,12 +320,9 @@ def linear_norm_act_fwd(
         plan: how to launch it; of these shapes.
         exchange: where ``plan.synced``.
         bias: ``[N]`` fp32.
-        add: ``[S, N]`` fp32, contiguous; row r gets ``add[r % S]``.
-        tau: fp32, one value or one for each row.
-        w_tau: ``[N]`` fp32.
         width: 0: LayerNorm over N. Otherwise the true width of rows that are centred over their
             first ``width`` columns and 0 beyond: LayerNorm is RMS there.
-        input_precision: of fp32 operands: ``"tf32"``, ``"ieee"`` or ``"bf16x3"``.
+        input_precision: of fp32 operands: ``"tf32"`` or ``"ieee"``.
         phase: of the exchange; for tests without a device.
 
     Raises:
@@ -354,20 +334,15 @@ def linear_norm_act_fwd(
         raise ValueError(f"SimNorm's groups must be a power of two that divides {n}, got {group}")
     if act == "simnorm" and plan.block_n % group:
         raise ValueError(f"groups of {group} do not fit tiles of {plan.block_n}")
-    if rows == 0:
-        return
     launch(
+        "linear_norm_act_fwd",
         linear_norm_act_fwd_kernel,
         plan,
-        exchange,
         rows,
         {
             "x": x,
             "w": weight,
             "bias": bias,
-            "add": add,
-            "tau": tau,
-            "w_tau": w_tau,
             "gamma": gamma,
             "beta": beta,
             "y": y,
@@ -376,7 +351,6 @@ def linear_norm_act_fwd(
             "R": rows,
             "N": n,
             "K": k,
-            "S": 1 if add is None else add.shape[0],
             "width": width or n,
             "stride_x": x.stride(0),
             "stride_wn": weight.stride(0),
@@ -384,13 +358,13 @@ def linear_norm_act_fwd(
             "stride_y": y.stride(0),
             "stride_hat": 0 if xhat is None else xhat.stride(0),
             "eps": eps,
-            "TAU_ROWS": tau is not None and tau.numel() > 1,
             "CENTRED": width > 0,
             "ACT": act,
             "GROUP": group if act == "simnorm" else 1,
-            "PRECISION": input_precision,
             "PHASE": phase,
         },
+        input_precision,
+        exchange=exchange,
     )
 
 
@@ -438,7 +412,7 @@ def linear_norm_act_bwd(
         add: ``[R, N]`` fp32.
         add_factor: what ``add`` is multiplied by.
         sums: ``[3, ceil(R / plan.block_m), N]`` fp32, written: what each row block adds to the
-            gradients of gamma, beta and the bias; they are :func:`parameter_grads` of it.
+            gradients of gamma, beta and the bias.
         width: as in the forward pass.
         input_precision: of fp32 operands.
         phase: of the exchange; for tests without a device.
@@ -448,14 +422,11 @@ def linear_norm_act_bwd(
     """
     k, n = weight.shape
     rows = check_operands("linear_norm_act_bwd", dy, weight, k, {"dx": dx, "xhat": xhat}, n)
-    if act not in ("none", "mish"):
-        raise ValueError(f'act must be "none" or "mish" in a fused backward pass, got {act!r}')
-    if rows == 0:
-        return
+    check_act("linear_norm_act_bwd", act)
     launch(
+        "linear_norm_act_bwd",
         linear_norm_act_bwd_kernel,
         plan,
-        exchange,
         rows,
         {
             "dy": dy,
@@ -482,90 +453,71 @@ def linear_norm_act_bwd(
             "add_factor": add_factor,
             "CENTRED": width > 0,
             "ACT": act,
-            "PRECISION": input_precision,
             "PHASE": phase,
         },
+        input_precision,
+        exchange=exchange,
     )
-
-
-def parameter_grads(sums: Tensor) -> Tensor:
-    """``[3, N]`` float64 gradients of gamma, beta and bias from what the row blocks add.
-
-    ``sums`` is ``[..., 3, row blocks, N]``; leading dimensions, as evaluations, are summed too.
-    """
-    return sums.double().sum(-2).reshape(-1, 3, sums.shape[-1]).sum(0)
 
 
 #: Values a row and tile that the kernels exchange: at most this many.
 PLANES = 3
 
-#: Bytes that an epilogue may spill: a few registers at its fullest, once a tile; the loop of the
-#: product is free of them.
-SPILL = 64
-
-_ALL, _HOPPER = (80, 90, 100), (90,)
-_TILES: list[tuple[str, tuple[int, int], int, tuple[int, ...]]] = [
-    ("fp16", (16, 64), 512, _ALL),
-    ("fp16", (32, 64), 1792, _HOPPER),
-    ("fp16", (64, 64), 512, _HOPPER),
-    ("fp16", (64, 128), 1792, _ALL),
-    ("fp16", (128, 128), 4096, _ALL),
-    ("fp16", (64, 256), 4096, _HOPPER),
-    ("fp16", (16, 512), 512, _ALL),
-    ("fp16", (32, 512), 512, _HOPPER),
-    ("bf16", (64, 128), 1792, _HOPPER),
-    ("tf32", (16, 64), 512, _HOPPER),
-    ("tf32", (64, 128), 1792, _HOPPER),
-    ("tf32", (128, 128), 4096, _HOPPER),
-    ("exact", (16, 64), 512, _HOPPER),
-    ("exact", (64, 128), 1792, _HOPPER),
-    ("exact", (128, 128), 4096, _HOPPER),
-]
-_LAYER_NORM = ((16, 512), (64, 128))  # tiles that are compiled with two statistics, too
+_SIZES = ((512, 512), (1792, 1792))  # padded hidden layers: whole rows, and rows in several tiles
 
 
 def cases() -> list[Case]:
-    """What the tests and the table of ``docs/kernels.md`` compile."""
-    found = []
-    for operand, tile, n, archs in _TILES:
-        for centred in (True, False) if operand == "fp16" and tile in _LAYER_NORM else (True,):
-            what = "" if centred else "LayerNorm "
-            found.append(
-                tile_case(
-                    f"linear_norm_act_fwd {what}mish",
-                    linear_norm_act_fwd_kernel,
-                    operand,
-                    tile,
-                    n,
-                    n,
-                    absent=("add", "tau", "w_tau"),
-                    constants={
-                        "stride_wk": 1,
-                        "S": 1,
-                        "TAU_ROWS": False,
-                        "CENTRED": centred,
-                        "ACT": "mish",
-                        "GROUP": 1,
-                    },
-                    archs=archs,
-                    max_spill=SPILL,
-                )
-            )
-            if tile[0] * tile[1] > LARGEST_BACKWARD:
-                continue
-            found.append(
-                tile_case(
-                    f"linear_norm_act_bwd {what}mish",
-                    linear_norm_act_bwd_kernel,
-                    operand,
-                    tile,
-                    n,
-                    n,
-                    absent=("add",) if operand == "fp16" else ("add", "dy_scale", "dx_scale"),
-                    constants={"stride_wn": 1, "CENTRED": centred, "ACT": "mish"},
-                    backward=True,
-                    max_spill=SPILL,
-                    archs=archs,
-                )
-            )
-    return found
+    """Every tile with all that it can be given.
+
+    16-bit weights are centred, tf32 ones are not, unless asked for. A stack's first adjoint and its
+    last layer's output, SimNorm's as a rule, are fp32.
+    """
+    found = [
+        *_forward("fp16", True, "mish"),
+        *_forward("fp16", True, "simnorm"),
+        *_backward("fp16", True, False),
+        *_backward("fp16", True, True),
+        *_forward("tf32", False, "mish"),
+        *_backward("tf32", False, True),
+    ]
+    # What is rare, and bf16, which differs from fp16 in its type alone.
+    for operand, centred in (("fp16", False), ("tf32", True), ("bf16", True)):
+        found += _forward(operand, centred, "mish", SOME)
+        found += _backward(operand, centred, operand == "tf32", SOME)
+    return found + _forward("tf32", False, "simnorm")
+
+
+def _forward(
+    operand: str, centred: bool, act: str, tiles: tuple[tuple[int, int], ...] | None = None
+) -> list[Case]:
+    simnorm = act == "simnorm"
+    return tile_cases(
+        f"linear_norm_act_fwd {'' if centred else 'LayerNorm '}{act}",
+        "linear_norm_act_fwd",
+        linear_norm_act_fwd_kernel,
+        operand,
+        *_SIZES,
+        tiles=tiles,
+        # SimNorm sums along a third axis: the tile is laid out anew, on sm_100 out of registers.
+        max_spill=192 if simnorm else SPILL,
+        wide=("y",) if simnorm else (),
+        constants={"stride_wk": 1, "CENTRED": centred, "ACT": act, "GROUP": 8 if simnorm else 1},
+    )
+
+
+def _backward(
+    operand: str, centred: bool, wide: bool, tiles: tuple[tuple[int, int], ...] | None = None
+) -> list[Case]:
+    return tile_cases(
+        f"linear_norm_act_bwd {'' if centred else 'LayerNorm '}mish{' to fp32' if wide else ''}",
+        "linear_norm_act_bwd",
+        linear_norm_act_bwd_kernel,
+        operand,
+        *_SIZES,
+        tiles=tiles,
+        # On sm_100 the sums and the addend do not fit beside a result that is not rounded.
+        max_spill=128 if wide else SPILL,
+        absent=absent_scales(operand, wide),
+        wide=("dx",) if wide else (),
+        constants={"stride_wn": 1, "CENTRED": centred, "ACT": "mish"},
+    )

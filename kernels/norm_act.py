@@ -344,7 +344,7 @@ def cases() -> list[Case]:
         _case("bwd", "mish", 1792, "fp16", "dy_scale dx_scale", width=1788, sums=3),
         _case("bwd", "mish", 4096, "fp16", "dy_scale dx_scale", width=4096, sums=3),
         _case("bwd", "mish", 8192, "fp32", sums=3),
-        _case("bwd", "simnorm", 512, "fp16", "dy_scale dx_scale"),
+        _case("bwd", "simnorm", 512, "fp16", "dy_scale dx_scale", width=512, sums=3),
         _case("bwd", "simnorm", 1376, "fp32", sums=3),
         _case("bwd", "none", 7, "fp32", sums=2),
     ]

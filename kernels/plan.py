@@ -21,13 +21,15 @@ from pwm_fast.kernels import cost, tuning
 
 VARIABLE = "PWM_FAST_FUSED_PRODUCTS"
 
-#: Tiles ``(BLOCK_M, BLOCK_N)`` of rows that lie in several tiles.
-SHARED_ROWS = ((16, 64), (32, 64), (64, 64), (64, 128), (128, 128), (64, 256))
-#: Rows of a tile that holds whole rows, and the widest such row.
-WHOLE_ROWS = (16, 32, 64)
+#: The widest row that a tile holds whole.
 WIDEST = 512
-#: Rows of such a tile where a row's end is masked: with 64, as warpgroup products, it spills.
-GROUPED_ROWS = (16, 32)
+#: Tiles ``(BLOCK_M, BLOCK_N)`` of rows that lie in several tiles.
+SHARED_ROWS = ((16, 64), (32, 64), (64, 64), (64, 128), (128, 128))
+#: Tiles of whole rows of ensembles' layers, which are masked. With 64 rows, as warpgroup products,
+#: they would spill.
+GROUPED = ((16, 256), (32, 256), (16, 512), (32, 512))
+#: Of 16 rows of 256, by 4 warps, Triton 3.6 keeps 3 KB a thread in memory.
+GROUPED_BACKWARD = ((32, 256), (16, 512))
 #: Elements of a tile, and of one in a backward pass: larger ones spill in the epilogue.
 LARGEST, LARGEST_BACKWARD = 16384, 8192
 #: Column tiles of a row whose programs wait for one another.
@@ -37,33 +39,44 @@ MOST_TILES = 64
 class Tiles(NamedTuple):
     """What a kernel can be launched with.
 
+    Every tile here is compiled ahead of time, in every precision, for every generation of GPUs; so
+    there are none that no published width takes, and widths that would multiply them are not fused.
+
     Attributes:
-        whole: rows of tiles that hold whole rows; their columns are the power of two from 64 on.
+        whole: tiles that hold whole rows.
         shared: tiles of rows that lie in several.
         waits: the programs of such a row wait for one another.
         backward: the epilogue holds more, so that tiles are smaller and have more warps.
-        aligned: the summed width must be a multiple of so many.
+        grouped: members of an ensemble have a grid axis; programs do not loop.
+        masked: tiles may reach beyond a row's end; else its columns are a multiple of theirs.
+        columns: the result's must be a multiple of so many.
+        summed: the summed width must be; 0: of BLOCK_K.
         state: bytes that the epilogue moves of each element in float32.
         operands: numbers that it moves of each in the operands' dtype.
     """
 
-    whole: tuple[int, ...]
+    whole: tuple[tuple[int, int], ...]
     shared: tuple[tuple[int, int], ...]
     waits: bool
     backward: bool
-    aligned: int = 1
+    grouped: bool = False
+    masked: bool = False
+    columns: int = 1
+    summed: int = 0
     state: int = 0
     operands: int = 2
 
 
-#: By kernel. The cases of ahead-of-time compilation are of these.
+#: By kernel.
 TILES: Mapping[str, Tiles] = {
-    "linear_norm_act_fwd": Tiles(WHOLE_ROWS, SHARED_ROWS, True, False),
-    "linear_norm_act_bwd": Tiles(WHOLE_ROWS, SHARED_ROWS, True, True),
-    # The weight's unaligned rows would be read number by number, which spills.
-    "linear_act_norm_fwd": Tiles(GROUPED_ROWS, (), False, False, aligned=16),
-    "linear_act_norm_bwd": Tiles(GROUPED_ROWS, (), False, True),
-    "linear_axpby": Tiles(WHOLE_ROWS, SHARED_ROWS, False, True, state=12, operands=1),
+    "linear_norm_act_fwd": Tiles(((16, 512), (32, 512)), SHARED_ROWS, True, False),
+    "linear_norm_act_bwd": Tiles(((16, 512),), SHARED_ROWS, True, True),
+    # A weight's unaligned rows would be read number by number, which spills.
+    "linear_act_norm_fwd": Tiles(GROUPED, (), False, False, True, True, summed=16),
+    "linear_act_norm_bwd": Tiles(GROUPED_BACKWARD, (), False, True, True, True, summed=1),
+    "linear_axpby": Tiles(
+        (), SHARED_ROWS, False, True, masked=True, columns=16, state=12, operands=1
+    ),
 }
 RATES = ("16", "tf32", "ieee")
 
@@ -213,7 +226,7 @@ def make_plan(
         return None
     if block_m * block_n > (LARGEST_BACKWARD if backward else LARGEST):
         return None
-    block_k = 128 // element  # one line of shared memory
+    block_k = _block_k(element)
     stages = min(4, (shared - 8192) // ((block_m + block_n) * block_k * element))
     if stages < 2:
         return None
@@ -228,19 +241,28 @@ def make_plan(
 def shapes(kernel: str, n: int) -> list[tuple[int, int]]:
     """The tiles ``(BLOCK_M, BLOCK_N)`` that a kernel's rows of ``n`` columns can be cut into."""
     tiles = TILES[kernel]
-    whole = [] if n > WIDEST else [(m, _power_of_two(max(n, 64))) for m in tiles.whole]
-    return whole + [(m, b) for m, b in tiles.shared if b < n]
+    if n % tiles.columns:
+        return []
+    if not tiles.masked:
+        whole = [(m, b) for m, b in tiles.whole if b == n]
+        return whole + [(m, b) for m, b in tiles.shared if b < n and n % b == 0]
+    narrowest = min((b for _, b in tiles.whole if b >= n), default=0)
+    first = tiles.shared[0][1] if tiles.shared else 0
+    whole = [(m, b) for m, b in tiles.whole if b == narrowest]
+    return whole + [(m, b) for m, b in tiles.shared if b < n or b == first]
 
 
 def candidates(product: Product, limits: Limits) -> list[Plan]:
     """Every plan that fits, for the model and the tuner to choose from.
+
+    None of exact float32 products: they run on no tensor cores, and the library's are faster.
 
     Raises:
         ValueError: a size is not positive, or the kernel or precision unknown.
     """
     product.check()
     tiles = TILES[product.kernel]
-    if product.k % tiles.aligned:
+    if product.rate == "ieee" or product.k % (tiles.summed or _block_k(product.element)):
         return []
     made = (_plan(m, b, product, limits) for m, b in shapes(product.kernel, product.n))
     return [p for p in made if p is not None]
@@ -364,9 +386,9 @@ def device_plan(product: Product, device: torch.device) -> Plan | None:
     if min(product.rows, product.n, product.k) < 1 or not _wanted():
         return None
     if device.type != "cuda":
-        # Alignment only matters to a GPU's registers.
-        even = product._replace(k=_cdiv(product.k, 16) * 16)
-        return next((p for p in candidates(even, Limits(1)) if not p.synced), None)
+        # Of any width: alignment, precision and how many variants there are matter on GPUs alone.
+        block_n = _power_of_two(max(product.n, 64))
+        return _plan(16, block_n, product, Limits(1)) if product.n <= WIDEST else None
     return _chosen(product, *device_limits(device))
 
 
@@ -400,6 +422,10 @@ class Exchange:
         self.slots = torch.empty(size, dtype=torch.float32, device=device)
         # COUNTER_STRIDE of kernels/tile.py, which cannot be imported without triton
         self.counters = torch.zeros(tiles_m * 32, dtype=torch.int32, device=device)
+
+
+def _block_k(element: int) -> int:
+    return 128 // element  # one line of shared memory
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -1,17 +1,24 @@
 """What the Triton kernels use on each GPU generation: the table of ``docs/kernels.md``.
 
 ``python -m pwm_fast.kernels.report`` compiles every case of every module here and writes the table;
-``--check`` only compares it. No GPU is needed.
+``--check`` only compares it. No GPU is needed. Triton keeps what it compiled, so a second run only
+compiles what has changed.
+
+With the table stands a hash of all that it depends on (:func:`fingerprint`). Where that is the
+same, so is the table: the tests compile a sample of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import io
 import os
 import pkgutil
 import re
 import sys
+import tokenize
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -87,32 +94,87 @@ def examine(module: str, arch: int, index: int) -> Entry:
     return Entry(module, case.name, arch, used, faults(case, arch, used))
 
 
-def report(names: Sequence[str] | None = None, workers: int | None = None) -> list[Entry]:
-    """Compile all cases of some modules (None: of all), in several processes.
+def jobs(names: Sequence[str] | None = None) -> list[tuple[str, int, int]]:
+    """Module, generation and index of all that is compiled of some modules (None: of all).
 
     Raises:
-        ValueError: two cases have the same name.
+        ValueError: two cases for one generation have the same name.
     """
-    jobs = []
-    seen: set[str] = set()
+    found = []
+    seen: set[tuple[str, int]] = set()
     for module in names or modules():
         for index, case in enumerate(cases_of(module)):
-            if case.name in seen:
-                raise ValueError(f"two cases are called {case.name!r}, the second in {module}")
-            seen.add(case.name)
-            jobs += [(module, arch, index) for arch in case.archs]
+            for arch in case.archs:
+                if (case.name, arch) in seen:
+                    raise ValueError(f"two cases are called {case.name!r}, the second in {module}")
+                seen.add((case.name, arch))
+                found.append((module, arch, index))
+    return found
+
+
+def report(
+    names: Sequence[str] | None = None, workers: int | None = None, every: int = 1
+) -> list[Entry]:
+    """Compile the cases of some modules (None: of all), in several processes.
+
+    Args:
+        names: the modules.
+        workers: processes; None: one a CPU.
+        every: compile only every so manieth case of each module, for one generation after another.
+
+    Raises:
+        ValueError: see :func:`jobs`.
+    """
+    wanted = jobs(names)[::every]
     workers = workers or os.cpu_count() or 1
     # Spawned, not forked: the parent may have threads, and triton holds native state.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(examine, *zip(*jobs, strict=True), chunksize=3))
+        return list(pool.map(examine, *zip(*wanted, strict=True), chunksize=3))
+
+
+def fingerprint(names: Sequence[str] | None = None) -> str:
+    """A hash of all device code and cases of some modules (None: of all).
+
+    Comments and lines do not count, nor does the version of Triton.
+    """
+    digest = hashlib.sha256()
+    for info in sorted(pkgutil.iter_modules(pwm_fast.kernels.__path__), key=lambda i: i.name):
+        for name, fn in sorted(vars(_module(info.name)).items()):
+            if isinstance(fn, triton.JITFunction):
+                digest.update(f"{name} {_code(fn.src)}".encode())
+            elif isinstance(fn, triton.language.constexpr):
+                digest.update(f"{name} {fn.value}".encode())
+    for module in names or modules():
+        for c in cases_of(module):
+            options = (c.num_warps, c.num_stages, c.options, sorted(c.unaligned), c.archs)
+            digest.update(repr((c.name, c.signature, c.constants, options)).encode())
+    return digest.hexdigest()[:12]
+
+
+def _code(source: str) -> str:
+    """A function's tokens, without comments and docstring."""
+    words: list[str] = []
+    docstring = False
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if token.type == tokenize.STRING and words[-1] == "INDENT":
+            docstring = True
+        elif docstring:
+            docstring = False  # the end of its line
+        elif token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            words.append(tokenize.tok_name[token.type])
+        else:
+            words.append(token.string)
+    return " ".join(words)
 
 
 def table(entries: Sequence[Entry]) -> str:
     """The report as Markdown: a line a case; of every generation registers, spill, shared, unit."""
     archs = list(SHARED_LIMIT)
     lines = [
-        f"Triton {triton.__version__}: registers a thread / bytes spilled a thread / bytes of "
-        "shared memory / tensor-core instructions.",
+        f"Triton {triton.__version__}, kernels {fingerprint()}: registers a thread / bytes spilled "
+        "a thread / bytes of shared memory / tensor-core instructions.",
         "",
         "| kernel | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
         "|---|" + "---|" * len(archs),
@@ -125,6 +187,19 @@ def table(entries: Sequence[Entry]) -> str:
     for (_, case), cells in sorted(rows.items()):
         lines.append(f"| {case} | " + " | ".join(cells.get(a, "not built") for a in archs) + " |")
     return "\n".join(lines)
+
+
+def rows_of(text: str) -> dict[tuple[str, int], Usage]:
+    """What a table says of each case and generation."""
+    found = {}
+    for line in text.splitlines():
+        case, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for arch, cell in zip(SHARED_LIMIT, cells, strict=False):
+            values = re.fullmatch(r"(\d+) / (\d+) / (\d+)(?: / (\S+))?", cell)
+            if values:
+                registers, spill, shared = (int(v) for v in values.groups()[:3])
+                found[case, arch] = Usage(registers, spill, shared, values[4] or "")
+    return found
 
 
 def _cells(used: Usage) -> list[str]:
@@ -153,10 +228,10 @@ def store(page: Path, text: str, section: str = SECTION) -> None:
     page.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
-def version_of(text: str) -> str | None:
-    """The version of Triton that a table was made with."""
-    found = re.match(r"Triton (\S+):", text)
-    return found[1] if found else None
+def made_with(text: str) -> tuple[str, str] | None:
+    """The version of Triton, and the fingerprint, that a table was made with."""
+    found = re.match(r"Triton (\S+), kernels (\w+):", text)
+    return (found[1], found[2]) if found else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,8 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
     elif not args.check:
         store(args.page, text)
-    elif version_of(stored(args.page)) != triton.__version__:
-        print(f"not compared: the table is of Triton {version_of(stored(args.page))}")
+    elif (made_with(stored(args.page)) or ("?",))[0] != triton.__version__:
+        print("not compared: the table is of another Triton")
     elif stored(args.page).rstrip() != text:
         bad.append(f"{args.page} differs: run python -m pwm_fast.kernels.report")
     for line in bad:

@@ -1,104 +1,116 @@
-"""Ahead-of-time cases of the fused products: what a plan makes of a kernel's arguments."""
+"""Ahead-of-time cases of the fused products: all that a plan may launch them with.
+
+Tiles come from :func:`pwm_fast.kernels.plan.candidates`, as on a device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from pwm_fast.kernels.aot import Case
-from pwm_fast.kernels.plan import make_plan
-from pwm_fast.kernels.tile_launch import POINTER_TYPES
+from pwm_fast.kernels.aot import SHARED_LIMIT, Case
+from pwm_fast.kernels.plan import Limits, Plan, Product, candidates
+from pwm_fast.kernels.tile_launch import POINTER_TYPES, constants_of
 
-#: Operands that the projects' precisions give: name, dtype, ``input_precision``.
-OPERANDS = {
-    "fp16": (torch.float16, "tf32"),
-    "bf16": (torch.bfloat16, "tf32"),
-    "tf32": (torch.float32, "tf32"),
-    "exact": (torch.float32, "ieee"),
-}
+#: Operands in which products are fused, by the name of their precision; ``exact`` ones are not.
+OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 
-_NARROW = frozenset({"x", "w", "y", "xhat", "u", "dy", "dx", "operand", "m"})
-_FLOATS = frozenset({"eps", "add_factor", "c0", "c1", "c2", "operand_factor"})
-_UNALIGNED = frozenset({"width", "groups", "S", "R", "rows_per_group"})
+#: Tiles of the cases that are compiled of some only: bf16 differs from fp16 in its type alone.
+SOME = ((16, 512), (64, 128), (32, 256))
+
+#: Bytes that an epilogue may spill: up to 24 registers at its fullest, once a tile; the loop of the
+#: product is free of them.
+SPILL = 96
+
+_NARROW = frozenset({"x", "w", "y", "xhat", "u", "dy", "dx", "operand"})
+_FLOATS = frozenset({"eps", "add_factor", "c0", "c1", "c2"})
+_UNALIGNED = frozenset({"width", "groups", "R"})
 
 
-def tile_case(
+def tile_cases(
     name: str,
+    kernel: str,
     fn: Any,
     operand: str,
-    tile: tuple[int, int],
-    n: int,
-    k: int,
-    *,
+    *sizes: tuple[int, int],
+    tiles: Collection[tuple[int, int]] | None = None,
+    max_spill: int = SPILL,
     absent: Iterable[str] = (),
+    wide: Iterable[str] = (),
     constants: Mapping[str, Any] | None = None,
-    shared: int = 163 * 1024,
-    archs: tuple[int, ...] = (80, 90, 100),
-    backward: bool = False,
-    max_spill: int = 0,
-) -> Case:
-    """The case of a kernel with tiles ``tile`` of a result of ``n`` columns, summed over ``k``.
+    unaligned: Iterable[str] = (),
+) -> list[Case]:
+    """A case for every tile that a kernel may have, on each generation as it is launched there.
 
     Args:
-        name: of the kernel and what is special about the case.
+        name: of the kernel and what is special about the cases.
+        kernel: a key of :data:`pwm_fast.kernels.plan.TILES`.
         fn: the kernel.
         operand: a key of :data:`OPERANDS`.
-        tile: ``(BLOCK_M, BLOCK_N)``.
-        n: columns of the result.
-        k: summed over.
-        absent: arguments passed as None.
-        constants: values of further compile-time arguments.
-        shared: bytes of shared memory that the plan is made for.
-        archs: compute capabilities.
-        backward: see :func:`make_plan`.
+        sizes: columns of a result and what is summed over, several to reach all tiles; a tile that
+            fits several is taken of the last.
+        tiles: ``(BLOCK_M, BLOCK_N)`` to take; None: all.
         max_spill: see :class:`Case`.
+        absent: arguments passed as None.
+        wide: tensors in fp32 that are operands elsewhere.
+        constants: values of further compile-time arguments.
+        unaligned: see :class:`Case`.
     """
-    dtype, precision = OPERANDS[operand]
-    plan = make_plan(*tile, 1 << 16, n, 1 << 10, dtype.itemsize, shared, backward)
-    if plan is None:
-        raise ValueError(f"tiles of {tile} do not fit {n} columns of {operand}")
-    values: dict[str, Any] = {
-        "BLOCK_M": plan.block_m,
-        "BLOCK_N": plan.block_n,
-        "BLOCK_K": plan.block_k,
-        "TILES_N": plan.tiles_n,
-        "TILES_2": 1 << (plan.tiles_n - 1).bit_length(),
-        "EVEN_N": n % plan.block_n == 0,
-        "EVEN_K": k % plan.block_k == 0,
-        "PRECISION": precision,
-        "PHASE": 0,
-        **(constants or {}),
-        **{a: None for a in absent},
-    }
+    found: dict[tuple[int, int, int], tuple[Plan, Product]] = {}
+    for n, k in sizes:
+        product = Product(kernel, 1 << 16, n, k, element=OPERANDS[operand].itemsize)
+        for arch, shared in SHARED_LIMIT.items():
+            for plan in candidates(product, Limits(1 << 10, shared)):
+                if tiles is None or (plan.block_m, plan.block_n) in tiles:
+                    found[arch, plan.block_m, plan.block_n] = plan, product
+    same: dict[tuple[Plan, Product], list[int]] = {}
+    for (arch, _, _), launched in found.items():
+        same.setdefault(launched, []).append(arch)
+    given = {**(constants or {}), **dict.fromkeys(absent)}
+    pointers = dict.fromkeys(_NARROW, POINTER_TYPES[OPERANDS[operand]]) | dict.fromkeys(
+        wide, "*fp32"
+    )
+    return [
+        Case(
+            f"{name} {plan.name} of {product.n}, K {product.k}, {operand}",
+            fn,
+            {a: "constexpr" if a in values else _type(a, pointers) for a in fn.arg_names},
+            values,
+            unaligned=_UNALIGNED | frozenset(unaligned),
+            num_warps=plan.warps,
+            num_stages=plan.stages,
+            options={"enable_fp_fusion": True, "launch_cooperative_grid": plan.synced},
+            tensor_cores=True,
+            hgmma=plan.block_m >= 64,
+            max_spill=max_spill,
+            archs=tuple(archs),
+        )
+        for (plan, product), archs in same.items()
+        for values in [_values(fn, plan, product, given)]
+    ]
+
+
+def absent_scales(operand: str, wide: bool) -> tuple[str, ...]:
+    """Factors of adjoints' rows that there are not: only fp16 ones have any."""
+    if operand != "fp16":
+        return ("dy_scale", "dx_scale")
+    return ("dx_scale",) if wide else ()
+
+
+def _values(fn: Any, plan: Plan, product: Product, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the compile-time arguments, and None for those that are not passed."""
+    values = constants_of(product.kernel, plan, product.n, product.k, product.input_precision)
+    values |= {"PHASE": 0, **given}
     if not plan.synced:
         values |= {"slots": None, "counters": None}
-    signature = {
-        a: "constexpr" if a in values else _type(a, POINTER_TYPES[dtype]) for a in fn.arg_names
-    }
-    return Case(
-        f"{name} {plan.block_m}x{plan.block_n} of {n}, K {k}, {operand}",
-        fn,
-        signature,
-        {a: v for a, v in values.items() if a in fn.arg_names},
-        unaligned=_UNALIGNED,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-        options={"enable_fp_fusion": True, "launch_cooperative_grid": plan.synced},
-        tensor_cores=precision != "ieee" or dtype.itemsize == 2,
-        hgmma=dtype.itemsize == 2 and plan.block_m >= 64,
-        max_spill=max_spill,
-        archs=archs,
-    )
+    return {a: v for a, v in values.items() if a in fn.arg_names}
 
 
-def _type(argument: str, operand: str) -> str:
-    if argument in _NARROW:
-        return operand
+def _type(argument: str, pointers: Mapping[str, str]) -> str:
     if argument in _FLOATS:
         return "fp32"
-    if argument == "counters":
-        return "*i32"
-    integer = argument.startswith("stride") or argument in ("R", "N", "K", "S", "width", "groups")
-    return "i32" if integer else "*fp32"
+    if argument.startswith("stride") or argument in ("R", "N", "K", "width", "groups"):
+        return "i32"
+    return "*i32" if argument == "counters" else pointers.get(argument, "*fp32")

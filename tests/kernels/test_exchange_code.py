@@ -18,8 +18,7 @@ from pwm_fast.kernels.report import cases_of
 
 CASES = [
     ("rollout", "rollout_fwd U512 fp16 8x64 weights"),
-    ("linear_norm_act", "linear_norm_act_bwd mish 16x64 of 512, K 512, fp16"),
-    ("linear_axpby", "linear_axpby adjoint 16x64 of 512, K 512, fp16"),
+    ("linear_norm_act", "linear_norm_act_bwd mish 16x64 of 1792, K 1792, fp16"),
 ]
 RELEASE, ACQUIRE, BARRIER = "release", "acquire", "barrier"
 #: In this order: the first that matches names an instruction.

@@ -20,7 +20,6 @@ from pwm_fast.kernels.linear_norm_act import (
     PLANES,
     linear_norm_act_bwd,
     linear_norm_act_fwd,
-    parameter_grads,
 )
 from pwm_fast.kernels.plan import Exchange, Plan, make_plan
 from pwm_fast.ops.fused.kernels import TorchKernels
@@ -46,16 +45,15 @@ class Layer:
 
     def __init__(self, rows: int, n: int, k: int, width: int, dtype: torch.dtype) -> None:
         self.x = torch.randn(rows, k).to(dtype)
-        weight, vectors = torch.randn(n, k) / k**0.5, torch.randn(4, n)
+        weight, bias = torch.randn(n, k) / k**0.5, torch.randn(n)
         gamma, beta = 1.0 + 0.3 * torch.randn(n), 0.3 * torch.randn(n)
         if width:
-            weight[width:], vectors[:, width:], gamma[width:], beta[width:] = 0, 0, 0, 0
+            weight[width:], bias[width:], gamma[width:], beta[width:] = 0, 0, 0, 0
             weight[:width] -= weight[:width].mean(0)
-            vectors[:, :width] -= vectors[:, :width].mean(1, keepdim=True)
+            bias[:width] -= bias[:width].mean()
         self.weight = weight.to(dtype)
-        self.bias, self.w_tau, self.add = vectors[0], vectors[1], vectors[2:]
+        self.bias = bias
         self.gamma, self.beta = gamma, beta
-        self.tau = torch.rand(rows)
         self.width = width
 
     def to(self, dtype: torch.dtype, device: str) -> Layer:
@@ -74,26 +72,18 @@ class Layer:
         n = self.width or h.shape[1]
         for out in (y, hat):
             out[:, n:] = 0
-        add = self.add[:, :n]
-        rows = h.shape[0] // 2 * 2  # the addend repeats over an even number of rows
-        for part in (slice(0, rows), slice(rows, None)):
-            some = add if part.stop else add[:1]
-            if h[part].shape[0]:
-                TorchKernels().norm_act_fwd(
-                    h[part, :n].contiguous(),
-                    y[part, :n],
-                    hat[part, :n],
-                    rstd[part],
-                    gamma=self.gamma[:n],
-                    beta=self.beta[:n],
-                    act=act,
-                    group=8,
-                    eps=EPS,
-                    bias=self.bias[:n],
-                    add=some,
-                    tau=self.tau[part],
-                    w_tau=self.w_tau[:n],
-                )
+        TorchKernels().norm_act_fwd(
+            h[:, :n].contiguous(),
+            y[:, :n],
+            hat[:, :n],
+            rstd,
+            gamma=self.gamma[:n],
+            beta=self.beta[:n],
+            act=act,
+            group=8,
+            eps=EPS,
+            bias=self.bias[:n],
+        )
         return y, hat, rstd
 
 
@@ -124,9 +114,6 @@ def forward(layer: Layer, plan: Plan, act: str, device: str = "cpu", exchange=No
             plan=plan,
             exchange=exchange,
             bias=layer.bias,
-            add=layer.add,
-            tau=layer.tau,
-            w_tau=layer.w_tau,
             width=layer.width,
             input_precision="ieee",
             phase=each,
@@ -262,7 +249,7 @@ def check_backward(backward: Backward) -> None:
     ours, plain_dx = ((v.double() / size).to(dtype) for v in (dx, mixed))
     assert_2x(ours, plain_dx, exact / size, "dx")
     for name, a, b, c in zip(
-        ("gamma", "beta", "bias"), parameter_grads(sums), mixed_sums, exact_sums, strict=True
+        ("gamma", "beta", "bias"), sums.double().sum(1), mixed_sums, exact_sums, strict=True
     ):
         size = c.abs().max() + 1e-30
         assert_2x((a / size).float(), b / size.float(), c / size, name)

@@ -13,8 +13,8 @@ from pwm_fast.kernels.report import cases_of
 @pytest.mark.parametrize(
     ("module", "name", "rounds"),
     [
-        ("linear_norm_act", "linear_norm_act_fwd mish 16x64 of 512, K 512, tf32", True),
-        ("linear_norm_act", "linear_norm_act_fwd mish 16x64 of 512, K 512, exact", False),
+        ("linear_norm_act", "linear_norm_act_fwd LayerNorm mish 16x64 of 1792, K 1792, tf32", True),
+        ("linear_norm_act", "linear_norm_act_fwd mish 16x64 of 1792, K 1792, fp16", False),
         ("rollout", "rollout_fwd U512 fp32 16x32 weights", True),
     ],
 )

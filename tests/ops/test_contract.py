@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import assert_2x
-from tests.ops.contract import CASES, ROLLOUTS, Case, Inputs, check
+from tests.ops.contract import CASES, Case, Inputs, check
 
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 CASE_IDS = [case.name for case in CASES]
@@ -58,10 +58,7 @@ def expanded(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_layouts(case: Case, layout, dtype: torch.dtype) -> None:
     """Inputs and parameters of any strides give what contiguous ones give."""
-    # Not of rollouts: with 7 rows of 510 their weights' gradients exceed the rule by a seventh,
-    # whatever the strides (native; with 1, 33 or 199 rows they keep it).
-    real = dtype == torch.float32 and case not in ROLLOUTS
-    for width in case.widths[1 : 3 if real else 2]:
+    for width in case.widths[1 : 3 if dtype == torch.float32 else 2]:
         inputs: Inputs = case.inputs(7, width, dtype)
         if layout is expanded:
             inputs |= {name: expanded(inputs[name]) for name in case.rows}

@@ -16,7 +16,7 @@ from pwm_fast.ops.fused.kernels import Kernels
 VARIABLE = "PWM_FAST_GEMM"
 CHOICES = ("auto", "torch", "onednn")
 _NARROW = 16
-_RUN, _FEW = 64, 1024  # rows of a short sum of a weight gradient; up to how many rows it is cut
+_RUN, _FEW = 32, 1024  # rows of a short sum of a weight gradient; up to how many rows it is cut
 _CHUNK = 128  # longest sum of a prepacked product
 ALIGNED = 8  # 16-bit numbers: rows of operands begin on 16 bytes
 

@@ -123,17 +123,23 @@ def providers() -> list[tuple[str, str]]:
     return [*found, *([("triton", "exact"), ("triton", "fast")] if "triton" in names else [])]
 
 
+def _config(alg: str) -> AlgConfig:
+    return small() if alg == "tests" else plain.algorithm(alg)
+
+
 def table(results: dict[str, dict[str, dict[str, int]]]) -> str:
     """Markdown."""
     lines = [
-        "| configuration | backend, precision | " + " | ".join(STEPS) + " |",
-        "|---|---|" + "---:|" * len(STEPS),
+        "| configuration | backend, precision | " + " | ".join(STEPS) + " | an epoch's updates |",
+        "|---|---|" + "---:|" * (len(STEPS) + 1),
     ]
     for alg, rows in results.items():
         if alg == "tests" and len(results) > 1:
             continue
         for provider, counts in rows.items():
-            cells = " | ".join(f"{counts[s]:,}" for s in STEPS)
+            models = _config(alg).model_learning.updates * counts["world model"]
+            epoch = counts["actor"] + counts["critics"] + models
+            cells = " | ".join(f"{n:,}" for n in (*(counts[s] for s in STEPS), epoch))
             lines.append(f"| `{alg}` | {provider} | {cells} |")
     return "\n".join(lines)
 
@@ -161,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     results: dict[str, dict[str, dict[str, int]]] = {}
     for alg in options.alg:
-        config = small() if alg == "tests" else plain.algorithm(alg)
+        config = _config(alg)
         results[alg] = {}
         every = providers()
         for backend, precision in every if alg in WHOLE else (every[0], every[-1]):

@@ -22,7 +22,6 @@ from bench import environment
 from bench.errors import write_docs
 from pwm_fast import dispatch, ops
 from pwm_fast.ops.fused import functional, gemm, rollout, stack
-from pwm_fast.ops.fused.kernels import Kernels
 
 MARKS = ("<!-- trained:begin -->", "<!-- trained:end -->")
 DOCS = environment.ROOT / "docs" / "performance.md"
@@ -75,12 +74,10 @@ def run(
 def as_on_a_gpu() -> Iterator[None]:
     """Weight gradients of operands that are rounded, with the factors that a GPU gives them."""
 
-    def weight_grad(kernels: Kernels, dh: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return gemm.narrow_weight_grad(kernels, dh, x, scale)
-
     with ExitStack() as patches:
         for module in (functional, rollout, stack):
-            patches.enter_context(mock.patch.object(module, "weight_grad", weight_grad))
+            narrow = mock.patch.object(module, "weight_grad", gemm.narrow_weight_grad)
+            patches.enter_context(narrow)
         yield
 
 

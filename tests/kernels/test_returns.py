@@ -73,8 +73,9 @@ def test_operator(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_nothing_to_sum_is_left_to_the_reference(device: str) -> None:
+    rewards, values = torch.ones(0, 2, device=device), torch.ones(1, 2, device=device)
     with pytest.raises(dispatch.BackendError, match="there are no rewards"):
-        ops.td_lambda(torch.ones(0, 2), torch.ones(1, 2), backend="triton")
+        ops.td_lambda(rewards, values, backend="triton")
     last = torch.ones(2, device=device)
     assert discounted_return(torch.ones(0, 2, device=device), last, 0.5).tolist() == [1.0, 1.0]
 

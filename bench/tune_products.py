@@ -6,6 +6,7 @@ products' dtype, and is compared with float64 before it is timed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ class Wrong(Exception):
     """A choice computes something else."""
 
 
-class Workload:
+class Workload(ABC):
     """Operands of one product, shared by its choices, which write the same results.
 
     Args:
@@ -110,20 +111,20 @@ class Workload:
 
     # Of each kernel:
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 (not every kernel has any)
         """Make further operands."""
 
+    @abstractmethod
     def fused(self, plan: Plan) -> Callable[[], Any]:
         """The call of a plan."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self) -> Callable[[], Any]:
         """The call of the plain product and its element kernel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wanted(self) -> Tensor:
         """The result in float64."""
-        raise NotImplementedError
 
 
 class NormActForward(Workload):

@@ -14,6 +14,15 @@ Backends of an operation are tried in order; each says why it cannot run, or Non
 argument of a call, the innermost :func:`backend` context, the environment variable
 ``PWM_FAST_BACKEND``, ``auto``.
 
+Not every operation has every backend: ``OPERATIONS`` lists those that it has an implementation of
+its own for, and no name stands for another's code. An argument that names one that is not there is
+refused. A context or the environment speaks to whole programs, so under ``native`` and ``torch``
+operations without it run on the ``reference``, and are reported as that.
+
+What differentiates forward (a dual level, ``torch.func.jvp``, ``linearize``) or otherwise
+transforms a call in a way that operators cannot follow, and tensors of unknown classes, leave the
+reference alone: ``auto`` takes it, who asks for another is told.
+
 How operations with matrix products round their operands is the innermost :func:`precision`
 context's, the environment variable ``PWM_FAST_PRECISION``'s, or ``auto``, which is ``exact`` on a
 CPU and ``fast`` for ``triton``:
@@ -32,15 +41,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from pwm_fast import scopes
 
 NAMES = ("auto", "native", "cuda", "triton", "torch", "reference")
 VARIABLE = "PWM_FAST_BACKEND"
 PRECISIONS = ("auto", "exact", "tf32", "bf16", "fast")
 PRECISION_VARIABLE = "PWM_FAST_PRECISION"
+
+
+# Attribute of a fake tensor: the class of the tensor that it stands for.
+STANDS_FOR = "_pwm_fast_stands_for"
 
 
 class BackendError(RuntimeError):
@@ -95,18 +112,66 @@ def _fused(call: Call) -> str | None:
     if call.unsupported is not None:
         return call.unsupported
     first = call.tensors[0]
-    if call.precision not in ("auto", "exact") and first.dtype != torch.float32:
-        return f"precision {call.precision!r} needs float32 tensors, they are {first.dtype}"
+    dtype = first.dtype
+    if call.precision not in ("auto", "exact") and dtype != torch.float32:
+        return f"precision {call.precision!r} needs float32 tensors, they are {dtype}"
     for x in call.tensors:
-        if x.dtype != first.dtype:
-            return f"the tensors' dtypes differ: {first.dtype} and {x.dtype}"
+        if x.dtype != dtype:
+            return f"the tensors' dtypes differ: {dtype} and {x.dtype}"
+        if type(x) not in _PLAIN and (reason := _subclass(x)) is not None:
+            return reason
     if torch.is_autocast_enabled(first.device.type):
         return "autocast is on, which only the reference follows"
-    return _transform()
+    return _forward_mode(call.tensors) or _transform()
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _subclass(x: Tensor) -> str | None:
+    """Why operators cannot take a tensor because of its class; None if they can."""
+    if torch.compiler.is_dynamo_compiling():  # which traces through subclasses, or refuses them
+        return None
+    kind = getattr(x, STANDS_FOR, type(x))
+    if _known(kind):
+        return None
+    return f"a tensor is a {kind.__name__}, which only the reference follows"
+
+
+@lru_cache(maxsize=256)
+def _known(kind: type) -> bool:
+    """Whether a subclass of Tensor holds its values as Tensor does, or is one of a tracer's own."""
+    if kind is Tensor or kind.__module__.startswith("torch._subclasses."):
+        return True
+    own = kind.__torch_function__ is not torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
+    dispatches = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+    return not own and not dispatches
+
+
+def _forward_mode(tensors: Sequence[Tensor]) -> str | None:
+    """Why operators would lose a tangent; None where there is none to lose."""
+    if forward_ad._current_level < 0:
+        return None
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    ):
+        return "it is differentiated in forward mode, which only the reference follows"
+    return None
+
+
+def transformed(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of the tensors has a tangent, or a ``torch.func`` transform is in force."""
+    return torch._C._are_functorch_transforms_active() or _forward_mode(tensors) is not None
 
 
 def _transform() -> str | None:
-    """Why operators cannot follow the ``torch.func`` transforms in force; None if they can."""
+    """Why operators cannot follow the transforms in force; None if they can."""
+    if (
+        torch._C._get_tracing_state() is not None
+    ):  # a trace holds for inputs that require gradients where these do not
+        return "it is traced by torch.jit, which only the reference follows"
     if not torch._C._are_functorch_transforms_active():
         return None
     if torch.compiler.is_compiling():
@@ -114,7 +179,8 @@ def _transform() -> str | None:
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
     keys = {interpreter.key().name for interpreter in retrieve_all_functorch_interpreters()}
-    others = keys - {"Vmap", "Functionalize"}
+    # Under vmap the operators' own rules see what requires a gradient; functionalize hides it.
+    others = keys - {"Vmap"}
     if others:
         names = " and ".join(sorted(others)).lower()
         return f"it is inside a torch.func transform ({names}), which only the reference follows"
@@ -180,7 +246,7 @@ def _triton(call: Call) -> str | None:
 
 
 def _triton_returns(call: Call) -> str | None:
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():  # its operator has no rule for vmap
         return "it is inside a torch.func transform, which only the reference follows"
     return _triton(call)
 
@@ -192,16 +258,9 @@ _FUSED = (
     Backend("reference", True, _reference),
 )
 
-# Without an algebra of their own: plain PyTorch is all there is beside the native kernel.
-_NATIVE = (Backend("native", True, _native), Backend("torch", False, _reference), _FUSED[-1])
-_ROWS = (_NATIVE[0], Backend("triton", True, _triton), *_NATIVE[1:])
-
-_RETURNS = (
-    Backend("triton", True, _triton_returns),
-    *(Backend(name, False, _reference) for name in ("native", "torch")),
-    _FUSED[-1],
-)
-
+_NATIVE, _REFERENCE = _FUSED[0], _FUSED[-1]
+_ROWS = (_NATIVE, Backend("triton", True, _triton), _REFERENCE)
+_RETURNS = (Backend("triton", True, _triton_returns), _REFERENCE)
 _REDUCTIONS = (Backend("cuda", True, _cuda), Backend("triton", True, _triton_reduction))
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {
@@ -214,15 +273,15 @@ OPERATIONS: dict[str, tuple[Backend, ...]] = {
     "two_hot_decode": _ROWS,
     "two_hot_cross_entropy": _ROWS,
     "td_lambda": _RETURNS,
-    "esnr": (_NATIVE[0], *_REDUCTIONS, *_NATIVE[1:]),
-    "esnr_update": (*_REDUCTIONS, *_NATIVE[1:]),
+    "esnr": (_NATIVE, *_REDUCTIONS, _REFERENCE),
+    "esnr_update": (*_REDUCTIONS, _REFERENCE),
 }
+
+# Contexts for whole programs: operations without such a backend run on the reference there.
+WHOLE = ("native", "torch")
 
 # Operations with matrix products.
 PRODUCTS = frozenset({"mlp", "flow_step", "latent_rollout", "imagine"})
-
-_context: list[str] = []
-_precisions: list[str] = []
 
 
 def _check_name(source: str, name: str, names: Sequence[str] = NAMES) -> str:
@@ -235,20 +294,21 @@ def _check_name(source: str, name: str, names: Sequence[str] = NAMES) -> str:
 def precision(name: str) -> Iterator[None]:
     """Within the context, products round their operands as ``name`` of :data:`PRECISIONS` says.
 
+    It holds for the thread or asyncio task that enters it; a thread that is started inside begins
+    with the default (see :mod:`pwm_fast.scopes`).
+
     Raises:
         ValueError: there is no such precision.
     """
-    _precisions.append(_check_name("precision", name, PRECISIONS))
-    try:
+    with scopes.entered("precision", _check_name("precision", name, PRECISIONS)):
         yield
-    finally:
-        _precisions.pop()
 
 
 def requested_precision() -> str:
     """The precision in force: the context's, the environment's, or ``auto``."""
-    if _precisions:
-        return _precisions[-1]
+    inner = scopes.innermost("precision")
+    if inner is not None:
+        return inner
     found = os.environ.get(PRECISION_VARIABLE) or "auto"
     return _check_name(PRECISION_VARIABLE, found, PRECISIONS)
 
@@ -257,22 +317,24 @@ def requested_precision() -> str:
 def backend(name: str) -> Iterator[None]:
     """Within the context, operations run on backend ``name`` unless a call says otherwise.
 
+    Under ``native`` and ``torch`` operations that have no such backend run on the ``reference``. It
+    holds for the thread or asyncio task that enters it; a thread that is started inside begins with
+    the default (see :mod:`pwm_fast.scopes`).
+
     Raises:
         ValueError: there is no such backend.
     """
-    _context.append(_check_name("backend", name))
-    try:
+    with scopes.entered("backend", _check_name("backend", name)):
         yield
-    finally:
-        _context.pop()
 
 
 def requested(argument: str | None = None) -> str:
     """The backend in force: the argument, the context's, the environment's, or ``auto``."""
     if argument is not None:
         return _check_name("backend", argument)
-    if _context:
-        return _context[-1]
+    inner = scopes.innermost("backend")
+    if inner is not None:
+        return inner
     return _check_name(VARIABLE, os.environ.get(VARIABLE) or "auto")
 
 
@@ -286,16 +348,47 @@ def _with_precision(operation: str, call: Call) -> Call:
     return call._replace(precision=requested_precision()) if operation in PRODUCTS else call
 
 
+def check_has(operation: str, argument: str | None) -> None:
+    """Raise :class:`BackendError` if the operation has no backend of the argument's name.
+
+    Raises:
+        BackendError: it has none.
+        ValueError: nothing has.
+    """
+    if argument is None or requested(argument) == "auto":
+        return
+    names = [b.name for b in OPERATIONS[operation]]
+    if argument not in names:
+        raise BackendError(_has_not(operation, argument))
+
+
+def _has_not(operation: str, name: str) -> str:
+    names = ", ".join(b.name for b in OPERATIONS[operation])
+    return f"{operation} has no backend {name!r}; it has {names}, and auto, the first that can run"
+
+
+def for_part(operation: str, argument: str | None) -> str | None:
+    """What a part of a larger operation is to be told, which was called with ``argument``.
+
+    The larger operation has that backend; a part without it runs on the reference.
+    """
+    if argument in WHOLE and all(b.name != argument for b in OPERATIONS[operation]):
+        return "reference"
+    return argument
+
+
 def select(operation: str, argument: str | None, call: Call) -> str:
     """The backend that runs the call; behind a ``+`` its precision, unless that is ``exact``.
 
     Raises:
-        BackendError: the one that was asked for cannot run it, or none has the precision.
+        BackendError: the one that was asked for is not there or cannot run it, or none has the
+            precision.
         ValueError: there is no backend, or no precision, of that name.
     """
-    name = requested(argument)
+    asked = requested(argument)
+    name = asked if argument is not None else for_part(operation, asked)
     call = _with_precision(operation, call)
-    chosen, refusal = None, f"{operation} has no backend {name!r}"
+    chosen, refusal = None, ""
     mode = call.precision
     for candidate in OPERATIONS[operation]:
         if name == "auto":
@@ -313,25 +406,22 @@ def select(operation: str, argument: str | None, call: Call) -> str:
             else:
                 refusal = f"backend {name!r} cannot run {operation}: {reason}"
             break
-    for observer in _observers:
-        observer(operation, name, chosen, call)
+    for (observer,) in scopes.in_force("observers"):
+        observer(operation, asked, chosen, call)
     if chosen is None:
-        raise BackendError(refusal)
+        raise BackendError(refusal or _has_not(operation, asked))
     return chosen if mode == "exact" else f"{chosen}+{mode}"
 
 
 Observer = Callable[[str, str, "str | None", Call], None]
-_observers: list[Observer] = []
 
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
     """Within the context, tell of every choice: operation, backend in force, backend taken, call.
 
-    What is taken is None where a :class:`BackendError` follows.
+    What is taken is None where a :class:`BackendError` follows. Choices of this thread or asyncio
+    task alone.
     """
-    _observers.append(observer)
-    try:
+    with scopes.entered("observers", observer):
         yield
-    finally:
-        _observers.remove(observer)

@@ -76,7 +76,7 @@ def esnr(
     needed = torch.is_grad_enabled() and any(g.requires_grad for g in flat)
     reason = "a gradient of the ratio is asked for" if needed else None
     chosen = dispatch.select("esnr", backend, dispatch.Call(flat, reason))
-    if chosen in ("torch", "reference"):  # without an algebra of its own
+    if chosen == "reference":
         signal, noise = reference.moments(samples)
     else:
         signal, noise = torch.ops.pwm_fast.esnr(flat, len(samples), chosen)
@@ -95,10 +95,11 @@ class EsnrAccumulator:
         backend: see :mod:`pwm_fast.dispatch`.
 
     Raises:
-        BackendError: from :meth:`update`: the backend that was asked for cannot run this.
+        BackendError: there is no such backend; from :meth:`update`: it cannot run this.
     """
 
     def __init__(self, *, eps: float = 1e-10, backend: str | None = None) -> None:
+        dispatch.check_has("esnr_update", backend)
         self.eps, self.backend = eps, backend
         self.reset()
 
@@ -116,12 +117,19 @@ class EsnrAccumulator:
         Raises:
             TypeError: a gradient is not a floating tensor, or ``grads`` is no sequence of them.
             ValueError: no tensors, or shapes other than the first sample's.
+            RuntimeError: a tensor has a tangent, or a ``torch.func`` transform is in force: sums
+                that are kept would lose either.
         """
         _checks.not_one_tensor("grads", grads)
         if len(grads) == 0:
             raise ValueError("grads must hold at least one gradient tensor, got none")
         for j, g in enumerate(grads):
             _checks.floating(f"grads[{j}]", g)
+        if dispatch.transformed(grads):
+            raise RuntimeError(
+                "EsnrAccumulator keeps no derivatives: update it outside of forward-mode "
+                "differentiation and torch.func transforms, or use ops.esnr"
+            )
         if self.samples == 0:
             self._origin = [g.detach().clone(memory_format=torch.contiguous_format) for g in grads]
             self._sum = [torch.zeros_like(g, dtype=sum_dtype(g.dtype)) for g in self._origin]

@@ -69,9 +69,13 @@ def latents(*rows: int) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(function: Function, compiled: Callable, z: Tensor, a: Tensor) -> None:
-    """Values and all gradients; what both run are the same operators, so to the bit."""
+    """Values and all gradients; what both run are the same operators, so to the bit.
+
+    Not so on the reference, on which an imagined reward is decoded where the backend has no kernel.
+    """
     exact = {"atol": 0.0, "rtol": 0.0}
-    close = {} if function.backend == "reference" else exact
+    decoded = function.backend == "torch" and function.call == function._imagine
+    close = {} if function.backend == "reference" or decoded else exact
     ours, theirs = compiled(z, a), function.call(z, a)
     torch.testing.assert_close(ours, theirs, **close)
     inputs, weight = [z, *function.parameters()], torch.randn_like(ours)
@@ -82,7 +86,8 @@ def assert_same(function: Function, compiled: Callable, z: Tensor, a: Tensor) ->
         assert (got is None) == (expected is None)
         if expected is not None:
             # What is between the operators may be summed in another order.
-            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+            rtol = 1e-4 if decoded else 1e-5
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=rtol)
 
 
 @pytest.fixture(autouse=True)

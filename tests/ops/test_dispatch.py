@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pwm_fast import dispatch, ops
+import pwm_fast
+from pwm_fast import dispatch, info, ops
 from pwm_fast.ops.fused import native
+from pwm_fast.ops.heads import discounted_return
 from tests.helpers import random_layer, tensors_of
 
 needs_native = pytest.mark.skipif(
@@ -171,16 +176,15 @@ TWICE: dict[str, Callable[[Tensor, str], Tensor]] = {
 @pytest.mark.parametrize("name", TWICE)
 def test_differentiating_twice(name: str) -> None:
     """A first-order operator refuses; the reference does it."""
-    torch_too = name in ("mlp", "flow_step")
+    has = [b.name for b in dispatch.OPERATIONS[name]]
     for backend, dtype in (("native", torch.float32), ("torch", torch.float64)):
-        if backend == "native" and native.why_missing() is not None:
+        if backend not in has or (backend == "native" and native.why_missing() is not None):
             continue
-        refused = backend == "native" or torch_too
         x = torch.randn(3, 8, dtype=dtype, requires_grad=True)
         y = TWICE[name](x, backend).pow(3).sum()
         (first,) = torch.autograd.grad(y, x, create_graph=True)
         message = r"has no second derivative; use backend='reference'"
-        with pytest.raises(RuntimeError, match=message) if refused else nullcontext():
+        with pytest.raises(RuntimeError, match=message):
             torch.autograd.grad(first.sum(), x)
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(1)
@@ -188,3 +192,179 @@ def test_differentiating_twice(name: str) -> None:
     (first,) = torch.autograd.grad(y, x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     assert second.isfinite().all() and second.abs().sum() > 0
+
+
+# Calls of every operation that takes a backend, on float32 tensors without gradients.
+CALLS: dict[str, Callable[[str | None], object]] = {
+    "mlp": lambda b: ops.mlp([torch.randn(3, 6)], layers(), backend=b),
+    "flow_step": lambda b: ops.flow_step(
+        torch.randn(3, 8), torch.randn(3, 2), [random_layer(11, 8, dtype=torch.float32)], backend=b
+    ),
+    "latent_rollout": lambda b: ops.latent_rollout(
+        torch.randn(3, 8),
+        torch.randn(2, 3, 2),
+        ops.LatentMap([random_layer(10, 8, dtype=torch.float32)]),
+        backend=b,
+    ),
+    "layer_norm_act": lambda b: ops.layer_norm_act(
+        torch.randn(3, 8), torch.ones(8), torch.zeros(8), backend=b
+    ),
+    "simnorm": lambda b: ops.simnorm(torch.randn(3, 8), backend=b),
+    "two_hot_decode": lambda b: ops.two_hot_decode(torch.randn(3, 11), backend=b),
+    "two_hot_cross_entropy": lambda b: ops.two_hot_cross_entropy(
+        torch.randn(3, 11), torch.randn(3), backend=b
+    ),
+    "td_lambda": lambda b: ops.td_lambda(torch.randn(2, 3), torch.randn(3, 3), backend=b),
+    "esnr": lambda b: ops.esnr(torch.randn(3, 5), backend=b),
+    "esnr_update": lambda b: accumulated(b),
+    "imagine": lambda b: imagined(b),
+}
+
+
+def accumulated(backend: str | None) -> ops.ESNR:
+    accumulator = ops.EsnrAccumulator(backend=backend)
+    for _ in range(3):
+        accumulator.update([torch.randn(5)])
+    return accumulator.result()
+
+
+def imagined(backend: str | None) -> ops.ImaginedRollout:
+    net = [random_layer(11, 8, dtype=torch.float32)]
+    policy = ops.Policy([random_layer(8, 2, norm=False, dtype=torch.float32)], torch.rand(2))
+    heads = ops.Heads([random_layer(10, 5, norm=False, dtype=torch.float32)])
+    noise = torch.randn(2, 3, 2)
+    return ops.imagine(
+        torch.randn(3, 8), policy, ops.Flow(net), heads, noise=noise, backend=backend
+    )
+
+
+class Kernels(TorchDispatchMode):
+    """Whose kernels run: the backends that operators are told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "pwm_fast":
+            names = [a.name for a in func._schema.arguments]
+            if "backend" in names:
+                self.told.append(args[names.index("backend")])
+            else:
+                assert "td_lambda" in func._schema.name
+                self.told.append("triton")
+        return func(*args, **(kwargs or {}))
+
+
+def choices_of(call: Callable[[], object]) -> tuple[list[tuple[str, str, str | None]], list[str]]:
+    """What was asked for and said to be taken, and whose kernels ran."""
+    said: list[tuple[str, str, str | None]] = []
+    kernels = Kernels()
+    with kernels, dispatch.observed(lambda op, asked, taken, _: said.append((op, asked, taken))):
+        call()
+    return said, kernels.told
+
+
+@pytest.mark.parametrize("backend", [n for n in dispatch.NAMES if n != "auto"])
+@pytest.mark.parametrize("operation", CALLS)
+def test_an_argument_is_taken_or_refused(operation: str, backend: str) -> None:
+    """Nothing runs under another's name, and what refuses lists what there is."""
+    has = [b.name for b in dispatch.OPERATIONS[operation]]
+    try:
+        said, kernels = choices_of(lambda: CALLS[operation](backend))
+    except dispatch.BackendError as error:
+        if backend in has:
+            assert f"backend '{backend}' cannot run {operation}: " in str(error)
+        else:
+            there = ", ".join(has)
+            assert f"{operation} has no backend '{backend}'; it has {there}, and auto" in str(error)
+        return
+    assert backend in has
+    assert (operation, backend, backend) in said
+    # Parts of the operation that have no such backend are on the reference, and say that.
+    for part, asked, taken in said:
+        there = [b.name for b in dispatch.OPERATIONS[part]]
+        assert asked == taken == (backend if backend in there else "reference")
+    assert {name.partition("+")[0] for name in kernels} == {backend} - {"reference"}
+
+
+@pytest.mark.parametrize("way", ["context", "environment"])
+@pytest.mark.parametrize("backend", [n for n in dispatch.NAMES if n != "auto"])
+@pytest.mark.parametrize("operation", CALLS)
+def test_a_context_for_a_whole_program(
+    operation: str, backend: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """native and torch: what has no such backend runs on the reference, and is reported as that."""
+    if way == "environment":
+        monkeypatch.setenv(dispatch.VARIABLE, backend)
+    has = [b.name for b in dispatch.OPERATIONS[operation]]
+    context = dispatch.backend(backend) if way == "context" else nullcontext()
+    call = dispatch.Call([torch.zeros(1)])
+    with context:
+        if backend not in (*has, *dispatch.WHOLE):
+            with pytest.raises(dispatch.BackendError, match=f"has no backend '{backend}'; it has"):
+                CALLS[operation](None)
+            return
+        expected = backend if backend in has else "reference"
+        reasons = {v.name: v.reason for v in dispatch.verdicts(operation, call)}
+        if reasons[expected] is not None:
+            with pytest.raises(dispatch.BackendError, match=f"'{backend}' cannot run {operation}"):
+                CALLS[operation](None)
+            return
+        said, kernels = choices_of(lambda: CALLS[operation](None))
+        assert {asked for _, asked, _ in said} == {backend}
+        assert {taken for part, _, taken in said if part == operation} == {expected}
+        assert {name.partition("+")[0] for name in kernels} <= {backend}
+        assert (kernels == []) is all(taken == "reference" for _, _, taken in said)
+
+
+def test_discounted_return_says_what_runs() -> None:
+    for backend in ("native", "torch", "reference"):
+        with dispatch.backend(backend):
+            said, _ = choices_of(lambda: discounted_return(torch.randn(2, 3), torch.randn(3), 0.9))
+        assert said == [("td_lambda", backend, "reference")]
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_explain_names_what_runs(operation: str) -> None:
+    """For each way to ask for a backend."""
+    if operation == "esnr_update":
+        pytest.skip("no function of its own")
+    args: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    original = getattr(ops, operation)
+
+    def caught(*given: Any, **named: Any) -> Any:
+        args.append((given, named))
+        return original(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, operation, caught)
+        CALLS[operation](None)
+    given, named = args[0]
+    named.pop("backend")
+    for backend in ("native", "torch", "reference", "auto"):
+        told = pwm_fast.explain(operation, *given, backend=backend, **named)
+        with dispatch.backend(backend):
+            within = pwm_fast.explain(operation, *given, **named)
+            said, _ = choices_of(lambda: original(*given, **named))
+        assert within.backend == said[0][2]
+        if told.error is None:
+            said, _ = choices_of(lambda: original(*given, backend=backend, **named))  # noqa: B023
+            assert told.backend == said[0][2]
+            assert {(s.operation, s.backend) for s in told.selections} == {
+                (op, taken) for op, _, taken in said
+            }
+        else:
+            assert told.backend is None and "BackendError" in told.error
+            with pytest.raises(dispatch.BackendError):
+                original(*given, backend=backend, **named)
+
+
+def test_info_lists_what_there_is() -> None:
+    """A dash where an operation has no such backend."""
+    rows = info.report()
+    names = [n for n in dispatch.NAMES if n != "auto"]
+    for operation, backends in dispatch.OPERATIONS.items():
+        cells = dict(zip(names, re.split(" {2,}", rows[f"  {operation}"]), strict=True))
+        has = {b.name for b in backends}
+        assert {n for n in names if cells[n] == "-"} == set(names) - has

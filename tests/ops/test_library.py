@@ -129,10 +129,14 @@ def call_esnr(backend: str, dtype: torch.dtype) -> Tensor:
 
 
 def call_esnr_accumulator(backend: str, dtype: torch.dtype) -> Tensor:
-    accumulator = ops.EsnrAccumulator(backend="torch")
+    origins = [normal(5, 3, dtype=dtype), normal(2, dtype=dtype)]
+    sums = [torch.zeros_like(x) for x in origins]
+    squares = torch.zeros(2, dtype=torch.float64)
     for _ in range(3):
-        accumulator.update([normal(5, 3, dtype=dtype), normal(2, dtype=dtype)])
-    return accumulator.result().ratio.requires_grad_() * 1.0
+        grads = [normal(5, 3, dtype=dtype), normal(2, dtype=dtype)]
+        torch.ops.pwm_fast.esnr_update(grads, origins, sums, squares, "torch")
+    signal, noise = torch.ops.pwm_fast.esnr_result(origins, sums, squares, 4, "torch")
+    return (signal / noise).sum().requires_grad_() * 1.0
 
 
 # With the operators that are of interest: the others of a call have a case of their own.

@@ -270,8 +270,8 @@ def test_nested_vmap() -> None:
 def test_batched_backward(name: str) -> None:
     """Several gradients at a time, as vectorised Jacobians take them."""
     case = CASES[name]
-    backend = dispatch.OPERATIONS[case.operation][-2].name
-    usable(backend)
+    has = [b.name for b in dispatch.OPERATIONS[case.operation]]
+    backend = usable("torch" if "torch" in has else "native")
     values, _ = prepare(case, DTYPES[backend], set(), 0)
     output, inputs = case.call(values, backend), leaves(values)
     weights = torch.randn(3, *output.shape, dtype=output.dtype)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from pwm_fast import scopes
+
 PAD_TO = 64  # outputs a tile of tensor cores takes; also rows of 16-bit weights stay aligned
 
 
@@ -31,7 +33,7 @@ class Algebra(NamedTuple):
     batch_heads: bool = True
 
 
-_context: list[Algebra] = [Algebra()]
+_DEFAULT = Algebra()
 
 
 @contextmanager
@@ -45,7 +47,8 @@ def algebra(
 ) -> Iterator[None]:
     """Within the context, use or do not use identities; see :class:`Algebra`.
 
-    What is not given stays as it is outside.
+    What is not given stays as it is outside. It holds for the thread or asyncio task that enters
+    it; a thread that is started inside begins with the defaults.
 
     Raises:
         ValueError: ``pad`` without ``centre``: a mean over padded features would be wrong.
@@ -57,16 +60,13 @@ def algebra(
         "pad": pad,
         "batch_heads": batch_heads,
     }
-    new = _context[-1]._replace(**{name: on for name, on in given.items() if on is not None})
+    new = in_force()._replace(**{name: on for name, on in given.items() if on is not None})
     if new.pad and new.centre is False:
         raise ValueError("pad=True needs centred weights, got centre=False")
-    _context.append(new)
-    try:
+    with scopes.entered("algebra", new):
         yield
-    finally:
-        _context.pop()
 
 
 def in_force() -> Algebra:
     """The innermost context's switches."""
-    return _context[-1]
+    return scopes.innermost("algebra", _DEFAULT)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pwm_fast import dispatch, ops
@@ -140,7 +141,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     named = dict(_tensors(bound.arguments))
     trace = _Trace()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = {id(x): mode.from_tensor(x) for x in named.values()}
+    fakes = {id(x): _fake(mode, x) for x in named.values()}
     trace.names = {fakes[id(x)].untyped_storage()._cdata: n for n, x in reversed(named.items())}
     selections: dict[Selection, None] = {}
 
@@ -173,6 +174,16 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
         constants,
         error,
     )
+
+
+def _fake(mode: FakeTensorMode, x: Tensor) -> Tensor:
+    """A tensor without data that operations treat as ``x``."""
+    tangent = None if forward_ad._current_level < 0 else forward_ad.unpack_dual(x).tangent
+    if tangent is None:
+        fake = mode.from_tensor(x)
+        setattr(fake, dispatch.STANDS_FOR, type(x))
+        return fake
+    return forward_ad.make_dual(mode.from_tensor(x.detach()), mode.from_tensor(tangent.detach()))
 
 
 def _operation(op: Callable[..., Any] | str) -> tuple[str, Callable[..., Any]]:

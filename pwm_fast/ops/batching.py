@@ -22,7 +22,7 @@ from pwm_fast.ops import (  # noqa: F401  they define
     library_rows,
 )
 from pwm_fast.ops.fused.specs import decode_layers
-from pwm_fast.ops.library import needs_grad, register_vmap
+from pwm_fast.ops.library import needs_grad, no_gradient, register_vmap
 
 Update = Callable[[list[Any]], list[Any]]
 
@@ -196,6 +196,8 @@ def _update_rollout(args: list[Any]) -> list[Any]:
 
 def _update_imagine(args: list[Any]) -> list[Any]:
     z0, noise, base, w_a, w_z, w_tau, params, std, actor, *constants = args
+    if needs_grad([noise])[0]:
+        raise no_gradient("imagine", "noise")
     tau = () if w_tau is None else (w_tau,)
     grad, wgrad, agrad = needs_grad((z0, base, w_a, std), (w_z, *params, *tau), actor)
     constants[-3:] = grad or wgrad or agrad, wgrad, agrad
@@ -226,10 +228,7 @@ def _without_gradient(name: str, argument: int) -> Update:
     def update(args: list[Any]) -> list[Any]:
         x = args[argument]
         if needs_grad(x if isinstance(x, list) else [x])[0]:
-            raise RuntimeError(
-                f"pwm_fast::{name} under vmap has no gradient towards argument {argument}; "
-                "use backend='reference'"
-            )
+            raise no_gradient(f"{name} under vmap", f"argument {argument}")
         return _contiguous(args)
 
     return update

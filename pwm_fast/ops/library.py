@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from pwm_fast.ops.fused import functional
 from pwm_fast.ops.fused.architecture import Sizes
@@ -53,9 +55,36 @@ def operand_dtype(backend: str, state: torch.dtype) -> torch.dtype:
 def define(name: str, schema: str, impl: Any, fake: Any) -> None:
     """Register operator ``pwm_fast::name``: its schema, what runs, and the shapes it returns."""
     IMPLEMENTATIONS[name] = impl
+
+    def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _check_tangents(name, args)
+        return impl(*args)
+
     _LIB.define(f"{name}{schema}")
-    _LIB.impl(name, impl, "CompositeExplicitAutograd")
+    _LIB.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pwm_fast::{name}", fake, lib=_LIB)
+
+
+def _check_tangents(name: str, args: Sequence[Any]) -> None:
+    """Raise if a forward-mode derivative would be lost."""
+    for x in pytree.tree_leaves(args):
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"pwm_fast::{name} has no forward-mode derivative; use backend='reference'"
+            )
+
+
+def check_alone(name: str, *grads: Tensor | None) -> None:
+    """Raise if gradients come many at a time by autograd's own batching, which has no rules."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    for g in grads:
+        if g is not None and torch._C._functorch.is_legacy_batchedtensor(g):
+            raise RuntimeError(
+                f"pwm_fast::{name} takes no gradients from is_grads_batched or vectorize=True; use "
+                "torch.func.vmap, or backend='reference'"
+            )
 
 
 def register_gradient(name: str, backward: Any, setup_context: Any) -> None:
@@ -89,6 +118,25 @@ def first_order_only(name: str) -> None:
         )
 
     register_gradient(name, backward, setup_context)
+
+
+def check_kept(name: str, save: bool) -> None:
+    """Raise if a backward pass comes that the forward pass was not told of.
+
+    Something stood between the public operation and what requires a gradient, and hid it.
+    """
+    if not save:
+        raise RuntimeError(
+            f"pwm_fast::{name} kept nothing for a backward pass: its tensors did not seem to "
+            "require a gradient; use backend='reference'"
+        )
+
+
+def no_gradient(name: str, argument: str) -> RuntimeError:
+    """What is raised where a gradient is asked for that an operator does not compute."""
+    return RuntimeError(
+        f"pwm_fast::{name} has no gradient towards {argument}; use backend='reference'"
+    )
 
 
 def filled(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -188,7 +236,7 @@ first_order_only("mlp_backward")
 
 def _mlp_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
-    x, params, ctx.spec, ctx.backend, _, ctx.wgrad = inputs
+    x, params, ctx.spec, ctx.backend, ctx.save, ctx.wgrad = inputs
     ctx.counts = (len(x), len(params))
     ctx.save_for_backward(*x, *params, *output[1])
 
@@ -196,6 +244,8 @@ def _mlp_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _mlp_grad(ctx: Any, dy: Tensor | None, _: Any) -> Any:
     if dy is None:
         return None, None, None, None, None, None
+    check_kept("mlp", ctx.save)
+    check_alone("mlp", dy)
     n, m = ctx.counts
     tensors = ctx.saved_tensors
     needs_inputs = ctx.needs_input_grad[0]
@@ -231,12 +281,13 @@ class _EagerMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
+        check_alone("mlp", dy)
         count, others, spec, backend, wgrad = ctx.constants
         tensors = list(ctx.saved_tensors)
         inputs, params = tensors[:count], tensors[count : count + others]
         needs = list(ctx.needs_input_grad[5 : 5 + count])
         # Where the gradient is itself to be differentiated, the operator refuses.
-        direct = not (torch.is_grad_enabled() or watched())
+        direct = not (torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0)
         run = _mlp_backward if direct else torch.ops.pwm_fast.mlp_backward
         dinputs, dparams = run(
             dy, inputs, params, tensors[count + others :], needs, spec, backend, wgrad
@@ -252,17 +303,21 @@ def run_mlp(
     inputs: list[Tensor], params: list[Tensor], spec: str, backend: str, save: bool, wgrad: bool
 ) -> Tensor:
     """Operator ``mlp``, its output alone."""
-    if watched():
+    if watched() or not all(type(x) in _PLAIN for x in (*inputs, *params)):
         return torch.ops.pwm_fast.mlp(inputs, params, spec, backend, save, wgrad)[0]
     return _EagerMlp.apply(len(inputs), spec, backend, save, wgrad, *inputs, *params)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # any other class may be a tracer's, without values
+
+
 def watched() -> bool:
-    """Whether somebody looks at operators: a compiler, a transform or a dispatch mode."""
+    """Whether somebody looks at operators: a compiler, a transform or a mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
     )
 
 
@@ -397,7 +452,7 @@ first_order_only("rollout_backward")
 
 def _rollout_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
-    z0, _, w_z, w_tau, params, ctx.spec, ctx.backend, _, ctx.wgrad = inputs
+    z0, _, w_z, w_tau, params, ctx.spec, ctx.backend, ctx.save, ctx.wgrad = inputs
     ctx.has_tau, ctx.count = w_tau is not None, len(params)
     head = (z0, w_z) if w_tau is None else (z0, w_z, w_tau)
     ctx.save_for_backward(*head, *params, *output[1])
@@ -406,6 +461,8 @@ def _rollout_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _rollout_grad(ctx: Any, dz: Tensor | None, _: Any) -> Any:
     if dz is None:
         return (None,) * 9
+    check_kept("rollout", ctx.save)
+    check_alone("rollout", dz)
     tensors = list(ctx.saved_tensors)
     z0, w_z = tensors[:2]
     w_tau = tensors[2] if ctx.has_tau else None
@@ -627,7 +684,8 @@ first_order_only("imagine_backward")
 def _imagine_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     _, noise, base, w_a, w_z, w_tau, params, std, actor, *constants = inputs
-    ctx.spec, ctx.actor_spec, ctx.detach, ctx.backend, _, ctx.wgrad, ctx.actor_wgrad = constants
+    ctx.spec, ctx.actor_spec, ctx.detach, ctx.backend, ctx.save = constants[:5]
+    ctx.wgrad, ctx.actor_wgrad = constants[5:]
     ctx.has_tau, ctx.counts = w_tau is not None, (len(params), len(actor))
     z, action, saved = output
     head = [z, action, noise, base, w_a, w_z, std]
@@ -637,6 +695,10 @@ def _imagine_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _imagine_grad(ctx: Any, dz: Tensor | None, daction: Tensor | None, _: Any) -> Any:
+    check_kept("imagine", ctx.save)
+    check_alone("imagine", dz, daction)
+    if ctx.needs_input_grad[1]:
+        raise no_gradient("imagine", "noise")
     tensors = list(ctx.saved_tensors)
     z, action, noise, base, w_a, w_z, std = tensors[:7]
     w_tau = tensors[7] if ctx.has_tau else None

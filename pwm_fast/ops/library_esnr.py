@@ -6,12 +6,13 @@ See :mod:`pwm_fast.ops.library` for the conventions.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pwm_fast.ops.fused.esnr import EsnrKernels, TorchEsnr
-from pwm_fast.ops.library import define
+from pwm_fast.ops.library import define, no_gradient, register_gradient
 
 
 @lru_cache(maxsize=8)
@@ -46,6 +47,17 @@ def _esnr_fake(grads: list[Tensor], samples: int, backend: str) -> tuple[Tensor,
 
 
 define("esnr", "(Tensor[] grads, int samples, str backend) -> (Tensor, Tensor)", _esnr, _esnr_fake)
+
+
+def _esnr_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _esnr_grad(ctx: Any, *grads: Any) -> Any:
+    raise no_gradient("esnr", "grads")
+
+
+register_gradient("esnr", _esnr_grad, _esnr_setup)
 
 
 def _esnr_update(

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from pwm_fast.ops.fused.kernels import Kernels
-from pwm_fast.ops.library import define, first_order_only, kernels, register_gradient
+from pwm_fast.ops.library import (
+    check_kept,
+    define,
+    first_order_only,
+    kernels,
+    no_gradient,
+    register_gradient,
+)
 
 
 class RowKernels(Kernels, Protocol):
@@ -189,7 +196,7 @@ first_order_only("layer_norm_act_backward")
 
 def _layer_norm_act_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
-    _, weight, bias, ctx.act, ctx.group, _, ctx.backend, _ = inputs
+    _, weight, bias, ctx.act, ctx.group, _, ctx.backend, ctx.save = inputs
     y, xhat, rstd = output
     ctx.save_for_backward(xhat, rstd, y, weight, bias)
 
@@ -197,6 +204,7 @@ def _layer_norm_act_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _layer_norm_act_grad(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
     if dy is None:
         return (None,) * 8
+    check_kept("layer_norm_act", ctx.save)
     grads = torch.ops.pwm_fast.layer_norm_act_backward(
         dy, *ctx.saved_tensors, ctx.act, ctx.group, ctx.backend
     )
@@ -381,6 +389,8 @@ def _cross_entropy_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _cross_entropy_grad(ctx: Any, dloss: Tensor | None, _: Any) -> Any:
     if dloss is None:
         return (None,) * 6
+    if ctx.needs_input_grad[1]:
+        raise no_gradient("two_hot_cross_entropy", "x")
     grad = torch.ops.pwm_fast.two_hot_cross_entropy_backward(
         dloss, *ctx.saved_tensors, *ctx.constants
     )

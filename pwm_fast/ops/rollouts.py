@@ -107,7 +107,10 @@ def imagine(
 
     call = _call(dynamics, [z0, noise, policy.std, *calls.layer_tensors(policy.layers)], task)
     if call.unsupported is None:
-        call = call._replace(unsupported=calls.unsupported(policy.layers, "act_norm"))
+        reason = calls.unsupported(policy.layers, "act_norm")
+        call = call._replace(unsupported=reason or calls.without_width([], policy.layers))
+    if call.unsupported is None and noise.requires_grad:
+        call = call._replace(unsupported="a gradient towards noise is asked for")
     name = dispatch.select("imagine", backend, call)
     if name == "reference":
         z, action = reference.imagine(z0, noise, policy, dynamics, task, detach)
@@ -129,7 +132,13 @@ def imagine(
     if logits.shape[-1] == 1:
         reward = logits.squeeze(-1)
     else:
-        reward = two_hot_decode(logits, heads.vmin, heads.vmax, transform=heads.symlog)
+        reward = two_hot_decode(
+            logits,
+            heads.vmin,
+            heads.vmax,
+            transform=heads.symlog,
+            backend=dispatch.for_part("two_hot_decode", backend),
+        )
     continues = value = None
     if heads.termination is not None:
         continues = torch.sigmoid(-on_inputs(heads.termination).squeeze(-1))
@@ -146,6 +155,9 @@ def imagine(
 
 def _call(dynamics: Dynamics, tensors: list[Tensor], task: Tensor | None) -> dispatch.Call:
     reason = calls.unsupported_dynamics(dynamics.net)
+    if reason is None:
+        inputs = tensors[:2] if task is None else [*tensors[:2], task]
+        reason = calls.without_width(inputs, dynamics.net)
     if isinstance(dynamics, Flow) and dynamics.project:
         reason = "latents are projected onto the simplices after every macro step"
     tensors = [*tensors, *calls.layer_tensors(dynamics.net)]

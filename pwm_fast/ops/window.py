@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pwm_fast import dispatch
 from pwm_fast.ops import _checks
 from pwm_fast.ops.heads import two_hot_cross_entropy
 from pwm_fast.ops.integration import flow_interpolate, velocity_field
@@ -82,7 +83,9 @@ def world_model_loss(
         return mlp((x, *repeated(x.shape[0])), encoder, backend=backend)
 
     with torch.no_grad():
-        target = encode(obs[1:])
+        target = encode(obs[1:]).detach()  # forward-mode derivatives do not heed no_grad
+    if target.shape[-1] == 0:
+        raise ValueError("encoder has output width 0: there is no latent to predict")
     flow = dynamics if isinstance(dynamics, Flow) else None
     following = None
     if flow is not None and start == "teacher":
@@ -124,7 +127,12 @@ def world_model_loss(
         reward_error = (logits.squeeze(-1) - reward).square()
     else:
         reward_error = two_hot_cross_entropy(
-            logits, reward, heads.vmin, heads.vmax, transform=heads.symlog, backend=backend
+            logits,
+            reward,
+            heads.vmin,
+            heads.vmax,
+            transform=heads.symlog,
+            backend=dispatch.for_part("two_hot_cross_entropy", backend),
         )
     termination = None
     if heads.termination is not None and terminated is not None:

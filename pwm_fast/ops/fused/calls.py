@@ -25,7 +25,7 @@ from pwm_fast.ops.fused.precision import BY_NAME
 from pwm_fast.ops.fused.rollout import DynamicsSpec
 from pwm_fast.ops.fused.specs import encode_dynamics, encode_layers
 from pwm_fast.ops.fused.stack import LayerSpec
-from pwm_fast.ops.library import needs_grad, run_mlp
+from pwm_fast.ops.library import needs_grad, run_mlp, watched
 from pwm_fast.ops.types import Layer
 
 #: Backends with kernels for the row-wise operations; the others leave those to the reference.
@@ -44,6 +44,18 @@ def _flat(layers: Sequence[Layer]) -> list[Tensor]:
         tensors.append(p.weight)
         tensors += [t.contiguous() for t in p[1:4] if t is not None]
     return tensors
+
+
+def without_width(inputs: Sequence[Tensor], layers: Sequence[Layer] = ()) -> str | None:
+    """Why kernels cannot take these where an axis of features is empty; None where none is."""
+    for x in inputs:
+        if x.shape[-1] == 0:
+            return f"a tensor {tuple(x.shape)} has no features, which only the reference takes"
+    for i, layer in enumerate(layers):
+        if 0 in layer.weight.shape:
+            shape = tuple(layer.weight.shape)
+            return f"layer {i} has a weight {shape} of no size, which only the reference takes"
+    return None
 
 
 def unsupported(layers: Sequence[Layer], order: str = "norm_act") -> str | None:
@@ -120,7 +132,9 @@ def centred(backend: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[in
 
     (wgrad,) = needs_grad(tensors)
     kind = ("centred", spec, pad, backend)
-    flat = list(make(*tensors) if wgrad else packs.kept(kind, tensors, make))
+    # Who watches operators, to write them down, must see what a pack is made of.
+    anew = wgrad or watched()
+    flat = list(make(*tensors) if anew else packs.kept(kind, tensors, make))
     result, widths = [], []
     for p in layers:
         weight = flat.pop(0)
@@ -302,7 +316,8 @@ def pack(
         operand = BY_NAME[backend.partition("+")[2] or "exact"].operand
         if _narrow(backend) and operand is not None:
             make = partial(_narrow_fold_products, operand)
-        params += make(*products) if wgrad else packs.kept(("fold", operand), products, make)
+        anew = wgrad or watched()
+        params += make(*products) if anew else packs.kept(("fold", operand), products, make)
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias.contiguous())

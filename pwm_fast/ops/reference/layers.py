@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pwm_fast.ops.reference.mish import mish
 from pwm_fast.ops.types import Activation, Layer, Order
@@ -32,16 +34,34 @@ def activate(x: Tensor, act: Activation, simnorm_dim: int = 8) -> Tensor:
     return x
 
 
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Over the last axis.
+
+    Where PyTorch's own is differentiated forward and then again, or twice under ``torch.func``, its
+    derivatives take mean and deviation for constants, without a word (2.13; pytorch#198017).
+    """
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    h = wide - wide.mean(-1, keepdim=True)
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        h = h * weight
+    if bias is not None:
+        h = h + bias
+    return h if torch.is_autocast_enabled(x.device.type) else h.to(x.dtype)
+
+
 def layer_norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, act: Activation, simnorm_dim: int, eps: float
 ) -> Tensor:
-    return activate(F.layer_norm(x, x.shape[-1:], weight, bias, eps), act, simnorm_dim)
+    return activate(layer_norm(x, weight, bias, eps), act, simnorm_dim)
 
 
 def linear_norm_act(x: Tensor, layer: Layer) -> Tensor:
     h = F.linear(x, layer.weight, layer.bias)
     if layer.ln_weight is not None:
-        h = F.layer_norm(h, h.shape[-1:], layer.ln_weight, layer.ln_bias, layer.eps)
+        h = layer_norm(h, layer.ln_weight, layer.ln_bias, layer.eps)
     return activate(h, layer.act, layer.simnorm_dim)
 
 
@@ -51,7 +71,7 @@ def linear_act_norm(x: Tensor, layer: Layer) -> Tensor:
         h = activate(F.linear(x, layer.weight, layer.bias), layer.act, layer.simnorm_dim)
         if layer.ln_weight is None:
             return h
-        return F.layer_norm(h, h.shape[-1:], layer.ln_weight, layer.ln_bias, layer.eps)
+        return layer_norm(h, layer.ln_weight, layer.ln_bias, layer.eps)
     members = layer.weight.shape[0]
     if x.dim() == 2:
         x = x.expand(members, *x.shape)
@@ -63,7 +83,7 @@ def linear_act_norm(x: Tensor, layer: Layer) -> Tensor:
     h = activate(h, layer.act, layer.simnorm_dim)
     if layer.ln_weight is None or layer.ln_bias is None:
         return h
-    h = F.layer_norm(h, h.shape[-1:], eps=layer.eps)
+    h = layer_norm(h, None, None, layer.eps)
     return torch.addcmul(layer.ln_bias.unsqueeze(1), h, layer.ln_weight.unsqueeze(1))
 
 
@@ -78,7 +98,7 @@ def act_norm_mlp(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> Tensor:
     x = inputs[0] if len(inputs) == 1 else torch.cat(tuple(inputs), dim=-1)
     if layers[0].weight.dim() == 3:
         leading = x.shape[:-1]
-        x = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+        x = x.reshape(prod(leading), x.shape[-1])
         for layer in layers:
             x = linear_act_norm(x, layer)
         return x.reshape(x.shape[0], *leading, x.shape[-1])

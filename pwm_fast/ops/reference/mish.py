@@ -41,12 +41,29 @@ class _Mish(torch.autograd.Function):
             return grad * (t + x * (1.0 - t * t) * torch.sigmoid(x))
         slope = torch.sigmoid(x).mul_(x)
         slope.addcmul_(slope, t * t, value=-1.0)
-        return slope.add_(t).mul_(grad)
+        slope.add_(t)
+        # With many gradients at a time there is no place for them in the slope of one.
+        return slope * grad if _batched(grad) else slope.mul_(grad)
+
+
+def _batched(x: Tensor) -> bool:
+    """Whether a tensor stands for many, under ``vmap`` or autograd's ``is_grads_batched``."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def mish(x: Tensor) -> Tensor:
-    # torch.compile takes no function with a forward-mode derivative, so that is left to PyTorch's.
-    forward_mode = forward_ad._current_level >= 0
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not forward_mode:
+    # A function of ours has no forward-mode derivative, which torch.compile would not take, and no
+    # rule of functionalize's; torch.jit.trace cannot write it, and what a subclass does is unknown.
+    if (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return x * torch.tanh(F.softplus(x))  # PyTorch's own misses a derivative of its backward
+    plain = torch.compiler.is_dynamo_compiling() or type(x) in (Tensor, torch.nn.Parameter)
+    if plain and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         return _Mish.apply(x)[0]
     return F.mish(x)

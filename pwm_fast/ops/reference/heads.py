@@ -14,10 +14,21 @@ def symlog(x: Tensor) -> Tensor:
 
 
 def symexp(x: Tensor) -> Tensor:
-    return torch.expm1(x.clamp_min(0.0)) - torch.expm1(F.relu(-x))
+    return _expm1(x.clamp_min(0.0)) - _expm1(F.relu(-x))
+
+
+def _expm1(x: Tensor) -> Tensor:
+    # Inductor's vectors on a CPU are exp(x) - 1 (torch 2.13), which is 0 where x is small.
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        half = 0.5 * x.double()
+        return (2.0 * torch.sinh(half) * torch.exp(half)).to(x.dtype)
+    return torch.expm1(x)
 
 
 def two_hot_encode(x: Tensor, bins: int, vmin: float, vmax: float, transform: bool) -> Tensor:
+    # In 16 bits a compiler may round the position here and not there, and miss by a whole bin.
+    dtype = x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))
     if transform:
         x = symlog(x)
     # Clamped as a position, not as a value: rounding in the product could pass the last bin. The
@@ -27,7 +38,8 @@ def two_hot_encode(x: Tensor, bins: int, vmin: float, vmax: float, transform: bo
     upper_weight = (position - lower).unsqueeze(-1)
     index = lower.unsqueeze(-1)
     out = torch.zeros(*x.shape, bins, dtype=x.dtype, device=x.device)
-    return out.scatter(-1, index, 1.0 - upper_weight).scatter(-1, index + 1, upper_weight)
+    code = out.scatter(-1, index, 1.0 - upper_weight).scatter(-1, index + 1, upper_weight)
+    return code.to(dtype)
 
 
 def two_hot_decode(logits: Tensor, vmin: float, vmax: float, transform: bool) -> Tensor:

@@ -115,9 +115,10 @@ def flow_step(
     _checks.method(method)
     if fold and not calls.can_fold(net):
         raise ValueError("fold needs a linear last layer behind at least one hidden layer")
-    reason = calls.unsupported_dynamics(net)
-    tensors = [z, a, *calls.layer_tensors(net), *(() if task is None else (task,))]
-    name = dispatch.select("flow_step", backend, dispatch.Call(tensors, reason))
+    inputs = [z, a, *(() if task is None else (task,))]
+    reason = calls.unsupported_dynamics(net) or calls.without_width(inputs, net)
+    call = dispatch.Call([*inputs, *calls.layer_tensors(net)], reason)
+    name = dispatch.select("flow_step", backend, call)
     if name == "reference":
         return reference.flow_step(z, a, net, substeps, method, task)
     if not algebra.in_force().hoist:

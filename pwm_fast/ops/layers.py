@@ -34,7 +34,8 @@ def simnorm(x: Tensor, dim: int = 8, *, backend: str | None = None) -> Tensor:
     """
     _checks.vectors("x", x)
     _checks.simnorm_width("x", x.shape[-1], "dim", dim)
-    name = dispatch.select("simnorm", backend, dispatch.Call([x]))
+    call = dispatch.Call([x], calls.without_width([x]))
+    name = dispatch.select("simnorm", backend, call)
     if name in calls.ROW_KERNELS:
         return calls.simnorm(name, x, dim)
     return reference.simnorm(x, dim)
@@ -109,7 +110,8 @@ def layer_norm_act(
     _checks.one_of("act", act, ACTIVATIONS)
     if act == "simnorm":
         _checks.simnorm_width("x", width, "simnorm_dim", simnorm_dim)
-    name = dispatch.select("layer_norm_act", backend, dispatch.Call([x, weight, bias]))
+    call = dispatch.Call([x, weight, bias], calls.without_width([x]))
+    name = dispatch.select("layer_norm_act", backend, call)
     if name in calls.ROW_KERNELS:
         return calls.layer_norm_act(name, x, weight, bias, act, simnorm_dim, eps)
     return reference.layer_norm_act(x, weight, bias, act, simnorm_dim, eps)
@@ -165,7 +167,7 @@ def linear_act_norm(x: Tensor, layer: Layer, *, backend: str | None = None) -> T
                 f"got {tuple(x.shape)}"
             )
     _checks.layer("layer", layer, x.shape[-1], x.device, ensemble=axes == 3)
-    return _run((x,), (layer,), "act_norm", backend)
+    return _run((x,), (layer,), "act_norm", backend, per_member=axes == 3 and x.dim() == 3)
 
 
 def mlp(
@@ -207,10 +209,15 @@ def mlp(
 
 
 def _run(
-    inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order, backend: str | None
+    inputs: Sequence[Tensor],
+    layers: Sequence[Layer],
+    order: Order,
+    backend: str | None,
+    *,
+    per_member: bool = False,
 ) -> Tensor:
-    reason = calls.unsupported(layers, order)
-    per_member = layers[0].weight.dim() == 3 and inputs[0].dim() == 3 and len(layers) == 1
+    """An MLP; ``per_member``: the first axis of a layer's input are the ensemble's members."""
+    reason = calls.unsupported(layers, order) or calls.without_width(inputs, layers)
     if per_member:
         reason = "the members of the ensemble have inputs of their own"
     elif layers[0].weight.dim() == 3 and inputs[0].numel() == 0:

@@ -325,3 +325,15 @@ def test_mlp_derivatives() -> None:
     inputs = leaves(normal(3, 2), normal(3, 3), *tensors_of(net[0]), *tensors_of(net[1]))
     assert gradcheck(call, inputs)
     assert gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_one_layer_of_an_ensemble_shares_what_has_steps(steps: int) -> None:
+    """A leading axis of an MLP's input is no axis of members, as long as the ensemble or not."""
+    layer = random_layer(4, 5, "mish", members=(3,))
+    x = torch.randn(steps, 6, 4, dtype=torch.float64)
+    y = ops.mlp([x], [layer], order="act_norm")
+    assert y.shape == (3, steps, 6, 5)
+    for e in range(3):
+        own = ops.Layer(*(p[e] for p in tensors_of(layer)), act="mish")
+        torch.testing.assert_close(y[e], ops.linear_act_norm(x, own))

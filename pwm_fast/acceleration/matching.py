@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pwm_fast import ops
-from pwm_fast.acceleration.stack import Path, Plan, Step, Watched, assemble, hooked
+from pwm_fast.acceleration.stack import Path, Plan, Step, Watched, assemble
+from pwm_fast.hooks import hooked
 from pwm_fast.ops import Activation, Order
 from pwm_fast.ops.fused import calls
 from pwm_fast.ops.types import ORDERS
@@ -279,7 +280,13 @@ def _layers(tokens: list[_Token], order: Order) -> tuple[list[Step], str | None]
 def _watch(stack: nn.Module) -> Iterator[Watched]:
     for where, module in stack.named_modules(remove_duplicate=False):
         path = tuple(where.split(".")) if where else ()
-        yield Watched(path, type(module), len(module._modules), isinstance(module, _DROPOUTS))
+        yield Watched(
+            path,
+            type(module),
+            sum(child is not None for child in module._modules.values()),
+            isinstance(module, _DROPOUTS),
+            isinstance(module, nn.LayerNorm),
+        )
 
 
 def _check_parameters(stack: nn.Module) -> None:

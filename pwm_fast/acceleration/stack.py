@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pwm_fast import ops
+from pwm_fast.hooks import hooked, hooked_everywhere
 from pwm_fast.ops import Activation, Layer, Order
 
 Path = tuple[str, ...]
@@ -38,12 +39,14 @@ class Watched(NamedTuple):
         kind: its class.
         children: how many it has.
         dropout: it is a Dropout, whose rate was 0.
+        norm: it is a LayerNorm, which had both parameters.
     """
 
     path: Path
     kind: type
     children: int
     dropout: bool
+    norm: bool = False  # a default, for modules that were pickled without
 
 
 class Plan(NamedTuple):
@@ -72,7 +75,17 @@ class AcceleratedStack(nn.Sequential):
     plan: Plan | None = None
 
     def layers(self) -> list[Layer]:
-        """The parameters as the operations take them; empty without a plan."""
+        """The parameters as the operations take them; empty without a plan.
+
+        Raises:
+            ValueError: the modules are no longer what the plan was made for, or the stack has
+                hooks, which who takes its layers would skip.
+        """
+        if self.plan is not None and (hooked(self) or not self._all_unchanged()):
+            raise ValueError("the stack's modules or hooks have changed since: accelerate it again")
+        return self._layers()
+
+    def _layers(self) -> list[Layer]:
         layers = []
         for step in self.plan.steps if self.plan is not None else ():
             linear: Any = at(self, step.linear)
@@ -92,14 +105,17 @@ class AcceleratedStack(nn.Sequential):
         return layers
 
     def intact(self) -> bool:
-        """Whether the modules still are what the plan was made for."""
+        """Whether the modules still are what the plan was made for, and nobody watches each."""
+        return not hooked_everywhere() and self._all_unchanged()
+
+    def _all_unchanged(self) -> bool:
         return self.plan is not None and all(_unchanged(self, w) for w in self.plan.watched)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``."""
         if self.plan is None or not self.intact():
             return super().forward(input)
-        return ops.mlp((input,), self.layers(), order=self.plan.order)
+        return ops.mlp((input,), self._layers(), order=self.plan.order)
 
 
 def assemble(stack: nn.Sequential, plan: Plan) -> AcceleratedStack:
@@ -132,16 +148,6 @@ def at(module: nn.Module, path: Path) -> nn.Module:
     return module
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether something happens around the module's forward or backward pass."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def _unchanged(stack: nn.Module, watched: Watched) -> bool:
     module = stack
     for name in watched.path:
@@ -149,10 +155,12 @@ def _unchanged(stack: nn.Module, watched: Watched) -> bool:
         if child is None:
             return False
         module = child
-    if len(module._modules) != watched.children:
+    if sum(child is not None for child in module._modules.values()) != watched.children:
         return False
     if not watched.path:  # the stack itself: its own hooks run in any case
         return True
     if type(module) is not watched.kind or hooked(module) or "forward" in module.__dict__:
+        return False
+    if watched.norm and (module.weight is None or module.bias is None):
         return False
     return not watched.dropout or bool(module.p == 0.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast import ops
-from pwm_fast.models.layers import act_norm_layers, act_norm_mlp
+from pwm_fast.models.layers import act_norm_layers, act_norm_mlp, run_act_norm
 
 
 class GaussianActor(nn.Module):
@@ -43,7 +43,11 @@ class GaussianActor(nn.Module):
         return self.logstd.clamp_min(self.min_logstd).exp()
 
     def policy(self) -> ops.Policy:
-        """The parameters as the operations take them."""
+        """The parameters as the operations take them.
+
+        Raises:
+            Skipped: whole operations would skip what a module does (a hook, a Dropout).
+        """
         return ops.Policy(act_norm_layers(self.mu_net), self.std())
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -53,5 +57,5 @@ class GaussianActor(nn.Module):
             z: latents.
             noise: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``.
         """
-        mu = ops.mlp((z,), act_norm_layers(self.mu_net), order="act_norm")
+        mu = run_act_norm(self.mu_net, z)
         return torch.tanh(mu if noise is None else mu + self.std() * noise)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast import ops
-from pwm_fast.models.layers import act_norm_layers, act_norm_mlp
+from pwm_fast.models.layers import act_norm_mlp, run_act_norm
 from pwm_fast.ops import Layer
 
 
@@ -23,7 +23,7 @@ class Critic(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Values ``[...]`` of latents ``[..., D]``."""
-        return ops.mlp((z,), act_norm_layers(self.critic), order="act_norm").squeeze(-1)
+        return run_act_norm(self.critic, z).squeeze(-1)
 
 
 class CriticEnsemble(nn.Module):

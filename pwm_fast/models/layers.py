@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pwm_fast import ops
+from pwm_fast.hooks import hooked, hooked_everywhere, why_not_itself
 from pwm_fast.ops import Activation, Layer
+from pwm_fast.ops.types import Order
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 class Mish(nn.Module):
@@ -44,38 +50,190 @@ class NormedLinear(nn.Linear):
 
     def layer(self) -> Layer:
         """The parameters as the operations take them."""
-        return Layer(
-            self.weight,
-            self.bias,
-            self.ln.weight,
-            self.ln.bias,
-            self.act,
-            self.simnorm_dim,
-            self.ln.eps,
-        )
+        ln: Any = self._modules["ln"]
+        weight, bias = parameters(self)
+        ln_weight, ln_bias = parameters(ln)
+        return Layer(weight, bias, ln_weight, ln_bias, self.act, self.simnorm_dim, ln.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``."""
-        return ops.linear_norm_act(x, self.layer())
+        if not hooked_everywhere() and why_no_norm(self.ln) is None:
+            return ops.linear_norm_act(x, self.layer())
+        x = self.ln(F.linear(x, self.weight, self.bias))
+        if self.act == "simnorm":
+            return ops.simnorm(x, self.simnorm_dim)
+        return ops.mish(x) if self.act == "mish" else x
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         return f"{super().extra_repr()}, act={self.act}"
 
 
+def parameters(module: Any) -> tuple[Tensor, Tensor]:
+    """A module's weight and bias; ``nn.Module.__getattr__`` takes longer than all else here."""
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or bias is None:  # parametrized, perhaps
+        return module.weight, module.bias
+    return weight, bias
+
+
+def why_no_norm(module: nn.Module | None) -> str | None:
+    """Why a module is not the LayerNorm that the operations compute; None if it is."""
+    if not isinstance(module, nn.LayerNorm):
+        return "is no LayerNorm"
+    weight, bias = parameters(module)
+    if weight is None or bias is None or len(module.normalized_shape) != 1:
+        return "is a LayerNorm without weight and bias of one axis"
+    return why_not_itself(module, nn.LayerNorm.forward)
+
+
+def _nothing(module: nn.Module) -> bool:
+    """Whether a module returns its input."""
+    if isinstance(module, _DROPOUTS):
+        return module.p == 0.0 or not module.training
+    return isinstance(module, nn.Identity)
+
+
+class Skipped(ValueError):
+    """A network cannot run as one operation: it would skip what a module of it does."""
+
+
+def taken_apart(net: nn.Module, order: Order, root: bool) -> list[Layer]:
+    """The layers of a network as the operations take them.
+
+    Args:
+        net: an :class:`MLP` (``norm_act``) or an :func:`act_norm_mlp`.
+        order: of its LayerNorms and activations.
+        root: the network itself is not called either, so its hooks count as well.
+
+    Raises:
+        Skipped: it has hooks, or modules that the operations do not know.
+    """
+    if root and hooked(net):
+        raise Skipped(f"{type(net).__name__} has hooks, {_ADVICE}")
+    layers: list[Layer] = []
+    parts: list[tuple[str, nn.Module]] = []
+    for name, module in net._modules.items():
+        if module is None:
+            continue
+        known = isinstance(module, (nn.Linear, nn.LayerNorm, Mish))
+        if not known and not hooked(module) and _nothing(module):
+            continue
+        if order == "norm_act":
+            layers.append(_norm_act_layer(name, module))
+        else:
+            parts.append((name, module))
+    return _act_norm_layers(parts) if order == "act_norm" else layers
+
+
+_ADVICE = (
+    "which one operation for the whole network would skip: take them off, or call the network's "
+    "modules themselves"
+)
+
+
+def _skipped(name: str, module: nn.Module | None, reason: str) -> Skipped:
+    return Skipped(f"layer {name} ({type(module).__name__}) {reason}, {_ADVICE}")
+
+
+def _linear_layer(name: str, module: nn.Module) -> Layer:
+    if hooked(module):
+        raise _skipped(name, module, "has hooks")
+    if not isinstance(module, nn.Linear):
+        rate = f" with p={module.p} in training mode" if isinstance(module, _DROPOUTS) else ""
+        raise _skipped(name, module, f"is no layer that the operations know{rate}")
+    reason = why_not_itself(module, nn.Linear.forward)
+    if reason is not None:
+        raise _skipped(name, module, reason)
+    return Layer(*parameters(module))
+
+
+def _norm_act_layer(name: str, module: nn.Module) -> Layer:
+    if not isinstance(module, NormedLinear):
+        return _linear_layer(name, module)
+    reason = why_not_itself(module, NormedLinear.forward)
+    if reason is not None:
+        raise _skipped(name, module, reason)
+    ln = module._modules["ln"]
+    reason = why_no_norm(ln)
+    if reason is not None:
+        raise _skipped(f"{name}.ln", ln, reason)
+    return module.layer()
+
+
+def _act_norm_layers(parts: list[tuple[str, nn.Module]]) -> list[Layer]:
+    """Linear, Mish, LayerNorm in a row, and a last Linear."""
+    layers: list[Layer] = []
+    rest = iter(parts)
+    for part in rest:
+        layer = _linear_layer(*part)
+        name, act = next(rest, ("", None))
+        if act is None:
+            return [*layers, layer]
+        reason = _why_no_mish(act)
+        if reason is not None:
+            raise _skipped(name, act, reason)
+        name, norm = next(rest, (name, None))
+        reason = "is not followed by a LayerNorm" if norm is None else why_no_norm(norm)
+        if reason is not None:
+            raise _skipped(name, act if norm is None else norm, reason)
+        assert norm is not None
+        layers.append(Layer(*layer[:2], *parameters(norm), "mish", 8, norm.eps))  # type: ignore[arg-type]
+    return layers
+
+
+def _why_no_mish(module: nn.Module) -> str | None:
+    if isinstance(module, Mish):
+        return why_not_itself(module, Mish.forward)
+    if isinstance(module, nn.Mish):
+        return why_not_itself(module, nn.Mish.forward)
+    return "has hooks" if hooked(module) else "is no Mish"
+
+
+def run(net: nn.Module, inputs: Sequence[Tensor], order: Order, *, root: bool) -> Tensor | None:
+    """A network as one operation; None where its modules have to run themselves, one by one."""
+    if hooked_everywhere():
+        return None
+    try:
+        layers = taken_apart(net, order, root)
+    except Skipped:
+        return None
+    return ops.mlp(inputs, layers, order=order)
+
+
+def runs_as_one(net: nn.Module) -> bool:
+    """Whether an :class:`MLP` may be part of one operation without being called itself."""
+    if hooked_everywhere():
+        return False
+    try:
+        taken_apart(net, "norm_act", root=True)
+    except Skipped:
+        return False
+    return True
+
+
 class MLP(nn.Sequential):
-    """NormedLinear layers and a last layer, over logically concatenated inputs."""
+    """NormedLinear layers and a last layer, over logically concatenated inputs.
+
+    They run as one operation. Where that would skip something (a hook of one of the modules, a
+    Dropout in training mode, a module of another kind), they run one after another.
+    """
 
     def layers(self) -> tuple[Layer, ...]:
-        """Parameters of every layer, as the operations take them."""
-        return tuple(
-            m.layer() if isinstance(m, NormedLinear) else Layer(m.weight, m.bias)  # type: ignore[arg-type]
-            for m in self
-        )
+        """Parameters of every layer, as the operations take them.
+
+        Raises:
+            Skipped: a module has hooks, drops something, or is none that the operations know.
+        """
+        return tuple(taken_apart(self, "norm_act", root=True))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """``[..., K_i]`` each, widths adding up to K, to ``[..., N]``."""
-        return ops.mlp(inputs, self.layers())
+        y = run(self, inputs, "norm_act", root=False)
+        if y is not None:
+            return y
+        return super().forward(inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1))
 
 
 def mlp(
@@ -119,15 +277,22 @@ def act_norm_mlp(
 
 
 def act_norm_layers(net: nn.Sequential) -> list[Layer]:
-    """The parameters of an :func:`act_norm_mlp` as the operations take them."""
-    linears = [m for m in net if isinstance(m, nn.Linear)]
-    norms = [m for m in net if isinstance(m, nn.LayerNorm)]
-    *hidden, last = linears
-    layers = [
-        Layer(linear.weight, linear.bias, norm.weight, norm.bias, act="mish", eps=norm.eps)
-        for linear, norm in zip(hidden, norms, strict=True)
-    ]
-    return [*layers, Layer(last.weight, last.bias)]
+    """The parameters of an :func:`act_norm_mlp` as the operations take them.
+
+    Raises:
+        Skipped: a module has hooks, drops something, or is none that the operations know.
+    """
+    return taken_apart(net, "act_norm", root=True)
+
+
+def run_act_norm(net: nn.Sequential, x: Tensor) -> Tensor:
+    """An :func:`act_norm_mlp` as one operation, or one by one where that would skip something."""
+    y = run(net, (x,), "act_norm", root=True)
+    if y is not None:
+        return y
+    found = net(x)
+    assert isinstance(found, Tensor)
+    return found
 
 
 @torch.no_grad()

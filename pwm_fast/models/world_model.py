@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pwm_fast import ops
 from pwm_fast.config import WorldModelConfig
-from pwm_fast.models.layers import init_world_model_, mlp
+from pwm_fast.models.layers import init_world_model_, mlp, runs_as_one
 
 
 class LatentModel(nn.Module, ABC):
@@ -68,17 +68,26 @@ class LatentModel(nn.Module, ABC):
         """Next latents ``[..., D]`` of latents ``[..., D]`` and actions ``[..., A]``."""
 
     def encoder_layers(self) -> tuple[ops.Layer, ...]:
-        """The encoder's parameters as the operations take them."""
+        """The encoder's parameters as the operations take them; raises as :meth:`dynamics`."""
         return self._encoder.layers()
 
     @abstractmethod
+    def _transition(self) -> nn.Module:
+        """The transition's network."""
+
+    @abstractmethod
     def dynamics(self) -> ops.Dynamics:
-        """The transition's parameters as the operations take them."""
+        """The transition's parameters as the operations take them.
+
+        Raises:
+            Skipped: whole operations would skip what a module does (a hook, a Dropout).
+        """
 
     def heads(self, *, symlog_rewards: bool = False) -> ops.Heads:
         """The reward and termination heads as the operations take them.
 
-        ``symlog_rewards`` leaves a two-hot head's rewards in symlog space.
+        ``symlog_rewards`` leaves a two-hot head's rewards in symlog space. Raises as
+        :meth:`dynamics`.
         """
         return ops.Heads(
             self._reward.layers(),
@@ -90,6 +99,11 @@ class LatentModel(nn.Module, ABC):
 
     def rollout(self, z: Tensor, action: Tensor, task: Tensor | None = None) -> Tensor:
         """Latents ``[H+1, B, D]`` from ``z [B, D]`` under actions ``[H, B, A]``."""
+        if not runs_as_one(self._transition()):
+            latents = [z]
+            for a in action.unbind(0):
+                latents.append(self.next(latents[-1], a, task))
+            return torch.stack(latents)
         embedding = self.embed(task, z)
         return ops.latent_rollout(
             z, action, self.dynamics(), task=embedding[0] if embedding else None
@@ -172,6 +186,9 @@ class WorldModel(LatentModel):
     def _build_transition(self, pair_dim: int) -> None:
         self._dynamics = mlp(pair_dim, self.config.units, self.config.latent_dim, last="simnorm")
 
+    def _transition(self) -> nn.Module:
+        return self._dynamics
+
     def dynamics(self) -> ops.LatentMap:
         """The transition's parameters as the operations take them."""
         return ops.LatentMap(self._dynamics.layers())
@@ -201,6 +218,9 @@ class FlowWorldModel(LatentModel):
         if self.config.zero_velocity and self.config.head == "linear":
             nn.init.zeros_(self._last_weight(self._velocity))
 
+    def _transition(self) -> nn.Module:
+        return self._velocity
+
     def dynamics(self) -> ops.Flow:
         """The transition's parameters as the operations take them."""
         return ops.Flow(
@@ -224,13 +244,34 @@ class FlowWorldModel(LatentModel):
         if not isinstance(tau, Tensor):
             tau = torch.full((), tau, dtype=z.dtype, device=z.device)
         embedding = self.embed(task, z)
+        if not runs_as_one(self._velocity):
+            return self._velocity(z, a, self._column(tau, z), *embedding)
         return ops.velocity_field(
             z, a, tau, self._velocity.layers(), task=embedding[0] if embedding else None
         )
 
+    @staticmethod
+    def _column(tau: Tensor | float, z: Tensor) -> Tensor:
+        """Flow times as the input ``[..., 1]`` beside latents ``[..., D]``."""
+        if not isinstance(tau, Tensor) or tau.dim() == 0:
+            return z.new_ones((*z.shape[:-1], 1)) * tau
+        return (tau if tau.dim() == z.dim() else tau.unsqueeze(-1)).to(z.dtype)
+
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Next latents ``[..., D]``: the velocity field integrated from tau = 0 to 1."""
         embedding = self.embed(task, z)
+        if not runs_as_one(self._velocity):
+
+            def velocity(z: Tensor, tau: float) -> Tensor:
+                return self._velocity(z, a, self._column(tau, z), *embedding)
+
+            z = ops.integrate(
+                velocity,
+                z,
+                self.config.substeps,
+                self.config.integrator,  # type: ignore[arg-type]
+            )
+            return ops.project_simplex(z) if self.config.project else z
         z = ops.flow_step(
             z,
             a,

@@ -44,9 +44,14 @@ class GuardedAdam:
         fast_params = [p for p in self.params if id(p) not in slow_ids]
         slow_params = [p for p in self.params if id(p) in slow_ids]
         self._scales = [s for s, g in ((1.0, fast_params), (slow_scale, slow_params)) if g]
+        # On a GPU fused Adam reads a rate in float32 alone.
+        exact = torch.float64 if device.type == "cpu" else torch.float32
         self.adam = torch.optim.Adam(
             [
-                {"params": group, "lr": torch.full((), self.initial_lr * scale, device=device)}
+                {
+                    "params": group,
+                    "lr": torch.full((), self.initial_lr * scale, dtype=exact, device=device),
+                }
                 for scale, group in ((1.0, fast_params), (slow_scale, slow_params))
                 if group
             ],
@@ -121,7 +126,7 @@ class GuardedAdam:
                     [state[p]["exp_avg"] for p in params],
                     [state[p]["exp_avg_sq"] for p in params],
                     steps,
-                    group["lr"],
+                    group["lr"].float(),  # itself, but on a CPU
                 )
             )
         norm = guarded_step(

@@ -169,6 +169,27 @@ def test_goes_on_as_if_nothing_had_been() -> None:
         assert equal(state_of(net, optimizer), state_of(other, clean))
 
 
+def test_a_rate_is_exact_in_double_precision() -> None:
+    """Against ``torch.optim.Adam`` with a Python number; also after a state with a float32 rate."""
+    net, optimizer = make(1e9, lr=1e-3)
+    net.double()
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["adam"]["param_groups"]:
+        group["lr"] = group["lr"].float()
+    optimizer.load_state_dict(old)
+    optimizer.set_lr(5e-4)
+    reference = copy.deepcopy(net)
+    adam = torch.optim.Adam(reference.parameters(), lr=5e-4, betas=(0.7, 0.95), fused=False)
+    for _ in range(3):
+        x = torch.randn(6, 4, dtype=torch.float64)
+        optimizer.step(loss_of(net, x))
+        adam.zero_grad()
+        loss_of(reference, x).backward()
+        adam.step()
+    for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+        same(p, q, rtol=1e-14, atol=1e-15)
+
+
 def test_set_lr_acts_in_place() -> None:
     """Rate 0 moves nothing; the tensor stays the one that a captured graph would read."""
     net, optimizer = make()

@@ -48,10 +48,22 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(torch.where(seen, delta * n / total, 0.0))
         self.count.add_(n)
 
-    def scale(self, eps: float = 1e-5) -> Tensor:
-        """``sqrt(var + eps)``, float32, of the item's shape."""
-        return (self.var + eps).sqrt().float()
+    def scale(self, eps: float = 1e-5, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``sqrt(var + eps)``, of the item's shape, rounded once to ``dtype``."""
+        return (self.var + eps).sqrt().to(dtype)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """``(x - mean) / sqrt(var + eps)``, clipped to 10 deviations."""
-        return ((x - self.mean.to(x.dtype)) / self.scale().to(x.dtype)).clamp(-10.0, 10.0)
+    def normalize(self, x: Tensor, clip: float | None = 10.0, *, centre: bool = True) -> Tensor:
+        """``(x - mean) / sqrt(var + eps)``, clipped.
+
+        Args:
+            x: ``[..., *shape]``, floating.
+            clip: deviations from 0 that values are clipped to; None clips nothing.
+            centre: subtract the mean.
+
+        Returns:
+            As ``x``.
+        """
+        if centre:
+            x = x - self.mean.to(x.dtype)
+        x = x / self.scale(dtype=x.dtype)
+        return x if clip is None else x.clamp(-clip, clip)

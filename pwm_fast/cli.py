@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from pwm_fast import optional
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import ConfigError
 from pwm_fast.memory import OutOfMemory
@@ -50,8 +51,8 @@ def main(
         from hydra.errors import HydraException
         from hydra.types import RunMode
         from omegaconf.errors import OmegaConfBaseException
-    except ImportError:
-        _fail(NEEDS_TRAIN)
+    except ImportError as error:
+        _fail(optional.reason(error, "hydra", NEEDS_TRAIN))
 
     from pwm_fast import launch
 
@@ -112,8 +113,8 @@ def plain(command: Callable[[], int]) -> NoReturn:
     try:
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
-    except ImportError:
-        _fail(NEEDS_TRAIN)
+    except ImportError as error:
+        _fail(optional.reason(error, "hydra", NEEDS_TRAIN))
     try:
         status = command()
     except (HydraException, OmegaConfBaseException) as error:  # one of them is an OSError, too

@@ -149,7 +149,6 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
         CheckpointError: a checkpoint cannot be read or does not fit this program.
     """
     device = build.select_device(config.device)
-    build.set_threads(config.threads)
     subjects = [_subject(path, config, device) for path in config.paths]
     if config.pool:
         _refuse_other_worlds(subjects)
@@ -170,6 +169,7 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
 
 def _subject(path: Path, config: DiagnoseConfig, device: torch.device) -> Subject:
     run, content = build.load_run(path)
+    build.set_threads(config.threads, run.alg, device)
     build.seed_everything(config.seed)  # the same for every checkpoint, whatever its place
     seed = config.seed + HELD_OUT_SEED
     with closing(build.make_env(run, config.episodes, seed, device)) as env:

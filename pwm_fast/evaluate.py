@@ -61,8 +61,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     """
     path = Path(config.checkpoint).expanduser()
     device = build.select_device(config.device)
-    build.set_threads(config.threads)
     run, content = build.load_run(path)
+    build.set_threads(config.threads, run.alg, device)
     engine = build.physics(run, device)
     with closing(build.make_env(run, config.episodes, config.seed, device)) as env:
         agent = build.restore_agent(path, run, content, env, device)

@@ -36,7 +36,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
         OSError: a file cannot be written.
     """
     device = build.select_device(config.device)
-    build.set_threads(config.threads)
+    build.set_threads(config.threads, config.alg, device)
     build.seed_everything(config.seed)
     with (
         build.deterministic(config.deterministic),

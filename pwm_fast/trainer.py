@@ -201,7 +201,7 @@ class Trainer:
         for i in self._progress.remaining("model_updates", updates, check):
             if bootstrap and i % LOOK_EVERY == 0:
                 self._guard()
-                self._logger.status(f"bootstrap {i}/{updates}")
+                self._logger.status(f"bootstrap: {i} of {updates} world-model updates")
             windows = self.replay.sample(config.model_learning.batch_size)
             self._progress.add(self.agent.update_world_model(windows))
         if bootstrap:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pwm_fast import optional
 from pwm_fast.envs import _checks, _host
 from pwm_fast.envs.protocol import StateNotSupported
 
@@ -185,5 +186,6 @@ def _dm_control() -> tuple[Any, Any]:
             from dm_control import suite
             from dm_control.rl import control
     except ImportError as error:
-        raise ImportError("env=dmc needs dm-control: pip install 'pwm-fast[dmc]'") from error
+        needed = "env=dmc needs dm-control: pip install 'pwm-fast[dmc]'"
+        raise ImportError(optional.reason(error, "dm_control", needed)) from error
     return suite, control

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pwm_fast import optional
 from pwm_fast.envs import _checks, _host
 from pwm_fast.envs.protocol import StateNotSupported
 
@@ -188,7 +189,6 @@ def _gymnasium() -> Any:
         import gymnasium
         from gymnasium.vector import AutoresetMode  # noqa: F401 - new in 1.1
     except ImportError as error:
-        raise ImportError(
-            "env=gym needs Gymnasium 1.1 or newer: pip install 'pwm-fast[gym]'"
-        ) from error
+        needed = "env=gym needs Gymnasium 1.1 or newer: pip install 'pwm-fast[gym]'"
+        raise ImportError(optional.reason(error, "gymnasium", needed)) from error
     return gymnasium

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast import optional
 from pwm_fast.envs import _checks
 from pwm_fast.envs.protocol import SAME_STEP, Box
 from pwm_fast.envs.tasks.base import Task
@@ -50,9 +51,8 @@ class MujocoEnv:
             import mujoco
             import mujoco.batch
         except ImportError as error:
-            raise ImportError(
-                "the built-in robots need MuJoCo 3.17 or newer: pip install 'pwm-fast[train]'"
-            ) from error
+            needed = "the built-in robots need MuJoCo 3.17 or newer: pip install 'pwm-fast[train]'"
+            raise ImportError(optional.reason(error, "mujoco", needed)) from error
 
         self.task = task
         self.num_envs = num_envs

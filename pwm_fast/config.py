@@ -490,7 +490,9 @@ class TrainConfig:
             ``tf32``, ``bf16`` or ``fast`` (fp16). A run whose ``fast`` updates were skipped as
             non-finite goes on in ``bf16``.
         graphs: replay updates from CUDA graphs: ``auto`` (on a GPU), ``true`` or ``false``.
-        threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
+        threads: torch's CPU threads; null is SLURM_CPUS_PER_TASK or OMP_NUM_THREADS where they are
+            set, else as many of the machine's cores as the agent's products have work for (one for
+            a small agent on a CPU).
         deterministic: the same metrics to the bit whenever the run is repeated on one machine with
             as many threads; an operation that cannot give that raises.
         record_host: write the machine's host name into the run's ``provenance.json``.

@@ -47,7 +47,7 @@ class EpochProgress:
         mask = episode["mask"]
         count = mask.sum().float()
         for name, key in (("train_reward", "return"), ("train_episode_length", "length")):
-            self._add(name, torch.where(mask, episode[key], 0).sum().float(), count)
+            self._add(name, torch.where(mask, episode[key].float(), 0.0).sum(), count)
 
     def means(self) -> dict[str, Tensor]:
         """Mean of every metric; NaN (logged as null) where nothing was counted."""

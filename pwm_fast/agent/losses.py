@@ -10,6 +10,8 @@ from torch import Tensor
 from pwm_fast import ops
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
+from pwm_fast.ops.reference.discounting import discounted
+from pwm_fast.ops.reference.wide import widen
 
 
 class WorldModelLoss(NamedTuple):
@@ -78,13 +80,14 @@ def world_model_loss(
         task=embedding[0] if embedding else None,
     )
     reward_loss = loss.reward / action.shape[0] if config.mean_reward_loss else loss.reward
-    total = config.dynamics_coef * loss.dynamics + config.reward_coef * reward_loss
+    total = discounted(config.dynamics_coef, loss.dynamics)
+    total = total + discounted(config.reward_coef, reward_loss)
     termination = torch.zeros_like(total)
     if loss.termination is not None:
         termination = loss.termination
-        total = total + config.termination_coef * termination
+        total = total + discounted(config.termination_coef, termination)
     with torch.no_grad():
-        latent_std = loss.target.flatten(0, 1).std(0, correction=0).mean()
+        latent_std = widen(loss.target).flatten(0, 1).std(0, correction=0).mean()
     return WorldModelLoss(
         total, loss.dynamics.detach(), reward_loss.detach(), termination.detach(), latent_std
     )

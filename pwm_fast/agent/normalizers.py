@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pwm_fast.ops.reference.wide import widen
+
 
 class RunningMeanStd(nn.Module):
     """Mean and variance of everything seen, merged batch by batch (Chan et al. 1979).
@@ -61,9 +63,10 @@ class RunningMeanStd(nn.Module):
             centre: subtract the mean.
 
         Returns:
-            As ``x``.
+            As ``x``, computed in float32 at least.
         """
+        wide = widen(x)  # in 16 bits a mean far from 0 would lose what is around it
         if centre:
-            x = x - self.mean.to(x.dtype)
-        x = x / self.scale(dtype=x.dtype)
-        return x if clip is None else x.clamp(-clip, clip)
+            wide = wide - self.mean.to(wide.dtype)
+        wide = wide / self.scale(dtype=wide.dtype)
+        return (wide if clip is None else wide.clamp(-clip, clip)).to(x.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pwm_fast import ops
 from pwm_fast.models.layers import act_norm_layers, act_norm_mlp
+from pwm_fast.ops.reference.rollouts import squashed
 
 INITS = ("orthogonal", "torch")
 
@@ -62,4 +63,4 @@ class GaussianActor(nn.Module):
             noise: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``.
         """
         mu = ops.mlp((z,), act_norm_layers(self.mu_net), order="act_norm")
-        return torch.tanh(mu if noise is None else mu + self.std() * noise)
+        return torch.tanh(mu) if noise is None else squashed(mu, self.std(), noise)

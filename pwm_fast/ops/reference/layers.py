@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast.ops.reference.mish import mish
+from pwm_fast.ops.reference.wide import widen
 from pwm_fast.ops.types import Activation, Layer, Order
 
 # Evaluates a network on logically concatenated inputs.
@@ -20,8 +21,8 @@ def simnorm(x: Tensor, dim: int = 8) -> Tensor:
 
 
 def project_simplex(z: Tensor, dim: int) -> Tensor:
-    groups = z.unflatten(-1, (-1, dim)).clamp_min(0.0)
-    return (groups / groups.sum(-1, keepdim=True).clamp_min(1e-6)).flatten(-2)
+    groups = widen(z).unflatten(-1, (-1, dim)).clamp_min(0.0)
+    return (groups / groups.sum(-1, keepdim=True).clamp_min(1e-6)).flatten(-2).to(z.dtype)
 
 
 def activate(x: Tensor, act: Activation, simnorm_dim: int = 8) -> Tensor:

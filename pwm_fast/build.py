@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast import checkpoint, dispatch, memory
+from pwm_fast import checkpoint, dispatch, memory, seeding
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import AlgConfig, ConfigError, TrainConfig
 from pwm_fast.envs import TASKS, Engine, VectorEnv, choose, make
 from pwm_fast.replay import Replay
+from pwm_fast.seeding import Purpose
 
 
 def select_device(name: str) -> torch.device:
@@ -80,11 +81,12 @@ def useful_threads(alg: AlgConfig) -> int:
     return max(work // THREAD_SHARE, 1)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def seed_everything(seed: int, purpose: Purpose = Purpose.AGENT) -> None:
+    """Seed Python's, NumPy's and torch's global generators, each with a stream of its own."""
+    python, numpy, torchs = (seeding.stream(seed, purpose, i) for i in range(3))
+    random.seed(python)
+    np.random.seed(seeding.words(numpy))
+    torch.manual_seed(torchs)
 
 
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")  # the settings that cuBLAS documents as reproducible

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pwm_fast import seeding
+
 
 class ConfigError(ValueError):
     """A configuration value that cannot be used; the message names the key and the value."""
@@ -64,7 +66,7 @@ class WorldModelConfig:
         vmin: first bin centre, in symlog space.
         vmax: last bin centre, in symlog space.
         task_dim: width E of the task embedding; 0 is a single-task model.
-        num_tasks: number of tasks with an embedding.
+        num_tasks: number of tasks with an embedding. A training run has 1 (:func:`check_tasks`).
         zero_velocity: start with a zero last weight of a linear velocity head, so that the model
             starts as the identity, which is close to the truth, and not as a random drift.
         head: last layer of the velocity field, ``linear`` or ``simnorm`` (cannot fit its target).
@@ -482,7 +484,7 @@ class TrainConfig:
     Attributes:
         env: the worlds.
         alg: the agent.
-        seed: of every random number generator.
+        seed: of every random number; runs of other seeds share no start state.
         epochs: epochs of ``alg.steps_per_epoch`` steps in each world.
         num_envs: number of worlds; null is ``env.num_envs``.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -527,7 +529,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+        _require(seeding.in_range(self.seed), "seed", self.seed, "in [0, 2^63)")
         ok = self.device in ("auto", "cpu", "cuda") or (
             self.device.startswith("cuda:") and self.device[5:].isdigit()
         )
@@ -555,6 +557,25 @@ class TrainConfig:
     def worlds(self) -> int:
         """Number of worlds of the run."""
         return self.num_envs or self.env.num_envs
+
+
+def check_tasks(config: TrainConfig) -> None:
+    """Refuse to train a model of several tasks: every transition would count as of the first.
+
+    Models and agents of several tasks can be made, measured and loaded; what is missing is a task
+    number beside each transition.
+
+    Raises:
+        ConfigError: the configuration has more than one task.
+    """
+    model = config.alg.world_model
+    _require(
+        model.num_tasks == 1,
+        "alg.world_model.num_tasks",
+        model.num_tasks,
+        "1 to train: transitions carry no task number yet, all would count as of task 0 (set "
+        "alg.world_model.num_tasks=1 alg.world_model.task_dim=0, and train one run for each task)",
+    )
 
 
 def hydra_schema() -> Any:

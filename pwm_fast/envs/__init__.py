@@ -61,7 +61,7 @@ def make(
     Args:
         name: one of :data:`TASKS` or of :data:`ADAPTERS`.
         num_envs: N.
-        seed: seed of the reset states.
+        seed: of the reset states, in [0, 2^63); neighbouring seeds share no world.
         max_episode_steps: time limit; the task's own by default.
         threads: physics threads of the native engine; the adapters take 1.
         engine: of a built-in robot: ``mujoco`` (native, on the CPU), ``mujoco_warp`` (on

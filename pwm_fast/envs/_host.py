@@ -167,7 +167,7 @@ class HostEnv(ABC):
 
     @abstractmethod
     def _reset_worlds(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
-        """Restart where ``mask`` ``[N]``, world i from ``seed + i``; ``[N, O]``, valid there."""
+        """Restart where ``mask`` ``[N]``, each world from a stream of its own; ``[N, O]``."""
 
     @abstractmethod
     def _step_worlds(self, action: np.ndarray) -> Outcome:

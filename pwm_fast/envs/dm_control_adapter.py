@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast import optional
+from pwm_fast import optional, seeding
 from pwm_fast.envs import _checks, _host
 from pwm_fast.envs.protocol import StateNotSupported
 
@@ -26,7 +26,7 @@ class DMControlEnv(_host.HostEnv):
         domain: such as ``"cheetah"``.
         task: such as ``"run"``.
         num_envs: N.
-        seed: seed of the start states; world i gets ``seed + i``.
+        seed: of the start states, in [0, 2^63); world i gets ``seeding.words(seed, i)``.
         max_episode_steps: time limit in control steps of this environment, repeats not counted
             apart; the task's own by default.
         action_repeat: how often an action is applied in a step.
@@ -55,7 +55,8 @@ class DMControlEnv(_host.HostEnv):
             raise ValueError(f"dm_control has no task {domain} {task}: {known}")
         try:
             self._envs = [
-                suite.load(domain, task, task_kwargs={"random": seed + i}) for i in range(num_envs)
+                suite.load(domain, task, task_kwargs={"random": _random_state(seed, i)})
+                for i in range(num_envs)
             ]
         except AttributeError as error:  # dm_control mirrors MuJoCo's structs, version by version
             raise ImportError(
@@ -105,7 +106,7 @@ class DMControlEnv(_host.HostEnv):
         obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         for i in np.flatnonzero(mask):
             if seed is not None:
-                self._envs[i].task.random.seed(seed + int(i))
+                self._envs[i].task.random.seed(seeding.words(seed, int(i)))
             obs[i] = _flat(self._envs[i].reset().observation)
         return obs
 
@@ -173,6 +174,10 @@ class DMControlEnv(_host.HostEnv):
             for name in self._model_arrays
             if getattr(model, name).tobytes() != getattr(pristine, name).tobytes()
         ]
+
+
+def _random_state(seed: int, world: int) -> np.random.RandomState:
+    return np.random.RandomState(seeding.words(seed, world))
 
 
 def _flat(observation: dict[str, Any]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast import optional
+from pwm_fast import optional, seeding
 from pwm_fast.envs import _checks, _host
 from pwm_fast.envs.protocol import StateNotSupported
 
@@ -38,7 +38,7 @@ class GymnasiumEnv(_host.HostEnv):
 
     Args:
         envs: a ``gymnasium.vector.VectorEnv`` that resets in the same step.
-        seed: seed of the start states; world i gets ``seed + i``.
+        seed: of the start states, in [0, 2^63); see :func:`seeding.world_seeds`.
         max_episode_steps: time limit that ``envs`` already enforces; its spec's by default.
 
     Raises:
@@ -92,7 +92,7 @@ class GymnasiumEnv(_host.HostEnv):
         Args:
             id: its name, such as ``"Hopper-v5"``.
             num_envs: N.
-            seed: seed of the start states; world i gets ``seed + i``.
+            seed: of the start states, in [0, 2^63); see :func:`seeding.world_seeds`.
             max_episode_steps: time limit; the registered one by default.
             kwargs: the environment's own arguments.
 
@@ -132,8 +132,15 @@ class GymnasiumEnv(_host.HostEnv):
         self._envs.close()
 
     def _reset_worlds(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
-        obs, _ = self._envs.reset(seed=seed, options={"reset_mask": mask.copy()})
+        seeds = None if seed is None else self._seeds(seed)
+        obs, _ = self._envs.reset(seed=seeds, options={"reset_mask": mask.copy()})
         return np.asarray(obs).reshape(self.num_envs, -1)
+
+    def _seeds(self, seed: int) -> list[int] | int:
+        """What Gymnasium's ``reset`` takes: a seed for each world, where it has them apart."""
+        vector = _gymnasium().vector
+        apart = isinstance(self._envs.unwrapped, (vector.SyncVectorEnv, vector.AsyncVectorEnv))
+        return seeding.world_seeds(seed, self.num_envs if apart else 1)[slice(None) if apart else 0]
 
     def _step_worlds(self, action: np.ndarray) -> _host.Outcome:
         action = action.reshape(self._action_shape).astype(self._action_dtype)

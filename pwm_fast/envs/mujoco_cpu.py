@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast import optional
+from pwm_fast import optional, seeding
 from pwm_fast.envs import _checks
 from pwm_fast.envs.protocol import SAME_STEP, Box
 from pwm_fast.envs.tasks.base import Task
@@ -26,7 +26,7 @@ class MujocoEnv:
     Args:
         task: the robot and its task.
         num_envs: N, at least 1.
-        seed: seed of the reset states.
+        seed: of the reset states, in [0, 2^63).
         max_episode_steps: time limit; the task's own by default.
         threads: physics threads; 1 is as fast as more for fewer than some hundred worlds.
 
@@ -74,7 +74,7 @@ class MujocoEnv:
         self._warmstart = torch.from_numpy(self._batch.bind("qacc_warmstart"))
         self._time = torch.from_numpy(self._batch.bind("time"))
 
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seeding.generator_seed(seed))
         self._steps = torch.zeros(num_envs, dtype=torch.int64)
         self._returns = torch.zeros(num_envs)
         self._obs = torch.zeros(num_envs, task.obs_dim)
@@ -86,7 +86,7 @@ class MujocoEnv:
     ) -> tuple[Tensor, dict[str, Any]]:
         """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
         if seed is not None:
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(seeding.generator_seed(seed))
         mask = _checks.reset_mask(options, self.num_envs)
         self._restart(mask)
         self._obs = torch.where(mask.unsqueeze(-1), self._observe(), self._obs)

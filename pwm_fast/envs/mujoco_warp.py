@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast import seeding
 from pwm_fast.envs import _checks
 from pwm_fast.envs._buffers import contacts_and_rows
 from pwm_fast.envs._device import Packed, Watch
@@ -39,7 +40,7 @@ class MujocoWarpEnv:
     Args:
         task: the robot and its task; its functions must not wait for the device.
         num_envs: N, at least 1.
-        seed: seed of the reset states.
+        seed: of the reset states, in [0, 2^63).
         max_episode_steps: time limit; the task's own by default.
         device: a CUDA device, or the CPU.
         graph: replay a CUDA graph; False steps eagerly, which waits for the device.
@@ -93,7 +94,8 @@ class MujocoWarpEnv:
             self._warp_stream = self._wp.stream_from_torch(self._cuda_stream)
         self._make_physics(max_contacts, max_rows)
 
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(seeding.generator_seed(seed))
         self._action = torch.zeros(num_envs, task.action_dim, device=device)
         self._obs = torch.zeros(num_envs, task.obs_dim, device=device)
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=device)
@@ -135,7 +137,7 @@ class MujocoWarpEnv:
     ) -> tuple[Tensor, dict[str, Any]]:
         """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
         if seed is not None:
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(seeding.generator_seed(seed))
         mask = _checks.reset_mask(options, self.num_envs).to(self.device)
         self._restart(mask, *self._sample_reset())
         self._obs.copy_(torch.where(mask.unsqueeze(-1), self._observe(), self._obs))

@@ -69,7 +69,13 @@ class VectorEnv(Protocol):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
+        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True.
+
+        Args:
+            seed: of all that is random from here on, each world in a stream of its own that no
+                other seed's world has; None goes on with the random numbers that there are.
+            options: the mask.
+        """
         ...
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:

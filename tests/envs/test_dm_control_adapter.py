@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pwm_fast.envs import StateNotSupported, VectorEnv, make
+from pwm_fast.seeding import words
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a machine without a display
@@ -56,7 +57,8 @@ def test_protocol():
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_matches_dm_control_itself(repeat):
     env = dmc("hopper", "hop", seed=4, action_repeat=repeat, max_episode_steps=15)
-    worlds = [suite.load("hopper", "hop", task_kwargs={"random": 4 + i}) for i in range(2)]
+    randoms = [np.random.RandomState(words(4, i)) for i in range(2)]
+    worlds = [suite.load("hopper", "hop", task_kwargs={"random": random}) for random in randoms]
     for world in worlds:
         world.reset()
     for t, action in enumerate(actions(env, 30)):

@@ -76,7 +76,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``finished``, ``interrupted``, ``diverged``; ``unfinished`` is running or killed."""
+        """``finished``, ``interrupted``, ``diverged``, ``nothing to learn``; else ``unfinished``."""
         return str(self.summary.get("status", "unfinished"))
 
     @property

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,19 @@ from pwm_fast import seeding
 
 class ConfigError(ValueError):
     """A configuration value that cannot be used; the message names the key and the value."""
+
+
+# Mappings whose keys are not known beforehand: Hydra wants a + before a key that they lack.
+_OPEN = re.compile(r"(env\.kwargs|hydra\.launcher\.additional_parameters)(\.[^=]+)?=")
+
+
+def open_overrides(overrides: Iterable[str]) -> list[str]:
+    """Overrides with Hydra's ``++`` before those within open mappings, such as ``env.kwargs.x=1``.
+
+    Args:
+        overrides: as on the command line; other arguments may be among them.
+    """
+    return [f"++{given}" if _OPEN.match(given) else given for given in overrides]
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -472,9 +486,12 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         _positive("env", self, "num_envs", "threads")
+        _require(self.threads <= 1024, "env.threads", self.threads, "at most 1024")
         _one_of("env.engine", self.engine, ("auto", "mujoco", "mujoco_warp"))
         if self.max_episode_steps is not None:
             _positive("env", self, "max_episode_steps")
+            ok = self.max_episode_steps < 2**31
+            _require(ok, "env.max_episode_steps", self.max_episode_steps, "below 2^31")
 
 
 @dataclass
@@ -661,7 +678,7 @@ def compose(*overrides: str) -> TrainConfig:
 
     ConfigStore.instance().store(name="train_schema", node=hydra_schema())
     with initialize_config_module("pwm_fast.configs", version_base="1.3"):
-        return from_hydra(hydra_compose("config", overrides=list(overrides)))
+        return from_hydra(hydra_compose("config", overrides=open_overrides(overrides)))
 
 
 def _readable(error: Exception) -> str:

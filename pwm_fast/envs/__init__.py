@@ -13,7 +13,13 @@ from pwm_fast.envs.engines import ENGINES, Engine, choose, why_unusable
 from pwm_fast.envs.gymnasium_adapter import GymnasiumEnv
 from pwm_fast.envs.mujoco_cpu import MujocoEnv
 from pwm_fast.envs.mujoco_warp import MujocoWarpEnv
-from pwm_fast.envs.protocol import SAME_STEP, Box, StateNotSupported, VectorEnv
+from pwm_fast.envs.protocol import (
+    SAME_STEP,
+    Box,
+    EnvironmentFault,
+    StateNotSupported,
+    VectorEnv,
+)
 from pwm_fast.envs.tasks.ant import Ant
 from pwm_fast.envs.tasks.base import Task
 from pwm_fast.envs.tasks.cartpole import CartPole
@@ -33,6 +39,7 @@ __all__ = [
     "Box",
     "DMControlEnv",
     "Engine",
+    "EnvironmentFault",
     "GymnasiumEnv",
     "MujocoEnv",
     "MujocoWarpEnv",

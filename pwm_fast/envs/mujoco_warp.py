@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast import seeding
+from pwm_fast import memory, seeding
 from pwm_fast.envs import _checks
 from pwm_fast.envs._buffers import contacts_and_rows
 from pwm_fast.envs._device import Packed, Watch
+from pwm_fast.envs._divergence import MAX_COORDINATE
 from pwm_fast.envs.engines import import_warp, why_unusable
 from pwm_fast.envs.protocol import SAME_STEP, Box
 from pwm_fast.envs.tasks.base import Task
 from pwm_fast.recording import recording
 
-_MAX_COORDINATE = 1e6  # beyond this a state counts as diverged, as in the native engine
 _WARM_UP = 2  # eager steps before the capture: they compile and load every kernel
 
 
@@ -33,9 +33,9 @@ class MujocoWarpEnv:
     the bit, and is slow.
 
     A world whose physics diverges (a non-finite coordinate, or one beyond 1e6) terminates, as in
-    the native engine; so does, on CUDA, one whose action is not finite. Such worlds, and contacts
-    that were dropped for want of room, are counted on the device; a warning says so once, on CUDA
-    some steps later.
+    the native engine; so does, on CUDA, one whose action is not finite. ``info["diverged"]`` marks
+    both. Such worlds, and contacts that were dropped for want of room, are counted on the device; a
+    warning says so once, on CUDA some steps later.
 
     Args:
         task: the robot and its task; its functions must not wait for the device.
@@ -120,6 +120,7 @@ class MujocoWarpEnv:
                 "terminated": ((n,), torch.bool),
                 "truncated": ((n,), torch.bool),
                 "done": ((n,), torch.bool),
+                "diverged": ((n,), torch.bool),
                 "goal": ((n,), torch.bool),
             },
             device,
@@ -163,6 +164,7 @@ class MujocoWarpEnv:
         info: dict[str, Any] = {
             "final_obs": out["final_obs"],
             "episode": {"return": out["return"], "length": out["length"], "mask": out["done"]},
+            "diverged": out["diverged"],
         }
         if self._has_goal:
             info["goal"] = out["goal"]
@@ -225,7 +227,7 @@ class MujocoWarpEnv:
         final_obs = self._observe()
         size = torch.maximum(self._qpos.abs().amax(-1), self._qvel.abs().amax(-1))
         # NaN compares false, so "not below" catches it too.
-        diverged = ~(size < _MAX_COORDINATE)
+        diverged = ~(size < MAX_COORDINATE)
         lost = diverged | unusable
         terminated = self.task.terminated(final_obs) | lost
         final_obs = torch.where(lost.unsqueeze(-1), self._obs, final_obs)
@@ -240,6 +242,7 @@ class MujocoWarpEnv:
         out["terminated"].copy_(terminated)
         out["truncated"].copy_(truncated)
         out["done"].copy_(done)
+        out["diverged"].copy_(lost)
         goal = self.task.goal(final_obs)
         if goal is not None:
             out["goal"].copy_(goal)
@@ -287,6 +290,13 @@ class MujocoWarpEnv:
         model = mujoco.MjModel.from_xml_string(self.task.mjcf())
         # mujoco-warp never resets a world by itself, and does not know the flag that forbids it.
         model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
+        floats = mujoco.mj_stateSize(model, int(mujoco.mjtState.mjSTATE_FULLPHYSICS))
+        memory.require(
+            self.num_envs * 4 * (floats + 4 * self.task.obs_dim + 2),
+            f"{self.num_envs} worlds of {self.task.name}",
+            memory.WORLDS,
+            self.device,
+        )
         contacts, rows = contacts_and_rows(model)
         contacts = contacts if max_contacts is None else max_contacts
         rows = rows if max_rows is None else max_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,12 @@ class Trainer:
             ok = True
             return summary
         finally:
-            logger.close(ok=ok)
+            try:
+                if self._eval_env is not None:
+                    self._eval_env.close()
+            finally:
+                self._eval_env = None
+                logger.close(ok=ok)
 
     def _train(self) -> None:
         if not self.latest_eval:
@@ -190,6 +196,8 @@ class Trainer:
             )
             self.agent.observe(obs, reward)
             self._progress.add_episodes(info["episode"])
+            if "diverged" in info:
+                self._progress.add_total("diverged", info["diverged"].sum())
 
     def _random_action(self) -> Tensor:
         """Uniform actions ``[N, A]``, each held for ``alg.random_hold`` steps on average."""
@@ -292,10 +300,9 @@ class Trainer:
         return evaluate(self.agent, self._eval_env, seed, check=self._stop.check)
 
     def _final_evaluation(self) -> Evaluation:
-        env = self.make_eval_env(self.config.eval.final_episodes)
         seed = seeding.stream(self.config.seed, Purpose.FINAL_EVALUATION)
-        result = evaluate(self.agent, env, seed, check=self._stop.check)
-        env.close()
+        with closing(self.make_eval_env(self.config.eval.final_episodes)) as env:
+            result = evaluate(self.agent, env, seed, check=self._stop.check)
         self.save("final")
         return result
 

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast import checkpoint, dispatch, memory
+from pwm_fast import checkpoint, dispatch, memory, seeding
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import AlgConfig, ConfigError, TrainConfig
 from pwm_fast.envs import TASKS, Engine, VectorEnv, choose, make
 from pwm_fast.replay import Replay
+from pwm_fast.seeding import Purpose
 
 
 def select_device(name: str) -> torch.device:
@@ -80,11 +81,12 @@ def useful_threads(alg: AlgConfig) -> int:
     return max(work // THREAD_SHARE, 1)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def seed_everything(seed: int, purpose: Purpose = Purpose.AGENT) -> None:
+    """Seed Python's, NumPy's and torch's global generators, each with a stream of its own."""
+    python, numpy, torchs = (seeding.stream(seed, purpose, i) for i in range(3))
+    random.seed(python)
+    np.random.seed(seeding.words(numpy))
+    torch.manual_seed(torchs)
 
 
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")  # the settings that cuBLAS documents as reproducible
@@ -164,7 +166,7 @@ def make_env(
     Raises:
         ConfigError: it cannot be made.
     """
-    with _usable(f"{num_envs} worlds of env={config.env.name} do"):
+    with _usable(f"{num_envs} worlds of env={config.env.name} do", memory.WORLDS):
         return make(
             config.env.name,
             num_envs,
@@ -191,7 +193,7 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
             f"precision={config.precision} cannot run on device={device}: {reason}; give "
             "precision=auto, which is exact on a CPU and fast on a GPU"
         )
-    with _usable(f"alg={config.alg.name} does"):
+    with _usable(f"alg={config.alg.name} does", "the latent_dim and units of its networks"):
         return PWM(
             env.single_observation_space.shape[0],
             env.single_action_space.shape[0],
@@ -260,7 +262,16 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
             f"alg.horizon={config.alg.horizon} is longer than an episode "
             f"({env.max_episode_steps} steps): there would be nothing to learn from"
         )
-    with _usable(f"alg.replay_capacity={config.alg.replay_capacity} does"):
+    capacity = config.alg.replay_capacity
+    width = env.single_observation_space.shape[0] + env.single_action_space.shape[0] + 2
+    with _usable(f"alg.replay_capacity={capacity} does", "alg.replay_capacity"):
+        # A row, the length of its run, and two running sums to draw from.
+        memory.require(
+            capacity * (4 * width + 4 + 16),
+            f"alg.replay_capacity={capacity} transitions of {width} numbers",
+            "alg.replay_capacity",
+            device,
+        )
         return Replay(
             config.alg.replay_capacity,
             config.worlds,
@@ -271,14 +282,54 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
         )
 
 
+def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) -> None:
+    """Look at what a run's updates and evaluations take at least, before any work.
+
+    Raises:
+        OutOfMemory: the device has less.
+    """
+    alg = config.alg
+    obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+    latent = alg.world_model.latent_dim
+    for key, horizon, numbers in (
+        ("alg.model_learning.batch_size", alg.horizon, obs_dim + action_dim + 2 + latent),
+        ("alg.actor.batch_size", alg.imagined_steps, action_dim + latent),
+    ):
+        batch = alg.model_learning.batch_size if "model" in key else alg.actor.batch_size
+        memory.require(
+            4 * batch * (horizon + 1) * numbers,
+            f"{key}={batch} rollouts of {horizon} steps",
+            f"{key}, the horizon or alg.world_model.latent_dim",
+            device,
+        )
+    for key, episodes in (
+        ("eval.episodes", config.eval.episodes),
+        ("eval.final_episodes", config.eval.final_episodes),
+    ):
+        memory.require(
+            episodes * 4 * (4 * obs_dim + action_dim + 8),
+            f"{key}={episodes} worlds",
+            key,
+            env.device,
+        )
+
+
 @contextmanager
-def _usable(what: str) -> Iterator[None]:
-    """Turn what a part says of its arguments into ConfigError; ``what`` ends in "do" or "does"."""
+def _usable(what: str, lower: str = "") -> Iterator[None]:
+    """Turn what a part says of its arguments into ConfigError.
+
+    Args:
+        what: would not fit into the memory; ends in "do" or "does".
+        lower: what to make smaller then.
+    """
     try:
         yield
+    except memory.OutOfMemory:
+        raise
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
         if memory.is_out_of_memory(error):
-            raise ConfigError(f"{what} not fit into the memory") from error
+            hint = f": lower {lower}" if lower else ""
+            raise ConfigError(f"{what} not fit into the memory{hint}") from error
         raise

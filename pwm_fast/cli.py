@@ -11,12 +11,20 @@ from typing import Any, NoReturn
 
 from pwm_fast import optional
 from pwm_fast.checkpoint import CheckpointError
-from pwm_fast.config import ConfigError
+from pwm_fast.config import ConfigError, open_overrides
+from pwm_fast.envs import EnvironmentFault
 from pwm_fast.memory import OutOfMemory
 from pwm_fast.trainer import TrainingDiverged
 
 # What a user can mend: shown as one line, without a traceback.
-USER_ERRORS = (ConfigError, CheckpointError, TrainingDiverged, OutOfMemory, OSError)
+USER_ERRORS = (
+    ConfigError,
+    CheckpointError,
+    EnvironmentFault,
+    TrainingDiverged,
+    OutOfMemory,
+    OSError,
+)
 NEEDS_TRAIN = "this command needs more packages: pip install 'pwm-fast[train]'"
 
 
@@ -59,6 +67,8 @@ def main(
     launch.register()
     # `launch` has a default, so that Hydra would refuse the + of a group without one.
     sys.argv[1:] = [re.sub(r"^\+launch=", "launch=", argument) for argument in sys.argv[1:]]
+    if name == "train":
+        sys.argv[1:] = open_overrides(sys.argv[1:])
     ConfigStore.instance().store(name=f"{name}_schema", node=schema())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on: they are reported here
     status = 0

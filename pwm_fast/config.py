@@ -9,13 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from pwm_fast import seeding
 
 
 class ConfigError(ValueError):
     """A configuration value that cannot be used; the message names the key and the value."""
+
+
+# Mappings whose keys are not known beforehand: Hydra wants a + before a key that they lack.
+_OPEN = re.compile(r"(env\.kwargs|hydra\.launcher\.additional_parameters)(\.[^=]+)?=")
+
+
+def open_overrides(overrides: Iterable[str]) -> list[str]:
+    """Overrides with Hydra's ``++`` before those within open mappings, such as ``env.kwargs.x=1``.
+
+    Args:
+        overrides: as on the command line; other arguments may be among them.
+    """
+    return [f"++{given}" if _OPEN.match(given) else given for given in overrides]
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -64,7 +80,7 @@ class WorldModelConfig:
         vmin: first bin centre, in symlog space.
         vmax: last bin centre, in symlog space.
         task_dim: width E of the task embedding; 0 is a single-task model.
-        num_tasks: number of tasks with an embedding.
+        num_tasks: number of tasks with an embedding. A training run has 1 (:func:`check_tasks`).
         zero_velocity: start with a zero last weight of a linear velocity head, so that the model
             starts as the identity, which is close to the truth, and not as a random drift.
         head: last layer of the velocity field, ``linear`` or ``simnorm`` (cannot fit its target).
@@ -470,9 +486,12 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         _positive("env", self, "num_envs", "threads")
+        _require(self.threads <= 1024, "env.threads", self.threads, "at most 1024")
         _one_of("env.engine", self.engine, ("auto", "mujoco", "mujoco_warp"))
         if self.max_episode_steps is not None:
             _positive("env", self, "max_episode_steps")
+            ok = self.max_episode_steps < 2**31
+            _require(ok, "env.max_episode_steps", self.max_episode_steps, "below 2^31")
 
 
 @dataclass
@@ -482,7 +501,7 @@ class TrainConfig:
     Attributes:
         env: the worlds.
         alg: the agent.
-        seed: of every random number generator.
+        seed: of every random number; runs of other seeds share no start state.
         epochs: epochs of ``alg.steps_per_epoch`` steps in each world.
         num_envs: number of worlds; null is ``env.num_envs``.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -527,7 +546,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+        _require(seeding.in_range(self.seed), "seed", self.seed, "in [0, 2^63)")
         ok = self.device in ("auto", "cpu", "cuda") or (
             self.device.startswith("cuda:") and self.device[5:].isdigit()
         )
@@ -555,6 +574,25 @@ class TrainConfig:
     def worlds(self) -> int:
         """Number of worlds of the run."""
         return self.num_envs or self.env.num_envs
+
+
+def check_tasks(config: TrainConfig) -> None:
+    """Refuse to train a model of several tasks: every transition would count as of the first.
+
+    Models and agents of several tasks can be made, measured and loaded; what is missing is a task
+    number beside each transition.
+
+    Raises:
+        ConfigError: the configuration has more than one task.
+    """
+    model = config.alg.world_model
+    _require(
+        model.num_tasks == 1,
+        "alg.world_model.num_tasks",
+        model.num_tasks,
+        "1 to train: transitions carry no task number yet, all would count as of task 0 (set "
+        "alg.world_model.num_tasks=1 alg.world_model.task_dim=0, and train one run for each task)",
+    )
 
 
 def hydra_schema() -> Any:
@@ -640,7 +678,7 @@ def compose(*overrides: str) -> TrainConfig:
 
     ConfigStore.instance().store(name="train_schema", node=hydra_schema())
     with initialize_config_module("pwm_fast.configs", version_base="1.3"):
-        return from_hydra(hydra_compose("config", overrides=list(overrides)))
+        return from_hydra(hydra_compose("config", overrides=open_overrides(overrides)))
 
 
 def _readable(error: Exception) -> str:

@@ -223,7 +223,7 @@ def test_wrong_types(key: str, value: object) -> None:
 NAN, INF = math.nan, math.inf
 OUT_OF_RANGE = {
     "epochs": [-1],
-    "seed": [-1, 2**31],
+    "seed": [-1, -(2**40), 2**63],
     "device": ["gpu", "cuda:", "cuda:x", "CPU"],
     "precision": ["fp16", "Fast"],
     "graphs": ["on", "1"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -122,8 +123,9 @@ def test_every_field_is_documented() -> None:
     """Each key has its line under Attributes of its class."""
     for cls in vars(configuration).values():
         if dataclasses.is_dataclass(cls) and isinstance(cls, type):
+            text = inspect.cleandoc(cls.__doc__ or "")  # Python 3.13 has done so already
             for f in dataclasses.fields(cls):
-                assert f"\n        {f.name}: " in (cls.__doc__ or ""), f"{cls.__name__}.{f.name}"
+                assert f"\n    {f.name}: " in text, f"{cls.__name__}.{f.name}"
 
 
 # Round trip

@@ -2,7 +2,7 @@
 #   PYTHON=python3.12  the interpreter for .venv (3.10 to 3.13); a .venv of another one is made anew
 #   ARGS="..."         goes to the command that the target runs
 # PWM_FAST_BUILD, PWM_FAST_CUDA, PWM_FAST_CUDA_ARCHS, NVCC, CUDA_HOME, CXX, CXXFLAGS and LDFLAGS reach
-# setup.py; another value installs again, and so does an nvcc that comes or goes.
+# setup.py; another value installs again, and so does an nvcc or an NVIDIA driver that comes or goes.
 
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -14,10 +14,17 @@ INPUTS := pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/* csrc/*/
 PROBE := -c 'import sys; v = sys.version_info[:2]; print("%d.%d of %s" % (v + (sys.base_prefix,))); \
 	sys.exit(not (3, 10) <= v <= (3, 13))'
 
-.PHONY: help setup train test bench gpu lint clean FORCE
+# The pip that .venv gets before anything else: those that Pythons bring go back through old releases
+# where they should look for another one. With constraints.txt the oldest that works is OLDEST_PIP.
+PIP := 25.1
+OLDEST_PIP := 22
+# What setup.py looks at too (DRIVER_FILES).
+DRIVER_FILES := /proc/driver/nvidia/version /dev/nvidiactl /dev/nvhost-gpu /dev/dxg
+
+.PHONY: help setup train test test-quick bench gpu lint clean FORCE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo 'PYTHON=python3.12 picks the interpreter, ARGS="..." goes to the command that is run.'
 
 setup: .venv/.installed ## create .venv and install pwm_fast into it, unless that is done already
@@ -28,6 +35,12 @@ train: setup ## train; without ARGS the quickstart, else Hydra overrides: ARGS="
 # A file's tests run in one process, files in the order of tests/conftest.py; ARGS="-n0 ..." starts none.
 test: setup ## run the tests, on every core
 	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# What differs between Pythons shows here, if anywhere; .ci/run does it with every one that there is.
+QUICK := tests/test_config.py tests/test_replay.py $(addprefix tests/,data envs launch models native ops trainer)
+
+test-quick: setup ## run the part of the tests that takes two minutes
+	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not slow and not interpreted' $(QUICK) $(ARGS)
 
 bench: setup ## run the benchmarks
 	$(RUN) pytest bench --benchmark-only $(ARGS)
@@ -49,6 +62,12 @@ clean: ## remove .venv, builds and caches; runs stay
 .venv/.installed: .venv/.key $(INPUTS)
 	@rm -f pwm_fast/_C.*.so
 	@$(RUN) pip --version >/dev/null 2>&1 || $(RUN) ensurepip
+	@log=$$($(RUN) pip install -q --disable-pip-version-check --retries 2 'pip>=$(PIP)' 2>&1) || { \
+		why=$$(echo "$$log" | grep -m 1 '^ERROR:'); have=$$($(RUN) pip --version | awk '{ print $$2 }'); \
+		if echo "$$have" | awk -F. '{ exit !($$1 < $(OLDEST_PIP)) }'; then \
+			echo "error: pip $$have of .venv is too old and there is no newer one ($$why):" \
+				".venv/bin/python -m pip install 'pip>=$(PIP)'" >&2; exit 1; fi; \
+		echo "NOTE: goes on with pip $$have, for pip $(PIP) or newer could not be installed ($$why)"; }
 	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	@test "$$PWM_FAST_BUILD" = 0 || ls pwm_fast/_C.*.so >/dev/null 2>&1 || \
 		echo 'NOTE: installed without the native extension; "make setup PWM_FAST_BUILD=1" says why.'
@@ -71,5 +90,5 @@ clean: ## remove .venv, builds and caches; runs stay
 	fi; \
 	key="$$want | $$PWD | $$CXX | $$CXXFLAGS | $$LDFLAGS | $${PWM_FAST_BUILD:-auto}"; \
 	key="$$key | $${PWM_FAST_CUDA:-auto} | $$PWM_FAST_CUDA_ARCHS | $$CUDA_HOME"; \
-	key="$$key | $${NVCC:-$$(command -v nvcc)}"; \
+	key="$$key | $${NVCC:-$$(command -v nvcc)} | $$(command -v nvidia-smi || ls $(DRIVER_FILES) 2>/dev/null | head -n 1)"; \
 	[ "$$key" = "$$(cat $@ 2>/dev/null)" ] || printf "%s\n" "$$key" >$@

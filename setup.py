@@ -3,10 +3,11 @@
 PWM_FAST_BUILD=auto, the default, warns and installs pure Python if the extension does not build;
 1 makes that an error; 0 does not try. CXX, CXXFLAGS and LDFLAGS are honoured.
 
-PWM_FAST_CUDA=auto, the default, compiles the CUDA sources into it where there is an nvcc (NVCC, or
-the one on PATH, or CUDA_HOME's), and leaves them out where there is none or they do not build; 1
-makes that an error; 0 leaves them out. PWM_FAST_CUDA_ARCHS names other architectures than
-"80 90a 90+PTX", of which those are taken that nvcc knows.
+PWM_FAST_CUDA=auto, the default, compiles the CUDA sources into it where there are an nvcc (NVCC,
+or the one on PATH, or CUDA_HOME's) and an NVIDIA driver, and leaves them out where there is none or
+they do not build; 1 asks for no driver, and makes it an error if they cannot be built; 0 leaves
+them out. PWM_FAST_CUDA_ARCHS names other architectures than "80 90a 90+PTX", of which those are
+taken that nvcc knows; naming them takes the place of the driver.
 """
 
 import glob
@@ -52,6 +53,8 @@ FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall
 CUDA_SOURCES = {f"{Path(source).stem}.cuda.o": source for source in glob.glob("csrc/cuda/*.cu")}
 CUDA_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fmad=false"]  # see esnr_emulation
 CUDA_ARCHS = "80 90a 90+PTX"  # machine code of A100 and H100, and what later GPUs compile
+# One of these is there where an NVIDIA driver is: Linux (two), Tegra, WSL. Also in the Makefile.
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
 LINK_FLAGS = {"darwin": ["-bundle", "-undefined", "dynamic_lookup"]}.get(
     sys.platform, ["-shared", "-s"]
 )
@@ -80,14 +83,14 @@ class NinjaBuildExt(build_ext):
         try:
             nvcc, reason = None, "PWM_FAST_CUDA=0"
             if CUDA != "0":
-                nvcc, reason = Nvcc.found(), None
-            self.run_ninja(target, nvcc, reason)
+                nvcc, reason = Nvcc.found(), why_no_use()
+            self.run_ninja(target, None if reason else nvcc, reason)
         except CudaError as error:
             if CUDA == "1":
                 raise
             self.run_ninja(target, None, str(error))
         except CompileError as error:
-            if nvcc is None or CUDA == "1":
+            if reason or CUDA == "1":
                 raise
             reason = f"its CUDA sources did not build: {main_line(str(error))}"
             self.run_ninja(target, None, reason)
@@ -204,6 +207,18 @@ class Nvcc:
         for name, source in sorted(CUDA_SOURCES.items()):
             objects += ninja.build(name, "nvcc", os.path.abspath(source))
         return objects
+
+
+def why_no_use():
+    """Why nobody would use CUDA code built here; None where somebody may, or says so.
+
+    It takes minutes to compile. torch, which knows best, is not there while a package is built.
+    """
+    if CUDA == "1" or os.environ.get("PWM_FAST_CUDA_ARCHS") or shutil.which("nvidia-smi"):
+        return None
+    if any(os.path.exists(file) for file in DRIVER_FILES):
+        return None
+    return "no NVIDIA driver was found when it was built; PWM_FAST_CUDA=1 builds without one"
 
 
 def for_host(flags):

@@ -1,5 +1,8 @@
 """``python -m bench.launches``: kernels that an imagined rollout and the updates would launch.
 
+``--write`` stores what it prints in ``bench/launches.json`` and puts it into docs/performance.md;
+``tests/agent/test_fake_cuda.py`` counts again and compares.
+
 Counted without a GPU, by running them on tensors without data (:mod:`bench.fake_cuda`). An operator
 of PyTorch's counts once, so its numbers are lower bounds; a Triton kernel is one launch.
 """
@@ -31,8 +34,9 @@ from pwm_fast.replay import Windows
 
 OBS, ACTION = 37, 8  # the Ant's
 STEPS = ("rollout", "actor", "critics", "world model")
-BOUNDS = Path(__file__).with_name("launches.json")
+STORED = Path(__file__).with_name("launches.json")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+NODE_US = 1.3  # of a graph's node on the device, assumed
 MARKS = ("<!-- launches -->", "<!-- /launches -->")
 # `tests`: a small agent, as the bound of the tests.
 ALGS = ("tests", "pwm_5M_flow", "pwm_5M", "pwm_48M_flow")
@@ -127,6 +131,29 @@ def _config(alg: str) -> AlgConfig:
     return small() if alg == "tests" else plain.algorithm(alg)
 
 
+def count_row(alg: str, provider: str) -> Launches:
+    """:func:`count` of one row of the table."""
+    return count(_config(alg), *provider.split(", "))
+
+
+def rows() -> list[tuple[str, str]]:
+    """Configuration and provider of every row."""
+    every = [", ".join(provider) for provider in providers()]
+    return [(a, p) for a in ALGS for p in (every if a in WHOLE else (every[0], every[-1]))]
+
+
+def counted_with() -> str:
+    """The torch whose operators the stored counts are of: that of constraints.txt."""
+    pins = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    return next(line[7:].split()[0] for line in pins.splitlines() if line.startswith("torch=="))
+
+
+def epoch(alg: str, counts: dict[str, int]) -> int:
+    """Launches of an epoch's updates."""
+    models = _config(alg).model_learning.updates * counts["world model"]
+    return counts["actor"] + counts["critics"] + models
+
+
 def table(results: dict[str, dict[str, dict[str, int]]]) -> str:
     """Markdown."""
     lines = [
@@ -137,46 +164,59 @@ def table(results: dict[str, dict[str, dict[str, int]]]) -> str:
         if alg == "tests" and len(results) > 1:
             continue
         for provider, counts in rows.items():
-            models = _config(alg).model_learning.updates * counts["world model"]
-            epoch = counts["actor"] + counts["critics"] + models
-            cells = " | ".join(f"{n:,}" for n in (*(counts[s] for s in STEPS), epoch))
+            numbers = (*(counts[s] for s in STEPS), epoch(alg, counts))
+            cells = " | ".join(f"{n:,}" for n in numbers)
             lines.append(f"| `{alg}` | {provider} | {cells} |")
     return "\n".join(lines)
 
 
 def load() -> dict[str, dict[str, dict[str, int]]]:
-    """The stored counts, which are bounds for the tests."""
-    return json.loads(BOUNDS.read_text())
+    """The stored counts."""
+    return json.loads(STORED.read_text())
+
+
+def page(text: str, results: dict[str, dict[str, dict[str, int]]]) -> str:
+    """The page's text with the table of ``results``."""
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    return f"{before}{MARKS[0]}\n{table(results)}\n\n{summary(results)}\n{MARKS[1]}{after}"
+
+
+def summary(results: dict[str, dict[str, dict[str, int]]]) -> str:
+    """What an epoch's updates take of a graph's nodes alone, in a sentence."""
+    total = epoch("pwm_5M_flow", results["pwm_5M_flow"]["triton, fast"])
+    return (
+        f"As nodes of a graph alone, the {total:,} of an epoch of `pwm_5M_flow` in `fast` would "
+        f"take {total * NODE_US / 1e3:.1f} ms at the assumed {NODE_US} us."
+    )
 
 
 def write(results: dict[str, dict[str, dict[str, int]]]) -> None:
     """Store the counts and put their table into ``docs/performance.md``."""
-    BOUNDS.write_text(json.dumps(results, indent=2) + "\n")
-    page = PAGE.read_text()
-    before, rest = page.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    PAGE.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
+    STORED.write_text(json.dumps(results, indent=2) + "\n")
+    PAGE.write_text(page(PAGE.read_text(), results))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table; ``--write`` stores it, ``--kernels`` lists what is launched most."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--alg", nargs="*", default=ALGS)
+    parser.add_argument("--alg", nargs="*", default=ALGS, choices=ALGS)
     parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list the N most often")
     parser.add_argument("--write", action="store_true", help="store, also in docs/performance.md")
     options = parser.parse_args(arguments)
+    if options.write and set(options.alg) != set(ALGS):
+        parser.error("--write stores every configuration: leave --alg out")
+    if options.write and torch.__version__.split("+")[0] != counted_with():
+        parser.error(f"--write stores what torch {counted_with()} does, not {torch.__version__}")
     results: dict[str, dict[str, dict[str, int]]] = {}
-    for alg in options.alg:
-        config = _config(alg)
-        results[alg] = {}
-        every = providers()
-        for backend, precision in every if alg in WHOLE else (every[0], every[-1]):
-            launches = count(config, backend, precision)
-            name = f"{backend}, {precision}"
-            results[alg][name] = {step: launches[step].total() for step in STEPS}
-            for step in STEPS if options.kernels else ():
-                most = ", ".join(f"{k} {n}" for k, n in launches[step].most_common(options.kernels))
-                print(f"{alg}, {name}, {step}: {most}")
+    for alg, provider in rows():
+        if alg not in options.alg:
+            continue
+        launches = count_row(alg, provider)
+        results.setdefault(alg, {})[provider] = {s: launches[s].total() for s in STEPS}
+        for step in STEPS if options.kernels else ():
+            most = ", ".join(f"{k} {n}" for k, n in launches[step].most_common(options.kernels))
+            print(f"{alg}, {provider}, {step}: {most}")
     print(table(results))
     if options.write:
         write(results)

@@ -3,7 +3,9 @@
 What is timed against, and in float64 what every provider is checked against. Written from the
 formulas, independent of ``pwm_fast.ops``: inputs are concatenated, a Linear is followed by
 ``F.layer_norm`` and ``F.mish``, the reward is computed at every step of a rollout, the critics run
-under ``torch.vmap``, and nothing is frozen unless the caller freezes it.
+under ``torch.vmap``, and nothing is frozen unless the caller freezes it. It is the arrangement that
+is as published: losses, rates and betas are those of the configuration that is measured
+(docs/published.md), so that both sides do the same work.
 
 One thing is left out in our disfavour: the published rollout also evaluates the critics at every
 step, inside the graph. Here that is done in :meth:`Learner.update_policy` (whose critic needs these

@@ -22,15 +22,15 @@ struct Rows {
     const T* from = reinterpret_cast<const T*>(addresses[row]) + start + i;
     for (int k = 0; k < width; ++k) x[k] = aligned || i + k < n ? to_float(from[k]) : 0.0f;
   }
-  float* total(int64_t i) const {
-    return reinterpret_cast<float*>(addresses[total_row]) + start + i;
+  double* total(int64_t i) const {
+    return reinterpret_cast<double*>(addresses[total_row]) + start + i;
   }
   template <bool aligned>
-  void read_total(int64_t i, float (&x)[width]) const {
-    for (int k = 0; k < width; ++k) x[k] = aligned || i + k < n ? total(i)[k] : 0.0f;
+  void read_total(int64_t i, double (&x)[width]) const {
+    for (int k = 0; k < width; ++k) x[k] = aligned || i + k < n ? total(i)[k] : 0.0;
   }
   template <bool aligned>
-  void write_total(int64_t i, const float (&x)[width]) const {
+  void write_total(int64_t i, const double (&x)[width]) const {
     for (int k = 0; k < width; ++k) {
       if (aligned || i + k < n) total(i)[k] = x[k];
     }
@@ -58,7 +58,7 @@ Sums block(const Table& table, const Work& work, int64_t c) {
 template <class T>
 Sums block(const EsnrCall& call, const Table& table, int64_t c) {
   if (call.task == Task::update) return block<T>(table, Update{}, c);
-  if (call.task == Task::result) return block<T>(table, Result{1.0f / float(call.samples)}, c);
+  if (call.task == Task::result) return block<T>(table, Result{1.0 / double(call.samples)}, c);
   if (call.samples <= 2) return block<T>(table, Moments<2>{call.samples}, c);
   if (call.samples <= 4) return block<T>(table, Moments<4>{call.samples}, c);
   if (call.samples <= 8) return block<T>(table, Moments<8>{call.samples}, c);

@@ -50,7 +50,7 @@ std::vector<int64_t> esnr_table(const EsnrCall& call) {
     bool aligned = true;
     for (int64_t r = 0; r < rows; ++r) {
       const bool running_sum = call.task != esnr::Task::moments && r == rows - 1;
-      const int64_t bytes = running_sum ? esnr::width * 4 : vector;
+      const int64_t bytes = running_sum ? 16 : vector;  // two fp64 numbers at a time
       aligned = aligned && call.rows[r * tensors + t] % bytes == 0;
     }
     words.push_back(aligned);

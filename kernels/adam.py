@@ -123,11 +123,11 @@ def adam_kernel(
     for base in range(0, count, SLOTS):
         j = base + tl.arange(0, SLOTS)
         sums += tl.load(slots + j, mask=j < count, other=0.0)
-    total = tl.sqrt(tl.sum(sums, axis=0)).to(tl.float32)
+    total = tl.sqrt(tl.sum(sums, axis=0))  # of finite gradients finite, also beyond float32
     finite = (total < float("inf")) & (tl.abs(tl.load(loss)) < float("inf"))  # a NaN is not below
     beta1, beta2 = tl.load(options), tl.load(options + 1)
-    epsilon, most = tl.load(options + 2).to(tl.float32), tl.load(options + 3).to(tl.float32)
-    factor = tl.minimum(most / (total + 1e-6), 1.0)
+    epsilon, most = tl.load(options + 2).to(tl.float32), tl.load(options + 3)
+    factor = tl.minimum(most / (total + 1e-6), 1.0).to(tl.float32)
     tensor, start, n = _find(c, FIRST, SIZES, CHUNK)
     if KEEP:
         g_pointer = _pointer(grads, tensor, SIZES, ALIGNED) + start
@@ -165,7 +165,7 @@ def adam_kernel(
             p -= size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + epsilon)
             tl.store(p_pointer + i, p, mask=inside)
     if LEAD and c == 0:
-        tl.store(norm, total)
+        tl.store(norm, total.to(tl.float32))
         bad = tl.where(finite, 0, 1).to(tl.int64)
         tl.store(skipped, tl.load(skipped) + bad)
         tl.store(in_a_row, (tl.load(in_a_row) + 1) * bad)
@@ -249,7 +249,8 @@ def guarded_step(
         keep: leave the clipped gradients where the gradients were.
 
     Returns:
-        The norm before clipping, one float32.
+        The norm before clipping, one float32; infinite where float32 does not hold it, which skips
+        nothing.
 
     Raises:
         ValueError: a tensor is not contiguous.

@@ -1,9 +1,9 @@
 """Signal and noise of gradient samples: one pass over the samples, all tensors in one launch.
 
 Where the extension has CUDA code, ``csrc/cuda/esnr.cu`` does this; here is the same in Triton. Per
-element, with its first sample as the origin, Welford's recurrence over the samples' distances from
-it: samples that agree to 1e-7 lose nothing, as their distances are exact. In float32; sums over
-elements in float64, chunk by chunk and then in order: the same bits on every GPU.
+element Welford's recurrence over its samples. All in float64, which holds the square of every
+float32 number, so that no scale of the samples overflows or underflows, and in which samples that
+agree to 1e-7 lose nothing; sums chunk by chunk and then in order: the same bits on every GPU.
 
 Source: Welford 1962, "Note on a method for calculating corrected sums of squares and products".
 """
@@ -25,6 +25,7 @@ from pwm_fast.kernels.table import Table
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 _BLOCK = 1024  # elements that a program holds
+_STREAMED_BLOCK = 512  # the same where it holds running sums, whose float64 takes more registers
 _SLOTS = 128  # chunks whose sums the second stage adds at a time
 
 _MOMENTS, _UPDATE, _RESULT = 0, 1, 2
@@ -32,10 +33,16 @@ _MOMENTS, _UPDATE, _RESULT = 0, 1, 2
 
 @triton.jit
 def _load(pointer, i, n, WHOLE: tl.constexpr):
-    """Elements as float32, 0 beyond n; without a mask, wide loads are possible."""
+    """Elements as float64, 0 beyond n; without a mask, wide loads are possible."""
     if WHOLE:
-        return tl.load(pointer + i).to(tl.float32)
-    return tl.load(pointer + i, mask=i < n, other=0.0).to(tl.float32)
+        return tl.load(pointer + i).to(tl.float64)
+    return tl.load(pointer + i, mask=i < n, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _share(s):
+    """``1 / (s + 1)``, float64 ``[1]``."""
+    return tl.full([1], 1.0, tl.float64) / (s + 1)
 
 
 @triton.jit
@@ -52,18 +59,15 @@ def _moments(
     WHOLE: tl.constexpr,
 ):
     """Of each element the square of its mean and the sum of centred squares, float64."""
-    origin_row = tables.row(words, tensors, samples, tensor, 0, DTYPE, ALIGNED) + start
-    origin = _load(origin_row, i, n, WHOLE)
-    mean = tl.zeros_like(origin)
-    squares = tl.zeros_like(origin)
-    for s in range(1, samples):
+    mean = tl.zeros_like(i).to(tl.float64)
+    squares = tl.zeros_like(mean)
+    for s in range(samples):
         sample = tables.row(words, tensors, samples, tensor, s, DTYPE, ALIGNED) + start
-        x = _load(sample, i, n, WHOLE) - origin
+        x = _load(sample, i, n, WHOLE)
         apart = x - mean
-        mean += apart * (1.0 / (s + 1))
+        mean += apart * _share(s)
         squares += apart * (x - mean)
-    mean += origin
-    return (mean * mean).to(tl.float64), squares.to(tl.float64)
+    return mean * mean, squares
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def _update(sample, origin, total, i, n, WHOLE: tl.constexpr):
         tl.store(total + i, moved)
     else:
         tl.store(total + i, moved, mask=i < n)
-    return (x * x).to(tl.float64)
+    return x * x
 
 
 @triton.jit
@@ -125,7 +129,7 @@ def esnr_update_kernel(
     tensor, start, n = tables.find(words, tensors, chunk, c, TENSORS)
     sample = tables.row(words, tensors, 3, tensor, 0, DTYPE, ALIGNED) + start
     origin = tables.row(words, tensors, 3, tensor, 1, DTYPE, ALIGNED) + start
-    total = tables.row(words, tensors, 3, tensor, 2, tl.float32, ALIGNED) + start
+    total = tables.row(words, tensors, 3, tensor, 2, tl.float64, ALIGNED) + start
     squares = tl.zeros([BLOCK], tl.float64)
     whole = n // BLOCK * BLOCK
     for base in range(0, whole, BLOCK):
@@ -140,7 +144,7 @@ def esnr_update_kernel(
 def _result(origin, total, share, i, n, WHOLE: tl.constexpr):
     way = _load(total, i, n, WHOLE) * share
     mean = _load(origin, i, n, WHOLE) + way
-    return (mean * mean).to(tl.float64), (way * way).to(tl.float64)
+    return mean * mean, way * way
 
 
 @triton.jit
@@ -159,8 +163,8 @@ def esnr_result_kernel(
     c = tl.program_id(0)
     tensor, start, n = tables.find(words, tensors, chunk, c, TENSORS)
     origin = tables.row(words, tensors, 2, tensor, 0, DTYPE, ALIGNED) + start
-    total = tables.row(words, tensors, 2, tensor, 1, tl.float32, ALIGNED) + start
-    share = 1.0 / samples
+    total = tables.row(words, tensors, 2, tensor, 1, tl.float64, ALIGNED) + start
+    share = _share(samples - 1)
     signal = tl.zeros([BLOCK], tl.float64)
     shift = tl.zeros([BLOCK], tl.float64)
     whole = n // BLOCK * BLOCK
@@ -258,7 +262,7 @@ def _run(
         DTYPE=DTYPES[like.dtype],
         ALIGNED=table.aligned,
         TENSORS=triton.next_power_of_2(table.tensors),
-        BLOCK=_BLOCK,
+        BLOCK=_BLOCK if task == _MOMENTS else _STREAMED_BLOCK,
     )
     launch(
         esnr_sums_kernel,
@@ -288,7 +292,8 @@ def cases() -> list[Case]:
         (esnr_result_kernel, True, (tl.float32, tl.float16)),
     ):
         for dtype in dtypes:
-            constants = {"DTYPE": dtype, "ALIGNED": aligned, "TENSORS": 32, "BLOCK": _BLOCK}
+            block = _BLOCK if kernel is esnr_moments_kernel else _STREAMED_BLOCK
+            constants = {"DTYPE": dtype, "ALIGNED": aligned, "TENSORS": 32, "BLOCK": block}
             name = kernel.fn.__name__.removesuffix("_kernel")
             listed.append(
                 Case(

@@ -18,13 +18,26 @@ from pwm_fast.kernels.launch import launch
 _BLOCK = 128
 
 
+@triton.jit
+def _mixed(value, total, lam):
+    """``(1 - lam) value + lam total``; at the ends of lam one of them alone."""
+    mixed = (1.0 - lam) * value + lam * total
+    return tl.where(lam == 0.0, value, tl.where(lam == 1.0, total, mixed))
+
+
+@triton.jit
+def _finite(x):
+    return tl.abs(x) < float("inf")  # a NaN is not below
+
+
 @triton.jit(do_not_specialize=["steps"])
 def returns_fwd_kernel(
     rewards, values, continues, out, steps, n, gamma, lam, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
     """``out[t] = r[t] + gamma c[t] ((1 - lam) V[t + 1] + lam out[t + 1])``, ``out[H] = V[H]``.
 
-    ``LAST``: ``values`` holds ``V[H]`` alone, and lam is 1; ``continues`` may be None.
+    ``LAST``: ``values`` holds ``V[H]`` alone, and lam is 1; ``continues`` may be None. What has a
+    weight of 0 is left out, finite or not.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -39,11 +52,12 @@ def returns_fwd_kernel(
         bootstrap = total
         if not LAST:
             value = tl.load(values + (t + 1) * size + i, mask=inside, other=0.0)
-            bootstrap = (1.0 - lam) * value + lam * total
-        discount = gamma
+            bootstrap = _mixed(value, total, lam)
+        discount = tl.zeros([BLOCK], tl.float32) + gamma
         if continues is not None:
-            discount = gamma * tl.load(continues + t * size + i, mask=inside, other=0.0)
-        total = tl.load(rewards + t * size + i, mask=inside, other=0.0) + discount * bootstrap
+            discount *= tl.load(continues + t * size + i, mask=inside, other=0.0)
+        later = tl.where(discount == 0.0, 0.0, discount * bootstrap)
+        total = tl.load(rewards + t * size + i, mask=inside, other=0.0) + later
         tl.store(out + t * size + i, total, mask=inside)
 
 
@@ -63,7 +77,10 @@ def returns_bwd_kernel(
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of :func:`returns_fwd_kernel`; ``dcontinues`` is None where ``continues`` is."""
+    """Gradients of :func:`returns_fwd_kernel`; ``dcontinues`` is None where ``continues`` is.
+
+    A product of 0 and what is not finite is 0 here.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     size = tl.full([1], n, tl.int64)
@@ -73,9 +90,9 @@ def returns_bwd_kernel(
     for t in range(steps):
         d = tl.load(dout + t * size + i, mask=inside, other=0.0) + carried
         tl.store(drewards + t * size + i, d, mask=inside)
-        discount = gamma
+        discount = tl.zeros([BLOCK], tl.float32) + gamma
         if continues is not None:
-            discount = gamma * tl.load(continues + t * size + i, mask=inside, other=0.0)
+            discount *= tl.load(continues + t * size + i, mask=inside, other=0.0)
         if dcontinues is not None:
             if LAST:
                 later = tl.load(values + i, mask=inside, other=0.0)
@@ -86,9 +103,14 @@ def returns_bwd_kernel(
                 total = tl.load(out + (t + 1) * size + i, mask=inside, other=0.0)
             bootstrap = total
             if not LAST:
-                bootstrap = (1.0 - lam) * later + lam * total
-            tl.store(dcontinues + t * size + i, gamma * d * bootstrap, mask=inside)
+                bootstrap = _mixed(later, total, lam)
+            none = (d == 0.0) | (discount == 0.0)
+            towards = gamma * d * bootstrap
+            towards = tl.where(none & ~_finite(towards), 0.0, towards)
+            tl.store(dcontinues + t * size + i, towards, mask=inside)
         carried = discount * d
+        none = (d == 0.0) | (discount == 0.0)
+        carried = tl.where(none & ~_finite(carried), 0.0, carried)
         if not LAST:
             # The last step bootstraps from its value alone.
             share = tl.where(t + 1 < steps, 1.0 - lam, 1.0)

@@ -8,7 +8,9 @@ Importing this package, or ``pwm_fast.ops``, needs torch alone.
 - :func:`backend`, :class:`BackendError`: which backend runs; see :mod:`pwm_fast.dispatch`.
 """
 
+import os
 import pkgutil
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
+
+# OpenMP's threads spin while they wait for one another. On a busy machine that keeps the awaited
+# one from running: two threads took up to 24 times as long as one (docs/performance.md). OpenMP
+# reads this when torch loads it, so the package's commands set it here, before torch comes; a
+# program of the user's own is left as it is.
+if sys.argv[:1] == ["-m"] and "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Where they are; imported at their first use, as they need torch and this package alone does not.
 _LAZY = {

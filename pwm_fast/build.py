@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pwm_fast import checkpoint, memory
+from pwm_fast import checkpoint, dispatch, memory, seeding
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
-from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.config import AlgConfig, ConfigError, TrainConfig
 from pwm_fast.envs import TASKS, Engine, VectorEnv, choose, make
 from pwm_fast.replay import Replay
+from pwm_fast.seeding import Purpose
 
 
 def select_device(name: str) -> torch.device:
@@ -44,20 +47,46 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def set_threads(threads: int | None) -> None:
-    """Set torch's CPU threads: as given, else what Slurm allots, else torch's own choice."""
+THREAD_SHARE = 8_000_000  # multiply-adds of a product that are worth another thread
+
+
+def set_threads(
+    threads: int | None, alg: AlgConfig | None = None, device: torch.device | None = None
+) -> None:
+    """Set torch's CPU threads.
+
+    Args:
+        threads: their number; None is what Slurm allots, else OMP_NUM_THREADS, else as many of
+            torch's own choice as the agent's products have work for: the layers of a small one are
+            too short to be shared.
+        alg: the agent; None is not to look at that.
+        device: the agent's; only one on the CPU is looked at.
+    """
+    if device is not None and device.type != "cpu":
+        alg = None
     if threads is None:
         allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
         threads = int(allotted) if allotted.isdigit() and int(allotted) > 0 else None
+    if threads is None and alg is not None and not os.environ.get("OMP_NUM_THREADS"):
+        threads = min(torch.get_num_threads(), useful_threads(alg))
     if threads is not None:
         torch.set_num_threads(threads)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def useful_threads(alg: AlgConfig) -> int:
+    """How many CPU threads the largest product within a rollout has work for."""
+    widths = [alg.world_model.latent_dim, *alg.world_model.units, alg.world_model.latent_dim]
+    rows = max(alg.model_learning.batch_size, alg.actor.batch_size)
+    work = rows * max(n * k for n, k in itertools.pairwise(widths))
+    return max(work // THREAD_SHARE, 1)
+
+
+def seed_everything(seed: int, purpose: Purpose = Purpose.AGENT) -> None:
+    """Seed Python's, NumPy's and torch's global generators, each with a stream of its own."""
+    python, numpy, torchs = (seeding.stream(seed, purpose, i) for i in range(3))
+    random.seed(python)
+    np.random.seed(seeding.words(numpy))
+    torch.manual_seed(torchs)
 
 
 CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")  # the settings that cuBLAS documents as reproducible
@@ -137,7 +166,7 @@ def make_env(
     Raises:
         ConfigError: it cannot be made.
     """
-    with _usable(f"{num_envs} worlds of env={config.env.name} do"):
+    with _usable(f"{num_envs} worlds of env={config.env.name} do", memory.WORLDS):
         return make(
             config.env.name,
             num_envs,
@@ -158,7 +187,13 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
     """
     if config.graphs == "true" and device.type != "cuda":
         raise ConfigError(f"graphs=true needs a GPU, device={config.device} is {device} here")
-    with _usable(f"alg={config.alg.name} does"):
+    reason = why_not_precision(config.precision, device)
+    if reason is not None:
+        raise ConfigError(
+            f"precision={config.precision} cannot run on device={device}: {reason}; give "
+            "precision=auto, which is exact on a CPU and fast on a GPU"
+        )
+    with _usable(f"alg={config.alg.name} does", "the latent_dim and units of its networks"):
         return PWM(
             env.single_observation_space.shape[0],
             env.single_action_space.shape[0],
@@ -168,6 +203,17 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
             graphs=None if config.graphs == "auto" else config.graphs == "true",
             precision=config.precision,
         )
+
+
+def why_not_precision(precision: str, device: torch.device) -> str | None:
+    """Why no backend computes an agent's products in ``precision`` on ``device``, or None."""
+    sample = torch.empty(1, device=device)
+    with dispatch.precision(precision):
+        try:
+            dispatch.select("mlp", None, dispatch.Call([sample]))
+        except dispatch.BackendError as error:
+            return str(error)
+    return None
 
 
 def load_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -188,15 +234,18 @@ def restore_agent(
 ) -> PWM:
     """The agent of a checkpoint that :func:`load_run` read, without its optimisers' states.
 
+    Where the run's precision cannot be had here (``fast`` of a GPU's run on a CPU), it is ``auto``.
+
     Raises:
         ConfigError: it cannot be made.
         CheckpointError: the content does not fit its own configuration.
     """
-    agent = make_agent(config, env, device)
+    asked = content.get("precision") or config.precision
+    precision = asked if why_not_precision(asked, device) is None else "auto"
+    graphs = config.graphs if device.type == "cuda" else "auto"
+    agent = make_agent(replace(config, precision=precision, graphs=graphs), env, device)
     try:
         agent.load_state_dict(content["agent"], optimizers=False)
-        if content.get("precision"):
-            agent.set_precision(content["precision"])
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
     return agent
@@ -213,7 +262,16 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
             f"alg.horizon={config.alg.horizon} is longer than an episode "
             f"({env.max_episode_steps} steps): there would be nothing to learn from"
         )
-    with _usable(f"alg.replay_capacity={config.alg.replay_capacity} does"):
+    capacity = config.alg.replay_capacity
+    width = env.single_observation_space.shape[0] + env.single_action_space.shape[0] + 2
+    with _usable(f"alg.replay_capacity={capacity} does", "alg.replay_capacity"):
+        # A row, the length of its run, and two running sums to draw from.
+        memory.require(
+            capacity * (4 * width + 4 + 16),
+            f"alg.replay_capacity={capacity} transitions of {width} numbers",
+            "alg.replay_capacity",
+            device,
+        )
         return Replay(
             config.alg.replay_capacity,
             config.worlds,
@@ -224,14 +282,54 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
         )
 
 
+def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) -> None:
+    """Look at what a run's updates and evaluations take at least, before any work.
+
+    Raises:
+        OutOfMemory: the device has less.
+    """
+    alg = config.alg
+    obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+    latent = alg.world_model.latent_dim
+    for key, horizon, numbers in (
+        ("alg.model_learning.batch_size", alg.horizon, obs_dim + action_dim + 2 + latent),
+        ("alg.actor.batch_size", alg.imagined_steps, action_dim + latent),
+    ):
+        batch = alg.model_learning.batch_size if "model" in key else alg.actor.batch_size
+        memory.require(
+            4 * batch * (horizon + 1) * numbers,
+            f"{key}={batch} rollouts of {horizon} steps",
+            f"{key}, the horizon or alg.world_model.latent_dim",
+            device,
+        )
+    for key, episodes in (
+        ("eval.episodes", config.eval.episodes),
+        ("eval.final_episodes", config.eval.final_episodes),
+    ):
+        memory.require(
+            episodes * 4 * (4 * obs_dim + action_dim + 8),
+            f"{key}={episodes} worlds",
+            key,
+            env.device,
+        )
+
+
 @contextmanager
-def _usable(what: str) -> Iterator[None]:
-    """Turn what a part says of its arguments into ConfigError; ``what`` ends in "do" or "does"."""
+def _usable(what: str, lower: str = "") -> Iterator[None]:
+    """Turn what a part says of its arguments into ConfigError.
+
+    Args:
+        what: would not fit into the memory; ends in "do" or "does".
+        lower: what to make smaller then.
+    """
     try:
         yield
+    except memory.OutOfMemory:
+        raise
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
         if memory.is_out_of_memory(error):
-            raise ConfigError(f"{what} not fit into the memory") from error
+            hint = f": lower {lower}" if lower else ""
+            raise ConfigError(f"{what} not fit into the memory{hint}") from error
         raise

@@ -9,13 +9,22 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from pwm_fast import optional
 from pwm_fast.checkpoint import CheckpointError
-from pwm_fast.config import ConfigError
+from pwm_fast.config import ConfigError, open_overrides
+from pwm_fast.envs import EnvironmentFault
 from pwm_fast.memory import OutOfMemory
 from pwm_fast.trainer import TrainingDiverged
 
 # What a user can mend: shown as one line, without a traceback.
-USER_ERRORS = (ConfigError, CheckpointError, TrainingDiverged, OutOfMemory, OSError)
+USER_ERRORS = (
+    ConfigError,
+    CheckpointError,
+    EnvironmentFault,
+    TrainingDiverged,
+    OutOfMemory,
+    OSError,
+)
 NEEDS_TRAIN = "this command needs more packages: pip install 'pwm-fast[train]'"
 
 
@@ -50,14 +59,16 @@ def main(
         from hydra.errors import HydraException
         from hydra.types import RunMode
         from omegaconf.errors import OmegaConfBaseException
-    except ImportError:
-        _fail(NEEDS_TRAIN)
+    except ImportError as error:
+        _fail(optional.reason(error, "hydra", NEEDS_TRAIN))
 
     from pwm_fast import launch
 
     launch.register()
     # `launch` has a default, so that Hydra would refuse the + of a group without one.
     sys.argv[1:] = [re.sub(r"^\+launch=", "launch=", argument) for argument in sys.argv[1:]]
+    if name == "train":
+        sys.argv[1:] = open_overrides(sys.argv[1:])
     ConfigStore.instance().store(name=f"{name}_schema", node=schema())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on: they are reported here
     status = 0
@@ -112,8 +123,8 @@ def plain(command: Callable[[], int]) -> NoReturn:
     try:
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
-    except ImportError:
-        _fail(NEEDS_TRAIN)
+    except ImportError as error:
+        _fail(optional.reason(error, "hydra", NEEDS_TRAIN))
     try:
         status = command()
     except (HydraException, OmegaConfBaseException) as error:  # one of them is an OSError, too

@@ -51,11 +51,12 @@ def summary(report: Report) -> str:
         measure = comparison.primary
         lines.append(f"{comparison.environment.label}: {measure.label}")
         groups = comparison.environment.groups
-        width = max(len(group.label) for group in groups)
+        width = max(len(group.name) for group in groups)
         for group, estimates in zip(groups, comparison.estimates, strict=True):
             lines.append(
-                f"  {group.label:{width}}  {_shown(estimates[measure.key], len(group.runs))}"
+                f"  {group.name:{width}}  {_shown(estimates[measure.key], len(group.runs))}"
             )
+        lines += [f"  {g.mark:{width}}  is {g.label}" for g in groups if g.mark]
     lines += ["", *(f"note: {note}" for note in report.notes)] if report.notes else []
     lines += [f"left out: {item.path}: {item.reason}" for item in report.left_out]
     return "\n".join(lines)

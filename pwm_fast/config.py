@@ -1,20 +1,37 @@
 """Typed configuration of a run: the schema behind the YAML files in ``configs/``.
 
-The defaults here are PWM's published single-task values unless a comment says otherwise. Every
-class checks its own values, so a wrong number is named before any work starts.
+The defaults here are ours. ``configs/alg/pwm.yaml`` has PWM's published single-task values;
+``docs/published.md`` says where the two differ. Every class checks its own values, so a wrong
+number is named before any work starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from pwm_fast import seeding
 
 
 class ConfigError(ValueError):
     """A configuration value that cannot be used; the message names the key and the value."""
+
+
+# Mappings whose keys are not known beforehand: Hydra wants a + before a key that they lack.
+_OPEN = re.compile(r"(env\.kwargs|hydra\.launcher\.additional_parameters)(\.[^=]+)?=")
+
+
+def open_overrides(overrides: Iterable[str]) -> list[str]:
+    """Overrides with Hydra's ``++`` before those within open mappings, such as ``env.kwargs.x=1``.
+
+    Args:
+        overrides: as on the command line; other arguments may be among them.
+    """
+    return [f"++{given}" if _OPEN.match(given) else given for given in overrides]
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -63,7 +80,7 @@ class WorldModelConfig:
         vmin: first bin centre, in symlog space.
         vmax: last bin centre, in symlog space.
         task_dim: width E of the task embedding; 0 is a single-task model.
-        num_tasks: number of tasks with an embedding.
+        num_tasks: number of tasks with an embedding. A training run has 1 (:func:`check_tasks`).
         zero_velocity: start with a zero last weight of a linear velocity head, so that the model
             starts as the identity, which is close to the truth, and not as a random drift.
         head: last layer of the velocity field, ``linear`` or ``simnorm`` (cannot fit its target).
@@ -120,11 +137,13 @@ class ModelLearningConfig:
         lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
         encoder_lr_scale: the encoder learns at this times the rate. Below 1 the latents that the
             dynamics chase move more slowly (TD-MPC2 has 0.3).
-        betas: Adam's betas.
+        betas: Adam's betas. PWM's world model has torch's own, 0.9 and 0.999.
         grad_norm: the gradient's norm is clipped to this.
         dynamics_coef: weight of the dynamics (or flow-matching) loss. 20 and 0.1 are TD-MPC2's
             weights for a cross-entropy reward.
         reward_coef: weight of the reward loss.
+        mean_reward_loss: the reward loss is the mean over a window's H steps where the other losses
+            are sums over them, so it weighs 1/H as much: PWM's code divides it by H twice.
         termination_coef: weight of the termination loss.
         tau_sampling: flow times of the flow-matching loss, ``uniform``, or ``midpoint`` (0.5 alone,
             an ablation: Heun also evaluates 0 and 1).
@@ -145,6 +164,7 @@ class ModelLearningConfig:
     grad_norm: float = 20.0
     dynamics_coef: float = 20.0
     reward_coef: float = 0.1
+    mean_reward_loss: bool = False
     termination_coef: float = 0.1
     tau_sampling: str = "uniform"
     flow_start: str = "rollout"
@@ -182,6 +202,8 @@ class ActorConfig:
         min_logstd: its lower bound.
         input_gain: factor on the first layer's initial weights. Latents vary by about 0.1 around
             1/8: at a gain of 1 small networks start, and long stay, in Mish's linear range.
+        init: initial weights and biases: ``orthogonal`` (gain 1, biases 0) or ``torch`` (as
+            ``torch.nn.Linear`` draws both, PWM's; its weights are 0.58 times as large).
         updates: updates an epoch, each on freshly imagined rollouts.
         batch_size: imagined rollouts a update, started from replayed observations.
         lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
@@ -194,6 +216,7 @@ class ActorConfig:
     init_logstd: float = -1.0
     min_logstd: float = -1.427
     input_gain: float = 1.0
+    init: str = "orthogonal"
     updates: int = 1
     batch_size: int = 128
     lr: float = 5e-4
@@ -203,6 +226,7 @@ class ActorConfig:
 
     def __post_init__(self) -> None:
         _widths("alg.actor.units", self.units)
+        _one_of("alg.actor.init", self.init, ("orthogonal", "torch"))
         _positive("alg.actor", self, "batch_size", "input_gain")
         _finite("alg.actor", self, "init_logstd", "min_logstd")
         _require(self.updates >= 0, "alg.actor.updates", self.updates, "0 or more")
@@ -219,10 +243,13 @@ class CriticConfig:
         input_gain: as the actor's.
         passes: passes over the imagined states an actor update leaves.
         minibatches: minibatches a pass.
+        shuffle: deal the imagined states out to minibatches at random, anew in every pass; false
+            takes them in order of time, as PWM's code does.
         lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
         betas: Adam's betas.
         grad_norm: the gradient's norm is clipped to this.
-        lam: lambda of the TD(lambda) targets.
+        lam: lambda of the TD(lambda) targets. PWM's code has 0.95 while it steps an environment;
+            offline its targets are those of 0 whatever it is set to.
     """
 
     units: list[int] = field(default_factory=lambda: [400, 200])
@@ -230,6 +257,7 @@ class CriticConfig:
     input_gain: float = 1.0
     passes: int = 8
     minibatches: int = 4
+    shuffle: bool = True
     lr: float = 5e-4
     betas: list[float] = field(default_factory=lambda: [0.7, 0.95])
     grad_norm: float = 100.0
@@ -263,11 +291,17 @@ class AlgConfig:
         replay_capacity: transitions that replay holds, over all worlds.
         normalize_obs: encode observations less their running mean, divided by their running
             standard deviation.
+        obs_clip: normalised observations are clipped to plus and minus this; null clips nothing.
         normalize_rewards: train a scalar reward head on rewards divided by theirs.
+        centre_rewards: normalised rewards are less their running mean, too. In a task that can
+            terminate this changes what is best: a living bonus is gone.
+        reward_clip: normalised rewards are clipped to plus and minus this; null clips nothing.
         normalize_returns: divide the actor's loss by the returns' running standard deviation.
         value_scale: imagined rewards are multiplied by this before returns and values are formed
             from them. A critic whose targets are in the hundreds takes thousands of updates to
             reach them.
+        value_delay: discount the last state's value in the actor's loss by so many steps more:
+            ``gamma^(H + value_delay) V(z_H)``. 0 is the definition, 1 what PWM's code computes.
         symlog_rewards: leave a two-hot head's imagined rewards in symlog space, as PWM's published
             actor loss does: large penalties then weigh less.
         final_lr: what all learning rates decay to, linearly, over the run.
@@ -287,9 +321,13 @@ class AlgConfig:
     random_hold: int = 1
     replay_capacity: int = 1_000_000
     normalize_obs: bool = False
+    obs_clip: float | None = 10.0
     normalize_rewards: bool = False
+    centre_rewards: bool = False
+    reward_clip: float | None = None
     normalize_returns: bool = True
     value_scale: float = 1.0
+    value_delay: int = 0
     symlog_rewards: bool = False
     final_lr: float = 1e-5
     max_skipped_updates: int = 20
@@ -299,6 +337,10 @@ class AlgConfig:
         _positive("alg", self, "max_skipped_updates", "value_scale")
         if self.imagination_horizon is not None:
             _positive("alg", self, "imagination_horizon")
+        for name in ("obs_clip", "reward_clip"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"alg.{name}", value, "positive, or null")
+        _require(self.value_delay >= 0, "alg.value_delay", self.value_delay, "0 or more")
         _require(0.0 < self.gamma <= 1.0, "alg.gamma", self.gamma, "in (0, 1]")
         _require(self.final_lr >= 0, "alg.final_lr", self.final_lr, "0 or more")
         _finite("alg", self, "value_scale", "final_lr")
@@ -444,9 +486,12 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         _positive("env", self, "num_envs", "threads")
+        _require(self.threads <= 1024, "env.threads", self.threads, "at most 1024")
         _one_of("env.engine", self.engine, ("auto", "mujoco", "mujoco_warp"))
         if self.max_episode_steps is not None:
             _positive("env", self, "max_episode_steps")
+            ok = self.max_episode_steps < 2**31
+            _require(ok, "env.max_episode_steps", self.max_episode_steps, "below 2^31")
 
 
 @dataclass
@@ -456,7 +501,7 @@ class TrainConfig:
     Attributes:
         env: the worlds.
         alg: the agent.
-        seed: of every random number generator.
+        seed: of every random number; runs of other seeds share no start state.
         epochs: epochs of ``alg.steps_per_epoch`` steps in each world.
         num_envs: number of worlds; null is ``env.num_envs``.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -464,7 +509,9 @@ class TrainConfig:
             ``tf32``, ``bf16`` or ``fast`` (fp16). A run whose ``fast`` updates were skipped as
             non-finite goes on in ``bf16``.
         graphs: replay updates from CUDA graphs: ``auto`` (on a GPU), ``true`` or ``false``.
-        threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
+        threads: torch's CPU threads; null is SLURM_CPUS_PER_TASK or OMP_NUM_THREADS where they are
+            set, else as many of the machine's cores as the agent's products have work for (one for
+            a small agent on a CPU).
         deterministic: the same metrics to the bit whenever the run is repeated on one machine with
             as many threads; an operation that cannot give that raises.
         record_host: write the machine's host name into the run's ``provenance.json``.
@@ -499,7 +546,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+        _require(seeding.in_range(self.seed), "seed", self.seed, "in [0, 2^63)")
         ok = self.device in ("auto", "cpu", "cuda") or (
             self.device.startswith("cuda:") and self.device[5:].isdigit()
         )
@@ -527,6 +574,25 @@ class TrainConfig:
     def worlds(self) -> int:
         """Number of worlds of the run."""
         return self.num_envs or self.env.num_envs
+
+
+def check_tasks(config: TrainConfig) -> None:
+    """Refuse to train a model of several tasks: every transition would count as of the first.
+
+    Models and agents of several tasks can be made, measured and loaded; what is missing is a task
+    number beside each transition.
+
+    Raises:
+        ConfigError: the configuration has more than one task.
+    """
+    model = config.alg.world_model
+    _require(
+        model.num_tasks == 1,
+        "alg.world_model.num_tasks",
+        model.num_tasks,
+        "1 to train: transitions carry no task number yet, all would count as of task 0 (set "
+        "alg.world_model.num_tasks=1 alg.world_model.task_dim=0, and train one run for each task)",
+    )
 
 
 def hydra_schema() -> Any:
@@ -612,7 +678,7 @@ def compose(*overrides: str) -> TrainConfig:
 
     ConfigStore.instance().store(name="train_schema", node=hydra_schema())
     with initialize_config_module("pwm_fast.configs", version_base="1.3"):
-        return from_hydra(hydra_compose("config", overrides=list(overrides)))
+        return from_hydra(hydra_compose("config", overrides=open_overrides(overrides)))
 
 
 def _readable(error: Exception) -> str:

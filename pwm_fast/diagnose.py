@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast import build, cli, files, metrics, provenance
+from pwm_fast import build, cli, files, metrics, provenance, seeding
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import frozen, imagine
@@ -36,8 +36,8 @@ from pwm_fast.diagnostics.smoothness import rademacher
 from pwm_fast.diagnostics.tables import tables
 from pwm_fast.evaluate import MISSING
 from pwm_fast.replay import Episode
+from pwm_fast.seeding import Purpose
 
-HELD_OUT_SEED = 5_000_011  # added to `seed`: start states that no training or evaluation uses
 GROUP = 8  # width of the latents' simplices
 
 
@@ -110,7 +110,7 @@ class DiagnoseConfig:
                 "a list of numbers of at least 2",
             ),
             *((ok, name, "positive or null") for name, ok in optional.items()),
-            (0 <= self.seed < 2**31, "seed", "in [0, 2^31)"),
+            (seeding.in_range(self.seed), "seed", "in [0, 2^63)"),
         ):
             if not ok:
                 raise ConfigError(f"{key} must be {expected}, got {getattr(self, key)!r}")
@@ -149,7 +149,6 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
         CheckpointError: a checkpoint cannot be read or does not fit this program.
     """
     device = build.select_device(config.device)
-    build.set_threads(config.threads)
     subjects = [_subject(path, config, device) for path in config.paths]
     if config.pool:
         _refuse_other_worlds(subjects)
@@ -170,8 +169,10 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
 
 def _subject(path: Path, config: DiagnoseConfig, device: torch.device) -> Subject:
     run, content = build.load_run(path)
-    build.seed_everything(config.seed)  # the same for every checkpoint, whatever its place
-    seed = config.seed + HELD_OUT_SEED
+    build.set_threads(config.threads, run.alg, device)
+    # The same for every checkpoint, whatever its place.
+    build.seed_everything(config.seed, Purpose.DIAGNOSE_AGENT)
+    seed = seeding.stream(config.seed, Purpose.DIAGNOSE)
     with closing(build.make_env(run, config.episodes, seed, device)) as env:
         agent = build.restore_agent(path, run, content, env, device)
         act = MixedPolicy(
@@ -190,8 +191,9 @@ def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
     """All quantities of one checkpoint, as numbers."""
     run, agent = subject.run, subject.agent
     horizon = config.horizon or run.alg.horizon
-    build.seed_everything(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
+    build.seed_everything(config.seed, Purpose.DIAGNOSE_AGENT)
+    draws = seeding.stream(config.seed, Purpose.DIAGNOSE_DRAWS)
+    generator = torch.Generator().manual_seed(draws)
     windows = draw_windows(subject.episodes, horizon, config.windows, generator)
     returns = torch.stack([episode.reward.sum() for episode in subject.episodes])
     steps = sum(len(episode.action) for episode in subject.episodes)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pwm_fast import build, cli, files, metrics
+from pwm_fast import build, cli, files, metrics, seeding
 from pwm_fast.config import ConfigError
 from pwm_fast.evaluation import evaluate
+from pwm_fast.seeding import Purpose
 
 MISSING = "???"  # OmegaConf's mark of a value that has to be given
 
@@ -28,7 +29,7 @@ class EvaluateConfig:
     Attributes:
         checkpoint: file of a training run; its configuration makes the environment and the agent.
         episodes: number of episodes, each in a world of its own.
-        seed: of the start states.
+        seed: of the start states, the same for every checkpoint and in no training run.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
         json: where the JSON goes; null is ``<checkpoint>.evaluation.json`` beside the checkpoint,
@@ -45,7 +46,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for ok, key, expected in (
             (self.episodes > 0, "episodes", "positive"),
-            (0 <= self.seed < 2**31, "seed", "in [0, 2^31)"),
+            (seeding.in_range(self.seed), "seed", "in [0, 2^63)"),
             (self.threads is None or self.threads > 0, "threads", "positive or null"),
         ):
             if not ok:
@@ -61,12 +62,13 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     """
     path = Path(config.checkpoint).expanduser()
     device = build.select_device(config.device)
-    build.set_threads(config.threads)
     run, content = build.load_run(path)
+    build.set_threads(config.threads, run.alg, device)
     engine = build.physics(run, device)
-    with closing(build.make_env(run, config.episodes, config.seed, device)) as env:
+    seed = seeding.stream(config.seed, Purpose.EVALUATE)
+    with closing(build.make_env(run, config.episodes, seed, device)) as env:
         agent = build.restore_agent(path, run, content, env, device)
-        result = evaluate(agent, env, config.seed)
+        result = evaluate(agent, env, seed)
     return {
         "checkpoint": str(path),
         "env": run.env.name,

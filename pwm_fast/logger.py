@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -15,13 +16,15 @@ from pwm_fast.metrics import MetricsFile, Row
 from pwm_fast.rundir import RunDirectory
 from pwm_fast.wandb_run import WandbRun
 
+SILENCE = 30.0  # seconds without a line, outside a terminal
 BAR = {"reward": "reward", "wm_loss": "wm", "actor_loss": "actor", "value_loss": "value"}
 
 
 class RunLogger:
     """Writes rows to ``metrics.jsonl``, a progress bar and wandb.
 
-    The bar shows on a terminal only; elsewhere a line is printed for every evaluation.
+    The bar shows on a terminal only; elsewhere a line is printed for every evaluation, and about
+    every half a minute between them.
 
     Args:
         config: of the run.
@@ -41,6 +44,7 @@ class RunLogger:
         self._wandb = None if disabled else WandbRun(config, directory.path)
         self._file = MetricsFile(directory.metrics, last_epoch)
         self.interactive = sys.stderr.isatty()
+        self._said = time.monotonic()  # when a line was printed last
         self._bar = _progress_bar(config.epochs, last_epoch or 0, self.interactive)
 
     def write(self, row: Row) -> None:
@@ -56,13 +60,22 @@ class RunLogger:
             self._bar.update(row["epoch"] - self._bar.n)
         elif "eval_reward" in row:
             self.say(_line(row, self.config.epochs))
+        else:
+            self.status(_short_line(row, self.config.epochs))
 
     def status(self, text: str) -> None:
-        """Show on the bar what goes on within an epoch."""
+        """Show on the bar what goes on within an epoch.
+
+        Outside a terminal it is printed, if nothing was for a while.
+        """
         self._bar.set_description_str(text)
+        now = time.monotonic()
+        if text and not self.interactive and now - self._said >= SILENCE:
+            self.say(text)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
+        self._said = time.monotonic()
         try:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -98,6 +111,10 @@ def _progress_bar(epochs: int, done: int, interactive: bool) -> Any:
     return tqdm(
         total=epochs, initial=done, unit="epoch", disable=not interactive, dynamic_ncols=True
     )
+
+
+def _short_line(row: Row, epochs: int) -> str:
+    return f"epoch {row['epoch']}/{epochs}  env_steps {row['env_steps']}  {row['wall_time']:.0f} s"
 
 
 def _line(row: Row, epochs: int) -> str:

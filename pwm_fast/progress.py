@@ -47,10 +47,15 @@ class EpochProgress:
         mask = episode["mask"]
         count = mask.sum().float()
         for name, key in (("train_reward", "return"), ("train_episode_length", "length")):
-            self._add(name, torch.where(mask, episode[key], 0).sum().float(), count)
+            self._add(name, torch.where(mask, episode[key].float(), 0.0).sum(), count)
+
+    def add_total(self, name: str, value: Tensor) -> None:
+        """Add to a metric that is a sum over the epoch."""
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = 1
 
     def means(self) -> dict[str, Tensor]:
-        """Mean of every metric; NaN (logged as null) where nothing was counted."""
+        """Mean, or total, of every metric; NaN (logged as null) where nothing was counted."""
         return {name: self._sums[name] / self._counts[name] for name in self._sums}
 
     def _add(self, name: str, value: Tensor, count: Tensor) -> None:

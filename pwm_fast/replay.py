@@ -51,7 +51,8 @@ class Replay:
     action; if it ended, the row stays as the terminal observation and the next episode starts
     behind it. A window may therefore end on the observation after any transition, terminal or not,
     and none crosses from one episode into the next. Only ``__len__``, :meth:`num_windows`,
-    :meth:`add_episodes`, :meth:`state_dict` and :meth:`load_state_dict` wait for the device.
+    :meth:`longest`, :meth:`add_episodes`, :meth:`state_dict` and :meth:`load_state_dict` wait for
+    the device.
 
     Args:
         capacity: transitions to hold, over all worlds.
@@ -170,6 +171,17 @@ class Replay:
             self._cursor[world] = used % self.rows
         self._window_cdf = self._row_cdf = None
 
+    def end_episodes(self) -> None:
+        """End the open episode of every world, as truncated: the next step begins another one.
+
+        The observation after an episode's last step, which is there already, becomes its final one.
+        """
+        going_on = self._length > 0
+        following = (self._cursor + 1) % self.rows
+        self._cursor = torch.where(going_on, following, self._cursor)
+        self._length.zero_()
+        self._window_cdf = self._row_cdf = None
+
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Windows:
         """``batch_size`` windows, uniformly among all that the ring holds, with replacement.
 
@@ -200,6 +212,15 @@ class Replay:
     def num_windows(self) -> int:
         """Number of windows that :meth:`sample` draws from."""
         return int(self._window_ends().sum())
+
+    def longest(self) -> int:
+        """Steps of the longest episode of which the last step is held."""
+        return int(self._run.amax())
+
+    def ended(self) -> Tensor:
+        """Episodes ``[N]`` of each world that have ended and whose first step is held."""
+        going_on = (self._length > 0) & (self._length < self.rows)  # and its first step is held
+        return (self._run == 1).sum(1) - going_on.long()
 
     def __len__(self) -> int:
         """Number of transitions held."""

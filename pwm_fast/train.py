@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from pwm_fast import build, cli, provenance
+from pwm_fast import build, cli, provenance, seeding
 from pwm_fast import config as configuration
 from pwm_fast.config import TrainConfig
 from pwm_fast.data import offline
 from pwm_fast.interrupt import Interrupt
 from pwm_fast.logger import RunLogger
 from pwm_fast.rundir import RunDirectory
+from pwm_fast.seeding import Purpose
 from pwm_fast.trainer import Trainer
 
 
@@ -31,17 +32,23 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
 
     Raises:
         ConfigError: the configuration cannot be used; nothing in the run directory was changed.
+        NothingToLearn: no episode was as long as a window; a checkpoint was written.
         CheckpointError: a checkpoint cannot be read, does not fit, or cannot be written.
         TrainingDiverged: too many updates in a row were not finite.
         OSError: a file cannot be written.
     """
+    configuration.check_tasks(config)
     device = build.select_device(config.device)
-    build.set_threads(config.threads)
+    build.set_threads(config.threads, config.alg, device)
     build.seed_everything(config.seed)
+    training, evaluation = (
+        seeding.stream(config.seed, purpose) for purpose in (Purpose.TRAINING, Purpose.EVALUATION)
+    )
     with (
         build.deterministic(config.deterministic),
-        closing(build.make_env(config, config.worlds, config.seed, device)) as env,
+        closing(build.make_env(config, config.worlds, training, device)) as env,
     ):
+        build.require_memory(config, env, device)
         agent = build.make_agent(config, env, device)
         replay = build.make_replay(config, env, device)
         with RunDirectory(Path(config.run_dir)) as directory, Interrupt() as stop:
@@ -64,7 +71,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 env,
                 agent,
                 replay,
-                lambda n: build.make_env(config, n, config.seed, device),
+                lambda n: build.make_env(config, n, evaluation, device),
                 data,
             )
             if source is None:
@@ -81,6 +88,11 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 )
             if source is not None:
                 logger.say(f"continuing {source.path} after epoch {trainer.epoch}")
+                if source.content.get("seeding") != seeding.VERSION:
+                    logger.say(
+                        "this checkpoint is of a version that derived seeds in another way: its "
+                        "evaluations start from other states from here on"
+                    )
             summary = trainer.run(logger, stop)
             print_summary(summary)
             return summary, stop.exit_status

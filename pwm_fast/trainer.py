@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pwm_fast import checkpoint, metrics
+from pwm_fast import checkpoint, metrics, seeding
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
@@ -26,9 +27,10 @@ from pwm_fast.plotting import plot_run
 from pwm_fast.progress import EpochProgress
 from pwm_fast.replay import Replay
 from pwm_fast.rundir import RunDirectory, Source
+from pwm_fast.seeding import Purpose
+from pwm_fast.supply import NothingToLearn, outlook, shortage
 from pwm_fast.wandb_run import run_name
 
-EVAL_SEED = 1_000_003  # added to the run's seed: evaluation starts are the same in every evaluation
 LOOK_EVERY = 10  # updates between looks at how the bootstrap goes
 
 
@@ -77,6 +79,7 @@ class Trainer:
         self.latest_eval: dict[str, float] = {}
         self.fallen_back: str | None = None  # the precision that replaced the configured one
         self._skips_seen = 0
+        self._warned_of_shortage = False
         self._progress = EpochProgress()
         self._obs, _ = env.reset()
         self._held_action = torch.zeros(config.worlds, agent.action_dim, device=agent.device)
@@ -94,6 +97,7 @@ class Trainer:
         Raises:
             TrainingDiverged: after ``alg.max_skipped_updates`` non-finite updates in a row; a
                 checkpoint was written.
+            NothingToLearn: no episode has ``alg.horizon`` steps; a checkpoint was written.
             CheckpointError: a checkpoint could not be written; the last one is untouched.
             OSError: another file could not be written; it names the file.
         """
@@ -102,6 +106,8 @@ class Trainer:
         if self.config.wandb.gradients and self.config.wandb.mode != "disabled":
             for optimizer in self.agent.optimizers.values():
                 optimizer.keep_gradients = True
+        for text in outlook(self.config):
+            logger.say(f"warning: {text}")
         ok = False
         try:
             try:
@@ -114,6 +120,10 @@ class Trainer:
                 self.save("latest")
                 self._wrap_up("diverged")
                 raise
+            except NothingToLearn:
+                self.save("latest")
+                self._wrap_up("nothing to learn")
+                raise
             if self.epoch > 0 and not self.bootstrapped:
                 logger.say(
                     f"nothing was learned: alg.random_epochs={self.config.alg.random_epochs} were "
@@ -123,7 +133,12 @@ class Trainer:
             ok = True
             return summary
         finally:
-            logger.close(ok=ok)
+            try:
+                if self._eval_env is not None:
+                    self._eval_env.close()
+            finally:
+                self._eval_env = None
+                logger.close(ok=ok)
 
     def _train(self) -> None:
         if not self.latest_eval:
@@ -181,6 +196,8 @@ class Trainer:
             )
             self.agent.observe(obs, reward)
             self._progress.add_episodes(info["episode"])
+            if "diverged" in info:
+                self._progress.add_total("diverged", info["diverged"].sum())
 
     def _random_action(self) -> Tensor:
         """Uniform actions ``[N, A]``, each held for ``alg.random_hold`` steps on average."""
@@ -189,7 +206,19 @@ class Trainer:
 
     def _ready(self) -> bool:
         """Random actions were taken as long as configured, and replay holds windows."""
-        return self.epoch + 1 >= self.config.alg.random_epochs and self.replay.num_windows() > 0
+        if self.epoch + 1 < self.config.alg.random_epochs:
+            return False
+        if self.replay.num_windows() > 0:
+            return True
+        found = shortage(self.config, self.replay, self.epoch)
+        last = self.epoch + 1 == self.config.epochs and not self.bootstrapped
+        if found is not None and (found.hopeless or last):
+            state = self.directory.checkpoints / "latest.pt"
+            raise NothingToLearn(f"{found.text}; the state is in {state}")
+        if found is not None and not self._warned_of_shortage:
+            self._warned_of_shortage = True
+            self._logger.say(f"warning: after epoch {self.epoch + 1} {found.text}")
+        return False
 
     def _learn(self) -> None:
         config = self.config.alg
@@ -197,11 +226,13 @@ class Trainer:
         bootstrap = not self.bootstrapped
         updates = self.bootstrap_updates() if bootstrap else config.model_learning.updates
         if bootstrap:
-            self._logger.say(f"bootstrap: {updates} world-model updates")
+            there, batch = self.replay.num_windows(), config.model_learning.batch_size
+            few = "" if there >= batch else f"; these are few, a batch has {batch}"
+            self._logger.say(f"bootstrap: {updates} world-model updates on {there:,} windows{few}")
         for i in self._progress.remaining("model_updates", updates, check):
             if bootstrap and i % LOOK_EVERY == 0:
                 self._guard()
-                self._logger.status(f"bootstrap {i}/{updates}")
+                self._logger.status(f"bootstrap: {i} of {updates} world-model updates")
             windows = self.replay.sample(config.model_learning.batch_size)
             self._progress.add(self.agent.update_world_model(windows))
         if bootstrap:
@@ -265,14 +296,13 @@ class Trainer:
     def _evaluate(self, episodes: int) -> Evaluation:
         if self._eval_env is None:
             self._eval_env = self.make_eval_env(episodes)
-        seed = self.config.seed + EVAL_SEED
+        seed = seeding.stream(self.config.seed, Purpose.EVALUATION)
         return evaluate(self.agent, self._eval_env, seed, check=self._stop.check)
 
     def _final_evaluation(self) -> Evaluation:
-        env = self.make_eval_env(self.config.eval.final_episodes)
-        seed = self.config.seed + 2 * EVAL_SEED
-        result = evaluate(self.agent, env, seed, check=self._stop.check)
-        env.close()
+        seed = seeding.stream(self.config.seed, Purpose.FINAL_EVALUATION)
+        with closing(self.make_eval_env(self.config.eval.final_episodes)) as env:
+            result = evaluate(self.agent, env, seed, check=self._stop.check)
         self.save("final")
         return result
 
@@ -358,6 +388,7 @@ class Trainer:
             "replay": self.replay.state_dict() if latest else None,
             "data": self._data_record(),
             "precision": self.fallen_back,
+            "seeding": seeding.VERSION,
         }
         self._logger.sync()  # what is logged may be behind a checkpoint, never missing before it
         checkpoint.save(self.directory.checkpoints / f"{name}.pt", content, keep_previous=latest)
@@ -407,7 +438,7 @@ class Trainer:
             if content["replay"] is not None:
                 self.replay.load_state_dict(content["replay"])
             if content["env"] is None:
-                self._obs, _ = self.env.reset()
+                self._begin_anew(content)
             else:
                 self.env.set_state(content["env"])
                 self._obs = content["obs"].to(self.env.device)
@@ -433,6 +464,18 @@ class Trainer:
         # A best checkpoint that lies in another run's directory is not ours to point to.
         if (self.directory.checkpoints / "best.pt").exists():
             self.best = content["best"]
+
+    def _begin_anew(self, content: dict[str, Any]) -> None:
+        """Start new episodes in all worlds, whose state a checkpoint could not save.
+
+        The episodes that were open end here, as truncated, and the new ones do not repeat those
+        that the run began with.
+        """
+        self.replay.end_episodes()
+        done = content["progress"]["done"].get("steps", 0)
+        place = (content["epoch"], done)
+        seed = seeding.stream(self.config.seed, Purpose.RESUMED, *place)
+        self._obs, _ = self.env.reset(seed=seed)
 
 
 def _manifest_of(record: dict[str, Any] | None) -> str | None:

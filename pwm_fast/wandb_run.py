@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast import config as configuration
-from pwm_fast import files
+from pwm_fast import files, optional
 from pwm_fast.config import ConfigError, TrainConfig
 
 
@@ -32,10 +32,9 @@ class WandbRun:
         try:
             # Not the import statement: what its types look like depends on what is installed.
             wandb: Any = import_module("wandb")
-        except ImportError as error:
-            raise ConfigError(
-                f"wandb.mode={mode} needs wandb: pip install 'pwm-fast[wandb]'"
-            ) from error
+        except Exception as error:  # what a broken installation raises can be anything
+            needed = f"wandb.mode={mode} needs wandb: pip install 'pwm-fast[wandb]'"
+            raise ConfigError(optional.reason(error, "wandb", needed)) from error
         self._histogram = wandb.Histogram
         try:
             self._run: Any = wandb.init(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -76,27 +77,55 @@ def test_defaults_and_overrides() -> None:
     assert compose("env=ant").worlds == 128
 
 
-def test_published_single_task_values() -> None:
-    """PWM's own: 16 steps, gamma 0.99, lambda 0.95, its rates, norms and coefficients."""
-    alg = compose("env=ant", "alg=pwm").alg
-    assert (alg.horizon, alg.gamma, alg.final_lr) == (16, 0.99, 1e-5)
-    assert (alg.world_model.num_bins, alg.normalize_rewards) == (1, True)
+@pytest.mark.parametrize("name", ["pwm", "pwm_flow"])
+def test_published_single_task_values(name: str) -> None:
+    """PWM's own: every value that its description and its code give (docs/published.md)."""
+    alg = compose("env=ant", f"alg={name}").alg
+    assert (alg.horizon, alg.imagined_steps, alg.steps_per_epoch) == (16, 16, 16)
+    assert (alg.gamma, alg.final_lr, alg.replay_capacity) == (0.99, 1e-5, 1_000_000)
+    assert (alg.normalize_obs, alg.obs_clip) == (False, 5.0)
+    assert (alg.normalize_rewards, alg.centre_rewards, alg.reward_clip) == (True, True, 5.0)
+    assert (alg.normalize_returns, alg.value_scale, alg.value_delay) == (True, 1.0, 1)
+    networks = alg.world_model
+    assert (networks.latent_dim, networks.num_bins, networks.task_dim) == (512, 1, 0)
+    assert (networks.encoder_units, networks.reward_units) == ([256], [512, 512])
+    assert networks.units == ([510, 510] if name == "pwm_flow" else [512, 512])
     model, actor, critic = alg.model_learning, alg.actor, alg.critic
-    assert (model.dynamics_coef, model.reward_coef) == (1.0, 1.0)
+    assert (model.dynamics_coef, model.reward_coef, model.mean_reward_loss) == (1.0, 1.0, True)
     assert (model.updates, model.batch_size, model.lr, model.grad_norm) == (8, 256, 3e-4, 20.0)
-    assert model.betas == actor.betas == [0.7, 0.95]
+    assert (model.bootstrap_updates, model.encoder_lr_scale) == (None, 1.0)
+    assert model.betas == [0.9, 0.999] and actor.betas == critic.betas == [0.7, 0.95]
     assert (actor.units, actor.lr, actor.grad_norm) == ([400, 200, 100], 5e-4, 1.0)
     assert (actor.init_logstd, actor.min_logstd, actor.detach) == (-1.0, -1.427, True)
+    assert (actor.init, actor.input_gain, actor.batch_size, actor.updates) == ("torch", 1.0, 128, 1)
     assert (critic.units, critic.members, critic.lam) == ([400, 200], 3, 0.95)
-    assert (critic.passes, critic.minibatches, critic.grad_norm) == (8, 4, 100.0)
+    assert (critic.passes, critic.minibatches, critic.shuffle) == (8, 4, False)
+    assert (critic.lr, critic.grad_norm, critic.input_gain) == (5e-4, 100.0, 1.0)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALGS) - {"pwm", "pwm_flow"}))
+def test_the_other_configurations_keep_our_own_values(name: str) -> None:
+    """What ``alg=pwm`` takes from the published code alone (docs/published.md)."""
+    alg = compose(f"alg={name}").alg
+    assert (alg.obs_clip, alg.centre_rewards, alg.reward_clip, alg.value_delay) == (
+        10.0,
+        False,
+        None,
+        0,
+    )
+    assert (alg.actor.init, alg.critic.shuffle) == ("orthogonal", True)
+    assert not alg.model_learning.mean_reward_loss
+    tiny = name.startswith("pwm_tiny")
+    assert alg.model_learning.betas == ([0.9, 0.99] if tiny else [0.7, 0.95])
 
 
 def test_every_field_is_documented() -> None:
     """Each key has its line under Attributes of its class."""
     for cls in vars(configuration).values():
         if dataclasses.is_dataclass(cls) and isinstance(cls, type):
+            text = inspect.cleandoc(cls.__doc__ or "")  # Python 3.13 has done so already
             for f in dataclasses.fields(cls):
-                assert f"\n        {f.name}: " in (cls.__doc__ or ""), f"{cls.__name__}.{f.name}"
+                assert f"\n    {f.name}: " in text, f"{cls.__name__}.{f.name}"
 
 
 # Round trip
@@ -177,6 +206,10 @@ def test_unknown_keys(key: str) -> None:
         ("alg.world_model.latent_dim", "wide"),
         ("alg.world_model.units", 5),
         ("alg.actor.detach", "maybe"),
+        ("alg.critic.shuffle", "maybe"),
+        ("alg.model_learning.mean_reward_loss", 2.5),
+        ("alg.obs_clip", "wide"),
+        ("alg.value_delay", 0.5),
         ("alg.actor.lr", "fast"),
         ("alg.critic.betas", 0.9),
         ("alg.model_learning.batch_size", 2.5),
@@ -192,7 +225,7 @@ def test_wrong_types(key: str, value: object) -> None:
 NAN, INF = math.nan, math.inf
 OUT_OF_RANGE = {
     "epochs": [-1],
-    "seed": [-1, 2**31],
+    "seed": [-1, -(2**40), 2**63],
     "device": ["gpu", "cuda:", "cuda:x", "CPU"],
     "precision": ["fp16", "Fast"],
     "graphs": ["on", "1"],
@@ -215,6 +248,9 @@ OUT_OF_RANGE = {
     "alg.random_epochs": [0],
     "alg.replay_capacity": [0],
     "alg.value_scale": [0.0, INF, NAN],
+    "alg.value_delay": [-1],
+    "alg.obs_clip": [0.0, -5.0, NAN],
+    "alg.reward_clip": [0.0, -5.0, NAN],
     "alg.final_lr": [-1e-9, INF, NAN],
     "alg.max_skipped_updates": [0],
     "alg.normalize_rewards": [True],
@@ -243,6 +279,7 @@ OUT_OF_RANGE = {
     "alg.actor.units": [[0]],
     "alg.actor.batch_size": [0],
     "alg.actor.updates": [-1],
+    "alg.actor.init": ["zeros", "Torch"],
     "alg.actor.init_logstd": [NAN, INF],
     "alg.actor.min_logstd": [NAN],
     "alg.critic.units": [[-3]],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pwm_fast.memory import OutOfMemory, explained
+from pwm_fast import memory
+from pwm_fast.memory import Growth, OutOfMemory, explained
 from tests.agent.agents import make_agent, make_obs, make_windows
 
 
@@ -25,6 +26,8 @@ def test_the_cpu_s_own_error() -> None:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         MemoryError(),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("engine error: Could not allocate memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
@@ -57,3 +60,45 @@ def test_updates_name_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         OutOfMemory, match=r"policy's update on 6 rollouts of 3 steps: lower alg\.actor\.batch_size"
     ):
         agent.update_policy(make_obs())
+
+
+def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
+    memory.require(1, "a byte", "it", "cpu")
+    match = r"^8 worlds need at least 1073741824.0 GiB of memory, and device cpu has \d+.* left:"
+    with pytest.raises(OutOfMemory, match=match):
+        memory.require(2**60, "8 worlds", "num_envs", "cpu")
+
+
+def test_room_that_nobody_knows_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_machine", "_control_group"):
+        monkeypatch.setattr(memory, name, lambda: None)
+    memory.require(2**60, "a", "b", "cpu")
+
+
+def test_the_smaller_of_two_limits_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_machine", lambda: 1000)
+    monkeypatch.setattr(memory, "_control_group", lambda: 10)
+    memory.require(10, "a", "b", "cpu")
+    with pytest.raises(OutOfMemory):
+        memory.require(11, "a", "b", "cpu")
+
+
+def test_growth_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 1 MB each, of which 1000 do not fit into 500 MB."""
+    used = [0]
+    monkeypatch.setattr(memory, "available", lambda device: 500_000_000 - used[0])
+    monkeypatch.setattr(memory, "_resident", lambda: used[0])
+    for count, fits in ((1000, False), (400, True), (20, True)):
+        used[0] = 30_000_000
+        growth = Growth(count, f"{count} worlds", "num_envs")
+        growth.require(1000)
+        made = 0
+        try:
+            for made in range(count):
+                growth.check(made)
+                used[0] += 1_000_000
+        except OutOfMemory as error:
+            assert not fits and made == 64
+            assert str(error).startswith("1000 worlds need at least 0.9 GiB")
+        else:
+            assert fits

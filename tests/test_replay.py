@@ -66,6 +66,14 @@ class Recorder:
                 self.episode[n] += 1
                 self.step[n] = 0
 
+    def end_episodes(self) -> None:
+        self.replay.end_episodes()
+        for n, step in enumerate(self.step):
+            if step > 0:
+                self.logs[n].append(Record(self.episode[n], step, False))
+                self.episode[n] += 1
+                self.step[n] = 0
+
     def held(self) -> Iterator[tuple[int, list[Record]]]:
         """Records in each ring, oldest first: the newest T of them."""
         for n, log in enumerate(self.logs):
@@ -156,6 +164,32 @@ def test_windows_are_exactly_those_held(
             assert set(check(windows, recorder)) <= expected
             seen_terminal += int(windows.obs[-1, :, 3].sum())
     assert (seen_terminal > 0) == (done > 0 and (done < 1 or horizon == 1))
+
+
+@pytest.mark.parametrize(("worlds", "rows", "horizon", "done"), CASES)
+def test_episodes_that_are_ended_from_outside(
+    worlds: int, rows: int, horizon: int, done: float
+) -> None:
+    """At any step: windows stay those of single episodes, and no step that was held is lost."""
+    replay = Replay(worlds * rows, worlds, OBS, ACTION, horizon)
+    recorder = Recorder(replay, 7, done)
+    for _ in range(4 * rows):
+        if recorder.random.random() < 0.2:
+            before = recorder.windows(), len(replay)
+            recorder.end_episodes()
+            assert before[0] <= recorder.windows() and before[1] == len(replay)
+        else:
+            recorder.add()
+        expected = recorder.windows()
+        assert replay.num_windows() == len(expected)
+        if expected:
+            assert set(check(replay.sample(16), recorder)) <= expected
+        held = {n: records for n, records in recorder.held()}
+        acted = [r.step + 1 for records in held.values() for r in records if r.acted]
+        assert replay.longest() == max(acted, default=0)
+        begun = [{r.episode for r in held[n] if r.acted and r.step == 0} for n in held]
+        ended = [len(begun[n] - {recorder.episode[n]}) for n in held]
+        assert replay.ended().tolist() == ended
 
 
 @pytest.mark.parametrize("added", [9, 40, 111])

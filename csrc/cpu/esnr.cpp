@@ -9,62 +9,52 @@ namespace {
 
 constexpr int64_t block_size = 4096;  // elements summed in one piece, whoever does it
 
-// Mean and sum of centred squares of each lane's samples. What fp32 rounds off the mean is in `rest`:
-// samples that agree to 1e-6 lie so close to their mean that its rounding alone would be 0.4 % of their
-// variance. Their distances from the rounded mean are exact, so `rest` and the correction are too.
+// Mean and sum of centred squares of each lane's samples. In fp64, which holds the square of every
+// fp32 number, and in which the distance of samples that agree to 1e-7 loses nothing.
 struct Statistics {
-  vf mean, rest, squares;
+  vd mean, squares;
 };
-PWM_FAST_INLINE vf sum_of_4(const vf (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
+PWM_FAST_INLINE vd widened(vf x) { return __builtin_convertvector(x, vd); }
+PWM_FAST_INLINE vd sum_of_4(const vd (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
 template <int M, class Kind>
 PWM_FAST_INLINE Statistics of_samples(Kind kind, const float* const* samples, int64_t i, int64_t n) {
-  vf g[M], total[4] = {}, rest[4] = {}, squares[4] = {};  // 4 sums hide the latency of an addition
+  vf g[M];
+  vd total[4] = {}, squares[4] = {};  // 4 sums hide the latency of an addition
   for (int s = 0; s < M; ++s) {
     g[s] = load_row(kind, samples[s], i, n);
-    total[s % 4] += g[s];
+    total[s % 4] += widened(g[s]);
   }
-  const vf mean = sum_of_4(total) * (1.0f / M);
+  const vd mean = sum_of_4(total) * (1.0 / M);
   for (int s = 0; s < M; ++s) {
-    const vf d = g[s] - mean;
-    rest[s % 4] += d;
+    const vd d = widened(g[s]) - mean;
     squares[s % 4] += d * d;
   }
-  const vf off = sum_of_4(rest) * (1.0f / M);
-  return {mean, off, sum_of_4(squares) - off * off * float(M)};
+  return {mean, sum_of_4(squares)};
 }
 
 // Chan's formula for two sets of samples.
-PWM_FAST_INLINE Statistics merge(Statistics a, float count_a, Statistics b, float count_b) {
-  const vf apart = (b.mean - a.mean) + (b.rest - a.rest);
-  const float share = count_b / (count_a + count_b);
-  const vf step = apart * share + a.rest;
-  const vf mean = a.mean + step;
-  return {mean, step - (mean - a.mean), a.squares + b.squares + apart * apart * (count_a * share)};
+PWM_FAST_INLINE Statistics merge(Statistics a, double count_a, Statistics b, double count_b) {
+  const vd apart = b.mean - a.mean;
+  const double share = count_b / (count_a + count_b);
+  return {a.mean + apart * share, a.squares + b.squares + apart * apart * (count_a * share)};
 }
 
-// Sums over elements, in fp32 over a few vectors and in fp64 over those.
+// Sums over elements.
 struct Totals {
   vd signal = {}, noise = {};
-  PWM_FAST_INLINE void add(vf run_signal, vf run_noise) {
-    signal += __builtin_convertvector(run_signal, vd);
-    noise += __builtin_convertvector(run_noise, vd);
+  PWM_FAST_INLINE void add(const Statistics& x) {
+    signal += x.mean * x.mean;
+    noise += x.squares;
   }
 };
-constexpr int64_t run = 16 * W;
 
 // M samples, which stay in registers.
 template <int M>
 PWM_FAST_INLINE Totals few_samples(const float* const* samples, int64_t n) {
   Totals totals;
-  for (int64_t start = 0; start < n; start += run) {
-    vf signal = {}, noise = {};
-    each_vector<1>(smaller(run, n - start), [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
-      const Statistics all = of_samples<M>(kind, samples, start + i, n);
-      signal += all.mean * all.mean;
-      noise += all.squares;
-    });
-    totals.add(signal, noise);
-  }
+  each_vector<1>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
+    totals.add(of_samples<M>(kind, samples, i, n));
+  });
   return totals;
 }
 
@@ -72,35 +62,23 @@ PWM_FAST_INLINE Totals few_samples(const float* const* samples, int64_t n) {
 constexpr int chunk = 16;
 template <int R>
 PWM_FAST_INLINE Totals many_samples(const float* const* samples, int64_t m, int64_t n) {
-  constexpr int64_t part = 4 * run;
-  float means[part], rests[part], squares[part];
+  constexpr int64_t vectors = 32;
+  Statistics held[vectors];
   Totals totals;
-  for (int64_t start = 0; start < n; start += part) {
-    const int64_t count = smaller(part, n - start);
+  for (int64_t start = 0; start < n; start += vectors * W) {
+    const int64_t count = smaller(vectors * W, n - start);
     const auto take = [&](auto number, int64_t done) PWM_FAST_INLINE_LAMBDA {
       constexpr int M = decltype(number)::value;
       each_vector<1>(count, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
-        Statistics all = of_samples<M>(kind, samples + done, start + i, n);
-        if (done > 0) {
-          const Statistics before = {load(means + i), load(rests + i), load(squares + i)};
-          all = merge(before, float(done), all, float(M));
-        }
-        store(means + i, all.mean);
-        store(rests + i, all.rest);
-        store(squares + i, all.squares);
+        const Statistics all = of_samples<M>(kind, samples + done, start + i, n);
+        Statistics& h = held[i / W];
+        h = done > 0 ? merge(h, double(done), all, double(M)) : all;
       });
     };
     int64_t done = 0;
     for (; done + chunk <= m; done += chunk) take(Index<chunk>{}, done);
     if constexpr (R > 0) take(Index<R>{}, done);
-    for (int64_t at = 0; at < count; at += run) {
-      vf signal = {}, noise = {};
-      for (int64_t i = at; i < smaller(count, at + run); i += W) {
-        signal += load(means + i) * load(means + i);
-        noise += load(squares + i);
-      }
-      totals.add(signal, noise);
-    }
+    for (int64_t i = 0; i < count; i += W) totals.add(held[i / W]);
   }
   return totals;
 }

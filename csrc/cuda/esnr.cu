@@ -29,6 +29,11 @@ __device__ __forceinline__ void load(const float* from, float (&to)[width]) {
   const float4 x = __ldcs(reinterpret_cast<const float4*>(from));
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
+__device__ __forceinline__ void load(const double* from, double (&to)[width]) {
+  const double2 x = __ldcs(reinterpret_cast<const double2*>(from));
+  const double2 y = __ldcs(reinterpret_cast<const double2*>(from) + 1);
+  to[0] = x.x, to[1] = x.y, to[2] = y.x, to[3] = y.y;
+}
 template <class T>  // of 16 bits
 __device__ __forceinline__ void load(const T* from, float (&to)[width]) {
   const uint2 x = __ldcs(reinterpret_cast<const uint2*>(from));
@@ -54,24 +59,25 @@ struct Rows {
       for (int k = 0; k < width; ++k) x[k] = i + k < n ? to_float(from[k]) : 0.0f;
     }
   }
-  __device__ __forceinline__ float* total(int64_t i) const {
-    return reinterpret_cast<float*>(__ldg(addresses + total_row)) + start + i;
+  __device__ __forceinline__ double* total(int64_t i) const {
+    return reinterpret_cast<double*>(__ldg(addresses + total_row)) + start + i;
   }
   template <bool aligned>
-  __device__ __forceinline__ void read_total(int64_t i, float (&x)[width]) const {
-    const float* from = total(i);
+  __device__ __forceinline__ void read_total(int64_t i, double (&x)[width]) const {
+    const double* from = total(i);
     if (aligned) {
       load(from, x);
     } else {
 #pragma unroll
-      for (int k = 0; k < width; ++k) x[k] = i + k < n ? from[k] : 0.0f;
+      for (int k = 0; k < width; ++k) x[k] = i + k < n ? from[k] : 0.0;
     }
   }
   template <bool aligned>
-  __device__ __forceinline__ void write_total(int64_t i, const float (&x)[width]) const {
-    float* to = total(i);
+  __device__ __forceinline__ void write_total(int64_t i, const double (&x)[width]) const {
+    double* to = total(i);
     if (aligned) {
-      *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+      reinterpret_cast<double2*>(to)[0] = make_double2(x[0], x[1]);
+      reinterpret_cast<double2*>(to)[1] = make_double2(x[2], x[3]);
     } else {
 #pragma unroll
       for (int k = 0; k < width; ++k) {
@@ -128,7 +134,7 @@ void launch_chunks(const EsnrCall& call, Table table, Sums* slots, unsigned bloc
   if (call.task == Task::update) {
     chunks<T><<<blocks, threads, 0, stream>>>(table, Update{}, slots);
   } else if (call.task == Task::result) {
-    chunks<T><<<blocks, threads, 0, stream>>>(table, Result{1.0f / float(call.samples)}, slots);
+    chunks<T><<<blocks, threads, 0, stream>>>(table, Result{1.0 / double(call.samples)}, slots);
   } else if (call.samples <= 2) {
     chunks<T><<<blocks, threads, 0, stream>>>(table, Moments<2>{call.samples}, slots);
   } else if (call.samples <= 4) {

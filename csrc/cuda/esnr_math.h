@@ -4,8 +4,8 @@
 // are told to make no others.
 //
 // A chunk of a tensor is one block's work. Its threads take `width` consecutive elements at a time
-// and sum in fp32 over those, in fp64 over all that they take; then the block sums its threads in a
-// tree. Sums of chunks are added by one block for each tensor, again in an order of its own. Nothing
+// and sum over all that they take; then the block sums its threads in a tree. All in fp64, which holds
+// the square of every fp32 number: no scale of the samples overflows or underflows. Sums of chunks are added by one block for each tensor, again in an order of its own. Nothing
 // depends on which blocks run when, on the size of the GPU, or on how the tensors are aligned.
 #pragma once
 
@@ -25,7 +25,7 @@ namespace pwm_fast {
 namespace esnr {
 
 // moments: signal and noise of rows, which are samples.
-// update: rows sample, origin and running sum (fp32); adds to the sum, and to the squares.
+// update: rows sample, origin and running sum (fp64); adds to the sum, and to the squares.
 // result: rows origin and running sum; signal and noise of the samples taken so far.
 enum class Task { moments, update, result };
 
@@ -67,54 +67,39 @@ PWM_FAST_BOTH float to_float(Half x) {
 #endif
 }
 
-// Of `width` elements: the mean over samples, what fp32 rounds off it, and the sum of centred
-// squares. Samples that agree to 1e-6 lie so close to their mean that its rounding alone would be
-// 0.4 % of their variance; their distances from the rounded mean are exact, so `rest` is too.
+// Of `width` elements: the mean over samples, and the sum of centred squares. Samples that agree to
+// 1e-7 lose nothing: their mean is rounded at 1e-16 of it.
 struct Statistics {
-  float mean[width], rest[width], squares[width];
+  double mean[width], squares[width];
 };
 
-// The first `count` of M samples. Four sums at a time hide the latency of an addition.
+// The first `count` of M samples, by Welford's recurrence: a sample is widened once, and no register
+// holds it any longer.
 template <int M>
 PWM_FAST_BOTH Statistics of_samples(const float (&g)[M][width], int count) {
-  Statistics all;
-  const float share = 1.0f / float(count);
+  Statistics all = {};
   PWM_FAST_UNROLL
-  for (int k = 0; k < width; ++k) {
-    float total[4] = {}, rest[4] = {}, squares[4] = {};
-    PWM_FAST_UNROLL
-    for (int s = 0; s < M; ++s) {
-      if (s < count) total[s % 4] += g[s][k];
-    }
-    const float mean = ((total[0] + total[1]) + (total[2] + total[3])) * share;
-    PWM_FAST_UNROLL
-    for (int s = 0; s < M; ++s) {
-      if (s < count) {
-        const float d = g[s][k] - mean;
-        rest[s % 4] += d;
-        squares[s % 4] = fmaf(d, d, squares[s % 4]);
+  for (int s = 0; s < M; ++s) {
+    if (s < count) {
+      PWM_FAST_UNROLL
+      for (int k = 0; k < width; ++k) {
+        const double x = double(g[s][k]), apart = x - all.mean[k];
+        all.mean[k] = fma(apart, 1.0 / double(s + 1), all.mean[k]);
+        all.squares[k] = fma(apart, x - all.mean[k], all.squares[k]);
       }
     }
-    const float off = ((rest[0] + rest[1]) + (rest[2] + rest[3])) * share;
-    const float sum = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-    all.mean[k] = mean;
-    all.rest[k] = off;
-    all.squares[k] = fmaf(-off * off, float(count), sum);
   }
   return all;
 }
 
 // Chan's formula: adds the samples of b to those of a.
-PWM_FAST_BOTH void merge(Statistics& a, float count_a, const Statistics& b, float count_b) {
-  const float share = count_b / (count_a + count_b);
+PWM_FAST_BOTH void merge(Statistics& a, double count_a, const Statistics& b, double count_b) {
+  const double share = count_b / (count_a + count_b);
   PWM_FAST_UNROLL
   for (int k = 0; k < width; ++k) {
-    const float apart = (b.mean[k] - a.mean[k]) + (b.rest[k] - a.rest[k]);
-    const float step = fmaf(apart, share, a.rest[k]);
-    const float mean = a.mean[k] + step;
-    a.rest[k] = step - (mean - a.mean[k]);
-    a.mean[k] = mean;
-    a.squares[k] = fmaf(apart * apart, count_a * share, a.squares[k] + b.squares[k]);
+    const double apart = b.mean[k] - a.mean[k];
+    a.mean[k] = fma(apart, share, a.mean[k]);
+    a.squares[k] = fma(apart * apart, count_a * share, a.squares[k] + b.squares[k]);
   }
 }
 
@@ -122,13 +107,13 @@ PWM_FAST_BOTH void merge(Statistics& a, float count_a, const Statistics& b, floa
 struct Sums {
   double first, second;
 };
-PWM_FAST_BOTH float sum_of(const float (&x)[width]) { return (x[0] + x[1]) + (x[2] + x[3]); }
-PWM_FAST_BOTH float squares_of(const float (&x)[width]) {
-  return fmaf(x[1], x[1], x[0] * x[0]) + fmaf(x[3], x[3], x[2] * x[2]);
+PWM_FAST_BOTH double sum_of(const double (&x)[width]) { return (x[0] + x[1]) + (x[2] + x[3]); }
+PWM_FAST_BOTH double squares_of(const double (&x)[width]) {
+  return fma(x[1], x[1], x[0] * x[0]) + fma(x[3], x[3], x[2] * x[2]);
 }
-PWM_FAST_BOTH void add(Sums& to, float first, float second) {
-  to.first += double(first);
-  to.second += double(second);
+PWM_FAST_BOTH void add(Sums& to, double first, double second) {
+  to.first += first;
+  to.second += second;
 }
 PWM_FAST_BOTH Sums operator+(Sums a, Sums b) {
   return {a.first + b.first, a.second + b.second};
@@ -159,7 +144,7 @@ struct Moments {
     if (M == held) {
       for (int64_t done = M; done < count; done += M) {
         const int next = count - done < M ? int(count - done) : M;
-        merge(all, float(done), some<aligned>(access, done, next, i), float(next));
+        merge(all, double(done), some<aligned>(access, done, next, i), double(next));
       }
     }
     add(sums, squares_of(all.mean), sum_of(all.squares));
@@ -180,33 +165,35 @@ struct Update {
   static constexpr int blocks = 10;
   template <bool aligned, class Access>
   PWM_FAST_BOTH void take(const Access& access, int64_t i, Sums& sums) const {
-    float distance[width], origin[width], total[width];
-    access.template read<aligned>(0, i, distance);
+    float sample[width], origin[width];
+    double distance[width], total[width];
+    access.template read<aligned>(0, i, sample);
     access.template read<aligned>(1, i, origin);
     access.template read_total<aligned>(i, total);
     PWM_FAST_UNROLL
     for (int k = 0; k < width; ++k) {
-      distance[k] -= origin[k];
+      distance[k] = double(sample[k]) - double(origin[k]);
       total[k] += distance[k];
     }
     access.template write_total<aligned>(i, total);
-    add(sums, squares_of(distance), 0.0f);
+    add(sums, squares_of(distance), 0.0);
   }
 };
 
 // Row: the origin. The squared mean, origin + share * running sum, and the squared share of the sum.
 struct Result {
   static constexpr int blocks = 10;
-  float share;
+  double share;
   template <bool aligned, class Access>
   PWM_FAST_BOTH void take(const Access& access, int64_t i, Sums& sums) const {
-    float mean[width], shift[width];
-    access.template read<aligned>(0, i, mean);
+    float origin[width];
+    double mean[width], shift[width];
+    access.template read<aligned>(0, i, origin);
     access.template read_total<aligned>(i, shift);
     PWM_FAST_UNROLL
     for (int k = 0; k < width; ++k) {
       shift[k] *= share;
-      mean[k] += shift[k];
+      mean[k] = double(origin[k]) + shift[k];
     }
     add(sums, squares_of(mean), squares_of(shift));
   }

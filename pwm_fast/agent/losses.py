@@ -10,10 +10,12 @@ from torch import Tensor
 from pwm_fast import ops
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
+from pwm_fast.ops.reference.discounting import discounted
+from pwm_fast.ops.reference.wide import widen
 
 
 class WorldModelLoss(NamedTuple):
-    """Scalars on the device: the total and its unweighted parts, each divided by H as in the total.
+    """Scalars on the device: the total and its unweighted parts, as they stand in the total.
 
     Attributes:
         total: what is minimised.
@@ -77,13 +79,15 @@ def world_model_loss(
         target_grad=config.target_grad,
         task=embedding[0] if embedding else None,
     )
-    total = config.dynamics_coef * loss.dynamics + config.reward_coef * loss.reward
+    reward_loss = loss.reward / action.shape[0] if config.mean_reward_loss else loss.reward
+    total = discounted(config.dynamics_coef, loss.dynamics)
+    total = total + discounted(config.reward_coef, reward_loss)
     termination = torch.zeros_like(total)
     if loss.termination is not None:
         termination = loss.termination
-        total = total + config.termination_coef * termination
+        total = total + discounted(config.termination_coef, termination)
     with torch.no_grad():
-        latent_std = loss.target.flatten(0, 1).std(0, correction=0).mean()
+        latent_std = widen(loss.target).flatten(0, 1).std(0, correction=0).mean()
     return WorldModelLoss(
-        total, loss.dynamics.detach(), loss.reward.detach(), termination.detach(), latent_std
+        total, loss.dynamics.detach(), reward_loss.detach(), termination.detach(), latent_std
     )

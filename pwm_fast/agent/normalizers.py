@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pwm_fast.ops.reference.wide import widen
+
 
 class RunningMeanStd(nn.Module):
     """Mean and variance of everything seen, merged batch by batch (Chan et al. 1979).
@@ -48,10 +50,23 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(torch.where(seen, delta * n / total, 0.0))
         self.count.add_(n)
 
-    def scale(self, eps: float = 1e-5) -> Tensor:
-        """``sqrt(var + eps)``, float32, of the item's shape."""
-        return (self.var + eps).sqrt().float()
+    def scale(self, eps: float = 1e-5, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``sqrt(var + eps)``, of the item's shape, rounded once to ``dtype``."""
+        return (self.var + eps).sqrt().to(dtype)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """``(x - mean) / sqrt(var + eps)``, clipped to 10 deviations."""
-        return ((x - self.mean.to(x.dtype)) / self.scale().to(x.dtype)).clamp(-10.0, 10.0)
+    def normalize(self, x: Tensor, clip: float | None = 10.0, *, centre: bool = True) -> Tensor:
+        """``(x - mean) / sqrt(var + eps)``, clipped.
+
+        Args:
+            x: ``[..., *shape]``, floating.
+            clip: deviations from 0 that values are clipped to; None clips nothing.
+            centre: subtract the mean.
+
+        Returns:
+            As ``x``, computed in float32 at least.
+        """
+        wide = widen(x)  # in 16 bits a mean far from 0 would lose what is around it
+        if centre:
+            wide = wide - self.mean.to(wide.dtype)
+        wide = wide / self.scale(dtype=wide.dtype)
+        return (wide if clip is None else wide.clamp(-clip, clip)).to(x.dtype)

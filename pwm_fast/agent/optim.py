@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -44,9 +45,14 @@ class GuardedAdam:
         fast_params = [p for p in self.params if id(p) not in slow_ids]
         slow_params = [p for p in self.params if id(p) in slow_ids]
         self._scales = [s for s, g in ((1.0, fast_params), (slow_scale, slow_params)) if g]
+        # On a GPU fused Adam reads a rate in float32 alone.
+        exact = torch.float64 if device.type == "cpu" else torch.float32
         self.adam = torch.optim.Adam(
             [
-                {"params": group, "lr": torch.full((), self.initial_lr * scale, device=device)}
+                {
+                    "params": group,
+                    "lr": torch.full((), self.initial_lr * scale, dtype=exact, device=device),
+                }
                 for scale, group in ((1.0, fast_params), (slow_scale, slow_params))
                 if group
             ],
@@ -78,7 +84,8 @@ class GuardedAdam:
             grads: one for each of the parameters, None for zeros.
 
         Returns:
-            The gradients' norm before clipping.
+            The gradients' norm before clipping, in their dtype: infinite where that does not hold
+            it, which is no reason to skip as long as the gradients are finite.
         """
         for p, g in zip(self.params, grads, strict=True):
             p.grad = torch.zeros_like(p) if g is None else _laid_out_as(p, g)
@@ -89,15 +96,17 @@ class GuardedAdam:
         return norm
 
     def _torch_step(self, loss: Tensor) -> Tensor:
-        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        nn.utils.clip_grads_with_norm_(self.params, self.grad_norm, norm)
-        bad = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = total_norm(grads)
+        factor = (self.grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        bad = ~((norm < math.inf) & torch.isfinite(loss.detach()))  # a NaN is not below
         # Fused Adam leaves parameters, moments and its step count alone where found_inf is 1.
         self.adam.found_inf = bad.float()  # type: ignore[attr-defined]
         self.adam.step()
         self.skipped.add_(bad)
         self.skipped_in_a_row.add_(1).mul_(bad)
-        return norm
+        return norm.to(grads[0].dtype)
 
     def _takes_triton(self) -> bool:
         """Where the operations take Triton's kernels, so does the step."""
@@ -121,7 +130,7 @@ class GuardedAdam:
                     [state[p]["exp_avg"] for p in params],
                     [state[p]["exp_avg_sq"] for p in params],
                     steps,
-                    group["lr"],
+                    group["lr"].float(),  # itself, but on a CPU
                 )
             )
         norm = guarded_step(
@@ -182,6 +191,30 @@ class GuardedAdam:
         self._steps = None  # what was loaded has counts of its own
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, float64; of finite float32 ones it is finite.
+
+    In float32 squares overflow where an entry is 1.9e19, and are lost below 1e-19.
+    """
+    if _takes_native(grads):
+        from pwm_fast.ops.fused.native import NativeEsnr
+
+        # A single sample's signal is its sum of squares: in float64 as fast as PyTorch's float32.
+        return NativeEsnr().moments(grads, 1)[0].sum().sqrt()
+    norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _takes_native(grads: Sequence[Tensor]) -> bool:
+    if dispatch.requested() not in ("auto", "native"):
+        return False
+    if any(g.device.type != "cpu" or g.dtype != torch.float32 for g in grads):
+        return False
+    from pwm_fast.ops.fused.native import why_missing
+
+    return why_missing() is None
 
 
 def _laid_out_as(p: Tensor, g: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class PWM:
             config.actor.init_logstd,
             config.actor.min_logstd,
             config.actor.input_gain,
+            config.actor.init,
         ).to(self.device)
         self.critic = CriticEnsemble(
             config.world_model.latent_dim,
@@ -207,7 +208,9 @@ class PWM:
 
     def _model_update(self, obs: Tensor, action: Tensor, reward: Tensor, end: Tensor) -> Update:
         if self.config.normalize_rewards:
-            reward = reward / self.reward_rms.scale()
+            reward = self.reward_rms.normalize(
+                reward, self.config.reward_clip, centre=self.config.centre_rewards
+            )
         with self._watched():
             loss = world_model_loss(
                 self.world_model,
@@ -393,7 +396,9 @@ class PWM:
         return torch.randn(*shape, self.action_dim, device=self.device)
 
     def _normalize(self, obs: Tensor) -> Tensor:
-        return self.obs_rms.normalize(obs) if self.config.normalize_obs else obs
+        if not self.config.normalize_obs:
+            return obs
+        return self.obs_rms.normalize(obs, self.config.obs_clip)
 
     def _encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
         return self.world_model.encode(self._normalize(obs), task)
@@ -412,11 +417,15 @@ class PWM:
         )
         rollout = rollout._replace(reward=rollout.reward * self.config.value_scale)
         value = self.critic.minimum(rollout.z[-1])
+        if self.config.value_delay:
+            value = value * self.config.gamma**self.config.value_delay
         return rollout, discounted_return(rollout, value, self.config.gamma)
 
     def _actor_loss(self, returns: Tensor) -> Tensor:
         loss = -returns.mean()
-        return loss / self.return_rms.scale() if self.config.normalize_returns else loss
+        if not self.config.normalize_returns:
+            return loss
+        return loss / self.return_rms.scale(dtype=loss.dtype)
 
     def _update_critic(self, rollout: Rollout) -> Metrics:
         config = self.config.critic
@@ -434,10 +443,12 @@ class PWM:
         size = -(-states.shape[0] // config.minibatches)
         losses, norms = [], []
         for _ in range(config.passes):
-            order = torch.randperm(states.shape[0], device=self.device)
-            # All minibatches at once, whose rows then are views.
-            parts = zip(states[order].split(size), targets[order].split(size), strict=True)
-            for state, target in parts:
+            rows, wanted = states, targets
+            if config.shuffle:
+                order = torch.randperm(states.shape[0], device=self.device)
+                # All minibatches at once, whose rows then are views.
+                rows, wanted = states[order], targets[order]
+            for state, target in zip(rows.split(size), wanted.split(size), strict=True):
                 loss, norm = self._critic_step(state, target)
                 losses.append(loss)
                 norms.append(norm)

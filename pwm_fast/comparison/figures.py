@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from pwm_fast.comparison.curves import group_curves, thinned
-from pwm_fast.comparison.groups import Group
+from pwm_fast.comparison.groups import Environment
+from pwm_fast.comparison.legend import SOME, color_of, count, draw_line, entry, heading, place
 from pwm_fast.comparison.measures import GRADIENTS, Comparison
-from pwm_fast.comparison.runs import Run, Series
+from pwm_fast.comparison.runs import Series
 from pwm_fast.comparison.statistics import STATISTICS
 
-# Okabe and Ito's colours, told apart by colour-blind people, without the pale yellow.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-STYLES = ("-", "--", ":", "-.")
 DPI = 160
 NAMES = {"iqm": "interquartile mean", "mean": "mean"}
 
@@ -41,11 +39,6 @@ class Picture:
     png: bytes
     width: int
     height: int
-
-
-def color_of(index: int) -> str:
-    """Colour of a group by its place."""
-    return COLORS[index % len(COLORS)]
 
 
 def draw_all(comparison: Comparison, statistic: str = "iqm") -> list[Picture]:
@@ -77,10 +70,11 @@ def draw_all(comparison: Comparison, statistic: str = "iqm") -> list[Picture]:
 
 
 def _returns(comparison: Comparison, statistic: str, *, over_time: bool) -> Picture:
+    environment = comparison.environment
     figure, axes = _figure()
-    for index, group in enumerate(comparison.environment.groups):
+    for index, group in enumerate(environment.groups):
         curves = [run.evaluations for run in group.runs]
-        _draw_group(axes, group, index, curves, statistic, over_time=over_time)
+        _draw_group(axes, environment, index, curves, statistic, over_time=over_time)
     axes.set_ylabel("return of real episodes")
     if comparison.target is not None:
         axes.axhline(comparison.target, color="0.35", linewidth=0.9, linestyle="--")
@@ -95,6 +89,7 @@ def _returns(comparison: Comparison, statistic: str, *, over_time: bool) -> Pict
         )
     where = "wall-clock time" if over_time else "environment steps"
     _finish(axes, "seconds" if over_time else where)
+    _curves_key(figure, environment)
     extra = (
         "The time includes evaluations and depends on the machine and on what else ran there."
         if over_time
@@ -113,6 +108,7 @@ def _final(comparison: Comparison) -> Picture:
     figure, axes = _figure(height=_rows_height(len(comparison.environment.groups)))
     _draw_intervals(axes, comparison, measure.key)
     axes.set_xlabel(measure.label)
+    _rows_key(figure, comparison.environment)
     return _picture(
         figure,
         "final_return",
@@ -156,6 +152,7 @@ def _throughput(comparison: Comparison) -> Picture | None:
     _draw_intervals(axes, comparison, "throughput")
     axes.set_xlabel("environment steps per second")
     axes.set_xlim(left=0)
+    _rows_key(figure, comparison.environment)
     return _picture(
         figure,
         "throughput",
@@ -174,10 +171,11 @@ def _gradients(comparison: Comparison, statistic: str) -> Picture | None:
     for axes, key in zip(np.atleast_1d(first), keys, strict=True):
         for index, group in enumerate(environment.groups):
             curves = [_positive(thinned(run.series(key))) for run in group.runs]
-            _draw_group(axes, group, index, curves, statistic)
+            _draw_group(axes, environment, index, curves, statistic)
         axes.set_title(GRADIENTS[key])
         axes.set_yscale("log")
-        _finish(axes, "environment steps", legend=key == keys[0])
+        _finish(axes, "environment steps")
+    _curves_key(figure, environment)
     np.atleast_1d(first)[0].set_ylabel("gradient norm")
     return _picture(
         figure,
@@ -202,16 +200,18 @@ def _over_steps(
     """Curves of a metric over environment steps; None where no run has it."""
     if not any(len(run.series(key).values) for run in comparison.environment.runs):
         return None
+    environment = comparison.environment
     figure, axes = _figure()
-    for index, group in enumerate(comparison.environment.groups):
+    for index, group in enumerate(environment.groups):
         curves = [thinned(run.series(key)) for run in group.runs]
-        _draw_group(axes, group, index, curves, statistic)
+        _draw_group(axes, environment, index, curves, statistic)
     axes.set_ylabel(ylabel)
     if limits is not None:
         axes.set_ylim(*limits)
     if level is not None:
         axes.axhline(level, color="0.35", linewidth=0.9, linestyle="--")
     _finish(axes, "environment steps")
+    _curves_key(figure, environment)
     return _picture(figure, name, title, caption)
 
 
@@ -220,7 +220,7 @@ def _over_steps(
 
 def _draw_group(
     axes: Any,
-    group: Group,
+    environment: Environment,
     index: int,
     curves: Sequence[Series],
     statistic: str,
@@ -228,7 +228,7 @@ def _draw_group(
     over_time: bool = False,
 ) -> None:
     """Every run faintly, an open circle at the end of an unfinished one, and the statistic."""
-    color, style = color_of(index), STYLES[index // len(COLORS) % len(STYLES)]
+    group, color = environment.groups[index], color_of(index)
     drawn = [
         (run, *_points(curve, over_time))
         for run, curve in zip(group.runs, curves, strict=True)
@@ -238,22 +238,17 @@ def _draw_group(
         axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
         if not run.finished:
             axes.plot(x[-1:], y[-1:], "o", color=color, markerfacecolor="white", markersize=5)
-    label = _label(group, [run for run, _, _ in drawn])
+    label = f"{entry(environment, group)} ({count([run for run, _, _ in drawn])})"
     parts = group_curves([x for _, x, _ in drawn], [y for _, _, y in drawn], STATISTICS[statistic])
     for part in parts:
         whole = part.runs == len(drawn)
         if part.band is not None:
             alpha = 0.17 if whole else 0.08
             axes.fill_between(part.x, *part.band, color=color, alpha=alpha, linewidth=0)
-        axes.plot(
-            part.x,
-            part.center,
-            color=color,
-            linestyle=style if whole else (0, (2, 1.2)),
-            linewidth=2.0 if whole else 1.6,
-            marker="o" if len(part.x) == 1 else None,
-            label=label if whole else None,
-        )
+        if not whole:
+            axes.plot(part.x, part.center, color=color, linestyle=(0, SOME), linewidth=1.6)
+            continue
+        draw_line(axes, part.x, part.center, group, index, label=label, gid=group.label)
 
 
 def _draw_intervals(axes: Any, comparison: Comparison, key: str) -> None:
@@ -280,7 +275,7 @@ def _draw_intervals(axes: Any, comparison: Comparison, key: str) -> None:
                 )
             size = 15 if width > 2 else 8
             axes.plot([center], [index + offset], "|", color=color, markersize=size, mew=2.2)
-    axes.set_yticks(range(len(groups)), [_label(group, group.runs) for group in groups])
+    axes.set_yticks(range(len(groups)), [f"{g.name} ({count(g.runs)})" for g in groups])
     axes.set_ylim(len(groups) - 0.45, -0.55)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -300,27 +295,39 @@ def _positive(series: Series) -> Series:
     return Series(*(part[kept] for part in series))
 
 
-def _label(group: Group, runs: Sequence[Run]) -> str:
-    count = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
-    unfinished = sum(not run.finished for run in runs)
-    if unfinished:
-        count += f", {unfinished} unfinished"
-    text = group.label.replace(", ", ",\n", 1) if len(group.label) > 34 else group.label
-    return f"{text} ({count})"
+def _curves_key(figure: Any, environment: Environment) -> None:
+    """The legend of all axes: a group that one of them lacks is in another."""
+    found: dict[str, tuple[Any, str]] = {}
+    for axes in figure.axes:
+        for line, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(line.get_gid(), (line, text))
+    if found:
+        lines, texts = zip(*found.values(), strict=True)
+        place(figure, lines, texts, heading(environment))
+
+
+def _rows_key(figure: Any, environment: Environment) -> None:
+    """What the letters before the rows stand for."""
+    from matplotlib.lines import Line2D
+
+    if environment.marked:
+        lines = [Line2D([], [], linewidth=0) for _ in environment.groups]
+        texts = [entry(environment, group) for group in environment.groups]
+        place(figure, lines, texts, heading(environment))
 
 
 def how_to_read(statistic: str) -> str:
     """What lines, bands and circles of all curves mean."""
     return (
-        f"Thick lines: {NAMES[statistic]} over the runs of a configuration, solid as far as its "
-        "shortest run goes, then dashed over those that go on, while these are half of them or "
-        "more. Bands: 95 % bootstrap intervals. Thin lines: runs. Open circles: where unfinished "
-        "runs stand."
+        f"Thick lines: {NAMES[statistic]} over the runs of a configuration, unbroken as far as its "
+        "shortest run goes, then in sparse dashes over those that go on, while these are half of "
+        "them or more. Bands: 95 % bootstrap intervals. Thin lines: runs. Open circles: where "
+        "unfinished runs stand."
     )
 
 
 def _rows_height(rows: int) -> float:
-    return max(1.2 + 0.72 * rows, 2.6)
+    return max(1.2 + (0.72 if rows <= 7 else 0.5) * rows, 2.6)
 
 
 def _figure(width: float = 6.0, height: float = 3.9, columns: int = 1) -> tuple[Any, Any]:
@@ -331,7 +338,7 @@ def _figure(width: float = 6.0, height: float = 3.9, columns: int = 1) -> tuple[
     return figure, figure.subplots(1, columns)
 
 
-def _finish(axes: Any, xlabel: str, *, legend: bool = True) -> None:
+def _finish(axes: Any, xlabel: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     axes.set_xlabel(xlabel)
@@ -340,8 +347,6 @@ def _finish(axes: Any, xlabel: str, *, legend: bool = True) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small", framealpha=0.85)
 
 
 def _picture(figure: Any, name: str, title: str, caption: str) -> Picture:

@@ -13,7 +13,8 @@ from pwm_fast.provenance import NOT_OF_THE_EXPERIMENT
 # ESNR draws random numbers, but changes nothing that is learnt.
 IGNORED = (*NOT_OF_THE_EXPERIMENT, "esnr")
 ENVIRONMENT = ("env.name", "env.max_episode_steps", "env.options")
-MOST = 3  # differing keys that a label shows
+LONGEST = 34  # characters of a label that fits beside a figure
+MOST = 7  # groups that colours tell apart
 
 
 @dataclass
@@ -23,12 +24,25 @@ class Group:
     Attributes:
         config: what they have in common, with dotted keys.
         runs: in order of their seeds.
-        label: short and unique within the environment.
+        label: unique within the environment: its algorithm and all that sets it apart from its
+            namesakes.
+        mark: a letter that stands for the label, where labels are too long or too many; else "".
     """
 
     config: dict[str, Any]
     runs: list[Run]
     label: str = ""
+    mark: str = ""
+
+    @property
+    def name(self) -> str:
+        """The mark, or the label where there is none."""
+        return self.mark or self.label
+
+    @property
+    def alg(self) -> str:
+        """Name of its algorithm's configuration."""
+        return str(self.config["alg.name"])
 
     @property
     def unfinished(self) -> list[Run]:
@@ -45,12 +59,19 @@ class Environment:
         slug: for files and options: its name and its options' values.
         label: for people.
         groups: configurations, in order of their first run.
+        keys: what the labels name beside the algorithm.
     """
 
     name: str
     slug: str
     label: str
     groups: list[Group] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+    @property
+    def marked(self) -> bool:
+        """Letters stand for the groups' labels."""
+        return any(group.mark for group in self.groups)
 
     @property
     def runs(self) -> list[Run]:
@@ -90,7 +111,7 @@ def arrange(runs: Sequence[Run]) -> tuple[list[Environment], list[LeftOut]]:
     left_out = [double for group in groups.values() for double in _drop_doubles(group)]
     arranged = list(environments.values())
     for environment in arranged:
-        _label(environment.groups)
+        _label(environment)
     return arranged, left_out
 
 
@@ -134,21 +155,31 @@ def _drop_doubles(group: Group) -> list[LeftOut]:
     ]
 
 
-def _label(groups: list[Group]) -> None:
-    """Name every group by its algorithm, and by what else sets it apart from its namesakes."""
+def _label(environment: Environment) -> None:
+    """Name every group by its algorithm, and by all that sets it apart from its namesakes."""
+    groups = environment.groups
+    named: set[str] = set()
     for group in groups:
-        name = str(group.config["alg.name"])
-        namesakes = [g for g in groups if g.config["alg.name"] == name]
-        keys = list(_differences(namesakes))
-        parts = [f"{_short(k)}={_value(group.config.get(k))}" for k in keys[:MOST]]
-        if len(keys) > MOST:
-            parts.append(f"and {len(keys) - MOST} more")
-        group.label = ", ".join([name, *parts])
+        keys = list(_differences([g for g in groups if g.alg == group.alg]))
+        named.update(keys)
+        parts = [f"{short_key(k)}={shown(group.config.get(k))}" for k in keys]
+        group.label = ", ".join([group.alg, *parts])
+    environment.keys = sorted(named)
     seen: dict[str, int] = {}
-    for group in groups:  # what is apart in unnamed keys alone
+    for group in groups:  # values that read alike, as 1 and "1"
         seen[group.label] = seen.get(group.label, 0) + 1
         if seen[group.label] > 1:
             group.label += f" ({seen[group.label]})"
+    long = any(len(group.label) > LONGEST for group in groups)
+    if len(groups) > MOST or (long and len(groups) > 1):
+        for index, group in enumerate(groups):
+            group.mark = _letters(index)
+
+
+def _letters(index: int) -> str:
+    """A to Z, then AA, AB and so on."""
+    more, last = divmod(index, 26)
+    return (_letters(more - 1) if more else "") + chr(ord("A") + last)
 
 
 def _differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
@@ -161,9 +192,11 @@ def _within(key: str, prefixes: Sequence[str]) -> bool:
     return any(key == p or key.startswith(f"{p}.") for p in prefixes)
 
 
-def _short(key: str) -> str:
+def short_key(key: str) -> str:
+    """A key for people, without what all of an algorithm's begin with."""
     return key.removeprefix("alg.")
 
 
-def _value(value: Any) -> str:
-    return str(value).replace(" ", "")
+def shown(value: Any) -> str:
+    """A value for people."""
+    return "null" if value is None else str(value).replace(" ", "")

@@ -98,14 +98,14 @@ class Comparison:
         return [self.values[str(run.path)][key] for run in group.runs]
 
     def improvements(self) -> list[tuple[str, str, float, Interval | None]]:
-        """For every pair of groups: labels, probability that the first is better, interval."""
+        """For every pair of groups: names, probability that the first is better, interval."""
         found = []
         for first, second in itertools.combinations(self.environment.groups, 2):
             key = self.primary.key
             found.append(
                 (
-                    first.label,
-                    second.label,
+                    first.name,
+                    second.name,
                     *improvement(self.of(first, key), self.of(second, key)),
                 )
             )

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-import base64
-import math
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 import pwm_fast
-from pwm_fast.comparison.figures import Picture, color_of, how_to_read
-from pwm_fast.comparison.groups import Environment, Group
+from pwm_fast.comparison.elements import (
+    badge,
+    breakable,
+    card,
+    cell,
+    figure_card,
+    final_of,
+    group_table,
+    heading,
+    id_of,
+    iqm_cell,
+    label_of,
+    mean_cell,
+    path_of,
+    percent,
+    plural,
+    reached,
+    row_head,
+    scaled,
+    seeds,
+    swatch,
+    table,
+    value_cell,
+)
+from pwm_fast.comparison.elements import (
+    number as _number,
+)
+from pwm_fast.comparison.figures import Picture, how_to_read
+from pwm_fast.comparison.groups import Environment, short_key
 from pwm_fast.comparison.measures import GRADIENTS, Comparison, at_key
 from pwm_fast.comparison.report import Report
-from pwm_fast.comparison.runs import Run
-from pwm_fast.comparison.statistics import Estimate, Interval
 from pwm_fast.comparison.style import CSS
 
-WIDE = 800  # figures of more pixels take the whole width
-NONE = "–"
-SHORT = 24  # characters of a label that is not broken
 # Nothing is fetched or run, whatever the text of a run directory says.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -37,7 +56,7 @@ def render(report: Report, pictures: Sequence[Sequence[Picture]], made: str) -> 
         f"<h1>{escape(report.title)}</h1>",
         f'<p class="lead">{runs} runs in '
         f"{sum(len(c.environment.groups) for c in report.comparisons)} configurations and "
-        f"{len(report.comparisons)} {_plural('environment', len(report.comparisons))}. "
+        f"{len(report.comparisons)} {plural('environment', len(report.comparisons))}. "
         f"Made on {escape(made)} by pwm_fast {escape(pwm_fast.__version__)}.</p>",
         _contents(report),
         _mind(report.notes),
@@ -67,7 +86,7 @@ def _document(title: str, body: str) -> str:
 def _contents(report: Report) -> str:
     links = [("#across", "All environments")] if report.scores else []
     links += [
-        (f"#{_id(c.environment)}", c.environment.label)
+        (f"#{id_of(c.environment)}", c.environment.label)
         for c in report.comparisons
         if len(report.comparisons) > 1
     ]
@@ -88,24 +107,41 @@ def _mind(notes: Sequence[str]) -> str:
 def _environment(comparison: Comparison, pictures: Sequence[Picture], statistic: str) -> str:
     environment = comparison.environment
     sections = [
-        _results(comparison),
+        _configurations(environment) + _results(comparison),
         _improvements(comparison),
         _efficiency(comparison),
         _times(comparison),
         _gradients(comparison),
     ]
     return (
-        f'<h2 id="{_id(environment)}">{escape(environment.label)}</h2>'
+        f'<h2 id="{id_of(environment)}">{escape(environment.label)}</h2>'
         f'<p class="lead">{len(environment.runs)} '
-        f"{_plural('run', len(environment.runs))} in {len(environment.groups)} "
-        f"{_plural('configuration', len(environment.groups))}.</p>"
+        f"{plural('run', len(environment.runs))} in {len(environment.groups)} "
+        f"{plural('configuration', len(environment.groups))}.</p>"
         + "".join(sections[:1])
         + f'<p class="note">{escape(how_to_read(statistic))}</p>'
-        + f'<div class="figures">{"".join(map(_figure, pictures))}</div>'
+        + f'<div class="figures">{"".join(map(figure_card, pictures))}</div>'
         + "".join(sections[1:])
         + _runs(comparison)
         + _differences(environment)
     )
+
+
+def _configurations(environment: Environment) -> str:
+    """What the letters stand for; nothing where labels are short enough to stand everywhere."""
+    if not environment.marked:
+        return ""
+    head = "<tr>" + heading("configuration", "", True)
+    keys = (breakable(short_key(key), "._") for key in environment.keys)
+    head += "".join(f'<th class="text">{key}</th>' for key in keys) + "</tr>"
+    rows = [
+        f"<tr>{row_head(i, group)}"
+        + "".join(value_cell(group.config.get(key)) for key in environment.keys)
+        + "</tr>"
+        for i, group in enumerate(environment.groups)
+    ]
+    note = "A letter stands for each. The columns are what those of one algorithm differ in."
+    return card("Configurations", note, table(head, rows))
 
 
 def _results(comparison: Comparison) -> str:
@@ -123,27 +159,30 @@ def _results(comparison: Comparison) -> str:
     for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True):
         n = len(group.runs)
         row = [
-            _seeds(group),
-            _iqm(e[measure.key], n),
-            _mean(e[measure.key], n),
-            _iqm(e["auc"], n),
+            seeds(group),
+            iqm_cell(e[measure.key], n),
+            mean_cell(e[measure.key], n),
+            iqm_cell(e["auc"], n),
         ]
-        rows.append([*row, _mean(_percent(e["final_success"]), n, 1)] if has_success else row)
+        rows.append([*row, mean_cell(percent(e["final_success"]), n, 1)] if has_success else row)
     note = (
         "IQM: interquartile mean over seeds. Below each number its 95 % confidence interval. The "
         "area under the curve is the mean return "
         f"from 0 to {comparison.budget:,.0f} environment steps: it rewards learning early."
     )
-    return _card("Result", note, _group_table(comparison, head, rows))
+    return card("Result", note, group_table(comparison, head, rows))
 
 
 def _improvements(comparison: Comparison) -> str:
     found = comparison.improvements()
-    if not 0 < len(found) <= 15:
+    if not found:
         return ""
+    if len(found) > 15:
+        note = f"Not shown of {len(found)} pairs; up to six configurations are compared in pairs."
+        return card("Probability of improvement", note, "")
     rows = [
         f'<tr><th scope="row">{escape(first)}</th><td class="text">{escape(second)}</td>'
-        f"<td>{_cell(100 * probability, _scaled(interval), digits=0)}</td></tr>"
+        f"<td>{cell(100 * probability, scaled(interval), digits=0)}</td></tr>"
         for first, second, probability, interval in found
     ]
     head = (
@@ -154,28 +193,28 @@ def _improvements(comparison: Comparison) -> str:
         f"Share of the pairs of runs in which the first has the higher {comparison.primary.label}; "
         "50 % is no difference. An interval that holds 50 % does not tell the two apart."
     )
-    return _card("Probability of improvement", note, _table(head, rows))
+    return card("Probability of improvement", note, table(head, rows))
 
 
 def _efficiency(comparison: Comparison) -> str:
     head = [(f"{steps:,.0f}", "environment steps") for steps in comparison.steps]
     rows = [
-        [_iqm(e[at_key(steps)], len(group.runs)) for steps in comparison.steps]
+        [iqm_cell(e[at_key(steps)], len(group.runs)) for steps in comparison.steps]
         for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True)
     ]
     note = (
         "Return at fixed environment steps: IQM over the runs that got there, "
         "between two evaluations by the line through both."
     )
-    return _card("Sample efficiency", note, _group_table(comparison, head, rows))
+    return card("Sample efficiency", note, group_table(comparison, head, rows))
 
 
 def _times(comparison: Comparison) -> str:
     head = [("time of finished runs, mean", "s"), ("throughput, mean", "environment steps/s")]
     rows = [
         [
-            _mean(e["finished_wall_time"], len(group.runs), 0),
-            _mean(e["throughput"], len(group.runs)),
+            mean_cell(e["finished_wall_time"], len(group.runs), 0),
+            mean_cell(e["throughput"], len(group.runs)),
         ]
         for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True)
     ]
@@ -185,7 +224,7 @@ def _times(comparison: Comparison) -> str:
     )
     if comparison.target is None:
         note += " With --target RETURN the time to that return stands here, too."
-        return _card("Time", note, _group_table(comparison, head, rows))
+        return card("Time", note, group_table(comparison, head, rows))
     target = _number(comparison.target)
     head += [
         (f"reached {target}", "runs"),
@@ -201,15 +240,15 @@ def _times(comparison: Comparison) -> str:
         )
         row += [
             f"{reach.reached} of {reach.runs}",
-            _reached(reach.seconds, 0) + spread,
-            _reached(reach.steps, 0),
+            reached(reach.seconds, 0) + spread,
+            reached(reach.steps, 0),
         ]
     note += (
         f" A run has reached {target} at its first evaluation there or above. Runs "
         "that never did count as infinitely slow in the median; below it, the fastest and the "
         "slowest of those that did."
     )
-    return _card("Time", note, _group_table(comparison, head, rows))
+    return card("Time", note, group_table(comparison, head, rows))
 
 
 def _gradients(comparison: Comparison) -> str:
@@ -218,11 +257,11 @@ def _gradients(comparison: Comparison) -> str:
     head += [(f"gradient norm, {GRADIENTS[key]}", "before clipping") for key in keys]
     head.append(("skipped updates", "non-finite"))
     rows = [
-        [_mean(e[key], len(group.runs)) for key in ("esnr_db", *keys, "skipped_updates")]
+        [mean_cell(e[key], len(group.runs)) for key in ("esnr_db", *keys, "skipped_updates")]
         for group, e in zip(comparison.environment.groups, comparison.estimates, strict=True)
     ]
     note = "Median over each run, then the mean over runs; skipped updates: all of a run."
-    return _card("Gradients", note, _group_table(comparison, head, rows))
+    return card("Gradients", note, group_table(comparison, head, rows))
 
 
 def _runs(comparison: Comparison) -> str:
@@ -239,32 +278,32 @@ def _runs(comparison: Comparison) -> str:
         ("time", "s", False),
         ("directory", "", True),
     ]
-    head = "<tr>" + "".join(_head(*column) for column in columns) + "</tr>"
+    head = "<tr>" + "".join(heading(*column) for column in columns) + "</tr>"
     rows = []
     for index, group in enumerate(comparison.environment.groups):
         for run in group.runs:
             values = comparison.values[str(run.path)]
             cells = [
                 str(run.seed),
-                _badge(run),
+                badge(run),
                 f"{run.env_steps:,}",
-                f'<span class="whole">{_final(run)}</span>',
+                f'<span class="whole">{final_of(run)}</span>',
                 _number(values["last_return"]),
                 _number(values["best_return"]),
                 *([_number(100 * values["final_success"], 0)] if has_success else []),
                 _number(values["wall_time"], 0),
-                f'<code class="path">{_path(run.path)}</code>',
+                f'<code class="path">{path_of(run.path)}</code>',
             ]
             text = {1, len(cells) - 1}
             rows.append(
-                f"<tr>{_row_head(index, group)}"
+                f"<tr>{row_head(index, group)}"
                 + "".join(
                     f'<td class="text">{cell}</td>' if i in text else f"<td>{cell}</td>"
                     for i, cell in enumerate(cells)
                 )
                 + "</tr>"
             )
-    return _card("Runs", "", _table(head, rows))
+    return card("Runs", "", table(head, rows))
 
 
 def _differences(environment: Environment) -> str:
@@ -274,19 +313,19 @@ def _differences(environment: Environment) -> str:
     head = (
         '<tr><th class="text">key</th>'
         + "".join(
-            f'<th class="text">{_swatch(i)}{_label(g)}</th>'
+            f'<th class="text"><span class="key">{swatch(i, g)}{label_of(g, alg=False)}</span></th>'
             for i, g in enumerate(environment.groups)
         )
         + "</tr>"
     )
     rows = [
         f'<tr><th scope="row"><code>{escape(key)}</code></th>'
-        + "".join(f'<td class="text"><code>{escape(_plain(v))}</code></td>' for v in values)
+        + "".join(map(value_cell, values))
         + "</tr>"
         for key, values in found.items()
     ]
     note = "Every key of the configuration in which they are not all equal."
-    return _card("What the configurations differ in", note, _table(head, rows))
+    return card("What the configurations differ in", note, table(head, rows))
 
 
 def _scores(report: Report) -> str:
@@ -296,7 +335,8 @@ def _scores(report: Report) -> str:
     )
     rows = [
         f'<tr><th scope="row">{escape(s.label)}</th><td>{", ".join(map(str, s.runs))}</td>'
-        f"<td>{_iqm(s.estimate, s.estimate.n, 3)}</td><td>{_mean(s.estimate, s.estimate.n, 3)}</td>"
+        f"<td>{iqm_cell(s.estimate, s.estimate.n, 3)}</td>"
+        f"<td>{mean_cell(s.estimate, s.estimate.n, 3)}</td>"
         "</tr>"
         for s in report.scores
     ]
@@ -308,7 +348,7 @@ def _scores(report: Report) -> str:
         f"{references}. All runs of all environments are pooled; the bootstrap draws runs anew "
         "within each environment."
     )
-    return '<h2 id="across">All environments</h2>' + _card("Scores", note, _table(head, rows))
+    return '<h2 id="across">All environments</h2>' + card("Scores", note, table(head, rows))
 
 
 def _left_out(report: Report) -> str:
@@ -316,11 +356,11 @@ def _left_out(report: Report) -> str:
         return ""
     head = '<tr><th class="text">directory</th><th class="text">why</th></tr>'
     rows = [
-        f'<tr><td class="text"><code>{_path(item.path)}</code></td>'
+        f'<tr><td class="text"><code>{path_of(item.path)}</code></td>'
         f'<td class="text">{escape(item.reason)}</td></tr>'
         for item in report.left_out
     ]
-    return '<h2 id="left-out">Runs left out</h2>' + _card("Not compared", "", _table(head, rows))
+    return '<h2 id="left-out">Runs left out</h2>' + card("Not compared", "", table(head, rows))
 
 
 def _method(report: Report) -> str:
@@ -341,159 +381,3 @@ def _method(report: Report) -> str:
         "<p>The budget is the number of environment steps up to which all finished runs of the "
         "environment were evaluated (all runs, where none has finished).</p></section>"
     )
-
-
-# --- elements -------------------------------------------------------------------------------------
-
-
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode("ascii")
-    wide = " wide" if picture.width > WIDE else ""
-    return (
-        f'<figure class="card{wide}"><h3>{escape(picture.title)}</h3>'
-        f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}" '
-        f'width="{picture.width}" height="{picture.height}">'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
-    )
-
-
-def _card(title: str, note: str, content: str) -> str:
-    text = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f'<section class="card"><h3>{escape(title)}</h3>{text}{content}</section>'
-
-
-def _table(head: str, rows: Sequence[str]) -> str:
-    return (
-        f'<div class="scroll"><table><thead>{head}</thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _group_table(
-    comparison: Comparison, head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]
-) -> str:
-    """One row a group; headings with their units."""
-    top = "<tr>" + _head("configuration", "", True)
-    top += "".join(_head(label, unit, False) for label, unit in head) + "</tr>"
-    body = [
-        f"<tr>{_row_head(i, group)}" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-        for i, (group, cells) in enumerate(zip(comparison.environment.groups, rows, strict=True))
-    ]
-    return _table(top, body)
-
-
-def _head(label: str, unit: str, text: bool) -> str:
-    shown = f'<span class="unit">{escape(unit)}</span>' if unit else ""
-    kind = ' class="text"' if text else ""
-    return f"<th{kind}>{escape(label)}{shown}</th>"
-
-
-def _row_head(index: int, group: Group) -> str:
-    return f'<th scope="row"><span class="key">{_swatch(index)}{_label(group)}</span></th>'
-
-
-def _label(group: Group) -> str:
-    """On one line, unless it is long."""
-    kind = "whole" if len(group.label) <= SHORT else "long"
-    return f'<span class="{kind}">{escape(group.label)}</span>'
-
-
-def _swatch(index: int) -> str:
-    return f'<span class="swatch" style="background:{color_of(index)}"></span>'
-
-
-def _badge(run: Run) -> str:
-    kind = "badge" if run.finished else "badge open"
-    detail = "" if run.finished else f'<span class="detail">{escape(_detail(run))}</span>'
-    return f'<span class="{kind}">{escape(run.status)}</span>{detail}'
-
-
-def _detail(run: Run) -> str:
-    return run.progress().removeprefix(run.status).replace(", ", "; ").strip()
-
-
-def _seeds(group: Group) -> str:
-    shown = ", ".join(str(run.seed) for run in group.runs)
-    return f"{len(group.runs)}<span class=ci>{shown if len(shown) < 16 else ''}</span>"
-
-
-def _iqm(e: Estimate, runs: int, digits: int | None = None) -> str:
-    return _cell(e.iqm, e.iqm_interval, e.n, runs, digits)
-
-
-def _mean(e: Estimate, runs: int, digits: int | None = None) -> str:
-    return _cell(e.mean, e.mean_interval, e.n, runs, digits)
-
-
-def _cell(
-    value: float,
-    interval: Interval | None,
-    n: int = 0,
-    runs: int = 0,
-    digits: int | None = None,
-) -> str:
-    """A number, its interval below it, and how many runs have it where that is not all."""
-    if math.isnan(value):
-        return NONE
-    text = _number(value, digits)
-    if interval is not None:
-        text += (
-            f'<span class="ci">[{_number(interval.low, digits)}, '
-            f"{_number(interval.high, digits)}]</span>"
-        )
-    if n < runs:
-        text += f'<span class="ci">{n} of {runs} runs</span>'
-    return text
-
-
-def _percent(e: Estimate) -> Estimate:
-    return Estimate(
-        e.n, 100 * e.mean, _scaled(e.mean_interval), 100 * e.iqm, _scaled(e.iqm_interval)
-    )
-
-
-def _scaled(interval: Interval | None) -> Interval | None:
-    return None if interval is None else Interval(100 * interval.low, 100 * interval.high)
-
-
-def _final(run: Run) -> str:
-    if not run.finished or run.final is None:
-        return NONE
-    mean, std = run.final["reward_mean"], run.final.get("reward_std")
-    return _number(mean) + (f" ± {_number(std)}" if isinstance(std, (int, float)) else "")
-
-
-def _reached(value: float, digits: int) -> str:
-    return _number(value, digits) if math.isfinite(value) else "not reached"
-
-
-def _number(value: float, digits: int | None = None) -> str:
-    """A number for people: about four significant digits, a true minus sign."""
-    if not math.isfinite(value):
-        return NONE
-    if value == 0:
-        return "0"
-    if digits is None:
-        size = abs(value)
-        digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3
-        if 0 < size < 0.001:
-            return f"{value:.1e}".replace("-", "−")
-    text = f"{value:,.{digits}f}"
-    return text.replace("-", "−" if float(text.replace(",", "")) else "")
-
-
-def _plain(value: object) -> str:
-    return "null" if value is None else str(value)
-
-
-def _path(path: Path) -> str:
-    """A path that may be broken after its slashes."""
-    return escape(str(path)).replace("/", "/<wbr>")
-
-
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
-
-
-def _id(environment: Environment) -> str:
-    return f"env-{environment.slug}"

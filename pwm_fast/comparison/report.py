@@ -154,20 +154,21 @@ def _notes_of(comparison: Comparison) -> list[str]:
     for group in groups:
         if group.unfinished:
             notes.append(
-                f"{group.label}: {_count(len(group.unfinished), 'run')} of {len(group.runs)} not "
+                f"{group.name}: {_count(len(group.unfinished), 'run')} of {len(group.runs)} not "
                 f"finished ({', '.join(_seed_and_progress(run) for run in group.unfinished)}); "
                 "compared as far as they are, without a final evaluation."
             )
     notes += [
         f"{run.path}: {note}." for group in groups for run in group.runs for note in run.notes
     ]
-    single = [group.label for group in groups if len(group.runs) == 1]
+    single = [group for group in groups if len(group.runs) == 1]
     if single:
-        notes.append(f"A single seed, so no interval: {'; '.join(single)}.")
-    few = [g.label for g in groups if 1 < len(g.runs) < 5]
+        notes.append(f"A single seed, so no interval: {_names(single, groups)}.")
+    few = [g for g in groups if 1 < len(g.runs) < 5]
     if few:
         notes.append(
-            f"Fewer than five seeds: {'; '.join(few)}. Bootstrap intervals of so few are too narrow"
+            f"Fewer than five seeds: {_names(few, groups)}. Bootstrap intervals of so few are too "
+            "narrow"
             + (
                 ", and the interquartile mean of fewer than four is the mean."
                 if any(1 < len(g.runs) < 4 for g in groups)
@@ -176,27 +177,31 @@ def _notes_of(comparison: Comparison) -> list[str]:
         )
     if len({len(g.runs) for g in groups}) > 1:
         notes.append(
-            "Numbers of seeds differ: "
-            + ", ".join(f"{g.label} {len(g.runs)}" for g in groups)
-            + "."
+            "Numbers of seeds differ: " + ", ".join(f"{g.name} {len(g.runs)}" for g in groups) + "."
         )
     elif len({tuple(r.seed for r in g.runs) for g in groups}) > 1:
         notes.append(
             "The configurations were run with different seeds: "
-            + "; ".join(f"{g.label} {_seeds(g)}" for g in groups)
+            + "; ".join(f"{g.name} {_seeds(g)}" for g in groups)
             + "."
         )
-    short = [g.label for g in groups if all(r.env_steps < comparison.budget for r in g.runs)]
+    short = [g for g in groups if all(r.env_steps < comparison.budget for r in g.runs)]
     if short:
         notes.append(
             f"No run has come to the budget of {comparison.budget:,.0f} steps yet: "
-            f"{'; '.join(short)}."
+            f"{_names(short, groups)}."
         )
     return notes
 
 
 def _seed_and_progress(run: Run) -> str:
     return f"seed {run.seed} {run.progress()}"
+
+
+def _names(some: Sequence[Group], groups: Sequence[Group]) -> str:
+    if len(some) == len(groups) > 2:
+        return "all configurations"
+    return ("; " if not some[0].mark else ", ").join(group.name for group in some)
 
 
 def _seeds(group: Group) -> str:

@@ -76,7 +76,10 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``finished``, ``interrupted``, ``diverged``; ``unfinished`` is running or killed."""
+        """How it ended; ``unfinished`` is running or killed.
+
+        The others are ``finished``, ``interrupted``, ``diverged`` and ``nothing to learn``.
+        """
         return str(self.summary.get("status", "unfinished"))
 
     @property

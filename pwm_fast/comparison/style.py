@@ -34,7 +34,9 @@ thead th { border-bottom: 1.5px solid var(--ink); font-weight: 600; vertical-ali
   line-height: 1.25; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th.text, td.text { text-align: left; }
-tbody th { text-align: left; font-weight: 600; min-width: 9rem; max-width: 24rem; }
+tbody th { text-align: left; font-weight: 600; min-width: 9rem; max-width: 24rem;
+  overflow-wrap: anywhere; }
+.value code { overflow-wrap: break-word; }
 .long { overflow-wrap: anywhere; }
 .unit { display: block; font-weight: 400; color: var(--soft); font-size: .82rem; }
 .ci { display: block; color: var(--soft); font-size: .82rem; white-space: nowrap; }
@@ -44,6 +46,7 @@ tbody th { text-align: left; font-weight: 600; min-width: 9rem; max-width: 24rem
 code.path { display: block; min-width: 14rem; }
 .swatch { display: inline-block; flex: none; width: .72em; height: .72em; border-radius: 50%;
   margin-right: .5em; }
+.line { flex: none; margin-right: .5em; align-self: center; }
 .badge { display: inline-block; padding: 0 .5em; border-radius: 1em; font-size: .8rem;
   background: #e6f2ea; color: #17643a; white-space: nowrap; }
 .badge.open { background: #fdf0d8; color: #875700; }

@@ -13,6 +13,7 @@ from pwm_fast.comparison.statistics import Interval
 GROUP_COLUMNS = (
     "environment",
     "configuration",
+    "mark",
     "runs",
     "finished",
     "measure",
@@ -40,6 +41,7 @@ def runs_csv(report: Report) -> str:
                     [
                         comparison.environment.slug,
                         group.label,
+                        group.mark,
                         run.seed,
                         run.status,
                         run.epochs,
@@ -49,8 +51,8 @@ def runs_csv(report: Report) -> str:
                         *(_number(values.get(key, math.nan)) for key in keys),
                     ]
                 )
-    fixed = ("environment", "configuration", "seed", "status", "epochs", "epochs_planned")
-    return _csv([*fixed, "env_steps", "run_dir", *keys], rows)
+    fixed = ("environment", "configuration", "mark", "seed", "status", "epochs")
+    return _csv([*fixed, "epochs_planned", "env_steps", "run_dir", *keys], rows)
 
 
 def groups_csv(report: Report) -> str:
@@ -65,6 +67,7 @@ def groups_csv(report: Report) -> str:
                     [
                         comparison.environment.slug,
                         group.label,
+                        group.mark,
                         len(group.runs),
                         len(group.runs) - len(group.unfinished),
                         *m,

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pwm_fast import build, cli
+from pwm_fast import build, cli, seeding
 from pwm_fast import config as configuration
 from pwm_fast.collection import MixedPolicy, check_policy, first_episodes
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data.episodes import write_episode
 from pwm_fast.data.manifest import register
 from pwm_fast.evaluate import MISSING
+from pwm_fast.seeding import Purpose
 
 WORLDS = 64  # at once
-EXPORT_SEED = 4_000_037  # added to `seed`: other start states than a training run's of that seed
 
 
 @dataclass
@@ -53,7 +53,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         for ok, key, expected in (
             (self.episodes > 0, "episodes", "positive"),
-            (0 <= self.seed < 2**31, "seed", "in [0, 2^31)"),
+            (seeding.in_range(self.seed), "seed", "in [0, 2^63)"),
             (self.threads is None or self.threads > 0, "threads", "positive or null"),
             (self.random_hold is None or self.random_hold > 0, "random_hold", "positive or null"),
         ):
@@ -80,13 +80,13 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
         )
     out = _new_folder(config.out)
     build.set_threads(config.threads)
-    build.seed_everything(config.seed)
+    build.seed_everything(config.seed, Purpose.EXPORT_AGENT)
     device = build.select_device(config.device)
     run, content = _source(config)
     hold = config.random_hold or (run.alg.random_hold if content is not None else 1)
     policy = config.policy or ("random" if content is None else "stochastic")
     worlds = min(config.episodes, WORLDS)
-    seed = config.seed + EXPORT_SEED
+    seed = seeding.stream(config.seed, Purpose.EXPORT)
     with closing(build.make_env(run, worlds, seed, device)) as env:
         agent = None
         if content is not None:
@@ -103,7 +103,8 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
         out.mkdir(parents=True, exist_ok=True)
         width, transitions = len(str(config.episodes - 1)), 0
         for first in range(0, config.episodes, worlds):
-            batch = first_episodes(env, act, seed + first)[: config.episodes - first]
+            starts = seeding.stream(config.seed, Purpose.EXPORT, first)
+            batch = first_episodes(env, act, starts)[: config.episodes - first]
             for i, episode in enumerate(batch, start=first):
                 write_episode(out / f"episode_{i:0{width}}.npz", episode)
                 transitions += len(episode.action)

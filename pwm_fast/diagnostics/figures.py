@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,6 @@ def _jacobian(figure: Any, checkpoints: Checkpoints) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
     left.set_title("root-mean-square singular value", fontsize="medium")
     right.set_title("relative change of the Jacobian", fontsize="medium")
-    right.set_yscale("log")  # from one place to the next it differs by powers of ten
     sizes = {"dF/dz": "gain_z", "dF/da": "gain_a"}
     changes = {
         f"dF/d{name}\n{text}": f"change_{name}_{point}"
@@ -127,6 +127,8 @@ def _jacobian(figure: Any, checkpoints: Checkpoints) -> None:
             heights = _numbers([c["jacobian"][key] for key in bars.values()])
             axes.bar(places, heights, wide, color=_color(i), label=c["label"])
         axes.set_xticks(range(len(bars)), list(bars), fontsize="small")
+    # From one place to the next it differs by powers of ten.
+    _log_scale(right, "y", [c["jacobian"][key] for c in checkpoints for key in changes.values()])
 
 
 def _simplex(figure: Any, checkpoints: Checkpoints) -> None:
@@ -136,14 +138,16 @@ def _simplex(figure: Any, checkpoints: Checkpoints) -> None:
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("imagined steps")
-        axes.set_yscale("log")
+        drawn: list[float] = []
         clipped = False
         for i, c in enumerate(checkpoints):
             values = _numbers(c["simplex"][key])
-            clipped = clipped or min(values) < FLOOR
-            y = [max(v, FLOOR) for v in values]
+            clipped = clipped or any(v < FLOOR for v in values)
+            y = [v if math.isnan(v) else max(v, FLOOR) for v in values]
+            drawn += y
             x = c["simplex"]["step"]
             axes.plot(x, y, marker="o", markersize=3, color=_color(i), label=c["label"])
+        _log_scale(axes, "y", drawn)
         if clipped:
             axes.annotate(
                 f"zero is drawn at {FLOOR:g}",
@@ -178,8 +182,27 @@ def _esnr(figure: Any, checkpoints: Checkpoints) -> None:
                 label=f"{c['label']}, M={samples}",
             )
     axes.axhline(0.0, color="0.3", linewidth=0.8, linestyle="--")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(horizons), [str(h) for h in sorted(horizons)])
+    rows = [row for c in checkpoints for row in c["esnr"]["rows"]]
+    shown = [row["horizon"] for row in rows if row["esnr_db"] is not None]
+    if _log_scale(axes, "x", shown, base=2):
+        axes.set_xticks(sorted(horizons), [str(h) for h in sorted(horizons)])
+    else:
+        axes.text(0.5, 0.6, "the actor has no gradient", ha="center", transform=axes.transAxes)
+
+
+def _log_scale(axes: Any, axis: str, values: Sequence[float | None], **options: Any) -> bool:
+    """Make an axis logarithmic if it has something to show; an untrained model may have nothing.
+
+    Args:
+        axes: matplotlib's.
+        axis: ``x`` or ``y``.
+        values: along it, None where there is none.
+        options: of matplotlib's scale.
+    """
+    if not any(value is not None and value > 0 for value in values):
+        return False
+    getattr(axes, f"set_{axis}scale")("log", **options)
+    return True
 
 
 def _numbers(values: list[float | None]) -> list[float]:

@@ -32,21 +32,23 @@ def view_of(agent: PWM) -> ModelView:
     """The world model of an agent, for the task that the agent acts in.
 
     Observations are normalised as the agent does it; rewards that were normalised for a scalar head
-    are scaled back.
+    are put back (what was clipped stays within its bounds).
     """
     model = agent.world_model
     numbered = agent.config.world_model.task_dim > 0
     # Training has one environment; its task is number 0.
     task = torch.zeros((), dtype=torch.int64, device=agent.device) if numbered else None
     scale = agent.reward_rms.scale() if agent.config.normalize_rewards else None
+    centre = agent.reward_rms.mean if agent.config.centre_rewards else 0.0
 
     def encode(obs: Tensor) -> Tensor:
-        obs = agent.obs_rms.normalize(obs) if agent.config.normalize_obs else obs
+        if agent.config.normalize_obs:
+            obs = agent.obs_rms.normalize(obs, agent.config.obs_clip)
         return model.encode(obs, task)
 
     def reward(z: Tensor, a: Tensor) -> Tensor:
         value = model.decode_reward(model.reward(z, a, task))
-        return value if scale is None else value * scale.to(value.dtype)
+        return value if scale is None else value * scale.to(value.dtype) + centre
 
     def termination(z: Tensor, a: Tensor) -> Tensor:
         logits = model.termination(z, a, task)

@@ -61,8 +61,8 @@ def _cut(episode: Episode, start: int, horizon: int) -> tuple[Tensor, ...]:
     where = torch.arange(start, start + horizon + 1).clamp_max(last + 1)
     return (
         episode.obs[where],
-        episode.action[inside] * valid[:, None],
-        episode.reward[inside] * valid,
+        torch.where(valid[:, None], episode.action[inside], 0.0),
+        torch.where(valid, episode.reward[inside], 0.0),
         episode.terminated[inside] & valid,
         valid,
     )

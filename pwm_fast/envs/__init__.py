@@ -13,7 +13,13 @@ from pwm_fast.envs.engines import ENGINES, Engine, choose, why_unusable
 from pwm_fast.envs.gymnasium_adapter import GymnasiumEnv
 from pwm_fast.envs.mujoco_cpu import MujocoEnv
 from pwm_fast.envs.mujoco_warp import MujocoWarpEnv
-from pwm_fast.envs.protocol import SAME_STEP, Box, StateNotSupported, VectorEnv
+from pwm_fast.envs.protocol import (
+    SAME_STEP,
+    Box,
+    EnvironmentFault,
+    StateNotSupported,
+    VectorEnv,
+)
 from pwm_fast.envs.tasks.ant import Ant
 from pwm_fast.envs.tasks.base import Task
 from pwm_fast.envs.tasks.cartpole import CartPole
@@ -33,6 +39,7 @@ __all__ = [
     "Box",
     "DMControlEnv",
     "Engine",
+    "EnvironmentFault",
     "GymnasiumEnv",
     "MujocoEnv",
     "MujocoWarpEnv",
@@ -61,7 +68,7 @@ def make(
     Args:
         name: one of :data:`TASKS` or of :data:`ADAPTERS`.
         num_envs: N.
-        seed: seed of the reset states.
+        seed: of the reset states, in [0, 2^63); neighbouring seeds share no world.
         max_episode_steps: time limit; the task's own by default.
         threads: physics threads of the native engine; the adapters take 1.
         engine: of a built-in robot: ``mujoco`` (native, on the CPU), ``mujoco_warp`` (on

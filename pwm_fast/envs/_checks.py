@@ -23,8 +23,12 @@ def unit_action(action: Tensor, num_envs: int, action_dim: int) -> Tensor:
     """
     action_shape(action, num_envs, action_dim)
     action = action.detach().to(device="cpu", dtype=torch.float32)
-    if not bool(torch.isfinite(action).all()):
-        raise ValueError("action has non-finite values")
+    finite = torch.isfinite(action).all(-1)
+    if not bool(finite.all()):
+        worlds = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, worlds[:8])) + (", ..." if len(worlds) > 8 else "")
+        plural = "s" if len(worlds) > 1 else ""
+        raise ValueError(f"action has non-finite values, in world{plural} {shown}")
     return action.clamp(-1.0, 1.0)
 
 

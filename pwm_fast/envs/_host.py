@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from pwm_fast.envs import _checks
-from pwm_fast.envs.protocol import SAME_STEP, Box
+from pwm_fast.envs._answers import first_unsound
+from pwm_fast.envs._divergence import sound
+from pwm_fast.envs.protocol import SAME_STEP, Box, EnvironmentFault
+
+LEAST_BYTES = 2048  # no world of another library takes less memory
 
 
 class Outcome(NamedTuple):
@@ -20,10 +24,12 @@ class Outcome(NamedTuple):
 
     Attributes:
         obs: ``[N, O]`` observations to act on next, after the resets.
-        final_obs: ``[N, O]`` observations before them; NaN in a world whose physics diverged.
-        reward: ``[N]``.
+        final_obs: ``[N, O]`` observations before them; anything in a world that diverged.
+        reward: ``[N]``; anything in a world that diverged.
         terminated: bool ``[N]``.
         truncated: bool ``[N]``.
+        diverged: bool ``[N]``, where the library or its physics says so; what is not finite, or
+            beyond :data:`pwm_fast.envs._divergence.MAX_VALUE`, shows by itself.
     """
 
     obs: np.ndarray
@@ -31,40 +37,43 @@ class Outcome(NamedTuple):
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    diverged: np.ndarray
 
 
 class HostEnv(ABC):
     """N worlds of another library; implements :class:`pwm_fast.envs.protocol.VectorEnv`.
 
-    Actions in [-1, 1] are stretched to the library's own bounds. A world with a non-finite
-    observation or reward terminates with its last sound observation and reward 0, and a warning
-    says so once.
+    Actions in [-1, 1] are stretched to the library's own bounds. A world that diverged, or whose
+    observation or reward is not finite or beyond 1e10, terminates with its last sound observation
+    and reward 0; ``info["diverged"]`` marks it, and a warning says so once. A start observation
+    like that raises :class:`~pwm_fast.envs.protocol.EnvironmentFault`.
 
     Args:
+        name: of the environment, for messages.
         num_envs: N, at least 1.
         obs_dim: O, the size of a flattened observation.
-        low: lowest actions ``[A]``, finite.
-        high: highest actions ``[A]``, finite.
+        low: lowest actions ``[A]``, as :func:`pwm_fast.envs._spaces.check_actions` wants them.
+        high: highest actions ``[A]``.
         max_episode_steps: time limit in control steps.
         can_terminate: False where an episode only ends by its time limit.
-
-    Raises:
-        ValueError: unbounded actions.
+        integers: actions are whole numbers; each gets an equal share of [-1, 1].
     """
 
     def __init__(
         self,
+        name: str,
         num_envs: int,
         obs_dim: int,
         low: np.ndarray,
         high: np.ndarray,
         max_episode_steps: int,
         can_terminate: bool,
+        integers: bool = False,
     ) -> None:
+        self.name = name
+        self._integers = integers
         self._low = np.asarray(low, dtype=np.float64).reshape(-1)
         self._high = np.asarray(high, dtype=np.float64).reshape(-1)
-        if not (np.isfinite(self._low).all() and np.isfinite(self._high).all()):
-            raise ValueError("the actions must be bounded: [-1, 1] is stretched to their bounds")
         self.num_envs = num_envs
         self.device = torch.device("cpu")
         self.single_observation_space = Box((obs_dim,))
@@ -75,6 +84,7 @@ class HostEnv(ABC):
         self._obs = torch.zeros(num_envs, obs_dim)
         self._steps = torch.zeros(num_envs, dtype=torch.int64)
         self._returns = torch.zeros(num_envs)
+        self._episodes = np.zeros(num_envs, dtype=np.int64)  # begun so far, for messages
         self._warned = False
 
     def reset(
@@ -83,7 +93,7 @@ class HostEnv(ABC):
         """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
         mask = _checks.reset_mask(options, self.num_envs)
         if bool(mask.any()):
-            obs = _float32(self._reset_worlds(mask.numpy(), seed))
+            obs = self._start(mask.numpy(), seed)
             self._obs = torch.where(mask.unsqueeze(-1), torch.from_numpy(obs), self._obs)
             self._steps.masked_fill_(mask, 0)
             self._returns.masked_fill_(mask, 0.0)
@@ -92,23 +102,25 @@ class HostEnv(ABC):
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Advance all worlds by one control step; see the protocol for what comes back."""
         unit = _checks.unit_action(action, self.num_envs, self._low.size).double().numpy()
-        outcome = self._step_worlds(self._low + 0.5 * (unit + 1.0) * (self._high - self._low))
+        outcome = self._step_worlds(self._stretched(unit))
         obs, final_obs = _float32(outcome.obs), _float32(outcome.final_obs)
         reward = _float32(outcome.reward)
         terminated, truncated = outcome.terminated.copy(), outcome.truncated.copy()
 
-        unsound = ~(np.isfinite(final_obs).all(axis=1) & np.isfinite(reward))
+        done = terminated | truncated
+        unsound = outcome.diverged | ~(sound(final_obs).all(axis=1) & sound(reward))
+        self._check_start(obs, done)
         if unsound.any():
             self._warn(int(unsound.sum()))
             final_obs[unsound] = self._obs.numpy()[unsound]
             reward[unsound] = 0.0
-            restart = unsound & ~(terminated | truncated)
+            restart = unsound & ~done
             if restart.any():
-                obs[restart] = _float32(self._reset_worlds(restart, None))[restart]
+                obs[restart] = self._start(restart, None)[restart]
             terminated |= unsound
 
         rewards = torch.from_numpy(reward)
-        done = torch.from_numpy(terminated | truncated)
+        ended = torch.from_numpy(terminated | truncated)
         self._steps += 1
         self._returns += rewards
         info = {
@@ -116,11 +128,12 @@ class HostEnv(ABC):
             "episode": {
                 "return": self._returns.clone(),
                 "length": self._steps.clone(),
-                "mask": done,
+                "mask": ended,
             },
+            "diverged": torch.from_numpy(unsound),
         }
-        self._steps.masked_fill_(done, 0)
-        self._returns.masked_fill_(done, 0.0)
+        self._steps.masked_fill_(ended, 0)
+        self._returns.masked_fill_(ended, 0.0)
         self._obs = torch.from_numpy(obs)
         return (
             self._obs.clone(),
@@ -167,7 +180,7 @@ class HostEnv(ABC):
 
     @abstractmethod
     def _reset_worlds(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
-        """Restart where ``mask`` ``[N]``, world i from ``seed + i``; ``[N, O]``, valid there."""
+        """Restart where ``mask`` ``[N]``, each world from a stream of its own; ``[N, O]``."""
 
     @abstractmethod
     def _step_worlds(self, action: np.ndarray) -> Outcome:
@@ -181,11 +194,43 @@ class HostEnv(ABC):
     def _restore_world(self, index: int, state: dict[str, Any]) -> None:
         """Undo :meth:`_world_state`."""
 
+    def _stretched(self, unit: np.ndarray) -> np.ndarray:
+        """Actions ``[N, A]`` in [-1, 1] in the library's own units."""
+        low, high = self._low, self._high
+        if self._integers:  # the outermost values would get half a share each
+            low, high = low - 0.5, high + 0.5
+        action = low + 0.5 * (unit + 1.0) * (high - low)
+        if self._integers:
+            action = np.floor(action + 0.5)
+        return np.clip(action, self._low, self._high)
+
+    def _start(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
+        """Restart where ``mask`` is True; float32 observations, sound there."""
+        obs = _float32(self._reset_worlds(mask, seed))
+        self._check_start(obs, mask)
+        return obs
+
+    def _check_start(self, obs: np.ndarray, mask: np.ndarray) -> None:
+        """Count the episodes that begin where ``mask`` is True, and check how they do.
+
+        Raises:
+            EnvironmentFault: an observation after a reset is not finite, or huge.
+        """
+        self._episodes += mask
+        good = sound(obs)
+        for i in np.flatnonzero(mask & ~good.all(axis=1)):
+            raise EnvironmentFault(
+                f"{self.name}, world {i}, reset of episode {self._episodes[i]}: an episode must "
+                f"start with finite numbers below 1e10, {first_unsound(obs[i], good[i])} of the "
+                "observation"
+            )
+
     def _warn(self, count: int) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{count} of {self.num_envs} worlds diverged; they were restarted (said once)",
+                f"{self.name}: {count} of {self.num_envs} worlds diverged; they were restarted "
+                "(said once)",
                 RuntimeWarning,
                 stacklevel=3,
             )

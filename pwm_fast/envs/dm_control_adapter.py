@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast.envs import _checks, _host
-from pwm_fast.envs.protocol import StateNotSupported
+from pwm_fast import memory, optional, seeding
+from pwm_fast.envs import _answers, _checks, _host, _spaces
+from pwm_fast.envs._divergence import PhysicsWatch
+from pwm_fast.envs.protocol import EnvironmentFault, StateNotSupported
 
 
 class DMControlEnv(_host.HostEnv):
@@ -25,14 +27,15 @@ class DMControlEnv(_host.HostEnv):
         domain: such as ``"cheetah"``.
         task: such as ``"run"``.
         num_envs: N.
-        seed: seed of the start states; world i gets ``seed + i``.
+        seed: of the start states, in [0, 2^63); world i gets ``seeding.words(seed, i)``.
         max_episode_steps: time limit in control steps of this environment, repeats not counted
             apart; the task's own by default.
         action_repeat: how often an action is applied in a step.
 
     Raises:
         ImportError: dm_control is missing, or does not work with the installed MuJoCo.
-        ValueError: unknown task, unbounded actions, no time limit, or a number out of range.
+        ValueError: unknown task, unbounded actions (those of ``lqr``, which dm_control bounds by
+            1e10), no time limit, or a number out of range.
     """
 
     def __init__(
@@ -52,23 +55,44 @@ class DMControlEnv(_host.HostEnv):
             domains = sorted({d for d, _ in suite.ALL_TASKS})
             known = f"env.task is one of {tasks}" if tasks else f"env.domain is one of {domains}"
             raise ValueError(f"dm_control has no task {domain} {task}: {known}")
+        name = f"{domain} {task}"
+        growth = memory.Growth(num_envs, f"{num_envs} worlds of {name}", memory.WORLDS)
+        growth.require(_host.LEAST_BYTES)
+        self._envs: list[Any] = []
         try:
-            self._envs = [
-                suite.load(domain, task, task_kwargs={"random": seed + i}) for i in range(num_envs)
-            ]
+            for i in range(num_envs):
+                growth.check(i)
+                random = {"random": _random_state(seed, i)}
+                self._envs.append(suite.load(domain, task, task_kwargs=random))
+            self._set_up(name, control, max_episode_steps, action_repeat)
         except AttributeError as error:  # dm_control mirrors MuJoCo's structs, version by version
+            self.close()
+            if len(self._envs) == num_envs:
+                raise
             raise ImportError(
                 "this dm-control does not work with the installed MuJoCo "
                 f"({error}): pip install 'pwm-fast[dmc]'"
             ) from error
+        except BaseException:
+            self.close()
+            raise
 
+    def _set_up(
+        self, name: str, control: Any, max_episode_steps: int | None, action_repeat: int
+    ) -> None:
+        """Everything of the construction that follows the worlds."""
+        actions = self._envs[0].action_spec()
+        low = np.broadcast_to(actions.minimum, actions.shape)
+        high = np.broadcast_to(actions.maximum, actions.shape)
+        driven = _spaces.actuators(self._envs[0].physics.model.ptr, actions.shape)
+        _spaces.check_actions(name, low, high, driven)
         # The time limit is kept here; in the loop it would hide whether the task has terminated.
         limit = self._envs[0]._step_limit
         for env in self._envs:
             env._step_limit = math.inf
         if max_episode_steps is None:
             if not math.isfinite(limit):
-                raise ValueError(f"{domain} {task} has no time limit: set env.max_episode_steps")
+                raise ValueError(f"{name} has no time limit: set env.max_episode_steps")
             max_episode_steps = -(-round(limit) // action_repeat)
         _checks.positive(max_episode_steps=max_episode_steps)
 
@@ -81,15 +105,16 @@ class DMControlEnv(_host.HostEnv):
             if isinstance(getattr(self._pristine[0], name), np.ndarray)
         ]
         self._fingerprints = [self._fingerprint(model) for model in self._pristine]
-        actions = self._envs[0].action_spec()
         self._action_dtype = actions.dtype
+        self._watch = PhysicsWatch()
         sizes = [int(np.prod(spec.shape)) for spec in self._envs[0].observation_spec().values()]
         terminates = type(self._envs[0].task).get_termination is not control.Task.get_termination
         super().__init__(
-            num_envs,
+            name,
+            len(self._envs),
             sum(sizes),
-            np.broadcast_to(actions.minimum, actions.shape),
-            np.broadcast_to(actions.maximum, actions.shape),
+            low,
+            high,
             max_episode_steps,
             can_terminate=terminates,
         )
@@ -104,31 +129,43 @@ class DMControlEnv(_host.HostEnv):
         obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         for i in np.flatnonzero(mask):
             if seed is not None:
-                self._envs[i].task.random.seed(seed + int(i))
-            obs[i] = _flat(self._envs[i].reset().observation)
+                self._envs[i].task.random.seed(seeding.words(seed, int(i)))
+            try:
+                obs[i] = _flat(self._envs[i].reset().observation)
+            except self._physics_error as error:
+                raise EnvironmentFault(
+                    f"{self.name}, world {i}, reset of episode {self._episodes[i] + 1}: {error}"
+                ) from error
         return obs
 
     def _step_worlds(self, action: np.ndarray) -> _host.Outcome:
         obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         reward = np.zeros(self.num_envs)
         terminated = np.zeros(self.num_envs, dtype=bool)
+        diverged = np.zeros(self.num_envs, dtype=bool)
         for i, env in enumerate(self._envs):
+            self._watch.begin(env.physics.data.ptr)
+
+            def where(i: int = i) -> str:
+                return f"{self.name}, world {i}, step {int(self._steps[i]) + 1} of its episode"
+
             try:
                 for _ in range(self.action_repeat):
                     step = env.step(action[i].astype(self._action_dtype))
-                    reward[i] += step.reward
+                    reward[i] += _answers.number(step.reward, "reward", where)
                     if step.last():
                         terminated[i] = True
                         break
                 obs[i] = _flat(step.observation)
+                diverged[i] = self._watch.end()
             except self._physics_error:
-                obs[i] = np.nan
+                diverged[i] = True
         truncated = self._steps.numpy() + 1 >= self.max_episode_steps
         final_obs = obs.copy()
         done = terminated | truncated
         if done.any():
             obs[done] = self._reset_worlds(done, None)[done]
-        return _host.Outcome(obs, final_obs, reward, terminated, truncated)
+        return _host.Outcome(obs, final_obs, reward, terminated, truncated, diverged)
 
     def _world_state(self, index: int) -> dict[str, Any]:
         env = self._envs[index]
@@ -174,6 +211,10 @@ class DMControlEnv(_host.HostEnv):
         ]
 
 
+def _random_state(seed: int, world: int) -> np.random.RandomState:
+    return np.random.RandomState(seeding.words(seed, world))
+
+
 def _flat(observation: dict[str, Any]) -> np.ndarray:
     return np.concatenate([np.ravel(value) for value in observation.values()])
 
@@ -185,5 +226,6 @@ def _dm_control() -> tuple[Any, Any]:
             from dm_control import suite
             from dm_control.rl import control
     except ImportError as error:
-        raise ImportError("env=dmc needs dm-control: pip install 'pwm-fast[dmc]'") from error
+        needed = "env=dmc needs dm-control: pip install 'pwm-fast[dmc]'"
+        raise ImportError(optional.reason(error, "dm_control", needed)) from error
     return suite, control

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from pwm_fast.envs import _checks, _host
-from pwm_fast.envs.protocol import StateNotSupported
+from pwm_fast import memory, optional, seeding
+from pwm_fast.envs import _checks, _host, _spaces
+from pwm_fast.envs._divergence import DIVERGED
+from pwm_fast.envs.protocol import EnvironmentFault, StateNotSupported
 
 # What Gymnasium's MuJoCo tasks read besides the integration state: it lags that state by a substep.
 _DERIVED = (
@@ -32,17 +35,24 @@ _DERIVED = (
 class GymnasiumEnv(_host.HostEnv):
     """A Gymnasium vector environment with Box observations (flattened) and bounded Box actions.
 
+    Observations are vectors or short stacks of them, no images. Actions of integers are rounded,
+    each value for an equal share of [-1, 1]. A world of MuJoCo whose state MuJoCo found bad, and
+    reset within the step, terminates as diverged.
+
     Only worlds of Gymnasium's own MuJoCo tasks can be saved and restored; for others
     ``get_state`` raises :class:`~pwm_fast.envs.protocol.StateNotSupported`.
 
     Args:
-        envs: a ``gymnasium.vector.VectorEnv`` that resets in the same step.
-        seed: seed of the start states; world i gets ``seed + i``.
+        envs: a ``gymnasium.vector.VectorEnv`` that resets in the same step; this environment's
+            from here on. Each world of a ``SyncVectorEnv`` gets a wrapper; the processes of an
+            ``AsyncVectorEnv`` are started anew with one.
+        seed: of the start states, in [0, 2^63); see :func:`seeding.world_seeds`.
         max_episode_steps: time limit that ``envs`` already enforces; its spec's by default.
 
     Raises:
         ImportError: Gymnasium is missing or too old.
         ValueError: unsupported spaces or autoreset mode, or no time limit.
+        EnvironmentFault: a world gave a start observation that is not finite, or no observation.
     """
 
     def __init__(self, envs: Any, *, seed: int = 0, max_episode_steps: int | None = None) -> None:
@@ -53,10 +63,19 @@ class GymnasiumEnv(_host.HostEnv):
                 f"the autoreset mode must be SAME_STEP, got {mode}: make the vector environment "
                 "with autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP"
             )
+        from pwm_fast.envs import _gymnasium_world
+
         observations, actions = envs.single_observation_space, envs.single_action_space
-        for name, space in (("observation", observations), ("action", actions)):
+        worlds = getattr(envs.unwrapped, "envs", None)
+        known = worlds[0] if worlds else envs
+        name = _gymnasium_world.name(known)
+        for kind, space in (("observation", observations), ("action", actions)):
             if not isinstance(space, gymnasium.spaces.Box):
-                raise ValueError(f"the {name} space must be a Box, got {space}")
+                raise ValueError(f"{name}: the {kind} space must be a Box, got {space}")
+        _spaces.check_observations(name, observations)
+        model = getattr(known.unwrapped, "model", None)
+        driven = _spaces.actuators(model, actions.shape)
+        _spaces.check_actions(name, actions.low, actions.high, driven)
         if max_episode_steps is None:
             max_episode_steps = getattr(envs.spec, "max_episode_steps", None)
         if max_episode_steps is None:
@@ -64,17 +83,26 @@ class GymnasiumEnv(_host.HostEnv):
         _checks.positive(max_episode_steps=max_episode_steps)
 
         super().__init__(
+            name,
             envs.num_envs,
             int(np.prod(observations.shape)),
             actions.low,
             actions.high,
             max_episode_steps,
             can_terminate=True,
+            integers=actions.dtype.kind in "iub",
         )
         self._envs = envs
+        self.name = _gymnasium_world.guard(envs) or name
         self._action_shape = (envs.num_envs, *actions.shape)
         self._action_dtype = actions.dtype
-        self.reset(seed=seed)
+        self._bounds = (observations.low.reshape(-1), observations.high.reshape(-1))
+        self._told_of_bounds = False
+        try:
+            self.reset(seed=seed)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def from_id(
@@ -91,7 +119,7 @@ class GymnasiumEnv(_host.HostEnv):
         Args:
             id: its name, such as ``"Hopper-v5"``.
             num_envs: N.
-            seed: seed of the start states; world i gets ``seed + i``.
+            seed: of the start states, in [0, 2^63); see :func:`seeding.world_seeds`.
             max_episode_steps: time limit; the registered one by default.
             kwargs: the environment's own arguments.
 
@@ -110,38 +138,96 @@ class GymnasiumEnv(_host.HostEnv):
             disable_env_checker=True,
             **(kwargs or {}),
         )
+        made: list[Any] = []
+        envs = None
+        growth = memory.Growth(num_envs, f"{num_envs} worlds of {id}", memory.WORLDS)
+
+        def tracked() -> Any:
+            growth.check(len(made))
+            made.append(make())
+            return made[-1]
+
         try:
+            growth.require(_host.LEAST_BYTES)
             envs = gymnasium.vector.SyncVectorEnv(
-                [make] * num_envs, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
+                [tracked] * num_envs, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
             )
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise ImportError(f"{error}; or pip install 'pwm-fast[gym]'") from error
-        except (gymnasium.error.Error, TypeError) as error:
-            raise ValueError(f"Gymnasium cannot make env.id={id!r}: {error}") from error
-        try:
             if max_episode_steps is None:
-                max_episode_steps = envs.envs[0].spec.max_episode_steps
+                max_episode_steps = made[0].spec.max_episode_steps
             return cls(envs, seed=seed, max_episode_steps=max_episode_steps)
-        except BaseException:
-            envs.close()
+        except BaseException as error:
+            for env in made if envs is None else [envs]:
+                env.close()
+            if isinstance(error, gymnasium.error.DependencyNotInstalled):
+                raise ImportError(f"{error}; or pip install 'pwm-fast[gym]'") from error
+            if isinstance(error, gymnasium.error.Error | TypeError) and len(made) < num_envs:
+                raise ValueError(f"Gymnasium cannot make env.id={id!r}: {error}") from error
             raise
 
     def close(self) -> None:
-        """Close the worlds."""
-        self._envs.close()
+        """Close the worlds, and end their processes."""
+        from gymnasium.vector import AsyncVectorEnv
+
+        try:
+            self._envs.close()
+        except Exception:
+            if not isinstance(self._envs.unwrapped, AsyncVectorEnv):
+                raise
+            # A process was killed, or answered its last step with an error.
+            _end_processes(self._envs.unwrapped)
 
     def _reset_worlds(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
-        obs, _ = self._envs.reset(seed=seed, options={"reset_mask": mask.copy()})
-        return np.asarray(obs).reshape(self.num_envs, -1)
+        seeds = None if seed is None else self._seeds(seed)
+        options = None if mask.all() else {"reset_mask": mask.copy()}
+        obs, _ = self._envs.reset(seed=seeds, options=options)
+        obs = np.array(obs).reshape(self.num_envs, -1)
+        self._mind_bounds(obs, mask)
+        return obs
+
+    def _seeds(self, seed: int) -> list[int] | int:
+        """What Gymnasium's ``reset`` takes: a seed for each world, where it has them apart."""
+        vector = _gymnasium().vector
+        apart = isinstance(self._envs.unwrapped, (vector.SyncVectorEnv, vector.AsyncVectorEnv))
+        return seeding.world_seeds(seed, self.num_envs if apart else 1)[slice(None) if apart else 0]
 
     def _step_worlds(self, action: np.ndarray) -> _host.Outcome:
         action = action.reshape(self._action_shape).astype(self._action_dtype)
         batch, reward, terminated, truncated, info = self._envs.step(action)
-        obs = np.asarray(batch).reshape(self.num_envs, -1)
+        obs = np.array(batch).reshape(self.num_envs, -1)
+        terminated, truncated = (np.array(f, dtype=bool) for f in (terminated, truncated))
         final_obs = obs.copy()
-        for i in np.flatnonzero(terminated | truncated):
+        done = terminated | truncated
+        if done.any() and "final_obs" not in info:
+            raise EnvironmentFault(
+                f"{self.name}: info has no final_obs where episodes ended, got {sorted(info)}"
+            )
+        for i in np.flatnonzero(done):
             final_obs[i] = np.asarray(info["final_obs"][i]).reshape(-1)
-        return _host.Outcome(obs, final_obs, reward, terminated, truncated)
+        diverged = np.zeros(self.num_envs, dtype=bool)
+        for infos in (info, info.get("final_info", {})):
+            if isinstance(infos, dict) and DIVERGED in infos:
+                diverged |= np.array(infos[DIVERGED], dtype=bool)
+        self._mind_bounds(final_obs, ~diverged)
+        return _host.Outcome(obs, final_obs, np.array(reward), terminated, truncated, diverged)
+
+    def _mind_bounds(self, obs: np.ndarray, mask: np.ndarray) -> None:
+        """Warn, once, of finite observations outside of their space by more than rounding."""
+        if self._told_of_bounds:
+            return
+        low, high = self._bounds
+        with np.errstate(invalid="ignore"):
+            slack = 1e-5 * np.maximum(np.abs(obs), 1.0)
+            outside = ((obs < low - slack) | (obs > high + slack)) & np.isfinite(obs)
+        outside &= mask[:, None]
+        if outside.any():
+            self._told_of_bounds = True
+            i, k = np.argwhere(outside)[0]
+            warnings.warn(
+                f"{self.name}, world {i}: entry {k} of the observation is {obs[i, k]:g}, its space "
+                f"says [{low[k]:g}, {high[k]:g}]; it is used as it is (said once)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _world_state(self, index: int) -> dict[str, Any]:
         world, limit = self._mujoco_world(index)
@@ -166,12 +252,14 @@ class GymnasiumEnv(_host.HostEnv):
         """World ``index`` without its wrappers, and its TimeLimit or None."""
         from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
+        from pwm_fast.envs._gymnasium_world import World
+
         envs = getattr(self._envs, "envs", None)
         if envs is None:
             raise StateNotSupported(f"worlds of {type(self._envs).__name__} cannot be saved")
         env, limit = envs[index], None
         while env is not env.unwrapped:
-            if type(env) not in (OrderEnforcing, PassiveEnvChecker, TimeLimit):
+            if type(env) not in (World, OrderEnforcing, PassiveEnvChecker, TimeLimit):
                 raise StateNotSupported(f"the wrapper {type(env).__name__} cannot be saved")
             if type(env) is TimeLimit:
                 limit = env
@@ -183,12 +271,23 @@ class GymnasiumEnv(_host.HostEnv):
         return env, limit
 
 
+def _end_processes(envs: Any) -> None:
+    """Terminate what is left of the processes of an ``AsyncVectorEnv``."""
+    for pipe in envs.parent_pipes:
+        if pipe is not None:
+            pipe.close()
+    for process in envs.processes:
+        if process.is_alive():
+            process.terminate()
+        process.join()
+    envs.closed = True
+
+
 def _gymnasium() -> Any:
     try:
         import gymnasium
         from gymnasium.vector import AutoresetMode  # noqa: F401 - new in 1.1
     except ImportError as error:
-        raise ImportError(
-            "env=gym needs Gymnasium 1.1 or newer: pip install 'pwm-fast[gym]'"
-        ) from error
+        needed = "env=gym needs Gymnasium 1.1 or newer: pip install 'pwm-fast[gym]'"
+        raise ImportError(optional.reason(error, "gymnasium", needed)) from error
     return gymnasium

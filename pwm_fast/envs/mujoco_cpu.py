@@ -6,26 +6,29 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pwm_fast import memory, optional, seeding
 from pwm_fast.envs import _checks
+from pwm_fast.envs._divergence import MAX_COORDINATE, bad_states
 from pwm_fast.envs.protocol import SAME_STEP, Box
 from pwm_fast.envs.tasks.base import Task
-
-_MAX_COORDINATE = 1e6  # beyond this a state counts as diverged
 
 
 class MujocoEnv:
     """N worlds of one task; implements :class:`pwm_fast.envs.protocol.VectorEnv`.
 
-    A world whose physics diverges (a non-finite coordinate, or one beyond 1e6) terminates; its
-    ``final_obs`` is the last sound observation, and a warning says so once.
+    A world whose physics diverges (a non-finite coordinate, one beyond 1e6, or what else MuJoCo
+    calls bad, such as an acceleration beyond 1e10) terminates; its
+    ``final_obs`` is the last sound observation, ``info["diverged"]`` marks it, and a warning says
+    so once.
 
     Args:
         task: the robot and its task.
         num_envs: N, at least 1.
-        seed: seed of the reset states.
+        seed: of the reset states, in [0, 2^63).
         max_episode_steps: time limit; the task's own by default.
         threads: physics threads; 1 is as fast as more for fewer than some hundred worlds.
 
@@ -50,9 +53,8 @@ class MujocoEnv:
             import mujoco
             import mujoco.batch
         except ImportError as error:
-            raise ImportError(
-                "the built-in robots need MuJoCo 3.17 or newer: pip install 'pwm-fast[train]'"
-            ) from error
+            needed = "the built-in robots need MuJoCo 3.17 or newer: pip install 'pwm-fast[train]'"
+            raise ImportError(optional.reason(error, "mujoco", needed)) from error
 
         self.task = task
         self.num_envs = num_envs
@@ -64,7 +66,18 @@ class MujocoEnv:
         self.metadata: dict[str, Any] = {"autoreset_mode": SAME_STEP}
 
         model = mujoco.MjModel.from_xml_string(task.mjcf())
+        # Else MuJoCo would put a diverged world back to its start within the step, unseen.
+        model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
+        floats = mujoco.mj_stateSize(model, int(mujoco.mjtState.mjSTATE_FULLPHYSICS))
+        memory.require(
+            num_envs * (8 * floats + 4 * (4 * task.obs_dim + 2)),
+            f"{num_envs} worlds of {task.name}",
+            memory.WORLDS,
+            self.device,
+        )
         self._batch = mujoco.batch.Batch(model, num_envs, threads)
+        self._bad_kinds = bad_states()
+        self._bad = self._bad_states()
         self._simulation_error = mujoco.batch.SimulationError
         # Live float64 views of the batch's state rows: writes reach the physics.
         self._state = torch.from_numpy(self._batch.state)
@@ -74,7 +87,7 @@ class MujocoEnv:
         self._warmstart = torch.from_numpy(self._batch.bind("qacc_warmstart"))
         self._time = torch.from_numpy(self._batch.bind("time"))
 
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seeding.generator_seed(seed))
         self._steps = torch.zeros(num_envs, dtype=torch.int64)
         self._returns = torch.zeros(num_envs)
         self._obs = torch.zeros(num_envs, task.obs_dim)
@@ -86,7 +99,7 @@ class MujocoEnv:
     ) -> tuple[Tensor, dict[str, Any]]:
         """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
         if seed is not None:
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(seeding.generator_seed(seed))
         mask = _checks.reset_mask(options, self.num_envs)
         self._restart(mask)
         self._obs = torch.where(mask.unsqueeze(-1), self._observe(), self._obs)
@@ -115,6 +128,7 @@ class MujocoEnv:
                 "length": self._steps.clone(),
                 "mask": done,
             },
+            "diverged": torch.zeros_like(done) if diverged is None else diverged,
         }
         goal = self.task.goal(final_obs)
         if goal is not None:
@@ -170,6 +184,11 @@ class MujocoEnv:
         self._steps.masked_fill_(mask, 0)
         self._returns.masked_fill_(mask, 0.0)
 
+    def _bad_states(self) -> np.ndarray:
+        """How often MuJoCo found a position, velocity, acceleration or control bad so far, [N]."""
+        counts: np.ndarray = self._batch.warning[:, self._bad_kinds, 1].sum(-1)
+        return counts
+
     def _advance(self) -> Tensor | None:
         """Step the physics; where it diverged, bool ``[N]``, or None where it did nowhere."""
         failed: list[int] = []
@@ -177,13 +196,17 @@ class MujocoEnv:
             self._batch.step(nstep=self.task.substeps)
         except self._simulation_error as error:  # the other worlds were stepped all the same
             failed = error.ids.tolist()
+        bad = self._bad_states()
         largest = [torch.linalg.vector_norm(x, math.inf) for x in (self._qpos, self._qvel)]
         # NaN compares false, so "not below" catches it too.
-        if not failed and all(float(x) < _MAX_COORDINATE for x in largest):
+        new = bad > self._bad
+        self._bad = bad
+        if not failed and not new.any() and all(float(x) < MAX_COORDINATE for x in largest):
             return None
 
         size = torch.maximum(self._qpos.abs().amax(-1), self._qvel.abs().amax(-1))
-        diverged = ~(size < _MAX_COORDINATE)
+        diverged = ~(size < MAX_COORDINATE)
+        diverged |= torch.from_numpy(new)
         diverged[failed] = True
         if not self._warned:
             self._warned = True

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast import memory, seeding
 from pwm_fast.envs import _checks
 from pwm_fast.envs._buffers import contacts_and_rows
 from pwm_fast.envs._device import Packed, Watch
+from pwm_fast.envs._divergence import MAX_COORDINATE
 from pwm_fast.envs.engines import import_warp, why_unusable
 from pwm_fast.envs.protocol import SAME_STEP, Box
 from pwm_fast.envs.tasks.base import Task
 from pwm_fast.recording import recording
 
-_MAX_COORDINATE = 1e6  # beyond this a state counts as diverged, as in the native engine
 _WARM_UP = 2  # eager steps before the capture: they compile and load every kernel
 
 
@@ -32,14 +33,14 @@ class MujocoWarpEnv:
     the bit, and is slow.
 
     A world whose physics diverges (a non-finite coordinate, or one beyond 1e6) terminates, as in
-    the native engine; so does, on CUDA, one whose action is not finite. Such worlds, and contacts
-    that were dropped for want of room, are counted on the device; a warning says so once, on CUDA
-    some steps later.
+    the native engine; so does, on CUDA, one whose action is not finite. ``info["diverged"]`` marks
+    both. Such worlds, and contacts that were dropped for want of room, are counted on the device; a
+    warning says so once, on CUDA some steps later.
 
     Args:
         task: the robot and its task; its functions must not wait for the device.
         num_envs: N, at least 1.
-        seed: seed of the reset states.
+        seed: of the reset states, in [0, 2^63).
         max_episode_steps: time limit; the task's own by default.
         device: a CUDA device, or the CPU.
         graph: replay a CUDA graph; False steps eagerly, which waits for the device.
@@ -93,7 +94,8 @@ class MujocoWarpEnv:
             self._warp_stream = self._wp.stream_from_torch(self._cuda_stream)
         self._make_physics(max_contacts, max_rows)
 
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(seeding.generator_seed(seed))
         self._action = torch.zeros(num_envs, task.action_dim, device=device)
         self._obs = torch.zeros(num_envs, task.obs_dim, device=device)
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=device)
@@ -118,6 +120,7 @@ class MujocoWarpEnv:
                 "terminated": ((n,), torch.bool),
                 "truncated": ((n,), torch.bool),
                 "done": ((n,), torch.bool),
+                "diverged": ((n,), torch.bool),
                 "goal": ((n,), torch.bool),
             },
             device,
@@ -135,7 +138,7 @@ class MujocoWarpEnv:
     ) -> tuple[Tensor, dict[str, Any]]:
         """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
         if seed is not None:
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(seeding.generator_seed(seed))
         mask = _checks.reset_mask(options, self.num_envs).to(self.device)
         self._restart(mask, *self._sample_reset())
         self._obs.copy_(torch.where(mask.unsqueeze(-1), self._observe(), self._obs))
@@ -161,6 +164,7 @@ class MujocoWarpEnv:
         info: dict[str, Any] = {
             "final_obs": out["final_obs"],
             "episode": {"return": out["return"], "length": out["length"], "mask": out["done"]},
+            "diverged": out["diverged"],
         }
         if self._has_goal:
             info["goal"] = out["goal"]
@@ -223,7 +227,7 @@ class MujocoWarpEnv:
         final_obs = self._observe()
         size = torch.maximum(self._qpos.abs().amax(-1), self._qvel.abs().amax(-1))
         # NaN compares false, so "not below" catches it too.
-        diverged = ~(size < _MAX_COORDINATE)
+        diverged = ~(size < MAX_COORDINATE)
         lost = diverged | unusable
         terminated = self.task.terminated(final_obs) | lost
         final_obs = torch.where(lost.unsqueeze(-1), self._obs, final_obs)
@@ -238,6 +242,7 @@ class MujocoWarpEnv:
         out["terminated"].copy_(terminated)
         out["truncated"].copy_(truncated)
         out["done"].copy_(done)
+        out["diverged"].copy_(lost)
         goal = self.task.goal(final_obs)
         if goal is not None:
             out["goal"].copy_(goal)
@@ -285,6 +290,13 @@ class MujocoWarpEnv:
         model = mujoco.MjModel.from_xml_string(self.task.mjcf())
         # mujoco-warp never resets a world by itself, and does not know the flag that forbids it.
         model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
+        floats = mujoco.mj_stateSize(model, int(mujoco.mjtState.mjSTATE_FULLPHYSICS))
+        memory.require(
+            self.num_envs * 4 * (floats + 4 * self.task.obs_dim + 2),
+            f"{self.num_envs} worlds of {self.task.name}",
+            memory.WORLDS,
+            self.device,
+        )
         contacts, rows = contacts_and_rows(model)
         contacts = contacts if max_contacts is None else max_contacts
         rows = rows if max_rows is None else max_rows

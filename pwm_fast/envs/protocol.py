@@ -15,6 +15,10 @@ class StateNotSupported(RuntimeError):
     """The environment cannot save or restore its state to the bit; see ``get_state``."""
 
 
+class EnvironmentFault(RuntimeError):
+    """An environment answered what cannot be used; the message says which, when and what."""
+
+
 @dataclass(frozen=True)
 class Box:
     """Bounds of one world's observations or actions, with the attributes of Gymnasium's ``Box``.
@@ -45,8 +49,10 @@ class VectorEnv(Protocol):
     - ``truncated`` ``[N]`` bool: it ended by its time limit (bootstrap);
     - ``info``: ``final_obs`` ``[N, O]``, always dense: the true next observation before any reset,
       equal to ``obs`` where no episode ended; ``episode``, a dict of ``return`` ``[N]``, ``length``
-      ``[N]`` and ``mask`` ``[N]`` (True where an episode ended in this step); optionally ``goal``
-      ``[N]`` bool: the state reached (before a reset) is one the task is after.
+      ``[N]`` and ``mask`` ``[N]`` (True where an episode ended in this step); optionally
+      ``diverged`` ``[N]`` bool: the world terminated since its simulation broke down, with its last
+      sound observation as ``final_obs``; and ``goal`` ``[N]`` bool: the state reached (before a
+      reset) is one the task is after.
 
     Attributes:
         num_envs: N.
@@ -69,7 +75,13 @@ class VectorEnv(Protocol):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
+        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True.
+
+        Args:
+            seed: of all that is random from here on, each world in a stream of its own that no
+                other seed's world has; None goes on with the random numbers that there are.
+            options: the mask.
+        """
         ...
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from pwm_fast import ops
 from pwm_fast.models.layers import act_norm_layers, act_norm_mlp, run_act_norm
+from pwm_fast.ops.reference.rollouts import squashed
+
+INITS = ("orthogonal", "torch")
 
 
 class GaussianActor(nn.Module):
@@ -21,6 +24,8 @@ class GaussianActor(nn.Module):
         init_logstd: log standard deviation at the start.
         min_logstd: its lower bound.
         input_gain: factor on the first layer's initial weights.
+        init: ``"orthogonal"`` (weights of gain 1, biases 0) or ``"torch"`` (as ``torch.nn.Linear``
+            draws both).
     """
 
     def __init__(
@@ -31,9 +36,13 @@ class GaussianActor(nn.Module):
         init_logstd: float = -1.0,
         min_logstd: float = -1.427,
         input_gain: float = 1.0,
+        init: str = "orthogonal",
     ) -> None:
         super().__init__()
-        self.mu_net = act_norm_mlp(latent_dim, units, action_dim, 1.0, input_gain)
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        gain = 1.0 if init == "orthogonal" else None
+        self.mu_net = act_norm_mlp(latent_dim, units, action_dim, gain, input_gain)
         self.logstd = nn.Parameter(torch.full((action_dim,), float(init_logstd)))
         self.min_logstd = min_logstd
         self.action_dim = action_dim
@@ -58,4 +67,4 @@ class GaussianActor(nn.Module):
             noise: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``.
         """
         mu = run_act_norm(self.mu_net, z)
-        return torch.tanh(mu if noise is None else mu + self.std() * noise)
+        return torch.tanh(mu) if noise is None else squashed(mu, self.std(), noise)

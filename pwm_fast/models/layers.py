@@ -260,11 +260,16 @@ def init_world_model_(module: nn.Module) -> None:
 
 
 def act_norm_mlp(
-    in_features: int, units: Sequence[int], out_features: int, gain: float, input_gain: float = 1.0
+    in_features: int,
+    units: Sequence[int],
+    out_features: int,
+    gain: float | None,
+    input_gain: float = 1.0,
 ) -> nn.Sequential:
     """The actor's and critics' MLP: Linear, Mish, LayerNorm layers and a last Linear.
 
-    Weights are orthogonal of that gain (the first layer's times ``input_gain``), biases zero.
+    Weights are orthogonal of that gain and biases zero; with ``gain=None`` both are as
+    ``torch.nn.Linear`` draws them. The first layer's weights are multiplied by ``input_gain``.
     """
     modules: list[nn.Module] = []
     width = in_features
@@ -272,7 +277,13 @@ def act_norm_mlp(
         modules += [nn.Linear(width, n), Mish(), nn.LayerNorm(n)]
         width = n
     net = nn.Sequential(*modules, nn.Linear(width, out_features))
-    init_orthogonal_(net, gain, input_gain)
+    if gain is not None:
+        init_orthogonal_(net, gain, input_gain)
+    else:
+        first = net[0]
+        assert isinstance(first, nn.Linear)
+        with torch.no_grad():
+            first.weight.mul_(input_gain)
     return net
 
 

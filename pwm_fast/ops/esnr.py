@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pwm_fast import dispatch
 from pwm_fast.ops import _checks, library_esnr  # noqa: F401  registers the operators
-from pwm_fast.ops.fused.esnr import TorchEsnr, sum_dtype
+from pwm_fast.ops.fused.esnr import TorchEsnr
 from pwm_fast.ops.reference import esnr as reference
 from pwm_fast.ops.types import ESNR
 
@@ -25,9 +25,11 @@ def esnr(
 
     With ``mu`` their mean: ``ESNR = |mu|^2 / max(mean_i |g_i - mu|^2, eps)``. The noise is summed
     from centred samples, never as the difference of two totals, which cancels where the samples
-    agree. The reference computes in float64; the other backends read the samples once, centre each
-    element in float32 and sum in float64 (relative error about 1e-7), in an order that depends on
-    the sizes alone: no number of threads, no GPU and no launch changes a bit. ``native`` takes
+    agree. All backends compute in float64 whatever the gradients are, so that their scale does not
+    matter as long as ``eps`` does not: it is an absolute bound, as in the source, and gradients so
+    small that the noise is below it have a smaller ratio. ``eps=0`` gives the ratio at any scale.
+    The other backends read the samples once, in an order that depends on the sizes alone: no number
+    of threads, no GPU and no launch changes a bit. ``native`` takes
     float32 on the CPU, ``cuda`` and ``triton`` take float32, float16 and bfloat16 on a GPU, where a
     CUDA graph can capture them.
 
@@ -88,7 +90,8 @@ class EsnrAccumulator:
 
     The first sample is kept as the origin; of the others the sum of their distances from it and
     their squared distances are kept (a shifted variance: with an origin among the samples nothing
-    cancels). 8 bytes a parameter in float32. No host synchronisation.
+    cancels). In float64, whatever the gradients are: 12 bytes a parameter of float32 ones. No host
+    synchronisation.
 
     Args:
         eps: lower bound of the denominator.
@@ -132,7 +135,7 @@ class EsnrAccumulator:
             )
         if self.samples == 0:
             self._origin = [g.detach().clone(memory_format=torch.contiguous_format) for g in grads]
-            self._sum = [torch.zeros_like(g, dtype=sum_dtype(g.dtype)) for g in self._origin]
+            self._sum = [torch.zeros_like(g, dtype=torch.float64) for g in self._origin]
             self._squares = grads[0].new_zeros(len(grads), dtype=torch.float64)
         else:
             wanted = [tuple(g.shape) for g in self._origin]
@@ -159,7 +162,8 @@ class EsnrAccumulator:
         if self.samples == 0:
             raise ValueError("no sample has been taken yet")
         return [
-            (o + s / self.samples).to(o.dtype) for o, s in zip(self._origin, self._sum, strict=True)
+            (o.double() + s / self.samples).to(o.dtype)
+            for o, s in zip(self._origin, self._sum, strict=True)
         ]
 
     @torch.no_grad()

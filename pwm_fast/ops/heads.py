@@ -1,4 +1,8 @@
-"""Public operations on distributional heads and returns."""
+"""Public operations on distributional heads and returns.
+
+All compute in float32 at least, inside autocast too, and round once, to the dtype of their tensors
+(where these differ, to what PyTorch promotes them to).
+"""
 
 from __future__ import annotations
 
@@ -149,6 +153,8 @@ def td_lambda(
         gamma: discount in [0, 1].
         lam: lambda in [0, 1]; 0 gives one-step targets, 1 the discounted return.
         continues: ``[H, ...]``: 0 where the episode ended at step t, else 1 (or a probability).
+            What is behind an end is left out: it may be NaN or infinite, and no gradient comes from
+            there. The last step's own reward counts. Any other probability lets a NaN pass.
         backend: see :mod:`pwm_fast.dispatch`.
 
     Returns:
@@ -165,13 +171,7 @@ def td_lambda(
     expected = (rewards.shape[0] + 1, *rewards.shape[1:])
     if tuple(values.shape) != expected:
         raise ValueError(f"values must be {expected} for these rewards, got {tuple(values.shape)}")
-    if continues is not None:
-        _checks.floating("continues", continues)
-        if continues.shape != rewards.shape:
-            raise ValueError(
-                f"continues must be {tuple(rewards.shape)} as the rewards, "
-                f"got {tuple(continues.shape)}"
-            )
+    _check_continues(rewards, continues)
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must lie in [0, 1], got {value}")
@@ -193,11 +193,33 @@ def discounted_return(
 
     Returns:
         ``[...]``.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes differ.
     """
+    _checks.vectors("rewards", rewards)
+    _checks.floating("last_value", last_value)
+    if last_value.shape != rewards.shape[1:]:
+        raise ValueError(
+            f"last_value must be {tuple(rewards.shape[1:])} for these rewards, "
+            f"got {tuple(last_value.shape)}"
+        )
+    _check_continues(rewards, continues)
     if _returns_backend(rewards, last_value, continues, None) == "triton":
         values = last_value.unsqueeze(0)
         return calls.td_lambda(rewards, values, continues, gamma, 1.0)[0]
     return reference.discounted_return(rewards, last_value, continues, gamma)
+
+
+def _check_continues(rewards: Tensor, continues: Tensor | None) -> None:
+    if continues is None:
+        return
+    _checks.floating("continues", continues)
+    if continues.shape != rewards.shape:
+        raise ValueError(
+            f"continues must be {tuple(rewards.shape)} as the rewards, got {tuple(continues.shape)}"
+        )
 
 
 def _returns_backend(

@@ -126,7 +126,10 @@ def imagine(
     inputs = (z[:-1], *embedding, action)
 
     def on_inputs(layers: Sequence[Layer]) -> Tensor:
-        return _over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs)
+        return wide(_over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs))
+
+    def wide(x: Tensor) -> Tensor:  # autocast's products are 16 bits, what follows them is not
+        return x.to(torch.promote_types(x.dtype, z0.dtype))
 
     logits = on_inputs(heads.reward)
     if logits.shape[-1] == 1:
@@ -149,7 +152,7 @@ def imagine(
             return mlp((states,), critics, order="act_norm", backend=backend)
 
         members = value_of(z[-1]) if last_value_only else _over_steps(value_of, 1, z)
-        value = members.squeeze(-1).amin(0)
+        value = wide(members.squeeze(-1)).amin(0)
     return ImaginedRollout(z, action, reward, continues, value)
 
 

@@ -13,6 +13,7 @@ from pwm_fast.ops import _checks
 from pwm_fast.ops.heads import two_hot_cross_entropy
 from pwm_fast.ops.integration import flow_interpolate, velocity_field
 from pwm_fast.ops.layers import mlp
+from pwm_fast.ops.reference.wide import common_dtype, full_precision, wide_dtype
 from pwm_fast.ops.rollouts import latent_rollout
 from pwm_fast.ops.types import STARTS, Dynamics, Flow, Heads, Layer, Start, WindowLoss
 
@@ -99,48 +100,61 @@ def world_model_loss(
         following = latents[1:]
 
     embedding = repeated(horizon)
+    result, wide = common_dtype(obs, action, reward), wide_dtype(obs, action, reward)
+
+    def squared(ours: Tensor, truth: Tensor) -> Tensor:
+        return (ours.to(wide) - truth.to(wide)).square()
+
     if flow is None:
         assert following is not None
-        error = (following - target).square().mean(-1)
+        error = squared(following, target).mean(-1)
     else:
         if tau is None:
             tau = torch.rand(horizon, batch, dtype=z.dtype, device=z.device)
-        origin = z + start_noise * torch.randn_like(z) if start_noise else z
-        z_tau, wanted = flow_interpolate(origin, target, tau)
+        origin = torch.add(z, torch.randn_like(z), alpha=start_noise) if start_noise else z
+        z_tau, wanted = flow_interpolate(origin.to(wide), target.to(wide), tau)
         velocity = velocity_field(
-            z_tau,
+            z_tau.to(z.dtype),
             action,
             tau,
             flow.net,
             task=embedding[0] if embedding else None,
             backend=backend,
         )
-        error = (velocity - (wanted if target_grad else wanted.detach())).square().mean(-1)
+        error = squared(velocity, wanted if target_grad else wanted.detach()).mean(-1)
 
-    discount = gamma ** torch.arange(horizon, dtype=error.dtype, device=error.device)
+    logits = mlp((z, *embedding, action), heads.reward, backend=backend).to(wide)
+    ending = None
+    if heads.termination is not None:
+        ending = mlp((z, *embedding, action), heads.termination, backend=backend)
 
-    def average(values: Tensor) -> Tensor:
-        return (discount * values.mean(1)).sum() / horizon
+    with full_precision(obs):
+        discount = gamma ** torch.arange(horizon, dtype=wide, device=error.device)
 
-    logits = mlp((z, *embedding, action), heads.reward, backend=backend)
-    if logits.shape[-1] == 1:
-        reward_error = (logits.squeeze(-1) - reward).square()
-    else:
-        reward_error = two_hot_cross_entropy(
-            logits,
-            reward,
-            heads.vmin,
-            heads.vmax,
-            transform=heads.symlog,
-            backend=dispatch.for_part("two_hot_cross_entropy", backend),
-        )
-    termination = None
-    if heads.termination is not None and terminated is not None:
-        ending = mlp((z, *embedding, action), heads.termination, backend=backend).squeeze(-1)
-        termination = average(
-            F.binary_cross_entropy_with_logits(ending, terminated, reduction="none")
-        )
-    return WindowLoss(average(error), average(reward_error), termination, target)
+        def average(values: Tensor) -> Tensor:
+            if gamma == 0.0:  # later steps have no weight, and may not be finite
+                values = values[:1]
+            return ((discount[: len(values)] * values.mean(1)).sum() / horizon).to(result)
+
+        if logits.shape[-1] == 1:
+            reward_error = squared(logits.squeeze(-1), reward)
+        else:
+            reward_error = two_hot_cross_entropy(
+                logits,
+                reward.to(wide),
+                heads.vmin,
+                heads.vmax,
+                transform=heads.symlog,
+                backend=dispatch.for_part("two_hot_cross_entropy", backend),
+            )
+        termination = None
+        if ending is not None and terminated is not None:
+            flags = terminated.to(wide)
+            each = F.binary_cross_entropy_with_logits(
+                ending.squeeze(-1).to(wide), flags, reduction="none"
+            )
+            termination = average(each)
+        return WindowLoss(average(error), average(reward_error), termination, target)
 
 
 def _check(

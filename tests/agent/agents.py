@@ -31,6 +31,20 @@ AGENTS: dict[str, dict[str, Any]] = {
     "multi-task": {"kind": "flow", "task_dim": 3, "num_tasks": 2, "can_terminate": True},
     "scalar reward": {"kind": "mlp", "num_bins": 1, "normalize_rewards": True},
     "all normalised": {"kind": "flow", "normalize_obs": True, "detach": False},
+    "as published": {
+        "kind": "mlp",
+        "num_bins": 1,
+        "normalize_obs": True,
+        "obs_clip": 5.0,
+        "normalize_rewards": True,
+        "centre_rewards": True,
+        "reward_clip": 5.0,
+        "mean_reward_loss": True,
+        "value_delay": 1,
+        "init": "torch",
+        "shuffle": False,
+        "model_learning_betas": [0.9, 0.999],
+    },
 }
 
 

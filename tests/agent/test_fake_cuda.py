@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench import launches as command
 from bench.fake_cuda import CHUNK, DEVICE, FakeCuda, HostSyncError
-from bench.launches import STEPS, count, load, providers, small
+from bench.launches import STEPS, count, count_row, load, rows
 from tests.agent.agents import AGENTS, alg_config
 
 if torch.cuda.is_available():
@@ -65,21 +66,39 @@ def test_updates_never_wait(name: str) -> None:
     assert all(launches[step].total() > 50 for step in STEPS)
 
 
-BOUNDS = load()
+STORED = load()
+SMALL = [provider for alg, provider in rows() if alg == "tests"]
+WRITE = "after a change that is meant: python -m bench.launches --write"
 
 
-@pytest.mark.parametrize("provider", [", ".join(p) for p in providers()])
+@pytest.mark.parametrize("provider", SMALL)
 def test_no_more_launches_than_stored(provider: str) -> None:
-    """After a change that is meant: ``python -m bench.launches --write``."""
-    backend, precision = provider.split(", ")
-    launches = count(small(), backend, precision)
-    bounds = BOUNDS["tests"][provider]
+    """With any PyTorch."""
+    launches = count_row("tests", provider)
+    bounds = STORED["tests"][provider]
     found = {step: launches[step].total() for step in STEPS}
-    assert all(found[s] <= bounds[s] for s in STEPS), f"{found} where {bounds} are stored"
+    assert all(found[s] <= bounds[s] for s in STEPS), f"{found} where {bounds} are stored; {WRITE}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("alg", "provider"), rows(), ids=lambda name: name.replace(", ", "-"))
+def test_stored_counts_are_the_commands(alg: str, provider: str) -> None:
+    """Every row of the file is what ``python -m bench.launches`` prints."""
+    if torch.__version__.split("+")[0] != command.counted_with():
+        pytest.skip(f"counted with torch {command.counted_with()}, whose operators are others")
+    launches = count_row(alg, provider)
+    assert {step: launches[step].total() for step in STEPS} == STORED[alg][provider], WRITE
+
+
+def test_the_page_has_the_stored_counts() -> None:
+    """All rows that there are, and no number of another run beside them."""
+    assert {(alg, p) for alg, counts in STORED.items() for p in counts} == set(rows())
+    text = command.PAGE.read_text()
+    assert command.page(text, STORED) == text, WRITE
 
 
 def test_kernels_launch_less_than_plain_pytorch() -> None:
-    for alg, rows in BOUNDS.items():
-        if "triton, exact" in rows:
-            kernels, plain = rows["triton, exact"], rows["reference, exact"]
+    for alg, counts in STORED.items():
+        if "triton, exact" in counts:
+            kernels, plain = counts["triton, exact"], counts["reference, exact"]
             assert sum(kernels[s] for s in STEPS) < sum(plain[s] for s in STEPS), alg

@@ -74,6 +74,23 @@ def test_scale_and_normalize() -> None:
     assert rms.normalize(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("clip", [0.5, 5.0, None])
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_options_of_normalize(clip: float | None, centre: bool, dtype: torch.dtype) -> None:
+    """To the rounding of the input's own type; NaN stays NaN."""
+    rms = RunningMeanStd()
+    rms.update(torch.tensor([1.0, 4.0, -2.0]))
+    x = torch.tensor([1.0, 2.0, -40.0, 60.0, float("nan")], dtype=dtype)
+    mean, var = (1.0 if centre else 0.0), 6.0
+    expected = (x - mean) / (var + 1e-5) ** 0.5
+    if clip is not None:
+        expected = expected.clip(-clip, clip)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    same(rms.normalize(x, clip, centre=centre), expected, rtol=tolerance, equal_nan=True)
+    assert rms.scale(dtype=dtype).dtype == dtype
+
+
 def test_state_dict_round_trip() -> None:
     rms, other = RunningMeanStd((3,)), RunningMeanStd((3,))
     rms.update(torch.randn(5, 3))

@@ -169,6 +169,27 @@ def test_goes_on_as_if_nothing_had_been() -> None:
         assert equal(state_of(net, optimizer), state_of(other, clean))
 
 
+def test_a_rate_is_exact_in_double_precision() -> None:
+    """Against ``torch.optim.Adam`` with a Python number; also after a state with a float32 rate."""
+    net, optimizer = make(1e9, lr=1e-3)
+    net.double()
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["adam"]["param_groups"]:
+        group["lr"] = group["lr"].float()
+    optimizer.load_state_dict(old)
+    optimizer.set_lr(5e-4)
+    reference = copy.deepcopy(net)
+    adam = torch.optim.Adam(reference.parameters(), lr=5e-4, betas=(0.7, 0.95), fused=False)
+    for _ in range(3):
+        x = torch.randn(6, 4, dtype=torch.float64)
+        optimizer.step(loss_of(net, x))
+        adam.zero_grad()
+        loss_of(reference, x).backward()
+        adam.step()
+    for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+        same(p, q, rtol=1e-14, atol=1e-15)
+
+
 def test_set_lr_acts_in_place() -> None:
     """Rate 0 moves nothing; the tensor stays the one that a captured graph would read."""
     net, optimizer = make()
@@ -208,3 +229,34 @@ def test_loading_keeps_this_runs_betas() -> None:
     optimizer = GuardedAdam(net.parameters(), 0.1, (0.5, 0.6), 1.0)
     optimizer.load_state_dict(saved.state_dict())
     assert optimizer.adam.param_groups[0]["betas"] == (0.5, 0.6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e18, 1e19, 1e20, 1e30, 3e38])
+def test_the_norm_of_finite_gradients_skips_nothing(scale: float) -> None:
+    """Clipped by their true norm, which float32 squares do not hold, and 3e38 itself not either."""
+    params = [nn.Parameter(torch.zeros(30, 7)), nn.Parameter(torch.zeros(5))]
+    optimizer = GuardedAdam(params, 0.1, (0.7, 0.95), grad_norm=0.5)
+    optimizer.keep_gradients = True
+    grads = [scale * (0.5 + 0.5 * torch.rand(p.shape)) for p in params]
+    flat = torch.cat([g.flatten() for g in grads]).double()
+    true = torch.linalg.vector_norm(flat)
+    norm = optimizer.apply(torch.ones(()), [g.clone() for g in grads])
+    assert int(optimizer.skipped) == 0
+    same(norm, true.float(), rtol=1e-6, atol=0.0)
+    kept = torch.cat([p.grad.flatten() for p in params if p.grad is not None]).double()
+    factor = min(0.5 / (true.item() + 1e-6), 1.0)
+    same(kept, factor * flat, rtol=1e-5, atol=1e-37)
+    if scale > 1.0:
+        for p in params:
+            same(p.detach(), torch.full_like(p, -0.1), rtol=1e-5)  # Adam's first step
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_entry_among_large_ones_skips(bad: float) -> None:
+    params = [nn.Parameter(torch.zeros(30, 7)), nn.Parameter(torch.zeros(5))]
+    optimizer = GuardedAdam(params, 0.1, (0.7, 0.95), grad_norm=0.5)
+    grads = [torch.full_like(p, 1e30) for p in params]
+    grads[1][3] = bad
+    norm = optimizer.apply(torch.ones(()), grads)
+    assert not norm.isfinite() and int(optimizer.skipped) == 1
+    assert all(p.eq(0.0).all() for p in params)

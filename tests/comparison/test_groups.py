@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pwm_fast.comparison.groups import arrange
+from pwm_fast.comparison.groups import _letters, arrange
 from pwm_fast.comparison.runs import Run, load
 from tests.comparison.conftest import write_run
 
@@ -62,7 +62,8 @@ def test_configurations_are_told_apart(tmp_path: Path) -> None:
     }
 
 
-def test_labels_stay_short_and_unique(tmp_path: Path) -> None:
+def test_labels_name_all_that_differs(tmp_path: Path) -> None:
+    """However many keys that are; letters stand for labels that are long."""
     changes = {f"alg__{name}": 7 for name in ("horizon", "random_hold", "random_epochs")}
     runs = make(
         tmp_path,
@@ -70,9 +71,22 @@ def test_labels_stay_short_and_unique(tmp_path: Path) -> None:
         {**changes, "alg__steps_per_epoch": 3},
         {**changes, "alg__steps_per_epoch": 4},
     )
-    labels = [group.label for group in arrange(runs)[0][0].groups]
-    assert labels[1] == "pwm_tiny_flow, horizon=7, random_epochs=7, random_hold=7, and 1 more"
-    assert labels[2] == f"{labels[1]} (2)"
+    groups = arrange(runs)[0][0].groups
+    start = "pwm_tiny_flow, horizon=7, random_epochs=7, random_hold=7"
+    assert groups[1].label == f"{start}, steps_per_epoch=3"
+    assert groups[2].label == f"{start}, steps_per_epoch=4"
+    assert [group.name for group in groups] == ["A", "B", "C"]
+
+
+def test_letters_go_on_after_z() -> None:
+    assert [_letters(i) for i in (0, 25, 26, 51, 52, 26 * 27)] == [
+        "A",
+        "Z",
+        "AA",
+        "AZ",
+        "BA",
+        "AAA",
+    ]
 
 
 def test_environments_are_apart(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def test_agents(name: str) -> None:
     reward = agent.world_model.decode_reward(agent.world_model.reward(z, data.action[0], task))
     if agent.config.normalize_rewards:
         reward = reward * agent.reward_rms.scale()
+        reward = reward + (agent.reward_rms.mean if agent.config.centre_rewards else 0.0)
     following = agent.world_model.next(z, data.action[0], task)
     real = agent._encode(data.obs[1], task)
     rms = (following - real).square().sum(-1).mean().sqrt()

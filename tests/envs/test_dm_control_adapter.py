@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pwm_fast.envs import StateNotSupported, VectorEnv, make
+from pwm_fast.envs import (
+    EnvironmentFault,
+    StateNotSupported,
+    VectorEnv,
+    dm_control_adapter,
+    make,
+)
+from pwm_fast.seeding import words
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a machine without a display
@@ -22,6 +29,20 @@ except AttributeError:
 
 def dmc(domain, task, num_envs=2, **options):
     return make("dmc", num_envs, domain=domain, task=task, **options)
+
+
+@pytest.fixture
+def bounded_lqr(monkeypatch):
+    """The lqr tasks with limits of their actuators: a task that ends, with a model it draws."""
+    load = suite.load
+
+    def limited(*args, **kwargs):
+        env = load(*args, **kwargs)
+        env.physics.model.actuator_ctrllimited[:] = 1
+        env.physics.model.actuator_ctrlrange[:] = (-1.0, 1.0)
+        return env
+
+    monkeypatch.setattr(suite, "load", limited)
 
 
 def actions(env, steps, seed=0):
@@ -56,7 +77,8 @@ def test_protocol():
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_matches_dm_control_itself(repeat):
     env = dmc("hopper", "hop", seed=4, action_repeat=repeat, max_episode_steps=15)
-    worlds = [suite.load("hopper", "hop", task_kwargs={"random": 4 + i}) for i in range(2)]
+    randoms = [np.random.RandomState(words(4, i)) for i in range(2)]
+    worlds = [suite.load("hopper", "hop", task_kwargs={"random": random}) for random in randoms]
     for world in worlds:
         world.reset()
     for t, action in enumerate(actions(env, 30)):
@@ -78,7 +100,7 @@ def test_matches_dm_control_itself(repeat):
         assert info["episode"]["length"].tolist() == [t % 15 + 1] * 2
 
 
-def test_termination_without_time_limit():
+def test_termination_without_time_limit(bounded_lqr):
     env = dmc("lqr", "lqr_2_1", max_episode_steps=4)
     assert env.can_terminate
     with pytest.raises(ValueError, match="no time limit"):
@@ -136,6 +158,99 @@ def test_divergence_restarts_one_world():
     assert torch.isfinite(env.step(sequence[2])[0]).all()
 
 
+@pytest.mark.parametrize("velocity", [1e7, 1e11, float("nan")])
+@pytest.mark.parametrize("repeat", [1, 3])
+@pytest.mark.parametrize(("domain", "task"), [("cheetah", "run"), ("cartpole", "swingup")])
+def test_every_bad_state_is_divergence(domain, task, repeat, velocity):
+    env = dmc(domain, task, action_repeat=repeat)
+    before, *_ = env.step(actions(env, 1)[0])
+    env._envs[0].physics.data.qvel[0] = velocity
+    with pytest.warns(RuntimeWarning, match=f"{domain} {task}: 1 of 2 worlds diverged"):
+        obs, reward, terminated, _, info = env.step(actions(env, 1)[0])
+    assert terminated.tolist() == info["diverged"].tolist() == [True, False]
+    assert reward[0] == 0.0
+    assert torch.equal(info["final_obs"][0], before[0])
+    assert obs.abs().max() < 100
+    assert not env.step(actions(env, 1)[0])[-1]["diverged"].any()
+
+
+@pytest.mark.parametrize("task", ["lqr_2_1", "lqr_6_2"])
+@pytest.mark.parametrize("options", [{}, {"max_episode_steps": 9}])
+def test_unlimited_actuators_are_refused(task, options, monkeypatch):
+    closed = []
+    close = dm_control_adapter.DMControlEnv.close
+    monkeypatch.setattr(
+        dm_control_adapter.DMControlEnv, "close", lambda env: (closed.append(1), close(env))
+    )
+    match = (
+        rf"lqr {task}: entry 0 of the action \(.*actuator.*\) has the bounds \[-1e\+10, 1e\+10\]"
+    )
+    with pytest.raises(ValueError, match=match):
+        dmc("lqr", task, **options)
+    assert closed
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "match"),
+    [
+        (0.3, 0.3, "the lower must be below the upper"),
+        (float("nan"), 1.0, "must be numbers"),
+        (0.0, 1e9, "must be bounded"),
+        (-float("inf"), 1.0, "must be bounded"),
+    ],
+)
+def test_bounds_that_are_none(low, high, match, monkeypatch):
+    load = suite.load
+
+    def changed(*args, **kwargs):
+        env = load(*args, **kwargs)
+        env.physics.model.actuator_ctrlrange[2] = (low, high)
+        return env
+
+    monkeypatch.setattr(suite, "load", changed)
+    with pytest.raises(ValueError, match=f"cheetah run: entry 2 of the action .*'.*: .*{match}"):
+        dmc("cheetah", "run")
+
+
+@pytest.mark.parametrize("reward", [np.array([2.0]), np.array(2.0), 2, np.float32(2.0)])
+def test_rewards_that_are_one_number(reward, monkeypatch):
+    env = dmc("cheetah", "run", 1)
+    monkeypatch.setattr(env._envs[0].task, "get_reward", lambda physics: reward)
+    assert env.step(torch.zeros(1, 6))[1].tolist() == [4.0]
+
+
+def test_faults_name_their_world(monkeypatch):
+    env = dmc("cheetah", "run")
+    monkeypatch.setattr(env._envs[1].task, "get_reward", lambda physics: np.ones(2))
+    with pytest.raises(EnvironmentFault, match=r"cheetah run, world 1, step 1 .* reward must be"):
+        env.step(torch.zeros(2, 6))
+    observe = env._envs[1].task.get_observation
+
+    def spoilt(physics):
+        return {name: value * np.nan for name, value in observe(physics).items()}
+
+    monkeypatch.setattr(env._envs[1].task, "get_observation", spoilt)
+    with pytest.raises(EnvironmentFault, match=r"world 1, reset of episode 2: .*entry 0 is nan"):
+        env.reset()
+
+
+def test_an_observation_that_is_used_again(monkeypatch):
+    """A task may hand out one array for all time steps."""
+    env, other = (dmc("cheetah", "run", 1, max_episode_steps=3, seed=2) for _ in range(2))
+    task = other._envs[0].task
+    observe, kept = task.get_observation, {}
+
+    def again(physics):
+        for name, value in observe(physics).items():
+            kept.setdefault(name, np.empty_like(value))[...] = value
+        return kept
+
+    monkeypatch.setattr(task, "get_observation", again)
+    pairs = [(flat(env.step(a)), flat(other.step(a))) for a in actions(env, 7)]
+    for expected, got in pairs:
+        assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+
+
 @pytest.mark.parametrize(
     ("domain", "task"),
     [("cheetah", "run"), ("cartpole", "swingup"), ("reacher", "easy"), ("walker", "walk")],
@@ -156,7 +271,7 @@ def test_saved_state_continues_to_the_bit(domain, task, tmp_path):
         assert same(restored.step(action), step)
 
 
-def test_states_that_are_not_supported():
+def test_states_that_are_not_supported(bounded_lqr):
     state = dmc("lqr", "lqr_2_1", seed=1, max_episode_steps=9).get_state()
     dmc("lqr", "lqr_2_1", seed=1, max_episode_steps=9).set_state(state)
     with pytest.raises(StateNotSupported, match="seed"):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pwm_fast.envs import GymnasiumEnv, StateNotSupported, VectorEnv, make
+from pwm_fast.seeding import world_seeds
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
 pytest.importorskip("gymnasium.envs.mujoco", reason="needs pip install 'pwm-fast[gym]'")
@@ -76,7 +77,7 @@ def test_protocol():
 def test_matches_gymnasium_itself():
     env = make("gym", 2, id="Hopper-v5", seed=3, max_episode_steps=40)
     worlds = [gymnasium.make("Hopper-v5", max_episode_steps=40) for _ in range(2)]
-    starts = [world.reset(seed=3 + i)[0] for i, world in enumerate(worlds)]
+    starts = [w.reset(seed=s)[0] for w, s in zip(worlds, world_seeds(3, 2), strict=True)]
     obs, _ = make("gym", 2, id="Hopper-v5", seed=3).reset(seed=3)
     np.testing.assert_array_equal(obs.numpy(), np.float32(starts))
     ended = 0

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -251,15 +252,42 @@ def test_divergence(name, value, engine, tmp_path, monkeypatch):
     assert torch.equal(info["final_obs"][1], before[1])
     assert torch.isfinite(obs).all()
     assert torch.isfinite(reward).all()
+    assert info["diverged"].tolist() == [False, True, False]
     for a, b in zip(flat(step), expected, strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
     place(env, 0, qvel_0=math.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert env.step(actions[1])[2].tolist() == [True, False, False]  # warned once already
-        obs, _, terminated, *_ = env.step(actions[2])
+        obs, _, terminated, _, info = env.step(actions[2])
     assert not terminated.any()
+    assert not info["diverged"].any()
     assert torch.isfinite(obs).all()
+
+
+@pytest.mark.parametrize("flag", ["", 'autoreset="disable" '])
+def test_mujoco_does_not_reset_a_world_unseen(flag, tmp_path, monkeypatch):
+    """Whatever the model of a task says of it; with a mass whose acceleration alone is bad."""
+    monkeypatch.chdir(tmp_path)
+
+    class Careless(TASKS["cartpole"]):
+        def mjcf(self):
+            text = super().mjcf()
+            assert 'autoreset="disable" ' in text
+            return text.replace('autoreset="disable" ', flag)
+
+    env = MujocoEnv(Careless(), 2, seed=1)
+    env._time[0] = 5.0
+    place(env, 0, qvel_0=1e12)
+    with pytest.warns(RuntimeWarning, match="diverged in 1 of 2 worlds"):
+        _, _, terminated, _, info = env.step(torch.zeros(2, 1))
+    assert terminated.tolist() == info["diverged"].tolist() == [True, False]
+    assert env._batch.warning[0, :, 1].sum() > 1, "a reset within the step would leave one"
+    counts = env._batch.warning.copy()
+    monkeypatch.setattr(env, "_bad_states", lambda: env._bad + np.array([0, 1]))
+    *_, info = env.step(torch.zeros(2, 1))  # warned of, with coordinates that are small
+    assert info["diverged"].tolist() == [False, True]
+    assert (env._batch.warning == counts).all()
 
 
 def test_an_error_of_the_physics_ends_that_world(monkeypatch):

@@ -108,6 +108,23 @@ def test_what_is_not_finite_is_skipped(bad: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e19, 1e30, 3e37])
+def test_takes_the_steps_that_torch_takes(scale: float, device: str) -> None:
+    """Gradients of any finite size, whose norm float32 may not hold; and the same clipping."""
+    kept, norms = [], []
+    for backend in ("triton", "reference"):
+        optimizer = make(device)
+        optimizer.keep_gradients = True
+        grads = [scale * g for g in gradients(0, optimizer)]
+        with dispatch.backend(backend):
+            norms.append(optimizer.apply(torch.ones((), device=device), grads))
+        assert int(optimizer.skipped) == 0
+        kept.append([p.grad for p in optimizer.params])
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(kept[0], kept[1], rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_kept_gradients_are_clipped(device: str) -> None:
     with dispatch.backend("triton"):
         optimizer, other = make(device), make(device)

@@ -110,6 +110,31 @@ def test_streamed_samples(device: str, backend: str, dtype: torch.dtype, samples
         torch.testing.assert_close(got, expected.to(dtype), rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("device", "backend", "scale"),
+    on_devices(
+        [("triton", scale) for scale in (1e-44, 1e-19, 1e20, 1e37)],
+        [(b, s) for b in BACKENDS for s in (1e-44, 1e-30, 1e-19, 1e19, 1e20, 1e37)],
+    ),
+)
+def test_no_scale_overflows_or_underflows(device: str, backend: str, scale: float) -> None:
+    """All at once and streamed."""
+    ours, sizes, samples = kernels(backend), (777, 5), 5
+    given = [(scale * g.double()).float() for g in grads(samples, spread=0.5, sizes=sizes)]
+    wanted = truth(given, samples)
+    there = [g.to(device) for g in given]
+    accumulator = ops.EsnrAccumulator(backend=backend)
+    for s in range(samples):
+        accumulator.update(there[s * len(sizes) : (s + 1) * len(sizes)])
+    streamed = accumulator.result()
+    for signal, noise in (
+        ours.moments(there, samples),
+        (streamed.tensor_signal, streamed.tensor_noise),
+    ):
+        assert_close(signal, wanted[0], 1e-12)
+        assert_close(noise, wanted[1], 1e-9)
+
+
 @pytest.mark.interpreted
 def test_nothing_but_empty_tensors() -> None:
     signal, noise = TritonEsnr().moments([torch.zeros(0)] * 4, 2)

@@ -58,6 +58,38 @@ def test_as_right_as_the_recursion(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("lam", [None, 0.0, 0.95, 1.0])
+def test_nothing_behind_an_end_counts(lam: float | None, bad: float, device: str) -> None:
+    """Neither in values nor in gradients; another probability lets it pass."""
+
+    def run(spoilt: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        rewards, values = (torch.randn(n, 3, generator=generator) for n in (5, 6))
+        continues = torch.ones(5, 3)
+        continues[2, 1], continues[:, 2] = 0.0, 0.5
+        if spoilt:
+            for x in (rewards, values, continues):
+                x[3:, 1] = bad
+        leaves = [x.to(device).requires_grad_() for x in (rewards, values, continues)]
+        if lam is None:
+            out = discounted_return(leaves[0], leaves[1][-1], GAMMA, leaves[2])[None]
+        else:
+            out = ops.td_lambda(*leaves[:2], gamma=GAMMA, lam=lam, continues=leaves[2])
+        loss = out[:3].sum() + out[3:, 0].sum() + out[3:, 2].sum()
+        to_rewards, to_values, to_continues = torch.autograd.grad(loss, leaves)
+        assert to_continues.isfinite().all()
+        return [x.detach().cpu() for x in (out[:3], to_rewards, to_values)]
+
+    with dispatch.backend("triton"):
+        for ours, wanted in zip(run(True), run(False), strict=True):
+            assert torch.equal(ours, wanted)
+        rewards, values = torch.ones(3, 1, device=device), torch.full((4, 1), bad, device=device)
+        passed = ops.td_lambda(rewards, values, continues=torch.full_like(rewards, 1e-3))
+        torch.testing.assert_close(passed.isfinite().float(), torch.zeros_like(passed))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_operator(device: str) -> None:
     """Schema, fake implementation and gradient; strided and expanded arguments by the function."""
     r, v = (torch.randn(n, 7, device=device, requires_grad=True) for n in (3, 4))

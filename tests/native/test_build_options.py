@@ -1,4 +1,4 @@
-"""What setup.py says of settings that it cannot follow; nothing is compiled here."""
+"""What setup.py makes of settings and of what the machine has; nothing is compiled here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,79 @@ def test_wrong_settings_are_named(settings: dict[str, str], message: str, tmp_pa
     assert not (tmp_path / "lib").exists()
 
 
+def setup_names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py defines, in this environment; it runs where it is read, but builds nothing."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {"__name__": "setup", "__file__": "setup.py"}
+    exec(compile(Path("setup.py").read_text(), "setup.py", "exec"), names)
+    return names
+
+
+NVCC = "sm_80 sm_90"
+NO_DRIVER = "no NVIDIA driver was found when it was built; PWM_FAST_CUDA=1 builds without one"
+
+
+@pytest.mark.parametrize(
+    ("settings", "driver", "nvcc", "expected"),
+    [
+        ({}, "", NVCC, NO_DRIVER),
+        ({"PWM_FAST_CUDA": "auto"}, "", NVCC, NO_DRIVER),
+        ({"PWM_FAST_CUDA": ""}, "", NVCC, NO_DRIVER),
+        ({"PWM_FAST_CUDA_ARCHS": ""}, "", NVCC, NO_DRIVER),
+        ({}, "file", NVCC, None),
+        ({}, "program", NVCC, None),
+        ({"PWM_FAST_CUDA": "1"}, "", NVCC, None),
+        ({"PWM_FAST_CUDA_ARCHS": "80"}, "", NVCC, None),
+        ({"PWM_FAST_CUDA": "0"}, "file", NVCC, "PWM_FAST_CUDA=0"),
+        ({"PWM_FAST_CUDA": "0", "PWM_FAST_CUDA_ARCHS": "80"}, "file", NVCC, "PWM_FAST_CUDA=0"),
+        ({}, "file", "", "nvcc was not found when it was built"),
+        ({}, "", "", "nvcc was not found when it was built"),
+    ],
+)
+def test_cuda_is_compiled_where_it_is_of_use(
+    settings: dict[str, str],
+    driver: str,
+    nvcc: str,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """With an nvcc, and a driver or a wish; else the extension is told why not, and says it."""
+    for name in ("PWM_FAST_CUDA", "PWM_FAST_CUDA_ARCHS", "NVCC", "PWM_FAST_BUILD"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for program in [*(["nvcc"] if nvcc else []), *(["nvidia-smi"] if driver == "program" else [])]:
+        (programs / program).write_text(f"#!/bin/sh\nprintf '%s\\n' {nvcc}\n")
+        (programs / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "no_cuda"))
+    names = setup_names(monkeypatch)
+    names["DRIVER_FILES"] = ("/no/such/file", *([str(programs)] if driver == "file" else []))
+    asked = []
+
+    class Built(names["NinjaBuildExt"]):  # type: ignore[misc]
+        def __init__(self) -> None:
+            pass
+
+        def run_ninja(self, target: Path, compiler: Any, no_cuda: str | None) -> None:
+            asked.append((compiler is not None, no_cuda))
+
+    Built().build_with_cuda(tmp_path / "_C.so")
+    assert asked == [(expected is None, expected)]
+
+
+def test_make_looks_for_the_same_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes or goes installs again."""
+    [line] = [x for x in (ROOT / "Makefile").read_text().splitlines() if x.startswith("DRIVER_F")]
+    assert line.split(":=")[1].split() == list(setup_names(monkeypatch)["DRIVER_FILES"])
+
+
 @pytest.mark.parametrize(
     ("known", "asked", "expected"),
     [
@@ -62,16 +136,10 @@ def test_architectures(
     known: str, asked: str, expected: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of those that nvcc knows; the newest as PTX too, which later GPUs compile."""
-    import setuptools
-
-    # setup.py runs where it is imported: let it not build anything.
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PWM_FAST_CUDA_ARCHS", asked)
-    names: dict[str, object] = {"__name__": "setup", "__file__": "setup.py"}
-    exec(compile(Path("setup.py").read_text(), "setup.py", "exec"), names)
+    names = setup_names(monkeypatch)
     if expected is None:
-        with pytest.raises(names["CudaError"]):  # type: ignore[arg-type]
-            names["cuda_archs"](set(known.split()))  # type: ignore[operator]
+        with pytest.raises(names["CudaError"]):
+            names["cuda_archs"](set(known.split()))
     else:
-        assert names["cuda_archs"](set(known.split())) == expected  # type: ignore[operator]
+        assert names["cuda_archs"](set(known.split())) == expected

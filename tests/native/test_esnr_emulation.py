@@ -93,11 +93,11 @@ def test_strided_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_number(dtype: torch.dtype) -> None:
-    """Subnormal numbers, infinities and NaNs among them: the square of each, in float32."""
+    """Subnormal numbers, infinities and NaNs among them: the square of each, exactly."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     signal, _ = Emulated().moments(list(numbers.split(1)), 1)
     assert torch.equal(signal.isnan(), numbers.isnan())
-    wanted = numbers.float().square().double()
+    wanted = numbers.double().square()
     assert torch.equal(signal.nan_to_num(), wanted.nan_to_num())
 
 
@@ -115,7 +115,7 @@ def stream(kernels: Any, given: list[Tensor], samples: int) -> tuple[Tensor, ...
     """Signal, noise, squares and running sums of samples taken one after another."""
     count = len(given) // samples
     origins = [g.clone() for g in given[:count]]
-    sums = [misaligned(torch.zeros_like(g, dtype=torch.float32)) for g in origins]
+    sums = [misaligned(torch.zeros_like(g, dtype=torch.float64)) for g in origins]
     squares = torch.zeros(count, dtype=torch.float64)
     for s in range(1, samples):
         kernels.update(given[s * count : (s + 1) * count], origins, sums, squares)
@@ -136,6 +136,17 @@ def test_streamed_samples(samples: int, dtype: torch.dtype, spread: float) -> No
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
     for got, expected in zip(stream(Emulated(7), given, samples), first, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("samples", [2, 5, 20])
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-19, 1e19, 1e20, 1e37])
+def test_no_scale_overflows_or_underflows(scale: float, samples: int) -> None:
+    given = [(scale * g.double()).float() for g in grads(samples, spread=0.5)]
+    wanted = truth(given, samples)
+    found = Emulated().moments(given, samples), stream(Emulated(), given, samples)[:2]
+    for signal, noise in found:
+        torch.testing.assert_close(signal, wanted[0], rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(noise, wanted[1], rtol=1e-9, atol=0.0)
 
 
 def test_a_larger_list_gets_larger_chunks() -> None:

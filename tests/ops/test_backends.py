@@ -114,3 +114,11 @@ def test_unknown_choice_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gemm.VARIABLE, "cublas")
     with pytest.raises(ValueError, match="PWM_FAST_GEMM must be one of auto, torch, onednn"):
         gemm.prepacks(torch.zeros(2, 2))
+
+
+def test_trying_onednn_draws_none_of_the_caller_s_random_numbers() -> None:
+    """It is tried once a process: a resumed run would draw others than the one that went on."""
+    gemm._onednn_works.cache_clear()
+    before = torch.get_rng_state()
+    gemm._onednn_works()
+    assert torch.equal(torch.get_rng_state(), before)

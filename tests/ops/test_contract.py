@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,3 +90,17 @@ def test_2x_rule_rejects_what_is_wrong() -> None:
     ):
         with pytest.raises(AssertionError):
             assert_2x(wrong, same, ref)
+
+
+@pytest.mark.parametrize("factor", [6.0, math.nan])
+def test_the_contract_refuses_what_errs_too_much(factor: float) -> None:
+    """Also where the numbers are few, and it looks at many draws of both sides before it does."""
+    mlp = next(case for case in CASES if case.name == "mlp")
+
+    def wrong(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        (y,) = mlp.torch_call(inputs)
+        (truth,) = mlp.torch_call({k: v.double() for k, v in inputs.items()})
+        return ((truth + factor * (y.double() - truth)).to(y.dtype),)
+
+    with pytest.raises(AssertionError, match="mlp: output 0"):
+        check(dataclasses.replace(mlp, call=wrong), mlp.inputs(7, 7, torch.float32))

@@ -227,3 +227,66 @@ def test_running_esnr_averages_signal_and_noise() -> None:
     torch.testing.assert_close(after.ratio, signal / noise)
     with pytest.raises(ValueError, match="decay must lie in"):
         ops.RunningEsnr(decay=1.0)
+
+
+SCALES = (1e-44, 1e-38, 1e-30, 1e-19, 1.0, 1e10, 1e19, 1e20, 1e30, 5e37)
+
+
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize("samples", [2, 5, 16, 17, 40])
+@pytest.mark.parametrize("scale", SCALES)
+def test_no_scale_overflows_or_underflows(scale: float, samples: int, debias: bool) -> None:
+    """float32 gradients from the smallest to the largest; ``eps=0``, as it is an absolute bound."""
+    grads = [
+        [(g * (scale / 8.0)).float() for g in sample] for sample in gradients(samples)
+    ]  # some are 8 times their scale
+    stacked = flat(grads)
+    wanted = ops.esnr(stacked.double(), eps=0.0, debias=debias, backend="reference")
+    _, _, ratio = np_esnr(stacked.numpy(), eps=0.0)
+    if not debias:
+        assert math.isclose(wanted.ratio.item(), ratio, rel_tol=1e-12)
+    accumulator = ops.EsnrAccumulator(eps=0.0)
+    for sample in grads:
+        accumulator.update(sample)
+    running = ops.RunningEsnr(0.5, eps=0.0)
+    smoothed = running.update(accumulator.result(debias=debias))
+    for found in (
+        *(ops.esnr(grads, eps=0.0, debias=debias, backend=b) for b in ("auto", "reference")),
+        accumulator.result(debias=debias),
+    ):
+        torch.testing.assert_close(found.ratio, wanted.ratio, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(found.db, wanted.db, rtol=1e-10, atol=1e-9)
+        per_tensor = ops.esnr(
+            [[g.double() for g in sample] for sample in grads],
+            eps=0.0,
+            debias=debias,
+            backend="reference",
+        ).tensor_ratio
+        torch.testing.assert_close(found.tensor_ratio, per_tensor, rtol=1e-10, atol=1e-14)
+    assert smoothed.ratio.isfinite()
+
+
+def test_a_float64_scale_whose_squares_float64_holds() -> None:
+    stacked = flat(gradients(5))
+    wanted = ops.esnr(stacked, eps=0.0).ratio
+    for scale in (1e-150, 1e150):
+        torch.testing.assert_close(ops.esnr(scale * stacked, eps=0.0).ratio, wanted)
+
+
+def test_eps_is_an_absolute_bound() -> None:
+    """By definition: of gradients whose noise is below it, the ratio falls with their square."""
+    stacked = flat(gradients(5)).float()
+    wanted = ops.esnr(stacked, eps=0.0)
+    small = ops.esnr(1e-9 * stacked)
+    torch.testing.assert_close(small.ratio, 1e-18 * wanted.signal / 1e-10, rtol=1e-5, atol=0.0)
+
+
+def test_an_outlier_as_the_first_sample_costs_the_stream_no_digits() -> None:
+    """Distances from it are all large: in float32 their sum would lose what tells them apart."""
+    stacked = flat(gradients(9)).float()
+    stacked[0] = 1e5
+    accumulator = ops.EsnrAccumulator()
+    for row in stacked:
+        accumulator.update([row])
+    wanted = ops.esnr(stacked, backend="reference")
+    torch.testing.assert_close(accumulator.result().ratio, wanted.ratio, rtol=1e-9, atol=0.0)

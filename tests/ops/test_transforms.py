@@ -104,6 +104,11 @@ def esnr(g: Tensor) -> Tensor:
     return torch.stack([found.signal, found.noise, found.ratio, found.db]).to(g.dtype)
 
 
+def ends(like: Tensor) -> Tensor:
+    """1, and 0 where an episode ends."""
+    return torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]], dtype=like.dtype)
+
+
 CASES: dict[str, Case] = {
     "simnorm": Case(ops.simnorm, [(B, 16)], True),
     "project_simplex": Case(ops.project_simplex, [(B, 16)], False),
@@ -172,6 +177,27 @@ CASES: dict[str, Case] = {
     "two_hot_cross_entropy target": Case(
         lambda v, x: ops.two_hot_cross_entropy(v, x, -3.0, 3.0), [(B, 11), (B,)], False
     ),
+    # Where a slope has to be looked after: at an end, and at 0.
+    "td_lambda behind an end": Case(
+        lambda r, v, c: ops.td_lambda(r, v, continues=c * ends(c)),
+        [(H, B), (H + 1, B), (H, B)],
+        False,
+    ),
+    "td_lambda at an end": Case(
+        lambda r, v, c: ops.td_lambda(r, v, continues=c - c.detach() * (1.0 - ends(c))),
+        [(H, B), (H + 1, B), (H, B)],
+        False,
+    ),
+    "discounted_return at an end": Case(
+        lambda r, v, c: discounted_return(r, v, 0.9, c - c.detach() * (1.0 - ends(c))),
+        [(H, B), (B,), (H, B)],
+        False,
+    ),
+    "two_hot_encode of 0": Case(
+        lambda x: ops.two_hot_encode(x - x.detach(), 10, -3.0, 3.0), [(B,)], False
+    ),
+    "symexp of 0": Case(lambda x: ops.symexp(x - x.detach()), [(B,)], False),
+    "symlog of 0": Case(lambda x: ops.symlog(x - x.detach()), [(B,)], False),
     "td_lambda": Case(
         lambda r, v, c: ops.td_lambda(r, v, continues=c), [(H, B), (H + 1, B), (H, B)], False
     ),

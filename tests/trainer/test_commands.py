@@ -130,6 +130,17 @@ WRONG = {
     "device": (["device=tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     "wandb mode": (["wandb.mode=maybe"], "wandb.mode must be one of disabled, offline, online"),
     "resume": (["resume=nowhere.pt"], "resume=nowhere.pt: there is no such file"),
+    "worlds": (["num_envs=10000000000"], "10000000000 worlds of cartpole need at least "),
+    "episodes": (["eval.episodes=9000000000"], "lower eval.episodes"),
+    "last episodes": (["eval.final_episodes=9000000000"], "lower eval.final_episodes"),
+    "windows": (
+        ["alg.model_learning.batch_size=9000000000"],
+        "lower alg.model_learning.batch_size, the horizon or alg.world_model.latent_dim",
+    ),
+    "rollouts": (["alg.actor.batch_size=9000000000"], "lower alg.actor.batch_size, the horizon"),
+    "threads": (["env.threads=100000"], "env.threads must be at most 1024, got 100000"),
+    "steps": (["env.max_episode_steps=9000000000"], "env.max_episode_steps must be below 2^31"),
+    "options of another env": (["env.kwargs.x=1"], "unexpected keyword argument 'kwargs'"),
     "memory": (["alg.replay_capacity=1000000000000000"], "alg.replay_capacity=1000000000000000"),
     "directory": (["run_dir=/proc/no"], "run_dir=/proc/no cannot be used"),
 }

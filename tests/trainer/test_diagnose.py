@@ -10,6 +10,7 @@ import pytest
 
 from pwm_fast.diagnose import DiagnoseConfig
 from pwm_fast.diagnose import diagnose as run_diagnosis
+from pwm_fast.diagnostics.figures import draw
 from tests.trainer.conftest import Launcher, tiny_arguments
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -83,7 +84,8 @@ def test_several_checkpoints(
     whole_run: Path, baseline_run: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     """Flow and baseline of different environments side by side; each gets what it gets alone."""
-    paths = [f"{run}/checkpoints/best.pt" for run in (whole_run, baseline_run)]
+    # Not the best ones: an untrained flow, which may be that, is the identity.
+    paths = [f"{run}/checkpoints/final.pt" for run in (whole_run, baseline_run)]
     both = diagnose(launcher, tmp_path, f"checkpoint=[{','.join(paths)}]")["checkpoints"]
     assert {p.name for p in (tmp_path / "here").iterdir()} == FILES
     for path, found in zip(paths, both, strict=True):
@@ -184,3 +186,34 @@ def test_wrong_input(
     outcome = launcher.run(tmp_path, *filled, **MODULE)
     assert outcome.status == 2, outcome
     assert len(outcome.err.splitlines()) == 1 and message in outcome.err, outcome.err
+
+
+@pytest.mark.parametrize("alg", ["pwm_tiny_flow", "pwm_tiny"])
+def test_an_untrained_checkpoint(alg: str, launcher: Launcher, tmp_path: Path) -> None:
+    """Its actions change nothing and its actor has no gradient: figures show what there is."""
+    arguments = tiny_arguments(tmp_path / "run", f"alg={alg}", "epochs=0")
+    assert launcher.run(tmp_path, *arguments).status == 0
+    best = tmp_path / "run" / "checkpoints" / "best.pt"
+    outcome = launcher.run(tmp_path, f"checkpoint={best}", "out=here", *QUICK, **MODULE)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert {p.name for p in (tmp_path / "here").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("value", [0.0, None])
+def test_figures_of_nothing(value: float | None, whole_run: Path, tmp_path: Path) -> None:
+    """Every figure is drawn, whatever quantity is zero or missing everywhere."""
+    best = whole_run / "checkpoints" / "best.pt"
+    settings = DiagnoseConfig(
+        str(best), episodes=2, points=2, probes=2, esnr_samples=[2], device="cpu"
+    )
+    result = run_diagnosis(settings)
+    for key, group in result["checkpoints"][0].items():
+        columns = group["rows"][0] if key == "esnr" else group
+        if key not in ("prediction", "jacobian", "simplex", "esnr"):
+            continue
+        for name, old in columns.items():
+            if name not in ("step", "horizon", "samples", "points", "probes", "windows"):
+                columns[name] = [value] * len(old) if isinstance(old, list) else value
+        if key == "esnr":
+            group["rows"] = [{**row, **{"esnr_db": value}} for row in group["rows"]]
+    assert {p.name for p in draw(result, tmp_path)} == FILES - {"diagnosis.json"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,29 @@ def test_graphs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="graphs=true needs a GPU, device=auto is cpu here"):
         train(tiny_config(tmp_path / "run", device="auto", graphs="true"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+@pytest.mark.parametrize("precision", ["fast", "tf32"])
+def test_what_a_cpu_does_not_have_is_refused_before_any_work(
+    backend: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PWM_FAST_BACKEND", backend)
+    with pytest.raises(ConfigError, match=f"precision={precision} cannot run on device=cpu"):
+        train(tiny_config(tmp_path / "run", precision=precision))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_runs_checkpoint_is_evaluated_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in fp16 is restored in what the CPU has."""
+    train(tiny_config(tmp_path / "run", precision="fast"))  # on the backend torch
+    monkeypatch.setenv("PWM_FAST_BACKEND", "auto")
+    path = tmp_path / "run" / "checkpoints" / "final.pt"
+    config, content = build.load_run(path)
+    assert config.precision == "fast"
+    with closing(build.make_env(config, 2, 0)) as env:
+        agent = build.restore_agent(path, config, content, env, torch.device("cpu"))
+        assert agent.precision == "auto"
+        assert torch.isfinite(agent.act(env.reset()[0])).all()

@@ -53,3 +53,13 @@ def test_no_episode_is_not_a_number() -> None:
     none = {"mask": torch.tensor([False]), "return": torch.ones(1), "length": torch.ones(1)}
     progress.add_episodes(none)
     assert progress.means()["train_reward"].isnan()
+
+
+def test_totals_are_sums_also_across_a_stop() -> None:
+    progress = EpochProgress()
+    progress.add_total("diverged", torch.tensor(2))
+    progress.add_total("diverged", torch.tensor(0))
+    restored = EpochProgress()
+    restored.load_state_dict(progress.state_dict())
+    restored.add_total("diverged", torch.tensor(3))
+    assert restored.means()["diverged"] == 5

@@ -228,6 +228,31 @@ def test_stopped_with_everything_on(launcher: Launcher, tmp_path: Path) -> None:
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+LIBRARIES = {
+    "gym": ("env=gym", "env.id=Hopper-v5"),
+    "gym, not saved": ("env=gym", "env.id=Pendulum-v1"),
+    "dmc": ("env=dmc", "env.domain=cartpole", "env.task=swingup"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_killed_in_another_library(library: str, launcher: Launcher, tmp_path: Path) -> None:
+    """To the bit where the worlds can be saved, and else with every epoch once."""
+    pytest.importorskip("dm_control" if library == "dmc" else "gymnasium.envs.mujoco")
+    arguments = tiny_arguments(tmp_path / "run", *LIBRARIES[library], "checkpoint.every=1")
+    whole = [*arguments, f"run_dir={tmp_path / 'whole'}"]
+    assert launcher.run(tmp_path, *whole).status == 0
+    for at in (30, 45, 20, 60):  # more events than an epoch has: each time it gets further
+        outcome = launcher.run(tmp_path, *arguments, hook=hook(at, signal.SIGKILL))
+        assert outcome.status == -signal.SIGKILL, (at, outcome)
+    assert launcher.run(tmp_path, *arguments).status == 0
+    if library == "gym, not saved":
+        assert [row["epoch"] for row in rows(tmp_path / "run")] == list(range(7))
+    else:
+        assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_second_interrupt_stops_at_once(launcher: Launcher, tmp_path: Path) -> None:
     code = (
         "import os, signal\n"

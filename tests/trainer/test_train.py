@@ -20,8 +20,9 @@ from pwm_fast.config import ConfigError
 from pwm_fast.envs import MujocoEnv, StateNotSupported
 from pwm_fast.evaluation import evaluate
 from pwm_fast.rundir import RunDirectory
+from pwm_fast.seeding import Purpose, stream
 from pwm_fast.train import train
-from pwm_fast.trainer import EVAL_SEED, TrainingDiverged
+from pwm_fast.trainer import TrainingDiverged
 from tests.trainer.conftest import rows, tiny_config
 
 EVERY_ROW = {
@@ -101,7 +102,7 @@ def test_reward_is_of_real_episodes(finished: Path) -> None:
     agent = make_agent(config, env, torch.device("cpu"))
     saved = checkpoint.load(finished / "checkpoints" / "latest.pt")
     agent.load_state_dict(saved["agent"])
-    result = evaluate(agent, env, config.seed + EVAL_SEED)
+    result = evaluate(agent, env, stream(config.seed, Purpose.EVALUATION))
     assert rows(finished)[-1]["reward"] == result.returns.mean().item()
     assert rows(finished)[-1]["episode_length"] == 12
 

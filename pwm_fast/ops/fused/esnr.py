@@ -1,7 +1,8 @@
 """What a device provides for ESNR, and its plain PyTorch form.
 
 A streamed estimate keeps, of T tensors, the first sample as the origin, the running sum of the
-samples' distances from it (in :func:`sum_dtype`), and their summed squares ``[T]``, float64.
+samples' distances from it, and their summed squares ``[T]``; the latter two in float64, which holds
+the square of every float32 number: no scale of the samples overflows or underflows.
 """
 
 from __future__ import annotations
@@ -30,18 +31,13 @@ class EsnrKernels(Protocol):
     ) -> None:
         """Take a sample: its distances from the origins into ``sums`` and ``squares``.
 
-        Origins and sums are contiguous.
+        Origins and sums are contiguous; sums are float64.
         """
 
     def result(
         self, origins: Sequence[Tensor], sums: Sequence[Tensor], squares: Tensor, samples: int
     ) -> tuple[Tensor, Tensor]:
         """Signal and noise ``[T]``, float64, of the samples taken, the origin among them."""
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of a running sum of samples: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 class TorchEsnr:
@@ -61,9 +57,9 @@ class TorchEsnr:
     ) -> None:
         """See :class:`EsnrKernels`."""
         for t, (g, origin, total) in enumerate(zip(grads, origins, sums, strict=True)):
-            distance = g.to(total.dtype) - origin.to(total.dtype)
+            distance = g.double() - origin.double()
             total += distance
-            squares[t] += distance.double().square().sum()
+            squares[t] += distance.square().sum()
 
     def result(
         self, origins: Sequence[Tensor], sums: Sequence[Tensor], squares: Tensor, samples: int
@@ -71,7 +67,7 @@ class TorchEsnr:
         """See :class:`EsnrKernels`."""
         signal, noise = [], []
         for t, (origin, total) in enumerate(zip(origins, sums, strict=True)):
-            way = total.double() / samples
+            way = total / samples
             signal.append((origin.double() + way).square().sum())
             noise.append(squares[t] / samples - way.square().sum())
         return torch.stack(signal), torch.stack(noise).clamp_min(0.0)

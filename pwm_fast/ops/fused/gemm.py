@@ -28,7 +28,8 @@ def _onednn_works() -> bool:
     The operators are PyTorch's own, but private: they are tried once, with their result checked.
     """
     try:
-        x, weight = torch.randn(5, 533), torch.randn(17, 533)
+        own = torch.Generator().manual_seed(0)  # the caller's random numbers stay its own
+        x, weight = (torch.randn(rows, 533, generator=own) for rows in (5, 17))
         operator = torch.ops.mkldnn._reorder_linear_weight
         y = _prepacked(x, [operator(part.contiguous(), 5) for part in _chunks(weight)])
         return bool(torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-3))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pwm_fast.ops.fused.precision import EXACT, Precision
 from pwm_fast.ops.reference.mish import mish
+from pwm_fast.ops.reference.wide import widen
 
 
 class Kernels(Protocol):
@@ -207,7 +208,7 @@ class TorchKernels:
         width: int = 0,
     ) -> None:
         """See :class:`Kernels`."""
-        v = x if bias is None else x + bias
+        v = widen(x) if bias is None else widen(x) + bias
         if add is not None:
             v = (v.view(-1, *add.shape) + add).view(v.shape) if v.shape[0] else v
         if tau is not None and w_tau is not None:
@@ -251,6 +252,7 @@ class TorchKernels:
         dx_scale: Tensor | None = None,
     ) -> None:
         """See :class:`Kernels`."""
+        rstd = widen(rstd)
         dy, xhat = _scaled(dy.to(rstd.dtype), dy_scale), xhat.to(rstd.dtype)
         if act == "mish":
             du = dy * mish_grad(xhat * gamma + beta)
@@ -292,7 +294,7 @@ class TorchKernels:
         rows_per_member: int = 0,
     ) -> None:
         """See :class:`Kernels`."""
-        v = x if bias is None else x + _rows(bias, rows_per_member)
+        v = widen(x) if bias is None else widen(x) + _rows(bias, rows_per_member)
         if u is not None:
             u.copy_(v)
         m = mish(v) if act == "mish" else v
@@ -323,7 +325,7 @@ class TorchKernels:
         dx_scale: Tensor | None = None,
     ) -> None:
         """See :class:`Kernels`."""
-        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        u = widen(u)
         dm = dy = _scaled(dy.to(u.dtype), dy_scale)
         if gamma is not None and mean is not None and rstd is not None:
             m = mish(u) if act == "mish" else u
@@ -354,9 +356,13 @@ class TorchKernels:
         k2_scale: Tensor | None = None,
     ) -> None:
         """See :class:`Kernels`."""
-        torch.add(z, _scaled(k1, k1_scale), alpha=c1, out=out)
+        wide = widen(z)
+        into = out if out.dtype == wide.dtype else torch.empty_like(wide)
+        torch.add(wide, _scaled(k1, k1_scale), alpha=c1, out=into)
         if k2 is not None:
-            out.add_(_scaled(k2, k2_scale), alpha=c2)
+            into.add_(_scaled(k2, k2_scale), alpha=c2)
+        if into is not out:
+            out.copy_(into)
         if operand is not None:
             _write(out, operand, None)
 

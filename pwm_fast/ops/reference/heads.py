@@ -1,4 +1,7 @@
-"""Symlog, two-hot distributional heads, and lambda returns."""
+"""Symlog, two-hot distributional heads, and lambda returns.
+
+Computed in float32 at least and rounded once, to the dtype that the tensors promote to.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pwm_fast.ops.reference.derivatives import hidden
+from pwm_fast.ops.reference.discounting import discounted, lambda_returns
+from pwm_fast.ops.reference.wide import common_dtype, full_precision, wide_dtype, widen
+
 
 # Both halves are written with one clamp (slope 1 at its bound) and one relu (slope 0 there):
 # sign(x) * log1p(|x|) has the right value but the derivative 0 instead of 1 at x = 0.
 def symlog(x: Tensor) -> Tensor:
-    return torch.log1p(x.clamp_min(0.0)) - torch.log1p(F.relu(-x))
+    with full_precision(x):
+        y = widen(x)
+        return (torch.log1p(y.clamp_min(0.0)) - torch.log1p(F.relu(-y))).to(x.dtype)
 
 
 def symexp(x: Tensor) -> Tensor:
-    return _expm1(x.clamp_min(0.0)) - _expm1(F.relu(-x))
+    with full_precision(x):
+        y = widen(x)
+        return (_expm1(y.clamp_min(0.0)) - _expm1(F.relu(-y))).to(x.dtype)
 
 
 def _expm1(x: Tensor) -> Tensor:
@@ -25,57 +36,70 @@ def _expm1(x: Tensor) -> Tensor:
     return torch.expm1(x)
 
 
-def two_hot_encode(x: Tensor, bins: int, vmin: float, vmax: float, transform: bool) -> Tensor:
-    # In 16 bits a compiler may round the position here and not there, and miss by a whole bin.
-    dtype = x.dtype
-    x = x.to(torch.promote_types(dtype, torch.float32))
+def _two_hot(
+    x: Tensor, bins: int, vmin: float, vmax: float, transform: bool
+) -> tuple[Tensor, Tensor]:
+    """Lower bin of each value, and the weight of the one above it, both ``[..., 1]``."""
     if transform:
-        x = symlog(x)
+        # Without a gradient, whose value at 0 is what symlog is written for, in half the steps.
+        x = symlog(x) if x.requires_grad or hidden() else torch.copysign(x.abs().log1p(), x)
     # Clamped as a position, not as a value: rounding in the product could pass the last bin. The
     # index is clamped as an integer, so that a NaN gives NaN weights and no index out of bounds.
     position = ((x - vmin) * ((bins - 1) / (vmax - vmin))).clamp(0.0, bins - 1)
-    lower = position.detach().floor().long().clamp(0, bins - 2)
-    upper_weight = (position - lower).unsqueeze(-1)
-    index = lower.unsqueeze(-1)
-    out = torch.zeros(*x.shape, bins, dtype=x.dtype, device=x.device)
-    code = out.scatter(-1, index, 1.0 - upper_weight).scatter(-1, index + 1, upper_weight)
-    return code.to(dtype)
+    lower = position.detach().long().clamp(0, bins - 2)
+    return lower.unsqueeze(-1), (position - lower).unsqueeze(-1)
+
+
+def two_hot_encode(x: Tensor, bins: int, vmin: float, vmax: float, transform: bool) -> Tensor:
+    with full_precision(x):
+        # A weight is what is left of a position: of small ones, float32 would leave few digits.
+        wide = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+        index, upper = _two_hot(wide, bins, vmin, vmax, transform)
+        out = torch.zeros(*x.shape, bins, dtype=x.dtype, device=x.device)
+        out = out.scatter(-1, index, (1.0 - upper).to(x.dtype))
+        return out.scatter(-1, index + 1, upper.to(x.dtype))
 
 
 def two_hot_decode(logits: Tensor, vmin: float, vmax: float, transform: bool) -> Tensor:
-    # In 16 bits linspace itself would lose more than the rounding of its result.
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    centres = torch.linspace(vmin, vmax, logits.shape[-1], dtype=dtype, device=logits.device)
-    value = torch.softmax(logits, dim=-1) @ centres.to(logits.dtype)
-    return symexp(value) if transform else value
+    with full_precision(logits):
+        wide = widen(logits)
+        centres = torch.linspace(vmin, vmax, wide.shape[-1], dtype=wide.dtype, device=logits.device)
+        value = torch.softmax(wide, dim=-1) @ centres
+        return (symexp(value) if transform else value).to(logits.dtype)
 
 
 def two_hot_cross_entropy(
     logits: Tensor, x: Tensor, vmin: float, vmax: float, transform: bool
 ) -> Tensor:
-    target = two_hot_encode(x, logits.shape[-1], vmin, vmax, transform)
-    return -(target * F.log_softmax(logits, dim=-1)).sum(-1)
+    with full_precision(logits):
+        wide = wide_dtype(logits, x)
+        lower, upper = _two_hot(x.to(wide), logits.shape[-1], vmin, vmax, transform)
+        log_p = F.log_softmax(logits.to(wide), dim=-1)
+        weights = torch.cat((1.0 - upper, upper), -1)
+        taken = discounted(weights, log_p.gather(-1, torch.cat((lower, lower + 1), -1)))
+        # A bin without weight counts nothing, even where its logit is -inf.
+        return taken.sum(-1).neg().to(common_dtype(logits, x))
 
 
 def td_lambda(
     rewards: Tensor, values: Tensor, continues: Tensor | None, gamma: float, lam: float
 ) -> Tensor:
-    horizon = rewards.shape[0]
-    target = values[horizon]
-    targets = []
-    for t in range(horizon - 1, -1, -1):
-        bootstrap = (1.0 - lam) * values[t + 1] + lam * target
-        discount = gamma if continues is None else gamma * continues[t]
-        target = rewards[t] + discount * bootstrap
-        targets.append(target)
-    return torch.stack(targets[::-1]) if targets else rewards.clone()
+    result, wide = common_dtype(rewards, values, continues), wide_dtype(rewards, values, continues)
+    if rewards.shape[0] == 0:
+        return rewards.clone().to(result)
+    with full_precision(rewards):
+        discounts = gamma if continues is None else gamma * continues.to(wide)
+        return lambda_returns(rewards.to(wide), values.to(wide), discounts, lam).to(result)
 
 
 def discounted_return(
     rewards: Tensor, last_value: Tensor, continues: Tensor | None, gamma: float
 ) -> Tensor:
-    total = last_value
-    for t in range(rewards.shape[0] - 1, -1, -1):
-        discount = gamma if continues is None else gamma * continues[t]
-        total = rewards[t] + discount * total
-    return total
+    if rewards.shape[0] and continues is not None:
+        return td_lambda(rewards, last_value.unsqueeze(0), continues, gamma, 1.0)[0]
+    wide = wide_dtype(rewards, last_value)
+    with full_precision(rewards):
+        total = last_value.to(wide)
+        for reward in reversed(rewards.to(wide).unbind(0)):
+            total = reward + discounted(gamma, total)
+        return total.to(common_dtype(rewards, last_value))

@@ -8,21 +8,30 @@ import torch
 from torch import Tensor
 
 from pwm_fast.ops.reference.layers import RunNet, run_net
+from pwm_fast.ops.reference.wide import common_dtype, wide_dtype, widen
 from pwm_fast.ops.types import Layer, Method, VelocityFn
 
 
 def integrate(velocity: VelocityFn, z: Tensor, substeps: int, method: Method) -> Tensor:
+    return _march(velocity, widen(z), substeps, method, z.dtype).to(z.dtype)
+
+
+def _march(
+    velocity: VelocityFn, state: Tensor, substeps: int, method: Method, dtype: torch.dtype
+) -> Tensor:
+    """The state in its own dtype, float32 at least; the velocity sees it in ``dtype``."""
     dt = 1.0 / substeps
     for k in range(substeps):
         tau = k / substeps
-        k1 = velocity(z, tau).to(z.dtype)
+        k1 = velocity(state.to(dtype), tau).to(state.dtype)
         if method == "euler":
-            z = z + dt * k1
+            state = state + dt * k1
         else:
             # The stage time is (k+1)/K, not tau + dt: the last stage is then at 1 exactly.
-            k2 = velocity(z + dt * k1, (k + 1) / substeps).to(z.dtype)
-            z = z + (0.5 * dt) * (k1 + k2)
-    return z
+            stage = (state + dt * k1).to(dtype)
+            k2 = velocity(stage, (k + 1) / substeps).to(state.dtype)
+            state = state + (0.5 * dt) * (k1 + k2)
+    return state
 
 
 def velocity_field(
@@ -47,15 +56,21 @@ def flow_step(
     method: Method,
     task: Tensor | None,
     run: RunNet = run_net,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """``z`` may be wider than ``dtype``, that of the network's inputs; the result is as wide."""
+    inputs = z.dtype if dtype is None else dtype
+
     def velocity(state: Tensor, tau: float) -> Tensor:
-        time = torch.full((), tau, dtype=z.dtype, device=z.device)
+        time = torch.full((), tau, dtype=inputs, device=z.device)
         return velocity_field(state, a, time, net, task, run)
 
-    return integrate(velocity, z, substeps, method)
+    return _march(velocity, widen(z), substeps, method, inputs).to(z.dtype)
 
 
 def flow_interpolate(z0: Tensor, z1: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     if tau.dim() < z0.dim():
         tau = tau.unsqueeze(-1)
-    return (1.0 - tau) * z0 + tau * z1, z1 - z0
+    result, wide = common_dtype(z0, z1), wide_dtype(z0, z1)
+    start, end, time = z0.to(wide), z1.to(wide), tau.to(wide)
+    return ((1.0 - time) * start + time * end).to(result), (end - start).to(result)

@@ -8,9 +8,10 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from pwm_fast.ops.reference.derivatives import transformed
 from pwm_fast.ops.reference.mish import mish
+from pwm_fast.ops.reference.wide import widen
 from pwm_fast.ops.types import Activation, Layer, Order
 
 # Evaluates a network on logically concatenated inputs.
@@ -22,8 +23,8 @@ def simnorm(x: Tensor, dim: int = 8) -> Tensor:
 
 
 def project_simplex(z: Tensor, dim: int) -> Tensor:
-    groups = z.unflatten(-1, (-1, dim)).clamp_min(0.0)
-    return (groups / groups.sum(-1, keepdim=True).clamp_min(1e-6)).flatten(-2)
+    groups = widen(z).unflatten(-1, (-1, dim)).clamp_min(0.0)
+    return (groups / groups.sum(-1, keepdim=True).clamp_min(1e-6)).flatten(-2).to(z.dtype)
 
 
 def activate(x: Tensor, act: Activation, simnorm_dim: int = 8) -> Tensor:
@@ -40,7 +41,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Where PyTorch's own is differentiated forward and then again, or twice under ``torch.func``, its
     derivatives take mean and deviation for constants, without a word (2.13; pytorch#198017).
     """
-    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+    if not transformed():
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     h = wide - wide.mean(-1, keepdim=True)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from pwm_fast.ops.reference.derivatives import transformed
 
 # tanh(softplus(x)) = n / (n + 2) with n = e (e + 2), e = exp(x). Beyond 20 it is 1 in float64 too.
 _SATURATION = 20.0
@@ -57,11 +58,7 @@ def _batched(x: Tensor) -> bool:
 def mish(x: Tensor) -> Tensor:
     # A function of ours has no forward-mode derivative, which torch.compile would not take, and no
     # rule of functionalize's; torch.jit.trace cannot write it, and what a subclass does is unknown.
-    if (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ):
+    if transformed():
         return x * torch.tanh(F.softplus(x))  # PyTorch's own misses a derivative of its backward
     plain = torch.compiler.is_dynamo_compiling() or type(x) in (Tensor, torch.nn.Parameter)
     if plain and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):

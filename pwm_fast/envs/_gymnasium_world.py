@@ -1,0 +1,149 @@
+"""One Gymnasium world within a vector environment, in its process: copies, checks, divergence."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from pwm_fast.envs import _answers
+from pwm_fast.envs._divergence import DIVERGED, PhysicsWatch
+from pwm_fast.envs.protocol import EnvironmentFault
+
+
+class World(gymnasium.Wrapper):
+    """Makes a world's answers safe to keep, before the vector environment resets it.
+
+    Observations are copied: a world may answer with one array again and again, and the vector
+    environment hands out the last observation of an episode after the reset. What a world may not
+    answer raises :class:`EnvironmentFault`. A step in which MuJoCo found the state bad terminates,
+    with :data:`DIVERGED` in its info.
+
+    Args:
+        env: the world with its wrappers.
+        index: of the world.
+    """
+
+    def __init__(self, env: gymnasium.Env, index: int) -> None:
+        super().__init__(env)
+        self.env_name = name(env)
+        self._index = index
+        self._base = env.unwrapped
+        self._space = env.observation_space
+        self._episode = 0
+        self._steps = 0
+        self._watch: PhysicsWatch | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start an episode; ``options`` without entries are None."""
+        self._episode += 1
+        self._steps = 0
+        answer = self.env.reset(seed=seed, options=options or None)
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise EnvironmentFault(
+                f"{self._where()}: reset must return (observation, info), got "
+                f"{_answers.shown(answer)}"
+            )
+        obs, info = answer
+        return self._copied(obs), self._checked(info)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Advance by one step."""
+        self._steps += 1
+        data = self._physics()
+        if data is not None:
+            self._watch = self._watch or PhysicsWatch()
+            self._watch.begin(data)
+        answer = self.env.step(action)
+        diverged = data is not None and self._watch is not None and self._watch.end()
+        if not isinstance(answer, tuple) or len(answer) != 5:
+            raise EnvironmentFault(
+                f"{self._where()}: step must return (observation, reward, terminated, truncated, "
+                f"info), got {_answers.shown(answer)}"
+            )
+        obs, reward, terminated, truncated, info = answer
+        info = self._checked(info)
+        return (
+            self._copied(obs),
+            _answers.number(reward, "reward", self._where),
+            _answers.flag(terminated, "terminated", self._where) or diverged,
+            _answers.flag(truncated, "truncated", self._where),
+            {**info, DIVERGED: True} if diverged else info,
+        )
+
+    def _copied(self, obs: Any) -> Any:
+        space = self._space
+        if not isinstance(space, gymnasium.spaces.Box):
+            return obs  # refused by the adapter
+        return _answers.observation(obs, space.shape, np.dtype(space.dtype), self._where)
+
+    def _checked(self, info: Any) -> dict[str, Any]:
+        if not isinstance(info, dict):
+            raise EnvironmentFault(
+                f"{self._where()}: info must be a dict, got {_answers.shown(info)}"
+            )
+        return info
+
+    def _physics(self) -> Any:
+        """MuJoCo's data of a world that steps it; else None."""
+        mujoco = sys.modules.get("mujoco")
+        data = getattr(self._base, "data", None)
+        return data if mujoco is not None and isinstance(data, mujoco.MjData) else None
+
+    def _where(self) -> str:
+        when = f"step {self._steps}" if self._steps else "reset"
+        return f"{self.env_name}, world {self._index}, {when} of episode {self._episode}"
+
+
+def make_world(make: Callable[[], gymnasium.Env], index: int) -> World:
+    """A world of what ``make`` makes."""
+    return World(make(), index)
+
+
+def guard(envs: Any) -> str | None:
+    """Put a :class:`World` around every world of a vector environment of Gymnasium's, in place.
+
+    The processes of an ``AsyncVectorEnv`` are started anew, since only there the last observation
+    of an episode can be seen. Vector environments that step in their own way are left alone.
+
+    Returns:
+        What a world is called; None where none was guarded.
+    """
+    base = envs.unwrapped
+    if isinstance(base, gymnasium.vector.SyncVectorEnv):
+        base.envs = [
+            env if isinstance(env, World) else World(env, i) for i, env in enumerate(base.envs)
+        ]
+    elif isinstance(base, gymnasium.vector.AsyncVectorEnv):
+        if not all(isinstance(fn, partial) and fn.func is make_world for fn in base.env_fns):
+            _start_anew(base)
+    else:
+        return None
+    return str(base.get_attr("env_name")[0])
+
+
+def _start_anew(base: Any) -> None:
+    """Make an ``AsyncVectorEnv`` what its constructor would, of guarded worlds."""
+    kind = gymnasium.vector.AsyncVectorEnv
+    settings = {
+        key: getattr(base, key)
+        for key in inspect.signature(kind.__init__).parameters
+        if key not in ("self", "env_fns") and hasattr(base, key)
+    }
+    makers = [partial(make_world, fn, i) for i, fn in enumerate(base.env_fns)]
+    base.close()
+    base.closed = False  # the constructor asks the processes
+    kind.__init__(base, makers, **settings)
+
+
+def name(env: Any) -> str:
+    """What an environment is called: its registered id, or its class."""
+    spec = getattr(env.unwrapped, "spec", None)
+    return str(spec.id) if spec is not None else type(env.unwrapped).__name__

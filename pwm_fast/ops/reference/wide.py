@@ -1,0 +1,31 @@
+"""Formulas compute in float32 at least and round once, whatever their tensors and autocast are."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+def common_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that PyTorch promotes the tensors' to: that of a result."""
+    return reduce(torch.promote_types, [x.dtype for x in tensors if x is not None])
+
+
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype to compute in: theirs, float32 for 16 bits."""
+    return torch.promote_types(common_dtype(*tensors), torch.float32)
+
+
+def widen(x: Tensor) -> Tensor:
+    """``x`` in the dtype to compute in."""
+    return x.to(wide_dtype(x))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, autocast does not round what is computed on the device of ``x``."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu_features.h"
@@ -265,6 +266,28 @@ void axpby(Address z, Address k1, Address k2, Address out, double c1, double c2,
       n);
 }
 
+std::uint64_t checksum(const py::list& pieces, Size threads) {
+  check_size("threads", threads, 1);
+  const Size numbers = Size(pieces.size());
+  if (numbers % 4 != 0) fail("pieces", numbers, "a list whose length is a multiple of 4");
+  std::vector<Size> own(pieces.size());
+  Size elements = 0;
+  for (Size i = 0; i < numbers; ++i) {
+    own[std::size_t(i)] = PyLong_AsSsize_t(PyList_GET_ITEM(pieces.ptr(), i));
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  for (Size i = 0; i < numbers; i += 4) {
+    const Size* piece = &own[std::size_t(i)];
+    check_size("rows", piece[1], 0);
+    check_size("bytes", piece[2], 0);
+    check_stride("stride", piece[3], piece[2], piece[1]);
+    elements += piece[1] * piece[2] / Size(sizeof(float));
+  }
+  std::uint64_t sum = 0;
+  run(kernels().checksum, {own.data(), numbers / 4, &sum, threads}, elements);
+  return sum;
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -320,4 +343,6 @@ void bind_cpu(py::module_& m) {
         py::arg("threads"));
   m.def("axpby", &axpby, "out = z + c1 k1 + c2 k2.", py::arg("z"), py::arg("k1"), py::arg("k2"),
         py::arg("out"), py::arg("c1"), py::arg("c2"), py::arg("n"), py::arg("threads"));
+  m.def("checksum", &checksum, "One number for all bytes of pieces of memory, and their order.",
+        py::arg("pieces"), py::arg("threads"));
 }

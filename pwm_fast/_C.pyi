@@ -196,6 +196,7 @@ def esnr(
 def axpby(
     z: int, k1: int, k2: int, out: int, c1: float, c2: float, n: int, threads: int
 ) -> None: ...
+def checksum(pieces: list[int], threads: int) -> int: ...
 
 # GPUs: csrc/cuda. Without CUDA in the build, cuda_devices and cuda_why_not say so, and launches
 # raise RuntimeError with that; else with what CUDA says of a launch that fails. Addresses: rows and

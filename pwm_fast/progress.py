@@ -30,6 +30,8 @@ class EpochProgress:
             yield self._done.get(kind, 0)
             self._done[kind] = self._done.get(kind, 0) + 1
 
+    @torch.inference_mode(False)  # the sums outlive the mode that this is called in
+    @torch.no_grad()
     def add(self, values: dict[str, Tensor]) -> None:
         """Take up the metrics of an update."""
         known = [name for name in values if name in self._sums]

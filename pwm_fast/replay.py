@@ -66,6 +66,7 @@ class Replay:
         ValueError: the capacity holds no window for each world.
     """
 
+    @torch.inference_mode(False)  # its buffers are written to in any mode
     def __init__(
         self,
         capacity: int,

@@ -157,10 +157,11 @@ class Trainer:
         """Run the next epoch, or what is left of it after a resume."""
         started = time.monotonic()
         rates = self.agent.set_progress(self.epoch / self.config.epochs)
-        self._collect()
-        if self._ready():
-            self._learn()
-            self.bootstrapped = True
+        with self.agent.keeping():
+            self._collect()
+            if self._ready():
+                self._learn()
+                self.bootstrapped = True
         elapsed = max(time.monotonic() - started, 1e-9)
         # Evaluation comes before anything that draws random numbers: it can be interrupted.
         evaluation = self._evaluate(self.config.eval.episodes) if self._evaluation_due() else None

@@ -161,6 +161,15 @@ struct Axpby {
   int64_t n, threads;
 };
 
+// One number for all bytes of `count` pieces of memory, and their order. Piece i is `rows` rows of
+// `bytes` bytes, `stride` bytes apart.
+struct Checksum {
+  const int64_t* pieces;  // [count, 4]: address, rows, bytes, stride
+  int64_t count;
+  uint64_t* sum;
+  int64_t threads;
+};
+
 struct Kernels {
   void (*norm_act_fwd)(const NormActFwd&);
   void (*norm_act_bwd)(const NormActBwd&);
@@ -174,6 +183,7 @@ struct Kernels {
   void (*two_hot_ce_bwd)(const TwoHotCeBwd&);
   void (*esnr)(const Esnr&);
   void (*axpby)(const Axpby&);
+  void (*checksum)(const Checksum&);
 };
 
 namespace generic {

@@ -6,7 +6,8 @@ namespace PWM_FAST_TARGET {
 const Kernels& kernels() {
   static constexpr Kernels table = {
       norm_act_fwd,       norm_act_bwd,       act_norm_fwd,   act_norm_bwd,   simnorm_fwd, simnorm_bwd,
-      two_hot_decode_fwd, two_hot_decode_bwd, two_hot_ce_fwd, two_hot_ce_bwd, esnr,        axpby};
+      two_hot_decode_fwd, two_hot_decode_bwd, two_hot_ce_fwd, two_hot_ce_bwd, esnr,        axpby,
+      checksum};
   return table;
 }
 

@@ -18,6 +18,7 @@ void two_hot_ce_fwd(const TwoHotCeFwd&);
 void two_hot_ce_bwd(const TwoHotCeBwd&);
 void esnr(const Esnr&);
 void axpby(const Axpby&);
+void checksum(const Checksum&);
 
 }  // namespace PWM_FAST_TARGET
 }  // namespace pwm_fast

@@ -197,7 +197,7 @@ class CapturedUpdate:
             torch._foreach_copy_(recording.copies, [x for x in inputs if x is not None])
         recording.replay()
         self.replayed += 1
-        invalidate()  # parameters changed without PyTorch's knowledge
+        invalidate()  # parameters changed without PyTorch's knowledge, inside `packs.keeping`
         if recording.values is None:
             return Update({}, recording.handed, recording.gradients)
         metrics = dict(zip(recording.names, recording.values.clone().unbind(), strict=True))

@@ -90,6 +90,8 @@ class GuardedAdam:
         for p, g in zip(self.params, grads, strict=True):
             p.grad = torch.zeros_like(p) if g is None else _laid_out_as(p, g)
         norm = self._triton_step(loss) if self._takes_triton() else self._torch_step(loss)
+        if self.params[0].device.type != "cpu":
+            packs.invalidate(self.params)  # neither bumps version counters
         if not self.keep_gradients:
             for p in self.params:
                 p.grad = None
@@ -141,7 +143,6 @@ class GuardedAdam:
             self.skipped_in_a_row,
             keep=self.keep_gradients,
         )
-        packs.invalidate()  # as after a step of an optimiser of torch.optim
         return norm
 
     def _step_counts(self) -> list[Tensor]:

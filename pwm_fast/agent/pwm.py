@@ -18,6 +18,7 @@ from pwm_fast.agent.normalizers import RunningMeanStd
 from pwm_fast.agent.optim import GuardedAdam
 from pwm_fast.config import AlgConfig
 from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
+from pwm_fast.ops.fused import packs
 from pwm_fast.replay import Windows
 
 Metrics = dict[str, Tensor]
@@ -137,13 +138,26 @@ class PWM:
             "ret_rms": self.return_rms,
         }
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, where this agent alone writes to its networks, their packs are kept on a GPU.
+
+        On a CPU they always are. Its own methods enter it; around several calls it spares packing.
+        """
+        if self.device.type == "cpu":
+            yield
+            return
+        networks = (self.world_model, self.actor, self.critic)
+        with packs.keeping(p for network in networks for p in network.parameters()):
+            yield
+
     # --- acting ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
         """Actions ``[N, A]`` for observations ``[N, O]``; sampled unless ``deterministic``."""
         obs = obs.to(self.device)
-        with dispatch.precision(self.precision):
+        with dispatch.precision(self.precision), self.keeping():
             z = self._encode(obs, self._task(obs.shape[0]))
             noise = None if deterministic else self._noise(obs.shape[0])
             return self.actor(z, noise)
@@ -187,7 +201,7 @@ class PWM:
 
     def _run(self, name: str, function: Callable[..., Update], *inputs: Tensor | None) -> Update:
         """An update, from its graph where it is recorded."""
-        with dispatch.precision(self.precision):
+        with dispatch.precision(self.precision), self.keeping():
             captured = self._updates.get(name)
             if captured is None or self._is_captured():
                 return function(*inputs)
@@ -288,6 +302,7 @@ class PWM:
         with (
             memory.explained(what, "alg.actor.batch_size", self.device),
             dispatch.precision(self.precision),
+            self.keeping(),
             frozen(self.world_model, self.critic),
         ):
             for part in obs[: size * samples].split(size):

@@ -59,6 +59,7 @@ class HostEnv(ABC):
         integers: actions are whole numbers; each gets an equal share of [-1, 1].
     """
 
+    @torch.inference_mode(False)  # its buffers are written to in any mode
     def __init__(
         self,
         name: str,

@@ -37,6 +37,7 @@ class MujocoEnv:
         ValueError: a number out of range.
     """
 
+    @torch.inference_mode(False)  # its buffers are written to in any mode
     def __init__(
         self,
         task: Task,

@@ -52,6 +52,7 @@ class MujocoWarpEnv:
         ValueError: a number out of range.
     """
 
+    @torch.inference_mode(False)  # its buffers are written to in any mode
     def __init__(
         self,
         task: Task,

@@ -113,6 +113,7 @@ class EsnrAccumulator:
         self._sum: list[Tensor] = []
         self._squares = torch.zeros(0)
 
+    @torch.inference_mode(False)  # the sums outlive the mode that this is called in
     @torch.no_grad()
     def update(self, grads: Sequence[Tensor]) -> None:
         """Take one sample: gradient tensors in the same order and shapes every time.

@@ -98,6 +98,9 @@ def main() -> None:
     _C.axpby(at(x), at(dy), at(x), at(y), 0.25, 0.7, size, 1)
     out["axpby"] = y
 
+    total = _C.checksum([at(x), 1, 4 * size, 0, at(dy), 3, 4 * 17, 4 * 23], 1)
+    out["checksum"] = array("d", [total >> 32, total & 0xFFFFFFFF])
+
     for samples in (3, 16, 21):
         grads = [numbers(5000, 1.0, 0.2 + 0.01 * i) for i in range(samples)]
         addresses, sizes = array("q", map(at, grads)), array("q", [5000])

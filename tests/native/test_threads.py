@@ -89,6 +89,17 @@ def esnr(count: int) -> Callable[[int], Values]:
     return run
 
 
+def checksum() -> Callable[[int], Values]:
+    x, y = torch.randn(300_007), torch.randn(999, 201)
+
+    def run(threads: int) -> Values:
+        pieces = [x.data_ptr(), 1, 4 * x.numel(), 0, y.data_ptr(), 999, 4 * 190, 4 * 201]
+        low, high = (_C.checksum(pieces, threads) >> shift & 0xFFFFFFFF for shift in (0, 32))
+        return {"sum": torch.tensor([low, high])}
+
+    return run
+
+
 KERNELS = {
     "norm_act none": lambda: norm_act("none"),
     "norm_act mish": lambda: norm_act("mish"),
@@ -99,6 +110,7 @@ KERNELS = {
     "simnorm": simnorm,
     "two_hot": two_hot,
     "axpby": axpby,
+    "checksum": checksum,
     "esnr of 4": lambda: esnr(4),
     "esnr of 20": lambda: esnr(20),
 }

@@ -110,6 +110,23 @@ def test_products_by_cpu(capability: str, expected: bool, monkeypatch: pytest.Mo
     assert not gemm.prepacks(torch.zeros(2, 2, dtype=torch.float64))
 
 
+def test_trying_products_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the caller's random numbers, nor of the modes of the first call."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    expected = gemm._onednn_works()
+    gemm._onednn_works.cache_clear()
+    try:
+        before = torch.get_rng_state()
+        torch.set_default_dtype(torch.float64)
+        with FakeTensorMode(), torch.inference_mode(), torch.device("meta"):
+            assert gemm._onednn_works() is expected
+        assert torch.equal(torch.get_rng_state(), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        gemm._onednn_works.cache_clear()
+
+
 def test_unknown_choice_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gemm.VARIABLE, "cublas")
     with pytest.raises(ValueError, match="PWM_FAST_GEMM must be one of auto, torch, onednn"):

@@ -88,7 +88,6 @@ def test_invalidate(what: str) -> None:
     module, other, make = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4), Counted()
     double(module.weight, make)
     double(other.weight, make)
-    module.weight.data.add_(1.0)  # bumps no counter
     given = {"module": module, "tensors": [module.weight], "everything": None}[what]
     ops.invalidate(given)  # type: ignore[arg-type]
     assert torch.equal(double(module.weight, make), 2.0 * module.weight)
@@ -139,13 +138,71 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
         double(x, make)
 
 
-def test_tensors_without_a_counter_are_not_kept() -> None:
+def test_tensors_without_a_counter_are_kept_by_their_bytes() -> None:
     make = Counted()
     with torch.inference_mode():
         x = torch.randn(3)
+        pack = double(x, make)
         double(x, make)
+        assert make.calls == 1 and not pack.is_inference()
+        x.add_(1.0)
+        assert torch.equal(double(x, make), 2.0 * x) and make.calls == 2
+
+
+def test_packs_of_old_values_go_when_the_first_new_one_comes() -> None:
+    x, make = torch.randn(3), Counted()
+    for kind in range(5):
+        packs.kept((kind,), (x,), make)
+    assert len(packs._store) == 5
+    x.data.add_(1.0)
+    packs.kept((2,), (x,), make)
+    assert len(packs._store) == 1
+
+
+def test_equal_bytes_keep_a_pack() -> None:
+    """Whatever was written: what counts is what is there."""
+    x, make = torch.randn(3), Counted()
+    double(x, make)
+    for value in (x.clone(), x.clone()):
+        x.copy_(value)
         double(x, make)
-    assert make.calls == 2
+    assert make.calls == 1
+
+
+def test_a_pack_is_looked_for_once_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    original = packs.fingerprint
+    monkeypatch.setattr(packs, "fingerprint", lambda x: (looks.append(len(x)), original(x))[1])
+    x, make = torch.randn(3), Counted()
+
+    @packs.one_call
+    def call() -> list[Tensor]:
+        packs.keep_each(("double",), [x], lambda *some: [2.0 * t for t in some])
+        return [double(x, make) for _ in range(5)]
+
+    first = call()
+    assert make.calls == 0 and looks == [1, 1]  # before and after it was made
+    assert call()[0] is first[0] and looks == [1, 1, 1]
+    monkeypatch.setenv(packs.VARIABLE, "0")
+    assert all(y is not first[0] for y in call()) and make.calls == 0 and len(looks) == 3
+
+
+def test_packs_of_packs_need_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, first, second = torch.randn(3), Counted(), Counted()
+    pack = double(x, first)
+    monkeypatch.setattr(packs, "fingerprint", lambda x: () if not x else pytest.fail("a look"))
+    assert double(pack, second) is double(pack, second) and second.calls == 1
+
+
+def test_what_is_handed_back_is_nobodys_own() -> None:
+    """A pack that is the weight itself changes with it."""
+    x = torch.randn(3)
+    alias = packs.kept(("float",), (x,), lambda w: w.float())
+    assert alias is x
+    make = Counted()
+    double(alias, make)
+    x.data.add_(1.0)
+    assert torch.equal(double(alias, make), 2.0 * x)
 
 
 def test_nothing_is_kept_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,3 +293,43 @@ def test_a_capture_makes_packs_of_its_own_once() -> None:
         in_place(x)
         double(x, make)
         assert make.calls == 7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
+def test_on_a_gpu_packs_last_where_the_writer_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere they last as long as a call: no version counter is believed."""
+    with FakeCuda():
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        x, y, make = (*torch.randn(2, 3, device=DEVICE).unbind(), Counted())
+        y = y.clone()
+        for _ in range(2):
+            double(x, make)
+        assert make.calls == 2
+        packs.one_call(lambda: [double(x, make) for _ in range(3)])()
+        assert make.calls == 3
+        with packs.keeping([x]):
+            for _ in range(2):
+                double(x, make)
+            assert make.calls == 4
+            double(y, make)
+            double(y, make)
+            assert make.calls == 6  # nobody named it
+            in_place(x)
+            double(x, make)
+            assert make.calls == 7
+            with packs.keeping([x, y]):
+                double(y, make)
+                double(y, make)
+            assert make.calls == 8
+            double(x, make)
+            double(y, make)
+            assert make.calls == 9  # what is named still is kept
+            ops.invalidate([x])
+            double(x, make)
+            assert make.calls == 10
+        double(x, make)
+        assert make.calls == 11
+        pack = double(x, make)
+        double(pack, make)
+        double(pack, make)
+        assert make.calls == 13  # nobody writes to a pack

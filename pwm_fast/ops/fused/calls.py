@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,13 @@ def without_width(inputs: Sequence[Tensor], layers: Sequence[Layer] = ()) -> str
             shape = tuple(layer.weight.shape)
             return f"layer {i} has a weight {shape} of no size, which only the reference takes"
     return None
+
+
+def _savable(save: bool, *tensors: Tensor | None) -> Any:
+    """The tensors; with ``save``, copies of those that autograd refuses to keep."""
+    if not save or packs.hidden():
+        return tensors
+    return tuple(x.clone() if x is not None and x.is_inference() else x for x in tensors)
 
 
 def unsupported(layers: Sequence[Layer], order: str = "norm_act") -> str | None:
@@ -134,7 +141,8 @@ def centred(backend: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[in
     kind = ("centred", spec, pad, backend)
     # Who watches operators, to write them down, must see what a pack is made of.
     anew = wgrad or watched()
-    flat = list(make(*tensors) if anew else packs.kept(kind, tensors, make))
+    made = make(*_savable(wgrad, *tensors)) if anew else packs.kept(kind, tensors, make)
+    flat = list(made)
     result, widths = [], []
     for p in layers:
         weight = flat.pop(0)
@@ -166,8 +174,10 @@ def mlp(
         params = [p.squeeze(0) for p in params]
     rows = [_rows(x) for x in inputs]
     wgrad, igrad = needs_grad(params, inputs)
+    save = wgrad or igrad
+    rows, params = list(_savable(save, *rows)), list(_savable(save, *params))
     text = encode_layers(specs_of(layers, order, widths))
-    y = run_mlp(rows, params, text, backend, wgrad or igrad, wgrad)
+    y = run_mlp(rows, params, text, backend, save, wgrad)
     y = y[:, :outputs]  # a padded last layer
     if members:
         return y.view(members, *leading, y.shape[-1])
@@ -179,10 +189,9 @@ def layer_norm_act(
 ) -> Tensor:
     """See :func:`pwm_fast.ops.layer_norm_act`."""
     (save,) = needs_grad((x, weight, bias))
-    rows = _rows(x).contiguous()
     operator = torch.ops.pwm_fast.layer_norm_act
-    vectors = weight.contiguous(), bias.contiguous()
-    y, _, _ = operator(rows, *vectors, act, group, eps, backend, save)
+    tensors = _savable(save, _rows(x).contiguous(), weight.contiguous(), bias.contiguous())
+    y, _, _ = operator(*tensors, act, group, eps, backend, save)
     return y.view(x.shape)
 
 
@@ -205,8 +214,9 @@ def two_hot_cross_entropy(
 ) -> Tensor:
     """See :func:`pwm_fast.ops.two_hot_cross_entropy`."""
     operator = torch.ops.pwm_fast.two_hot_cross_entropy
-    rows = _rows(logits).contiguous()
-    loss, _ = operator(rows, x.reshape(-1).contiguous(), vmin, vmax, transform, backend)
+    (save,) = needs_grad((logits, x))
+    tensors = _savable(save, _rows(logits).contiguous(), x.reshape(-1).contiguous())
+    loss, _ = operator(*tensors, vmin, vmax, transform, backend)
     return loss.view(x.shape)
 
 
@@ -218,7 +228,8 @@ def td_lambda(
         None if x is None else x.reshape(x.shape[0], -1).contiguous()
         for x in (rewards, values, continues)
     ]
-    return torch.ops.pwm_fast.td_lambda(*rows, gamma, lam).view(rewards.shape)
+    (save,) = needs_grad([x for x in rows if x is not None])
+    return torch.ops.pwm_fast.td_lambda(*_savable(save, *rows), gamma, lam).view(rewards.shape)
 
 
 class Packed(NamedTuple):
@@ -257,6 +268,32 @@ def can_fold(net: Sequence[Layer]) -> bool:
     return len(net) > 1 and net[-1].ln_weight is None and net[-1].act == "none"
 
 
+def _folds(backend: str, net: Sequence[Layer], pays: bool, wgrad: bool, asked: bool | None) -> bool:
+    """Whether to fold: as it is asked for, else where it ``pays`` by the widths."""
+    if asked is None:
+        asked = algebra.in_force().fold
+    if asked is None or (asked and not can_fold(net)):
+        # With weight gradients the fold's own products eat most of what it spares on a CPU, and its
+        # rounding nearly doubles the float32 error of the last layer's gradient; that of 16-bit
+        # operands hides it, and what is folded runs in one launch (docs/performance.md).
+        asked = (_narrow(backend) or not wgrad) and pays and can_fold(net)
+    return asked
+
+
+def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
+    """Copies of layers, that a backward pass finds as the fold's products were made of them.
+
+    Else weights that somebody writes to after the forward pass would meet products of older ones.
+    """
+    flat = iter(packs.snapshot(tuple(layer_tensors(layers)), wgrad))
+    copies = []
+    for p in layers:
+        weight, bias, gamma, beta = (None if x is None else next(flat) for x in p[:4])
+        assert weight is not None
+        copies.append(p._replace(weight=weight, bias=bias, ln_weight=gamma, ln_bias=beta))
+    return copies
+
+
 def pack(
     backend: str,
     net: Sequence[Layer],
@@ -282,11 +319,14 @@ def pack(
         task_first: the task embedding stands before the action.
         fold: fold or not; None where it pays.
     """
-    hidden = net[0].weight.shape[0]
-    (wgrad,) = needs_grad(layer_tensors(net))
-    net, rms = centred(backend, net)
-    first, *others = net
     flow = method != "map"
+    (wgrad,) = needs_grad(layer_tensors(net))
+    hidden = net[0].weight.shape[0]
+    net, rms = centred(backend, net)
+    fold = flow and _folds(backend, net, fold_pays(hidden, latent), wgrad, fold)
+    if fold and not any(rms):  # what is centred is a copy
+        net = _snapshot(net, wgrad)
+    first, *others = net
     widths = [latent, task, action] if task_first else [latent, action, int(flow), task]
     parts = list(first.weight.split(widths, 1))
     if task_first:
@@ -295,15 +335,6 @@ def pack(
     else:
         w_z, w_a, tau, w_task = parts
         w_tau = tau.squeeze(1) if flow else None
-    if fold is None:
-        fold = algebra.in_force().fold
-    if fold is None or (fold and not can_fold(net)):
-        # With weight gradients the fold's own products eat most of what it spares on a CPU, and its
-        # rounding nearly doubles the float32 error of the last layer's gradient; that of 16-bit
-        # operands hides it, and what is folded runs in one launch (docs/performance.md).
-        pays = (_narrow(backend) or not wgrad) and fold_pays(hidden, latent)
-        fold = pays and can_fold(net)
-    fold = fold and flow
     norm = [first.ln_weight, first.ln_bias]
     params = [t.contiguous() for t in norm if t is not None]
     if not fold:
@@ -339,6 +370,7 @@ _LINEAR = encode_layers([LayerSpec("norm_act", "none", False, False, 8, 1e-5)])
 def _linear(backend: str, x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` of rows ``x``; through the operator, for its care with narrow weight gradients."""
     igrad, wgrad = needs_grad((x,), (weight,))
+    x, weight = _savable(igrad or wgrad, x, weight)
     return run_mlp([x], [weight], _LINEAR, backend, igrad or wgrad, wgrad)
 
 
@@ -365,12 +397,14 @@ def rollout(
     grad, wgrad = needs_grad(
         (z0, c), (packed.w_z, *packed.params, *(() if packed.w_tau is None else (packed.w_tau,)))
     )
+    tensors = (z0.contiguous(), c, packed.w_z, packed.w_tau, *packed.params)
+    z0, c, w_z, w_tau, *params = _savable(grad or wgrad, *tensors)
     z, _ = torch.ops.pwm_fast.rollout(
-        z0.contiguous(),
+        z0,
         c,
-        packed.w_z,
-        packed.w_tau,
-        packed.params,
+        w_z,
+        w_tau,
+        params,
         packed.spec,
         backend,
         grad or wgrad,
@@ -396,21 +430,24 @@ def imagine(
     grad, wgrad, agrad = needs_grad(
         (z0, base, packed.w_a, std), (packed.w_z, *packed.params, *tau), actor_params
     )
+    save = grad or wgrad or agrad
+    tensors = (z0.contiguous(), noise.contiguous(), base, packed.w_a, packed.w_z, packed.w_tau, std)
+    z0, noise, base, w_a, w_z, w_tau, std = _savable(save, *tensors)
     z, action, _ = torch.ops.pwm_fast.imagine(
-        z0.contiguous(),
-        noise.contiguous(),
+        z0,
+        noise,
         base,
-        packed.w_a,
-        packed.w_z,
-        packed.w_tau,
-        packed.params,
+        w_a,
+        w_z,
+        w_tau,
+        list(_savable(save, *packed.params)),
         std,
-        actor_params,
+        list(_savable(save, *actor_params)),
         packed.spec,
         encode_layers(specs_of(actor, "act_norm")),
         detach,
         backend,
-        grad or wgrad or agrad,
+        save,
         wgrad,
         agrad,
     )

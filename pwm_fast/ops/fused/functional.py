@@ -17,6 +17,7 @@ from pwm_fast.ops.fused.gemm import (
     weight_grad,
 )
 from pwm_fast.ops.fused.kernels import Kernels
+from pwm_fast.ops.fused.packs import one_call
 from pwm_fast.ops.fused.rollout import Dynamics, DynamicsGrads, DynamicsSpec, DynamicsWeights
 from pwm_fast.ops.fused.stack import (
     LayerGrads,
@@ -30,6 +31,7 @@ from pwm_fast.ops.fused.stack import (
 # --- MLP ----------------------------------------------------------------------------------------
 
 
+@one_call
 def mlp_forward(
     kernels: Kernels,
     specs: Sequence[LayerSpec],
@@ -41,7 +43,10 @@ def mlp_forward(
     """``[R, K_i]`` each, to ``[R, N]`` (``[E R, N]`` of an ensemble) and what backward needs."""
     layers = split_params(specs, params)
     stack = _mlp_stack(kernels, specs, layers, inputs[0].shape[0], save, wgrad, None)
-    round_together(kernels, [p.weight for p in layers])
+    first = [layers[0].weight]
+    if not _side_by_side(kernels, first[0], inputs):
+        first = _split(first[0], inputs)
+    round_together(kernels, [*first, *(p.weight for p in layers[1:])])
     h = _first_product(kernels, layers[0].weight, inputs)
     y = stack.forward(0, h)
     if stack.saved and y.untyped_storage()._cdata == stack.saved[-1].untyped_storage()._cdata:
@@ -49,6 +54,7 @@ def mlp_forward(
     return y, stack.saved
 
 
+@one_call
 def mlp_backward(
     kernels: Kernels,
     specs: Sequence[LayerSpec],
@@ -121,10 +127,15 @@ def _split(weight: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     return list(weight.split([x.shape[-1] for x in inputs], -1))
 
 
+def _side_by_side(kernels: Kernels, weight: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """The first product takes all inputs as one, and its weight whole."""
+    return len(inputs) > 1 and weight.dim() == 2 and takes_narrow(kernels, weight)
+
+
 def _first_product(kernels: Kernels, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     members = weight.shape[0] if weight.dim() == 3 else 0
     operand = kernels.precision.operand
-    if operand is not None and len(inputs) > 1 and not members and takes_narrow(kernels, weight):
+    if operand is not None and _side_by_side(kernels, weight, inputs):
         x, parts = side_by_side(inputs, operand)
         for each, out in zip(inputs, parts, strict=True):
             kernels.to_operand(each, out, None)
@@ -197,6 +208,7 @@ def _dynamics_flat(spec: DynamicsSpec, grads: DynamicsGrads, count: int) -> list
     return flat
 
 
+@one_call
 def rollout_forward(
     kernels: Kernels,
     spec: DynamicsSpec,
@@ -218,6 +230,7 @@ def rollout_forward(
     return z, dynamics.saved()
 
 
+@one_call
 def rollout_backward(
     kernels: Kernels,
     spec: DynamicsSpec,
@@ -238,6 +251,7 @@ def rollout_backward(
     return grads, _dynamics_flat(spec, grads, len(params))
 
 
+@one_call
 def imagine_forward(
     kernels: Kernels,
     spec: DynamicsSpec,
@@ -277,6 +291,7 @@ def imagine_forward(
     return z, action, [*dynamics.saved(), *policy.saved] if save else []
 
 
+@one_call
 def imagine_backward(
     kernels: Kernels,
     spec: DynamicsSpec,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pwm_fast.ops.fused import packs
 from pwm_fast.ops.fused.kernels import Kernels
@@ -18,6 +19,8 @@ CHOICES = ("auto", "torch", "onednn")
 _NARROW = 16
 _RUN, _FEW = 32, 1024  # rows of a short sum of a weight gradient; up to how many rows it is cut
 _CHUNK = 128  # longest sum of a prepacked product
+_PREPACKED_ROWS, _PREPACKED_WORK = 16, 3 * 2**19  # least rows and multiply-adds of one
+_SMALL = 2**17  # numbers that a CPU rounds sooner than it finds that their copy is still right
 ALIGNED = 8  # 16-bit numbers: rows of operands begin on 16 bytes
 
 
@@ -25,23 +28,33 @@ ALIGNED = 8  # 16-bit numbers: rows of operands begin on 16 bytes
 def _onednn_works() -> bool:
     """Whether torch has, and this CPU runs, oneDNN's Linear on a prepacked weight.
 
-    The operators are PyTorch's own, but private: they are tried once, with their result checked.
+    The operators are PyTorch's own, but private: they are tried once, with their result checked,
+    which is the same in whatever mode, and leaves the caller's random numbers alone.
     """
     try:
-        own = torch.Generator().manual_seed(0)  # the caller's random numbers stay its own
-        x, weight = (torch.randn(rows, 533, generator=own) for rows in (5, 17))
-        operator = torch.ops.mkldnn._reorder_linear_weight
-        y = _prepacked(x, [operator(part.contiguous(), 5) for part in _chunks(weight)])
-        return bool(torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-3))
+        with _disable_current_modes(), torch.no_grad():
+            numbers = torch.Generator().manual_seed(0)
+            x, weight = (
+                torch.randn(n, 533, generator=numbers, dtype=torch.float32, device="cpu")
+                for n in (5, 17)
+            )
+            operator = torch.ops.mkldnn._reorder_linear_weight
+            y = _prepacked(x, [operator(part.contiguous(), 5) for part in _chunks(weight)])
+            return bool(torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-3))
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
 
 
-def prepacks(weight: Tensor) -> bool:
+def prepacks(weight: Tensor, rows: int | None = None) -> bool:
     """Whether float32 products with ``weight`` run on oneDNN with a prepacked copy.
 
     ``PWM_FAST_GEMM`` says ``torch``, ``onednn``, or ``auto``: oneDNN on CPUs with AVX-512, where it
-    was measured at twice the speed of torch's own products (docs/performance.md); not on AVX2.
+    was measured at twice the speed of torch's own products (docs/performance.md); not on AVX2, nor
+    for products so small that the call takes longer than they.
+
+    Args:
+        weight: of the products.
+        rows: that are multiplied with it; None for many.
 
     Raises:
         ValueError: the environment variable is neither of them.
@@ -49,12 +62,16 @@ def prepacks(weight: Tensor) -> bool:
     choice = os.environ.get(VARIABLE) or "auto"
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
-    if choice == "torch" or weight.dim() != 2 or weight.numel() == 0:
+    if choice == "torch" or weight.dim() != 2 or weight.numel() == 0 or rows == 0:
         return False
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return False
-    if choice == "auto" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return False
+    if choice == "auto":
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+            return False
+        few = rows is not None and rows < _PREPACKED_ROWS
+        if few or (rows is not None and rows * weight.numel() < _PREPACKED_WORK):
+            return False
     return _onednn_works()
 
 
@@ -83,8 +100,9 @@ class Gemm:
         self.kernels, self.weight = kernels, weight
         self.precision = kernels.precision
         self._rows = rows
-        self._prepack = self.precision.operand is None and rows > 0 and prepacks(weight)
+        self._prepack = self.precision.operand is None and prepacks(weight, rows)
         self._copies: dict[bool, Tensor] = {}
+        self._reordered: dict[bool, tuple[Tensor, ...]] = {}
         self._narrow: Tensor | None = None
 
     def __call__(self, x: Tensor, members: int = 0, *, wide: bool = True) -> Tensor:
@@ -139,6 +157,8 @@ class Gemm:
 
     def _packed(self, transposed: bool) -> tuple[Tensor, ...]:
         """The weight, or its transpose, in oneDNN's order."""
+        if transposed in self._reordered:
+            return self._reordered[transposed]
         rows = self._rows
 
         def reorder(w: Tensor) -> tuple[Tensor, ...]:
@@ -146,7 +166,11 @@ class Gemm:
             operator = torch.ops.mkldnn._reorder_linear_weight
             return tuple(operator(part.contiguous(), rows) for part in parts)
 
-        return packs.kept(("onednn", rows, transposed), (self.weight,), reorder)
+        packed: tuple[Tensor, ...] = packs.kept(
+            ("onednn", rows, transposed), (self.weight,), reorder
+        )
+        self._reordered[transposed] = packed
+        return packed
 
     def operand_weight(self) -> Tensor:
         """The weight in the operands' dtype."""
@@ -169,9 +193,10 @@ class Gemm:
         operand = self.precision.operand
         if operand is None:
             return self.weight.transpose(-1, -2) if not transposed else self.weight
-        narrow = self.operand_weight()
-        if self._emulated(narrow):
-            narrow = packs.kept(("widened",), (narrow,), lambda w: w.float())
+        if self._emulated(self.weight):
+            narrow = _kept_copy(("widened", operand), self.weight, lambda w: w.to(operand).float())
+        else:
+            narrow = self.operand_weight()
         return narrow.transpose(-1, -2) if not transposed else narrow
 
     def _emulated(self, x: Tensor) -> bool:
@@ -199,17 +224,26 @@ class Gemm:
 
 
 def operand_copy(weight: Tensor, operand: torch.dtype) -> Tensor:
-    """The weight rounded to a product's operand, kept until it changes."""
+    """The weight rounded to a product's operand."""
     copy = packs.attached(weight, operand)
     if copy is not None:
         return copy
-    return packs.kept(("operand", operand), (weight,), lambda w: _narrowed(w, operand))
+    return _kept_copy(("operand", operand), weight, lambda w: w.to(operand))
+
+
+def _kept_copy(
+    kind: tuple[object, ...], weight: Tensor, make: Callable[[Tensor], Tensor]
+) -> Tensor:
+    if weight.is_cpu and weight.numel() <= _SMALL:
+        return make(weight)
+    copy: Tensor = packs.kept(kind, (weight,), make)
+    return copy
 
 
 def round_together(kernels: Kernels, weights: Sequence[Tensor]) -> None:
     """Make the copies of :func:`operand_copy` that are missing in one launch, if they are kept."""
     operand = kernels.precision.operand
-    if operand is None:
+    if operand is None or not weights[0].is_cuda:  # what launches nothing gains nothing
         return
 
     def make(*some: Tensor) -> list[Tensor]:
@@ -219,10 +253,6 @@ def round_together(kernels: Kernels, weights: Sequence[Tensor]) -> None:
 
     own = [w for w in weights if packs.attached(w, operand) is None]
     packs.keep_each(("operand", operand), own, make)
-
-
-def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype)
 
 
 @contextmanager

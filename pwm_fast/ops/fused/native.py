@@ -22,7 +22,7 @@ def _load() -> tuple[Any, str | None, str | None]:
         from pwm_fast import _C
     except ImportError as error:
         return None, None, f"the native extension does not load ({error})"
-    if not hasattr(_C, "norm_act_fwd"):
+    if not hasattr(_C, "checksum"):
         return None, None, "the native extension is of an older version: reinstall"
     path = _openmp_runtime()
     shared = path is not None and _C.set_openmp(path)

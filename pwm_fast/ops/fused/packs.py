@@ -1,33 +1,44 @@
-"""Copies of weights in the form that products want, kept until the weights change.
+"""Copies of weights in the form that products want, kept while the weights stay as they are.
 
-A pack (a folded, centred, padded, 16-bit or reordered copy) is kept under the identity and the
-version counter of every tensor it was made of, so an in-place change makes a new one. What bumps no
-counter is covered otherwise: any step of a ``torch.optim`` optimiser empties the store (fused Adam
-bumps none), and after writing through ``.data`` or replaying a captured update there is
-:func:`invalidate`. Nothing is kept, nor taken from the store, while a compiler traces, and of
-tensors without a counter. A CUDA graph must make its own packs: while one is captured they come
-from a store of that capture alone, if there is one (:func:`capturing`), and are not kept otherwise.
+A pack (a folded, centred, padded, 16-bit or reordered copy) must never stand for weights that have
+changed, and nobody can be relied on to say that they have: writes through ``.data``, NumPy, shared
+memory or a fused optimiser move no version counter. So
 
-The store holds no weight alive: entries die with their tensors' memory.
+- on the CPU a pack is kept with a checksum of the weights' bytes, which every operation compares
+  before it takes the pack (:mod:`pwm_fast.ops.fused.fingerprint`);
+- elsewhere, where comparing would wait for the device, a pack is made in each call, and kept by
+  version counters only between those who say when they write: of the weights that
+  :func:`keeping` names. A CUDA graph must make its own packs: while one is captured they come from
+  a store of that capture alone, if there is one (:func:`capturing`), and are not kept otherwise;
+- within an operation (:func:`one_call`) each pack is looked for once;
+- a pack of packs needs no check: nobody else has them.
+
+Nothing is kept while a compiler traces. The store holds no weight alive: entries die with their
+tensors' memory.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from pwm_fast.ops.fused.fingerprint import fingerprint
 
 VARIABLE = "PWM_FAST_PACKS"
 _PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, whose values may lie elsewhere
 LIMIT = 256  # entries; a world model with its critics has about 20
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _Copy(NamedTuple):
@@ -37,34 +48,77 @@ class _Copy(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    storages: tuple[StorageWeakRef, ...]
+    storages: tuple[StorageWeakRef, ...]  # of the tensors, so that the key stands for no others
+    state: Any  # of the tensors when the value was made
     value: Any
 
 
-Store = OrderedDict[tuple[Any, ...], _Entry]
+Key = tuple[Any, ...]
+Store = OrderedDict[Key, _Entry]
 
 _store: Store = OrderedDict()
 _recorded: Store | None = None  # of the capture that is going on
 _copies: dict[int, _Copy] = {}  # by storage
+_own: dict[int, StorageWeakRef] = {}  # storages of packs, which nobody writes to
+_most = 64  # of them, before those that are gone are taken out
+_named: Counter[int] = Counter()  # storages whose writers tell, by those who named them
 _lock = threading.RLock()  # on CUDA autograd runs backward passes in threads of its own
-_hooked = False
 
 
-def _identity(x: Tensor) -> tuple[Any, ...]:
-    return (
-        x.untyped_storage()._cdata,
-        x.data_ptr(),
-        x._version,
-        x.dtype,
-        x.device,
-        tuple(x.shape),
-        x.stride(),
-    )
+class _Local(threading.local):
+    call: dict[Key, tuple[Any, Any]] | None = None  # of the operation that is going on
+
+
+_local = _Local()
+
+
+def _identity(x: Tensor) -> Key:
+    return _storage(x), x.data_ptr(), x.dtype, x.device, x.shape, x.stride()
+
+
+def _storage(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
 
 
 def hidden() -> bool:
     """Whether a compiler or a transform is between tensors and their values."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def one_call(function: Callable[P, T]) -> Callable[P, T]:
+    """An operation, in which weights stay as they are: packs are looked for once."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        before = _local.call
+        _local.call = {} if before is None else before
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _local.call = before
+
+    return run
+
+
+@contextmanager
+def keeping(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, packs of these weights are kept on a GPU, in any thread.
+
+    Meanwhile they are written to by what moves their version counters alone, or by what calls
+    :func:`invalidate` afterwards.
+    """
+    storages = Counter(_storage(x) for x in weights)
+    with _lock:
+        _named.update(storages)
+    try:
+        yield
+    finally:
+        with _lock:
+            _named.subtract(storages)
+            ended = {s for s in storages if _named[s] <= 0}
+            for s in ended:
+                del _named[s]
+            _forget(_store, ended)
 
 
 @contextmanager
@@ -83,20 +137,36 @@ def capturing() -> Iterator[None]:
             _recorded = before
 
 
-def _store_of(tensors: Iterable[Tensor]) -> Store | None:
-    """The store where identity and version of the tensors say all about their values, else None."""
-    if hidden():
-        return None
-    store: Store | None = _store
-    for x in tensors:
-        if type(x) not in _PLAIN or x.is_inference():
-            return None
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            store = _recorded
+def _plain(tensors: Iterable[Tensor]) -> bool:
+    """Identity says where the tensors' values are."""
+    return not hidden() and all(type(x) in _PLAIN and not x.is_neg() for x in tensors)
+
+
+def _on() -> bool:
     choice = os.environ.get(VARIABLE) or "1"
     if choice not in ("0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {choice!r}")
-    return store if choice == "1" else None
+    return choice == "1"
+
+
+def _place(tensors: Sequence[Tensor], key: Key) -> tuple[Store | None, Callable[[], Any]]:
+    """Where packs of the tensors are kept, if anywhere, and what tells their values' state."""
+    store: Store | None = _store if _on() else None
+    foreign = [x for x, identity in zip(tensors, key[1:], strict=True) if identity[0] not in _own]
+    on_cuda = any(x.is_cuda for x in tensors)
+    if not on_cuda and all(x.is_cpu for x in tensors):
+        return store, partial(fingerprint, foreign)
+    if store is None or any(x.is_inference() for x in tensors):  # they have no version
+        return None, tuple
+    if on_cuda and torch.cuda.is_current_stream_capturing():
+        store = _recorded
+    elif any(_storage(x) not in _named for x in foreign):
+        store = None
+    return store, partial(_versions, tensors)
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(x._version for x in tensors)
 
 
 def kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[..., Any]) -> Any:
@@ -107,18 +177,39 @@ def kept(kind: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[...,
         tensors: what it is made of.
         make: the function; its result is not to be written to.
     """
-    store = _store_of(tensors)
-    if store is None:
+    if not _plain(tensors):
         return make(*tensors)  # under vmap gradients may be wanted though no tensor here says so
-    with _lock:
-        key = (kind, *(_identity(x) for x in tensors))
-        found = _found(store, key)
-        if found is not None:
-            return found.value
-        with torch.no_grad():
-            value = make(*tensors)
-        _keep(store, key, tensors, value)
+    key = (kind, *map(_identity, tensors))
+    call = _local.call
+    if call is not None and key in call:
+        return call[key][0]
+    store, state = _place(tensors, key)
+    before = None if store is None else state()
+    found = _found(store, key, before)
+    if found is not None:
+        value = found.value
+    else:
+        value = _made(make, tensors)
+        _keep(store, key, tensors, before, state, value)
+    if call is not None:
+        call[key] = value, tensors  # which thus keep their places until the call is over
     return value
+
+
+def snapshot(tensors: tuple[Tensor, ...], wgrad: bool) -> tuple[Tensor, ...]:
+    """Copies of tensors that nobody writes to; themselves where nobody can, as in a CUDA graph.
+
+    With ``wgrad`` gradients pass through them, and they are not kept.
+    """
+    if not _plain(tensors):
+        return tensors
+    if any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing():
+        return tensors
+    return _cloned(*tensors) if wgrad else kept(("snapshot",), tensors, _cloned)
+
+
+def _cloned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.clone() for x in tensors)
 
 
 def keep_each(
@@ -133,42 +224,88 @@ def keep_each(
         tensors: what one pack each is made of.
         make: takes those whose packs are missing, and returns these.
     """
-    store = _store_of(tensors)
-    if store is None:
+    call = _local.call
+    if not _plain(tensors):
         return
+    missing = []
+    for x in tensors:
+        key = (kind, _identity(x))
+        if call is not None and key in call:
+            continue
+        store, state = _place((x,), key)
+        if store is None and call is None:
+            continue
+        before = None if store is None else state()
+        found = _found(store, key, before)
+        if found is None:
+            missing.append((x, key, store, state, before))
+        elif call is not None:
+            call[key] = found.value, (x,)
+    if not missing:
+        return
+    made = _made(make, [x for x, *_ in missing])
+    for (x, key, store, state, before), value in zip(missing, made, strict=True):
+        _keep(store, key, (x,), before, state, value)
+        if call is not None:
+            call[key] = value, (x,)
+
+
+def _found(store: Store | None, key: Key, state: Any) -> _Entry | None:
+    if store is None:
+        return None
     with _lock:
-        keys = [(kind, _identity(x)) for x in tensors]
-        missing = [i for i, key in enumerate(keys) if _found(store, key) is None]
-        if not missing:
-            return
-        with torch.no_grad():
-            made = make(*(tensors[i] for i in missing))
-        for i, value in zip(missing, made, strict=True):
-            _keep(store, keys[i], (tensors[i],), value)
-
-
-def _found(store: Store, key: tuple[Any, ...]) -> _Entry | None:
-    entry = store.get(key)
-    if entry is None:
-        return None
-    if any(s.expired() for s in entry.storages):
-        del store[key]
-        return None
-    store.move_to_end(key)
+        entry = store.get(key)
+        if entry is None:
+            return None
+        if entry.state != state:
+            del store[key]
+            return None
+        store.move_to_end(key)
     return entry
 
 
-def _keep(store: Store, key: tuple[Any, ...], tensors: tuple[Tensor, ...], value: Any) -> None:
-    global _hooked
-    if not _hooked:
-        _hooked = True
-        # Fused optimisers write to parameters without bumping their version counters.
-        register_optimizer_step_post_hook(_after_step)
-    for old in [k for k, e in store.items() if any(s.expired() for s in e.storages)]:
-        del store[old]
-    while len(store) >= LIMIT:
-        store.popitem(last=False)
-    store[key] = _Entry(tuple(StorageWeakRef(x.untyped_storage()) for x in tensors), value)
+def _made(make: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+    """A pack, which any mode of autograd can use."""
+    global _most
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            value = make(*tensors)
+    else:
+        value = make(*tensors)
+    given = {_storage(x) for x in tensors}  # what needs no change may be handed back
+    with _lock:
+        if len(_own) >= _most:
+            for gone in [k for k, s in _own.items() if s.expired()]:
+                del _own[gone]
+            _most = 2 * len(_own) + 64
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, Tensor) and not x.is_mkldnn and _storage(x) not in given:
+                _own[_storage(x)] = StorageWeakRef(x.untyped_storage())
+    return value
+
+
+def _keep(
+    store: Store | None,
+    key: Key,
+    tensors: tuple[Tensor, ...],
+    before: Any,
+    state: Callable[[], Any],
+    value: Any,
+) -> None:
+    if store is None or state() != before:  # or somebody wrote while it was made
+        return
+    storages = tuple(StorageWeakRef(x.untyped_storage()) for x in tensors)
+
+    def is_over(other: Key, entry: _Entry) -> bool:
+        changed = other[1:] == key[1:] and entry.state != before  # other packs of these weights
+        return changed or any(s.expired() for s in entry.storages)
+
+    with _lock:
+        for old in [k for k, e in store.items() if is_over(k, e)]:
+            del store[old]
+        while len(store) >= LIMIT:
+            store.popitem(last=False)
+        store[key] = _Entry(storages, before, value)
 
 
 def attach(pack: Tensor, copy: Tensor) -> None:
@@ -202,21 +339,16 @@ def attached(x: Tensor, dtype: torch.dtype) -> Tensor | None:
     return found.value.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
-def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    invalidate()
-
-
 def invalidate(weights: torch.nn.Module | Iterable[Tensor] | None = None) -> None:
     """Forget packed copies of weights: the next operation makes them anew.
 
-    Needed where values changed behind PyTorch's back: written through ``.data`` or another library,
-    or by replaying a CUDA graph that updates parameters.
+    Never needed for right results, as what changed is noticed (docs/ops.md); it frees their memory.
 
     Args:
         weights: a module, or tensors; None for all.
     """
     tensors = weights.parameters() if isinstance(weights, torch.nn.Module) else weights
-    changed = None if tensors is None else {x.untyped_storage()._cdata for x in tensors}
+    changed = None if tensors is None else {_storage(x) for x in tensors}
     with _lock:
         for store in (_store, _recorded):
             if store is None:
@@ -229,12 +361,13 @@ def invalidate(weights: torch.nn.Module | Iterable[Tensor] | None = None) -> Non
 
 def _forget(store: Store, changed: set[int]) -> None:
     # A pack may be made of a pack: take what hangs on it along.
+    changed = set(changed)
     while True:
-        stale = [key for key in store if any(identity[0] in changed for identity in key[1:])]
+        stale = [key for key, e in store.items() if any(s.cdata in changed for s in e.storages)]
         if not stale:
             return
         for key in stale:
             value = store.pop(key).value
             for x in value if isinstance(value, tuple) else (value,):
                 if isinstance(x, Tensor) and not x.is_mkldnn:
-                    changed.add(x.untyped_storage()._cdata)
+                    changed.add(_storage(x))

@@ -91,9 +91,9 @@ def scan(path: Path) -> tuple[list[Row], list[int]]:
 def _parsed(line: str) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
+    return row if isinstance(row, dict) and type(row.get("epoch")) is int else None
 
 
 def to_numbers(metrics: Mapping[str, Tensor | float | int | None]) -> Row:

@@ -200,15 +200,12 @@ def _config(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing or not one of a run; the message is part of a sentence.
     """
-    import yaml  # type: ignore[import-untyped]
-
     if not path.exists():
         raise ConfigError("config.yaml is missing, so what was run is not known")
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config.yaml is damaged: it is no YAML") from error
-    flat = flatten(values) if isinstance(values, dict) else {}
+        flat = flatten(configuration.read_yaml(path))
+    except ConfigError as error:
+        raise ConfigError(f"config.yaml is damaged: {error}") from error
     lacking = [key for key in ("env.name", "alg.name", "seed") if flat.get(key) is None]
     if lacking:
         raise ConfigError(f"config.yaml is not of a training run: it lacks {', '.join(lacking)}")

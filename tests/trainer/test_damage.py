@@ -226,17 +226,13 @@ def restores(content: dict[str, Any], path: Path, run_dir: Path, **changes: obje
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["latest", "best"])
-@pytest.mark.parametrize("wrong", range(len(WRONG)))
-def test_wrong_contents(
-    finished: Path, tmp_path: Path, wrong: int, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_contents(finished: Path, tmp_path: Path, name: str) -> None:
     """Nothing but CheckpointError and ConfigError, and whatever is accepted can be trained with."""
     content = torch.load(finished / "checkpoints" / f"{name}.pt", weights_only=True)
-    monkeypatch.setattr(build, "seed_everything", lambda seed: None)
-    for place in sampled(content, 60):
-        restores(
-            placed(content, place, WRONG[wrong]), tmp_path / "a.pt", tmp_path / "run", epochs=7
-        )
+    draw = random.Random(name)
+    for place in sampled(content, 40):
+        wrong = placed(content, place, draw.choice(WRONG))
+        restores(wrong, tmp_path / "a.pt", tmp_path / "run", epochs=7)
 
 
 @pytest.mark.parametrize(

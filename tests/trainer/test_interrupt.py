@@ -141,6 +141,8 @@ def test_closed_terminal(tmp_path: Path) -> None:
     """The bar can be drawn no more, and still the checkpoint comes before the end."""
     import fcntl
     import pty
+    import select
+    import struct
     import termios
     import threading
 
@@ -149,6 +151,7 @@ def test_closed_terminal(tmp_path: Path) -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     terminal, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     arguments = tiny_arguments(tmp_path / "run", "epochs=100000", "checkpoint.every=0")
     process = subprocess.Popen(
         command("pwm_fast.train", *arguments),
@@ -163,8 +166,9 @@ def test_closed_terminal(tmp_path: Path) -> None:
     closing = threading.Event()
 
     def read() -> None:
-        while not closing.is_set() and os.read(terminal, 4096):
-            pass
+        while not closing.is_set():
+            if select.select([terminal], [], [], 0.05)[0]:
+                os.read(terminal, 4096)
 
     reader = threading.Thread(target=read)
     reader.start()

@@ -639,25 +639,22 @@ def from_hydra(cfg: Any) -> TrainConfig:
     return from_dict({str(k): v for k, v in values.items()})
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file that :func:`to_dict`'s containers were written to.
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
 
     Raises:
-        ConfigError: it is no such file; the message is the second half of a sentence.
+        ConfigError: it is damaged; the message is the second half of a sentence.
         OSError: it cannot be read.
     """
     import yaml  # type: ignore[import-untyped]
 
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        return yaml.safe_load(path.read_text("utf-8"))
     except OSError:
         raise
     except Exception as error:  # what a damaged number or date raises, YAML leaves to Python
         said = str(error).splitlines() or [type(error).__name__]
         raise ConfigError(f"it is no YAML ({said[0]})") from error
-    if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
-        raise ConfigError("it holds no configuration")
-    return values
 
 
 def compose(*overrides: str) -> TrainConfig:

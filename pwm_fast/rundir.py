@@ -216,9 +216,12 @@ class RunDirectory:
         if not self.config.exists():
             return {}
         try:
-            return configuration.read_yaml(self.config)
+            values = configuration.read_yaml(self.config)
         except ConfigError as error:
             raise ConfigError(_damaged(self.config, str(error))) from error
+        if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
+            raise ConfigError(_damaged(self.config, "it holds no configuration"))
+        return values
 
     def _refuse_damaged_records(self) -> None:
         """What is damaged is said before anything is written over it."""
@@ -250,7 +253,8 @@ class RunDirectory:
         kept: list[Path] = []
         if not (config.resume == "auto" and source.path == self.latest):
             saved = [self.checkpoints / f"{name}.pt" for name in ("best", "final", "latest")]
-            saved.append(checkpoint.previous_of(self.latest))
+            if _epoch(self.latest) < 0:  # there is none, or it is damaged
+                saved.append(checkpoint.previous_of(self.latest))
             kept = [p for p in saved if p.exists() and not p.samefile(source.path)]
             kept = [p for p in kept if not 0 <= _epoch(p) <= epoch]
             ahead = self._read_summary().get("epochs")

@@ -141,7 +141,7 @@ class RunDirectory:
         """``summary.json`` if ``config`` asks for just the run that is here and finished."""
         if config.resume != "auto" or not self._says_finished(config):
             return None
-        there = source is None or source.content["epoch"] == config.epochs
+        there = self.config.exists() if source is None else source.content["epoch"] == config.epochs
         return self._read_summary() if there else None
 
     def results(self) -> list[str]:
@@ -162,8 +162,8 @@ class RunDirectory:
         newest = self._newest()
         if newest is not None or not left:
             return newest
-        unsaved = self._unsaved.exists() and self.config.exists() and not self.summary.exists()
-        if unsaved or self._says_finished(config):
+        unsaved = self._unsaved.exists() and not self.summary.exists()
+        if self.config.exists() and (unsaved or self._says_finished(config)):
             # One killed before its first checkpoint starts anew, one that finished is left alone.
             refuse_other_config(self._written_config(), config, self.config)
             return None
@@ -188,8 +188,7 @@ class RunDirectory:
 
     def _says_finished(self, config: TrainConfig) -> bool:
         summary = self._read_summary()
-        done = summary.get("status") == "finished" and summary.get("epochs") == config.epochs
-        return done and self.config.exists()
+        return summary.get("status") == "finished" and summary.get("epochs") == config.epochs
 
     def _read_summary(self) -> dict[str, Any]:
         """``summary.json``; empty where there is none.
@@ -234,9 +233,9 @@ class RunDirectory:
     def keep(self, config: TrainConfig, source: Source | None) -> list[str]:
         """Keep under a second name what would be lost when the run goes on from ``source``.
 
-        That is ``metrics.jsonl`` where a line of it is damaged; and where the user goes back to an
-        earlier checkpoint than the latest, all that came after it. What a killed run logged after
-        its latest checkpoint is just computed again.
+        That is ``metrics.jsonl`` where a line of it is damaged; and what is of later epochs where
+        the run goes back to an earlier checkpoint than it had come to. What a killed run logged
+        after its latest checkpoint is just computed again.
 
         Returns:
             What was done, for people.
@@ -247,24 +246,13 @@ class RunDirectory:
         if source is None:
             return []
         epoch = source.content["epoch"]
-        rows, damaged = metrics.scan(self.metrics)
+        damaged = metrics.scan(self.metrics)[1]
         number = next(n for n in range(1, 1 << 30) if not self._kept(n))
-        said: list[str] = []
-        kept: list[Path] = []
-        if not (config.resume == "auto" and source.path == self.latest):
-            saved = [self.checkpoints / f"{name}.pt" for name in ("best", "final", "latest")]
-            if _epoch(self.latest) < 0:  # there is none, or it is damaged
-                saved.append(checkpoint.previous_of(self.latest))
-            kept = [p for p in saved if p.exists() and not p.samefile(source.path)]
-            kept = [p for p in kept if not 0 <= _epoch(p) <= epoch]
-            ahead = self._read_summary().get("epochs")
-            if isinstance(ahead, int) and ahead > epoch:
-                kept.append(self.summary)
-            if rows and rows[-1]["epoch"] > epoch:
-                kept.append(self.metrics)
+        kept = self._ahead(config, source)
         back = bool(kept)
         if damaged and self.metrics not in kept:
             kept.append(self.metrics)
+        said: list[str] = []
         names = {path: path.with_name(f"{path.stem}.kept_{number}{path.suffix}") for path in kept}
         for path, name in names.items():
             files.also_named(path, name)
@@ -278,6 +266,24 @@ class RunDirectory:
             shown = ", ".join(self._shown(name) for name in names.values())
             said.append(f"what {self.path} held after epoch {epoch} is kept in {shown}")
         return said
+
+    def _ahead(self, config: TrainConfig, source: Source) -> list[Path]:
+        """What is of later epochs than ``source``; nothing after a kill, which leaves some."""
+        epoch = source.content["epoch"]
+        saved = [self.checkpoints / f"{name}.pt" for name in ("best", "final", "latest")]
+        if _epoch(self.latest) < 0:  # there is none, or it is damaged
+            saved.append(checkpoint.previous_of(self.latest))
+        there = [p for p in saved if p.exists() and not p.samefile(source.path)]
+        ahead = [p for p in there if not 0 <= _epoch(p) <= epoch]
+        ends = self._read_summary().get("epochs")
+        if isinstance(ends, int) and ends > epoch:
+            ahead.append(self.summary)
+        rows = metrics.read(self.metrics)
+        if rows and rows[-1]["epoch"] > epoch:
+            ahead.append(self.metrics)
+        went_further = {self.summary, self.checkpoints / "final.pt"} & {*ahead}
+        own = config.resume == "auto" and source.path == self.latest
+        return [] if own and not went_further else ahead
 
     def _kept(self, number: int) -> bool:
         pattern = f"*.kept_{number}.*"

@@ -228,6 +228,27 @@ def test_going_back_keeps_what_came_after(
     assert again["metrics.kept_2.jsonl"] == after["metrics.jsonl"]
 
 
+def test_an_older_latest_that_was_put_back(finished: Path, tmp_path: Path) -> None:
+    """As an old backup: auto goes on from it, and what had come after it is kept."""
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    saved = directory / "checkpoints"
+    (saved / "latest.previous.pt").rename(saved / "latest.pt")
+    before = content_of(directory)
+    assert train(tiny_config(directory))[0]["status"] == "finished"
+    after = content_of(directory)
+    assert after["checkpoints/final.kept_1.pt"] == before["checkpoints/final.pt"]
+    assert after["metrics.kept_1.jsonl"] == before["metrics.jsonl"]
+    assert after["summary.kept_1.json"] == before["summary.json"]
+
+
+def test_a_kill_leaves_no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "run"
+    killed(directory, monkeypatch, checkpoint__every=1)
+    assert train(tiny_config(directory, checkpoint__every=1))[0]["status"] == "finished"
+    assert not list(directory.rglob("*.kept_*"))
+
+
 def test_killed_just_after_going_back(
     best_in_the_middle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast import checkpoint, dispatch, memory, seeding
+from pwm_fast import checkpoint, checkpoint_content, dispatch, memory, seeding
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
@@ -223,6 +223,7 @@ def load_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
         CheckpointError: the checkpoint cannot be read, or is of another version.
     """
     content = checkpoint.load(path)
+    checkpoint_content.check(path, content)
     try:
         return configuration.from_dict(content["config"]), content
     except ConfigError as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 
-from pwm_fast import files
+from pwm_fast import files, seal
 
 FORMAT = "pwm_fast.checkpoint"
 VERSION = 1
@@ -50,7 +50,9 @@ def save(path: Path, content: dict[str, Any], *, keep_previous: bool = False) ->
     """
     try:
         with files.replacing(path, previous=previous_of(path) if keep_previous else None) as file:
-            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            sealed = seal.SealedWriter(file)
+            torch.save({"format": FORMAT, "version": VERSION, **content}, cast(BinaryIO, sealed))
+            sealed.seal()
     # torch's zip writer turns a failed write into a RuntimeError.
     except (OSError, RuntimeError) as error:
         before = "the last one is unchanged" if path.exists() else "there was none before it"
@@ -60,25 +62,37 @@ def save(path: Path, content: dict[str, Any], *, keep_previous: bool = False) ->
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint.
+    """Read a checkpoint, every byte of which is as it was written.
+
+    What its parts hold is checked by :func:`pwm_fast.checkpoint_content.check`, and by who takes
+    them up.
 
     Args:
         path: the file.
         device: where its tensors go.
 
     Raises:
-        CheckpointError: the file is missing, cut short, or not a checkpoint of this program.
+        CheckpointError: the file is missing, cut short, damaged, or not a checkpoint of this
+            program; the message names the newest one beside it that is sound.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path}")
     try:
+        return _read(path, device)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_sound_hint(path)}") from error
+
+
+def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
+    try:
+        seal.verify(path)  # torch's reader looks at no checksum of a tensor
         with warnings.catch_warnings():  # of foreign files; what matters of them is said below
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint ({path.stat().st_size} bytes; cut short, damaged or "
-            f"of another program): {_reason(error)}{_previous_hint(path)}"
+            f"of another program): {_reason(error)}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = (
@@ -86,17 +100,24 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             if isinstance(content, dict)
             else f"a {type(content).__name__}"
         )
-        raise CheckpointError(
-            f"{path} is not a pwm_fast checkpoint: it holds {found}{_previous_hint(path)}"
-        )
+        raise CheckpointError(f"{path} is not a pwm_fast checkpoint: it holds {found}")
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has checkpoint version {content.get('version')}, this program reads {VERSION}"
         )
     missing = sorted(KEYS - content.keys())
     if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}{_previous_hint(path)}")
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}")
     return content
+
+
+def epoch_of(path: Path) -> int | None:
+    """Epochs behind a checkpoint, without reading its tensors; None where it cannot be read."""
+    try:
+        epoch = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+    except Exception:
+        return None
+    return epoch if type(epoch) is int else None
 
 
 def previous_of(path: Path) -> Path:
@@ -136,9 +157,22 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def _previous_hint(path: Path) -> str:
-    previous = previous_of(path)
-    return f"; the one before it is {previous}" if previous.is_file() else ""
+def _sound_hint(path: Path) -> str:
+    """The checkpoint before ``path``, or else the newest one beside it, if one can be read."""
+    before = previous_of(path)
+    others = [
+        path.with_name(f"{name}.pt") for name in ("latest", "latest.previous", "final", "best")
+    ]
+    others = [p for p in others if p not in (path, before) and p.is_file()]
+    others.sort(key=lambda p: epoch_of(p) or 0, reverse=True)
+    for other in ([before] if before.is_file() else []) + others:
+        try:
+            epoch = _read(other, "cpu")["epoch"]
+        except CheckpointError:
+            continue
+        which = "the one before it" if other == before else "a sound one beside it"
+        return f"; {which} is {other} (epoch {epoch}): resume={other} continues that"
+    return f"; the one before it, {before}, is damaged, too" if before.is_file() else ""
 
 
 def _reason(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pwm_fast import seeding
@@ -518,6 +519,8 @@ class TrainConfig:
         run_dir: where everything of the run is written.
         resume: ``auto`` continues a run found in ``run_dir``, a path continues that checkpoint,
             null refuses a ``run_dir`` that holds a run.
+        init: a checkpoint whose networks and running statistics a new run starts with, whatever
+            its number of worlds; null starts with random weights. A run that goes on has its own.
         data: offline data.
         checkpoint: checkpoints.
         eval: evaluation.
@@ -538,6 +541,7 @@ class TrainConfig:
     record_host: bool = False
     run_dir: str = "runs/default"
     resume: str | None = "auto"
+    init: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -564,6 +568,14 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "positive or null")
         _require(self.run_dir != "", "run_dir", self.run_dir, "a path")
+        _require(self.init != "", "init", self.init, "a path or null")
+        named = self.resume not in (None, "auto")
+        _require(
+            not (named and self.init is not None),
+            "init",
+            self.init,
+            f"null where resume names a checkpoint ({self.resume}), which has weights of its own",
+        )
         if self.esnr.every:
             samples, batch = self.esnr.samples, self.alg.actor.batch_size
             _require(
@@ -663,6 +675,24 @@ def from_hydra(cfg: Any) -> TrainConfig:
     assert isinstance(values, dict)
     values.pop("launch", None)  # where a sweep runs is no part of a run
     return from_dict({str(k): v for k, v in values.items()})
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigError: it is damaged; the message is the second half of a sentence.
+        OSError: it cannot be read.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged number or date raises, YAML leaves to Python
+        said = str(error).splitlines() or [type(error).__name__]
+        raise ConfigError(f"it is no YAML ({said[0]})") from error
 
 
 def compose(*overrides: str) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +55,24 @@ def write_text(path: Path, text: str) -> None:
 def naming(path: Path, error: OSError) -> OSError:
     """The same error with the file's name, which failed writes do not carry."""
     return OSError(error.errno, error.strerror or str(error), str(path))
+
+
+def also_named(path: Path, name: Path) -> None:
+    """Give a file a second name, under which its content stays when ``path`` is replaced.
+
+    Raises:
+        OSError: it cannot be read or written; it names the file.
+    """
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        try:
+            shutil.copy2(path, name)
+        except OSError as error:
+            _remove(name)
+            raise naming(name, error) from error
 
 
 def _keep(path: Path, previous: Path) -> None:

@@ -1,4 +1,7 @@
-"""Stopping a run in good order on SIGINT, SIGTERM, and Slurm's warnings SIGUSR1 and SIGUSR2."""
+"""Stopping a run in good order on a signal.
+
+SIGINT, SIGTERM, Slurm's warnings SIGUSR1 and SIGUSR2, and SIGHUP where the terminal is closed.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 # What Slurm sends some time before it ends a job, as `sbatch --signal=USR1@120` asks it to.
 WARNINGS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
+HANGUP = getattr(signal, "SIGHUP", None)
 
 
 class Interrupted(Exception):
@@ -23,7 +27,8 @@ class Interrupt:
     """Remembers the first signal, so that the run can stop where its state is whole.
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python allows
-    no signal handlers, it never triggers.
+    no signal handlers, it never triggers. SIGHUP stays ignored where it is (nohup); after it, what
+    goes to a terminal goes nowhere.
 
     A warning (SIGUSR1, SIGUSR2) that a library had taken before, as submitit takes SIGUSR2 to
     requeue its job, is handed on to it when the context ends well: after the checkpoint.
@@ -33,6 +38,7 @@ class Interrupt:
         self.signum: int | None = None
         self._warning: int | None = None
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []  # descriptors; of one that is gone this cannot be asked
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal has come."""
@@ -48,6 +54,9 @@ class Interrupt:
         if threading.current_thread() is threading.main_thread():
             for s in SIGNALS:
                 self._before[s] = signal.signal(s, self._handle)
+            if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
+                self._terminals = [n for n in (1, 2) if os.isatty(n)]
+                self._before[HANGUP] = signal.signal(HANGUP, self._handle)
         return self
 
     def __exit__(
@@ -67,8 +76,20 @@ class Interrupt:
         if self.signum is not None:
             if signum == signal.SIGINT:
                 raise KeyboardInterrupt
+            if signum == HANGUP:
+                self._forget_terminals()
             return
         self.signum = signum
         text = f"\n{signal.Signals(signum).name}: stopping; a checkpoint will be written\n"
         with suppress(OSError, ValueError):  # print is not safe within a handler
             os.write(sys.stderr.fileno(), text.encode())
+        if signum == HANGUP:
+            self._forget_terminals()
+
+    def _forget_terminals(self) -> None:
+        """A write to a terminal that is gone would end the run before its checkpoint."""
+        with suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self._terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)

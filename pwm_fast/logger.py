@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +31,7 @@ class RunLogger:
         config: of the run.
         directory: of the run.
         last_epoch: see :class:`~pwm_fast.metrics.MetricsFile`.
+        prepare: called when nothing can be refused any more, before the metrics file is changed.
 
     Raises:
         ConfigError: wandb was asked for and cannot start; the metrics file is as it was.
@@ -37,14 +39,20 @@ class RunLogger:
     """
 
     def __init__(
-        self, config: TrainConfig, directory: RunDirectory, last_epoch: int | None = None
+        self,
+        config: TrainConfig,
+        directory: RunDirectory,
+        last_epoch: int | None = None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         disabled = config.wandb.mode == "disabled"
-        self._wandb = None if disabled else WandbRun(config, directory.path)
+        self._wandb = None if disabled else WandbRun(config, directory)
+        prepare()
         self._file = MetricsFile(directory.metrics, last_epoch)
         self.interactive = sys.stderr.isatty()
         self._said = time.monotonic()  # when a line was printed last
+        self._ttys = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
         self._bar = _progress_bar(config.epochs, last_epoch or 0, self.interactive)
 
     def write(self, row: Row) -> None:
@@ -53,11 +61,10 @@ class RunLogger:
         if self._wandb is not None:
             self._wandb.log(row)
         if self.interactive:
-            self._bar.set_postfix(
-                {label: f"{row[k]:.3g}" for k, label in BAR.items() if row.get(k) is not None},
-                refresh=False,
-            )
-            self._bar.update(row["epoch"] - self._bar.n)
+            shown = {label: f"{row[k]:.3g}" for k, label in BAR.items() if row.get(k) is not None}
+            with self._to_terminal():
+                self._bar.set_postfix(shown, refresh=False)
+                self._bar.update(row["epoch"] - self._bar.n)
         elif "eval_reward" in row:
             self.say(_line(row, self.config.epochs))
         else:
@@ -68,7 +75,8 @@ class RunLogger:
 
         Outside a terminal it is printed, if nothing was for a while.
         """
-        self._bar.set_description_str(text)
+        with self._to_terminal():
+            self._bar.set_description_str(text)
         now = time.monotonic()
         if text and not self.interactive and now - self._said >= SILENCE:
             self.say(text)
@@ -76,16 +84,31 @@ class RunLogger:
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
         self._said = time.monotonic()
-        try:
+        with self._to_terminal():
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # who read our output is gone; that is no reason to stop
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def log_gradients(self, epoch: int, gradients: Mapping[str, Tensor]) -> None:
-        """Log histograms of gradients to wandb."""
+    @contextmanager
+    def _to_terminal(self) -> Iterator[None]:
+        """Inside, output that nobody can read any more goes nowhere: that is no reason to stop."""
+        try:
+            yield
+        except OSError as error:
+            # Of a closed terminal: SIGHUP is on its way, and what is shown now comes too soon.
+            lost = self._ttys if error.errno == errno.EIO else []
+            if isinstance(error, BrokenPipeError):
+                lost = [sys.stdout.fileno()]
+            if not lost:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in lost:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+    def log_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Log histograms of gradients to wandb, beside the row that was written last."""
         if self._wandb is not None:
-            self._wandb.log_gradients(epoch, gradients)
+            self._wandb.log_gradients(gradients)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Put values into wandb's summary."""
@@ -98,7 +121,8 @@ class RunLogger:
 
     def close(self, *, ok: bool) -> None:
         """End the bar, the file and the wandb run."""
-        self._bar.close()
+        with self._to_terminal():
+            self._bar.close()
         with suppress(OSError):  # everything was written, or its failure is on its way already
             self._file.close()
         if self._wandb is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pwm_fast import files
 
 Row = dict[str, Any]
+MOST = 1e300  # what a float holds; Python's integers have no bound
 
 
 class MetricsFile:
@@ -91,9 +92,16 @@ def scan(path: Path) -> tuple[list[Row], list[int]]:
 def _parsed(line: str) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
+    return row if isinstance(row, dict) and type(row.get("epoch")) is int else None
+
+
+def is_number(value: object) -> bool:
+    """A finite number, as every value of a row is that was logged and not lost or changed since."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < MOST and math.isfinite(value)
 
 
 def to_numbers(metrics: Mapping[str, Tensor | float | int | None]) -> Row:

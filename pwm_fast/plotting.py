@@ -106,7 +106,8 @@ def plot_run(run_dir: Path, title: str = "", directory: Path | None = None) -> l
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = metrics.read(run_dir / "metrics.jsonl")
+    logged = metrics.read(run_dir / "metrics.jsonl")
+    rows = [row for row in logged if metrics.is_number(row.get("env_steps"))]
     if not rows:
         return []
     directory = directory or run_dir / "plots"
@@ -161,7 +162,7 @@ def _draw(axes: Any, panel: Panel, rows: Sequence[metrics.Row]) -> None:
 
 def _draw_curve(axes: Any, curve: Curve, rows: Sequence[metrics.Row], *, positive: bool) -> bool:
     """Draw what there is of a curve; False if that is nothing."""
-    there = [row for row in rows if row.get(curve.key) is not None]
+    there = [row for row in rows if metrics.is_number(row.get(curve.key))]
     if positive:
         there = [row for row in there if row[curve.key] > 0]
     if not there:
@@ -170,7 +171,8 @@ def _draw_curve(axes: Any, curve: Curve, rows: Sequence[metrics.Row], *, positiv
     y = np.array([row[curve.key] for row in there], dtype=float)
     style = {"color": curve.color, "linewidth": 1.4}
     if curve.spread is not None:
-        spread = np.array([row.get(curve.spread) or 0.0 for row in there], dtype=float)
+        widths = [row.get(curve.spread) for row in there]
+        spread = np.array([w if metrics.is_number(w) else 0.0 for w in widths], dtype=float)
         axes.fill_between(x, y - spread, y + spread, color=curve.color, alpha=0.15, linewidth=0)
     if len(x) <= 60:
         axes.plot(x, y, label=curve.label, marker="o", markersize=3, clip_on=False, **style)
@@ -183,7 +185,7 @@ def _draw_curve(axes: Any, curve: Curve, rows: Sequence[metrics.Row], *, positiv
 
 
 def _draw_best(axes: Any, key: str, rows: Sequence[metrics.Row]) -> None:
-    there = [row for row in rows if row.get(key) is not None]
+    there = [row for row in rows if metrics.is_number(row.get(key))]
     if there:
         best = max(there, key=lambda row: row[key])
         label = f"best: {best[key]:.4g}"

@@ -251,7 +251,7 @@ def read(path: Path) -> list[Record]:
         return []
     except OSError as error:
         raise files.naming(path, error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is damaged: {error}; move it away to go on without it"
         ) from error
@@ -261,7 +261,11 @@ def read(path: Path) -> list[Record]:
         raise ConfigError(
             f"{path} has version {content.get('version')}, this program reads {VERSION}"
         )
-    history: list[Record] = content["history"]
+    history: list[Record] | None = content.get("history")
+    if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
+        raise ConfigError(
+            f"{path} is damaged: history is no list of records; move it away to go on without it"
+        )
     return history
 
 

@@ -1,8 +1,8 @@
 """``python -m pwm_fast.train env=ant alg=pwm_5M_flow epochs=100 seed=42``: train an agent.
 
 Exit status: 0 finished; 2 one line on stderr says what is wrong; 128 + signal number after SIGINT,
-SIGTERM, SIGUSR1 or SIGUSR2, with a checkpoint and the plots written. The same command then goes on
-where it stopped. ``-m`` makes a sweep, whose runs ``pwm_fast.launch`` starts.
+SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, with a checkpoint and the plots written. The same command then
+goes on where it stopped. ``-m`` makes a sweep, whose runs ``pwm_fast.launch`` starts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pwm_fast.logger import RunLogger
 from pwm_fast.rundir import RunDirectory
 from pwm_fast.seeding import Purpose
 from pwm_fast.trainer import Trainer
+from pwm_fast.warm_start import warm_start
 
 
 def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
@@ -74,11 +75,22 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 lambda n: build.make_env(config, n, evaluation, device),
                 data,
             )
-            if source is None:
-                trainer.use_data()
-            else:
+            record["init"] = None
+            if source is not None:
                 trainer.restore(source)
-            logger = RunLogger(config, directory, None if source is None else trainer.epoch)
+            else:
+                if config.init is not None:
+                    record["init"] = warm_start(agent, config)
+                trainer.use_data()
+            kept: list[str] = []
+
+            def prepare() -> None:
+                kept.extend(directory.keep(config, source))
+                if source is not None:
+                    trainer.save_start(source)
+
+            last_epoch = None if source is None else trainer.epoch
+            logger = RunLogger(config, directory, last_epoch, prepare)
             directory.begin(config, record, source)
             logger.say(describe(config, agent, device))
             if data is not None:
@@ -86,6 +98,8 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                     f"data set {data.path}: {len(data.episodes)} episodes, {data.transitions:,} "
                     f"transitions, as registered (manifest sha256 {data.manifest_sha256})"
                 )
+            if record["init"] is not None:
+                logger.say(f"starting with the networks of {config.init}")
             if source is not None:
                 logger.say(f"continuing {source.path} after epoch {trainer.epoch}")
                 if source.content.get("seeding") != seeding.VERSION:
@@ -93,6 +107,8 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                         "this checkpoint is of a version that derived seeds in another way: its "
                         "evaluations start from other states from here on"
                     )
+            for text in kept:
+                logger.say(text)
             summary = trainer.run(logger, stop)
             print_summary(summary)
             return summary, stop.exit_status

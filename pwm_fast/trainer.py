@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast import checkpoint, metrics, seeding
+from pwm_fast import checkpoint, checkpoint_content, metrics, seeding
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
@@ -26,11 +26,13 @@ from pwm_fast.logger import RunLogger
 from pwm_fast.plotting import plot_run
 from pwm_fast.progress import EpochProgress
 from pwm_fast.replay import Replay
-from pwm_fast.rundir import RunDirectory, Source
+from pwm_fast.rundir import RunDirectory, Source, differences
 from pwm_fast.seeding import Purpose
 from pwm_fast.supply import NothingToLearn, outlook, shortage
 from pwm_fast.wandb_run import run_name
 
+# What taking up a part of a checkpoint raises that is of another run, or damaged.
+UNFIT = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, OverflowError)
 LOOK_EVERY = 10  # updates between looks at how the bootstrap goes
 
 
@@ -328,7 +330,7 @@ class Trainer:
             self.save("best")
             self._logger.summarize({f"best_{k}": v for k, v in self.best.items()})
         if evaluation is not None and self.config.wandb.gradients:
-            self._logger.log_gradients(self.epoch, self.agent.gradients())
+            self._logger.log_gradients(self.agent.gradients())
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -368,6 +370,21 @@ class Trainer:
             CheckpointError: it could not be written; what was there before is untouched.
         """
         self._tick()
+        self._logger.sync()  # what is logged may be behind a checkpoint, never missing before it
+        self._write(name, keep_previous=name == "latest")
+
+    def save_start(self, source: Source) -> None:
+        """Make the named checkpoint that the run goes on from the latest of its directory.
+
+        Else a run that is killed soon would go on from another one, or anew. To be called before
+        the metrics file is changed.
+        """
+        latest = self.directory.latest
+        if self.config.resume != "auto" and not (latest.exists() and latest.samefile(source.path)):
+            keep = source.path.resolve() != checkpoint.previous_of(latest).resolve()
+            self._write("latest", keep_previous=keep)
+
+    def _write(self, name: str, *, keep_previous: bool) -> None:
         latest = name == "latest"
         try:
             env_state = self.env.get_state()
@@ -391,8 +408,10 @@ class Trainer:
             "precision": self.fallen_back,
             "seeding": seeding.VERSION,
         }
-        self._logger.sync()  # what is logged may be behind a checkpoint, never missing before it
-        checkpoint.save(self.directory.checkpoints / f"{name}.pt", content, keep_previous=latest)
+        path = self.directory.checkpoints / f"{name}.pt"
+        checkpoint.save(path, content, keep_previous=keep_previous)
+        if latest:
+            self.directory.saved()
 
     def use_data(self, *, seen: bool = False) -> None:
         """Begin with the offline data: in the replay, and in the agent's running statistics.
@@ -434,23 +453,40 @@ class Trainer:
         path, content = source
         if content["replay"] is not None:
             self._refuse_other_data(path, content.get("data"))
+        part = "agent"
         try:
             self.agent.load_state_dict(content["agent"])
+            part = "replay"
             if content["replay"] is not None:
                 self.replay.load_state_dict(content["replay"])
+            part = "env"
             if content["env"] is None:
                 self._begin_anew(content)
             else:
+                own = self.env.get_state()
                 self.env.set_state(content["env"])
+                _refuse_unlike(content["env"], own, "env")
+                _refuse_unlike(content["obs"], self._obs.cpu(), "obs")
                 self._obs = content["obs"].to(self.env.device)
+            part = "progress"
             self._progress.load_state_dict(content["progress"])
+            part = "held_action"
+            _refuse_unlike(content["held_action"], self._held_action.cpu(), "held_action")
             self._held_action = content["held_action"].to(self.agent.device)
+            part = "rng"
+            _refuse_unlike(content["rng"], checkpoint.rng_state(), "rng")
             checkpoint.set_rng_state(content["rng"])
         except KeyError as error:
-            raise CheckpointError(f"{path} does not fit this run: it lacks {error}") from error
-        except (ValueError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} does not fit this run: {reason}") from error
+            raise CheckpointError(
+                f"{path} does not fit this run: its {part} lacks {error}"
+            ) from error
+        except UNFIT as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            changed = list(differences(content["config"], self.config).values())
+            raise CheckpointError(
+                f"{path} does not fit this run: {reason} (in its {part})"
+                + (f"; {'; '.join(changed[:6])}" if changed else "")
+            ) from error
         if content["replay"] is None:
             then, now = content.get("data"), self._data_record()
             self.use_data(seen=_manifest_of(then) == _manifest_of(now))
@@ -477,6 +513,12 @@ class Trainer:
         place = (content["epoch"], done)
         seed = seeding.stream(self.config.seed, Purpose.RESUMED, *place)
         self._obs, _ = self.env.reset(seed=seed)
+
+
+def _refuse_unlike(saved: Any, own: Any, name: str) -> None:
+    """Raise ValueError where a saved state is of another kind than this run's."""
+    for problem in checkpoint_content.unlike(saved, own, name):
+        raise ValueError(problem)
 
 
 def _manifest_of(record: dict[str, Any] | None) -> str | None:

@@ -181,6 +181,37 @@ class GuardedAdam:
             "skipped_in_a_row": self.skipped_in_a_row.clone(),
         }
 
+    def mismatches(self, name: str, state: Any) -> list[str]:
+        """What of a saved state is not of these parameters, or would spoil them; empty if nothing.
+
+        Args:
+            name: of the state, for the messages.
+            state: what :meth:`load_state_dict` would take.
+        """
+        adam = state.get("adam") if isinstance(state, dict) else None
+        moments = adam.get("state") if isinstance(adam, dict) else None
+        groups = adam.get("param_groups") if isinstance(adam, dict) else None
+        if not (isinstance(moments, dict) and isinstance(groups, list)):
+            return [f"{name}.adam is not the state of an Adam optimiser"]
+        problems = []
+        own = self.adam.state_dict()["param_groups"]
+        listed = [group.get("params") if isinstance(group, dict) else None for group in groups]
+        if listed != [group["params"] for group in own]:
+            problems.append(f"{name}.adam.param_groups are of other parameters")
+        elif not all(_is_rate(group.get("lr")) for group in groups):
+            problems.append(f"{name}.adam.param_groups have no learning rates of 0 or more")
+        order = [p for group in self.adam.param_groups for p in group["params"]]
+        for index, saved in moments.items():
+            if type(index) is not int or not 0 <= index < len(order):
+                problems.append(f"{name}.adam.state.{index} is of no parameter")
+            else:
+                problems += _moment_problems(f"{name}.adam.state.{index}", saved, order[index])
+        for key in ("skipped", "skipped_in_a_row"):
+            count = state.get(key)
+            if not (_is_scalar(count) and count.dtype == torch.int64 and int(count) >= 0):
+                problems.append(f"{name}.{key} is no count")
+        return problems
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; Adam's betas stay those of this run."""
         options = [{**group} for group in self.adam.param_groups]
@@ -216,6 +247,38 @@ def _takes_native(grads: Sequence[Tensor]) -> bool:
     from pwm_fast.ops.fused.native import why_missing
 
     return why_missing() is None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _is_rate(value: Any) -> bool:
+    number = float(value) if type(value) in (int, float) or _is_scalar(value) else math.nan
+    return 0.0 <= number < math.inf
+
+
+def _moment_problems(name: str, saved: Any, p: Tensor) -> list[str]:
+    """What is wrong with the saved moments of a parameter.
+
+    A second moment may have overflowed to infinity, which only stops its parameter.
+    """
+    if not isinstance(saved, dict):
+        return [f"{name} is a {type(saved).__name__} instead of moments"]
+    problems = []
+    if not _is_rate(saved.get("step")):
+        problems.append(f"{name}.step is no number of steps")
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = saved.get(key)
+        if not isinstance(moment, Tensor) or not moment.is_floating_point():
+            problems.append(f"{name}.{key} is no tensor of numbers")
+        elif moment.shape != p.shape:
+            problems.append(f"{name}.{key} is {list(moment.shape)} instead of {list(p.shape)}")
+        elif key == "exp_avg" and not bool(moment.isfinite().all()):
+            problems.append(f"{name}.{key} has NaN or infinite values")
+        elif key == "exp_avg_sq" and not bool((moment >= 0).all()):
+            problems.append(f"{name}.{key} has NaN or negative values")
+    return problems
 
 
 def _laid_out_as(p: Tensor, g: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -380,7 +380,8 @@ class PWM:
         """Continue from :meth:`state_dict`.
 
         Raises:
-            ValueError: parameters are missing, unknown or of other shapes; nothing was changed.
+            ValueError: parameters are missing, unknown, of other shapes or not finite, or an
+                optimiser's state is not of these parameters; nothing was changed.
         """
         modules = self._modules()
         problems = []
@@ -388,10 +389,15 @@ class PWM:
             problems += _mismatches(key, module.state_dict(), state.get(key))
         if optimizers:
             problems += [f"{k} is missing" for k in _OPTIMIZER_KEYS.values() if k not in state]
-        if problems:
-            shown = "; ".join(problems[:4])
-            more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise ValueError(f"the saved agent is of another architecture: {shown}{more}")
+        _refuse("the saved agent is of another architecture", problems)
+        for key in modules:
+            problems += _not_finite(key, state[key])
+        if optimizers:
+            for name, optimizer in self.optimizers.items():
+                problems += optimizer.mismatches(
+                    _OPTIMIZER_KEYS[name], state[_OPTIMIZER_KEYS[name]]
+                )
+        _refuse("the saved agent cannot be used", problems)
         for key, module in modules.items():
             module.load_state_dict(state[key])
         if optimizers:
@@ -494,14 +500,35 @@ class PWM:
 _OPTIMIZER_KEYS = {"wm": "world_model_opt", "actor": "actor_opt", "critic": "critic_opt"}
 
 
+def _refuse(what: str, problems: list[str]) -> None:
+    """Raise ValueError with the first few problems, if there are any."""
+    if problems:
+        shown = "; ".join(problems[:4])
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{what}: {shown}{more}")
+
+
 def _mismatches(name: str, own: dict[str, Tensor], saved: dict[str, Tensor] | None) -> list[str]:
     if saved is None:
         return [f"{name} is missing"]
+    if not isinstance(saved, Mapping):
+        return [f"{name} is a {type(saved).__name__} instead of tensors by their names"]
     problems = [f"{name}.{k} is missing" for k in own if k not in saved]
     problems += [f"{name}.{k} is unknown" for k in saved if k not in own]
-    problems += [
-        f"{name}.{k} is {list(saved[k].shape)} instead of {list(own[k].shape)}"
-        for k in own
-        if k in saved and saved[k].shape != own[k].shape
-    ]
+    for k in own:
+        theirs = saved.get(k, own[k])
+        if not isinstance(theirs, Tensor):
+            problems.append(f"{name}.{k} is a {type(theirs).__name__} instead of a tensor")
+        elif theirs.shape != own[k].shape:
+            problems.append(f"{name}.{k} is {list(theirs.shape)} instead of {list(own[k].shape)}")
+        elif theirs.is_floating_point() != own[k].is_floating_point():
+            problems.append(f"{name}.{k} is {theirs.dtype} instead of {own[k].dtype}")
     return problems
+
+
+def _not_finite(name: str, saved: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name}.{k} has {int((~t.isfinite()).sum())} NaN or infinite values of {t.numel()}"
+        for k, t in saved.items()
+        if not bool(t.isfinite().all())
+    ]

@@ -101,7 +101,7 @@ class Run:
     def final(self) -> dict[str, Any] | None:
         """The final evaluation of a finished run."""
         result = self.summary.get("evaluation")
-        good = isinstance(result, dict) and _finite(result.get("reward_mean"))
+        good = isinstance(result, dict) and metrics.is_number(result.get("reward_mean"))
         return result if good else None
 
     @cached_property
@@ -111,7 +111,7 @@ class Run:
 
     def series(self, key: str) -> Series:
         """A metric where it was logged as a finite number."""
-        there = [row for row in self.rows if _finite(row.get(key))]
+        there = [row for row in self.rows if metrics.is_number(row.get(key))]
         return Series(
             np.array([row["env_steps"] for row in there], dtype=float),
             np.array([_number(row.get("wall_time")) for row in there], dtype=float),
@@ -168,13 +168,16 @@ def load(path: Path) -> Run | LeftOut:
         return LeftOut(path, str(error))
     except OSError as error:
         return LeftOut(path, f"{error.filename} cannot be read: {error.strerror}")
-    good = [row for row in rows if _finite(row.get("env_steps"))]
+    good = [row for row in rows if metrics.is_number(row.get("env_steps"))]
     if not good:
         why = "has no readable row" if damaged or rows else "is empty: nothing has been logged yet"
         return LeftOut(path, f"metrics.jsonl {why if log.exists() else 'is missing'}")
-    run = Run(path, config, good, _summary(path / "summary.json"), max(age, 0.0))
+    summary = _summary(path / "summary.json")
+    run = Run(path, config, good, summary or {}, max(age, 0.0))
     if len(run.evaluations.values) == 0:
         return LeftOut(path, f"metrics.jsonl holds no evaluation ({RETURN}), so there is no return")
+    if summary is None:
+        run.notes.append("summary.json is damaged and was left out")
     if damaged:
         run.notes.append(f"{_lines(damaged)} of metrics.jsonl could not be read and was skipped")
     if len(good) < len(rows):
@@ -203,14 +206,12 @@ def _config(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing or not one of a run; the message is part of a sentence.
     """
-    import yaml  # type: ignore[import-untyped]
-
     if not path.exists():
         raise ConfigError("config.yaml is missing, so what was run is not known")
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("config.yaml is damaged: it is no YAML") from error
+        values = configuration.read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(f"config.yaml is damaged: {error}") from error
     flat = flatten(values) if isinstance(values, dict) else {}
     lacking = [key for key in ("env.name", "alg.name", "seed") if flat.get(key) is None]
     if lacking:
@@ -221,20 +222,19 @@ def _config(path: Path) -> dict[str, Any]:
     return {**flatten(configuration.to_dict(default)), **flat}
 
 
-def _summary(path: Path) -> dict[str, Any]:
+def _summary(path: Path) -> dict[str, Any] | None:
+    """The summary, empty where there is none yet; None if it is damaged."""
     try:
         summary = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except OSError:
         return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except (ValueError, RecursionError):
+        return None
+    return summary if isinstance(summary, dict) else None
 
 
 def _number(value: Any) -> float:
-    return float(value) if _finite(value) else math.nan
+    return float(value) if metrics.is_number(value) else math.nan
 
 
 def _lines(numbers: list[int]) -> str:

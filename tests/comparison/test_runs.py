@@ -13,6 +13,7 @@ import yaml
 
 from pwm_fast.comparison.runs import LeftOut, Run, ago, find, load
 from pwm_fast.config import ConfigError
+from pwm_fast.plotting import plot_run
 from tests.comparison.conftest import write_run
 
 
@@ -161,6 +162,20 @@ def test_broken_summary_is_none(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"status": "finished"}'):
         (run / "summary.json").write_text(text)
         assert not loaded(run).finished
+        said = loaded(run).notes == ["summary.json is damaged and was left out"]
+        assert said == (text in ("{", "[]"))
+
+
+@pytest.mark.parametrize("value", [[], {}, "x", True, 10**400, float("nan"), [None]], ids=str)
+@pytest.mark.parametrize("key", ["eval_reward", "eval_reward_std", "wm_loss", "wall_time"])
+def test_rows_of_any_content_are_read_and_drawn(tmp_path: Path, key: str, value: object) -> None:
+    run = write_run(tmp_path / "run", epochs=20)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[10][key] = value
+    del rows[-1]["env_steps"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert np.isfinite(loaded(run).series(key).values).all()
+    assert plot_run(run)
 
 
 def test_unreadable(tmp_path: Path) -> None:

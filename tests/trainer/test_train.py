@@ -348,6 +348,8 @@ def test_refused_start_changes_nothing(case: str, run_dir: Path) -> None:
 
 def test_refuses_other_settings_before_the_first_checkpoint(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "summary.json").unlink()
+    (run_dir / "no_checkpoint_yet.txt").write_text("as a run that has just begun has it")
     before = content_of(run_dir)
     with pytest.raises(ConfigError, match=r"config\.yaml is of .* seed was 0, is 1"):
         train(tiny_config(run_dir, seed=1))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.trainer.conftest import Launcher, rows, tiny_arguments
+from tests.trainer.wandb_files import history
 
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
@@ -31,6 +33,40 @@ def test_offline_run_and_its_resume(launcher: Launcher, whole_run: Path, tmp_pat
 
 
 @needs_wandb
+def test_going_back_drops_no_row(launcher: Launcher, tmp_path: Path) -> None:
+    """wandb ignores what is logged at an earlier step than the last, so its steps only count."""
+    run = tmp_path / "run"
+    arguments = tiny_arguments(run, "wandb.mode=offline", "wandb.gradients=true")
+    previous = f"resume={run}/checkpoints/latest.previous.pt"
+    for extra in (["epochs=4"], [], [previous], [previous, "epochs=8"]):
+        outcome = launcher.run(tmp_path, *arguments, *extra)
+        assert (outcome.status, outcome.err) == (0, "")
+    assert [row["epoch"] for row in rows(run)] == list(range(9))
+
+    kept = [history(path) for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))]
+    epochs = [[row["epoch"] for row in part] for part in kept]
+    assert epochs == [[0, 1, 2, 3, 4], [5, 6], [5, 6], [5, 6, 7, 8]]
+    assert all(row["env_steps"] == 16 * row["epoch"] for part in kept for row in part)
+    steps = [row["_step"] for part in kept for row in part]
+    assert all(a < b for a, b in itertools.pairwise(steps)), steps
+    assert [row["_step"] for row in kept[0]] == epochs[0], "epochs, as long as none is repeated"
+    with_gradients = [row["epoch"] for row in kept[3] if any("gradients/" in k for k in row)]
+    assert with_gradients == [6, 8], "in the rows of their evaluations"
+
+
+@needs_wandb
+def test_going_on_with_a_run_of_steps_that_were_epochs(launcher: Launcher, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = tiny_arguments(run, "wandb.mode=offline")
+    assert launcher.run(tmp_path, *arguments).status == 0
+    (run / "wandb_step").unlink()  # no older version had it
+    previous = run / "checkpoints" / "latest.previous.pt"
+    assert launcher.run(tmp_path, *arguments, f"resume={previous}").status == 0
+    last = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))[-1]
+    assert [(row["epoch"], row["_step"]) for row in history(last)] == [(5, 7), (6, 8)]
+
+
+@needs_wandb
 def test_online_without_a_login(launcher: Launcher, tmp_path: Path) -> None:
     arguments = tiny_arguments(tmp_path / "run", "wandb.mode=online")
     home = {"HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path), "NETRC": str(tmp_path / "no")}
@@ -39,6 +75,8 @@ def test_online_without_a_login(launcher: Launcher, tmp_path: Path) -> None:
     assert len(outcome.err.splitlines()) == 1, outcome.err
     assert "wandb.mode=online cannot start" in outcome.err and "offline" in outcome.err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    left = [p.name for p in (tmp_path / "run").glob("*")]
+    assert left in ([], ["wandb"]), "nothing but what wandb writes of itself"
 
 
 @pytest.mark.parametrize("error", ["ImportError", "TypeError"])

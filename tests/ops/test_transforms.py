@@ -560,6 +560,17 @@ def test_a_trace_holds_no_weights(centre: bool, mode: str) -> None:
     assert_near(make_fx(call, tracing_mode=mode)(x)(other), expected)
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if " 0" in n or " end" in n])
+def test_slopes_of_a_trace_without_gradients(name: str) -> None:
+    """A graph of inputs that required none is right where it is differentiated later."""
+    case = CASES[name]
+    x, w = case.draw(), torch.randn(1000, generator=torch.Generator().manual_seed(2)).double()
+    truth = truth_of(case, x, case.draw(1), w)
+    graph = make_fx(lambda x: case.function(x))(x.float())
+    found = backward(graph, x.float(), w[: truth.y.numel()].float())
+    assert_near(found, w[: truth.y.numel()] @ truth.jacobian)
+
+
 ASKED: dict[str, Callable[[Tensor], Tensor]] = {
     "simnorm": lambda x: ops.simnorm(x, backend="native"),
     "mlp": lambda x: ops.mlp([x], [Layer(torch.ones(3, 8))], backend="native"),

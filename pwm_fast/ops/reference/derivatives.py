@@ -17,7 +17,11 @@ def transformed() -> bool:
 
 def hidden() -> bool:
     """Whether ``requires_grad`` says nothing: of tensors in a transform, or of a trace's inputs."""
-    return transformed() or torch._C._len_torch_dispatch_stack() > 0
+    if transformed():
+        return True
+    if torch.compiler.is_dynamo_compiling():  # which recompiles for other inputs
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
 
 
 def functionalized() -> bool:

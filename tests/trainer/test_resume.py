@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -131,6 +132,22 @@ def test_stopped(
     outcome = launcher.run(tmp_path, *arguments)
     assert outcome.status == 0, (at, outcome)
     assert_same(tmp_path / "run", whole_run)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6, 8, 11, 15, 20, 26])
+def test_killed_after_going_back(
+    at: int, launcher: Launcher, whole_run: Path, tmp_path: Path
+) -> None:
+    """Whenever that is, the directory goes on from one of the two states, and has all rows."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    arguments = tiny_arguments(run)
+    back = f"resume={run}/checkpoints/latest.previous.pt"
+    outcome = launcher.run(tmp_path, *arguments, back, hook=hook(at, signal.SIGKILL))
+    assert outcome.status == -signal.SIGKILL, outcome
+    outcome = launcher.run(tmp_path, *arguments)
+    assert outcome.status == 0, outcome
+    assert_same(run, whole_run)
 
 
 def test_stopped_within_the_first_epoch(

@@ -197,6 +197,7 @@ RULES: dict[str, Rule] = {
         lambda v: v is None or (isinstance(v, str) and v in dispatch.PRECISIONS),
         f"one of {', '.join(dispatch.PRECISIONS)}, or None",
     ),
+    "seeding": (lambda v: v is None or _count(v), "a version of how seeds are derived, or None"),
 }
 
 

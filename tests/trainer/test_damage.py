@@ -261,6 +261,7 @@ def test_wrong_contents(finished: Path, tmp_path: Path, name: str) -> None:
         (("replay",), {}, "replay.shape must be five numbers"),
         (("replay", "cursor"), torch.full((4,), 10**6), "replay.cursor must be of 100 rows"),
         (("replay", "run"), torch.zeros(4, 7), "replay.run must be int32 [4, "),
+        (("seeding",), torch.zeros(2), "seeding must be a version of how seeds are derived"),
         (("precision",), "fp8", "precision must be one of auto, "),
         (("agent", "actor"), {}, "actor.logstd is missing"),
         (("agent", "actor_opt"), {}, "actor_opt.adam is not the state of an Adam optimiser"),
@@ -312,7 +313,7 @@ def test_weights_that_are_not_finite(
 
 
 def test_moments_that_are_not_finite(finished: Path, tmp_path: Path) -> None:
-    content = torch.load(finished / "checkpoints" / "best.pt", weights_only=True)
+    content = torch.load(finished / "checkpoints" / "final.pt", weights_only=True)
     saved = copy.deepcopy(content)
     saved["agent"]["critic_opt"]["adam"]["state"][1]["exp_avg"].view(-1)[0] = float("nan")
     checkpoint.save(tmp_path / "a.pt", saved)

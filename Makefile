@@ -37,10 +37,15 @@ test: setup ## run the tests, on every core
 	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What differs between Pythons shows here, if anywhere; .ci/run does it with every one that there is.
-QUICK := tests/test_config.py tests/test_replay.py $(addprefix tests/,data envs launch models native ops trainer)
+QUICK := $(addprefix tests/,data envs test_config.py test_make_setup.py test_replay.py \
+	$(patsubst %,launch/test_%.py,options resources submit) \
+	$(patsubst %,native/test_%.py,arguments build_options cuda_build) \
+	$(patsubst %,ops/test_%.py,compile dispatch docs errors explain heads imports library vmap) \
+	$(patsubst %,trainer/test_%.py,checkpoint collection evaluation files metrics offline provenance train))
 
-test-quick: setup ## run the part of the tests that takes two minutes
-	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not slow and not interpreted' $(QUICK) $(ARGS)
+test-quick: setup ## run the part of the tests that CI runs on every Python
+	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not slow and not interpreted' \
+		$(QUICK) $(ARGS)
 
 bench: setup ## run the benchmarks
 	$(RUN) pytest bench --benchmark-only $(ARGS)

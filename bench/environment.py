@@ -100,4 +100,5 @@ def software() -> dict[str, Any]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
+    found["torch"] = str(torch.__version__)  # with its build, which its metadata on PyPI lack
     return found

@@ -134,6 +134,7 @@ def _devices() -> dict[str, str]:
     except Exception as error:  # a broken install is what this report is for
         return {"torch import": f"failed: {error}"}
     rows = {
+        "torch": str(torch.__version__),  # with its build, which its metadata on PyPI lack
         "torch CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     }
     rows.update(_native_threads())

@@ -142,6 +142,7 @@ def versions() -> dict[str, str]:
     """Versions of Python, this package and what it uses."""
     rows = {"pwm_fast": pwm_fast.__version__, "python": platform.python_version()}
     rows.update({name: info.package_version(name) for name in info.PACKAGES})
+    rows["torch"] = str(torch.__version__)  # with its build, which its metadata on PyPI lack
     rows["cuda"] = str(torch.version.cuda or torch.version.hip or "none")
     rows["native_extension"] = info.native_isa() or "none"
     return rows

@@ -135,7 +135,8 @@ def _devices() -> dict[str, str]:
         return {"torch import": f"failed: {error}"}
     rows = {
         "torch": str(torch.__version__),  # with its build, which its metadata on PyPI lack
-        "torch CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        "torch CPU": f"{torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads",
     }
     rows.update(_native_threads())
     rows.update(_products())

@@ -107,10 +107,6 @@ def _verify_records(path: Path) -> None:
 
 
 def _is_plain(info: zipfile.ZipInfo) -> bool:
-    """It is stored as torch stores records.
-
-    torch reads no content at all, and says nothing, where a damaged attribute makes a record a
-    directory (2.13).
-    """
+    """It is stored as torch stores records: of their headers, nothing else has a checksum."""
     stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
     return stored and info.external_attr == 0 and not info.is_dir()

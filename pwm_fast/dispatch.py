@@ -120,7 +120,8 @@ def _fused(call: Call) -> str | None:
             return f"the tensors' dtypes differ: {dtype} and {x.dtype}"
         if type(x) not in _PLAIN and (reason := _subclass(x)) is not None:
             return reason
-    if torch.is_autocast_enabled(first.device.type):
+    kind = first.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return "autocast is on, which only the reference follows"
     return _forward_mode(call.tensors) or _transform()
 

@@ -95,7 +95,7 @@ def test_stopped_and_continued(
 
 
 WRONG = {
-    "value": (["seed=0,-1"], "run 1 (seed=-1): seed must be in [0, 2^31), got -1; nothing was"),
+    "value": (["seed=0,-1"], "run 1 (seed=-1): seed must be in [0, 2^63), got -1; nothing was"),
     "environment": (["env=cartpole,moon"], "Could not find 'env/moon'; Available options in"),
     "one directory": (
         ["seed=0,1", "run_dir=x"],

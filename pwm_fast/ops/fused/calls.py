@@ -285,6 +285,8 @@ def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
 
     Else weights that somebody writes to after the forward pass would meet products of older ones.
     """
+    if watched() and not wgrad:  # who writes operators down must see the weights themselves
+        return list(layers)
     flat = iter(packs.snapshot(tuple(layer_tensors(layers)), wgrad))
     copies = []
     for p in layers:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pwm_fast.ops.reference.derivatives import transformed
 from pwm_fast.ops.reference.mish import mish
-from pwm_fast.ops.reference.wide import widen
+from pwm_fast.ops.reference.wide import autocasts, widen
 from pwm_fast.ops.types import Activation, Layer, Order
 
 # Evaluates a network on logically concatenated inputs.
@@ -50,7 +50,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         h = h * weight
     if bias is not None:
         h = h + bias
-    return h if torch.is_autocast_enabled(x.device.type) else h.to(x.dtype)
+    return h if autocasts(x) else h.to(x.dtype)
 
 
 def layer_norm_act(

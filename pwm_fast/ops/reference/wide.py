@@ -26,6 +26,12 @@ def widen(x: Tensor) -> Tensor:
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Inside, autocast does not round what is computed on the device of ``x``."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; some, such as meta, cannot have it."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -123,6 +123,7 @@ def main() -> None:
     """Measure everything, or one process's share of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--alg", choices=ALGS, help="measure it in this process alone")
+    parser.add_argument("--algs", nargs="+", choices=ALGS, default=ALGS, help="(default: all)")
     parser.add_argument("--busy", type=int, default=8, help="busy processes (default: 8)")
     parser.add_argument("--seconds", type=float, default=1.0, help="a round (default: 1)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds (default: 7)")
@@ -135,7 +136,7 @@ def main() -> None:
         stored = json.loads(RESULT.read_text("utf-8"))
     else:
         rows = []
-        for alg in ALGS:
+        for alg in options.algs:
             for load in (0, options.busy):
                 for policy in POLICIES:
                     command = [sys.executable, "-m", "bench.threads", f"--alg={alg}"]

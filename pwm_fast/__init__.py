@@ -28,7 +28,7 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 # OpenMP's threads spin while they wait for one another. On a busy machine that keeps the awaited
-# one from running: two threads took up to 24 times as long as one (docs/performance.md). OpenMP
+# one from running: two threads took up to 20 times as long as one (docs/performance.md). OpenMP
 # reads this when torch loads it, so the package's commands set it here, before torch comes; a
 # program of the user's own is left as it is.
 if sys.argv[:1] == ["-m"] and "torch" not in sys.modules:

@@ -101,6 +101,12 @@ class Choice(NamedTuple):
     reason: str | None
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; some, such as meta, cannot have it."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _reference(call: Call) -> str | None:
     if call.precision not in ("auto", "exact"):
         return f"precision {call.precision!r} is asked for; it computes in the tensors' own dtype"
@@ -120,8 +126,7 @@ def _fused(call: Call) -> str | None:
             return f"the tensors' dtypes differ: {dtype} and {x.dtype}"
         if type(x) not in _PLAIN and (reason := _subclass(x)) is not None:
             return reason
-    kind = first.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocasts(first):
         return "autocast is on, which only the reference follows"
     return _forward_mode(call.tensors) or _transform()
 
@@ -169,9 +174,8 @@ def transformed(tensors: Sequence[Tensor]) -> bool:
 
 def _transform() -> str | None:
     """Why operators cannot follow the transforms in force; None if they can."""
-    if (
-        torch._C._get_tracing_state() is not None
-    ):  # a trace holds for inputs that require gradients where these do not
+    # A trace holds for inputs that require gradients, too, where these do not.
+    if torch._C._get_tracing_state() is not None:
         return "it is traced by torch.jit, which only the reference follows"
     if not torch._C._are_functorch_transforms_active():
         return None

@@ -29,6 +29,14 @@ def executable() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
+# What reaches beyond the window's sides.
+OUTSIDE = (
+    "[...document.querySelectorAll('h1, h2, p, li, .card, img, figcaption, .scroll')]"
+    ".filter(e => { const r = e.getBoundingClientRect();"
+    " return r.width > 0 && (r.left < 0 || r.right > innerWidth); }).map(e => e.outerHTML)"
+)
+
+
 class Browser:
     """A browser with one page, as a context.
 

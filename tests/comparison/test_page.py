@@ -13,7 +13,7 @@ import pytest
 from pwm_fast.compare import compare
 from pwm_fast.comparison.page import _number
 from pwm_fast.comparison.report import Options, Report, outputs
-from tests.comparison.browser import Browser, executable
+from tests.comparison.browser import OUTSIDE, Browser, executable
 from tests.comparison.conftest import write_run
 
 BROWSER = pytest.mark.skipif(executable() is None, reason="no Chromium or Chrome is installed")
@@ -74,12 +74,7 @@ def test_page_in_a_browser(width: int, made: tuple[Path, Report], browser: Brows
     assert browser.value("document.scripts.length") == 0
     assert browser.value("document.documentElement.scrollWidth") <= width
     # Cards and tables stay in their places; only a table may scroll within its own frame.
-    outside = browser.value(
-        "[...document.querySelectorAll('h1, h2, p, li, .card, img, figcaption, .scroll')]"
-        ".filter(e => { const r = e.getBoundingClientRect();"
-        " return r.width > 0 && (r.left < 0 || r.right > innerWidth); }).map(e => e.outerHTML)"
-    )
-    assert outside == []
+    assert browser.value(OUTSIDE) == []
     if width == 1280:
         scrolling = browser.value(
             "[...document.querySelectorAll('.scroll')]"

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,20 +45,17 @@ def _vector(weights: list[Tensor], new: list[Tensor]) -> None:
     vector_to_parameters(parameters_to_vector(new), weights)
 
 
-def _adam(weights: list[Tensor], new: list[Tensor]) -> None:
+def _step(make: Any, weights: list[Tensor], new: list[Tensor]) -> None:
+    """One step of an optimiser that ``make`` makes, towards the new values."""
     for p, x in zip(weights, new, strict=True):
         flag, p.requires_grad = p.requires_grad, True
         p.grad = p.detach() - x
-        torch.optim.Adam([p], lr=0.05, fused=True).step()
+        make([p]).step()
         p.grad, p.requires_grad = None, flag
 
 
-def _sgd(weights: list[Tensor], new: list[Tensor]) -> None:
-    for p, x in zip(weights, new, strict=True):
-        flag, p.requires_grad = p.requires_grad, True
-        p.grad = p.detach() - x
-        torch.optim.SGD([p], lr=1.0, fused=True).step()
-        p.grad, p.requires_grad = None, flag
+_adam = partial(_step, partial(torch.optim.Adam, lr=0.05, fused=True))
+_sgd = partial(_step, partial(torch.optim.SGD, lr=1.0, fused=True))
 
 
 def _swap(p: Tensor, x: Tensor) -> None:

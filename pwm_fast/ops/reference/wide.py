@@ -8,6 +8,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from pwm_fast.dispatch import autocasts
+
 
 def common_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that PyTorch promotes the tensors' to: that of a result."""
@@ -29,9 +31,3 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     if autocasts(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``; some, such as meta, cannot have it."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

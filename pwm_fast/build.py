@@ -292,11 +292,12 @@ def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) ->
     alg = config.alg
     obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     latent = alg.world_model.latent_dim
-    for key, horizon, numbers in (
-        ("alg.model_learning.batch_size", alg.horizon, obs_dim + action_dim + 2 + latent),
-        ("alg.actor.batch_size", alg.imagined_steps, action_dim + latent),
+    learning = alg.model_learning.batch_size, alg.horizon, obs_dim + action_dim + 2 + latent
+    imagining = alg.actor.batch_size, alg.imagined_steps, action_dim + latent
+    for key, (batch, horizon, numbers) in (
+        ("alg.model_learning.batch_size", learning),
+        ("alg.actor.batch_size", imagining),
     ):
-        batch = alg.model_learning.batch_size if "model" in key else alg.actor.batch_size
         memory.require(
             4 * batch * (horizon + 1) * numbers,
             f"{key}={batch} rollouts of {horizon} steps",

@@ -80,6 +80,16 @@ def tiny_arguments(run_dir: Path, *extra: str) -> list[str]:
     return ["env=cartpole", *own, f"run_dir={run_dir}", *extra]
 
 
+def train_without_plots(config: TrainConfig) -> None:
+    """A whole run in this process; for fixtures that outlive a test's own patches."""
+    from pwm_fast import trainer
+    from pwm_fast.train import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "plot_run", lambda *_: [])
+        train(config)
+
+
 def rows(run_dir: Path) -> list[metrics.Row]:
     """Logged rows without what depends on the clock, read strictly."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()

@@ -18,7 +18,7 @@ from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import ConfigError
 from pwm_fast.train import train
-from tests.trainer.conftest import tiny_config
+from tests.trainer.conftest import tiny_config, train_without_plots
 
 NAMES = ("latest", "latest.previous", "best", "final")
 
@@ -32,9 +32,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; not to be written."""
     directory = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot_run", lambda *_: [])
-        train(tiny_config(directory))
+    train_without_plots(tiny_config(directory))
     return directory
 
 

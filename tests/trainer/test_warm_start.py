@@ -15,7 +15,13 @@ from pwm_fast.config import ConfigError
 from pwm_fast.evaluation import evaluate
 from pwm_fast.seeding import Purpose, stream
 from pwm_fast.train import train
-from tests.trainer.conftest import Launcher, rows, tiny_arguments, tiny_config
+from tests.trainer.conftest import (
+    Launcher,
+    rows,
+    tiny_arguments,
+    tiny_config,
+    train_without_plots,
+)
 
 STATISTICS = {"alg__normalize_obs": True}
 
@@ -29,9 +35,8 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a run in 8 worlds, with running statistics; not to be written."""
     directory = tmp_path_factory.mktemp("source") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot_run", lambda *_: [])
-        train(tiny_config(directory, num_envs=8, alg__replay_capacity=800, **STATISTICS))
+    config = tiny_config(directory, num_envs=8, alg__replay_capacity=800, **STATISTICS)
+    train_without_plots(config)
     return directory / "checkpoints" / "final.pt"
 
 

@@ -70,10 +70,10 @@ def _upload(words: list[int], device: torch.device) -> Tensor:
     that may be gone when it is replayed.
     """
     if device.type != "cuda":
-        return torch.tensor(words, dtype=torch.int64)
+        return torch.tensor(words, dtype=torch.int64, device="cpu")
     if torch.cuda.is_current_stream_capturing():
         return constants(words, device)
-    return torch.tensor(words, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    return torch.tensor(words, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
 
 
 def constants(words: list[int], device: torch.device) -> Tensor:

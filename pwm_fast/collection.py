@@ -61,13 +61,13 @@ class MixedPolicy:
         share = 1.0 if policy == "random" else random_share
         if agent is None and share < 1.0:
             raise ConfigError(f"policy must be random without a checkpoint, got {policy!r}")
-        worlds = torch.arange(num_envs)
+        worlds = torch.arange(num_envs, device="cpu")
         # Bresenham's line: the first k worlds hold round(k * share) random ones, for every k.
         self.random = ((worlds + 1) * share + 0.5).floor() > (worlds * share + 0.5).floor()
         self._agent = None if share == 1.0 else agent
         self._deterministic = policy == "deterministic"
         self._hold = random_hold
-        self._held = 2.0 * torch.rand(num_envs, action_dim) - 1.0
+        self._held = 2.0 * torch.rand(num_envs, action_dim, device="cpu") - 1.0
 
     def __call__(self, obs: Tensor) -> Tensor:
         """Actions ``[N, A]`` on the CPU for observations ``[N, O]``."""
@@ -101,8 +101,8 @@ def first_episodes(env: VectorEnv, act: Act, seed: int) -> list[Episode]:
         RuntimeError: an episode does not end within the environment's time limit.
     """
     obs, _ = env.reset(seed=seed)
-    running = torch.ones(env.num_envs, dtype=torch.bool)
-    lengths = torch.zeros(env.num_envs, dtype=torch.int64)
+    running = torch.ones(env.num_envs, dtype=torch.bool, device="cpu")
+    lengths = torch.zeros(env.num_envs, dtype=torch.int64, device="cpu")
     steps: list[tuple[Tensor, ...]] = []
     for _ in range(env.max_episode_steps):
         action = act(obs)

@@ -54,6 +54,15 @@ def _positive(prefix: str, config: Any, *names: str) -> None:
         _require(value > 0, f"{prefix}.{name}", value, "positive")
 
 
+MAX_THREADS = 1024  # with many more the system has none left, for anybody
+THREADS = f"positive and at most {MAX_THREADS}, or null"
+
+
+def are_threads(value: int | None) -> bool:
+    """Whether a number of CPU threads is one, or null."""
+    return value is None or 0 < value <= MAX_THREADS
+
+
 def _finite(prefix: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -487,7 +496,7 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         _positive("env", self, "num_envs", "threads")
-        _require(self.threads <= 1024, "env.threads", self.threads, "at most 1024")
+        _require(self.threads <= MAX_THREADS, "env.threads", self.threads, f"at most {MAX_THREADS}")
         _one_of("env.engine", self.engine, ("auto", "mujoco", "mujoco_warp"))
         if self.max_episode_steps is not None:
             _positive("env", self, "max_episode_steps")
@@ -564,9 +573,9 @@ class TrainConfig:
             self.graphs,
             "auto or false where device is cpu",
         )
-        for name in ("num_envs", "threads"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "positive or null")
+        worlds = self.num_envs
+        _require(worlds is None or worlds > 0, "num_envs", worlds, "positive or null")
+        _require(are_threads(self.threads), "threads", self.threads, THREADS)
         _require(self.run_dir != "", "run_dir", self.run_dir, "a path")
         _require(self.init != "", "init", self.init, "a path or null")
         named = self.resume not in (None, "auto")

@@ -21,7 +21,7 @@ from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import frozen, imagine
 from pwm_fast.collection import MixedPolicy, check_policy, first_episodes
-from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.config import THREADS, ConfigError, TrainConfig, are_threads
 from pwm_fast.diagnostics import (
     HeldOut,
     draw_windows,
@@ -92,7 +92,7 @@ class DiagnoseConfig:
         horizons = [1] if self.esnr_horizons is None else self.esnr_horizons
         optional = {
             name: getattr(self, name) is None or getattr(self, name) > 0
-            for name in ("horizon", "esnr_batch", "threads")
+            for name in ("horizon", "esnr_batch")
         }
         for ok, key, expected in (
             (
@@ -102,6 +102,7 @@ class DiagnoseConfig:
             ),
             *((getattr(self, n) > 0, n, "positive") for n in ("episodes", "windows", "probes")),
             (self.points > 1, "points", "at least 2"),
+            (are_threads(self.threads), "threads", THREADS),
             (0.0 < self.radius < float("inf"), "radius", "positive and finite"),
             (horizons and min(horizons) > 0, "esnr_horizons", "a list of positive numbers"),
             (

@@ -158,9 +158,11 @@ def _forward_mode(tensors: Sequence[Tensor]) -> str | None:
     """Why operators would lose a tangent; None where there is none to lose."""
     if forward_ad._current_level < 0:
         return None
+    # Where make_fx traces (torch.func.linearize), operators cannot look at tangents of constants.
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
         or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
     ):
         return "it is differentiated in forward mode, which only the reference follows"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_fast import build, cli, files, metrics, seeding
-from pwm_fast.config import ConfigError
+from pwm_fast.config import THREADS, ConfigError, are_threads
 from pwm_fast.evaluation import evaluate
 from pwm_fast.seeding import Purpose
 
@@ -47,7 +47,7 @@ class EvaluateConfig:
         for ok, key, expected in (
             (self.episodes > 0, "episodes", "positive"),
             (seeding.in_range(self.seed), "seed", "in [0, 2^63)"),
-            (self.threads is None or self.threads > 0, "threads", "positive or null"),
+            (are_threads(self.threads), "threads", THREADS),
         ):
             if not ok:
                 raise ConfigError(f"{key} must be {expected}, got {getattr(self, key)!r}")

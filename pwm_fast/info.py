@@ -104,7 +104,7 @@ def _products() -> dict[str, str]:
     """What multiplies matrices on the CPU."""
     torch, gemm = import_module("torch"), import_module("pwm_fast.ops.fused.gemm")
     try:
-        fp32 = "oneDNN, prepacked" if gemm.prepacks(torch.zeros(1, 1)) else "torch"
+        fp32 = "oneDNN, prepacked" if gemm.prepacks(torch.zeros(1, 1, device="cpu")) else "torch"
     except ValueError as error:
         fp32 = f"fail: {error}"
     bf16 = "in hardware" if gemm.cpu_multiplies_bf16() else "rounded, multiplied in fp32"

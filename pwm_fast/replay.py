@@ -162,12 +162,12 @@ class Replay:
             )
         for (world, start), episode in zip(places, episodes, strict=True):
             steps = len(episode.action)
-            tail = torch.zeros(1, self._data.shape[-1] - self.obs_dim)
+            tail = torch.zeros(1, self._data.shape[-1] - self.obs_dim, device="cpu")
             parts = (episode.action, episode.reward[:, None], episode.terminated[:, None])
             rest = torch.cat([torch.cat([p.to(tail) for p in parts], dim=-1), tail])
             rows = torch.cat([episode.obs.to(tail), rest], dim=-1)
             self._data[world, start : start + steps + 1] = rows.to(self.device)
-            self._run[world, start : start + steps] = torch.arange(1, steps + 1)
+            self._run[world, start : start + steps] = torch.arange(1, steps + 1, device="cpu")
         for used, world in emptiest:
             self._cursor[world] = used % self.rows
         self._window_cdf = self._row_cdf = None

@@ -3,7 +3,8 @@
 A setting is the entries of the blocks that are open, outermost first, in a ``ContextVar``. So
 nothing leaks into other threads and tasks; a new thread starts without any (``asyncio.to_thread``
 and tasks take those of their parent). Leaving a block takes its own entry out, so blocks may end in
-any order. As all of Python's contexts, one in a generator stays in force while it is suspended.
+any order. As all of Python's contexts, one in a generator stays in force while it is suspended; if
+another thread or task closes the generator, it is over where it began, too.
 
 Autograd's threads on CUDA see none either: what a backward pass needs is kept by its forward pass.
 What a backward pass recomputes (``torch.utils.checkpoint``) enters its blocks itself, inside the
@@ -32,12 +33,14 @@ _VARIABLES: dict[str, ContextVar[tuple[Entry, ...]]] = {
     name: ContextVar(f"pwm_fast.{name}", default=()) for name in _NAMES
 }
 _TRACED: dict[str, list[Entry]] = {name: [] for name in _NAMES}
+_HOME: ContextVar[None] = ContextVar("pwm_fast.home")  # its tokens tell contexts apart
+_ENDED: dict[int, Entry] = {}  # in another context than where they began; kept: ids stay theirs
 _THIS = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Any:
     if name in _VARIABLES:
-        return _VARIABLES[name].get()
+        return _open(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -52,11 +55,15 @@ def entered(name: str, value: Any) -> Iterator[None]:
         finally:
             _TRACED[name].pop()
         return
-    variable = _VARIABLES[name]
+    variable, home = _VARIABLES[name], _HOME.set(None)
     variable.set((*variable.get(), entry))
     try:
         yield
     finally:
+        try:
+            _HOME.reset(home)
+        except ValueError:  # this is another context
+            _ENDED[id(entry)] = entry
         variable.set(tuple(e for e in variable.get() if e is not entry))
 
 
@@ -64,7 +71,12 @@ def in_force(name: str) -> tuple[Entry, ...]:
     """All entries of a setting, outermost first."""
     if torch.compiler.is_dynamo_compiling():
         return (*getattr(_THIS, name), *_TRACED[name])
-    return _VARIABLES[name].get()
+    return _open(name)
+
+
+def _open(name: str) -> tuple[Entry, ...]:
+    entries = _VARIABLES[name].get()
+    return tuple(e for e in entries if id(e) not in _ENDED) if _ENDED else entries
 
 
 def innermost(name: str, default: Any = None) -> Any:

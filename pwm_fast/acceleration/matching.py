@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pwm_fast import ops
-from pwm_fast.acceleration.stack import Path, Plan, Step, Watched, assemble
+from pwm_fast.acceleration.stack import Path, Plan, Step, Watched, assemble, forward_of
 from pwm_fast.hooks import hooked
 from pwm_fast.ops import Activation, Order
 from pwm_fast.ops.fused import calls
@@ -280,6 +280,7 @@ def _layers(tokens: list[_Token], order: Order) -> tuple[list[Step], str | None]
 def _watch(stack: nn.Module) -> Iterator[Watched]:
     for where, module in stack.named_modules(remove_duplicate=False):
         path = tuple(where.split(".")) if where else ()
+        forward_of(type(module))  # which another may take the place of
         yield Watched(
             path,
             type(module),

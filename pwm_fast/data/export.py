@@ -11,7 +11,7 @@ from typing import Any
 from pwm_fast import build, cli, seeding
 from pwm_fast import config as configuration
 from pwm_fast.collection import MixedPolicy, check_policy, first_episodes
-from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.config import THREADS, ConfigError, TrainConfig, are_threads
 from pwm_fast.data.episodes import write_episode
 from pwm_fast.data.manifest import register
 from pwm_fast.evaluate import MISSING
@@ -54,7 +54,7 @@ class ExportConfig:
         for ok, key, expected in (
             (self.episodes > 0, "episodes", "positive"),
             (seeding.in_range(self.seed), "seed", "in [0, 2^63)"),
-            (self.threads is None or self.threads > 0, "threads", "positive or null"),
+            (are_threads(self.threads), "threads", THREADS),
             (self.random_hold is None or self.random_hold > 0, "random_hold", "positive or null"),
         ):
             if not ok:

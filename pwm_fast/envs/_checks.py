@@ -69,7 +69,7 @@ def reset_mask(options: dict[str, Any] | None, num_envs: int) -> Tensor:
     """
     mask = (options or {}).get("reset_mask")
     if mask is None:
-        return torch.ones(num_envs, dtype=torch.bool)
+        return torch.ones(num_envs, dtype=torch.bool, device="cpu")
     mask = torch.as_tensor(mask, device="cpu")
     if mask.dtype != torch.bool or tuple(mask.shape) != (num_envs,):
         raise ValueError(

@@ -82,9 +82,9 @@ class HostEnv(ABC):
         self.max_episode_steps = max_episode_steps
         self.can_terminate = can_terminate
         self.metadata: dict[str, Any] = {"autoreset_mode": SAME_STEP}
-        self._obs = torch.zeros(num_envs, obs_dim)
-        self._steps = torch.zeros(num_envs, dtype=torch.int64)
-        self._returns = torch.zeros(num_envs)
+        self._obs = torch.zeros(num_envs, obs_dim, device="cpu")
+        self._steps = torch.zeros(num_envs, dtype=torch.int64, device="cpu")
+        self._returns = torch.zeros(num_envs, device="cpu")
         self._episodes = np.zeros(num_envs, dtype=np.int64)  # begun so far, for messages
         self._warned = False
 

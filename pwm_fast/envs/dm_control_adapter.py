@@ -171,7 +171,10 @@ class DMControlEnv(_host.HostEnv):
         env = self._envs[index]
         model = env.physics.model.ptr
         # Some tasks move their target by writing into the model.
-        changed = {name: torch.tensor(getattr(model, name)) for name in self._changed_arrays(index)}
+        changed = {
+            name: torch.tensor(getattr(model, name), device="cpu")
+            for name in self._changed_arrays(index)
+        }
         return {
             "physics": _host.physics_state(model, env.physics.data.ptr),
             "fingerprint": self._fingerprints[index],

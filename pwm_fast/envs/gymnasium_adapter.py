@@ -231,7 +231,7 @@ class GymnasiumEnv(_host.HostEnv):
 
     def _world_state(self, index: int) -> dict[str, Any]:
         world, limit = self._mujoco_world(index)
-        derived = {name: torch.tensor(getattr(world.data, name)) for name in _DERIVED}
+        derived = {name: torch.tensor(getattr(world.data, name), device="cpu") for name in _DERIVED}
         return {
             "physics": _host.physics_state(world.model, world.data),
             "derived": derived,

@@ -89,9 +89,9 @@ class MujocoEnv:
         self._time = torch.from_numpy(self._batch.bind("time"))
 
         self._generator = torch.Generator().manual_seed(seeding.generator_seed(seed))
-        self._steps = torch.zeros(num_envs, dtype=torch.int64)
-        self._returns = torch.zeros(num_envs)
-        self._obs = torch.zeros(num_envs, task.obs_dim)
+        self._steps = torch.zeros(num_envs, dtype=torch.int64, device="cpu")
+        self._returns = torch.zeros(num_envs, device="cpu")
+        self._obs = torch.zeros(num_envs, task.obs_dim, device="cpu")
         self._warned = False
         self.reset()
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast import ops
-from pwm_fast.models.layers import act_norm_layers, act_norm_mlp, run_act_norm
+from pwm_fast.hooks import why_not_itself
+from pwm_fast.models.layers import (
+    ADVICE,
+    Skipped,
+    act_norm_layers,
+    act_norm_mlp,
+    run_act_norm,
+)
 from pwm_fast.ops.reference.rollouts import squashed
 
 INITS = ("orthogonal", "torch")
@@ -57,6 +64,9 @@ class GaussianActor(nn.Module):
         Raises:
             Skipped: whole operations would skip what a module does (a hook, a Dropout).
         """
+        reason = why_not_itself(self, GaussianActor.forward)
+        if reason is not None:
+            raise Skipped(f"{type(self).__name__} {reason}, {ADVICE}")
         return ops.Policy(act_norm_layers(self.mu_net), self.std())
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -111,7 +111,7 @@ def taken_apart(net: nn.Module, order: Order, root: bool) -> list[Layer]:
         Skipped: it has hooks, or modules that the operations do not know.
     """
     if root and hooked(net):
-        raise Skipped(f"{type(net).__name__} has hooks, {_ADVICE}")
+        raise Skipped(f"{type(net).__name__} has hooks, {ADVICE}")
     layers: list[Layer] = []
     parts: list[tuple[str, nn.Module]] = []
     for name, module in net._modules.items():
@@ -127,14 +127,14 @@ def taken_apart(net: nn.Module, order: Order, root: bool) -> list[Layer]:
     return _act_norm_layers(parts) if order == "act_norm" else layers
 
 
-_ADVICE = (
+ADVICE = (
     "which one operation for the whole network would skip: take them off, or call the network's "
     "modules themselves"
 )
 
 
 def _skipped(name: str, module: nn.Module | None, reason: str) -> Skipped:
-    return Skipped(f"layer {name} ({type(module).__name__}) {reason}, {_ADVICE}")
+    return Skipped(f"layer {name} ({type(module).__name__}) {reason}, {ADVICE}")
 
 
 def _linear_layer(name: str, module: nn.Module) -> Layer:

@@ -204,17 +204,22 @@ class RunningEsnr:
         self.decay, self.eps = decay, eps
         self._signal: Tensor | None = None
         self._noise: Tensor | None = None
-        self._weight = 0.0
+        self._weight: Tensor | float = 0.0
 
     def update(self, estimate: ESNR) -> ESNR:
-        """Take a new estimate; return the smoothed one (bias of the start corrected)."""
-        old = self.decay
+        """Take a new estimate; return the smoothed one (bias of the start corrected).
+
+        One with a tensor that is not finite is left out; before any other the result is NaN.
+        """
+        signal, noise = estimate.tensor_signal.detach(), estimate.tensor_noise.detach()
+        sound = (signal.isfinite() & noise.isfinite()).all()
+        old = torch.where(sound, self.decay, 1.0).double()
+        new = 1.0 - old
         if self._signal is None or self._noise is None:
-            self._signal = torch.zeros_like(estimate.tensor_signal)
-            self._noise = torch.zeros_like(estimate.tensor_noise)
-        self._signal = old * self._signal + (1.0 - old) * estimate.tensor_signal.detach()
-        self._noise = old * self._noise + (1.0 - old) * estimate.tensor_noise.detach()
-        self._weight = old * self._weight + 1.0 - old
+            self._signal, self._noise = torch.zeros_like(signal), torch.zeros_like(noise)
+        self._signal = old * self._signal + torch.where(sound, new * signal, 0.0)
+        self._noise = old * self._noise + torch.where(sound, new * noise, 0.0)
+        self._weight = old * self._weight + new
         return reference.summarize(
             self._signal / self._weight, self._noise / self._weight, 1, self.eps, False
         )

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -493,6 +494,10 @@ def test_changes_after() -> None:
     fast, stack = make()
     fast[0].forward = lambda x: torch.zeros(4, 9)
     check(fast, stack)
+    fast, stack = make()
+    with mock.patch.object(type(fast[0]), "forward", lambda self, x: torch.zeros(4, 9)):
+        check(fast, stack)
+    assert fast.intact()
 
     stack = m.changed(m.mlp(10, [9], 3), lambda s: setattr(s[0], "dropout", nn.Dropout(0.0)))
     fast = accelerated(stack)

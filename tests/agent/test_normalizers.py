@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pwm_fast.agent.normalizers import RunningMeanStd
 from tests.models.builders import same
@@ -100,3 +101,19 @@ def test_state_dict_round_trip() -> None:
     other.update(x)
     for name in ("mean", "var", "count"):
         assert torch.equal(getattr(rms, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_statistics_stay_exact_in_a_module_of_another_dtype(dtype: torch.dtype) -> None:
+    """float16 cannot count beyond 65504, bfloat16 not beyond 256."""
+    module = nn.Sequential(nn.Linear(2, 2), RunningMeanStd()).to(dtype)
+    rms = module[1]
+    x = 5.0 + torch.randn(3, 30_000, dtype=torch.float64)
+    for batch in x:
+        rms.update(batch)
+        module.to(dtype)
+    assert module[0].weight.dtype == dtype
+    assert rms.count.item() == 90_000
+    same(rms.mean, x.mean())
+    same(rms.var, x.var(correction=0))
+    assert module.to("meta")[1].mean.is_meta

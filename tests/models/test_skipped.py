@@ -282,6 +282,11 @@ def test_actor_and_critics_refuse_whole_operations() -> None:
         actor.policy()
     handle.remove()
     actor.policy()
+    handle = actor.register_forward_hook(lambda *_: None)  # actor(z) calls it
+    with pytest.raises(ValueError, match="GaussianActor has hooks, which one operation"):
+        actor.policy()
+    handle.remove()
+    actor.policy()
     assert len(CriticEnsemble(7, (9,)).layers()) == 2
     net = act_norm_mlp(7, [9], 2, 1.0)
     net[2] = nn.LayerNorm(9, elementwise_affine=False)

@@ -182,6 +182,20 @@ def test_cross_entropy_value(bins: int, vmin: float, vmax: float, transform: boo
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_cross_entropy_keeps_the_digits_of_weights(backend: str, scale: float) -> None:
+    """Near a bin the loss is little but a weight, which a float32 position leaves few digits of."""
+    x = (0.2 * torch.arange(-40, 41) + 1e-4 * torch.randn(81, dtype=torch.float64)).float()
+    codes = ops.two_hot_encode(x.double(), 101, -10.0, 10.0, transform=False)
+    logits = (scale * (codes.clamp_min(1e-6).log() + torch.randn(81, 101))).float()
+    ours = ops.two_hot_cross_entropy(logits, x, transform=False, backend=backend)
+    wanted = -(codes * logits.double().log_softmax(-1)).sum(-1)
+    plain = -(codes.float() * logits.log_softmax(-1)).sum(-1)
+    error, allowed = (ours - wanted).abs().max(), (plain - wanted).abs().max()
+    assert error <= 2 * allowed
+
+
 def test_cross_entropy_gradient() -> None:
     """By the logits: softmax minus the code, for any leading shape."""
     x = torch.randn(2, 3, dtype=torch.float64)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -165,10 +166,34 @@ def test_a_generator_that_is_closed_late(name: str) -> None:
         thread = threading.Thread(target=steps.close)  # has no such entry
         thread.start()
         thread.join()
-    assert len(getattr(scopes, name)) == 1  # nobody left it here
-    contextvars.copy_context().run(lambda: None)
-    scopes._VARIABLES[name].set(())
+        assert read() == choices[1]
+        steps = values()
+        next(steps)
+        contextvars.copy_context().run(steps.close)  # has it as well
+        assert read() == choices[1]
     assert read() == default(name)
+
+
+@names
+def test_an_async_generator_that_is_left(name: str) -> None:
+    """Asyncio closes it in a task of its own."""
+    enter, read, choices = SETTINGS[name]
+
+    async def values() -> AsyncIterator[Any]:
+        with enter(choices[0]):
+            yield read()
+            yield read()
+
+    async def leave() -> None:
+        async for value in values():
+            assert value == choices[0]
+            break
+        gc.collect()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert read() == default(name)
+
+    asyncio.run(leave())
 
 
 def test_settings_are_apart() -> None:

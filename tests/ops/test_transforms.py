@@ -489,6 +489,18 @@ def test_no_tangent_vanishes(name: str, way: str) -> None:
     check(name, way, lambda r, t, w: r.jacobian @ t, lambda f, x, t, w: FORWARD[way](f, x, t))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_linearize_in_something_else(name: str) -> None:
+    """The operation's own tensors are constants there, as start latents are of an action."""
+    case = CASES[name]
+    x = case.draw()
+    y = case.function(x.float())
+    u, t = torch.randn_like(y), torch.randn_like(y)
+    value, tangent = torch.func.linearize(lambda u: case.function(x.float()) * u, u)
+    assert_near(value, (y * u).double())
+    assert_near(tangent(t), (y * t).double())
+
+
 @pytest.mark.parametrize("way", REVERSE)
 @pytest.mark.parametrize("name", CASES)
 def test_no_gradient_is_lost(name: str, way: str) -> None:

@@ -70,8 +70,8 @@ class CudaEsnr:
     ) -> None:
         """Run a kernel on ``rows`` rows of ``count`` tensors each."""
         first = tensors[0]
-        addresses = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
-        sizes = torch.tensor([x.numel() for x in tensors[:count]], dtype=torch.int64)
+        addresses = native.words(x.data_ptr() for x in tensors)
+        sizes = native.words(x.numel() for x in tensors[:count])
         words = self._c.esnr_workspace_words(sizes.data_ptr(), count, rows)
         workspace = torch.empty(words, dtype=torch.int64, device=first.device)
         getattr(self._c, self._prefix + name)(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -432,6 +432,11 @@ class NativeKernels:
         )
 
 
+def words(numbers: Iterable[int]) -> Tensor:
+    """A table for native code, in the CPU's memory: torch's default device may be another."""
+    return torch.tensor([*numbers], dtype=torch.int64, device="cpu")
+
+
 class NativeEsnr(TorchEsnr):
     """See :class:`pwm_fast.ops.fused.esnr.EsnrKernels`; only the moments are native."""
 
@@ -442,10 +447,8 @@ class NativeEsnr(TorchEsnr):
         """See :class:`EsnrKernels`."""
         tensors = len(grads) // samples
         whole = [g.contiguous() for g in grads]  # named: alive until the call is over
-        pointers = torch.tensor([g.data_ptr() for g in whole], dtype=torch.int64)
-        sizes = torch.tensor([g.numel() for g in whole[:tensors]], dtype=torch.int64)
-        signal = torch.empty(tensors, dtype=torch.float64)
-        noise = torch.empty(tensors, dtype=torch.float64)
+        pointers, sizes = words(g.data_ptr() for g in whole), words(g.numel() for g in whole)
+        signal, noise = torch.empty(2, tensors, dtype=torch.float64, device="cpu").unbind()
         self._c.esnr(
             pointers.data_ptr(),
             sizes.data_ptr(),

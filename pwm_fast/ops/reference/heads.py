@@ -50,11 +50,14 @@ def _two_hot(
     return lower.unsqueeze(-1), (position - lower).unsqueeze(-1)
 
 
+def _exact(x: Tensor) -> Tensor:
+    """A weight is what is left of a position: of small ones, float32 would leave few digits."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 def two_hot_encode(x: Tensor, bins: int, vmin: float, vmax: float, transform: bool) -> Tensor:
     with full_precision(x):
-        # A weight is what is left of a position: of small ones, float32 would leave few digits.
-        wide = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-        index, upper = _two_hot(wide, bins, vmin, vmax, transform)
+        index, upper = _two_hot(_exact(x), bins, vmin, vmax, transform)
         out = torch.zeros(*x.shape, bins, dtype=x.dtype, device=x.device)
         out = out.scatter(-1, index, (1.0 - upper).to(x.dtype))
         return out.scatter(-1, index + 1, upper.to(x.dtype))
@@ -73,9 +76,9 @@ def two_hot_cross_entropy(
 ) -> Tensor:
     with full_precision(logits):
         wide = wide_dtype(logits, x)
-        lower, upper = _two_hot(x.to(wide), logits.shape[-1], vmin, vmax, transform)
+        lower, upper = _two_hot(_exact(x), logits.shape[-1], vmin, vmax, transform)
         log_p = F.log_softmax(logits.to(wide), dim=-1)
-        weights = torch.cat((1.0 - upper, upper), -1)
+        weights = torch.cat((1.0 - upper, upper), -1).to(wide)
         taken = discounted(weights, log_p.gather(-1, torch.cat((lower, lower + 1), -1)))
         # A bin without weight counts nothing, even where its logit is -inf.
         return taken.sum(-1).neg().to(common_dtype(logits, x))

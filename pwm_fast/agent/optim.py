@@ -226,17 +226,24 @@ class GuardedAdam:
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients together, float64; of finite float32 ones it is finite.
+    """Euclidean norm of all gradients together, float64, at any scale.
 
-    In float32 squares overflow where an entry is 1.9e19, and are lost below 1e-19.
+    In float32 squares overflow where an entry is 1.9e19, and are lost below 1e-19; in float64 at
+    1.4e154 and 1e-162.
     """
     if _takes_native(grads):
         from pwm_fast.ops.fused.native import NativeEsnr
 
         # A single sample's signal is its sum of squares: in float64 as fast as PyTorch's float32.
         return NativeEsnr().moments(grads, 1)[0].sum().sqrt()
-    norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    if all(g.dtype != torch.float64 for g in grads):
+        norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float64)
+        return torch.linalg.vector_norm(torch.stack(norms))
+    wide = [g.double() for g in grads]
+    largest = torch.stack(torch._foreach_norm(wide, math.inf)).amax()
+    scale = torch.where((largest > 0.0) & (largest < math.inf), largest, 1.0)
+    norms = torch._foreach_norm(torch._foreach_div(wide, scale), 2.0)
+    return scale * torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _takes_native(grads: Sequence[Tensor]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.agent.optim import GuardedAdam
+from pwm_fast.agent.optim import GuardedAdam, total_norm
 from tests.models.builders import same
 
 
@@ -249,6 +249,18 @@ def test_the_norm_of_finite_gradients_skips_nothing(scale: float) -> None:
     if scale > 1.0:
         for p in params:
             same(p.detach(), torch.full_like(p, -0.1), rtol=1e-5)  # Adam's first step
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1.0, 1e160, 1e300])
+def test_the_norm_in_double(scale: float) -> None:
+    """Squares that float64 does not hold either."""
+    grads = [torch.rand(30, 7, dtype=torch.float64), torch.zeros(2).double(), torch.rand(5)]
+    true = torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in grads[:2]]))
+    same(total_norm([scale * g for g in grads[:2]]), scale * true, rtol=1e-12, atol=0.0)
+    assert total_norm([torch.zeros(3).double()]).item() == 0.0
+    for bad in (float("nan"), float("inf")):
+        spoilt = torch.tensor([1e200, bad], dtype=torch.float64)
+        assert not total_norm([*grads, spoilt]).isfinite()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -13,6 +13,9 @@ from torch import Tensor
 from pwm_fast import dispatch
 from pwm_fast.checkpoint import CheckpointError
 
+DEEPEST = 20  # containers within one another in a configuration, which has about 5
+MOST = 2**62  # what a tensor can count
+
 Rule = tuple[Callable[[Any], bool], str]
 
 
@@ -88,7 +91,7 @@ def _kind(value: Any) -> object:
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < MOST
 
 
 def _number(value: Any) -> bool:
@@ -118,11 +121,13 @@ def _config(value: Any) -> bool:
     return named and _plain(value)
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (dict, list, tuple)) and depth == DEEPEST:
+        return False
     if isinstance(value, dict):
-        return all(isinstance(k, str) and _plain(v) for k, v in value.items())
+        return all(isinstance(k, str) and _plain(v, depth + 1) for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
+        return all(_plain(v, depth + 1) for v in value)
     return value is None or isinstance(value, (str, bool, int, float))
 
 

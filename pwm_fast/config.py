@@ -696,12 +696,17 @@ def read_yaml(path: Path) -> Any:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        return yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        aliases = "*" in text and any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text))
+        values = yaml.safe_load(text)
     except OSError:
         raise
     except Exception as error:  # what a damaged number or date raises, YAML leaves to Python
         said = str(error).splitlines() or [type(error).__name__]
         raise ConfigError(f"it is no YAML ({said[0]})") from error
+    if aliases:  # of itself, perhaps
+        raise ConfigError("it refers to parts of itself (*), which no configuration here does")
+    return values
 
 
 def compose(*overrides: str) -> TrainConfig:

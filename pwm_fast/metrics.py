@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -69,24 +69,41 @@ def read(path: Path) -> list[Row]:
 
     Of several rows of one epoch the last one counts. A missing file has no rows.
     """
-    return scan(path)[0]
+    return scan(path).rows
 
 
-def scan(path: Path) -> tuple[list[Row], list[int]]:
-    """Rows as :func:`read` gives them, and the numbers of damaged lines.
+class Scan(NamedTuple):
+    """What a metrics file holds.
 
-    A torn last line is none of these: it is being written, or its process was killed.
+    Attributes:
+        rows: as :func:`read` gives them.
+        damaged: numbers of lines that are no rows, or whose epoch another one has, too.
+        torn: the number of a last line that was begun: it is being written, or its process was
+            killed; None where there is none.
     """
-    rows: dict[int, Row] = {}
+
+    rows: list[Row]
+    damaged: list[int]
+    torn: int | None
+
+
+def scan(path: Path) -> Scan:
+    """Read a metrics file, and where it is damaged."""
+    rows: dict[int, tuple[int, Row]] = {}
     damaged: list[int] = []
-    lines = path.read_text("utf-8", errors="replace").split("\n") if path.exists() else []
+    torn = None
+    lines = path.read_text("utf-8-sig", errors="replace").split("\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         row = _parsed(line)
         if row is not None:
-            rows[row["epoch"]] = row
-        elif number < len(lines):  # what follows the last newline is empty or torn
+            if row["epoch"] in rows:
+                damaged.append(rows[row["epoch"]][0])
+            rows[row["epoch"]] = number, row
+        elif number < len(lines):
             damaged.append(number)
-    return [rows[epoch] for epoch in sorted(rows)], damaged
+        elif line:
+            torn = number
+    return Scan([rows[epoch][1] for epoch in sorted(rows)], sorted(damaged), torn)
 
 
 def _parsed(line: str) -> Row | None:
@@ -94,7 +111,8 @@ def _parsed(line: str) -> Row | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and type(row.get("epoch")) is int else None
+    sound = isinstance(row, dict) and type(row.get("epoch")) is int and row["epoch"] >= 0
+    return row if sound else None
 
 
 def is_number(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -128,6 +129,11 @@ class RunDirectory:
         checkpoint_content.check(path, content)
         if config.resume == "auto":
             refuse_other_config(content["config"], config, path)
+            if content["replay"] is None:
+                raise CheckpointError(
+                    f"{path} was not written as {path.name}: it has no replay, so another file was "
+                    f"given its name. {self._way_on(self.results())}"
+                )
         else:
             refuse_other_environment(content["config"], config, path)
         if content["epoch"] > config.epochs:
@@ -142,6 +148,7 @@ class RunDirectory:
         if config.resume != "auto" or not self._says_finished(config):
             return None
         there = self.config.exists() if source is None else source.content["epoch"] == config.epochs
+        there = there or (self.checkpoints / "final.pt").exists()  # latest.pt was deleted
         return self._read_summary() if there else None
 
     def results(self) -> list[str]:
@@ -172,18 +179,21 @@ class RunDirectory:
     def _without_latest(self, left: list[str]) -> str:
         """Why nothing is done in a directory that lost its latest checkpoint, and what to do."""
         shown = ", ".join(left[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else "")
+        return (
+            f"run_dir={self.path} holds a run without its checkpoints/latest.pt ({shown}), which "
+            f"would be overwritten: {self._way_on(left)}; another run_dir, or deleting this one, "
+            "starts anew"
+        )
+
+    def _way_on(self, left: list[str]) -> str:
+        """How to go on from what ``results`` are left."""
         saved = [self.path / name for name in left if name.endswith(".pt")]
         best = max(saved, key=lambda p: (_epoch(p), p.name == "final.pt"), default=None)
         if best is None or _epoch(best) < 0:
-            way = "no checkpoint is left to go on from"
-        else:
-            way = (
-                f"resume={best} goes on after its epoch {_epoch(best)}, with a new replay, which "
-                "only latest.pt holds"
-            )
+            return "no checkpoint is left to go on from"
         return (
-            f"run_dir={self.path} holds a run without its checkpoints/latest.pt ({shown}), which "
-            f"would be overwritten: {way}; another run_dir, or deleting this one, starts anew"
+            f"resume={best} goes on after its epoch {_epoch(best)}, with its replay or, if it has "
+            "none, a new one"
         )
 
     def _says_finished(self, config: TrainConfig) -> bool:
@@ -246,7 +256,11 @@ class RunDirectory:
         if source is None:
             return []
         epoch = source.content["epoch"]
-        damaged = metrics.scan(self.metrics)[1]
+        logged = metrics.scan(self.metrics)
+        damaged = list(logged.damaged)
+        lost = self._lost_rows(logged.rows, epoch)
+        if lost and logged.torn is not None:
+            damaged.append(logged.torn)  # by no kill: checkpoints come after their rows
         number = next(n for n in range(1, 1 << 30) if not self._kept(n))
         kept = self._ahead(config, source)
         back = bool(kept)
@@ -262,10 +276,22 @@ class RunDirectory:
                 f"{self.metrics} is damaged in line {lines}, which is left out; as it was, it is "
                 f"kept in {names[self.metrics].name}"
             )
+        if lost:
+            some = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+            said.append(f"{self.metrics} has no sound row of epoch {some}")
         if back:
             shown = ", ".join(self._shown(name) for name in names.values())
             said.append(f"what {self.path} held after epoch {epoch} is kept in {shown}")
         return said
+
+    def _lost_rows(self, rows: Sequence[metrics.Row], epoch: int) -> list[int]:
+        """Epochs up to ``epoch`` that were logged here and are not any more."""
+        records = provenance.read(self.provenance)
+        if not records:
+            return []
+        began = records[0].get("continues")
+        first = began["epoch"] + 1 if isinstance(began, dict) else 1
+        return sorted({*range(first, epoch + 1)} - {row["epoch"] for row in rows})
 
     def _ahead(self, config: TrainConfig, source: Source) -> list[Path]:
         """What is of later epochs than ``source``; nothing after a kill, which leaves some."""
@@ -283,7 +309,15 @@ class RunDirectory:
             ahead.append(self.metrics)
         went_further = {self.summary, self.checkpoints / "final.pt"} & {*ahead}
         own = config.resume == "auto" and source.path == self.latest
-        return [] if own and not went_further else ahead
+        before = checkpoint.previous_of(self.latest)
+        swapped = own and _epoch(before) > epoch and not self._is_kept(before)
+        if swapped:
+            ahead.append(before)
+        return [] if own and not went_further and not swapped else ahead
+
+    def _is_kept(self, path: Path) -> bool:
+        """Whether a file has a second name already."""
+        return any(path.samefile(kept) for kept in path.parent.glob("*.kept_*"))
 
     def _kept(self, number: int) -> bool:
         pattern = f"*.kept_{number}.*"
@@ -346,7 +380,7 @@ class RunDirectory:
 
     def _named(self, name: str) -> Path:
         path = Path(name).expanduser()
-        if not path.exists():
+        if not path.is_file():
             raise ConfigError(f"resume={name}: there is no such file")
         if self.results() and path.resolve().parent != self.checkpoints.resolve():
             raise ConfigError(

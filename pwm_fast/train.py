@@ -101,7 +101,8 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
             if record["init"] is not None:
                 logger.say(f"starting with the networks of {config.init}")
             if source is not None:
-                logger.say(f"continuing {source.path} after epoch {trainer.epoch}")
+                new = ", with a new replay" if source.content["replay"] is None else ""
+                logger.say(f"continuing {source.path} after epoch {trainer.epoch}{new}")
                 if source.content.get("seeding") != seeding.VERSION:
                     logger.say(
                         "this checkpoint is of a version that derived seeds in another way: its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping
 from importlib import import_module
@@ -115,4 +116,10 @@ def _run_id(file: Path) -> str:
     """The id in ``file``, made where there is none: a resumed run continues its wandb run."""
     if not file.is_file():
         files.write_text(file, uuid.uuid4().hex[:8])
-    return file.read_text("utf-8").strip()
+    found = file.read_text("utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\w.-]{1,128}", found, re.ASCII):
+        raise ConfigError(
+            f"{file} is damaged: it must hold the id of a wandb run, got {found[:40]!r}; move it "
+            "away to go on in a new wandb run"
+        )
+    return found

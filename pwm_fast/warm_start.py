@@ -41,6 +41,8 @@ def warm_start(agent: PWM, config: TrainConfig) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     path = Path(str(config.init)).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"init={config.init}: there is no such file")
     run, content = build.load_run(path)
     then, now = configuration.to_dict(run), configuration.to_dict(config)
     changed = provenance.changes(then, now)

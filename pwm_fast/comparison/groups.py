@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from pwm_fast import config as configuration
 from pwm_fast.comparison.runs import LeftOut, Run
-from pwm_fast.provenance import NOT_OF_THE_EXPERIMENT
+from pwm_fast.provenance import NOT_OF_THE_EXPERIMENT, flat
 
 # ESNR draws random numbers, but changes nothing that is learnt.
 IGNORED = (*NOT_OF_THE_EXPERIMENT, "esnr")
 ENVIRONMENT = ("env.name", "env.max_episode_steps", "env.options")
+ALGS = Path(__file__).parent.parent / "configs" / "alg"
 LONGEST = 34  # characters of a label that fits beside a figure
 MOST = 7  # groups that colours tell apart
 
@@ -24,8 +28,7 @@ class Group:
     Attributes:
         config: what they have in common, with dotted keys.
         runs: in order of their seeds.
-        label: unique within the environment: its algorithm and all that sets it apart from its
-            namesakes.
+        label: unique within the environment: its algorithm and all else that sets it apart.
         mark: a letter that stands for the label, where labels are too long or too many; else "".
     """
 
@@ -156,11 +159,17 @@ def _drop_doubles(group: Group) -> list[LeftOut]:
 
 
 def _label(environment: Environment) -> None:
-    """Name every group by its algorithm, and by all that sets it apart from its namesakes."""
+    """Name every group by its algorithm, and by all else that sets it apart.
+
+    That is what differs from its namesakes, and from any group in what an algorithm's name does not
+    say: another key, or a value that is not that of the algorithm's shipped configuration.
+    """
     groups = environment.groups
     named: set[str] = set()
+    differing = _differences(groups)
     for group in groups:
-        keys = list(_differences([g for g in groups if g.alg == group.alg]))
+        beside = {k for k in differing if not _within(k, ("alg",)) or k in _changed(group)}
+        keys = sorted(beside.union(_differences([g for g in groups if g.alg == group.alg])))
         named.update(keys)
         parts = [f"{short_key(k)}={shown(group.config.get(k))}" for k in keys]
         group.label = ", ".join([group.alg, *parts])
@@ -174,6 +183,21 @@ def _label(environment: Environment) -> None:
     if len(groups) > MOST or (long and len(groups) > 1):
         for index, group in enumerate(groups):
             group.mark = _letters(index)
+
+
+def _changed(group: Group) -> set[str]:
+    """Keys of the algorithm with other values than its shipped configuration has."""
+    shipped = _shipped(group.alg)
+    return {k for k, v in group.config.items() if k in shipped and shipped[k] != v}
+
+
+@lru_cache
+def _shipped(alg: str) -> dict[str, Any]:
+    """An algorithm's configuration with dotted keys; empty if none of that name is shipped."""
+    if not (ALGS / f"{alg}.yaml").is_file():
+        return {}
+    values = configuration.to_dict(configuration.compose(f"alg={alg}"))
+    return {k: v for k, v in flat(values).items() if _within(k, ("alg",))}
 
 
 def _letters(index: int) -> str:

@@ -162,7 +162,7 @@ def load(path: Path) -> Run | LeftOut:
     log = path / "metrics.jsonl"
     try:
         config = _config(path / "config.yaml")
-        rows, damaged = metrics.scan(log)
+        rows, damaged, _ = metrics.scan(log)
         age = time.time() - log.stat().st_mtime if log.exists() else math.inf
     except ConfigError as error:
         return LeftOut(path, str(error))

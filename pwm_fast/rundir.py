@@ -148,7 +148,6 @@ class RunDirectory:
         if config.resume != "auto" or not self._says_finished(config):
             return None
         there = self.config.exists() if source is None else source.content["epoch"] == config.epochs
-        there = there or (self.checkpoints / "final.pt").exists()  # latest.pt was deleted
         return self._read_summary() if there else None
 
     def results(self) -> list[str]:

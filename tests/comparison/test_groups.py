@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from pwm_fast import config
 from pwm_fast.comparison.groups import _letters, arrange
 from pwm_fast.comparison.runs import Run, load
 from tests.comparison.conftest import write_run
@@ -34,6 +37,32 @@ def test_seeds_are_one_group(tmp_path: Path) -> None:
     assert environment.differences() == {}
 
 
+def test_names_say_what_an_algorithms_name_does_not(tmp_path: Path) -> None:
+    """Of different algorithms, too: what both names stand for is not repeated."""
+    runs = []
+    for i, overrides in enumerate(
+        [
+            ["alg=pwm_tiny"],
+            ["alg=pwm_tiny_flow", "alg.actor.lr=0.001", "alg.horizon=12"],
+            ["alg=pwm_5M", "num_envs=32"],
+            ["alg=pwm_tiny", "alg.name=someones_own", "alg.horizon=12"],
+        ]
+    ):
+        path = write_run(tmp_path / str(i))
+        values = config.to_dict(config.compose("env=cartpole", "num_envs=64", *overrides))
+        (path / "config.yaml").write_text(OmegaConf.to_yaml(values))
+        run = load(path)
+        assert isinstance(run, Run)
+        runs.append(run)
+    [environment], _ = arrange(runs)
+    assert [group.label for group in environment.groups] == [
+        "pwm_tiny, num_envs=64",
+        "pwm_tiny_flow, actor.lr=0.001, horizon=12, num_envs=64",
+        "pwm_5M, num_envs=32",
+        "someones_own, num_envs=64",
+    ]
+
+
 def test_configurations_are_told_apart(tmp_path: Path) -> None:
     runs = make(
         tmp_path,
@@ -45,7 +74,7 @@ def test_configurations_are_told_apart(tmp_path: Path) -> None:
     )
     [environment], left_out = arrange(runs)
     assert [group.label for group in environment.groups] == [
-        "pwm_tiny",
+        "pwm_tiny, world_model.substeps=2, num_envs=64",  # 1 is shipped
         "pwm_tiny_flow, world_model.substeps=2, num_envs=64",
         "pwm_tiny_flow, world_model.substeps=4, num_envs=64",
         "pwm_tiny_flow, world_model.substeps=8, num_envs=16",

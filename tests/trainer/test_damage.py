@@ -140,6 +140,30 @@ def test_checkpoint_without_a_seal_goes_on(finished: Path, tmp_path: Path) -> No
     assert train(tiny_config(directory, epochs=7))[0]["epochs"] == 7
 
 
+def test_every_cut_of_the_seal(tmp_path: Path) -> None:
+    """Also exactly before it, where the zip archive only announces a comment."""
+    path = tmp_path / "small.pt"
+    with path.open("wb") as file:
+        sealed = seal.SealedWriter(file)
+        torch.save({"x": torch.arange(4)}, sealed)
+        sealed.seal()
+    whole = path.read_bytes()
+    assert seal.verify(path) is not None
+    for cut in range(1, 200):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(ValueError, match=r"damaged|cut short|not a zip|bad"):
+            seal.verify(path)
+    for more in (b"\0", b"\0\0", b"x" * 22, b"\0" * 80):
+        path.write_bytes(whole + more)
+        with pytest.raises(ValueError):
+            seal.verify(path)
+    torch.save({"x": torch.arange(4)}, path)
+    assert seal.verify(path) is None
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        seal.verify(path)
+
+
 def test_every_command_refuses(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
     data = bytearray((finished / "checkpoints" / "best.pt").read_bytes())
@@ -198,6 +222,14 @@ def sampled(content: dict[str, Any], count: int) -> list[tuple[Any, ...]]:
     return near + random.Random(0).sample(far, min(count, len(far)))
 
 
+def nested(depth: int) -> list[Any]:
+    """Lists within one another."""
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 def restores(content: dict[str, Any], path: Path, run_dir: Path, **changes: object) -> None:
     """Continue from a checkpoint with that content, or hear in one line why not."""
     torch.save(content, path)
@@ -228,6 +260,9 @@ def test_wrong_contents(finished: Path, tmp_path: Path, name: str) -> None:
         (("epoch",), -1, "epoch must be a number of epochs, 0 or more, got -1"),
         (("epoch",), 2.0, "epoch must be"),
         (("epoch",), True, "epoch must be"),
+        (("epoch",), 2**62, "epoch must be"),
+        (("config", "own"), nested(100), "config must be the configuration of a run"),
+        (("replay", "shape"), [2**70, 1, 1, 1, 1], "replay.shape must be five numbers"),
         (("agent",), None, "agent must be parameters, statistics and optimisers, got None"),
         (("config",), None, "config must be the configuration of a run"),
         (("config", "env"), None, "config must be"),

@@ -310,6 +310,105 @@ def test_damaged_line_is_said_and_kept(
     assert [row["epoch"] for row in rows(directory)] == [0, 1, 3, 4, 5, 6]
 
 
+def test_lost_rows_are_said(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A checkpoint comes after the rows of its epochs: those that lack were lost by no kill."""
+    directory = resumable(finished, tmp_path / "run")
+    log = directory / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    torn = [*lines[:2], lines[3], lines[4][:-9]]
+    log.write_text("\n".join(torn))
+    damaged = log.read_bytes()
+    train(tiny_config(directory))
+    said = capsys.readouterr().out
+    assert "metrics.jsonl has no sound row of epoch 2, 4" in said
+    assert "is damaged in line 4, which is left out" in said
+    assert (directory / "metrics.kept_1.jsonl").read_bytes() == damaged
+    assert [row["epoch"] for row in rows(directory)] == [0, 1, 3, 5, 6]
+
+
+@pytest.mark.parametrize("change", ["gone", "empty"])
+def test_a_lost_log_is_said(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, change: str
+) -> None:
+    directory = resumable(finished, tmp_path / "run")
+    if change == "gone":
+        (directory / "metrics.jsonl").unlink()
+    else:
+        (directory / "metrics.jsonl").write_bytes(b"")
+    train(tiny_config(directory))
+    assert "metrics.jsonl has no sound row of epoch 1, 2, 3, 4" in capsys.readouterr().out
+
+
+def test_two_rows_of_an_epoch(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    directory = resumable(finished, tmp_path / "run")
+    log = directory / "metrics.jsonl"
+    damaged = log.read_text().replace('"epoch": 3', '"epoch": 4', 1)
+    log.write_text(damaged)
+    train(tiny_config(directory))
+    said = capsys.readouterr().out
+    assert "no sound row of epoch 3" in said and "damaged in line 4, which is left out" in said
+    assert (directory / "metrics.kept_1.jsonl").read_text() == damaged
+
+
+def test_a_run_that_began_elsewhere_has_lost_nothing(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = finished / "checkpoints" / "latest.previous.pt"
+    directory = tmp_path / "run"
+    assert train(tiny_config(directory, resume=str(source)))[0]["status"] == "finished"
+    assert train(tiny_config(directory, resume="auto", epochs=7))[0]["status"] == "finished"
+    assert "no sound row" not in capsys.readouterr().out
+    assert [row["epoch"] for row in rows(directory)] == [5, 6, 7]
+
+
+def swap(directory: Path, a: str, b: str) -> None:
+    first, second = (directory / "checkpoints" / f"{name}.pt" for name in (a, b))
+    aside = first.with_name("aside")
+    first.rename(aside)
+    second.rename(first)
+    aside.rename(second)
+
+
+@pytest.mark.parametrize("other", ["final", "best"])
+def test_latest_in_anothers_place(finished: Path, tmp_path: Path, other: str) -> None:
+    """Without its replay it was not written as the latest checkpoint."""
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    swap(directory, "latest", other)
+    before = content_of(directory)
+    with pytest.raises(CheckpointError, match=r"not written as latest.pt: it has no replay") as e:
+        train(tiny_config(directory, epochs=9))
+    assert "goes on after its epoch 6" in str(e.value)
+    assert content_of(directory) == before
+
+
+def test_latest_and_the_one_before_swapped(finished: Path, tmp_path: Path) -> None:
+    """What is further on is kept; once."""
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    (directory / "summary.json").unlink()
+    (directory / "checkpoints" / "final.pt").unlink()
+    swap(directory, "latest", "latest.previous")
+    before = content_of(directory)
+    assert train(tiny_config(directory, epochs=9))[0]["status"] == "finished"
+    after = content_of(directory)
+    kept = after["checkpoints/latest.previous.kept_1.pt"]
+    assert kept == before["checkpoints/latest.previous.pt"]
+    assert after["metrics.kept_1.jsonl"] == before["metrics.jsonl"]
+    assert not list(directory.rglob("*.kept_2.*"))
+
+
+def test_a_new_replay_is_said(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name, said in (("best", True), ("latest", False)):
+        source = finished / "checkpoints" / f"{name}.pt"
+        train(tiny_config(tmp_path / name, resume=str(source), epochs=8))
+        assert (", with a new replay" in capsys.readouterr().out) is said
+
+
 def test_torn_last_line_is_none(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -325,7 +424,18 @@ def test_torn_last_line_is_none(
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json", "provenance.json"])
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff\xfe\x00", b"a: [", b"[1, 2]", b"3", b"null", b"{" * 100_000, b"1: 2", b'{"x'],
+    [
+        b"",
+        b"\xff\xfe\x00",
+        b"a: [",
+        b"[1, 2]",
+        b"3",
+        b"null",
+        b"{" * 100_000,
+        b"1: 2",
+        b'{"x',
+        b"a: &b 1\nc: *b",
+    ],
     ids=lambda data: repr(data[:12]),
 )
 def test_damaged_records_are_named(finished: Path, tmp_path: Path, name: str, data: bytes) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pwm_fast import wandb_run
+from pwm_fast.config import ConfigError
 from tests.trainer.conftest import Launcher, rows, tiny_arguments
 from tests.trainer.wandb_files import history
 
@@ -107,3 +109,16 @@ sys.modules.pop("wandb", None)
     assert outcome.status == 2
     expected = "error: wandb.mode=offline needs wandb: pip install 'pwm-fast[wandb]'\n"
     assert outcome.err == expected
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"\xff\xfe\x00", b"a b", b"x" * 200, b"../up"])
+def test_a_damaged_id_is_named(tmp_path: Path, data: bytes) -> None:
+    """It says which wandb run to continue; another would be started, or nothing understood."""
+    file = tmp_path / "wandb_id"
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"wandb_id is damaged: it must hold the id of a wandb"):
+        wandb_run._run_id(file)
+    assert file.read_bytes() == data
+    file.unlink()
+    made = wandb_run._run_id(file)
+    assert made == wandb_run._run_id(file)

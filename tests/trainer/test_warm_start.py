@@ -122,7 +122,8 @@ def test_wrong_input(source: Path, launcher: Launcher, tmp_path: Path) -> None:
     damaged.write_bytes(source.read_bytes()[:-9])
     for arguments, message in (
         ([f"init={source}", f"resume={source}"], "init must be null where resume names a checkp"),
-        (["init=no.pt"], "there is no checkpoint file no.pt"),
+        (["init=no.pt"], "init=no.pt: there is no such file"),
+        ([f"init={tmp_path}"], f"init={tmp_path}: there is no such file"),
         (["init="], "init must be a path or null, got ''"),
         ([f"init={damaged}"], "damaged.pt is no readable checkpoint"),
     ):

@@ -8,6 +8,7 @@ Files with tests marked ``slow`` come first, so that no process is left with one
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -19,6 +20,12 @@ if _workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 os.environ.setdefault("MPLBACKEND", "Agg")  # before any test imports matplotlib: no display needed
 
 import torch
+
+# nohup, and & in a script, have signals ignored that tests send, which would wait for ever.
+for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    _signal = getattr(signal, _name, None)
+    if _signal is not None and signal.getsignal(_signal) == signal.SIG_IGN:
+        signal.signal(_signal, _handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

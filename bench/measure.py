@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
+_settled = 0  # blocks of settled() within one another
 
 
 class CpuClock:
@@ -100,13 +101,15 @@ def race(
 @contextmanager
 def settled() -> Iterator[None]:
     """The garbage collector looks at new objects alone: at those of torch it takes 0.2 s a time."""
-    inner = gc.get_freeze_count() > 0
+    global _settled
+    _settled += 1  # not gc.get_freeze_count(): in Python 3.12 a collection leaves some frozen
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        if not inner:
+        _settled -= 1
+        if not _settled:
             gc.unfreeze()
 
 

@@ -56,20 +56,21 @@ def test_a_very_slow_provider_leaves_the_time_to_the_others() -> None:
 
 def test_old_objects_are_not_looked_through_while_times_are_taken() -> None:
     frozen = []
+    few = 1000  # Python 3.12's collector itself keeps some hundreds frozen
 
     def call() -> str:
         frozen.append(gc.get_freeze_count())
         return "a"
 
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < few
     clock = Recorder({"a": 0.01})
     measure.race({"a": call}, clock, Effort(seconds=1000.0, max_rounds=2, sample=0.0))
-    assert frozen[0] == 0 and min(frozen[2:]) > 1000
-    assert gc.get_freeze_count() == 0 and gc.isenabled()
+    assert frozen[0] < few < 10 * few < min(frozen[2:])
+    assert gc.get_freeze_count() < few and gc.isenabled()
     with measure.settled():
         measure.race({"a": call}, clock, Effort(seconds=1000.0, max_rounds=2, sample=0.0))
-        assert gc.get_freeze_count() > 1000
-    assert gc.get_freeze_count() == 0
+        assert gc.get_freeze_count() > 10 * few
+    assert gc.get_freeze_count() < few
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process reset its peak")

@@ -593,9 +593,14 @@ def _data_name(sha256: str | None) -> str:
 
 
 def _rank(evaluation: dict[str, Any]) -> tuple[float, float]:
-    """Larger is better: fewer diverged episodes first, then the reward, if it is finite.
+    """Larger is better: fewer diverged episodes first, then the reward.
 
     Checkpoints of older versions do not say how many diverged.
     """
-    reward = float(evaluation["reward"])
-    return -evaluation.get("diverged", 0), reward if math.isfinite(reward) else -math.inf
+    return -evaluation.get("diverged", 0), _value(evaluation)
+
+
+def _value(evaluation: dict[str, Any]) -> float:
+    """Its reward; worse than any where it is not finite."""
+    reward = float(evaluation.get("reward", math.nan))
+    return reward if math.isfinite(reward) else -math.inf

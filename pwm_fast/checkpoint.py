@@ -29,8 +29,9 @@ KEYS = {
     "rng",  # states of the random number generators
     "replay",  # None but in `latest`
 }
-# Also, if the checkpoint is new enough: "data", what the replay was filled with at the start, and
-# "precision", which replaced the configured one after an overflow, else None.
+# Also, if the checkpoint is new enough: "data", what the replay was filled with at the start;
+# "precision", which replaced the configured one after an overflow, else None; "ended", numbers of
+# training episodes in the completed epochs.
 
 
 class CheckpointError(RuntimeError):

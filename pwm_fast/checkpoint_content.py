@@ -108,7 +108,8 @@ def _best(value: Any) -> bool:
     if not _numbers(value):
         return False
     whole = {"reward", "epoch", "env_steps"} <= value.keys()
-    return not value or (whole and _count(value["epoch"]) and _count(value["env_steps"]))
+    counts = ("epoch", "env_steps", *({"diverged"} & value.keys()))  # older ones lack the last
+    return not value or (whole and all(_count(value[key]) for key in counts))
 
 
 def _evaluated(value: Any) -> bool:
@@ -183,6 +184,14 @@ def _data(value: Any) -> bool:
     )
 
 
+def _ended(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == {"episodes", "diverged"}
+        and all(map(_count, value.values()))
+    )
+
+
 RULES: dict[str, Rule] = {
     "config": (_config, "the configuration of a run, in plain containers"),
     "epoch": (_count, "a number of epochs, 0 or more"),
@@ -198,6 +207,7 @@ RULES: dict[str, Rule] = {
     "rng": (_rng, "states of random number generators"),
     "replay": (lambda v: v is None or isinstance(v, dict), "a replay, or None"),
     "data": (_data, "what the replay was filled with, or None"),
+    "ended": (_ended, "numbers of episodes, in all and diverged, or None"),
     "precision": (
         lambda v: v is None or (isinstance(v, str) and v in dispatch.PRECISIONS),
         f"one of {', '.join(dispatch.PRECISIONS)}, or None",

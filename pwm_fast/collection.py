@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pwm_fast.acting import PolicyNotFinite
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError
 from pwm_fast.envs import VectorEnv
@@ -70,12 +71,19 @@ class MixedPolicy:
         self._held = 2.0 * torch.rand(num_envs, action_dim, device="cpu") - 1.0
 
     def __call__(self, obs: Tensor) -> Tensor:
-        """Actions ``[N, A]`` on the CPU for observations ``[N, O]``."""
+        """Actions ``[N, A]`` on the CPU for observations ``[N, O]``.
+
+        Raises:
+            PolicyNotFinite: one of the agent's is not finite.
+        """
         self._held = renew_random_actions(self._held, self._hold)
         if self._agent is None:
             return self._held
         action = self._agent.act(obs, deterministic=self._deterministic).cpu()
-        return torch.where(self.random[:, None], self._held, action)
+        action = torch.where(self.random[:, None], self._held, action)
+        if not bool(action.isfinite().all()):
+            raise PolicyNotFinite(self._agent.why_not_finite(obs))
+        return action
 
 
 def check_policy(policy: str, random_share: float) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pwm_fast import build, cli, files, metrics, provenance, seeding
 from pwm_fast import config as configuration
+from pwm_fast.acting import policy_of
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import frozen, imagine
 from pwm_fast.collection import MixedPolicy, check_policy, first_episodes
@@ -184,7 +185,8 @@ def _subject(path: Path, config: DiagnoseConfig, device: torch.device) -> Subjec
             random_share=config.random_share,
             random_hold=run.alg.random_hold,
         )
-        episodes = first_episodes(env, act, seed)
+        with policy_of(path):
+            episodes = first_episodes(env, act, seed)
     return Subject(path, run, content["epoch"], agent, episodes)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_fast import build, cli, files, metrics, seeding
+from pwm_fast.acting import policy_of
 from pwm_fast.config import THREADS, ConfigError, are_threads
 from pwm_fast.evaluation import evaluate
 from pwm_fast.seeding import Purpose
@@ -68,7 +69,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     seed = seeding.stream(config.seed, Purpose.EVALUATE)
     with closing(build.make_env(run, config.episodes, seed, device)) as env:
         agent = build.restore_agent(path, run, content, env, device)
-        result = evaluate(agent, env, seed)
+        with policy_of(path):
+            result = evaluate(agent, env, seed)
     return {
         "checkpoint": str(path),
         "env": run.env.name,
@@ -102,7 +104,15 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{label:16}" + "".join(f"{n:12.1f}" for n in numbers))
     if result["success"] is not None:
         lines.append(f"{'goal held':16}{result['success']:12.0%}")
+    if result["diverged"]:
+        lines.append(diverged_line(result))
     return "\n".join(lines)
+
+
+def diverged_line(result: dict[str, Any]) -> str:
+    """What people should know of episodes that diverged, of an evaluation's summary."""
+    count, episodes = result["diverged"], result["episodes"]
+    return f"diverged: {count} of {episodes} episodes (their returns stop there)"
 
 
 def run(cfg: Any) -> int:

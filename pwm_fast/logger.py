@@ -142,10 +142,11 @@ def _short_line(row: Row, epochs: int) -> str:
 
 
 def _line(row: Row, epochs: int) -> str:
-    success = row.get("eval_success")
+    success, diverged = row.get("eval_success"), row.get("eval_diverged")
     return (
         f"epoch {row['epoch']}/{epochs}  env_steps {row['env_steps']}  "
         f"reward {row['eval_reward']:.1f} +- {row['eval_reward_std']:.1f}"
         + (f"  success {success:.0%}" if success is not None else "")
+        + (f"  diverged {diverged}" if diverged else "")
         + f"  {row['wall_time']:.0f} s"
     )

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor
 
@@ -115,7 +115,7 @@ def _parsed(line: str) -> Row | None:
     return row if sound else None
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """A finite number, as every value of a row is that was logged and not lost or changed since."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False

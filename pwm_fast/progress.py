@@ -56,6 +56,11 @@ class EpochProgress:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._counts[name] = 1
 
+    def ended(self) -> dict[str, int]:
+        """Training episodes that ended, and those of them that diverged; waits for the device."""
+        episodes, diverged = self._counts.get("train_reward", 0), self._sums.get("diverged", 0)
+        return {"episodes": int(episodes), "diverged": int(diverged)}
+
     def means(self) -> dict[str, Tensor]:
         """Mean, or total, of every metric; NaN (logged as null) where nothing was counted."""
         return {name: self._sums[name] / self._counts[name] for name in self._sums}

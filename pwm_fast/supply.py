@@ -28,13 +28,24 @@ class Shortage(NamedTuple):
     hopeless: bool
 
 
-def shortage(config: TrainConfig, replay: Replay, epoch: int) -> Shortage | None:
+def shortage(
+    config: TrainConfig,
+    replay: Replay,
+    epoch: int,
+    *,
+    episodes: int = 0,
+    diverged: int = 0,
+    why: str | None = None,
+) -> Shortage | None:
     """What keeps a run from learning once its random actions are over.
 
     Args:
         config: of the run.
         replay: without a window.
         epoch: epochs completed before the one whose steps were just taken.
+        episodes: that ended in the environment; 0 where they were not counted.
+        diverged: of these, those that ended since the simulation broke down.
+        why: that came to be, if it is known.
 
     Returns:
         None where an episode that goes on may still get long enough in some world.
@@ -43,13 +54,22 @@ def shortage(config: TrainConfig, replay: Replay, epoch: int) -> Shortage | None
     ended = replay.ended()
     if int(ended.min()) == 0:
         return None
-    episodes, longest = int(ended.sum()), replay.longest()
+    there, longest = int(ended.sum()), replay.longest()
     of_policy = (epoch + 1 - alg.random_epochs) * alg.steps_per_epoch
+    hopeless = of_policy >= PATIENCE * alg.horizon and there >= ENOUGH
+    window = f"there is nothing to learn from: a window has alg.horizon={alg.horizon} steps, and"
+    because = f" ({why})" if why else ""
+    if 0 < episodes == diverged:
+        return Shortage(
+            f"{window} all {episodes} episodes ended as diverged{because}, after {longest} steps "
+            "at most; the environment has to be mended, or its actions be made smaller",
+            hopeless,
+        )
     return Shortage(
-        f"there is nothing to learn from: a window has alg.horizon={alg.horizon} steps, and the "
-        f"longest of {episodes} episodes had {longest}; set alg.horizon={longest} or less, in "
-        "another run_dir",
-        of_policy >= PATIENCE * alg.horizon and episodes >= ENOUGH,
+        f"{window} the longest of {there} episodes had {longest}; set alg.horizon={longest} or "
+        "less, in another run_dir"
+        + (f"; {diverged} episodes ended as diverged{because}" if diverged else ""),
+        hopeless,
     )
 
 

@@ -17,6 +17,7 @@ from pwm_fast import build, cli, provenance, seeding
 from pwm_fast import config as configuration
 from pwm_fast.config import TrainConfig
 from pwm_fast.data import offline
+from pwm_fast.evaluate import diverged_line
 from pwm_fast.interrupt import Interrupt
 from pwm_fast.logger import RunLogger
 from pwm_fast.rundir import RunDirectory
@@ -146,6 +147,8 @@ def print_summary(summary: dict[str, Any]) -> None:
             f"{result['episode_length_mean']:.0f}"
             + ("" if success is None else f", goal held to the end in {success:.0%}")
         )
+        if result.get("diverged"):  # summaries of older versions do not say
+            print(diverged_line(result))
 
 
 def run(cfg: Any) -> int:

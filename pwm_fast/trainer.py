@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pwm_fast import checkpoint, checkpoint_content, metrics, seeding
 from pwm_fast import config as configuration
+from pwm_fast.acting import PolicyNotFinite, acting
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.collection import renew_random_actions
@@ -37,7 +38,7 @@ LOOK_EVERY = 10  # updates between looks at how the bootstrap goes
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many updates in a row were not finite."""
+    """Too many updates in a row were not finite, or the policy's actions are not."""
 
 
 class Trainer:
@@ -80,6 +81,10 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.latest_eval: dict[str, float] = {}
         self.fallen_back: str | None = None  # the precision that replaced the configured one
+        # Of completed epochs; None after a checkpoint of an older version, which does not say.
+        self._ended: dict[str, int] | None = {"episodes": 0, "diverged": 0}
+        # An environment failed; True where it is the one of training, in the middle of a step.
+        self._torn: bool | None = None
         self._skips_seen = 0
         self._warned_of_shortage = False
         self._progress = EpochProgress()
@@ -97,11 +102,12 @@ class Trainer:
         """Train to ``config.epochs``, or until ``stop`` triggers; return what ``summary.json`` has.
 
         Raises:
-            TrainingDiverged: after ``alg.max_skipped_updates`` non-finite updates in a row; a
-                checkpoint was written.
+            TrainingDiverged: after ``alg.max_skipped_updates`` non-finite updates in a row, or
+                where the policy's actions are not finite; a checkpoint was written.
             NothingToLearn: no episode has ``alg.horizon`` steps; a checkpoint was written.
             CheckpointError: a checkpoint could not be written; the last one is untouched.
             OSError: another file could not be written; it names the file.
+            Exception: what an environment raises; a checkpoint was written.
         """
         self._logger, self._stop = logger, stop
         self._clock = time.monotonic()
@@ -118,13 +124,19 @@ class Trainer:
             except Interrupted:
                 self.save("latest")
                 return self._wrap_up("interrupted")
+            except PolicyNotFinite as error:
+                self._end_as_diverged()
+                raise TrainingDiverged(f"{error}, {self._whereabouts(self.epoch + 1)}") from error
             except TrainingDiverged:
-                self.save("latest")
-                self._wrap_up("diverged")
+                self._end_as_diverged()
                 raise
             except NothingToLearn:
                 self.save("latest")
                 self._wrap_up("nothing to learn")
+                raise
+            except Exception:
+                if self._torn is not None:
+                    self._save_after_fault()
                 raise
             if self.epoch > 0 and not self.bootstrapped:
                 logger.say(
@@ -179,9 +191,15 @@ class Trainer:
         row["steps_per_second"] = self.config.alg.steps_per_epoch * self.config.worlds / elapsed
         self.epoch += 1
         row["env_steps"] = self.env_steps
+        self._ended = self._ended_so_far()
+        diverged = row.get("diverged", 0) > 0
         self._progress = EpochProgress()
         self._log(row, evaluation)
         self._guard()
+        if diverged:  # not every environment looks at actions
+            why = self.agent.why_not_finite(self._obs)
+            if why is not None:
+                raise TrainingDiverged(f"{PolicyNotFinite(why)}, {self._whereabouts(self.epoch)}")
 
     def _collect(self) -> None:
         config = self.config.alg
@@ -191,9 +209,7 @@ class Trainer:
                 action = self._random_action()
             else:
                 action = self.agent.act(obs)
-            self._obs, reward, terminated, truncated, info = self.env.step(
-                action.to(self.env.device)
-            )
+            self._obs, reward, terminated, truncated, info = self._step(obs, action)
             self.replay.add(
                 obs, action, reward, terminated, terminated | truncated, info["final_obs"]
             )
@@ -201,6 +217,16 @@ class Trainer:
             self._progress.add_episodes(info["episode"])
             if "diverged" in info:
                 self._progress.add_total("diverged", info["diverged"].sum())
+
+    def _step(self, obs: Tensor, action: Tensor) -> tuple[Any, ...]:
+        try:
+            with acting(self.agent, obs):
+                return self.env.step(action.to(self.env.device))
+        except PolicyNotFinite:
+            raise
+        except Exception:
+            self._torn = True
+            raise
 
     def _random_action(self) -> Tensor:
         """Uniform actions ``[N, A]``, each held for ``alg.random_hold`` steps on average."""
@@ -213,7 +239,8 @@ class Trainer:
             return False
         if self.replay.num_windows() > 0:
             return True
-        found = shortage(self.config, self.replay, self.epoch)
+        ended, why = self._ended_so_far() or {}, getattr(self.env, "divergence", None)
+        found = shortage(self.config, self.replay, self.epoch, **ended, why=why)
         last = self.epoch + 1 == self.config.epochs and not self.bootstrapped
         if found is not None and (found.hopeless or last):
             state = self.directory.checkpoints / "latest.pt"
@@ -222,6 +249,12 @@ class Trainer:
             self._warned_of_shortage = True
             self._logger.say(f"warning: after epoch {self.epoch + 1} {found.text}")
         return False
+
+    def _ended_so_far(self) -> dict[str, int] | None:
+        """Training episodes that ended, with those of this epoch."""
+        if self._ended is None:
+            return None
+        return {k: n + self._ended[k] for k, n in self._progress.ended().items()}
 
     def _learn(self) -> None:
         config = self.config.alg
@@ -286,9 +319,28 @@ class Trainer:
         if not self._mind_overflow(skips) and in_a_row >= limit:
             raise TrainingDiverged(
                 f"{in_a_row} updates in a row had a non-finite loss or gradient and were skipped "
-                f"(alg.max_skipped_updates={limit}), in epoch {self.epoch}; the state is in "
-                f"{self.directory.checkpoints / 'latest.pt'}"
+                f"(alg.max_skipped_updates={limit}), {self._whereabouts(self.epoch)}"
             )
+
+    def _whereabouts(self, epoch: int) -> str:
+        return f"in epoch {epoch}; the state is in {self.directory.checkpoints / 'latest.pt'}"
+
+    def _end_as_diverged(self) -> None:
+        self.save("latest")
+        self._wrap_up("diverged")
+
+    def _save_after_fault(self) -> None:
+        """Save what there is as an environment fails; that is told by its own exception."""
+        try:
+            self.save("latest")
+        except Exception as error:
+            self._logger.say(f"an environment failed, and no checkpoint could be written: {error}")
+            return
+        anew = ", from there with new episodes" if self._torn else ""
+        self._logger.say(
+            f"an environment failed in epoch {self.epoch + 1}: the state before is in "
+            f"{self.directory.checkpoints / 'latest.pt'}; the same command goes on{anew}"
+        )
 
     # --- evaluation and logging -----------------------------------------------------------------
 
@@ -299,15 +351,23 @@ class Trainer:
     def _evaluate(self, episodes: int) -> Evaluation:
         if self._eval_env is None:
             self._eval_env = self.make_eval_env(episodes)
-        seed = seeding.stream(self.config.seed, Purpose.EVALUATION)
-        return evaluate(self.agent, self._eval_env, seed, check=self._stop.check)
+        return self._evaluated(self._eval_env, Purpose.EVALUATION)
 
     def _final_evaluation(self) -> Evaluation:
-        seed = seeding.stream(self.config.seed, Purpose.FINAL_EVALUATION)
         with closing(self.make_eval_env(self.config.eval.final_episodes)) as env:
-            result = evaluate(self.agent, env, seed, check=self._stop.check)
+            result = self._evaluated(env, Purpose.FINAL_EVALUATION)
         self.save("final")
         return result
+
+    def _evaluated(self, env: VectorEnv, purpose: Purpose) -> Evaluation:
+        seed = seeding.stream(self.config.seed, purpose)
+        try:
+            return evaluate(self.agent, env, seed, check=self._stop.check)
+        except (Interrupted, PolicyNotFinite):
+            raise
+        except Exception:
+            self._torn = False  # an evaluation leaves the training's own state alone
+            raise
 
     def _log(self, row: metrics.Row, evaluation: Evaluation | None) -> None:
         """Log a row; the newest evaluation stands in each, so that `reward` is of real episodes."""
@@ -319,11 +379,12 @@ class Trainer:
                 "reward": row["eval_reward"],
                 "episode_length": row["eval_episode_length"],
             }
-            better = _value(self.latest_eval) > _value(self.best) or not self.best
+            found = {"reward": row["eval_reward"], "diverged": row["eval_diverged"]}
+            better = not self.best or _rank(found) > _rank(self.best)
         self._logger.write({**row, **self.latest_eval, "wall_time": self.wall_time})
         if better:
             self.best = {
-                "reward": self.latest_eval["reward"],
+                **found,
                 "epoch": self.epoch,
                 "env_steps": self.env_steps,
             }
@@ -387,7 +448,7 @@ class Trainer:
     def _write(self, name: str, *, keep_previous: bool) -> None:
         latest = name == "latest"
         try:
-            env_state = self.env.get_state()
+            env_state = None if self._torn else self.env.get_state()
         except StateNotSupported:
             env_state = None
         content: dict[str, Any] = {
@@ -405,6 +466,7 @@ class Trainer:
             "rng": checkpoint.rng_state(),
             "replay": self.replay.state_dict() if latest else None,
             "data": self._data_record(),
+            "ended": self._ended,
             "precision": self.fallen_back,
             "seeding": seeding.VERSION,
         }
@@ -498,6 +560,7 @@ class Trainer:
         self.bootstrapped = content["bootstrapped"]
         self.wall_time = content["wall_time"]
         self.latest_eval = content["latest_eval"]
+        self._ended = content.get("ended")
         # A best checkpoint that lies in another run's directory is not ours to point to.
         if (self.directory.checkpoints / "best.pt").exists():
             self.best = content["best"]
@@ -527,6 +590,14 @@ def _manifest_of(record: dict[str, Any] | None) -> str | None:
 
 def _data_name(sha256: str | None) -> str:
     return "no data set" if sha256 is None else f"a data set with the manifest sha256 {sha256}"
+
+
+def _rank(evaluation: dict[str, Any]) -> tuple[float, float]:
+    """Larger is better: fewer diverged episodes first, then the reward.
+
+    Checkpoints of older versions do not say how many diverged.
+    """
+    return -evaluation.get("diverged", 0), _value(evaluation)
 
 
 def _value(evaluation: dict[str, Any]) -> float:

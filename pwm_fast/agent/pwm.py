@@ -162,6 +162,36 @@ class PWM:
             noise = None if deterministic else self._noise(obs.shape[0])
             return self.actor(z, noise)
 
+    @torch.no_grad()
+    def why_not_finite(self, obs: Tensor) -> str | None:
+        """Where numbers stop being finite on the way from ``obs [N, O]`` to actions; else None.
+
+        Waits for the device; no random numbers are drawn.
+        """
+        states = {k: self._modules()[k].state_dict() for k in ("obs_rms", "world_model", "actor")}
+        problems = [p for k, state in states.items() for p in _not_finite(k, state)]
+        if problems:
+            more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+            return ", ".join(problems[:3]) + more
+        with dispatch.precision(self.precision), self.keeping():
+            obs = obs.to(self.device)
+            z = self._encode(obs, self._task(len(obs)))
+            for name, value in (("observations", obs), ("latents", z), ("actions", self.actor(z))):
+                bad = int((~value.isfinite().all(-1)).sum())
+                if bad:
+                    sizes = {
+                        f"{k}.{p}": float(t.abs().max())
+                        for k, state in states.items()
+                        for p, t in state.items()
+                        if t.numel()
+                    }
+                    largest = max(sizes, key=lambda k: sizes[k])
+                    return (
+                        f"the {name} of {bad} of {len(obs)} worlds are not finite, while all "
+                        f"parameters are (up to {sizes[largest]:.3g} in {largest})"
+                    )
+        return None
+
     def observe(self, obs: Tensor, reward: Tensor) -> None:
         """Update the running statistics with collected ``obs [N, O]`` and ``reward [N]``."""
         if self.config.normalize_obs:

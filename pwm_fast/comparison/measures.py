@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pwm_fast import metrics
 from pwm_fast.comparison.groups import Environment, Group
-from pwm_fast.comparison.runs import Run, Series
+from pwm_fast.comparison.runs import RETURN, Run, Series
 from pwm_fast.comparison.statistics import Estimate, Interval, estimate, improvement
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the budget, where sample efficiency is read off
@@ -206,6 +207,14 @@ def first_reaching(series: Series, target: float) -> tuple[float, float]:
     return float(series.seconds[there[0]]), float(series.steps[there[0]])
 
 
+def _best_return(run: Run) -> float:
+    """As the trainer ranks evaluations: fewer diverged episodes first, then the return."""
+    there = [row for row in run.rows if metrics.is_number(row.get(RETURN))]
+    counts = [row.get("eval_diverged") for row in there]  # runs of older versions do not say
+    diverged = [n if metrics.is_number(n) else 0 for n in counts]
+    return float(max(zip((-n for n in diverged), (row[RETURN] for row in there), strict=True))[1])
+
+
 def _of_run(
     run: Run, budget: float, steps: Sequence[float], target: float | None
 ) -> dict[str, float]:
@@ -216,7 +225,7 @@ def _of_run(
         "final_success": _get(final, "success"),
         "final_episode_length": _get(final, "episode_length_mean"),
         "last_return": float(curve.values[-1]),
-        "best_return": float(curve.values.max()),
+        "best_return": _best_return(run),
         "auc": area(curve, budget),
         **{at_key(s): value_at(curve, s) for s in steps},
         "wall_time": _last(run.series("wall_time")),

@@ -182,6 +182,9 @@ def load(path: Path) -> Run | LeftOut:
         run.notes.append(f"{_lines(damaged)} of metrics.jsonl could not be read and was skipped")
     if len(good) < len(rows):
         run.notes.append(f"{len(rows) - len(good)} rows of metrics.jsonl lack env_steps")
+    diverged = (run.final or {}).get("diverged")
+    if metrics.is_number(diverged) and diverged > 0:
+        run.notes.append(f"{diverged:g} episodes of its final evaluation diverged")
     return run
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pwm_fast import build, cli, seeding
 from pwm_fast import config as configuration
+from pwm_fast.acting import policy_of
 from pwm_fast.collection import MixedPolicy, check_policy, first_episodes
 from pwm_fast.config import THREADS, ConfigError, TrainConfig, are_threads
 from pwm_fast.data.episodes import write_episode
@@ -104,7 +105,8 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
         width, transitions = len(str(config.episodes - 1)), 0
         for first in range(0, config.episodes, worlds):
             starts = seeding.stream(config.seed, Purpose.EXPORT, first)
-            batch = first_episodes(env, act, starts)[: config.episodes - first]
+            with policy_of(config.checkpoint):
+                batch = first_episodes(env, act, starts)[: config.episodes - first]
             for i, episode in enumerate(batch, start=first):
                 write_episode(out / f"episode_{i:0{width}}.npz", episode)
                 transitions += len(episode.action)

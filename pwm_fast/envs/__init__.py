@@ -15,6 +15,7 @@ from pwm_fast.envs.mujoco_cpu import MujocoEnv
 from pwm_fast.envs.mujoco_warp import MujocoWarpEnv
 from pwm_fast.envs.protocol import (
     SAME_STEP,
+    ActionNotFinite,
     Box,
     EnvironmentFault,
     StateNotSupported,
@@ -36,6 +37,7 @@ __all__ = [
     "ENGINES",
     "SAME_STEP",
     "TASKS",
+    "ActionNotFinite",
     "Box",
     "DMControlEnv",
     "Engine",

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast.envs.protocol import ActionNotFinite
+
 
 def positive(**numbers: int) -> None:
     """Raise ValueError, naming it, where a number is below 1."""
@@ -19,7 +21,8 @@ def unit_action(action: Tensor, num_envs: int, action_dim: int) -> Tensor:
     """The action ``[N, A]`` on the CPU in float32, clipped to [-1, 1].
 
     Raises:
-        ValueError: another shape, or a value that is not finite.
+        ValueError: another shape.
+        ActionNotFinite: a value that is not finite.
     """
     action_shape(action, num_envs, action_dim)
     action = action.detach().to(device="cpu", dtype=torch.float32)
@@ -28,7 +31,7 @@ def unit_action(action: Tensor, num_envs: int, action_dim: int) -> Tensor:
         worlds = (~finite).nonzero().flatten().tolist()
         shown = ", ".join(map(str, worlds[:8])) + (", ..." if len(worlds) > 8 else "")
         plural = "s" if len(worlds) > 1 else ""
-        raise ValueError(f"action has non-finite values, in world{plural} {shown}")
+        raise ActionNotFinite(f"action has non-finite values, in world{plural} {shown}")
     return action.clamp(-1.0, 1.0)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-DIVERGED = "pwm_fast_diverged"  # in the info of a Gymnasium world's step
+DIVERGED = "pwm_fast_diverged"  # why, in the info of a Gymnasium world's step
 MAX_COORDINATE = 1e6  # a position or velocity of MuJoCo beyond this is of a diverged world
 MAX_VALUE = 1e10  # an observation or reward beyond this is; MuJoCo calls a state bad there
 
@@ -16,13 +17,24 @@ def sound(values: np.ndarray) -> np.ndarray:
     return np.abs(values) < MAX_VALUE  # NaN compares false
 
 
-def bad_states() -> list[int]:
-    """MuJoCo's warnings of a position, velocity, acceleration or control that is bad."""
+BEYOND = f"a position or velocity is not finite, or not below {MAX_COORDINATE:g}"
+
+
+def bad_states() -> dict[int, str]:
+    """MuJoCo's warnings of a position, velocity, acceleration or control that is bad: their names.
+
+    In the order of their numbers.
+    """
     import mujoco
 
     kinds = mujoco.mjtWarning
     bad = (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC, kinds.mjWARN_BADCTRL)
-    return sorted(int(kind) for kind in bad)
+    return {int(kind): kind.name for kind in sorted(bad, key=int)}
+
+
+def warned_of(kinds: Iterable[str]) -> str:
+    """Why a world diverged, by the names of MuJoCo's warnings."""
+    return f"MuJoCo gave {' and '.join(kinds)}"
 
 
 class PhysicsWatch:
@@ -34,6 +46,7 @@ class PhysicsWatch:
     """
 
     def __init__(self) -> None:
+        self._names = list(bad_states().values())
         self._bad = slice(min(bad_states()), max(bad_states()) + 1)  # they are neighbours
         self._data: Any = None
 
@@ -46,12 +59,21 @@ class PhysicsWatch:
         self._before = self._number.copy()
         self._number[:] = 0
 
-    def end(self) -> bool:
-        """Whether the state was bad since :meth:`begin`, or is beyond :data:`MAX_COORDINATE`."""
+    def end(self) -> str | None:
+        """Why the state diverged since :meth:`begin`, or None.
+
+        It was bad, or is beyond :data:`MAX_COORDINATE`.
+        """
         data = self._data
-        bad = any(self._number.tolist()[self._bad]) or data.time < self._time
+        counts = self._number.tolist()[self._bad]
         self._number += self._before
-        return bad or not all(_below(x, MAX_COORDINATE) for x in (data.qpos, data.qvel))
+        if any(counts):
+            return warned_of(name for name, n in zip(self._names, counts, strict=True) if n)
+        if data.time < self._time:
+            return "its time went back"
+        if all(_below(x, MAX_COORDINATE) for x in (data.qpos, data.qvel)):
+            return None
+        return BEYOND
 
 
 def _below(values: np.ndarray, bound: float) -> bool:

@@ -22,7 +22,7 @@ class World(gymnasium.Wrapper):
     Observations are copied: a world may answer with one array again and again, and the vector
     environment hands out the last observation of an episode after the reset. What a world may not
     answer raises :class:`EnvironmentFault`. A step in which MuJoCo found the state bad terminates,
-    with :data:`DIVERGED` in its info.
+    with why as :data:`DIVERGED` in its info.
 
     Args:
         env: the world with its wrappers.
@@ -62,7 +62,7 @@ class World(gymnasium.Wrapper):
             self._watch = self._watch or PhysicsWatch()
             self._watch.begin(data)
         answer = self.env.step(action)
-        diverged = data is not None and self._watch is not None and self._watch.end()
+        why = None if data is None or self._watch is None else self._watch.end()
         if not isinstance(answer, tuple) or len(answer) != 5:
             raise EnvironmentFault(
                 f"{self._where()}: step must return (observation, reward, terminated, truncated, "
@@ -73,9 +73,9 @@ class World(gymnasium.Wrapper):
         return (
             self._copied(obs),
             _answers.number(reward, "reward", self._where),
-            _answers.flag(terminated, "terminated", self._where) or diverged,
+            _answers.flag(terminated, "terminated", self._where) or why is not None,
             _answers.flag(truncated, "truncated", self._where),
-            {**info, DIVERGED: True} if diverged else info,
+            info if why is None else {**info, DIVERGED: why},
         )
 
     def _copied(self, obs: Any) -> Any:

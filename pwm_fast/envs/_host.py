@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
         reward: ``[N]``; anything in a world that diverged.
         terminated: bool ``[N]``.
         truncated: bool ``[N]``.
-        diverged: bool ``[N]``, where the library or its physics says so; what is not finite, or
+        diverged: why, by world, where the library or its physics says so; what is not finite, or
             beyond :data:`pwm_fast.envs._divergence.MAX_VALUE`, shows by itself.
     """
 
@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
-    diverged: np.ndarray
+    diverged: dict[int, str]
 
 
 class HostEnv(ABC):
@@ -45,8 +45,9 @@ class HostEnv(ABC):
 
     Actions in [-1, 1] are stretched to the library's own bounds. A world that diverged, or whose
     observation or reward is not finite or beyond 1e10, terminates with its last sound observation
-    and reward 0; ``info["diverged"]`` marks it, and a warning says so once. A start observation
-    like that raises :class:`~pwm_fast.envs.protocol.EnvironmentFault`.
+    and reward 0; ``info["diverged"]`` marks it, and a warning says so once, with why, which
+    ``divergence`` keeps. A start observation like that raises
+    :class:`~pwm_fast.envs.protocol.EnvironmentFault`.
 
     Args:
         name: of the environment, for messages.
@@ -86,7 +87,7 @@ class HostEnv(ABC):
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device="cpu")
         self._returns = torch.zeros(num_envs, device="cpu")
         self._episodes = np.zeros(num_envs, dtype=np.int64)  # begun so far, for messages
-        self._warned = False
+        self.divergence: str | None = None  # why a world diverged first
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -109,10 +110,11 @@ class HostEnv(ABC):
         terminated, truncated = outcome.terminated.copy(), outcome.truncated.copy()
 
         done = terminated | truncated
-        unsound = outcome.diverged | ~(sound(final_obs).all(axis=1) & sound(reward))
+        unsound = ~(sound(final_obs).all(axis=1) & sound(reward))
+        unsound[list(outcome.diverged)] = True
         self._check_start(obs, done)
         if unsound.any():
-            self._warn(int(unsound.sum()))
+            self._warn(unsound, outcome.diverged, final_obs, reward)
             final_obs[unsound] = self._obs.numpy()[unsound]
             reward[unsound] = 0.0
             restart = unsound & ~done
@@ -226,15 +228,25 @@ class HostEnv(ABC):
                 "observation"
             )
 
-    def _warn(self, count: int) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self.name}: {count} of {self.num_envs} worlds diverged; they were restarted "
-                "(said once)",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+    def _warn(
+        self, unsound: np.ndarray, why: dict[int, str], obs: np.ndarray, reward: np.ndarray
+    ) -> None:
+        if self.divergence is not None:
+            return
+        i = int(np.flatnonzero(unsound)[0])
+        if i in why:
+            reason = why[i]
+        elif not sound(reward)[i]:
+            reason = f"the reward is {reward[i]:g}"
+        else:
+            reason = f"{first_unsound(obs[i], sound(obs[i]))} of the observation"
+        self.divergence = f"world {i}, step {int(self._steps[i]) + 1} of its episode: {reason}"
+        warnings.warn(
+            f"{self.name}: {int(unsound.sum())} of {self.num_envs} worlds diverged "
+            f"({self.divergence}); they were restarted (said once)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def physics_state(model: Any, data: Any) -> Tensor:

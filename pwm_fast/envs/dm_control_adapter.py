@@ -142,7 +142,7 @@ class DMControlEnv(_host.HostEnv):
         obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         reward = np.zeros(self.num_envs)
         terminated = np.zeros(self.num_envs, dtype=bool)
-        diverged = np.zeros(self.num_envs, dtype=bool)
+        diverged: dict[int, str] = {}
         for i, env in enumerate(self._envs):
             self._watch.begin(env.physics.data.ptr)
 
@@ -157,9 +157,11 @@ class DMControlEnv(_host.HostEnv):
                         terminated[i] = True
                         break
                 obs[i] = _flat(step.observation)
-                diverged[i] = self._watch.end()
-            except self._physics_error:
-                diverged[i] = True
+                why = self._watch.end()
+            except self._physics_error as error:
+                why = " ".join(str(error).split())
+            if why is not None:
+                diverged[i] = why
         truncated = self._steps.numpy() + 1 >= self.max_episode_steps
         final_obs = obs.copy()
         done = terminated | truncated

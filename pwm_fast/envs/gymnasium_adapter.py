@@ -203,12 +203,12 @@ class GymnasiumEnv(_host.HostEnv):
             )
         for i in np.flatnonzero(done):
             final_obs[i] = np.asarray(info["final_obs"][i]).reshape(-1)
-        diverged = np.zeros(self.num_envs, dtype=bool)
+        why: dict[int, str] = {}
         for infos in (info, info.get("final_info", {})):
             if isinstance(infos, dict) and DIVERGED in infos:
-                diverged |= np.array(infos[DIVERGED], dtype=bool)
-        self._mind_bounds(final_obs, ~diverged)
-        return _host.Outcome(obs, final_obs, np.array(reward), terminated, truncated, diverged)
+                why.update({i: text for i, text in enumerate(infos[DIVERGED]) if text})
+        self._mind_bounds(final_obs, np.array([i not in why for i in range(self.num_envs)]))
+        return _host.Outcome(obs, final_obs, np.array(reward), terminated, truncated, why)
 
     def _mind_bounds(self, obs: np.ndarray, mask: np.ndarray) -> None:
         """Warn, once, of finite observations outside of their space by more than rounding."""

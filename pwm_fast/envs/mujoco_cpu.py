@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pwm_fast import memory, optional, seeding
 from pwm_fast.envs import _checks
-from pwm_fast.envs._divergence import MAX_COORDINATE, bad_states
+from pwm_fast.envs._divergence import BEYOND, MAX_COORDINATE, bad_states, warned_of
 from pwm_fast.envs.protocol import SAME_STEP, Box
 from pwm_fast.envs.tasks.base import Task
 
@@ -77,7 +77,7 @@ class MujocoEnv:
             self.device,
         )
         self._batch = mujoco.batch.Batch(model, num_envs, threads)
-        self._bad_kinds = bad_states()
+        self._bad_kinds = list(bad_states())
         self._bad = self._bad_states()
         self._simulation_error = mujoco.batch.SimulationError
         # Live float64 views of the batch's state rows: writes reach the physics.
@@ -92,7 +92,7 @@ class MujocoEnv:
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device="cpu")
         self._returns = torch.zeros(num_envs, device="cpu")
         self._obs = torch.zeros(num_envs, task.obs_dim, device="cpu")
-        self._warned = False
+        self.divergence: str | None = None  # why a world diverged first
         self.reset()
 
     def reset(
@@ -193,10 +193,11 @@ class MujocoEnv:
     def _advance(self) -> Tensor | None:
         """Step the physics; where it diverged, bool ``[N]``, or None where it did nowhere."""
         failed: list[int] = []
+        message = ""
         try:
             self._batch.step(nstep=self.task.substeps)
         except self._simulation_error as error:  # the other worlds were stepped all the same
-            failed = error.ids.tolist()
+            failed, message = error.ids.tolist(), " ".join(str(error).split())
         bad = self._bad_states()
         largest = [torch.linalg.vector_norm(x, math.inf) for x in (self._qpos, self._qvel)]
         # NaN compares false, so "not below" catches it too.
@@ -209,11 +210,15 @@ class MujocoEnv:
         diverged = ~(size < MAX_COORDINATE)
         diverged |= torch.from_numpy(new)
         diverged[failed] = True
-        if not self._warned:
-            self._warned = True
+        if self.divergence is None:
+            i = int(diverged.long().argmax())
+            # Counts since the start, which are of this step alone as no world diverged before.
+            given = [n for k, n in bad_states().items() if self._batch.warning[i, k, 1]]
+            why = message if i in failed else warned_of(given) if given else BEYOND
+            self.divergence = f"world {i}, step {int(self._steps[i]) + 1} of its episode: {why}"
             warnings.warn(
                 f"the physics of {self.task.name} diverged in {int(diverged.sum())} of "
-                f"{self.num_envs} worlds; they were restarted (said once)",
+                f"{self.num_envs} worlds ({self.divergence}); they were restarted (said once)",
                 RuntimeWarning,
                 stacklevel=3,
             )

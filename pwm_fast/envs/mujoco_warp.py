@@ -14,7 +14,7 @@ from pwm_fast import memory, seeding
 from pwm_fast.envs import _checks
 from pwm_fast.envs._buffers import contacts_and_rows
 from pwm_fast.envs._device import Packed, Watch
-from pwm_fast.envs._divergence import MAX_COORDINATE
+from pwm_fast.envs._divergence import BEYOND, MAX_COORDINATE
 from pwm_fast.envs.engines import import_warp, why_unusable
 from pwm_fast.envs.protocol import SAME_STEP, Box
 from pwm_fast.envs.tasks.base import Task
@@ -108,6 +108,7 @@ class MujocoWarpEnv:
         self._counters = torch.zeros(3, dtype=torch.int64, device=device)
         self._watch = Watch(self._counters)
         self._told: set[str] = set()
+        self.divergence: str | None = None  # why a world diverged first, as far as it was told
 
         n, o = num_envs, task.obs_dim
         self._has_goal = task.goal(self._obs) is not None
@@ -389,12 +390,14 @@ class MujocoWarpEnv:
         diverged, unusable, overflow = counters
         worlds = f"of {self.num_envs} worlds"
         if diverged:
+            self.divergence = BEYOND
             self._warn(
                 "diverged",
-                f"the physics of {self.task.name} diverged in {diverged} {worlds}; they were "
-                "restarted (said once)",
+                f"the physics of {self.task.name} diverged in {diverged} {worlds} ({BEYOND}); they "
+                "were restarted (said once)",
             )
         if unusable:
+            self.divergence = self.divergence or "the action is not finite"
             self._warn(
                 "unusable",
                 f"{unusable} {worlds} of {self.task.name} got an action that is not finite; they "

@@ -19,6 +19,10 @@ class EnvironmentFault(RuntimeError):
     """An environment answered what cannot be used; the message says which, when and what."""
 
 
+class ActionNotFinite(ValueError):
+    """An environment was given an action with NaN or infinite values; no world was stepped."""
+
+
 @dataclass(frozen=True)
 class Box:
     """Bounds of one world's observations or actions, with the attributes of Gymnasium's ``Box``.
@@ -53,6 +57,8 @@ class VectorEnv(Protocol):
       ``diverged`` ``[N]`` bool: the world terminated since its simulation broke down, with its last
       sound observation as ``final_obs``; and ``goal`` ``[N]`` bool: the state reached (before a
       reset) is one the task is after.
+
+    An environment may say in an attribute ``divergence`` why a world diverged first, if one did.
 
     Attributes:
         num_envs: N.

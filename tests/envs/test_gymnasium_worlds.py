@@ -133,8 +133,11 @@ def test_a_state_that_mujoco_calls_bad(name, velocity, at, tmp_path, monkeypatch
     for action in sequence[: at - 1]:
         before, _, terminated, *_ = env.step(action)
         assert not terminated.any()
-    with pytest.warns(RuntimeWarning, match=f"{name}: 1 of 2 worlds diverged"):
+    why = r"MuJoCo gave mjWARN_BADQ|its time went back|a position or velocity is not finite"
+    match = rf"{name}: 1 of 2 worlds diverged \(world 0, step {at} of its episode: .*({why})"
+    with pytest.warns(RuntimeWarning, match=match):
         obs, reward, terminated, truncated, info = env.step(sequence[at - 1])
+    assert env.divergence is not None and f"step {at} of its episode: " in env.divergence
     assert terminated.tolist() == info["diverged"].tolist() == [True, False]
     assert not truncated.any()
     assert reward[0] == 0.0 != reward[1]
@@ -213,7 +216,10 @@ def test_numbers_that_nothing_can_be_learned_from(value, what, ends):
     change = {what: np.array([1.0, value]) if what == "obs" else value}
     env = adapted(script({}, {**change, **ends}, {}), script({}, {}, {}))
     before, *_ = env.step(torch.zeros(2, 1))
-    with pytest.warns(RuntimeWarning, match="Script: 1 of 2 worlds diverged"):
+    shown = f"{np.float32(value):g}".replace("+", r"\+")
+    why = f"entry 1 is {shown} of the observation" if what == "obs" else f"the reward is {shown}"
+    match = rf"Script: 1 of 2 worlds diverged \(world 0, step 2 of its episode: {why}\)"
+    with pytest.warns(RuntimeWarning, match=match):
         obs, reward, terminated, _, info = env.step(torch.zeros(2, 1))
     assert terminated.tolist() == info["diverged"].tolist() == [True, False]
     assert reward.tolist() == [0.0, 1.0]

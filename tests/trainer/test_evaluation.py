@@ -16,9 +16,15 @@ from pwm_fast.evaluation import GOAL_STEPS, evaluate
 class Scripted:
     """World i ends after ``lengths[i]`` steps, and starts again; step t rewards t."""
 
-    def __init__(self, lengths: list[int], goal_from: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        goal_from: list[int] | None = None,
+        lost: list[bool] | None = None,
+    ) -> None:
         self.lengths = torch.tensor(lengths)
         self.goal_from = None if goal_from is None else torch.tensor(goal_from)
+        self.lost = None if lost is None else torch.tensor(lost)  # diverges at the end
         self.num_envs = len(lengths)
         self.max_episode_steps = max(lengths)
         self.device = torch.device("cpu")
@@ -32,6 +38,9 @@ class Scripted:
         self.t += 1
         reward, done = self.t.float(), self.t >= self.lengths
         info = {} if self.goal_from is None else {"goal": self.t >= self.goal_from}
+        if self.lost is not None:
+            info["diverged"] = done & self.lost
+            self.lost = self.lost ^ done  # the other kind in the next episode
         self.t = torch.where(done, 0, self.t)
         return torch.zeros(self.num_envs, 1), reward, done, torch.zeros_like(done), info
 
@@ -65,6 +74,16 @@ def test_goal_must_hold_to_the_end() -> None:
     result = run(Scripted([n + 5, n + 5, n, 5], [6, 7, 1, 1]))
     assert result.held.tolist() == [True, False, True, False]
     assert result.row()["eval_success"] == 0.5
+
+
+def test_diverged_episodes() -> None:
+    n = GOAL_STEPS
+    # The goal held in all; the next episodes, which end the other way, do not count.
+    result = run(Scripted([n, n + 5, 2 * n + 9], [1, 1, 1], [True, False, True]))
+    assert result.diverged.tolist() == [True, False, True]
+    assert result.held.tolist() == [False, True, False]
+    assert result.row()["eval_diverged"] == result.summary()["diverged"] == 2
+    assert run(Scripted([2, 3])).row()["eval_diverged"] == 0, "where it does not say"
 
 
 def test_one_episode_has_no_spread() -> None:

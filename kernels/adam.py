@@ -90,7 +90,7 @@ def squares_kernel(
 
 @triton.jit
 def adam_kernel(
-    params,
+    weights,
     grads,
     means,
     squares,
@@ -98,7 +98,7 @@ def adam_kernel(
     before,
     steps,
     rate,
-    options,
+    settings,
     loss,
     norm,
     skipped,
@@ -115,8 +115,8 @@ def adam_kernel(
 ):
     """One chunk of the parameters and moments; ``count`` slots hold the sums of squares.
 
-    ``options``: both betas, epsilon and the largest norm, float64. ``LEAD``: this launch writes the
-    norm and the counts of skips; ``KEEP``: clipped gradients are written back.
+    ``settings``: both betas, epsilon and the largest norm, float64. ``LEAD``: this launch writes
+    the norm and the counts of skips; ``KEEP``: clipped gradients are written back.
     """
     c = tl.program_id(0)
     sums = tl.zeros([SLOTS], tl.float64)
@@ -125,8 +125,8 @@ def adam_kernel(
         sums += tl.load(slots + j, mask=j < count, other=0.0)
     total = tl.sqrt(tl.sum(sums, axis=0))  # of finite gradients finite, also beyond float32
     finite = (total < float("inf")) & (tl.abs(tl.load(loss)) < float("inf"))  # a NaN is not below
-    beta1, beta2 = tl.load(options), tl.load(options + 1)
-    epsilon, most = tl.load(options + 2).to(tl.float32), tl.load(options + 3)
+    beta1, beta2 = tl.load(settings), tl.load(settings + 1)
+    epsilon, most = tl.load(settings + 2).to(tl.float32), tl.load(settings + 3)
     factor = tl.minimum(most / (total + 1e-6), 1.0).to(tl.float32)
     tensor, start, n = _find(c, FIRST, SIZES, CHUNK)
     if KEEP:
@@ -145,7 +145,7 @@ def adam_kernel(
         size = (tl.load(rate).to(tl.float64) / left1).to(tl.float32)
         root = tl.sqrt(left2).to(tl.float32)
         share1, share2 = (1.0 - beta1).to(tl.float32), (1.0 - beta2).to(tl.float32)
-        p_pointer = _pointer(params, tensor, SIZES, ALIGNED) + start
+        p_pointer = _pointer(weights, tensor, SIZES, ALIGNED) + start
         g_pointer = _pointer(grads, tensor, SIZES, ALIGNED) + start
         m_pointer = _pointer(means, tensor, SIZES, ALIGNED) + start
         v_pointer = _pointer(squares, tensor, SIZES, ALIGNED) + start
@@ -316,10 +316,10 @@ def _case(fn: Any, name: str, constants: dict[str, Any], aligned: bool = True) -
         first.append(first[-1] + triton.cdiv(size, 4096))
     constants = constants | {"FIRST": tuple(first), "SIZES": sizes, "ALIGNED": aligned}
     constants |= {"CHUNK": 4096, "BLOCK": _BLOCK}
-    lists = ("params", "grads", "means", "squares")
+    lists = ("weights", "grads", "means", "squares")
     types: dict[str, str | tuple[str, ...]] = dict.fromkeys(lists, ("*fp32",) * tensors)
     types |= dict.fromkeys(("steps", "before", "rate", "loss", "norm"), "*fp32")
-    types |= dict.fromkeys(("options", "slots"), "*fp64") | {"tensors": "i32", "count": "i32"}
+    types |= dict.fromkeys(("settings", "slots"), "*fp64") | {"tensors": "i32", "count": "i32"}
     types |= dict.fromkeys(("skipped", "in_a_row"), "*i64")
     odd = {"tensors", "count", *(() if aligned else lists)}
     return Case(name, fn, signature(fn, types, constants), constants, unaligned=frozenset(odd))

@@ -73,7 +73,11 @@ def _upload(words: list[int], device: torch.device) -> Tensor:
         return torch.tensor(words, dtype=torch.int64, device="cpu")
     if torch.cuda.is_current_stream_capturing():
         return constants(words, device)
-    return torch.tensor(words, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
+    return (
+        torch.tensor(words, dtype=torch.int64, device="cpu")
+        .pin_memory()
+        .to(device, non_blocking=True)
+    )
 
 
 def constants(words: list[int], device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,39 @@ def open_overrides(overrides: Iterable[str]) -> list[str]:
         overrides: as on the command line; other arguments may be among them.
     """
     return [f"++{given}" if _OPEN.match(given) else given for given in overrides]
+
+
+def check_choices(overrides: Iterable[str]) -> None:
+    """Look at the overrides that choose files of ``configs/``, such as ``env=ant``.
+
+    Hydra itself answers ``env=null`` and ``alg=5`` with errors that are not its own.
+
+    Args:
+        overrides: as on the command line; other arguments, and what cannot be read, are left alone.
+
+    Raises:
+        ConfigError: the value is neither a name nor a list of names; the message names the key.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString
+    from hydra.errors import HydraException
+
+    files = resources.files("pwm_fast.configs")
+    groups = {"hydra", *(entry.name for entry in files.iterdir() if entry.is_dir())}
+    parser = OverridesParser.create()
+    for given in overrides:
+        key = given.partition("=")[0].lstrip("+").partition("@")[0]
+        if key not in groups and not key.startswith("hydra/"):
+            continue
+        try:
+            override = parser.parse_override(given)
+        except HydraException:  # Hydra says so
+            continue
+        value: Any = override.value()
+        for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+            names = choice if isinstance(choice, list) else [choice]
+            ok = all(isinstance(name, str | QuotedString | Glob) for name in names)
+            _require(ok, key, choice, "a name, or a list of names, of its files")
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -720,6 +754,7 @@ def compose(*overrides: str) -> TrainConfig:
     from hydra import initialize_config_module
     from hydra.core.config_store import ConfigStore
 
+    check_choices(overrides)
     ConfigStore.instance().store(name="train_schema", node=hydra_schema())
     with initialize_config_module("pwm_fast.configs", version_base="1.3"):
         return from_hydra(hydra_compose("config", overrides=open_overrides(overrides)))

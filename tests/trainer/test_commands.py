@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,6 +145,51 @@ WRONG = {
     "memory": (["alg.replay_capacity=1000000000000000"], "alg.replay_capacity=1000000000000000"),
     "directory": (["run_dir=/proc/no"], "run_dir=/proc/no cannot be used"),
 }
+
+
+CHOICES = {
+    "env=null": "env must be a name, or a list of names, of its files, got None",
+    "+env=null": "env must be a name, or a list of names, of its files, got None",
+    "env=true": "got True",
+    "env={a:1}": "env must be a name, or a list of names, of its files, got {'a': 1}",
+    "alg=5": "alg must be a name, or a list of names, of its files, got 5",
+    "alg=1.5": "got 1.5",
+    "alg=[pwm_tiny,5]": "got ['pwm_tiny', 5]",
+    "alg=[[pwm_tiny]]": "got [['pwm_tiny']]",
+    "launch=null": "launch must be a name",
+    "hydra=5": "hydra must be a name",
+    "hydra/launcher=null": "hydra/launcher must be a name",
+    "hydra.verbose=7": "Hydra cannot use hydra.verbose=7: AssertionError",
+    "-m alg=5,6": "alg must be a name, or a list of names, of its files, got 5",
+    "-m env=cartpole,null": "env must be a name, or a list of names, of its files, got None",
+    "-m hydra.verbose=7": "Hydra cannot use hydra.verbose=7: AssertionError",
+}
+
+
+@pytest.mark.parametrize("given", CHOICES)
+def test_choices_of_no_file(given: str, launcher: Launcher, tmp_path: Path) -> None:
+    """One line from every command, of one run or of a sweep, before anything is made."""
+    *sweep, override = given.split()
+    arguments = [*sweep, *tiny_arguments(Path("run"), override)]
+    modules = {"pwm_fast.train": arguments}
+    if not sweep and override.startswith(("env", "+env")):
+        modules["pwm_fast.data"] = ["export", "out=run", override]
+    if not sweep and override.startswith("env"):
+        modules["pwm_fast.parity"] = ["alg=pwm_5M_flow", override]
+    for module, own in modules.items():
+        outcome = launcher.run(tmp_path, *own, module=module)
+        assert (outcome.status, outcome.out) == (2, ""), outcome.err
+        assert outcome.err.startswith("error: ") and CHOICES[given] in outcome.err
+        assert len(outcome.err.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["env='cartpole'", "alg=[]", "-m alg='pwm_tiny',pwm_tiny_flow"])
+def test_choices_that_are_files(given: str, launcher: Launcher, tmp_path: Path) -> None:
+    *sweep, override = given.split()
+    arguments = tiny_arguments(Path("run_${alg.name}"), "epochs=0", override)
+    outcome = launcher.run(tmp_path, *sweep, *arguments)
+    assert outcome.status == 0, outcome.err
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -422,3 +468,24 @@ def test_home_directory_is_understood(launcher: Launcher, tmp_path: Path) -> Non
     assert launcher.run(tmp_path, *arguments, env=home).status == 0
     assert len(rows(tmp_path / "home" / "run")) == 2
     assert not (tmp_path / "~").exists()
+
+
+# --- open mappings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_export_takes_an_environments_own_arguments(
+    plus: str, launcher: Launcher, tmp_path: Path
+) -> None:
+    """As training does: without a plus, and given to the environment."""
+    pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
+    given = ["env=gym", "env.id=Pendulum-v1", "env.max_episode_steps=3", "episodes=1"]
+    ends = {}
+    for gravity in ("9.0", "-80.0"):
+        out = tmp_path / f"g{gravity}"
+        own = ["export", f"out={out}", *given, f"{plus}env.kwargs.g={gravity}"]
+        outcome = launcher.run(tmp_path, *own, module="pwm_fast.data")
+        assert outcome.status == 0, outcome.err
+        with np.load(out / "episode_0.npz") as episode:
+            ends[gravity] = episode["obs"][-1]
+    assert not np.allclose(*ends.values())

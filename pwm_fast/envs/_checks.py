@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def positive(**numbers: int) -> None:
-    """Raise ValueError, naming it, where a number is below 1."""
+    """Raise ValueError, naming it, where a number is below 1 or not whole."""
     for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 

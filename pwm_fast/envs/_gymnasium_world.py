@@ -45,7 +45,12 @@ class World(gymnasium.Wrapper):
         """Start an episode; ``options`` without entries are None."""
         self._episode += 1
         self._steps = 0
-        answer = self.env.reset(seed=seed, options=options or None)
+        try:
+            answer = self.env.reset(seed=seed, options=options or None)
+        except Exception as error:
+            if _answers.passes(error):
+                raise
+            raise _answers.raised(self._where(), error) from error
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise EnvironmentFault(
                 f"{self._where()}: reset must return (observation, info), got "
@@ -61,7 +66,12 @@ class World(gymnasium.Wrapper):
         if data is not None:
             self._watch = self._watch or PhysicsWatch()
             self._watch.begin(data)
-        answer = self.env.step(action)
+        try:
+            answer = self.env.step(action)
+        except Exception as error:
+            if _answers.passes(error):
+                raise
+            raise _answers.raised(self._where(), error) from error
         diverged = data is not None and self._watch is not None and self._watch.end()
         if not isinstance(answer, tuple) or len(answer) != 5:
             raise EnvironmentFault(

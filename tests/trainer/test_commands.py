@@ -203,6 +203,46 @@ def test_wrong_input(case: str, launcher: Launcher, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+NOT_MADE = {
+    "env=gym env.id=Pendulum-v1 env.kwargs=5": "env.kwargs must be a mapping of the environment's",
+    "env=gym env.id=Pendulum-v1 env.kwargs.max_episode_steps=5": "must not be given, got 5",
+    "env=gym env.id=Pendulum-v1 env.kwargs.foo=5": "env.kwargs={'foo': 5}: TypeError: ",
+    "env=gym env.id=Hopper-v5 env.kwargs.frame_skip=0": "env.kwargs={'frame_skip': 0}: ZeroDivi",
+    "env=gym env.id=Hopper-v5 env.kwargs.xml_file=no.xml": "env.id='Hopper-v5' with env.kwargs=",
+    "env=gym env.id=Hopper-v5 env.kwargs.reset_noise_scale=nan": "Hopper-v5, world 0, reset of ",
+    "env=dmc env.action_repeat=1.5": "action_repeat must be a whole number, at least 1, got 1.5",
+    "env=dmc env.action_repeat=null": "action_repeat must be a whole number, at least 1, got None",
+    "env.start=[hanging]": "env.start must be one of hanging, upright, got ['hanging']",
+    "env.start={a:1}": "env.start must be one of hanging, upright, got {'a': 1}",
+}
+
+
+@pytest.mark.parametrize("given", NOT_MADE)
+def test_worlds_that_cannot_be_made(given: str, launcher: Launcher, tmp_path: Path) -> None:
+    """One line, of training and of an export, and no directory."""
+    pytest.importorskip("gymnasium.envs.mujoco", reason="needs pip install 'pwm-fast[gym]'")
+    if "dmc" in given:
+        pytest.importorskip("dm_control", reason="needs pip install 'pwm-fast[dmc]'")
+    own = given.split()
+    arguments = tiny_arguments(Path("run"), *own)
+    arguments = arguments[1:] if own[0].startswith("env=") else arguments
+    export = ["export", "out=run", *(own if own[0].startswith("env=") else ["env=cartpole", *own])]
+    for module, values in {"pwm_fast.train": arguments, "pwm_fast.data": export}.items():
+        outcome = launcher.run(tmp_path, *values, module=module)
+        assert (outcome.status, outcome.out) == (2, ""), outcome.err
+        assert NOT_MADE[given] in outcome.err and "Traceback" not in outcome.err
+        assert len(re.findall(r"^error: ", outcome.err, re.MULTILINE)) == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_error_within_a_step_is_one_line(launcher: Launcher, tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
+    own = ["env=gym", "env.id=Pendulum-v1", "env.kwargs.g=abc"]
+    outcome = launcher.run(tmp_path, *tiny_arguments(Path("run"), *own)[1:])
+    line = r"error: Pendulum-v1, world 0, step 1 of episode \d: TypeError: .*\n"
+    assert outcome.status == 2 and re.fullmatch(line, outcome.err), outcome.err
+
+
 def test_a_bug_shows_its_traceback(launcher: Launcher, tmp_path: Path) -> None:
     code = (
         "from pwm_fast.agent import PWM\n"

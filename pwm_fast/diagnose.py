@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast import build, cli, files, metrics, provenance, seeding
+from pwm_fast import build, checkpoint, cli, files, metrics, provenance, seeding
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import frozen, imagine
@@ -121,7 +121,7 @@ class DiagnoseConfig:
     def paths(self) -> list[Path]:
         """The checkpoints' files."""
         given = self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
-        return [Path(name).expanduser() for name in given]
+        return [checkpoint.named(name) for name in given]
 
 
 class Subject(NamedTuple):
@@ -337,7 +337,7 @@ def _target(config: DiagnoseConfig) -> Path:
     """Where the results go, looked at before the work starts."""
     first = config.paths[0]
     name = f"{first.stem}.diagnosis" if len(config.paths) == 1 else "comparison.diagnosis"
-    folder = Path(config.out).expanduser() if config.out else first.with_name(name)
+    folder = files.user_path(config.out) if config.out else first.with_name(name)
     if not config.out and not first.parent.is_dir():
         return folder  # that the checkpoint is missing is said when it is read
     above = next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -398,6 +398,38 @@ def test_evaluate_wrong_input(
     assert len(outcome.err.splitlines()) == 1 and message in outcome.err, outcome.err
 
 
+HOME = "'~nobody_of_this_name/x'"
+PATHS = {
+    "pwm_fast.evaluate": ["checkpoint={}", "checkpoint=x json={}"],
+    "pwm_fast.diagnose": ["checkpoint={}", "checkpoint=[{}]", "checkpoint=x out={}"],
+    "pwm_fast.data": ["export out=y checkpoint={}", "export env=cartpole out={}"],
+    "pwm_fast.train": ["run_dir={}", "init={}", "resume={}", "data.path={}"],
+}
+
+
+@pytest.mark.parametrize("path", ["''", "'.'", "'./'", "/", "/.", "'..'", HOME])
+@pytest.mark.parametrize(
+    ("module", "text"), [(module, text) for module, texts in PATHS.items() for text in texts]
+)
+def test_paths_that_name_no_file(
+    module: str, text: str, path: str, launcher: Launcher, tmp_path: Path
+) -> None:
+    """One line of every command; nothing is made."""
+    of_a_file = "checkpoint=x" not in text and text.split("=")[0] not in ("run_dir", "data.path")
+    if path != HOME and (not of_a_file or "out={}" in text):
+        return  # a folder may be meant
+    given = text.format(path).split()
+    own = tiny_arguments(Path("run"), *given) if module == "pwm_fast.train" else given
+    outcome = launcher.run(tmp_path, *own, module=module)
+    assert (outcome.status, outcome.out) == (2, ""), outcome.err
+    assert outcome.err.startswith("error: ") and len(outcome.err.splitlines()) == 1
+    if path == HOME:
+        assert "there is no home directory of such a user: ~nobody_of_this_name/x" in outcome.err
+    elif module != "pwm_fast.train":
+        assert "checkpoint must be a file" in outcome.err
+    assert {*os.listdir(tmp_path)} == {"stdout.txt", "stderr.txt"}
+
+
 # --- info and messages ----------------------------------------------------------------------------
 
 

@@ -78,14 +78,44 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
 
 
+# The most that a key may be: far above what anybody needs, and below what would overflow, or run
+# for days without a word.
+COUNT = 2**31 - 1  # of what is done again and again
+SIZE = 2**63 - 1  # of what takes memory: that is looked at where it is made
+WIDTH = 2**20  # of a layer
+EPISODE = 10**7  # steps
+FLOAT = 3e38  # float32 has no larger numbers
+LOGSTD = 88.0  # whose exponential is a float32
+
+
+def at_most(key: str, value: float | None, most: float) -> None:
+    """Raise :class:`ConfigError` for a number above ``most``; None and infinity are none."""
+    ok = value is None or value <= most or value == math.inf
+    _require(ok, key, value, f"at most {most}")
+
+
 def _widths(key: str, units: list[int]) -> None:
-    _require(all(u > 0 for u in units), key, list(units), "a list of positive widths")
+    ok = all(isinstance(u, int) and u > 0 for u in units)
+    _require(ok, key, list(units), "a list of positive widths")
+    _require(max(units, default=0) <= WIDTH, key, list(units), f"a list of widths up to {WIDTH}")
 
 
-def _positive(prefix: str, config: Any, *names: str) -> None:
+def _most(value: float, whole: int) -> float:
+    return FLOAT if isinstance(value, float) else whole
+
+
+def _positive(prefix: str, config: Any, *names: str, most: int = COUNT) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{prefix}.{name}", value, "positive")
+        at_most(f"{prefix}.{name}", value, _most(value, most))
+
+
+def _not_negative(prefix: str, config: Any, *names: str, most: int = COUNT) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{prefix}.{name}", value, "0 or more")
+        at_most(f"{prefix}.{name}", value, _most(value, most))
 
 
 MAX_THREADS = 1024  # with many more the system has none left, for anybody
@@ -101,12 +131,15 @@ def _finite(prefix: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(math.isfinite(value), f"{prefix}.{name}", value, "finite")
+        _require(abs(value) <= FLOAT, f"{prefix}.{name}", value, f"at most {FLOAT} in size")
 
 
 def _adam(prefix: str, config: Any) -> None:
     _positive(prefix, config, "lr", "grad_norm")
     _finite(prefix, config, "lr")  # an infinite grad_norm clips nothing
-    ok = len(config.betas) == 2 and all(0.0 <= b < 1.0 for b in config.betas)
+    ok = len(config.betas) == 2 and all(
+        isinstance(b, float) and 0.0 <= b < 1.0 for b in config.betas
+    )
     _require(ok, f"{prefix}.betas", list(config.betas), "two numbers in [0, 1)")
 
 
@@ -154,10 +187,12 @@ class WorldModelConfig:
         _one_of(f"{key}.kind", self.kind, ("mlp", "flow"))
         _one_of(f"{key}.head", self.head, ("linear", "simnorm"))
         _one_of(f"{key}.integrator", self.integrator, ("heun", "euler"))
-        _positive(key, self, "latent_dim", "num_bins", "num_tasks", "substeps")
+        _positive(key, self, "latent_dim", "num_tasks", most=WIDTH)
+        _positive(key, self, "num_bins", most=2**16)
+        _positive(key, self, "substeps", most=1024)
         groups = self.latent_dim % 8 == 0
         _require(groups, f"{key}.latent_dim", self.latent_dim, "a multiple of 8 (SimNorm)")
-        _require(self.task_dim >= 0, f"{key}.task_dim", self.task_dim, "0 or more")
+        _not_negative(key, self, "task_dim", most=WIDTH)
         _require(
             self.task_dim > 0 or self.num_tasks == 1,
             f"{key}.num_tasks",
@@ -219,21 +254,16 @@ class ModelLearningConfig:
         key = "alg.model_learning"
         _one_of(f"{key}.tau_sampling", self.tau_sampling, ("uniform", "midpoint"))
         _one_of(f"{key}.flow_start", self.flow_start, ("rollout", "teacher"))
-        _positive(key, self, "batch_size", "encoder_lr_scale")
+        _positive(key, self, "batch_size", "encoder_lr_scale", most=SIZE)
         _finite(key, self, "encoder_lr_scale")
         _adam(key, self)
-        for name in (
-            "updates",
-            "dynamics_coef",
-            "reward_coef",
-            "termination_coef",
-            "start_noise",
-        ):
-            _require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
-        _finite(key, self, "dynamics_coef", "reward_coef", "termination_coef", "start_noise")
+        sizes = ("dynamics_coef", "reward_coef", "termination_coef", "start_noise")
+        _not_negative(key, self, "updates", *sizes)
+        _finite(key, self, *sizes)
         if self.bootstrap_updates is not None:
             value = self.bootstrap_updates
             _require(value >= 0, f"{key}.bootstrap_updates", value, "0 or more, or null")
+            at_most(f"{key}.bootstrap_updates", value, COUNT)
 
 
 @dataclass
@@ -271,9 +301,11 @@ class ActorConfig:
     def __post_init__(self) -> None:
         _widths("alg.actor.units", self.units)
         _one_of("alg.actor.init", self.init, ("orthogonal", "torch"))
-        _positive("alg.actor", self, "batch_size", "input_gain")
-        _finite("alg.actor", self, "init_logstd", "min_logstd")
-        _require(self.updates >= 0, "alg.actor.updates", self.updates, "0 or more")
+        _positive("alg.actor", self, "batch_size", "input_gain", most=SIZE)
+        _finite("alg.actor", self, "init_logstd", "min_logstd", "input_gain")
+        for name in ("init_logstd", "min_logstd"):
+            at_most(f"alg.actor.{name}", getattr(self, name), LOGSTD)
+        _not_negative("alg.actor", self, "updates")
         _adam("alg.actor", self)
 
 
@@ -309,8 +341,10 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         _widths("alg.critic.units", self.units)
-        _positive("alg.critic", self, "members", "minibatches", "input_gain")
-        _require(self.passes >= 0, "alg.critic.passes", self.passes, "0 or more")
+        _positive("alg.critic", self, "members", most=1024)
+        _positive("alg.critic", self, "minibatches", "input_gain", most=2**16)
+        _finite("alg.critic", self, "input_gain")
+        _not_negative("alg.critic", self, "passes")
         _require(0.0 <= self.lam <= 1.0, "alg.critic.lam", self.lam, "in [0, 1]")
         _adam("alg.critic", self)
 
@@ -377,19 +411,20 @@ class AlgConfig:
     max_skipped_updates: int = 20
 
     def __post_init__(self) -> None:
-        _positive("alg", self, "horizon", "steps_per_epoch", "replay_capacity")
-        _positive("alg", self, "max_skipped_updates", "value_scale")
+        _positive("alg", self, "horizon", "steps_per_epoch", "value_scale")
+        _positive("alg", self, "replay_capacity", "max_skipped_updates", most=SIZE)
         if self.imagination_horizon is not None:
             _positive("alg", self, "imagination_horizon")
         for name in ("obs_clip", "reward_clip"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"alg.{name}", value, "positive, or null")
-        _require(self.value_delay >= 0, "alg.value_delay", self.value_delay, "0 or more")
+            at_most(f"alg.{name}", value, FLOAT)
+        _not_negative("alg", self, "value_delay", "final_lr")
         _require(0.0 < self.gamma <= 1.0, "alg.gamma", self.gamma, "in (0, 1]")
-        _require(self.final_lr >= 0, "alg.final_lr", self.final_lr, "0 or more")
         _finite("alg", self, "value_scale", "final_lr")
-        _require(self.random_hold >= 1, "alg.random_hold", self.random_hold, "at least 1")
-        _require(self.random_epochs >= 1, "alg.random_epochs", self.random_epochs, "at least 1")
+        for name in ("random_hold", "random_epochs"):
+            _require(getattr(self, name) >= 1, f"alg.{name}", getattr(self, name), "at least 1")
+            at_most(f"alg.{name}", getattr(self, name), COUNT)
         _require(
             not (self.normalize_rewards and self.world_model.num_bins > 1),
             "alg.normalize_rewards",
@@ -424,8 +459,8 @@ class EvalConfig:
     final_episodes: int = 32
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "eval.every", self.every, "0 or more")
-        _positive("eval", self, "episodes", "final_episodes")
+        _not_negative("eval", self, "every", most=SIZE)
+        _positive("eval", self, "episodes", "final_episodes", most=SIZE)
 
 
 @dataclass
@@ -439,7 +474,7 @@ class CheckpointConfig:
     every: int = 50
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        _not_negative("checkpoint", self, "every", most=SIZE)
 
 
 @dataclass
@@ -455,8 +490,9 @@ class EsnrConfig:
     samples: int = 8
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "esnr.every", self.every, "0 or more")
+        _not_negative("esnr", self, "every", most=SIZE)
         _require(self.samples >= 2, "esnr.samples", self.samples, "at least 2")
+        at_most("esnr.samples", self.samples, SIZE)
 
 
 @dataclass
@@ -529,13 +565,14 @@ class EnvConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _positive("env", self, "num_envs", "threads")
-        _require(self.threads <= MAX_THREADS, "env.threads", self.threads, f"at most {MAX_THREADS}")
+        _positive("env", self, "num_envs", most=SIZE)
+        _positive("env", self, "threads", most=MAX_THREADS)
         _one_of("env.engine", self.engine, ("auto", "mujoco", "mujoco_warp"))
         if self.max_episode_steps is not None:
-            _positive("env", self, "max_episode_steps")
-            ok = self.max_episode_steps < 2**31
-            _require(ok, "env.max_episode_steps", self.max_episode_steps, "below 2^31")
+            steps = self.max_episode_steps
+            _positive("env", self, "max_episode_steps", most=SIZE)
+            expected = f"below 2^31, and at most {EPISODE}"
+            _require(steps <= EPISODE, "env.max_episode_steps", steps, expected)
 
 
 @dataclass
@@ -593,6 +630,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        at_most("epochs", self.epochs, SIZE)
         _require(seeding.in_range(self.seed), "seed", self.seed, "in [0, 2^63)")
         ok = self.device in ("auto", "cpu", "cuda") or (
             self.device.startswith("cuda:") and self.device[5:].isdigit()
@@ -609,6 +647,7 @@ class TrainConfig:
         )
         worlds = self.num_envs
         _require(worlds is None or worlds > 0, "num_envs", worlds, "positive or null")
+        at_most("num_envs", worlds, SIZE)
         _require(are_threads(self.threads), "threads", self.threads, THREADS)
         _require(self.run_dir != "", "run_dir", self.run_dir, "a path")
         _require(self.init != "", "init", self.init, "a path or null")
@@ -648,6 +687,25 @@ def check_tasks(config: TrainConfig) -> None:
         "1 to train: transitions carry no task number yet, all would count as of task 0 (set "
         "alg.world_model.num_tasks=1 alg.world_model.task_dim=0, and train one run for each task)",
     )
+
+
+def check_layers(config: TrainConfig) -> None:
+    """Refuse to begin with networks without hidden layers: they would be linear, without a word.
+
+    Such agents can be made, counted and loaded, and their runs go on.
+
+    Raises:
+        ConfigError: a list of hidden widths is empty.
+    """
+    model = "alg.world_model"
+    for key, units in {
+        f"{model}.units": config.alg.world_model.units,
+        f"{model}.encoder_units": config.alg.world_model.encoder_units,
+        f"{model}.reward_units": config.alg.world_model.reward_units,
+        "alg.actor.units": config.alg.actor.units,
+        "alg.critic.units": config.alg.critic.units,
+    }.items():
+        _require(len(units) > 0, key, list(units), "a list of at least one positive width to train")
 
 
 def hydra_schema() -> Any:
@@ -696,6 +754,8 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), values)
         config = OmegaConf.to_object(merged)
+    except OverflowError as error:
+        raise ConfigError(f"a number is too large for its key: {_readable(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(_readable(error)) from error
     assert isinstance(config, TrainConfig)

@@ -38,6 +38,7 @@ from pwm_fast.evaluate import MISSING
 from pwm_fast.replay import Episode
 from pwm_fast.seeding import Purpose
 
+MOST = 2**16  # of what is computed and held for each window, point or rollout
 GROUP = 8  # width of the latents' simplices
 
 
@@ -115,6 +116,12 @@ class DiagnoseConfig:
         ):
             if not ok:
                 raise ConfigError(f"{key} must be {expected}, got {getattr(self, key)!r}")
+        for key in ("episodes", "windows", "points"):
+            configuration.at_most(key, getattr(self, key), configuration.COUNT)
+        for key in ("horizon", "probes", "esnr_batch", "esnr_horizons", "esnr_samples"):
+            value = getattr(self, key)
+            for number in value if isinstance(value, list) else [value]:
+                configuration.at_most(key, number, MOST)
         check_policy(self.policy, self.random_share)
 
     @property

@@ -59,6 +59,8 @@ class ExportConfig:
         ):
             if not ok:
                 raise ConfigError(f"{key} must be {expected}, got {getattr(self, key)!r}")
+        for key in ("episodes", "random_hold"):
+            configuration.at_most(key, getattr(self, key), configuration.COUNT)
         check_policy(self.policy or "random", self.random_share)
 
 

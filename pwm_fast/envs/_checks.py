@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def at_most(most: int, **numbers: int) -> None:
+    """Raise ValueError, naming it, where a number is above ``most``."""
+    for name, value in numbers.items():
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
 def positive(**numbers: int) -> None:
     """Raise ValueError, naming it, where a number is below 1 or not whole."""
     for name, value in numbers.items():

@@ -17,6 +17,8 @@ from pwm_fast.envs import _answers, _checks, _host, _spaces
 from pwm_fast.envs._divergence import PhysicsWatch
 from pwm_fast.envs.protocol import StateNotSupported
 
+MAX_REPEAT = 1024  # no task of the suite lasts for more than a few thousand steps
+
 
 class DMControlEnv(_host.HostEnv):
     """N worlds of a task of the dm_control suite, stepped one after another.
@@ -31,7 +33,7 @@ class DMControlEnv(_host.HostEnv):
         seed: of the start states, in [0, 2^63); world i gets ``seeding.words(seed, i)``.
         max_episode_steps: time limit in control steps of this environment, repeats not counted
             apart; the task's own by default.
-        action_repeat: how often an action is applied in a step.
+        action_repeat: how often an action is applied in a step, at most :data:`MAX_REPEAT`.
 
     Raises:
         ImportError: dm_control is missing, or does not work with the installed MuJoCo.
@@ -51,6 +53,7 @@ class DMControlEnv(_host.HostEnv):
         action_repeat: int = 2,
     ) -> None:
         _checks.positive(num_envs=num_envs, action_repeat=action_repeat)
+        _checks.at_most(MAX_REPEAT, action_repeat=action_repeat)
         suite, control = _dm_control()
         if (domain, task) not in suite.ALL_TASKS:
             tasks = [t for d, t in suite.ALL_TASKS if d == domain]

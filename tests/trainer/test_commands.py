@@ -140,6 +140,19 @@ WRONG = {
     ),
     "rollouts": (["alg.actor.batch_size=9000000000"], "lower alg.actor.batch_size, the horizon"),
     "threads": (["env.threads=100000"], "env.threads must be at most 1024, got 100000"),
+    "members": (["alg.critic.members=100000"], "members must be at most 1024, got 100000"),
+    "digits": (["alg.critic.passes=1" + "0" * 21], "alg.critic.passes must be at most 2147483647"),
+    "overflow": (["alg.actor.min_logstd=1e300"], "min_logstd must be at most 3e+38 in size"),
+    "nested widths": (["alg.critic.units=[[64]]"], "alg.critic.units must be a list of positive"),
+    "no layer of a critic": (
+        ["alg.critic.units=[]"],
+        "alg.critic.units must be a list of at least",
+    ),
+    "no layer": (
+        ["alg.world_model.reward_units=[]"],
+        "reward_units must be a list of at least one",
+    ),
+    "long": (["env.max_episode_steps=2147483647"], "and at most 10000000, got 2147483647"),
     "steps": (["env.max_episode_steps=9000000000"], "env.max_episode_steps must be below 2^31"),
     "options of another env": (["env.kwargs.x=1"], "unexpected keyword argument 'kwargs'"),
     "memory": (["alg.replay_capacity=1000000000000000"], "alg.replay_capacity=1000000000000000"),
@@ -204,6 +217,7 @@ def test_wrong_input(case: str, launcher: Launcher, tmp_path: Path) -> None:
 
 
 NOT_MADE = {
+    "env=dmc env.action_repeat=1000000": "action_repeat must be at most 1024, got 1000000",
     "env=gym env.id=Pendulum-v1 env.kwargs=5": "env.kwargs must be a mapping of the environment's",
     "env=gym env.id=Pendulum-v1 env.kwargs.max_episode_steps=5": "must not be given, got 5",
     "env=gym env.id=Pendulum-v1 env.kwargs.foo=5": "env.kwargs={'foo': 5}: TypeError: ",

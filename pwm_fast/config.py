@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -125,6 +126,21 @@ THREADS = f"positive and at most {MAX_THREADS}, or null"
 def are_threads(value: int | None) -> bool:
     """Whether a number of CPU threads is one, or null."""
     return value is None or 0 < value <= MAX_THREADS
+
+
+def allotted_threads() -> int | None:
+    """What Slurm allots to this task, at most :data:`MAX_THREADS`; None where it says nothing.
+
+    Raises:
+        ConfigError: SLURM_CPUS_PER_TASK is no positive number.
+    """
+    text = os.environ.get("SLURM_CPUS_PER_TASK", "").strip()
+    if not text:
+        return None
+    ok = re.fullmatch("0*[1-9][0-9]*", text) is not None
+    _require(ok, "SLURM_CPUS_PER_TASK", text, "a positive number, or unset")
+    digits = text.lstrip("0")
+    return min(int(digits[:5]), MAX_THREADS)  # of more digits it is larger
 
 
 def _finite(prefix: str, config: Any, *names: str) -> None:

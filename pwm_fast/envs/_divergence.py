@@ -31,9 +31,13 @@ class PhysicsWatch:
     MuJoCo answers a bad state with a warning and, unless the model forbids it, with a reset within
     the step, which also clears the warnings that were counted before. A control that is not finite
     gives a warning and turns all actuators off.
+
+    Args:
+        timed: a time that goes back is of a bad state, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timed: bool = True) -> None:
+        self._timed = timed
         self._bad = slice(min(bad_states()), max(bad_states()) + 1)  # they are neighbours
         self._data: Any = None
 
@@ -49,7 +53,7 @@ class PhysicsWatch:
     def end(self) -> bool:
         """Whether the state was bad since :meth:`begin`, or is beyond :data:`MAX_COORDINATE`."""
         data = self._data
-        bad = any(self._number.tolist()[self._bad]) or data.time < self._time
+        bad = any(self._number.tolist()[self._bad]) or (self._timed and data.time < self._time)
         self._number += self._before
         return bad or not all(_below(x, MAX_COORDINATE) for x in (data.qpos, data.qvel))
 

@@ -58,17 +58,22 @@ def set_threads(
     Args:
         threads: their number; None is what Slurm allots, else OMP_NUM_THREADS, else as many of
             torch's own choice as the agent's products have work for: the layers of a small one are
-            too short to be shared.
+            too short to be shared. None is at most :data:`config.MAX_THREADS`.
         alg: the agent; None is not to look at that.
         device: the agent's; only one on the CPU is looked at.
+
+    Raises:
+        ConfigError: what Slurm allots is no number.
     """
     if device is not None and device.type != "cpu":
         alg = None
     if threads is None:
-        allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-        threads = int(allotted) if allotted.isdigit() and int(allotted) > 0 else None
+        threads = configuration.allotted_threads()
     if threads is None and alg is not None and not os.environ.get("OMP_NUM_THREADS"):
-        threads = min(torch.get_num_threads(), useful_threads(alg))
+        most = min(torch.get_num_threads(), configuration.MAX_THREADS)
+        threads = min(most, useful_threads(alg))
+    if threads is None and torch.get_num_threads() > configuration.MAX_THREADS:
+        threads = configuration.MAX_THREADS  # of OMP_NUM_THREADS
     if threads is not None:
         torch.set_num_threads(threads)
 

@@ -62,6 +62,21 @@ def save(path: Path, content: dict[str, Any], *, keep_previous: bool = False) ->
         ) from error
 
 
+def named(name: str) -> Path:
+    """The file that a user names, there or not.
+
+    Raises:
+        CheckpointError: it can be no file.
+        OSError: it is of the home directory of no user.
+    """
+    path = files.user_path(name)
+    if not path.name or path.is_dir():
+        raise CheckpointError(
+            f"checkpoint must be a file, such as runs/.../checkpoints/best.pt, got {name!r}"
+        )
+    return path
+
+
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint, every byte of which is as it was written.
 

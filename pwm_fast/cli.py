@@ -6,12 +6,13 @@ import argparse
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pwm_fast import optional
 from pwm_fast.checkpoint import CheckpointError
-from pwm_fast.config import ConfigError, open_overrides
+from pwm_fast.config import ConfigError, check_choices, open_overrides
 from pwm_fast.envs import EnvironmentFault
 from pwm_fast.memory import OutOfMemory
 from pwm_fast.trainer import TrainingDiverged
@@ -67,15 +68,16 @@ def main(
     launch.register()
     # `launch` has a default, so that Hydra would refuse the + of a group without one.
     sys.argv[1:] = [re.sub(r"^\+launch=", "launch=", argument) for argument in sys.argv[1:]]
-    if name == "train":
+    if name in ("train", "export"):
         sys.argv[1:] = open_overrides(sys.argv[1:])
     ConfigStore.instance().store(name=f"{name}_schema", node=schema())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on: they are reported here
-    status = 0
+    status, composed = 0, False
 
     @hydra.main(version_base="1.3", config_path="pkg://pwm_fast.configs", config_name=config_name)
     def job(cfg: Any) -> None:
-        nonlocal status
+        nonlocal status, composed
+        composed = True
         try:
             status = command(cfg)
         except USER_ERRORS as error:
@@ -89,6 +91,7 @@ def main(
             raise JobFailed(status)
 
     try:
+        check_choices(sys.argv[1:])
         job()
     except JobFailed as error:
         status = error.status
@@ -103,6 +106,12 @@ def main(
     except KeyboardInterrupt:
         print("error: stopped at once by SIGINT", file=sys.stderr)
         status = 130
+    except Exception as error:
+        if tracebacks() or composed or not _of_hydra(error):
+            raise
+        own = " ".join(given for given in sys.argv[1:] if given.lstrip("+~").startswith("hydra"))
+        said = " ".join([type(error).__name__, *str(error).split()])
+        _fail(f"Hydra cannot use {own or 'this command line'}: {said}")
     raise SystemExit(status)
 
 
@@ -171,6 +180,13 @@ def composition_message(error: BaseException) -> str:
     listed = ", ".join(line.strip() for line in lines if line.startswith("\t"))
     said = "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith("\t")))
     return f"{said} {listed}".strip()
+
+
+def _of_hydra(error: BaseException) -> bool:
+    """Whether Hydra or OmegaConf raised it, and not what they called."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    name = str(frames[-1][0].f_globals.get("__name__")) if frames else ""
+    return name.partition(".")[0] in ("hydra", "omegaconf")
 
 
 def tracebacks() -> bool:

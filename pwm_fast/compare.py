@@ -152,7 +152,7 @@ def parse(arguments: list[str]) -> tuple[Options, Path]:
         raise ConfigError(f"--steps must not be negative, got {given.steps!r}")
     if given.resamples < 1:
         raise ConfigError(f"--resamples must be positive, got {given.resamples}")
-    out = Path(given.out).expanduser()
+    out = files.user_path(given.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is no directory")
     options = Options(

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,39 @@ def open_overrides(overrides: Iterable[str]) -> list[str]:
     return [f"++{given}" if _OPEN.match(given) else given for given in overrides]
 
 
+def check_choices(overrides: Iterable[str]) -> None:
+    """Look at the overrides that choose files of ``configs/``, such as ``env=ant``.
+
+    Hydra itself answers ``env=null`` and ``alg=5`` with errors that are not its own.
+
+    Args:
+        overrides: as on the command line; other arguments, and what cannot be read, are left alone.
+
+    Raises:
+        ConfigError: the value is neither a name nor a list of names; the message names the key.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString
+    from hydra.errors import HydraException
+
+    files = resources.files("pwm_fast.configs")
+    groups = {"hydra", *(entry.name for entry in files.iterdir() if entry.is_dir())}
+    parser = OverridesParser.create()
+    for given in overrides:
+        key = given.partition("=")[0].lstrip("+").partition("@")[0]
+        if key not in groups and not key.startswith("hydra/"):
+            continue
+        try:
+            override = parser.parse_override(given)
+        except HydraException:  # Hydra says so
+            continue
+        value: Any = override.value()
+        for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+            names = choice if isinstance(choice, list) else [choice]
+            ok = all(isinstance(name, str | QuotedString | Glob) for name in names)
+            _require(ok, key, choice, "a name, or a list of names, of its files")
+
+
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{key} must be {expected}, got {value!r}")
@@ -44,14 +79,44 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
 
 
+# The most that a key may be: far above what anybody needs, and below what would overflow, or run
+# for days without a word.
+COUNT = 2**31 - 1  # of what is done again and again
+SIZE = 2**63 - 1  # of what takes memory: that is looked at where it is made
+WIDTH = 2**20  # of a layer
+EPISODE = 10**7  # steps
+FLOAT = 3e38  # float32 has no larger numbers
+LOGSTD = 88.0  # whose exponential is a float32
+
+
+def at_most(key: str, value: float | None, most: float) -> None:
+    """Raise :class:`ConfigError` for a number above ``most``; None and infinity are none."""
+    ok = value is None or value <= most or value == math.inf
+    _require(ok, key, value, f"at most {most}")
+
+
 def _widths(key: str, units: list[int]) -> None:
-    _require(all(u > 0 for u in units), key, list(units), "a list of positive widths")
+    ok = all(isinstance(u, int) and u > 0 for u in units)
+    _require(ok, key, list(units), "a list of positive widths")
+    _require(max(units, default=0) <= WIDTH, key, list(units), f"a list of widths up to {WIDTH}")
 
 
-def _positive(prefix: str, config: Any, *names: str) -> None:
+def _most(value: float, whole: int) -> float:
+    return FLOAT if isinstance(value, float) else whole
+
+
+def _positive(prefix: str, config: Any, *names: str, most: int = COUNT) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{prefix}.{name}", value, "positive")
+        at_most(f"{prefix}.{name}", value, _most(value, most))
+
+
+def _not_negative(prefix: str, config: Any, *names: str, most: int = COUNT) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{prefix}.{name}", value, "0 or more")
+        at_most(f"{prefix}.{name}", value, _most(value, most))
 
 
 MAX_THREADS = 1024  # with many more the system has none left, for anybody
@@ -63,16 +128,34 @@ def are_threads(value: int | None) -> bool:
     return value is None or 0 < value <= MAX_THREADS
 
 
+def allotted_threads() -> int | None:
+    """What Slurm allots to this task, at most :data:`MAX_THREADS`; None where it says nothing.
+
+    Raises:
+        ConfigError: SLURM_CPUS_PER_TASK is no positive number.
+    """
+    text = os.environ.get("SLURM_CPUS_PER_TASK", "").strip()
+    if not text:
+        return None
+    ok = re.fullmatch("0*[1-9][0-9]*", text) is not None
+    _require(ok, "SLURM_CPUS_PER_TASK", text, "a positive number, or unset")
+    digits = text.lstrip("0")
+    return min(int(digits[:5]), MAX_THREADS)  # of more digits it is larger
+
+
 def _finite(prefix: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(math.isfinite(value), f"{prefix}.{name}", value, "finite")
+        _require(abs(value) <= FLOAT, f"{prefix}.{name}", value, f"at most {FLOAT} in size")
 
 
 def _adam(prefix: str, config: Any) -> None:
     _positive(prefix, config, "lr", "grad_norm")
     _finite(prefix, config, "lr")  # an infinite grad_norm clips nothing
-    ok = len(config.betas) == 2 and all(0.0 <= b < 1.0 for b in config.betas)
+    ok = len(config.betas) == 2 and all(
+        isinstance(b, float) and 0.0 <= b < 1.0 for b in config.betas
+    )
     _require(ok, f"{prefix}.betas", list(config.betas), "two numbers in [0, 1)")
 
 
@@ -120,10 +203,12 @@ class WorldModelConfig:
         _one_of(f"{key}.kind", self.kind, ("mlp", "flow"))
         _one_of(f"{key}.head", self.head, ("linear", "simnorm"))
         _one_of(f"{key}.integrator", self.integrator, ("heun", "euler"))
-        _positive(key, self, "latent_dim", "num_bins", "num_tasks", "substeps")
+        _positive(key, self, "latent_dim", "num_tasks", most=WIDTH)
+        _positive(key, self, "num_bins", most=2**16)
+        _positive(key, self, "substeps", most=1024)
         groups = self.latent_dim % 8 == 0
         _require(groups, f"{key}.latent_dim", self.latent_dim, "a multiple of 8 (SimNorm)")
-        _require(self.task_dim >= 0, f"{key}.task_dim", self.task_dim, "0 or more")
+        _not_negative(key, self, "task_dim", most=WIDTH)
         _require(
             self.task_dim > 0 or self.num_tasks == 1,
             f"{key}.num_tasks",
@@ -185,21 +270,16 @@ class ModelLearningConfig:
         key = "alg.model_learning"
         _one_of(f"{key}.tau_sampling", self.tau_sampling, ("uniform", "midpoint"))
         _one_of(f"{key}.flow_start", self.flow_start, ("rollout", "teacher"))
-        _positive(key, self, "batch_size", "encoder_lr_scale")
+        _positive(key, self, "batch_size", "encoder_lr_scale", most=SIZE)
         _finite(key, self, "encoder_lr_scale")
         _adam(key, self)
-        for name in (
-            "updates",
-            "dynamics_coef",
-            "reward_coef",
-            "termination_coef",
-            "start_noise",
-        ):
-            _require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more")
-        _finite(key, self, "dynamics_coef", "reward_coef", "termination_coef", "start_noise")
+        sizes = ("dynamics_coef", "reward_coef", "termination_coef", "start_noise")
+        _not_negative(key, self, "updates", *sizes)
+        _finite(key, self, *sizes)
         if self.bootstrap_updates is not None:
             value = self.bootstrap_updates
             _require(value >= 0, f"{key}.bootstrap_updates", value, "0 or more, or null")
+            at_most(f"{key}.bootstrap_updates", value, COUNT)
 
 
 @dataclass
@@ -237,9 +317,11 @@ class ActorConfig:
     def __post_init__(self) -> None:
         _widths("alg.actor.units", self.units)
         _one_of("alg.actor.init", self.init, ("orthogonal", "torch"))
-        _positive("alg.actor", self, "batch_size", "input_gain")
-        _finite("alg.actor", self, "init_logstd", "min_logstd")
-        _require(self.updates >= 0, "alg.actor.updates", self.updates, "0 or more")
+        _positive("alg.actor", self, "batch_size", "input_gain", most=SIZE)
+        _finite("alg.actor", self, "init_logstd", "min_logstd", "input_gain")
+        for name in ("init_logstd", "min_logstd"):
+            at_most(f"alg.actor.{name}", getattr(self, name), LOGSTD)
+        _not_negative("alg.actor", self, "updates")
         _adam("alg.actor", self)
 
 
@@ -275,8 +357,10 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         _widths("alg.critic.units", self.units)
-        _positive("alg.critic", self, "members", "minibatches", "input_gain")
-        _require(self.passes >= 0, "alg.critic.passes", self.passes, "0 or more")
+        _positive("alg.critic", self, "members", most=1024)
+        _positive("alg.critic", self, "minibatches", "input_gain", most=2**16)
+        _finite("alg.critic", self, "input_gain")
+        _not_negative("alg.critic", self, "passes")
         _require(0.0 <= self.lam <= 1.0, "alg.critic.lam", self.lam, "in [0, 1]")
         _adam("alg.critic", self)
 
@@ -343,19 +427,20 @@ class AlgConfig:
     max_skipped_updates: int = 20
 
     def __post_init__(self) -> None:
-        _positive("alg", self, "horizon", "steps_per_epoch", "replay_capacity")
-        _positive("alg", self, "max_skipped_updates", "value_scale")
+        _positive("alg", self, "horizon", "steps_per_epoch", "value_scale")
+        _positive("alg", self, "replay_capacity", "max_skipped_updates", most=SIZE)
         if self.imagination_horizon is not None:
             _positive("alg", self, "imagination_horizon")
         for name in ("obs_clip", "reward_clip"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"alg.{name}", value, "positive, or null")
-        _require(self.value_delay >= 0, "alg.value_delay", self.value_delay, "0 or more")
+            at_most(f"alg.{name}", value, FLOAT)
+        _not_negative("alg", self, "value_delay", "final_lr")
         _require(0.0 < self.gamma <= 1.0, "alg.gamma", self.gamma, "in (0, 1]")
-        _require(self.final_lr >= 0, "alg.final_lr", self.final_lr, "0 or more")
         _finite("alg", self, "value_scale", "final_lr")
-        _require(self.random_hold >= 1, "alg.random_hold", self.random_hold, "at least 1")
-        _require(self.random_epochs >= 1, "alg.random_epochs", self.random_epochs, "at least 1")
+        for name in ("random_hold", "random_epochs"):
+            _require(getattr(self, name) >= 1, f"alg.{name}", getattr(self, name), "at least 1")
+            at_most(f"alg.{name}", getattr(self, name), COUNT)
         _require(
             not (self.normalize_rewards and self.world_model.num_bins > 1),
             "alg.normalize_rewards",
@@ -390,8 +475,8 @@ class EvalConfig:
     final_episodes: int = 32
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "eval.every", self.every, "0 or more")
-        _positive("eval", self, "episodes", "final_episodes")
+        _not_negative("eval", self, "every", most=SIZE)
+        _positive("eval", self, "episodes", "final_episodes", most=SIZE)
 
 
 @dataclass
@@ -405,7 +490,7 @@ class CheckpointConfig:
     every: int = 50
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        _not_negative("checkpoint", self, "every", most=SIZE)
 
 
 @dataclass
@@ -421,8 +506,9 @@ class EsnrConfig:
     samples: int = 8
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "esnr.every", self.every, "0 or more")
+        _not_negative("esnr", self, "every", most=SIZE)
         _require(self.samples >= 2, "esnr.samples", self.samples, "at least 2")
+        at_most("esnr.samples", self.samples, SIZE)
 
 
 @dataclass
@@ -495,13 +581,14 @@ class EnvConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _positive("env", self, "num_envs", "threads")
-        _require(self.threads <= MAX_THREADS, "env.threads", self.threads, f"at most {MAX_THREADS}")
+        _positive("env", self, "num_envs", most=SIZE)
+        _positive("env", self, "threads", most=MAX_THREADS)
         _one_of("env.engine", self.engine, ("auto", "mujoco", "mujoco_warp"))
         if self.max_episode_steps is not None:
-            _positive("env", self, "max_episode_steps")
-            ok = self.max_episode_steps < 2**31
-            _require(ok, "env.max_episode_steps", self.max_episode_steps, "below 2^31")
+            steps = self.max_episode_steps
+            _positive("env", self, "max_episode_steps", most=SIZE)
+            expected = f"below 2^31, and at most {EPISODE}"
+            _require(steps <= EPISODE, "env.max_episode_steps", steps, expected)
 
 
 @dataclass
@@ -559,6 +646,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        at_most("epochs", self.epochs, SIZE)
         _require(seeding.in_range(self.seed), "seed", self.seed, "in [0, 2^63)")
         ok = self.device in ("auto", "cpu", "cuda") or (
             self.device.startswith("cuda:") and self.device[5:].isdigit()
@@ -575,6 +663,7 @@ class TrainConfig:
         )
         worlds = self.num_envs
         _require(worlds is None or worlds > 0, "num_envs", worlds, "positive or null")
+        at_most("num_envs", worlds, SIZE)
         _require(are_threads(self.threads), "threads", self.threads, THREADS)
         _require(self.run_dir != "", "run_dir", self.run_dir, "a path")
         _require(self.init != "", "init", self.init, "a path or null")
@@ -614,6 +703,25 @@ def check_tasks(config: TrainConfig) -> None:
         "1 to train: transitions carry no task number yet, all would count as of task 0 (set "
         "alg.world_model.num_tasks=1 alg.world_model.task_dim=0, and train one run for each task)",
     )
+
+
+def check_layers(config: TrainConfig) -> None:
+    """Refuse to begin with networks without hidden layers: they would be linear, without a word.
+
+    Such agents can be made, counted and loaded, and their runs go on.
+
+    Raises:
+        ConfigError: a list of hidden widths is empty.
+    """
+    model = "alg.world_model"
+    for key, units in {
+        f"{model}.units": config.alg.world_model.units,
+        f"{model}.encoder_units": config.alg.world_model.encoder_units,
+        f"{model}.reward_units": config.alg.world_model.reward_units,
+        "alg.actor.units": config.alg.actor.units,
+        "alg.critic.units": config.alg.critic.units,
+    }.items():
+        _require(len(units) > 0, key, list(units), "a list of at least one positive width to train")
 
 
 def hydra_schema() -> Any:
@@ -662,6 +770,8 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), values)
         config = OmegaConf.to_object(merged)
+    except OverflowError as error:
+        raise ConfigError(f"a number is too large for its key: {_readable(error)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(_readable(error)) from error
     assert isinstance(config, TrainConfig)
@@ -720,6 +830,7 @@ def compose(*overrides: str) -> TrainConfig:
     from hydra import initialize_config_module
     from hydra.core.config_store import ConfigStore
 
+    check_choices(overrides)
     ConfigStore.instance().store(name="train_schema", node=hydra_schema())
     with initialize_config_module("pwm_fast.configs", version_base="1.3"):
         return from_hydra(hydra_compose("config", overrides=open_overrides(overrides)))

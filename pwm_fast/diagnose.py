@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast import build, cli, files, metrics, provenance, seeding
+from pwm_fast import build, checkpoint, cli, files, metrics, provenance, seeding
 from pwm_fast import config as configuration
 from pwm_fast.acting import policy_of
 from pwm_fast.agent import PWM
@@ -39,6 +39,7 @@ from pwm_fast.evaluate import MISSING
 from pwm_fast.replay import Episode
 from pwm_fast.seeding import Purpose
 
+MOST = 2**16  # of what is computed and held for each window, point or rollout
 GROUP = 8  # width of the latents' simplices
 
 
@@ -116,13 +117,19 @@ class DiagnoseConfig:
         ):
             if not ok:
                 raise ConfigError(f"{key} must be {expected}, got {getattr(self, key)!r}")
+        for key in ("episodes", "windows", "points"):
+            configuration.at_most(key, getattr(self, key), configuration.COUNT)
+        for key in ("horizon", "probes", "esnr_batch", "esnr_horizons", "esnr_samples"):
+            value = getattr(self, key)
+            for number in value if isinstance(value, list) else [value]:
+                configuration.at_most(key, number, MOST)
         check_policy(self.policy, self.random_share)
 
     @property
     def paths(self) -> list[Path]:
         """The checkpoints' files."""
         given = self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
-        return [Path(name).expanduser() for name in given]
+        return [checkpoint.named(name) for name in given]
 
 
 class Subject(NamedTuple):
@@ -339,7 +346,7 @@ def _target(config: DiagnoseConfig) -> Path:
     """Where the results go, looked at before the work starts."""
     first = config.paths[0]
     name = f"{first.stem}.diagnosis" if len(config.paths) == 1 else "comparison.diagnosis"
-    folder = Path(config.out).expanduser() if config.out else first.with_name(name)
+    folder = files.user_path(config.out) if config.out else first.with_name(name)
     if not config.out and not first.parent.is_dir():
         return folder  # that the checkpoint is missing is said when it is read
     above = next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pwm_fast import build, cli, files, metrics, seeding
+from pwm_fast import build, checkpoint, cli, files, metrics, seeding
 from pwm_fast.acting import policy_of
 from pwm_fast.config import THREADS, ConfigError, are_threads
 from pwm_fast.evaluation import evaluate
@@ -61,7 +61,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: the configuration cannot be used.
         CheckpointError: the checkpoint cannot be read or does not fit this program.
     """
-    path = Path(config.checkpoint).expanduser()
+    path = checkpoint.named(config.checkpoint)
     device = build.select_device(config.device)
     run, content = build.load_run(path)
     build.set_threads(config.threads, run.alg, device)
@@ -138,8 +138,8 @@ def run(cfg: Any) -> int:
 
 def _target(config: EvaluateConfig) -> Path:
     """Where the JSON goes, looked at before the work starts."""
-    checkpoint_path = Path(config.checkpoint).expanduser()
-    path = Path(config.json or checkpoint_path.with_suffix(".evaluation.json")).expanduser()
+    checkpoint_path = checkpoint.named(config.checkpoint)
+    path = files.user_path(config.json or checkpoint_path.with_suffix(".evaluation.json"))
     if config.json and not path.parent.is_dir():
         raise ConfigError(f"json={config.json}: there is no directory {path.parent}")
     if path.is_dir() or (path.parent.is_dir() and not os.access(path.parent, os.W_OK)):

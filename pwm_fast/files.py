@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as a user wrote it, with ``~`` for a home directory.
+
+    Raises:
+        OSError: there is no such user; it names the path.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            errno.ENOENT, "there is no home directory of such a user", str(name)
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from pwm_fast import cli
+from pwm_fast import cli, files
 from pwm_fast.comparison.runs import LeftOut, Run, find, load
 from pwm_fast.config import ConfigError
 from pwm_fast.plotting import plot_run
@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
     if given.out is not None and len(paths) != 1:
         raise ConfigError(f"--out takes the figures of one run, but {len(paths)} are named")
     try:
-        written = plot(paths, Path(given.out).expanduser() if given.out else None)
+        written = plot(paths, files.user_path(given.out) if given.out else None)
     except ImportError as error:
         raise ConfigError(f"{error}; {cli.NEEDS_TRAIN}") from error
     for path in written:

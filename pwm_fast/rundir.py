@@ -49,7 +49,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path = path.expanduser()
+        self.path = path = files.user_path(path)
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
@@ -378,7 +378,7 @@ class RunDirectory:
         return None
 
     def _named(self, name: str) -> Path:
-        path = Path(name).expanduser()
+        path = files.user_path(name)
         if not path.is_file():
             raise ConfigError(f"resume={name}: there is no such file")
         if self.results() and path.resolve().parent != self.checkpoints.resolve():

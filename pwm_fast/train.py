@@ -64,6 +64,8 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 )
                 print_summary(finished)
                 return finished, 0
+            if source is None:
+                configuration.check_layers(config)
             data = offline.load(config, env)
             record = provenance.describe(config, device)
             record["data"] = None if data is None else data.record()

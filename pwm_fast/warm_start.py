@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from pwm_fast import build, provenance, seal
+from pwm_fast import build, files, provenance, seal
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError, TrainConfig
@@ -40,7 +39,7 @@ def warm_start(agent: PWM, config: TrainConfig) -> dict[str, Any]:
         ConfigError: the checkpoint is of other networks; the message names both runs.
         CheckpointError: it cannot be read.
     """
-    path = Path(str(config.init)).expanduser()
+    path = files.user_path(str(config.init))
     if not path.is_file():
         raise ConfigError(f"init={config.init}: there is no such file")
     run, content = build.load_run(path)

@@ -299,6 +299,161 @@ OUT_OF_RANGE = {
 }
 
 
+HUGE = 10**21
+TOO_LARGE: dict[str, list[object]] = {
+    **{
+        f"alg.{part}.{name}": [value]
+        for name, value in {"units": [2**63], "input_gain": 1e39, "lr": 1e300}.items()
+        for part in ("actor", "critic")
+    },
+    **{
+        f"alg.world_model.{name}": [[2**20 + 1], [64, 2**63], [64, HUGE]]
+        for name in ("units", "encoder_units", "reward_units")
+    },
+    **{
+        f"alg.{name}": [2**31, HUGE]
+        for name in (
+            "horizon",
+            "imagination_horizon",
+            "steps_per_epoch",
+            "random_epochs",
+            "random_hold",
+            "value_delay",
+            "model_learning.updates",
+            "model_learning.bootstrap_updates",
+            "actor.updates",
+            "critic.passes",
+        )
+    },
+    **{
+        name: [2**63, HUGE]
+        for name in (
+            "epochs",
+            "num_envs",
+            "env.num_envs",
+            "eval.every",
+            "eval.episodes",
+            "eval.final_episodes",
+            "esnr.every",
+            "esnr.samples",
+            "checkpoint.every",
+            "alg.replay_capacity",
+            "alg.max_skipped_updates",
+            "alg.actor.batch_size",
+            "alg.model_learning.batch_size",
+        )
+    },
+    **{
+        f"alg.{name}": [1e300, 4e38]
+        for name in (
+            "value_scale",
+            "final_lr",
+            "obs_clip",
+            "reward_clip",
+            "actor.init_logstd",
+            "actor.min_logstd",
+            "actor.grad_norm",
+            "model_learning.start_noise",
+            "model_learning.dynamics_coef",
+            "model_learning.reward_coef",
+            "model_learning.termination_coef",
+            "model_learning.encoder_lr_scale",
+            "world_model.vmax",
+        )
+    },
+    "alg.world_model.vmin": [-1e300],
+    "alg.actor.init_logstd": [-1e300, 89.0],
+    "alg.actor.min_logstd": [-1e300, 1e10],
+    "alg.world_model.latent_dim": [2**20 + 8, 8 * HUGE],
+    "alg.world_model.task_dim": [2**20 + 1, 10**23],
+    "alg.world_model.num_bins": [10**7, 2**63],
+    "alg.world_model.substeps": [10**12],
+    "alg.critic.members": [1025, 100_000],
+    "alg.critic.minibatches": [10**8],
+    "env.max_episode_steps": [2**31 - 1, 2**31, HUGE],
+    "env.threads": [HUGE],
+    "threads": [HUGE],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in TOO_LARGE.items() for value in values]
+)
+def test_too_large(key: str, value: object) -> None:
+    """Named before it overflows, or runs for days without a word."""
+    with pytest.raises(ConfigError, match=rf"^{key} must be .*, got ") as caught:
+        from_dict(nested(key, value))
+    assert str(caught.value).endswith(repr(value))
+
+
+def test_every_number_has_a_bound() -> None:
+    """Also those of keys to come: no whole number is without one, no float beyond float32."""
+    open_ended = []
+    for cls in vars(configuration).values():
+        if dataclasses.is_dataclass(cls) and isinstance(cls, type) and cls is not TrainConfig:
+            for f in dataclasses.fields(cls):
+                value: object = {"int": HUGE, "float": 1e300}.get(str(f.type).split(" |")[0])
+                own = {"name": "x"} if cls is configuration.EnvConfig else {}
+                try:
+                    cls(**own, **({} if value is None else {f.name: value}))
+                except ConfigError:
+                    continue
+                open_ended += [] if value is None else [f"{cls.__name__}.{f.name}"]
+    assert not open_ended
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_a_number_that_no_float_holds(value: int) -> None:
+    with pytest.raises(ConfigError, match="too large"):
+        from_dict(nested("alg.actor.lr", value))
+
+
+@pytest.mark.parametrize("value", [[[64]], [{"a": 1}], [64, [64]]])
+@pytest.mark.parametrize("part", ["actor", "critic", "world_model"])
+def test_widths_that_are_none(part: str, value: list) -> None:
+    key = f"alg.{part}.units"
+    with pytest.raises(ConfigError, match=rf"^{key} must be a list of positive widths, got ") as e:
+        from_dict(nested(key, value))
+    assert str(e.value).endswith(repr(value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("alg.critic.grad_norm", INF),
+        ("alg.obs_clip", INF),
+        ("alg.reward_clip", INF),
+        ("alg.actor.min_logstd", -1e30),
+        ("eval.every", 10**12),
+        ("alg.world_model.units", [2**20]),
+        ("alg.critic.members", 1024),
+        ("env.max_episode_steps", 10**7),
+    ],
+)
+def test_what_stays_possible(key: str, value: object) -> None:
+    config: object = from_dict(nested(key, value))
+    for part in key.split("."):
+        config = getattr(config, part)
+    assert config == value
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "world_model.units",
+        "world_model.encoder_units",
+        "world_model.reward_units",
+        "actor.units",
+        "critic.units",
+    ],
+)
+def test_networks_without_hidden_layers_are_not_trained(key: str) -> None:
+    config = from_dict(nested(f"alg.{key}", []))
+    with pytest.raises(ConfigError, match=rf"^alg\.{key} must be .* at least one .*, got \[\]$"):
+        configuration.check_layers(config)
+    configuration.check_layers(from_dict(nested(f"alg.{key}", [8])))
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [(key, value) for key, values in OUT_OF_RANGE.items() for value in values]
 )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pwm_fast import config as configuration
-from pwm_fast import metrics
+from pwm_fast import files, metrics
 from pwm_fast.config import ConfigError, EnvConfig, TrainConfig
 from pwm_fast.provenance import flat as flatten
 
@@ -140,7 +140,7 @@ def find(arguments: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for argument in arguments:
-        name = str(Path(argument).expanduser())
+        name = str(files.user_path(argument))
         pattern = glob.has_magic(name) and not Path(name).exists()
         paths = [Path(p) for p in sorted(glob.glob(name, recursive=True))] if pattern else [name]
         paths = [p for p in map(Path, paths) if p.exists() and not (pattern and p.is_file())]

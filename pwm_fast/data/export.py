@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pwm_fast import build, cli, seeding
+from pwm_fast import build, checkpoint, cli, files, seeding
 from pwm_fast import config as configuration
 from pwm_fast.acting import policy_of
 from pwm_fast.collection import MixedPolicy, check_policy, first_episodes
@@ -60,6 +60,8 @@ class ExportConfig:
         ):
             if not ok:
                 raise ConfigError(f"{key} must be {expected}, got {getattr(self, key)!r}")
+        for key in ("episodes", "random_hold"):
+            configuration.at_most(key, getattr(self, key), configuration.COUNT)
         check_policy(self.policy or "random", self.random_share)
 
 
@@ -91,7 +93,7 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
     with closing(build.make_env(run, worlds, seed, device)) as env:
         agent = None
         if content is not None:
-            path = Path(str(config.checkpoint)).expanduser()
+            path = checkpoint.named(str(config.checkpoint))
             agent = build.restore_agent(path, run, content, env, device)
         act = MixedPolicy(
             agent,
@@ -117,11 +119,11 @@ def _source(config: ExportConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
     """The configuration that makes the environment, and the checkpoint if there is one."""
     if config.checkpoint is None:
         return configuration.from_dict({"env": config.env, "seed": config.seed}), None
-    return build.load_run(Path(config.checkpoint).expanduser())
+    return build.load_run(checkpoint.named(config.checkpoint))
 
 
 def _new_folder(name: str) -> Path:
-    out = Path(name).expanduser()
+    out = files.user_path(name)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"out={out} must be a new or an empty folder: it is there already")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())

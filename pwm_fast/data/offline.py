@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pwm_fast.config import TrainConfig
@@ -12,6 +11,7 @@ from pwm_fast.data.errors import DataError
 from pwm_fast.data.manifest import data_files, default_manifest, verify
 from pwm_fast.data.progress import reading_bar
 from pwm_fast.envs import VectorEnv
+from pwm_fast.files import user_path
 from pwm_fast.replay import Episode
 
 
@@ -54,8 +54,8 @@ def load(config: TrainConfig, env: VectorEnv) -> OfflineData | None:
     """
     if config.data.path is None:
         return None
-    path = Path(config.data.path).expanduser()
-    manifest = None if config.data.manifest is None else Path(config.data.manifest).expanduser()
+    path = user_path(config.data.path)
+    manifest = None if config.data.manifest is None else user_path(config.data.manifest)
     with reading_bar(path, manifest, f"verifying {path}") as progress:
         registered = verify(path, manifest, progress=progress)
     found = data_files(path, manifest or default_manifest(path))

@@ -7,9 +7,31 @@ from typing import Any
 
 import numpy as np
 
+from pwm_fast import memory
 from pwm_fast.envs.protocol import EnvironmentFault
 
 Where = Callable[[], str]
+
+
+def raised(what: str, error: Exception) -> EnvironmentFault:
+    """What a library's own error is to a user: the environment, and what it says, in one line.
+
+    Args:
+        what: of the environment failed.
+        error: is to be the cause.
+    """
+    return EnvironmentFault(f"{what}: {said(error)}")
+
+
+def said(error: Exception) -> str:
+    """The type and message of an error, in one line of bounded length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"
+
+
+def passes(error: Exception) -> bool:
+    """Whether an error says enough by itself: ours, of the memory, or of the system."""
+    return isinstance(error, EnvironmentFault | OSError) or memory.is_out_of_memory(error)
 
 
 def number(value: Any, what: str, where: Where) -> float:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pwm_fast.envs.protocol import ActionNotFinite
 
 
-def positive(**numbers: int) -> None:
-    """Raise ValueError, naming it, where a number is below 1."""
+def at_most(most: int, **numbers: int) -> None:
+    """Raise ValueError, naming it, where a number is above ``most``."""
     for name, value in numbers.items():
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def positive(**numbers: int) -> None:
+    """Raise ValueError, naming it, where a number is below 1 or not whole."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 

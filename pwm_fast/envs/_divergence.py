@@ -43,10 +43,14 @@ class PhysicsWatch:
     MuJoCo answers a bad state with a warning and, unless the model forbids it, with a reset within
     the step, which also clears the warnings that were counted before. A control that is not finite
     gives a warning and turns all actuators off.
+
+    Args:
+        timed: a time that goes back is of a bad state, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timed: bool = True) -> None:
         self._names = list(bad_states().values())
+        self._timed = timed
         self._bad = slice(min(bad_states()), max(bad_states()) + 1)  # they are neighbours
         self._data: Any = None
 
@@ -69,7 +73,7 @@ class PhysicsWatch:
         self._number += self._before
         if any(counts):
             return warned_of(name for name, n in zip(self._names, counts, strict=True) if n)
-        if data.time < self._time:
+        if self._timed and data.time < self._time:
             return "its time went back"
         if all(_below(x, MAX_COORDINATE) for x in (data.qpos, data.qvel)):
             return None

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from pwm_fast.envs import _answers
+from pwm_fast.envs import _answers, _physics_search
 from pwm_fast.envs._divergence import DIVERGED, PhysicsWatch
 from pwm_fast.envs.protocol import EnvironmentFault
 
@@ -37,7 +37,8 @@ class World(gymnasium.Wrapper):
         self._space = env.observation_space
         self._episode = 0
         self._steps = 0
-        self._watch: PhysicsWatch | None = None
+        self._main: tuple[Any, PhysicsWatch] | None = None
+        self._others: list[tuple[Any, PhysicsWatch]] = []
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -45,24 +46,39 @@ class World(gymnasium.Wrapper):
         """Start an episode; ``options`` without entries are None."""
         self._episode += 1
         self._steps = 0
-        answer = self.env.reset(seed=seed, options=options or None)
+        try:
+            answer = self.env.reset(seed=seed, options=options or None)
+        except Exception as error:
+            if _answers.passes(error):
+                raise
+            raise _answers.raised(self._where(), error) from error
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise EnvironmentFault(
                 f"{self._where()}: reset must return (observation, info), got "
                 f"{_answers.shown(answer)}"
             )
         obs, info = answer
+        self._look()
         return self._copied(obs), self._checked(info)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Advance by one step."""
         self._steps += 1
-        data = self._physics()
-        if data is not None:
-            self._watch = self._watch or PhysicsWatch()
-            self._watch.begin(data)
-        answer = self.env.step(action)
-        why = None if data is None or self._watch is None else self._watch.end()
+        watched = self._watched()
+        for data, watch in watched:
+            watch.begin(data)
+        try:
+            answer = self.env.step(action)
+        except Exception as error:
+            if _is_divergence(error):
+                said = " ".join(str(error).split())
+                return self._space_zeros(), 0.0, True, False, {DIVERGED: said}
+            if _answers.passes(error):
+                raise
+            raise _answers.raised(self._where(), error) from error
+        # Each puts the counts of its data back.
+        reasons = [watch.end() for _, watch in watched]
+        why = next((reason for reason in reasons if reason is not None), None)
         if not isinstance(answer, tuple) or len(answer) != 5:
             raise EnvironmentFault(
                 f"{self._where()}: step must return (observation, reward, terminated, truncated, "
@@ -91,15 +107,45 @@ class World(gymnasium.Wrapper):
             )
         return info
 
-    def _physics(self) -> Any:
-        """MuJoCo's data of a world that steps it; else None."""
+    def _look(self) -> None:
+        """Find MuJoCo's data in a world that steps it."""
+        found = _physics_search.find(self.env) if self._own() is None else []
+        # The time of one of several may go back in an ordinary step: plans are made in copies.
+        self._others = [(data, PhysicsWatch(len(found) == 1)) for data in found]
+
+    def _own(self) -> Any:
+        """What Gymnasium's own tasks have as ``data``; else None."""
         mujoco = sys.modules.get("mujoco")
         data = getattr(self._base, "data", None)
         return data if mujoco is not None and isinstance(data, mujoco.MjData) else None
 
+    def _watched(self) -> list[tuple[Any, PhysicsWatch]]:
+        """MuJoCo's data and who watches each."""
+        own = self._own()
+        if own is None:
+            if not self._others and self._steps <= 2:  # it may have been made in the first step
+                self._look()
+            return self._others
+        if self._main is None or self._main[0] is not own:
+            self._main = own, PhysicsWatch()
+        return [self._main]  # others are copies, in which a planner may do what it likes
+
+    def _space_zeros(self) -> Any:
+        """An observation that nobody looks at."""
+        space = self._space
+        if not isinstance(space, gymnasium.spaces.Box):
+            return space.sample()
+        return np.zeros(space.shape, space.dtype)
+
     def _where(self) -> str:
         when = f"step {self._steps}" if self._steps else "reset"
         return f"{self.env_name}, world {self._index}, {when} of episode {self._episode}"
+
+
+def _is_divergence(error: Exception) -> bool:
+    """Whether dm_control says that MuJoCo found the state bad."""
+    control = sys.modules.get("dm_control.rl.control")
+    return control is not None and isinstance(error, control.PhysicsError)
 
 
 def make_world(make: Callable[[], gymnasium.Env], index: int) -> World:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import traceback
 import warnings
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from pwm_fast import memory, optional, seeding
 from pwm_fast.envs import _answers, _checks, _host, _spaces
 from pwm_fast.envs._divergence import PhysicsWatch
-from pwm_fast.envs.protocol import EnvironmentFault, StateNotSupported
+from pwm_fast.envs.protocol import StateNotSupported
+
+MAX_REPEAT = 1024  # no task of the suite lasts for more than a few thousand steps
 
 
 class DMControlEnv(_host.HostEnv):
@@ -30,12 +33,13 @@ class DMControlEnv(_host.HostEnv):
         seed: of the start states, in [0, 2^63); world i gets ``seeding.words(seed, i)``.
         max_episode_steps: time limit in control steps of this environment, repeats not counted
             apart; the task's own by default.
-        action_repeat: how often an action is applied in a step.
+        action_repeat: how often an action is applied in a step, at most :data:`MAX_REPEAT`.
 
     Raises:
         ImportError: dm_control is missing, or does not work with the installed MuJoCo.
         ValueError: unknown task, unbounded actions (those of ``lqr``, which dm_control bounds by
             1e10), no time limit, or a number out of range.
+        EnvironmentFault: dm_control raised something while a world was made or reset.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class DMControlEnv(_host.HostEnv):
         action_repeat: int = 2,
     ) -> None:
         _checks.positive(num_envs=num_envs, action_repeat=action_repeat)
+        _checks.at_most(MAX_REPEAT, action_repeat=action_repeat)
         suite, control = _dm_control()
         if (domain, task) not in suite.ALL_TASKS:
             tasks = [t for d, t in suite.ALL_TASKS if d == domain]
@@ -63,16 +68,18 @@ class DMControlEnv(_host.HostEnv):
             for i in range(num_envs):
                 growth.check(i)
                 random = {"random": _random_state(seed, i)}
-                self._envs.append(suite.load(domain, task, task_kwargs=random))
+                try:
+                    self._envs.append(suite.load(domain, task, task_kwargs=random))
+                except AttributeError as error:  # it mirrors MuJoCo's structs, version by version
+                    raise ImportError(
+                        "this dm-control does not work with the installed MuJoCo "
+                        f"({error}): pip install 'pwm-fast[dmc]'"
+                    ) from error
+                except Exception as error:
+                    if _answers.passes(error):
+                        raise
+                    raise _answers.raised(f"dm_control cannot make {name}", error) from error
             self._set_up(name, control, max_episode_steps, action_repeat)
-        except AttributeError as error:  # dm_control mirrors MuJoCo's structs, version by version
-            self.close()
-            if len(self._envs) == num_envs:
-                raise
-            raise ImportError(
-                "this dm-control does not work with the installed MuJoCo "
-                f"({error}): pip install 'pwm-fast[dmc]'"
-            ) from error
         except BaseException:
             self.close()
             raise
@@ -132,10 +139,12 @@ class DMControlEnv(_host.HostEnv):
                 self._envs[i].task.random.seed(seeding.words(seed, int(i)))
             try:
                 obs[i] = _flat(self._envs[i].reset().observation)
-            except self._physics_error as error:
-                raise EnvironmentFault(
-                    f"{self.name}, world {i}, reset of episode {self._episodes[i] + 1}: {error}"
-                ) from error
+            except Exception as error:
+                if _answers.passes(error):
+                    raise
+                _forget_renderer(error)
+                where = f"{self.name}, world {i}, reset of episode {self._episodes[i] + 1}"
+                raise _answers.raised(where, error) from error
         return obs
 
     def _step_worlds(self, action: np.ndarray) -> _host.Outcome:
@@ -160,6 +169,10 @@ class DMControlEnv(_host.HostEnv):
                 why = self._watch.end()
             except self._physics_error as error:
                 why = " ".join(str(error).split())
+            except Exception as error:
+                if _answers.passes(error):
+                    raise
+                raise _answers.raised(where(), error) from error
             if why is not None:
                 diverged[i] = why
         truncated = self._steps.numpy() + 1 >= self.max_episode_steps
@@ -214,6 +227,14 @@ class DMControlEnv(_host.HostEnv):
             for name in self._model_arrays
             if getattr(model, name).tobytes() != getattr(pristine, name).tobytes()
         ]
+
+
+def _forget_renderer(error: BaseException) -> None:
+    """Keep a renderer that could not be made from raising again, and aloud, in its ``__del__``."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        made: Any = frame.f_locals.get("self")
+        if type(made).__name__ == "MjrContext" and not hasattr(made, "_ptr"):
+            made._gl_context = None
 
 
 def _random_state(seed: int, world: int) -> np.random.RandomState:

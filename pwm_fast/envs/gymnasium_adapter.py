@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from pwm_fast import memory, optional, seeding
-from pwm_fast.envs import _checks, _host, _spaces
+from pwm_fast.envs import _answers, _checks, _host, _spaces
 from pwm_fast.envs._divergence import DIVERGED
 from pwm_fast.envs.protocol import EnvironmentFault, StateNotSupported
 
@@ -125,9 +126,11 @@ class GymnasiumEnv(_host.HostEnv):
 
         Raises:
             ImportError: Gymnasium, or what the environment needs, is missing.
-            ValueError: unknown id or unsupported environment.
+            ValueError: unknown id or arguments, or unsupported environment.
+            EnvironmentFault: the environment raised something while it was made or reset.
         """
         gymnasium = _gymnasium()
+        _check_kwargs(kwargs)
         _checks.positive(num_envs=num_envs)
         if max_episode_steps is not None:
             _checks.positive(max_episode_steps=max_episode_steps)
@@ -149,19 +152,18 @@ class GymnasiumEnv(_host.HostEnv):
 
         try:
             growth.require(_host.LEAST_BYTES)
-            envs = gymnasium.vector.SyncVectorEnv(
-                [tracked] * num_envs, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
-            )
+            try:
+                envs = gymnasium.vector.SyncVectorEnv(
+                    [tracked] * num_envs, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
+                )
+            except Exception as error:
+                raise _not_made(id, kwargs, error) from error
             if max_episode_steps is None:
                 max_episode_steps = made[0].spec.max_episode_steps
             return cls(envs, seed=seed, max_episode_steps=max_episode_steps)
-        except BaseException as error:
+        except BaseException:
             for env in made if envs is None else [envs]:
                 env.close()
-            if isinstance(error, gymnasium.error.DependencyNotInstalled):
-                raise ImportError(f"{error}; or pip install 'pwm-fast[gym]'") from error
-            if isinstance(error, gymnasium.error.Error | TypeError) and len(made) < num_envs:
-                raise ValueError(f"Gymnasium cannot make env.id={id!r}: {error}") from error
             raise
 
     def close(self) -> None:
@@ -269,6 +271,42 @@ class GymnasiumEnv(_host.HostEnv):
                 f"{type(env).__name__} cannot be saved: it is not one of Gymnasium's MuJoCo tasks"
             )
         return env, limit
+
+
+# Arguments of gymnasium.make that are no environment's own, and what says them here.
+_TAKEN = {
+    "id": "env.id",
+    "max_episode_steps": "env.max_episode_steps",
+    "disable_env_checker": "the adapter, which checks by itself",
+}
+
+
+def _check_kwargs(kwargs: Any) -> None:
+    """Raise ValueError for what cannot be an environment's own arguments."""
+    if kwargs is not None and not (
+        isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)
+    ):
+        raise ValueError(
+            f"env.kwargs must be a mapping of the environment's own arguments, got {kwargs!r}"
+        )
+    for name in sorted({*(kwargs or {})} & {*_TAKEN}):
+        raise ValueError(
+            f"env.kwargs.{name} must not be given, got {(kwargs or {})[name]!r}: that is said by "
+            f"{_TAKEN[name]}"
+        )
+
+
+def _not_made(id: str, kwargs: dict[str, Any] | None, error: Exception) -> Exception:
+    """What to raise where a registered environment cannot be made."""
+    gymnasium = _gymnasium()
+    if memory.is_out_of_memory(error) or isinstance(error, memory.OutOfMemory):
+        return error
+    if isinstance(error, gymnasium.error.DependencyNotInstalled):
+        return ImportError(f"{error}; or pip install 'pwm-fast[gym]'")
+    given = f" with env.kwargs={dict(kwargs)}" if kwargs else ""
+    text = f"Gymnasium cannot make env.id={id!r}{given}: {_answers.said(error)}"
+    usual = (gymnasium.error.Error, ValueError, TypeError, ImportError)
+    return ValueError(text) if isinstance(error, usual) else EnvironmentFault(text)
 
 
 def _end_processes(envs: Any) -> None:

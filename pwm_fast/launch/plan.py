@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_fast import config as configuration
+from pwm_fast import files
 from pwm_fast.config import ConfigError
 from pwm_fast.launch.sweep import Run, log_path
 
@@ -50,7 +51,7 @@ def plan(
         except ConfigError as error:
             raise ConfigError(f"run {index} ({label}): {error}; nothing was started") from error
         on_gpu = on_gpu or run.device != "cpu"
-        path = os.path.realpath(os.path.expanduser(run.run_dir))
+        path = os.path.realpath(files.user_path(run.run_dir))
         if path in owners:
             raise ConfigError(
                 f"the runs {owners[path]} and {label} have the same run_dir={run.run_dir}; name in "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+
+from pwm_fast.config import allotted_threads
 
 
 def visible_gpus() -> list[str]:
@@ -18,9 +21,9 @@ def visible_gpus() -> list[str]:
 
 def cpus() -> int:
     """Number of CPUs that this process may use: Slurm's share, else its affinity's."""
-    allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if allotted.isdigit() and int(allotted) > 0:
-        return int(allotted)
+    allotted = allotted_threads()
+    if allotted is not None:
+        return allotted
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -33,7 +36,8 @@ def slots(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:
     threads: at least one, and no more than OMP_NUM_THREADS where that is set.
     """
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    most = int(limit) if limit.isdigit() and int(limit) > 0 else cpus()
+    number = re.fullmatch("0*([1-9][0-9]*)", limit)
+    most = int(number[1][:9]) if number else cpus()
     threads = str(max(1, min(cpus() // count, most)))
     shares = []
     for index in range(count):

@@ -1,5 +1,6 @@
 """Tasks of the dm_control suite behind the protocol."""
 
+import gc
 import warnings
 
 import numpy as np
@@ -235,6 +236,47 @@ def test_faults_name_their_world(monkeypatch):
     monkeypatch.setattr(env._envs[1].task, "get_observation", spoilt)
     with pytest.raises(EnvironmentFault, match=r"world 1, reset of episode 2: .*entry 0 is nan"):
         env.reset()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("z"), TypeError("t"), AttributeError("a")])
+def test_whatever_a_task_raises_names_its_world(error, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    env = dmc("cheetah", "run")
+    name = type(error).__name__
+    monkeypatch.setattr(env._envs[1].task, "get_reward", fails)
+    with pytest.raises(EnvironmentFault, match=rf"^cheetah run, world 1, step 1 .*: {name}: "):
+        env.step(torch.zeros(2, 6))
+    monkeypatch.setattr(env._envs[1].task, "initialize_episode", fails)
+    with pytest.raises(EnvironmentFault, match=rf"world 1, reset of episode 2: {name}: "):
+        env.reset()
+    from dm_control import suite
+
+    if name != "AttributeError":  # that of another MuJoCo has a message of its own
+        monkeypatch.setattr(suite, "load", fails)
+        with pytest.raises(EnvironmentFault, match=rf"^dm_control cannot make cheetah run: {name}"):
+            dmc("cheetah", "run")
+
+
+def test_a_task_that_needs_a_display_says_so(monkeypatch, capfd):
+    """Whose renderer cannot be made: MuJoCo's own error, and no second one from its end."""
+    import mujoco
+
+    def fails(*_, **__):
+        raise mujoco.FatalError("no OpenGL")
+
+    monkeypatch.setattr(mujoco, "MjrContext", fails)
+    with pytest.raises(EnvironmentFault, match=r"^quadruped escape, world 0, reset of episode 1: "):
+        dmc("quadruped", "escape")
+    gc.collect()
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0, None, "2", [2], {"a": 1}, True])
+def test_repeats_that_are_not_whole(value):
+    with pytest.raises(ValueError, match=r"^action_repeat must be a whole number, at least 1"):
+        dmc("cheetah", "run", action_repeat=value)
 
 
 def test_an_observation_that_is_used_again(monkeypatch):

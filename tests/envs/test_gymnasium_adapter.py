@@ -1,10 +1,12 @@
 """Gymnasium's environments behind the protocol."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from pwm_fast.envs import GymnasiumEnv, StateNotSupported, VectorEnv, make
+from pwm_fast.envs import EnvironmentFault, GymnasiumEnv, StateNotSupported, VectorEnv, make
 from pwm_fast.seeding import world_seeds
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
@@ -191,6 +193,108 @@ def test_states_that_are_not_supported():
 def test_make_errors(options, match):
     with pytest.raises(ValueError, match=match):
         make("gym", **{"num_envs": 1, **options})
+
+
+class Breaks(Counter):
+    """Raises ``error`` in ``where``: its construction, its second reset or its second step."""
+
+    def __init__(self, where, error):
+        super().__init__(ends=9)
+        self.where, self.error, self.calls = where, error, 0
+        if where == "init":
+            raise error
+
+    def _count(self, where):
+        self.calls += where == self.where
+        if self.calls == 2:
+            raise self.error
+
+    def reset(self, **given):
+        self._count("reset")
+        return super().reset(**given)
+
+    def step(self, action):
+        self._count("step")
+        return super().step(action)
+
+
+ERRORS = [
+    ZeroDivisionError("by\nzero"),
+    OverflowError("valid bounds"),
+    KeyError("k"),
+    TypeError("t"),
+]
+
+
+@pytest.fixture
+def breaks():
+    gymnasium.register("pwm_fast/Breaks-v0", entry_point=Breaks, max_episode_steps=30)
+    yield "pwm_fast/Breaks-v0"
+    del gymnasium.registry["pwm_fast/Breaks-v0"]
+
+
+@pytest.mark.parametrize("error", [*ERRORS, AssertionError("a"), RuntimeError("r"), OSError("o")])
+def test_whatever_an_environment_raises_while_it_is_made(breaks, error):
+    with pytest.raises((ValueError, EnvironmentFault)) as caught:
+        GymnasiumEnv.from_id(breaks, 2, kwargs={"where": "init", "error": error})
+    text = str(caught.value)
+    assert text.startswith(f"Gymnasium cannot make env.id='{breaks}' with env.kwargs={{'where': ")
+    assert f": {type(error).__name__}: {' '.join(str(error).split())}" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("error", [*ERRORS, ValueError("v")])
+@pytest.mark.parametrize(
+    ("where", "when"), [("reset", "reset of episode 2"), ("step", "step 2 of")]
+)
+@pytest.mark.parametrize("vector", ["sync", "async"])
+def test_whatever_an_environment_raises_later(error, where, when, vector):
+    kind = gymnasium.vector.SyncVectorEnv if vector == "sync" else gymnasium.vector.AsyncVectorEnv
+    makers = [lambda: Counter(ends=9), lambda: Breaks(where, error)]
+    env = GymnasiumEnv(kind(makers, autoreset_mode=SAME_STEP), max_episode_steps=9)
+    match = rf"^Breaks, world 1, {when}.*: {type(error).__name__}: "
+    with pytest.raises(EnvironmentFault, match=match), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Gymnasium's log of a process
+        for _ in range(2):
+            env.step(torch.zeros(2, 2))
+        env.reset()
+    env.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("gone"), EnvironmentFault("ours")])
+def test_errors_that_say_enough_are_passed_on(error):
+    envs = gymnasium.vector.SyncVectorEnv([lambda: Breaks("step", error)], autoreset_mode=SAME_STEP)
+    env = GymnasiumEnv(envs, max_episode_steps=9)
+    env.step(torch.zeros(1, 2))
+    with pytest.raises(type(error)) as caught:
+        env.step(torch.zeros(1, 2))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("kwargs", [5, "abc", ["a"], {1: 2}, True, 0, ""])
+def test_arguments_that_are_no_mapping(kwargs):
+    with pytest.raises(ValueError, match=r"^env\.kwargs must be a mapping .* got ") as caught:
+        make("gym", 1, id="Pendulum-v1", kwargs=kwargs)
+    assert str(caught.value).endswith(repr(kwargs))
+
+
+@pytest.mark.parametrize("name", ["max_episode_steps", "disable_env_checker", "id"])
+def test_arguments_that_are_said_elsewhere(name):
+    with pytest.raises(ValueError, match=rf"^env\.kwargs\.{name} must not be given, got 5"):
+        make("gym", 1, id="Pendulum-v1", kwargs={name: 5})
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0, None, "2", [2], {"a": 1}, True])
+@pytest.mark.parametrize("name", ["num_envs", "max_episode_steps"])
+@pytest.mark.parametrize("env", ["gym", "dmc", "cartpole"])
+def test_numbers_that_are_not_whole(env, name, value):
+    if name == "max_episode_steps" and value is None:
+        return  # the environment's own
+    own = {"gym": {"id": "Pendulum-v1"}, "dmc": {"domain": "cheetah", "task": "run"}}
+    if env == "dmc":
+        pytest.importorskip("dm_control", reason="needs pip install 'pwm-fast[dmc]'")
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number, at least 1, got "):
+        make(env, **{"num_envs": 1, name: value, **own.get(env, {})})
 
 
 @pytest.mark.parametrize("mode", ["NEXT_STEP", "DISABLED"])

@@ -331,6 +331,12 @@ def test_stable_under_random_full_range_actions(name, bang_bang):
     [
         ("walker", {}, "env.name must be one of ant, cartpole, dmc, gym, hopper"),
         ("cartpole", {"start": "sideways"}, "env.start must be one of hanging, upright"),
+        ("cartpole", {"start": ["hanging"]}, r"env.start must be one of .*, got \['hanging'\]"),
+        (
+            "cartpole",
+            {"start": {"a": 1}},
+            r"env.start must be one of .*, got \{'a': 1\}",
+        ),
         ("cartpole", {"stat": "upright"}, "stat"),
         ("ant", {"start": "upright"}, "start"),
         ("ant", {"num_envs": 0}, "num_envs must be at least 1, got 0"),

@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,11 +140,69 @@ WRONG = {
     ),
     "rollouts": (["alg.actor.batch_size=9000000000"], "lower alg.actor.batch_size, the horizon"),
     "threads": (["env.threads=100000"], "env.threads must be at most 1024, got 100000"),
+    "members": (["alg.critic.members=100000"], "members must be at most 1024, got 100000"),
+    "digits": (["alg.critic.passes=1" + "0" * 21], "alg.critic.passes must be at most 2147483647"),
+    "overflow": (["alg.actor.min_logstd=1e300"], "min_logstd must be at most 3e+38 in size"),
+    "nested widths": (["alg.critic.units=[[64]]"], "alg.critic.units must be a list of positive"),
+    "no layer of a critic": (
+        ["alg.critic.units=[]"],
+        "alg.critic.units must be a list of at least",
+    ),
+    "no layer": (
+        ["alg.world_model.reward_units=[]"],
+        "reward_units must be a list of at least one",
+    ),
+    "long": (["env.max_episode_steps=2147483647"], "and at most 10000000, got 2147483647"),
     "steps": (["env.max_episode_steps=9000000000"], "env.max_episode_steps must be below 2^31"),
     "options of another env": (["env.kwargs.x=1"], "unexpected keyword argument 'kwargs'"),
     "memory": (["alg.replay_capacity=1000000000000000"], "alg.replay_capacity=1000000000000000"),
     "directory": (["run_dir=/proc/no"], "run_dir=/proc/no cannot be used"),
 }
+
+
+CHOICES = {
+    "env=null": "env must be a name, or a list of names, of its files, got None",
+    "+env=null": "env must be a name, or a list of names, of its files, got None",
+    "env=true": "got True",
+    "env={a:1}": "env must be a name, or a list of names, of its files, got {'a': 1}",
+    "alg=5": "alg must be a name, or a list of names, of its files, got 5",
+    "alg=1.5": "got 1.5",
+    "alg=[pwm_tiny,5]": "got ['pwm_tiny', 5]",
+    "alg=[[pwm_tiny]]": "got [['pwm_tiny']]",
+    "launch=null": "launch must be a name",
+    "hydra=5": "hydra must be a name",
+    "hydra/launcher=null": "hydra/launcher must be a name",
+    "hydra.verbose=7": "Hydra cannot use hydra.verbose=7: AssertionError",
+    "-m alg=5,6": "alg must be a name, or a list of names, of its files, got 5",
+    "-m env=cartpole,null": "env must be a name, or a list of names, of its files, got None",
+    "-m hydra.verbose=7": "Hydra cannot use hydra.verbose=7: AssertionError",
+}
+
+
+@pytest.mark.parametrize("given", CHOICES)
+def test_choices_of_no_file(given: str, launcher: Launcher, tmp_path: Path) -> None:
+    """One line from every command, of one run or of a sweep, before anything is made."""
+    *sweep, override = given.split()
+    arguments = [*sweep, *tiny_arguments(Path("run"), override)]
+    modules = {"pwm_fast.train": arguments}
+    if not sweep and override.startswith(("env", "+env")):
+        modules["pwm_fast.data"] = ["export", "out=run", override]
+    if not sweep and override.startswith("env"):
+        modules["pwm_fast.parity"] = ["alg=pwm_5M_flow", override]
+    for module, own in modules.items():
+        outcome = launcher.run(tmp_path, *own, module=module)
+        assert (outcome.status, outcome.out) == (2, ""), outcome.err
+        assert outcome.err.startswith("error: ") and CHOICES[given] in outcome.err
+        assert len(outcome.err.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["env='cartpole'", "alg=[]", "-m alg='pwm_tiny',pwm_tiny_flow"])
+def test_choices_that_are_files(given: str, launcher: Launcher, tmp_path: Path) -> None:
+    *sweep, override = given.split()
+    arguments = tiny_arguments(Path("run_${alg.name}"), "epochs=0", override)
+    outcome = launcher.run(tmp_path, *sweep, *arguments)
+    assert outcome.status == 0, outcome.err
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -155,6 +214,47 @@ def test_wrong_input(case: str, launcher: Launcher, tmp_path: Path) -> None:
     assert len(outcome.err.splitlines()) == 1, outcome.err
     assert outcome.err.startswith("error: ") and message in outcome.err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+NOT_MADE = {
+    "env=dmc env.action_repeat=1000000": "action_repeat must be at most 1024, got 1000000",
+    "env=gym env.id=Pendulum-v1 env.kwargs=5": "env.kwargs must be a mapping of the environment's",
+    "env=gym env.id=Pendulum-v1 env.kwargs.max_episode_steps=5": "must not be given, got 5",
+    "env=gym env.id=Pendulum-v1 env.kwargs.foo=5": "env.kwargs={'foo': 5}: TypeError: ",
+    "env=gym env.id=Hopper-v5 env.kwargs.frame_skip=0": "env.kwargs={'frame_skip': 0}: ZeroDivi",
+    "env=gym env.id=Hopper-v5 env.kwargs.xml_file=no.xml": "env.id='Hopper-v5' with env.kwargs=",
+    "env=gym env.id=Hopper-v5 env.kwargs.reset_noise_scale=nan": "Hopper-v5, world 0, reset of ",
+    "env=dmc env.action_repeat=1.5": "action_repeat must be a whole number, at least 1, got 1.5",
+    "env=dmc env.action_repeat=null": "action_repeat must be a whole number, at least 1, got None",
+    "env.start=[hanging]": "env.start must be one of hanging, upright, got ['hanging']",
+    "env.start={a:1}": "env.start must be one of hanging, upright, got {'a': 1}",
+}
+
+
+@pytest.mark.parametrize("given", NOT_MADE)
+def test_worlds_that_cannot_be_made(given: str, launcher: Launcher, tmp_path: Path) -> None:
+    """One line, of training and of an export, and no directory."""
+    pytest.importorskip("gymnasium.envs.mujoco", reason="needs pip install 'pwm-fast[gym]'")
+    if "dmc" in given:
+        pytest.importorskip("dm_control", reason="needs pip install 'pwm-fast[dmc]'")
+    own = given.split()
+    arguments = tiny_arguments(Path("run"), *own)
+    arguments = arguments[1:] if own[0].startswith("env=") else arguments
+    export = ["export", "out=run", *(own if own[0].startswith("env=") else ["env=cartpole", *own])]
+    for module, values in {"pwm_fast.train": arguments, "pwm_fast.data": export}.items():
+        outcome = launcher.run(tmp_path, *values, module=module)
+        assert (outcome.status, outcome.out) == (2, ""), outcome.err
+        assert NOT_MADE[given] in outcome.err and "Traceback" not in outcome.err
+        assert len(re.findall(r"^error: ", outcome.err, re.MULTILINE)) == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_error_within_a_step_is_one_line(launcher: Launcher, tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
+    own = ["env=gym", "env.id=Pendulum-v1", "env.kwargs.g=abc"]
+    outcome = launcher.run(tmp_path, *tiny_arguments(Path("run"), *own)[1:])
+    line = r"error: Pendulum-v1, world 0, step 1 of episode \d: TypeError: .*\n"
+    assert outcome.status == 2 and re.fullmatch(line, outcome.err), outcome.err
 
 
 def test_a_bug_shows_its_traceback(launcher: Launcher, tmp_path: Path) -> None:
@@ -312,6 +412,38 @@ def test_evaluate_wrong_input(
     assert len(outcome.err.splitlines()) == 1 and message in outcome.err, outcome.err
 
 
+HOME = "'~nobody_of_this_name/x'"
+PATHS = {
+    "pwm_fast.evaluate": ["checkpoint={}", "checkpoint=x json={}"],
+    "pwm_fast.diagnose": ["checkpoint={}", "checkpoint=[{}]", "checkpoint=x out={}"],
+    "pwm_fast.data": ["export out=y checkpoint={}", "export env=cartpole out={}"],
+    "pwm_fast.train": ["run_dir={}", "init={}", "resume={}", "data.path={}"],
+}
+
+
+@pytest.mark.parametrize("path", ["''", "'.'", "'./'", "/", "/.", "'..'", HOME])
+@pytest.mark.parametrize(
+    ("module", "text"), [(module, text) for module, texts in PATHS.items() for text in texts]
+)
+def test_paths_that_name_no_file(
+    module: str, text: str, path: str, launcher: Launcher, tmp_path: Path
+) -> None:
+    """One line of every command; nothing is made."""
+    of_a_file = "checkpoint=x" not in text and text.split("=")[0] not in ("run_dir", "data.path")
+    if path != HOME and (not of_a_file or "out={}" in text):
+        return  # a folder may be meant
+    given = text.format(path).split()
+    own = tiny_arguments(Path("run"), *given) if module == "pwm_fast.train" else given
+    outcome = launcher.run(tmp_path, *own, module=module)
+    assert (outcome.status, outcome.out) == (2, ""), outcome.err
+    assert outcome.err.startswith("error: ") and len(outcome.err.splitlines()) == 1
+    if path == HOME:
+        assert "there is no home directory of such a user: ~nobody_of_this_name/x" in outcome.err
+    elif module != "pwm_fast.train":
+        assert "checkpoint must be a file" in outcome.err
+    assert {*os.listdir(tmp_path)} == {"stdout.txt", "stderr.txt"}
+
+
 # --- info and messages ----------------------------------------------------------------------------
 
 
@@ -422,3 +554,24 @@ def test_home_directory_is_understood(launcher: Launcher, tmp_path: Path) -> Non
     assert launcher.run(tmp_path, *arguments, env=home).status == 0
     assert len(rows(tmp_path / "home" / "run")) == 2
     assert not (tmp_path / "~").exists()
+
+
+# --- open mappings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_export_takes_an_environments_own_arguments(
+    plus: str, launcher: Launcher, tmp_path: Path
+) -> None:
+    """As training does: without a plus, and given to the environment."""
+    pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
+    given = ["env=gym", "env.id=Pendulum-v1", "env.max_episode_steps=3", "episodes=1"]
+    ends = {}
+    for gravity in ("9.0", "-80.0"):
+        out = tmp_path / f"g{gravity}"
+        own = ["export", f"out={out}", *given, f"{plus}env.kwargs.g={gravity}"]
+        outcome = launcher.run(tmp_path, *own, module="pwm_fast.data")
+        assert outcome.status == 0, outcome.err
+        with np.load(out / "episode_0.npz") as episode:
+            ends[gravity] = episode["obs"][-1]
+    assert not np.allclose(*ends.values())

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from pwm_fast import checkpoint
-from tests.trainer.conftest import Launcher, rows, tiny_arguments, wait_for_change
+from pwm_fast import config as configuration
+from pwm_fast import train as train_command
+from pwm_fast.config import ConfigError
+from tests.trainer.conftest import Launcher, rows, tiny_arguments, tiny_config, wait_for_change
 
 # Counts what a run does to its files and its agent; at the n-th event the process sends itself a
 # signal. With SIGKILL that finds files halfway through being written.
@@ -282,3 +285,16 @@ def test_second_interrupt_stops_at_once(launcher: Launcher, tmp_path: Path) -> N
     outcome = launcher.run(tmp_path, *tiny_arguments(tmp_path / "run"), hook=code)
     assert outcome.status == 130
     assert "stopped at once" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_a_run_of_linear_networks_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None begins any more; one that earlier versions began is continued."""
+    changes = {"epochs": 2, "alg__actor__units": [], "alg__world_model__units": []}
+    with pytest.raises(ConfigError, match="at least one positive width to train"):
+        train_command.train(tiny_config(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(configuration, "check_layers", lambda _: None)
+        train_command.train(tiny_config(tmp_path / "run", **changes))
+    summary, status = train_command.train(tiny_config(tmp_path / "run", **{**changes, "epochs": 3}))
+    assert (summary["epochs"], status) == (3, 0)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pwm_fast import build
-from pwm_fast.config import AlgConfig, compose
+from pwm_fast.config import AlgConfig, ConfigError, compose
+from pwm_fast.launch import resources
 from tests.trainer.conftest import ROOT, clean_environment
 
 
@@ -92,6 +93,55 @@ def test_a_large_agent_does_not_get_more_than_torch_takes(threads: int, chosen: 
     assert build.useful_threads(alg("pwm_48M_flow")) > threads
     build.set_threads(None, alg("pwm_48M_flow"), torch.device("cpu"))
     assert chosen == [threads]
+
+
+@pytest.mark.parametrize("name", ["pwm_tiny_flow", "pwm_5M_flow", None])
+@pytest.mark.parametrize(
+    ("allotted", "expected"),
+    [
+        *(("7", 7), ("0012", 12), (" 3 ", 3), ("0" * 5000 + "5", 5)),
+        *(("1024", 1024), ("1025", 1024), ("9" * 8, 1024), ("9" * 30, 1024), ("9" * 5000, 1024)),
+    ],
+)
+def test_what_slurm_allots_is_bounded(
+    name: str | None,
+    allotted: str,
+    expected: int,
+    threads: int,
+    chosen: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", allotted)
+    build.set_threads(None, name and alg(name), torch.device("cpu"))
+    assert chosen == [expected]
+    assert resources.cpus() == expected
+    assert resources.slots(1, [])[0]["OMP_NUM_THREADS"] == str(expected)
+
+
+@pytest.mark.parametrize("allotted", ["0", "-1", "4.5", "many", "\u00b2", "1e3", "4,2"])
+def test_what_slurm_cannot_allot(
+    allotted: str, threads: int, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", allotted)
+    for ask in (lambda: build.set_threads(None), resources.cpus):
+        with pytest.raises(ConfigError, match=r"^SLURM_CPUS_PER_TASK must be a positive .*, got "):
+            ask()
+    build.set_threads(2)  # it is not looked at
+    assert chosen == [2]
+
+
+@pytest.mark.parametrize("limit", ["2000", "100000", "9" * 30])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_openmp_was_told_is_bounded(
+    limit: str, device: str, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a number that torch has taken already."""
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 100_000)
+    build.set_threads(None, alg("pwm_tiny_flow"), torch.device(device))
+    assert chosen == [1024]
+    assert int(resources.slots(1, [])[0]["OMP_NUM_THREADS"]) <= 1024
 
 
 def test_what_was_asked_for_stands(

@@ -33,7 +33,7 @@ class CartPole(Task):
     goal_angle = 0.2  # rad from upright: what counts as held
 
     def __init__(self, start: str = "hanging") -> None:
-        if start not in STARTS:
+        if not isinstance(start, str) or start not in STARTS:
             raise ValueError(f"env.start must be one of {', '.join(STARTS)}, got {start!r}")
         self.start = start
 

@@ -154,7 +154,7 @@ def _adam(prefix: str, config: Any) -> None:
     _positive(prefix, config, "lr", "grad_norm")
     _finite(prefix, config, "lr")  # an infinite grad_norm clips nothing
     ok = len(config.betas) == 2 and all(
-        isinstance(b, float) and 0.0 <= b < 1.0 for b in config.betas
+        isinstance(b, (int, float)) and 0.0 <= b < 1.0 for b in config.betas
     )
     _require(ok, f"{prefix}.betas", list(config.betas), "two numbers in [0, 1)")
 

@@ -258,6 +258,8 @@ def test_the_norm_in_double(scale: float) -> None:
     true = torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in grads[:2]]))
     same(total_norm([scale * g for g in grads[:2]]), scale * true, rtol=1e-12, atol=0.0)
     assert total_norm([torch.zeros(3).double()]).item() == 0.0
+    assert total_norm([torch.zeros(0).double()]).item() == 0.0
+    same(total_norm([grads[0], torch.zeros(0).double()]), total_norm(grads[:1]), rtol=1e-15)
     for bad in (float("nan"), float("inf")):
         spoilt = torch.tensor([1e200, bad], dtype=torch.float64)
         assert not total_norm([*grads, spoilt]).isfinite()

@@ -448,7 +448,8 @@ class NativeEsnr(TorchEsnr):
         tensors = len(grads) // samples
         whole = [g.contiguous() for g in grads]  # named: alive until the call is over
         pointers, sizes = words(g.data_ptr() for g in whole), words(g.numel() for g in whole)
-        signal, noise = torch.empty(2, tensors, dtype=torch.float64, device="cpu").unbind()
+        signal = torch.empty(tensors, dtype=torch.float64, device="cpu")
+        noise = torch.empty_like(signal)
         self._c.esnr(
             pointers.data_ptr(),
             sizes.data_ptr(),

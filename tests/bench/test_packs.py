@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import packs
+from bench.errors import DOCS
 from bench.measure import Effort
 from pwm_fast import dispatch, ops
 from pwm_fast.ops.fused import native
@@ -48,4 +49,4 @@ def test_a_row_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_has_the_stored_table() -> None:
     stored = json.loads(packs.RESULT.read_text("utf-8"))
-    assert packs.table(stored["rows"]) in packs.DOCS.read_text("utf-8")
+    assert packs.table(stored["rows"]) in DOCS.read_text("utf-8")

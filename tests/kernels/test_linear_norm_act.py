@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,11 @@ def one_program(program: int, folder: Path) -> None:
         layer.x += 1.0
         y, _, _ = forward(layer, ONE_ROW_BLOCK, "mish", exchange=exchange, phase=0)
         torch.save(y[:, program * 16 : program * 16 + 16], folder / f"y{i}-{program}")
+        # Launches follow one another: none begins while a program of the one before still reads.
+        until = time.monotonic() + 100.0
+        while not all((folder / f"y{i}-{p}").exists() for p in range(PROGRAMS)):
+            assert time.monotonic() < until, f"another program did not end its launch {i}"
+            time.sleep(0.001)
 
 
 @pytest.mark.interpreted

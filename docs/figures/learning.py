@@ -73,7 +73,8 @@ def draw(runs: list[dict]) -> None:
             )
     axes[0].set_ylabel("return of 12 episodes")
     axes[1].set_ylabel("share held upright to the end")
-    axes[0].legend(fontsize=7)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=7)
     for axis in axes:
         axis.set_xlabel("environment steps")
         axis.grid(alpha=0.3)

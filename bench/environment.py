@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -25,6 +26,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "machine": machine(device),
         "software": software(),
     }
+
+
+def store(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write rows that were measured on the CPU, with what they were measured on; return both."""
+    stored = {**describe(torch.device("cpu")), "rows": rows}
+    path.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+    return stored
 
 
 def commit() -> dict[str, Any]:

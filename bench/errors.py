@@ -152,6 +152,13 @@ def write_docs(text: str, path: Path = DOCS, marks: tuple[str, str] = (BEGIN, EN
     path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", "utf-8")
 
 
+def publish(text: str, path: Path | None, marks: tuple[str, str]) -> None:
+    """Print a text and, if a page is given, put it between the page's markers."""
+    print(text)
+    if path is not None:
+        write_docs(text, path, marks)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, store, print."""
     parser = argparse.ArgumentParser(prog="python -m bench.errors", description=__doc__)
@@ -168,9 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = measure(device, args.sizes, args.substeps)
     out = args.out or RESULTS / f"errors_{device.type}.json"
     out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(table(result))
-    if args.docs:
-        write_docs(table(result))
+    publish(table(result), DOCS if args.docs else None, (BEGIN, END))
     return 0
 
 

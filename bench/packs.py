@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import environment
-from bench.errors import DOCS, write_docs
+from bench.errors import DOCS, publish
 from bench.measure import CpuClock, Effort, race
 from pwm_fast import dispatch, ops
 from pwm_fast.ops import Layer
@@ -158,17 +158,13 @@ def main() -> None:
         torch.manual_seed(0)
         torch.set_num_threads(1)
         rows = measure(Effort(seconds=options.seconds, min_rounds=11))
-        stored = {**environment.describe(torch.device("cpu")), "rows": rows}
-        RESULT.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+        stored = environment.store(RESULT, rows)
     machine = stored["machine"]
     head = (
         f"({machine['cpu']}, {machine['isa']}, one thread; {stored['date'][:10]}, commit "
         f"{stored['commit']['id']}):"
     )
-    text = f"{head}\n\n{table(stored['rows'])}"
-    print(text)
-    if options.docs:
-        write_docs(text, DOCS, MARKS)
+    publish(f"{head}\n\n{table(stored['rows'])}", DOCS if options.docs else None, MARKS)
 
 
 if __name__ == "__main__":

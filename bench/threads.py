@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import environment
-from bench.errors import write_docs
+from bench.errors import publish
 from pwm_fast import build, config
 
 RESULT = environment.ROOT / "bench" / "results" / "threads_cpu.json"
@@ -151,18 +151,14 @@ def main() -> None:
                     rows += [
                         {**row, "busy": load, "policy": policy} for row in json.loads(done.stdout)
                     ]
-        stored = {**environment.describe(torch.device("cpu")), "rows": rows}
-        RESULT.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+        stored = environment.store(RESULT, rows)
     machine = stored["machine"]
     head = (
         f"Milliseconds an update on 1 / on {machine['threads']} threads, and how many times as "
         f"fast the latter is ({machine['cpu']}, {machine['isa']}, {machine['cores']} cores; "
         f"{stored['date'][:10]}, commit {stored['commit']['id']}):"
     )
-    text = f"{head}\n\n{table(stored['rows'])}"
-    print(text)
-    if options.docs:
-        write_docs(text, DOCS, MARKS)
+    publish(f"{head}\n\n{table(stored['rows'])}", DOCS if options.docs else None, MARKS)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,18 @@ def is_number(value: object) -> TypeGuard[float]:
     return abs(value) < MOST and math.isfinite(value)
 
 
+def rank(diverged: object, reward: object) -> tuple[float, float]:
+    """Of an evaluation, larger is better: fewer diverged episodes first, then the reward.
+
+    Runs of older versions do not say how many diverged, which counts as none. A reward that is no
+    finite number is worse than any.
+    """
+    return (
+        -diverged if is_number(diverged) else 0.0,
+        reward if is_number(reward) else -math.inf,
+    )
+
+
 def to_numbers(metrics: Mapping[str, Tensor | float | int | None]) -> Row:
     """Metrics as plain numbers: the one place where a log step waits for the device."""
     return {k: v.detach().cpu().item() if isinstance(v, Tensor) else v for k, v in metrics.items()}

@@ -187,16 +187,11 @@ def _draw_curve(axes: Any, curve: Curve, rows: Sequence[metrics.Row], *, positiv
 def _draw_best(axes: Any, key: str, rows: Sequence[metrics.Row]) -> None:
     there = [row for row in rows if metrics.is_number(row.get(key))]
     if there:
-        best = max(there, key=lambda row: (-_diverged(row), row[key]))  # as the trainer has it
+        best = max(there, key=lambda row: metrics.rank(row.get("eval_diverged"), row[key]))
         label = f"best: {best[key]:.4g}"
         axes.plot(
             best["env_steps"], best[key], "*", color="C3", markersize=10, label=label, clip_on=False
         )
-
-
-def _diverged(row: metrics.Row) -> float:
-    count = row.get("eval_diverged")
-    return count if metrics.is_number(count) else 0.0
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

@@ -261,7 +261,7 @@ class RunDirectory:
         if lost and logged.torn is not None:
             damaged.append(logged.torn)  # by no kill: checkpoints come after their rows
         number = next(n for n in range(1, 1 << 30) if not self._kept(n))
-        kept = self._ahead(config, source)
+        kept = self._ahead(config, source, logged.rows)
         back = bool(kept)
         if damaged and self.metrics not in kept:
             kept.append(self.metrics)
@@ -270,14 +270,12 @@ class RunDirectory:
         for path, name in names.items():
             files.also_named(path, name)
         if damaged:
-            lines = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
             said.append(
-                f"{self.metrics} is damaged in line {lines}, which is left out; as it was, it is "
-                f"kept in {names[self.metrics].name}"
+                f"{self.metrics} is damaged in line {_few(damaged)}, which is left out; as it was, "
+                f"it is kept in {names[self.metrics].name}"
             )
         if lost:
-            some = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
-            said.append(f"{self.metrics} has no sound row of epoch {some}")
+            said.append(f"{self.metrics} has no sound row of epoch {_few(lost)}")
         if back:
             shown = ", ".join(self._shown(name) for name in names.values())
             said.append(f"what {self.path} held after epoch {epoch} is kept in {shown}")
@@ -292,7 +290,9 @@ class RunDirectory:
         first = began["epoch"] + 1 if isinstance(began, dict) else 1
         return sorted({*range(first, epoch + 1)} - {row["epoch"] for row in rows})
 
-    def _ahead(self, config: TrainConfig, source: Source) -> list[Path]:
+    def _ahead(
+        self, config: TrainConfig, source: Source, rows: Sequence[metrics.Row]
+    ) -> list[Path]:
         """What is of later epochs than ``source``; nothing after a kill, which leaves some."""
         epoch = source.content["epoch"]
         saved = [self.checkpoints / f"{name}.pt" for name in ("best", "final", "latest")]
@@ -303,7 +303,6 @@ class RunDirectory:
         ends = self._read_summary().get("epochs")
         if isinstance(ends, int) and ends > epoch:
             ahead.append(self.summary)
-        rows = metrics.read(self.metrics)
         if rows and rows[-1]["epoch"] > epoch:
             ahead.append(self.metrics)
         went_further = {self.summary, self.checkpoints / "final.pt"} & {*ahead}
@@ -394,6 +393,10 @@ def _epoch(path: Path) -> int:
     """Epochs behind a checkpoint; -1 where it cannot be read."""
     epoch = checkpoint.epoch_of(path)
     return -1 if epoch is None else epoch
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
 def _damaged(path: Path, what: str) -> str:

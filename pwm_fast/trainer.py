@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -380,7 +379,8 @@ class Trainer:
                 "episode_length": row["eval_episode_length"],
             }
             found = {"reward": row["eval_reward"], "diverged": row["eval_diverged"]}
-            better = not self.best or _rank(found) > _rank(self.best)
+            ranks = [metrics.rank(e.get("diverged"), e.get("reward")) for e in (found, self.best)]
+            better = not self.best or ranks[0] > ranks[1]
         self._logger.write({**row, **self.latest_eval, "wall_time": self.wall_time})
         if better:
             self.best = {
@@ -590,17 +590,3 @@ def _manifest_of(record: dict[str, Any] | None) -> str | None:
 
 def _data_name(sha256: str | None) -> str:
     return "no data set" if sha256 is None else f"a data set with the manifest sha256 {sha256}"
-
-
-def _rank(evaluation: dict[str, Any]) -> tuple[float, float]:
-    """Larger is better: fewer diverged episodes first, then the reward.
-
-    Checkpoints of older versions do not say how many diverged.
-    """
-    return -evaluation.get("diverged", 0), _value(evaluation)
-
-
-def _value(evaluation: dict[str, Any]) -> float:
-    """Its reward; worse than any where it is not finite."""
-    reward = float(evaluation.get("reward", math.nan))
-    return reward if math.isfinite(reward) else -math.inf

@@ -208,11 +208,9 @@ def first_reaching(series: Series, target: float) -> tuple[float, float]:
 
 
 def _best_return(run: Run) -> float:
-    """As the trainer ranks evaluations: fewer diverged episodes first, then the return."""
+    """Of the evaluation that the trainer ranks highest."""
     there = [row for row in run.rows if metrics.is_number(row.get(RETURN))]
-    counts = [row.get("eval_diverged") for row in there]  # runs of older versions do not say
-    diverged = [n if metrics.is_number(n) else 0 for n in counts]
-    return float(max(zip((-n for n in diverged), (row[RETURN] for row in there), strict=True))[1])
+    return float(max(metrics.rank(row.get("eval_diverged"), row[RETURN]) for row in there)[1])
 
 
 def _of_run(

@@ -1,7 +1,6 @@
 """Tasks of the dm_control suite behind the protocol."""
 
 import gc
-import warnings
 
 import numpy as np
 import pytest
@@ -15,17 +14,9 @@ from pwm_fast.envs import (
     make,
 )
 from pwm_fast.seeding import words
+from tests.envs.suites import dm_control_suite
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of a machine without a display
-    suite = pytest.importorskip("dm_control.suite", reason="needs pip install 'pwm-fast[dmc]'")
-try:
-    suite.load("cartpole", "swingup")
-except AttributeError:
-    pytest.skip(
-        "this dm-control does not work with this MuJoCo: needs pip install 'pwm-fast[dmc]'",
-        allow_module_level=True,
-    )
+suite = dm_control_suite()
 
 
 def dmc(domain, task, num_envs=2, **options):

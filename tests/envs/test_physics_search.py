@@ -14,6 +14,7 @@ gymnasium = pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast
 mujoco = pytest.importorskip("mujoco", reason="needs pip install 'pwm-fast[train]'")
 
 from pwm_fast.envs import EnvironmentFault, GymnasiumEnv, _physics_search  # noqa: E402
+from tests.envs.suites import dm_control_suite  # noqa: E402
 from tests.envs.worlds import parallel, sync  # noqa: E402
 
 XML = """
@@ -303,15 +304,7 @@ class Suite(gymnasium.Env):
 
 @pytest.fixture
 def dm_control():
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a machine without a display
-        suite = pytest.importorskip("dm_control.suite", reason="needs pip install 'pwm-fast[dmc]'")
-    try:
-        suite.load("cartpole", "swingup")
-    except AttributeError:
-        pytest.skip("this dm-control does not work with this MuJoCo")
+    return dm_control_suite()
 
 
 @pytest.mark.usefixtures("dm_control")

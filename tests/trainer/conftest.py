@@ -215,6 +215,12 @@ def whole_run(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory / "run"
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw nothing: plots take the longest."""
+    monkeypatch.setattr("pwm_fast.trainer.plot_run", lambda *_: [])
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Runs in this process set torch's threads and signal handlers; put them back."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pwm_fast import build, checkpoint, diagnose, evaluate, seal, trainer
+from pwm_fast import build, checkpoint, diagnose, evaluate, seal
 from pwm_fast.agent import PWM
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import ConfigError
@@ -23,9 +23,7 @@ from tests.trainer.conftest import tiny_config, train_without_plots
 NAMES = ("latest", "latest.previous", "best", "final")
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "plot_run", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")

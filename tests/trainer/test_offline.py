@@ -25,9 +25,7 @@ from tests.trainer.conftest import Launcher, rows, tiny_arguments, tiny_config
 OBS, ACTION, T, COUNT = 5, 1, 12, 6  # of the cart-pole, and of a tiny run's episodes
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "plot_run", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture

@@ -13,16 +13,13 @@ import pytest
 import torch
 
 from pwm_fast import config as configuration
-from pwm_fast import provenance, trainer
+from pwm_fast import provenance
 from pwm_fast.config import ConfigError
 from pwm_fast.provenance import config_sha256, experiment_sha256, git_state
 from pwm_fast.train import train
 from tests.trainer.conftest import Launcher, tiny_arguments, tiny_config
 
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "plot_run", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def history(run_dir: Path) -> list[provenance.Record]:

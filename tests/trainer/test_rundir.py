@@ -18,10 +18,7 @@ from pwm_fast.rundir import RunDirectory
 from pwm_fast.train import train
 from tests.trainer.conftest import rows, tiny_config
 
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "plot_run", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def finish(directory: Path, **changes: object) -> Path:

@@ -20,9 +20,7 @@ numbered = pytest.importorskip("tests.trainer.numbered")
 HORIZON = 4
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pwm_fast.trainer.plot_run", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def config(run_dir: Path, longest: int, **changes: Any) -> TrainConfig:

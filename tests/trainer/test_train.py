@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pwm_fast import checkpoint, trainer
+from pwm_fast import checkpoint, metrics, trainer
 from pwm_fast.agent import PWM
 from pwm_fast.build import make_agent, make_env
 from pwm_fast.checkpoint import CheckpointError
@@ -52,9 +52,7 @@ LEARNING_ROW = EVERY_ROW | {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "plot_run", lambda *_: [])  # they take the longest
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +241,9 @@ def test_environment_without_saved_state(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_best_ignores_what_is_not_finite() -> None:
-    assert trainer._value({"reward": math.nan}) == trainer._value({}) == -math.inf
-    assert trainer._value({"reward": -3.0}) == -3.0
+    assert metrics.rank(None, math.nan) == metrics.rank(None, None) == (0.0, -math.inf)
+    assert metrics.rank(None, -3.0) == (0.0, -3.0)
+    assert metrics.rank(1, 5.0) < metrics.rank(0, math.nan) < metrics.rank(0, -9.0)
 
 
 # --- refusing -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pwm_fast import build, checkpoint, seal, trainer
+from pwm_fast import build, checkpoint, seal
 from pwm_fast.config import ConfigError
 from pwm_fast.evaluation import evaluate
 from pwm_fast.seeding import Purpose, stream
@@ -26,9 +26,7 @@ from tests.trainer.conftest import (
 STATISTICS = {"alg__normalize_obs": True}
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "plot_run", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")

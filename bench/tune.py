@@ -322,7 +322,7 @@ def _rollout_problem(
     dtype = torch.float16 if rate == "16" else torch.float32
     batch, padded = rollout
     sizes = (batch, padded, dtype.itemsize, *limits)
-    layouts = {f"{p.bm}x{p.bn}": p for p in kernels.LAYOUTS if kernels.why_not(p, *sizes) is None}
+    layouts = {p.name: p for p in kernels.LAYOUTS if kernels.why_not(p, *sizes) is None}
     own = kernels.plan(batch, padded, dtype, *limits)
     if not layouts:
         return
@@ -335,7 +335,7 @@ def _rollout_problem(
         return lambda options: workload.call(kernels.Plan(**options) if options["bm"] else None)
 
     choices: dict[str, Options] = {name: p._asdict() for name, p in layouts.items()}
-    heuristic = LAYERS if isinstance(own, str) else f"{own.bm}x{own.bn}"
+    heuristic = LAYERS if isinstance(own, str) else own.name
     key = kernels.tuning_key(batch, padded, dtype)
     yield Problem("rollout", key, {**choices, LAYERS: {"bm": 0}}, heuristic, prepare, {})
 

@@ -59,6 +59,11 @@ class Plan(NamedTuple):
     warps: int
     chunks: int
 
+    @property
+    def name(self) -> str:
+        """Short, and of its own among :data:`LAYOUTS`: ``"8x64 w4"``."""
+        return f"{self.bm}x{self.bn} w{self.warps}"
+
 
 class Forward(NamedTuple):
     """What :func:`rollout_forward` returns.
@@ -187,9 +192,19 @@ def shared_bytes(plan: Plan, padded: int, size: int) -> int:
 
 
 # In the order of preference: few rows a program before few features, because the exchanged bytes
-# grow with the rows of all programs of a group.
-_LAYOUTS = (Plan(8, 64, 8, 4), Plan(16, 64, 8, 4), Plan(32, 64, 8, 2))
-_NARROW_LAYOUTS = (Plan(8, 32, 8, 4), Plan(16, 32, 8, 4), Plan(32, 32, 8, 2))
+# grow with the rows of all programs of a group. Of the same tile, first the layout with 4 warps: a
+# warp's share of a product is 16 features by 8 rows (of 8x32 and 8x64) or 16 rows by 8 features,
+# and where there are fewer shares than warps, several warps read and multiply the same. With 8
+# warps that is everything twice for 8x64 and 16x32, and four times for 8x32. That 4 are faster is
+# an estimate. Tiles of more rows spill hundreds of bytes a thread with 4.
+_LAYOUTS = (Plan(8, 64, 4, 4), Plan(8, 64, 8, 4), Plan(16, 64, 8, 4), Plan(32, 64, 8, 2))
+_NARROW_LAYOUTS = (
+    Plan(8, 32, 4, 4),
+    Plan(8, 32, 8, 4),
+    Plan(16, 32, 4, 4),
+    Plan(16, 32, 8, 4),
+    Plan(32, 32, 8, 2),
+)
 LAYOUTS = (*_LAYOUTS, *_NARROW_LAYOUTS)
 
 
@@ -614,7 +629,7 @@ def _case(
     if not forward:
         constants["SCALED"] = operand == torch.float16
     options = _options(plan)
-    words = (f"U{padded}", dtype, f"{plan.bm}x{plan.bn}", "weights" if keep else "")
+    words = (f"U{padded}", dtype, plan.name, "weights" if keep else "")
     return Case(
         " ".join(w for w in (f"rollout_{direction}", *words) if w),
         fn,
@@ -632,25 +647,31 @@ def _case(
 
 def cases() -> list[Case]:
     """Launches of the plans: 5M-class nets (510 features padded to 512) and twice as wide ones."""
-    few, middle, many = _LAYOUTS
-    few_narrow, middle_narrow, many_narrow = _NARROW_LAYOUTS
+    everywhere, newer = (80, 90, 100), (90, 100)
+    few, few_8, middle, many = _LAYOUTS
+    few_narrow, few_narrow_8, middle_narrow, middle_narrow_8, many_narrow = _NARROW_LAYOUTS
     found = []
     for layout, padded, dtype, archs, spill, forward_spill in (
-        (few, 512, "fp16", (80, 90, 100), 16, 0),
-        (middle, 512, "fp16", (80, 90, 100), 0, 0),
+        (few, 512, "fp16", everywhere, 16, 0),
+        (few_8, 512, "fp16", everywhere, 16, 0),
+        (middle, 512, "fp16", everywhere, 0, 0),
         # Seven sums a feature over 32 rows, for the smaller gradients, beside fragments of weights
         # and activations: too many registers, in a pass that mostly waits for exchanges.
-        (many, 512, "fp16", (90, 100), 128, 16),
+        (many, 512, "fp16", newer, 128, 16),
         # Rows of 1024 in chunks of 256 or 512: fragments of both operands of a product.
-        (few_narrow, 1024, "fp16", (80, 90, 100), 64, 0),
-        (middle_narrow, 1024, "fp16", (90, 100), 128, 96),
-        (many_narrow, 1024, "fp16", (90, 100), 128, 96),
-        (few_narrow, 512, "fp32", (80, 90, 100), 0, 0),
-        (middle_narrow, 512, "fp32", (90, 100), 0, 0),
-        (few, 512, "bf16", (80, 90, 100), 16, 0),
+        (few_narrow, 1024, "fp16", everywhere, 64, 0),
+        (few_narrow_8, 1024, "fp16", everywhere, 64, 0),
+        (middle_narrow, 1024, "fp16", newer, 128, 0),
+        (middle_narrow_8, 1024, "fp16", newer, 128, 96),
+        (many_narrow, 1024, "fp16", newer, 128, 96),
+        (few_narrow, 512, "fp32", everywhere, 0, 0),
+        (few_narrow_8, 512, "fp32", everywhere, 0, 0),
+        (middle_narrow, 512, "fp32", newer, 0, 0),
+        (middle_narrow_8, 512, "fp32", newer, 0, 0),
+        (few, 512, "bf16", everywhere, 16, 0),
     ):
         found.append(_case("fwd", layout, padded, dtype, archs, keep=True, spill=forward_spill))
         found.append(_case("bwd", layout, padded, dtype, archs, keep=True, spill=spill))
         if padded == 512 and dtype == "fp16":
-            found.append(_case("bwd", layout, padded, dtype, archs, keep=False))
+            found.append(_case("bwd", layout, padded, dtype, archs, keep=False, spill=spill))
     return found

@@ -142,10 +142,12 @@ def test_every_plan_is_compiled_ahead(kernel: str, operand: str, arch: int) -> N
 def test_every_layout_of_published_rollouts_is_compiled_ahead(
     padded: int, dtype: torch.dtype, arch: int
 ) -> None:
-    for batch in ROWS:
-        layout = rollout.plan(batch, padded, dtype, SMS[arch], SHARED_LIMIT[arch])
-        if isinstance(layout, str):
-            continue
+    device = SMS[arch], SHARED_LIMIT[arch]
+    planned = {rollout.plan(batch, padded, dtype, *device) for batch in ROWS}
+    tiles = {(p.bm, p.bn) for p in planned if not isinstance(p, str)}
+    # Two slices of 1024 features in float32 are more than a multiprocessor holds.
+    assert tiles or (padded, dtype) == (1024, torch.float32)
+    for layout in (p for p in rollout.LAYOUTS if (p.bm, p.bn) in tiles):
         scheme = rollout.Scheme("heun", 4, padded - 2)
         constants = rollout._constants(padded, layout, dtype, scheme)
         pointers = {"w2_ptr": POINTER_TYPES[dtype]}

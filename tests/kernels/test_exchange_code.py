@@ -17,7 +17,8 @@ from pwm_fast.kernels.aot import compile_case
 from pwm_fast.kernels.report import cases_of
 
 CASES = [
-    ("rollout", "rollout_fwd U512 fp16 8x64 weights"),
+    ("rollout", "rollout_fwd U512 fp16 8x64 w4 weights"),
+    ("rollout", "rollout_bwd U512 fp16 8x64 w4 weights"),
     ("linear_norm_act", "linear_norm_act_bwd mish 16x64 of 1792, K 1792, fp16"),
 ]
 RELEASE, ACQUIRE, BARRIER = "release", "acquire", "barrier"

@@ -25,7 +25,7 @@ Source: section 2 (d) of this project's kernel design; Diamos et al. 2016, Persi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -36,33 +36,32 @@ from torch import Tensor
 from pwm_fast.kernels import rollout_device as device
 from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import INTERPRETING, launch
+from pwm_fast.kernels.rollout_exchange import PARTS
+from pwm_fast.kernels.rollout_plan import LAYOUTS, Plan, check_tuned, plan, tuning_key, why_not
+
+__all__ = [
+    "LAYOUTS",
+    "Adjoints",
+    "Backward",
+    "Forward",
+    "Network",
+    "Plan",
+    "Saved",
+    "Scheme",
+    "Workspace",
+    "check_tuned",
+    "plan",
+    "rollout_backward",
+    "rollout_forward",
+    "tuning_key",
+    "why_not",
+]
 
 #: Polls of a counter before a program gives its rows up as NaN: seconds, where microseconds do.
 LIMIT = 2000 if INTERPRETING else 1 << 23
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _COUNTER = 32  # int32s from one group's counter to the next: a cache line each
-
-
-class Plan(NamedTuple):
-    """How a rollout is laid out on a device.
-
-    Attributes:
-        bm: rows of a group.
-        bn: features of a program.
-        warps: of a program.
-        chunks: independent parts of a product's sum.
-    """
-
-    bm: int
-    bn: int
-    warps: int
-    chunks: int
-
-    @property
-    def name(self) -> str:
-        """Short, and of its own among :data:`LAYOUTS`: ``"8x64 w4"``."""
-        return f"{self.bm}x{self.bn} w{self.warps}"
 
 
 class Forward(NamedTuple):
@@ -182,118 +181,6 @@ class Scheme(NamedTuple):
         return self.substeps * (2 if self.method == "heun" else 1)
 
 
-# --- layout -------------------------------------------------------------------------------------
-
-
-def shared_bytes(plan: Plan, padded: int, size: int) -> int:
-    """Shared memory of a program: two slices of weights, one operand, a tile in another layout."""
-    span = triton.next_power_of_2(padded)
-    return (2 * plan.bn + plan.bm) * span * size + 8 * plan.bm * plan.bn
-
-
-# In the order of preference: few rows a program before few features, because the exchanged bytes
-# grow with the rows of all programs of a group. Of the same tile, first the layout with 4 warps: a
-# warp's share of a product is 16 features by 8 rows (of 8x32 and 8x64) or 16 rows by 8 features,
-# and where there are fewer shares than warps, several warps read and multiply the same. With 8
-# warps that is everything twice for 8x64 and 16x32, and four times for 8x32. That 4 are faster is
-# an estimate. Tiles of more rows spill hundreds of bytes a thread with 4.
-_LAYOUTS = (Plan(8, 64, 4, 4), Plan(8, 64, 8, 4), Plan(16, 64, 8, 4), Plan(32, 64, 8, 2))
-_NARROW_LAYOUTS = (
-    Plan(8, 32, 4, 4),
-    Plan(8, 32, 8, 4),
-    Plan(16, 32, 4, 4),
-    Plan(16, 32, 8, 4),
-    Plan(32, 32, 8, 2),
-)
-LAYOUTS = (*_LAYOUTS, *_NARROW_LAYOUTS)
-
-
-def why_not(plan: Plan, batch: int, padded: int, size: int, sms: int, shared: int) -> str | None:
-    """Why a layout does not fit a device of so many multiprocessors and bytes of shared memory."""
-    if padded % plan.bn:
-        return f"width {padded} is no multiple of {plan.bn}"
-    programs = -(-batch // plan.bm) * (padded // plan.bn)
-    if programs > sms:
-        return (
-            f"{batch} rows of {padded} features take {programs} programs ({plan.bm} rows x "
-            f"{plan.bn} features each), which must run at once on {sms} multiprocessors"
-        )
-    if size == 4 and plan.bm > 16:
-        return f"{plan.bm} rows of float32 operands a program spill 300 bytes a thread"
-    need = shared_bytes(plan, padded, size)
-    if need > shared:
-        return (
-            f"two slices of {plan.bn} x {padded} weights take {need} bytes of shared memory, the "
-            f"device has {shared}"
-        )
-    return None
-
-
-def tuning_key(batch: int, padded: int, dtype: torch.dtype) -> str:
-    """Under what a tuned file keeps the layout of these sizes, for kernel ``"rollout"``."""
-    return f"{str(dtype).removeprefix('torch.')} B{batch} U{padded}"
-
-
-def check_tuned(key: str, entry: Mapping[str, int], sms: int, shared: int) -> None:
-    """Raise ValueError where a tuned layout does not fit the sizes of its key, or the device."""
-    dtype, batch, padded = key.split()
-    operand = getattr(torch, dtype)
-    _tuned_plan(entry, int(batch[1:]), int(padded[1:]), operand, sms, shared)
-
-
-def plan(
-    batch: int,
-    padded: int,
-    dtype: torch.dtype,
-    sms: int,
-    shared: int,
-    tuned: Mapping[str, Mapping[str, int]] | None = None,
-) -> Plan | str:
-    """The layout for B rows of Up features, or why there is none.
-
-    Args:
-        batch: B.
-        padded: Up.
-        dtype: of the weights.
-        sms: multiprocessors; every program needs one of its own, as they wait for each other.
-        shared: bytes of shared memory that a program may have.
-        tuned: layouts measured on the GPU, by :func:`tuning_key`: the fields of a :class:`Plan`,
-            or ``{"bm": 0}`` where layer by layer was faster.
-
-    Raises:
-        ValueError: a tuned layout is none, or does not fit.
-    """
-    if batch < 1:
-        return "there are no rows"
-    entry = (tuned or {}).get(tuning_key(batch, padded, dtype))
-    if entry is not None and not INTERPRETING:
-        return _tuned_plan(entry, batch, padded, dtype, sms, shared)
-    if INTERPRETING:  # programs run one after another: one a group
-        if triton.next_power_of_2(padded) != padded:
-            return f"Triton's interpreter needs a power of two for a width, got {padded}"
-        return Plan(8 if batch < 16 else 16, padded, 4, 2)
-    found = {p: why_not(p, batch, padded, dtype.itemsize, sms, shared) for p in LAYOUTS}
-    fitting = (p for p, reason in found.items() if reason is None)
-    return next(fitting, str(found[LAYOUTS[0]]))
-
-
-def _tuned_plan(
-    entry: Mapping[str, int], batch: int, padded: int, dtype: torch.dtype, sms: int, shared: int
-) -> Plan | str:
-    if dict(entry) == {"bm": 0}:
-        return "layer by layer was measured to be faster"
-    if set(entry) != set(Plan._fields):
-        raise ValueError(f"a tuned rollout has {', '.join(Plan._fields)}, got {dict(entry)}")
-    layout = Plan(**entry)
-    if layout not in LAYOUTS:
-        known = ", ".join(str(tuple(p)) for p in LAYOUTS)
-        raise ValueError(f"a tuned rollout must be one of {known}, got {tuple(layout)}")
-    wrong = why_not(layout, batch, padded, dtype.itemsize, sms, shared)
-    if wrong is not None:
-        raise ValueError(f"the tuned rollout {layout} does not fit: {wrong}")
-    return layout
-
-
 # --- launches -----------------------------------------------------------------------------------
 
 
@@ -306,7 +193,7 @@ def rollout_forward(
     *,
     saved: Saved | None = None,
     total: Tensor | None = None,
-    counters: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> Forward:
     """T macro steps from ``p`` under hoisted terms ``c``.
 
@@ -318,7 +205,7 @@ def rollout_forward(
         plan: layout, of :func:`plan`.
         saved: buffers to fill for a backward pass; with ``y1`` and ``y2`` one for weights too.
         total: ``[T, B, Up]`` float32, written and returned; None for a new one.
-        counters: of this launch, one of :func:`counters`; None for new ones.
+        workspace: what the programs exchange through; None for a new one.
 
     Raises:
         ValueError: shapes, dtypes or the plan do not fit.
@@ -329,7 +216,7 @@ def rollout_forward(
         total = torch.empty_like(c)
     _buffer("total", total, c.shape, torch.float32, p)
     operand = network.w2.dtype
-    work = _Workspace(plan, p, padded, operand, 1, counters)
+    work = _workspace(workspace, plan, batch, padded, operand, p.device)
     keep = saved is not None and saved.y1 is not None
     if saved is not None:
         _check_saved(saved, steps * scheme.evals, batch, padded, operand)
@@ -364,6 +251,7 @@ def rollout_forward(
         scheme.substeps,
         *network.w2.stride(),
         *network.w13.stride(),
+        work.begin(4 * steps * scheme.evals),
         LIMIT,
         float(scheme.width),
         float(scheme.width2 or scheme.width),
@@ -388,7 +276,7 @@ def rollout_backward(
     saved: Saved,
     *,
     adjoints: Adjoints | None = None,
-    counters: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> Backward:
     """Adjoint of :func:`rollout_forward`.
 
@@ -400,7 +288,7 @@ def rollout_backward(
         plan: layout, of :func:`plan`.
         saved: filled by the forward pass.
         adjoints: buffers to fill for gradients of the weights; the sums are formed with them.
-        counters: of this launch, one of :func:`counters`; None for new ones.
+        workspace: what the programs exchange through; None for a new one.
 
     Raises:
         ValueError: shapes, dtypes or the plan do not fit.
@@ -413,7 +301,7 @@ def rollout_backward(
     if adjoints is not None:
         _check_adjoints(adjoints, evals, batch, padded, operand)
     dc, lp_out = torch.empty_like(g), torch.empty_like(lp)
-    work = _Workspace(plan, lp, padded, operand, 3, counters)
+    work = _workspace(workspace, plan, batch, padded, operand, lp.device)
     sums = lp.new_empty(work.groups, 7, padded) if adjoints is not None else lp
     none = lp
     kept = Adjoints(none, none, none, none) if adjoints is None else adjoints
@@ -447,6 +335,7 @@ def rollout_backward(
         scheme.substeps,
         *w2.stride(),
         *w13.stride(),
+        work.begin(1 + 4 * evals),
         LIMIT,
         float(scheme.width),
         float(scheme.width2 or scheme.width),
@@ -462,34 +351,70 @@ def rollout_backward(
     return Backward(dc, lp_out, sums.sum(0, dtype=torch.float64))
 
 
-def counters(plan: Plan, batch: int, launches: int, device: torch.device) -> Tensor:
-    """What the programs of several launches meet at, ``[launches, ...]``: zeros, one for each."""
-    groups = -(-batch // plan.bm)
-    return torch.zeros(launches, groups * _COUNTER, dtype=torch.int32, device=device)
+class Workspace:
+    """What the programs of launches exchange through: one after another, on one stream.
 
+    It is cleared when it is made: so a captured graph must hold that, too, before the launches.
 
-class _Workspace:
-    """What the programs exchange through, of one launch's own: streams do not meet in it."""
+    Args:
+        plan: layout of the launches.
+        batch: B.
+        padded: Up.
+        dtype: of the weights.
+        device: of the tensors.
+    """
 
     def __init__(
-        self,
-        plan: Plan,
-        like: Tensor,
-        padded: int,
-        dtype: torch.dtype,
-        slots: int,
-        met: Tensor | None,
+        self, plan: Plan, batch: int, padded: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.groups = -(-like.shape[0] // plan.bm)
-        tiles = padded // plan.bn
-        self.programs = self.groups * tiles
-        rows = self.groups * plan.bm
-        boards = torch.empty(2, rows, padded, dtype=dtype, device=like.device)
-        parts = like.new_empty(2, self.groups * slots * tiles * plan.bm)
-        if met is None:
-            met = counters(plan, like.shape[0], 1, like.device)[0]
-        _buffer("counters", met, (self.groups * _COUNTER,), torch.int32, like)
-        self.tensors = (*boards, *parts, met)
+        self.fits = (plan, batch, padded, dtype)
+        self.groups = -(-batch // plan.bm)
+        self.tiles = padded // plan.bn
+        self.programs = self.groups * self.tiles
+        self._met = 0
+        numbers = 2 * self.groups * PARTS.value * self.tiles * plan.bm
+        boards = 2, self.groups * plan.bm, padded
+        if plan.exchange == "flags":
+            parts = torch.empty(2, numbers // 2, device=device)
+            met = torch.zeros(self.groups * _COUNTER, dtype=torch.int32, device=device)
+            self.tensors = (*torch.empty(boards, dtype=dtype, device=device), *parts, met)
+            return
+        word = torch.int32 if dtype.itemsize == 2 else torch.int64
+        longs = math.prod(boards) * word.itemsize // 8
+        cleared = torch.zeros(numbers + longs, dtype=torch.int64, device=device)
+        words = cleared[numbers:].view(word).view(boards)
+        # No word counts anything: another tensor stands for the counters.
+        none = cleared.view(torch.int32)
+        self.tensors = (*words, *cleared[:numbers].view(2, -1), none)
+
+    def begin(self, meetings: int) -> int:
+        """How often a group has met before a launch in which it does ``meetings`` times.
+
+        Raises:
+            ValueError: the counters, or epochs, would not fit 31 bits.
+        """
+        before = self._met
+        self._met += meetings
+        if self._met * self.tiles >= 1 << 31:
+            raise ValueError(f"{self._met} meetings of {self.tiles} programs are too many to count")
+        return before
+
+
+def _workspace(
+    given: Workspace | None,
+    plan: Plan,
+    batch: int,
+    padded: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Workspace:
+    if given is None:
+        return Workspace(plan, batch, padded, dtype, device)
+    if given.fits != (plan, batch, padded, dtype):
+        raise ValueError(
+            f"workspace must be for {(plan, batch, padded, dtype)}, it is for {given.fits}"
+        )
+    return given
 
 
 def _constants(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) -> dict[str, Any]:
@@ -503,6 +428,8 @@ def _constants(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) ->
         "PRECISION": "tf32" if scheme.tf32 or operand.itemsize == 2 else "ieee",
         "CHUNKS": plan.chunks,
         "FLIP": plan.bm > 8,
+        "WORDS": plan.exchange == "words",
+        "WARPS": plan.warps,
         "HEUN": scheme.method == "heun",
     }
 
@@ -599,7 +526,7 @@ def _buffer(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, li
 # --- what is compiled ---------------------------------------------------------------------------
 
 _OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_PLAIN = ("batch", "steps", "evals", "substeps", "limit")
+_PLAIN = ("batch", "steps", "evals", "substeps", "begin", "limit")
 
 
 def _case(
@@ -618,6 +545,10 @@ def _case(
     operand = _OPERANDS[dtype]
     narrow = ("w2", "w13", "xhat1", "xhat2", "y1", "dh2", "dq", "board1", "board2")
     types = {f"{name}_ptr": f"*{dtype}" for name in narrow}
+    if plan.exchange == "words":
+        types |= dict.fromkeys(("slots1_ptr", "slots2_ptr"), "*i64")
+        word = "*i32" if operand.itemsize == 2 else "*i64"
+        types |= dict.fromkeys(("board1_ptr", "board2_ptr"), word)
     types |= {name: "*fp32" for name in fn.arg_names if name.endswith("_ptr") and name not in types}
     types |= {"counters_ptr": "*i32"}
     types |= dict.fromkeys((*_PLAIN, "w2_n", "w2_k", "w13_n", "w13_k"), "i32")
@@ -648,10 +579,10 @@ def _case(
 def cases() -> list[Case]:
     """Launches of the plans: 5M-class nets (510 features padded to 512) and twice as wide ones."""
     everywhere, newer = (80, 90, 100), (90, 100)
-    few, few_8, middle, many = _LAYOUTS
-    few_narrow, few_narrow_8, middle_narrow, middle_narrow_8, many_narrow = _NARROW_LAYOUTS
+    few, few_8, middle, many = LAYOUTS[:4]
+    few_narrow, few_narrow_8, middle_narrow, middle_narrow_8, many_narrow = LAYOUTS[4:9]
     found = []
-    for layout, padded, dtype, archs, spill, forward_spill in (
+    for flags, padded, dtype, archs, spill, forward_spill in (
         (few, 512, "fp16", everywhere, 16, 0),
         (few_8, 512, "fp16", everywhere, 16, 0),
         (middle, 512, "fp16", everywhere, 0, 0),
@@ -670,8 +601,12 @@ def cases() -> list[Case]:
         (middle_narrow_8, 512, "fp32", newer, 0, 0),
         (few, 512, "bf16", everywhere, 16, 0),
     ):
-        found.append(_case("fwd", layout, padded, dtype, archs, keep=True, spill=forward_spill))
-        found.append(_case("bwd", layout, padded, dtype, archs, keep=True, spill=spill))
-        if padded == 512 and dtype == "fp16":
-            found.append(_case("bwd", layout, padded, dtype, archs, keep=False, spill=spill))
+        words = flags._replace(exchange="words")
+        for layout in (flags, words) if words in LAYOUTS and dtype != "bf16" else (flags,):
+            # Words take registers, in the longer of the two directions a few more than there are.
+            allowed = max(spill, 16) if layout == words else spill
+            found.append(_case("fwd", layout, padded, dtype, archs, keep=True, spill=forward_spill))
+            found.append(_case("bwd", layout, padded, dtype, archs, keep=True, spill=allowed))
+            if padded == 512 and dtype == "fp16":
+                found.append(_case("bwd", layout, padded, dtype, archs, keep=False, spill=spill))
     return found

@@ -5,10 +5,9 @@ operand; with 16 and more (``FLIP``) the rows are, and the result is transposed.
 cores work by warps: a product of warpgroups from shared memory would need a descriptor every 16
 features, and those of two weights and two operands do not fit the registers. A program owns the
 features ``tile BN ...`` of both hidden layers for the rows ``group BM ...``, for the whole launch;
-its two slices of weights are loaded once. The G programs of a row group meet in *exchanges*: each
-publishes in global memory, adds 1 to the group's counter (release), and waits until all have
-(acquire). Counters only grow, and no buffer is written twice without an exchange of another buffer
-in between: who writes it again knows by that exchange that all have read it.
+its two slices of weights are loaded once. The G programs of a row group meet four times an evaluation
+(:mod:`pwm_fast.kernels.rollout_exchange`), at a board of their own each time: ``slots1``,
+``board1``, ``slots2``, ``board2``. So no board is written twice without others in between.
 
 Sums over features add the programs' parts in a fixed order: results repeat bit by bit.
 """
@@ -19,38 +18,22 @@ import triton
 import triton.language as tl
 
 from pwm_fast.kernels.pointwise import mish, mish_slope, operand, power, rounded, row_exponent
+from pwm_fast.kernels.rollout_exchange import PARTS, share_rows, share_tile
 
 # The loops must not be pipelined: what they load is written by other programs in between. Launches
 # therefore have num_stages=1.
 
 
 @triton.jit
-def _exchange(counter, target, ok, limit):
-    """Publish what this program has stored, and wait for the others' of this group.
-
-    Returns whether all came within ``limit`` polls; once one has not, no more waiting is done.
-    """
-    tl.debug_barrier()  # all threads' stores are before the one thread's release
-    seen = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
-    left = tl.where(ok != 0, limit, 0)
-    while (seen < target) & (left > 0):
-        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-        left -= 1
-    return tl.where(seen >= target, ok, 0)
+def _lost(ok):
+    """Added to what follows: NaN once a program has waited in vain, so that its rows are NaN."""
+    return tl.where(ok != 0, 0.0, float("nan"))
 
 
 @triton.jit
 def _flow_time(number, substeps):
     # Of shape [1, 1], correctly rounded, as the host's division is.
     return tl.div_rn(tl.full([1, 1], number, tl.float32), tl.full([1, 1], substeps, tl.float32))
-
-
-@triton.jit
-def _parts(slots, G: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr):
-    """What all programs of the group put into ``slots [G, BM]``; zeros beyond G."""
-    i = tl.arange(0, GP)[:, None]
-    j = tl.arange(0, BM)[None, :]
-    return tl.load(slots + i * BM + j, mask=i < G, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -86,24 +69,6 @@ def _slice(
 
 
 @triton.jit
-def _gather(
-    board, rows, UP: tl.constexpr, KP: tl.constexpr, CHUNKS: tl.constexpr, FLIP: tl.constexpr
-):
-    """All features of rows for :func:`_product`: chunks ``[KP / CHUNKS, BM]``, or flipped."""
-    chunks = ()
-    for i in tl.static_range(CHUNKS):
-        k = _features(i, KP, CHUNKS)
-        if FLIP:
-            at = board + rows[:, None] * UP + k[None, :]
-            chunk = tl.load(at, mask=k[None, :] < UP, other=0.0, cache_modifier=".cg")
-        else:
-            at = board + rows[None, :] * UP + k[:, None]
-            chunk = tl.load(at, mask=k[:, None] < UP, other=0.0, cache_modifier=".cg")
-        chunks = chunks + (chunk,)  # type: ignore[assignment]  # noqa: RUF005
-    return chunks
-
-
-@triton.jit
 def _product(w, x, nil, PRECISION: tl.constexpr, CHUNKS: tl.constexpr, FLIP: tl.constexpr):
     """``w x`` ``[BN, BM]`` as products of chunks: each is a chain of waiting instructions.
 
@@ -133,7 +98,7 @@ def _hidden(
     board,
     slots,
     counter,
-    target,
+    meeting,
     ok,
     limit,
     tile,
@@ -148,6 +113,8 @@ def _hidden(
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
     FLIP: tl.constexpr,
+    WORDS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """RMS and Mish of pre-activations that the group's programs hold in parts.
 
@@ -155,26 +122,47 @@ def _hidden(
     as an operand ``[KP, BM]``.
     """
     G: tl.constexpr = UP // BN
-    GP: tl.constexpr = triton.next_power_of_2(G)
-    j = tl.arange(0, BM)
-    rows = group * BM + j
-    own = rows[None, :] * UP + (tile * BN + tl.arange(0, BN))[:, None]
-    slots += group * G * BM
-    tl.store(slots + tile * BM + j, tl.sum(h * h, axis=0))
-    target += G
-    ok = _exchange(counter, target, ok, limit)
-    squares = tl.sum(_parts(slots, G, GP, BM), axis=0)
-    rstd = tl.rsqrt(squares / width + eps)
+    slots += group * PARTS * G * BM
+    meeting += 1
+    squares, ok = share_rows(
+        (tl.sum(h * h, axis=0),),
+        slots,
+        counter,
+        meeting,
+        ok,
+        limit,
+        tile,
+        G,
+        BM,
+        1,
+        WORDS,
+        WARPS,
+    )
+    rstd = tl.rsqrt(tl.sum(squares[0], axis=0) / width + eps) + _lost(ok)
     xhat = h * rstd[None, :]
     y = mish(xhat * gamma[:, None] + beta[:, None])
-    tl.store(board + own, operand(rounded(y, DTYPE), PRECISION))
-    target += G
-    ok = _exchange(counter, target, ok, limit)
-    full = _gather(board, rows, UP, KP, CHUNKS, FLIP)
-    return xhat, y, rstd, full, target, ok
+    meeting += 1
+    full, ok = share_tile(
+        operand(rounded(y, DTYPE), PRECISION),
+        board,
+        counter,
+        meeting,
+        ok,
+        limit,
+        tile,
+        group,
+        UP,
+        KP,
+        BM,
+        BN,
+        CHUNKS,
+        FLIP,
+        WORDS,
+    )
+    return xhat, y, rstd, full, meeting, ok
 
 
-@triton.jit(do_not_specialize=["batch", "steps", "evals", "substeps", "limit"])
+@triton.jit(do_not_specialize=["batch", "steps", "evals", "substeps", "begin", "limit"])
 def rollout_forward_kernel(
     p_ptr,
     c_ptr,
@@ -208,6 +196,7 @@ def rollout_forward_kernel(
     w2_k,
     w13_n,
     w13_k,
+    begin,
     limit,
     width1,
     width2,
@@ -223,6 +212,8 @@ def rollout_forward_kernel(
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
     FLIP: tl.constexpr,
+    WORDS: tl.constexpr,
+    WARPS: tl.constexpr,
     HEUN: tl.constexpr,
     SAVE: tl.constexpr,
     KEEP: tl.constexpr,
@@ -251,7 +242,7 @@ def rollout_forward_kernel(
     p = tl.load(p_ptr + offs, mask=mask, other=0.0)
     stage = p
     first = tl.zeros([BN, BM], tl.float32)
-    target = 0
+    meeting = begin
     ok = 1
     for t in range(steps):
         c = tl.load(c_ptr + t * size + offs, mask=mask, other=0.0)
@@ -263,14 +254,14 @@ def rollout_forward_kernel(
                 number = (e >> 1) + (e & 1)
             tau = _flow_time(number, substeps)
             h = stage + (c + tau * w_tau[:, None])
-            xhat, y, rstd, full, target, ok = _hidden(
+            xhat, y, rstd, full, meeting, ok = _hidden(
                 h,
                 gamma1,
                 beta1,
                 board1_ptr,
                 slots1_ptr,
                 counter,
-                target,
+                meeting,
                 ok,
                 limit,
                 tile,
@@ -285,21 +276,23 @@ def rollout_forward_kernel(
                 PRECISION,
                 CHUNKS,
                 FLIP,
+                WORDS,
+                WARPS,
             )
             if SAVE:
                 tl.store(xhat1_ptr + at * size + offs, rounded(xhat, DTYPE), mask=mask)
                 tl.store(rstd1_ptr + at * batch + m, rstd, mask=rows & (tile == 0))
             if KEEP:
                 tl.store(y1_ptr + at * size + offs, rounded(y, DTYPE), mask=mask)
-            h = _product(w2, full, nil, PRECISION, CHUNKS, FLIP) + b2[:, None]
-            xhat, y, rstd, full, target, ok = _hidden(
+            h = _product(w2, full, nil, PRECISION, CHUNKS, FLIP) + (b2[:, None] + _lost(ok))
+            xhat, y, rstd, full, meeting, ok = _hidden(
                 h,
                 gamma2,
                 beta2,
                 board2_ptr,
                 slots2_ptr,
                 counter,
-                target,
+                meeting,
                 ok,
                 limit,
                 tile,
@@ -314,6 +307,8 @@ def rollout_forward_kernel(
                 PRECISION,
                 CHUNKS,
                 FLIP,
+                WORDS,
+                WARPS,
             )
             if SAVE:
                 tl.store(xhat2_ptr + at * size + offs, rounded(xhat, DTYPE), mask=mask)
@@ -332,8 +327,7 @@ def rollout_forward_kernel(
                 total += dt * y
                 p += dt * q
                 stage = p
-            # A program that waited in vain makes its rows NaN, here and in all that follows.
-            lost = tl.where(ok != 0, 0.0, float("nan"))
+            lost = _lost(ok)
             p += lost
             stage += lost
             total += lost
@@ -350,7 +344,7 @@ def _adjoint(
     slots,
     base,
     counter,
-    target,
+    meeting,
     ok,
     limit,
     rstd,
@@ -360,6 +354,8 @@ def _adjoint(
     UP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    WORDS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     """Adjoint of :func:`_hidden` towards its ``h``, from the one towards its output.
 
@@ -367,22 +363,29 @@ def _adjoint(
     features of a row, the largest ``|dh|`` but for a factor up to ``1 + |xhat|``, and ``|base|``.
     """
     G: tl.constexpr = UP // BN
-    GP: tl.constexpr = triton.next_power_of_2(G)
-    j = tl.arange(0, BM)
-    stride: tl.constexpr = G * BM
-    slots += group * 3 * stride
+    slots += group * PARTS * G * BM
     du = dy * mish_slope(xhat * gamma[:, None] + beta[:, None])
     g = du * gamma[:, None]
-    tl.store(slots + tile * BM + j, tl.sum(g * xhat, axis=0))
-    tl.store(slots + stride + tile * BM + j, tl.max(tl.abs(g), axis=0))
-    tl.store(slots + 2 * stride + tile * BM + j, tl.max(tl.abs(base), axis=0))
-    target += G
-    ok = _exchange(counter, target, ok, limit)
-    inner = tl.sum(_parts(slots, G, GP, BM), axis=0) / width
-    largest = tl.max(_parts(slots + stride, G, GP, BM), axis=0) * rstd
-    largest_base = tl.max(_parts(slots + 2 * stride, G, GP, BM), axis=0)
+    meeting += 1
+    parts, ok = share_rows(
+        (tl.sum(g * xhat, axis=0), tl.max(tl.abs(g), axis=0), tl.max(tl.abs(base), axis=0)),
+        slots,
+        counter,
+        meeting,
+        ok,
+        limit,
+        tile,
+        G,
+        BM,
+        PARTS,
+        WORDS,
+        WARPS,
+    )
+    inner = tl.sum(parts[0], axis=0) / width + _lost(ok)
+    largest = tl.max(parts[1], axis=0) * rstd
+    largest_base = tl.max(parts[2], axis=0)
     dh = (g - xhat * inner[None, :]) * rstd[None, :]
-    return dh, du, largest, largest_base, target, ok
+    return dh, du, largest, largest_base, meeting, ok
 
 
 @triton.jit
@@ -391,7 +394,7 @@ def _publish(
     inverse,
     board,
     counter,
-    target,
+    meeting,
     ok,
     limit,
     tile,
@@ -404,16 +407,29 @@ def _publish(
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
     FLIP: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """All programs' ``x * inverse`` as an operand ``[KP, BM]``, and this one's."""
-    G: tl.constexpr = UP // BN
-    rows = group * BM + tl.arange(0, BM)
     mine = rounded(x * inverse[None, :], DTYPE)
-    at = board + rows[None, :] * UP + (tile * BN + tl.arange(0, BN))[:, None]
-    tl.store(at, operand(mine, PRECISION))
-    target += G
-    ok = _exchange(counter, target, ok, limit)
-    return mine, _gather(board, rows, UP, KP, CHUNKS, FLIP), target, ok
+    meeting += 1
+    full, ok = share_tile(
+        operand(mine, PRECISION),
+        board,
+        counter,
+        meeting,
+        ok,
+        limit,
+        tile,
+        group,
+        UP,
+        KP,
+        BM,
+        BN,
+        CHUNKS,
+        FLIP,
+        WORDS,
+    )
+    return mine, full, meeting, ok
 
 
 @triton.jit
@@ -427,7 +443,7 @@ def _scale(x, SCALED: tl.constexpr):
     return scale, inverse
 
 
-@triton.jit(do_not_specialize=["batch", "steps", "evals", "substeps", "limit"])
+@triton.jit(do_not_specialize=["batch", "steps", "evals", "substeps", "begin", "limit"])
 def rollout_backward_kernel(
     g_ptr,
     lp_ptr,
@@ -461,6 +477,7 @@ def rollout_backward_kernel(
     w2_k,
     w13_n,
     w13_k,
+    begin,
     limit,
     width1,
     width2,
@@ -474,6 +491,8 @@ def rollout_backward_kernel(
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
     FLIP: tl.constexpr,
+    WORDS: tl.constexpr,
+    WARPS: tl.constexpr,
     HEUN: tl.constexpr,
     KEEP: tl.constexpr,
     SCALED: tl.constexpr,
@@ -483,7 +502,6 @@ def rollout_backward_kernel(
     ``w2`` and ``w13`` are read as their transposes: rows are the features that an adjoint goes to.
     """
     G: tl.constexpr = UP // BN
-    GP: tl.constexpr = triton.next_power_of_2(G)
     group = tl.program_id(0) // G
     tile = tl.program_id(0) % G
     n = tile * BN + tl.arange(0, BN)
@@ -508,13 +526,23 @@ def rollout_backward_kernel(
     if HEUN:
         share = 0.5 * dt
     dq = share * lp
-    # How large a row of the first dq is. Like everything in slots1, it is read before board1 is
-    # published and written again after that.
-    slots = slots1_ptr + group * 3 * G * BM
-    tl.store(slots + tile * BM + j, tl.max(tl.abs(dq), axis=0))
-    target = G
-    ok = _exchange(counter, target, 1, limit)
-    dq_scale, dq_inverse = _scale(tl.max(_parts(slots, G, GP, BM), axis=0), SCALED)
+    # How large a row of the first dq is.
+    meeting = begin + 1
+    parts, ok = share_rows(
+        (tl.max(tl.abs(dq), axis=0),),
+        slots1_ptr + group * PARTS * G * BM,
+        counter,
+        meeting,
+        1,
+        limit,
+        tile,
+        G,
+        BM,
+        1,
+        WORDS,
+        WARPS,
+    )
+    dq_scale, dq_inverse = _scale(tl.max(parts[0], axis=0), SCALED)
 
     if KEEP:
         sum_gamma1 = tl.zeros([BN, BM], tl.float32)
@@ -538,12 +566,12 @@ def rollout_backward_kernel(
             rstd1 = tl.load(rstd1_ptr + at * batch + m, mask=rows, other=0.0)
             xhat2, xhat1 = xhat2.to(tl.float32), xhat1.to(tl.float32)
 
-            mine, full, target, ok = _publish(
+            mine, full, meeting, ok = _publish(
                 dq,
                 dq_inverse,
                 board1_ptr,
                 counter,
-                target,
+                meeting,
                 ok,
                 limit,
                 tile,
@@ -556,14 +584,16 @@ def rollout_backward_kernel(
                 PRECISION,
                 CHUNKS,
                 FLIP,
+                WORDS,
             )
             if KEEP:
                 tl.store(dq_ptr + at * size + offs, mine, mask=mask)
                 if SCALED:
                     tl.store(dq_scale_ptr + at * batch + m, dq_scale, mask=rows & (tile == 0))
                 sum_b13 += dq
-            dy = _product(w13, full, nil, PRECISION, CHUNKS, FLIP) * dq_scale[None, :] + share * g
-            dh, du, largest, _, target, ok = _adjoint(
+            back_scale = (dq_scale + _lost(ok))[None, :]
+            dy = _product(w13, full, nil, PRECISION, CHUNKS, FLIP) * back_scale + share * g
+            dh, du, largest, _, meeting, ok = _adjoint(
                 dy,
                 xhat2,
                 gamma2,
@@ -571,7 +601,7 @@ def rollout_backward_kernel(
                 slots2_ptr,
                 lp,
                 counter,
-                target,
+                meeting,
                 ok,
                 limit,
                 rstd2,
@@ -581,18 +611,20 @@ def rollout_backward_kernel(
                 UP,
                 BM,
                 BN,
+                WORDS,
+                WARPS,
             )
             if KEEP:
                 sum_gamma2 += du * xhat2
                 sum_beta2 += du
                 sum_b2 += dh
             scale, inverse = _scale(largest, SCALED)
-            mine, full, target, ok = _publish(
+            mine, full, meeting, ok = _publish(
                 dh,
                 inverse,
                 board2_ptr,
                 counter,
-                target,
+                meeting,
                 ok,
                 limit,
                 tile,
@@ -605,14 +637,16 @@ def rollout_backward_kernel(
                 PRECISION,
                 CHUNKS,
                 FLIP,
+                WORDS,
             )
             if KEEP:
                 tl.store(dh2_ptr + at * size + offs, mine, mask=mask)
                 if SCALED:
                     tl.store(dh2_scale_ptr + at * batch + m, scale, mask=rows & (tile == 0))
-            dy = _product(w2, full, nil, PRECISION, CHUNKS, FLIP) * scale[None, :]
+            back_scale = (scale + _lost(ok))[None, :]
+            dy = _product(w2, full, nil, PRECISION, CHUNKS, FLIP) * back_scale
             base = lp + late
-            dh, du, largest, largest_base, target, ok = _adjoint(
+            dh, du, largest, largest_base, meeting, ok = _adjoint(
                 dy,
                 xhat1,
                 gamma1,
@@ -620,7 +654,7 @@ def rollout_backward_kernel(
                 slots1_ptr,
                 base,
                 counter,
-                target,
+                meeting,
                 ok,
                 limit,
                 rstd1,
@@ -630,9 +664,9 @@ def rollout_backward_kernel(
                 UP,
                 BM,
                 BN,
+                WORDS,
+                WARPS,
             )
-            lost = tl.where(ok != 0, 0.0, float("nan"))  # see the forward kernel
-            dh += lost
             if KEEP:
                 sum_gamma1 += du * xhat1
                 sum_beta1 += du

@@ -23,12 +23,14 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent / "tuned"
 REMEDY = "correct it, delete it, or measure anew: python -m bench.tune"
 
-Options = Mapping[str, int]
+#: Integers, but for the fields of :attr:`Form.words`.
+Options = Mapping[str, Any]
 #: Kernel, then key, then the options of a launch.
 Entries = Mapping[str, Mapping[str, Options]]
 
@@ -40,11 +42,13 @@ class Form(NamedTuple):
         key: the form of their keys.
         example: a key.
         fields: of a launch. An entry that has the first alone, as 0, says not to use the kernel.
+        words: further fields, which an entry may leave out, and the words that each may be.
     """
 
     key: re.Pattern[str]
     example: str
     fields: tuple[str, ...]
+    words: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 _SIZE = r"[1-9]\d*"
@@ -57,6 +61,7 @@ ROLLOUT = Form(
     re.compile(rf"(float16|bfloat16|float32) B{_SIZE} U{_SIZE}"),
     "float16 B128 U512",
     ("bm", "bn", "warps", "chunks"),
+    {"exchange": ("flags", "words")},
 )
 #: By kernel.
 FORMS = {
@@ -118,11 +123,15 @@ def check(kernel: str, key: str, options: object) -> None:
         raise ValueError(f"the key must be of the form {form.example!r}")
     if not isinstance(options, dict):
         raise ValueError(f"it must be an object, got {options!r}")
-    for name, value in options.items():
+    for name, allowed in form.words.items():
+        if name in options and options[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {options[name]!r}")
+    numbers = {name: value for name, value in options.items() if name not in form.words}
+    for name, value in numbers.items():
         if type(value) is not int or value < 0:
             raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
     if options != {form.fields[0]: 0} and (
-        set(options) != set(form.fields) or not all(options.values())
+        set(numbers) != set(form.fields) or not all(numbers.values())
     ):
         raise ValueError(
             f"it must have {', '.join(form.fields)}, each at least 1, or {form.fields[0]} alone, "

@@ -17,14 +17,17 @@ from pwm_fast.kernels import rollout as module
 from pwm_fast.kernels.rollout import (
     Plan,
     Scheme,
+    Workspace,
     plan,
     rollout_backward,
     rollout_forward,
     why_not,
 )
+from pwm_fast.kernels.rollout_plan import EXCHANGES
 from tests.kernels import rollout_truth as truth
 from tests.kernels.harness import gpu, on_devices
 
+both_exchanges = pytest.mark.parametrize("exchange", EXCHANGES)
 H100 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory
 
 
@@ -38,6 +41,7 @@ def _poisoned() -> Iterator[None]:
 
 
 @pytest.mark.interpreted
+@both_exchanges
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(
     ("method", "substeps", "steps", "batch", "rows"),
@@ -51,11 +55,17 @@ def _poisoned() -> Iterator[None]:
     ],
 )
 def test_results_and_adjoints(
-    method: str, substeps: int, steps: int, batch: int, rows: int, dtype: torch.dtype
+    method: str,
+    substeps: int,
+    steps: int,
+    batch: int,
+    rows: int,
+    dtype: torch.dtype,
+    exchange: str,
 ) -> None:
     scheme = Scheme(method, substeps, 50, 1e-5, 1e-4, tf32=False)
     problem = truth.problem(scheme, batch, steps)
-    results = truth.run(problem, 64, dtype, Plan(rows, 64, 4, 2))
+    results = truth.run(problem, 64, dtype, Plan(rows, 64, 4, 2, exchange))
     truth.check(problem, results, dtype)
 
 
@@ -73,16 +83,28 @@ def test_tiny_adjoints_do_not_vanish() -> None:
 
 
 @pytest.mark.interpreted
-def test_steps_one_by_one_are_the_whole_rollout() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_both_exchanges_give_the_same_bits(dtype: torch.dtype) -> None:
+    problem = truth.problem(Scheme("heun", 2, 50, tf32=False), 11, 2)
+    flags, words = (truth.run(problem, 64, dtype, Plan(8, 64, 4, 2, e)) for e in EXCHANGES)
+    assert flags.keys() == words.keys()
+    assert all(torch.equal(flags[name], words[name]) for name in flags)
+
+
+@pytest.mark.interpreted
+@both_exchanges
+def test_steps_one_by_one_are_the_whole_rollout(exchange: str) -> None:
     """T launches of one macro step, as imagination makes them, give the same bits."""
     scheme = Scheme("heun", 2, 50, tf32=False)
     problem = truth.problem(scheme, 5, 3)
-    layout = Plan(4, 64, 4, 2)
+    layout = Plan(4, 64, 4, 2, exchange)
     net = truth.network(problem, 64, torch.float16)
     p, c = truth.pad(problem.p, 64).float(), truth.pad(problem.c, 64).float()
     whole = rollout_forward(p, c, net, scheme, layout)
+    work = Workspace(layout, 5, 64, torch.float16, p.device)
     for t in range(3):
-        step = rollout_forward(p, c[t : t + 1].contiguous(), net, scheme, layout)
+        one = c[t : t + 1].contiguous()
+        step = rollout_forward(p, one, net, scheme, layout, workspace=work)
         assert torch.equal(step.total[0], whole.total[t])
         p = step.p
     assert torch.equal(p, whole.p)
@@ -130,12 +152,15 @@ def _in_processes(missing: Sequence[int] = ()) -> Any:
 
 
 @pytest.mark.interpreted
+@both_exchanges
 @pytest.mark.parametrize(
-    ("width", "padded", "features", "batch", "rows"),
+    ("width", "padded", "features", "batch", "rows", "dtype"),
     [
-        (50, 64, 32, 5, 4),  # 2 programs in each of 2 groups
-        (50, 64, 8, 3, 8),  # 8 in one
-        (150, 192, 64, 9, 16),  # 3: neither they nor the features are a power of two
+        (50, 64, 32, 5, 4, torch.float16),  # 2 programs in each of 2 groups
+        (50, 64, 8, 3, 8, torch.float32),  # 8 in one
+        # 3: neither they nor the features are a power of two
+        (150, 192, 64, 9, 16, torch.float32),
+        (150, 192, 64, 3, 8, torch.float16),
     ],
 )
 def test_programs_exchange(
@@ -144,37 +169,77 @@ def test_programs_exchange(
     features: int,
     batch: int,
     rows: int,
+    dtype: torch.dtype,
+    exchange: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "launch", _in_processes())
     monkeypatch.setattr(module, "LIMIT", 1 << 20)
     scheme = Scheme("heun", 1, width, tf32=False)
     problem = truth.problem(scheme, batch, 1)
-    layout = Plan(rows, features, 4, 2)
-    results = truth.run(problem, padded, torch.float32, layout)
-    truth.check(problem, results, torch.float32)
-    again = truth.run(problem, padded, torch.float32, layout)
+    layout = Plan(rows, features, 4, 2, exchange)
+    results = truth.run(problem, padded, dtype, layout)
+    truth.check(problem, results, dtype)
+    # As exact with the other exchange: so both repeat themselves bit by bit, too.
+    (other,) = set(EXCHANGES) - {exchange}
+    again = truth.run(problem, padded, dtype, layout._replace(exchange=other))
     assert all(torch.equal(results[name], again[name]) for name in results)
 
 
 @pytest.mark.interpreted
-def test_a_program_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its group gives up with NaN instead of hanging; the other group's rows are right."""
-    monkeypatch.setattr(module, "LIMIT", 300)
+@both_exchanges
+def test_programs_exchange_in_one_launch_after_another(
+    exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through memory that is cleared once, and holds what earlier launches have left."""
     scheme = Scheme("euler", 1, 50, tf32=False)
-    problem = truth.problem(scheme, 8, 2)
-    net = truth.network(problem, 64, torch.float32)
+    problem = truth.problem(scheme, 4, 3)
+    net = truth.network(problem, 64, torch.float16)
     p, c = truth.pad(problem.p, 64).float(), truth.pad(problem.c, 64).float()
-    layout = Plan(4, 32, 4, 2)
-    monkeypatch.setattr(module, "launch", _in_processes(missing=[2]))
-    broken = rollout_forward(p, c, net, scheme, layout)
-    # Only what program 3 writes: 2 never ran.
-    assert broken.total[:, 4:, 32:].isnan().all() and broken.p[4:, 32:].isnan().all()
+    layout = Plan(4, 32, 4, 2, exchange)
     monkeypatch.setattr(module, "LIMIT", 1 << 20)
     monkeypatch.setattr(module, "launch", _in_processes())
     whole = rollout_forward(p, c, net, scheme, layout)
-    assert torch.equal(whole.total[:, :4], broken.total[:, :4])
-    assert not whole.total.isnan().any()
+    work = Workspace(layout, 4, 64, torch.float16, p.device)
+    for t in range(3):
+        one = c[t : t + 1].contiguous()
+        step = rollout_forward(p, one, net, scheme, layout, workspace=work)
+        assert torch.equal(step.total[0], whole.total[t])
+        p = step.p
+
+
+@pytest.mark.interpreted
+@both_exchanges
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_a_program_that_never_comes(
+    direction: str, exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its group gives up with NaN instead of hanging; the other group's rows are right."""
+    scheme = Scheme("euler", 1, 50, tf32=False)
+    problem = truth.problem(scheme, 8, 2)
+    net = truth.network(problem, 64, torch.float32)
+    p, c, g, lp = (truth.pad(x, 64).float() for x in problem[2:])
+    layout = Plan(4, 32, 4, 2, exchange)
+    saved, _ = truth.buffers(problem, 64, torch.float32)
+    monkeypatch.setattr(module, "LIMIT", 1 << 20)
+    monkeypatch.setattr(module, "launch", _in_processes())
+    forward = rollout_forward(p, c, net, scheme, layout, saved=saved)
+
+    def run() -> tuple[Tensor, Tensor]:
+        """By macro step, and in the end."""
+        if direction == "fwd":
+            return rollout_forward(p, c, net, scheme, layout)[:2]
+        return rollout_backward(g, lp, net, scheme, layout, saved)[:2]
+
+    whole = forward[:2] if direction == "fwd" else run()
+    monkeypatch.setattr(module, "LIMIT", 300)
+    monkeypatch.setattr(module, "launch", _in_processes(missing=[2]))
+    broken = run()
+    for found, right in zip(broken, whole, strict=True):
+        # Only what program 3 writes: 2 never ran.
+        assert found[..., 4:, 32:].isnan().all()
+        assert torch.equal(found[..., :4, :], right[..., :4, :])
+        assert not right.isnan().any()
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
@@ -182,7 +247,8 @@ def test_the_compiled_exchange_is_ordered(direction: str) -> None:
     """All threads' stores, a barrier, one release and acquire, a barrier, then loads past L1."""
     from pwm_fast.kernels.aot import compile_case
 
-    case = next(c for c in module.cases() if c.name.startswith(f"rollout_{direction} U512 fp16"))
+    name = f"rollout_{direction} U512 fp16 8x64 w4 weights"
+    case = next(c for c in module.cases() if c.name == name)
     lines = compile_case(case, 90).asm["ptx"].splitlines()
     marks = ("st.global", "ld.global.cg", "bar.sync", "atom.global")
     events = [m for line in lines for m in marks if m in line]
@@ -200,7 +266,7 @@ def test_the_compiled_exchange_is_ordered(direction: str) -> None:
 
 @pytest.mark.parametrize(("name", "times"), [("8x64 w4", 1), ("8x64 w8", 2), ("16x64 w8", 1)])
 def test_how_often_a_product_is_computed(name: str, times: int) -> None:
-    """What the order of the layouts is about: warps without a share of their own repeat another's."""
+    """Warps without a share of their own repeat another's: so 4 come before 8."""
     from pwm_fast.kernels.aot import compile_case
 
     case = next(c for c in module.cases() if c.name == f"rollout_fwd U512 fp16 {name} weights")
@@ -249,7 +315,10 @@ def test_a_measured_layout_comes_first() -> None:
     assert "faster" in str(plan(128, 512, f16, *H100, {key: {"bm": 0}}))
     for wrong, match in (
         ({"bm": 8}, "has bm, bn"),
-        (Plan(8, 32, 4, 2)._asdict(), r"must be one of \(8, 64, 4, 4\), .*, got \(8, 32, 4, 2\)"),
+        (
+            Plan(8, 32, 4, 2)._asdict(),
+            r"must be one of \(8, 64, 4, 4, 'flags'\), .*, got \(8, 32, 4, 2, 'flags'\)",
+        ),
         (Plan(8, 32, 8, 4)._asdict(), "not fit"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -11,7 +11,7 @@ from pwm_fast.kernels.rollout import (
     Plan,
     Saved,
     Scheme,
-    counters,
+    Workspace,
     rollout_backward,
     rollout_forward,
 )
@@ -33,7 +33,6 @@ class Persistent:
         stack: of the hidden layers; its buffers are filled and read.
         last: ``[T E, B, U]`` float32, for the last layer's outputs; None without weight gradients.
         plan: layout of the launches.
-        launches: most launches of a pass.
     """
 
     def __init__(
@@ -47,9 +46,8 @@ class Persistent:
         stack: Stack,
         last: Tensor | None,
         plan: Plan,
-        launches: int,
     ) -> None:
-        self.kernels, self.plan, self.launches = kernels, plan, launches
+        self.kernels, self.plan = kernels, plan
         first, second, head = params
         like = first.weight
         operand = kernels.precision.dtype(like.dtype)
@@ -93,7 +91,7 @@ class Persistent:
         self._operand = operand
         self._adjoints: Adjoints | None = None
         self._sums: Tensor | None = None
-        self._counters: list[Tensor] = []
+        self._workspace: Workspace | None = None
 
     def _saved(self, t: int, steps: int) -> Saved | None:
         """The buffers of macro steps ``t`` and on."""
@@ -103,12 +101,12 @@ class Persistent:
             return None
         return Saved(**cut)  # type: ignore[arg-type]
 
-    def _next_counters(self, batch: int) -> Tensor:
-        """What the programs of one launch meet at; those of a whole pass are cleared together."""
-        if not self._counters:
-            each = counters(self.plan, batch, self.launches, self.network.b2.device)
-            self._counters = list(each.unbind())
-        return self._counters.pop()
+    def _meeting_place(self, batch: int) -> Workspace:
+        """What the launches of a pass exchange through, cleared once for all of them."""
+        if self._workspace is None:
+            like = self.network.b2
+            self._workspace = Workspace(self.plan, batch, like.shape[0], self._operand, like.device)
+        return self._workspace
 
     def forward(
         self, t: int, p: Tensor, c: Tensor, total: Tensor | None = None
@@ -125,12 +123,13 @@ class Persistent:
             self.plan,
             saved=self._saved(t, c.shape[0]),
             total=total,
-            counters=self._next_counters(p.shape[0]),
+            workspace=self._meeting_place(p.shape[0]),
         )
         return result.total, result.p
 
     def start_backward(self, evals: int, batch: int, wgrad: bool) -> None:
         """Make the buffers of the backward pass."""
+        self._workspace = None  # of its own: it may be captured, or repeated, without the forward
         if not wgrad:
             return
         like = self.network.b2
@@ -162,7 +161,7 @@ class Persistent:
             self.plan,
             saved,
             adjoints=adjoints,
-            counters=self._next_counters(lp.shape[0]),
+            workspace=self._meeting_place(lp.shape[0]),
         )
         if result.sums is not None:
             self._sums = result.sums if self._sums is None else self._sums.add_(result.sums)

@@ -183,7 +183,6 @@ class Dynamics:
             self.stack,
             last,
             plan,
-            self.horizon,
         )
 
     def saved(self) -> list[Tensor]:

@@ -1,0 +1,254 @@
+"""Device code of the persistent rollout's exchanges: how programs of a group meet.
+
+At each meeting every program of a group publishes a part of a tensor in global memory and takes
+what all have published. There are two ways, with the same results:
+
+**Flags.** A program stores its part, adds 1 to the group's counter (release), and waits until all
+have (acquire); then it reads. That takes a fence, an atomic and a flag on their way there, and the
+data after them.
+
+**Words.** Every number travels in one word with the number of its meeting, its *epoch*: 32 bits of
+each in 64, or 16 in 32. Readers ask for the data itself, again and again, until every word carries
+the epoch; that takes one way there, and twice the bytes. No order in memory is needed between two
+words, since each says by itself that it has come: it is written and read as one relaxed access, and
+never torn. (NVIDIA's NCCL calls this its low-latency protocol.)
+
+**Who may overwrite.** No buffer is used by two meetings in succession. A program writes one again
+only after it has taken what all published at a meeting in between, and each of them published that
+because of what it had taken before: so all have read what is overwritten. With words nothing but
+that dependence is needed, as a store cannot come before what decides whether it is made. So there
+need be no second half of a buffer either: it holds the epoch that is waited for or an earlier one,
+and epochs of 16 bits may wrap. Memory is cleared before the first meeting, whose epoch is not 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pwm_fast.kernels.launch import INTERPRETING
+
+_COMPILED = tl.constexpr(not INTERPRETING)
+PARTS = tl.constexpr(3)  # numbers that a program publishes of a row at a time, at most
+
+
+# --- flags --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _await_flags(counter, target, ok, limit):
+    """Publish what this program has stored, and wait for the others' of this group.
+
+    Returns whether all came within ``limit`` polls; once one has not, no more waiting is done.
+    """
+    tl.debug_barrier()  # all threads' stores are before the one thread's release
+    seen = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
+    left = tl.where(ok != 0, limit, 0)
+    while (seen < target) & (left > 0):
+        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        left -= 1
+    return tl.where(seen >= target, ok, 0)
+
+
+# --- words --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _stamp(epoch, WORD: tl.constexpr):
+    """The word of a zero."""
+    if WORD.primitive_bitwidth == 64:
+        return epoch.to(tl.int64) << 32
+    else:
+        return epoch << 16
+
+
+@triton.jit
+def _sealed(x, epoch, WORD: tl.constexpr):
+    """Words of numbers of 16 bits (int32) or 32 (int64)."""
+    if WORD.primitive_bitwidth == 64:
+        bits = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    else:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | _stamp(epoch, WORD)
+
+
+@triton.jit
+def _opened(word, WORD: tl.constexpr, DTYPE: tl.constexpr):
+    """The numbers of words."""
+    if WORD.primitive_bitwidth == 64:
+        return word.to(tl.int32).to(DTYPE, bitcast=True)
+    else:
+        return word.to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _distance(word, epoch, WORD: tl.constexpr):
+    """How far words are from an epoch, uint32; less than to the next for words of it."""
+    if WORD.primitive_bitwidth == 64:
+        apart = (word >> 32).to(tl.int32) - epoch
+    else:
+        apart = word - _stamp(epoch, WORD)  # the number is what remains
+    return apart.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _send(at, word, WORD: tl.constexpr):
+    """Store words, each as one access that other programs may read meanwhile."""
+    if not _COMPILED:
+        tl.store(at, word)
+    elif WORD.primitive_bitwidth == 64:
+        tl.inline_asm_elementwise(
+            "st.relaxed.gpu.global.b64 [$1], $2; mov.b32 $0, 0;",
+            "=r,l,l",
+            [at.to(tl.int64), word],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.inline_asm_elementwise(
+            "st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0;",
+            "=r,l,r",
+            [at.to(tl.int64), word],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _await_words(
+    at, index, epoch, ok, limit, STEP: tl.constexpr, END, COUNT: tl.constexpr, WORD: tl.constexpr
+):
+    """Words at ``at + i STEP`` where ``index + i STEP < END``, once all of them have the epoch.
+
+    Returns the COUNT tiles of words and whether all came within ``limit`` polls. A tile has at
+    least as many words as the program has threads: copies of a word in several threads would be
+    read at several times.
+    """
+    got = ()
+    for _ in tl.static_range(COUNT):
+        got = got + (tl.zeros(at.shape, WORD),)  # type: ignore[assignment]  # noqa: RUF005
+    NEAR: tl.constexpr = (
+        1 if WORD.primitive_bitwidth == 64 else 1 << 16
+    )  # distance from the next epoch
+    farthest = tl.full((), NEAR, tl.uint32)
+    left = tl.where(ok != 0, limit, 0)
+    while (farthest >= NEAR) & (left > 0):
+        read = ()
+        apart = tl.full(at.shape, 0, tl.uint32)
+        for i in tl.static_range(COUNT):
+            # Volatile loads are relaxed, and look past the multiprocessor's own cache.
+            inside = index + i * STEP < END
+            word = tl.load(at + i * STEP, mask=inside, other=_stamp(epoch, WORD), volatile=True)
+            apart = tl.maximum(apart, _distance(word, epoch, WORD))
+            read = read + (word,)  # type: ignore[assignment]  # noqa: RUF005
+        got = read
+        farthest = tl.max(apart)
+        left -= 1
+    return got, tl.where(farthest >= NEAR, 0, ok)
+
+
+# --- meetings -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def share_rows(
+    values,
+    slots,
+    counter,
+    meeting,
+    ok,
+    limit,
+    tile,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    COUNT: tl.constexpr,
+    WORDS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Publish COUNT numbers a row, ``[BM]`` each; returns those of all G programs.
+
+    They are ``[P, BM]`` each, with zeros in all but G places of P, and with them whether all came.
+    """
+    GP: tl.constexpr = triton.next_power_of_2(G)
+    j = tl.arange(0, BM)
+    mine = slots + tile * BM + j
+    for i in tl.static_range(COUNT):
+        if WORDS:
+            _send(mine + i * G * BM, _sealed(values[i], meeting, tl.int64), tl.int64)
+        else:
+            tl.store(mine + i * G * BM, values[i])
+    found = ()
+    if WORDS:
+        FIT: tl.constexpr = triton.next_power_of_2(COUNT) * GP
+        LEAST: tl.constexpr = 32 * WARPS // BM  # see _await_words
+        ROWS: tl.constexpr = FIT if FIT > LEAST else LEAST
+        row = tl.arange(0, ROWS)[:, None]
+        value, program = row // GP, row % GP
+        at = slots + (value * G + program) * BM + j[None, :]
+        # The programs' places of values that there are.
+        index = tl.where(value < COUNT, program, G)
+        words, ok = _await_words(at, index, meeting, ok, limit, 0, G, 1, tl.int64)
+        all_values = _opened(words[0], tl.int64, tl.float32)
+        for i in tl.static_range(COUNT):
+            own = (value == i) & (program < G)
+            found = found + (tl.where(own, all_values, 0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    else:
+        ok = _await_flags(counter, meeting * G, ok, limit)
+        program = tl.arange(0, GP)[:, None]
+        at = slots + program * BM + j[None, :]
+        for i in tl.static_range(COUNT):
+            part = tl.load(at + i * G * BM, mask=program < G, other=0.0, cache_modifier=".cg")
+            found = found + (part,)  # type: ignore[assignment]  # noqa: RUF005
+    return found, ok
+
+
+@triton.jit
+def share_tile(
+    mine,
+    board,
+    counter,
+    meeting,
+    ok,
+    limit,
+    tile,
+    group,
+    UP: tl.constexpr,
+    KP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FLIP: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Publish ``mine`` ``[BN, BM]``; returns all features of the group's rows for a product.
+
+    They are chunks ``[KP / CHUNKS, BM]``, or flipped, and with them whether all came.
+    """
+    STEP: tl.constexpr = KP // CHUNKS
+    rows = group * BM + tl.arange(0, BM)
+    k = tl.arange(0, STEP)
+    own = board + rows[None, :] * UP + (tile * BN + tl.arange(0, BN))[:, None]
+    if FLIP:
+        at = board + rows[:, None] * UP + k[None, :]
+        index = k[None, :]
+    else:
+        at = board + rows[None, :] * UP + k[:, None]
+        index = k[:, None]
+    chunks = ()
+    if WORDS:
+        WORD: tl.constexpr = board.dtype.element_ty
+        _send(own, _sealed(mine, meeting, WORD), WORD)
+        words, ok = _await_words(at, index, meeting, ok, limit, STEP, UP, CHUNKS, WORD)
+        for i in tl.static_range(CHUNKS):
+            chunks = chunks + (_opened(words[i], WORD, mine.dtype),)  # type: ignore[assignment]  # noqa: RUF005
+    else:
+        tl.store(own, mine)
+        ok = _await_flags(counter, meeting * (UP // BN), ok, limit)
+        for i in tl.static_range(CHUNKS):
+            chunk = tl.load(
+                at + i * STEP, mask=index + i * STEP < UP, other=0.0, cache_modifier=".cg"
+            )
+            chunks = chunks + (chunk,)  # type: ignore[assignment]  # noqa: RUF005
+    return chunks, ok

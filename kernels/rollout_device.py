@@ -5,9 +5,9 @@ operand; with 16 and more (``FLIP``) the rows are, and the result is transposed.
 cores work by warps: a product of warpgroups from shared memory would need a descriptor every 16
 features, and those of two weights and two operands do not fit the registers. A program owns the
 features ``tile BN ...`` of both hidden layers for the rows ``group BM ...``, for the whole launch;
-its two slices of weights are loaded once. The G programs of a row group meet four times an evaluation
-(:mod:`pwm_fast.kernels.rollout_exchange`), at a board of their own each time: ``slots1``,
-``board1``, ``slots2``, ``board2``. So no board is written twice without others in between.
+its two slices of weights are loaded once. The G programs of a row group meet four times an
+evaluation (:mod:`pwm_fast.kernels.rollout_exchange`), each time at another board: ``slots1``,
+``board1``, ``slots2`` and ``board2`` forward. So no board is written twice without others between.
 
 Sums over features add the programs' parts in a fixed order: results repeat bit by bit.
 """

@@ -1,17 +1,24 @@
 """The persistent rollout's exchanges under adversarial timing and weak memory order, as a model.
 
-What is modelled: G programs of a group; each publishes its slice of a board, adds to the counter,
-waits for everybody, reads all slices, and goes on to the next board. A store may become visible at
-any moment up to its program's next addition (the release), a load may happen at any moment between
-the wait (the acquire) and the next addition; a scheduler picks at random whose turn it is. That the
-device code publishes in this order, and reads each board only then, is seen in the interpreter.
-What is not modelled: the GPU.
+What is modelled: G programs of a group; each publishes its slice of a board, waits for everybody,
+reads all slices, and goes on to the next board. A scheduler picks at random whose turn it is.
+
+With flags a program adds to a counter between its store and its waiting. A store may become visible
+at any moment up to the addition (the release), a load may happen at any moment between the wait
+(the acquire) and the next addition.
+
+With words nothing orders anything but what a program knows. A store becomes visible at any later
+moment, even after stores that follow it; loads happen in any order, and again and again; only that
+a program goes on when every word it has loaded carries the epoch of the meeting.
+
+That the device code publishes in this order, and reads each board only then, is seen in the
+interpreter. What is not modelled: the GPU.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,11 +42,12 @@ class Group:
         self.programs = programs
         self.counter = 0
         self.memory: dict[tuple[str, int], int] = {}
-        self.stale: list[str] = []
+        self.stale: list[str] = []  # what was taken for another meeting's
+        self.lost: list[str] = []  # what was overwritten before all had read it
 
 
 def program(group: Group, me: int, boards: Sequence[str], chance: random.Random) -> Iterator[bool]:
-    """One program; yields after each action, False where it waits."""
+    """One program with flags; yields after each action, False where it waits."""
     target = 0
     reads: list[tuple[str, int, int]] = []
     for number, board in enumerate(boards):
@@ -59,38 +67,94 @@ def program(group: Group, me: int, boards: Sequence[str], chance: random.Random)
         reads = [(board, i, number) for i in range(group.programs)]
 
 
-def simulate(programs: int, boards: Sequence[str], seed: int) -> Group:
+class Words:
+    """Programs with words.
+
+    Args:
+        begin: meetings of earlier launches.
+        epochs: that there are: of meetings so many apart the words look alike.
+    """
+
+    def __init__(self, begin: int = 0, epochs: int = 1 << 16) -> None:
+        self.begin, self.epochs = begin, epochs
+
+    def __call__(
+        self, group: Group, me: int, boards: Sequence[str], chance: random.Random
+    ) -> Iterator[bool]:
+        """As :func:`program`."""
+        on_their_way: list[tuple[tuple[str, int], int]] = []
+
+        def arrive() -> None:
+            """One store becomes visible: any, but of those of a place the oldest."""
+            places = list(dict.fromkeys(place for place, _ in on_their_way))
+            place = chance.choice(places)
+            first = next(i for i, (p, _) in enumerate(on_their_way) if p == place)
+            group.memory[place] = on_their_way.pop(first)[1]
+
+        for meeting, board in enumerate(boards, self.begin + 1):
+            on_their_way.append(((board, me), meeting))
+            missing = True
+            while missing:
+                missing = False
+                for i in chance.sample(range(group.programs), group.programs):
+                    if on_their_way and chance.random() < 0.3:
+                        arrive()
+                    found = group.memory.get((board, i), 0)
+                    if found > meeting:
+                        group.lost.append(f"{board}[{i}] of meeting {meeting}")
+                    if (found - meeting) % self.epochs:
+                        missing = True
+                    elif found != meeting:
+                        group.stale.append(f"{board}[{i}] in meeting {meeting}: {found}")
+                    yield True
+                if missing:
+                    if on_their_way:
+                        arrive()
+                    yield False
+        while on_their_way:
+            arrive()
+            yield True
+
+
+Way = Callable[[Group, int, Sequence[str], random.Random], Iterator[bool]]
+
+
+def simulate(programs: int, boards: Sequence[str], seed: int, way: Way = program) -> Group:
     """Run a group to its end under one random schedule.
 
     Raises:
         RuntimeError: all wait.
     """
+    return run(Group(programs), boards, seed, way)
+
+
+def run(group: Group, boards: Sequence[str], seed: int, way: Way) -> Group:
+    """As :func:`simulate`, of a group whose memory holds something."""
     chance = random.Random(seed)
-    group = Group(programs)
-    running = [program(group, i, boards, chance) for i in range(programs)]
-    waiting: set[int] = set()
+    running = [way(group, i, boards, chance) for i in range(group.programs)]
+    waited = [0] * group.programs  # in vain, since anything last happened
     # Some programs are much slower than others.
-    speed = [chance.choice((1, 1, 20)) for _ in range(programs)]
-    alive = list(range(programs))
+    speed = [chance.choice((1, 1, 20)) for _ in running]
+    alive = list(range(group.programs))
     while alive:
         i = chance.choices(alive, [speed[j] for j in alive])[0]
+        before = (group.counter, dict(group.memory))
         try:
             went_on = next(running[i])
         except StopIteration:
             alive.remove(i)
-            waiting.clear()
+            waited = [0] * group.programs
             continue
-        if went_on:
-            waiting.clear()
-        else:
-            waiting.add(i)
-            if len(waiting) == len(alive):
-                # All were asked since anything last happened.
-                if group.counter >= group.programs * len(boards):
-                    waiting.clear()
-                    continue
-                raise RuntimeError("deadlock")
+        waited[i] += not went_on
+        if before != (group.counter, group.memory):
+            waited = [0] * group.programs
+        # Each has looked at everything twice.
+        if alive and all(waited[j] > 1 for j in alive):
+            raise RuntimeError("deadlock")
     return group
+
+
+# --- flags --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
@@ -122,6 +186,68 @@ def test_one_program_too_few_is_a_deadlock() -> None:
     assert went_on == [False, False]
 
 
+# --- words --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("programs", range(2, 9))
+def test_words_are_neither_stale_nor_overwritten(programs: int, direction: str) -> None:
+    boards = order(direction, 3)
+    for seed in range(10):
+        group = simulate(programs, boards, seed, Words())
+        assert not group.stale and not group.lost
+
+
+def test_a_single_board_of_words_would_be_overwritten() -> None:
+    """Who has not read it yet then waits in vain."""
+    for seed in range(20):
+        try:
+            if simulate(4, ("board",) * 6, seed, Words()).lost:
+                break
+        except RuntimeError:
+            break
+    else:
+        pytest.fail("nothing was overwritten")
+
+
+def test_two_boards_of_words_are_enough() -> None:
+    for seed in range(20):
+        group = simulate(5, ("a", "b") * 5, seed, Words())
+        assert not group.stale and not group.lost
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_epochs_may_wrap(direction: str) -> None:
+    """A board's words are of this meeting or the one four before, so that two epochs are enough."""
+    boards = order(direction, 6)
+    for seed in range(10):
+        assert not simulate(4, boards, seed, Words(epochs=8)).stale
+    # The model sees what epochs are for.
+    assert any(simulate(4, boards, seed, Words(epochs=4)).stale for seed in range(10))
+
+
+def test_one_launch_after_another_through_the_same_words() -> None:
+    for seed in range(10):
+        forward, backward = order("fwd", 2), order("bwd", 2)
+        group = simulate(4, forward, seed, Words())
+        run(group, forward, seed + 1, Words(begin=len(forward)))
+        run(group, backward, seed + 2, Words(begin=2 * len(forward)))
+        assert not group.stale and not group.lost
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_words_of_another_pass_must_be_cleared(clear: bool) -> None:
+    """A graph that is replayed has the same epochs as before, and so has what it left."""
+    boards, epochs = order("fwd", 1), 16
+    stale = False
+    for seed in range(10):
+        group = simulate(4, boards, seed, Words())
+        left = {place: meeting - epochs for place, meeting in group.memory.items()}
+        group.memory = {} if clear else left
+        stale |= bool(run(group, boards, seed, Words(epochs=epochs)).stale)
+    assert stale == (not clear)
+
+
 # --- what the device code does ------------------------------------------------------------------
 
 
@@ -131,9 +257,12 @@ class Event(NamedTuple):
     kind: str  # "store", "load", "add", "barrier"
     board: str = ""
     bypasses: bool = True  # a load that does not look into the multiprocessor's own cache
+    epochs: frozenset[int] = frozenset()  # of the words that are stored
 
 
-def record(monkeypatch: pytest.MonkeyPatch, direction: str, method: str) -> list[Event]:
+def record(
+    monkeypatch: pytest.MonkeyPatch, direction: str, method: str, exchange: str = "flags"
+) -> list[Event]:
     """The events of a launch of one program, whose group it is alone."""
     from triton._C.libtriton import ir
     from triton.runtime.interpreter import interpreter_builder as builder
@@ -169,13 +298,20 @@ def record(monkeypatch: pytest.MonkeyPatch, direction: str, method: str) -> list
 
         monkeypatch.setattr(builder, name, noted)
 
-    def load(ptrs: Any, mask: Any, other: Any, modifier: Any, *rest: Any) -> Event | None:
+    def load(
+        ptrs: Any, mask: Any, other: Any, modifier: Any, eviction: Any, volatile: bool
+    ) -> Event | None:
         board = board_of(ptrs)
-        return Event("load", board, modifier == ir.CACHE_MODIFIER.CG) if board else None
+        bypasses = volatile if exchange == "words" else modifier == ir.CACHE_MODIFIER.CG
+        return Event("load", board, bypasses) if board else None
 
-    def store(ptrs: Any, *rest: Any) -> Event | None:
+    def store(ptrs: Any, value: Any, *rest: Any) -> Event | None:
         board = board_of(ptrs)
-        return Event("store", board) if board else None
+        epochs: frozenset[int] = frozenset()
+        if board and exchange == "words":
+            words = value.data
+            epochs = frozenset((words >> (words.itemsize * 4)).flat)
+        return Event("store", board, epochs=epochs) if board else None
 
     def add(op: Any, ptr: Any, value: Any, *rest: Any) -> Event | None:
         return Event("add") if value.data.item() else None  # adding 0 is a look at the counter
@@ -187,7 +323,8 @@ def record(monkeypatch: pytest.MonkeyPatch, direction: str, method: str) -> list
     spy("create_barrier", lambda: Event("barrier"))
     scheme = rollout.Scheme(method, 2, 50, tf32=False)
     problem = truth.problem(scheme, 5, 2)
-    net, layout = truth.network(problem, 64, torch.float16), rollout.Plan(8, 64, 4, 2)
+    net = truth.network(problem, 64, torch.float16)
+    layout = rollout.Plan(8, 64, 4, 2, exchange)
     p, c, g, lp = (truth.pad(x.float(), 64) for x in problem[2:])
     saved, adjoints = truth.buffers(problem, 64, torch.float16)
     rollout.rollout_forward(p, c, net, scheme, layout, saved=saved)
@@ -222,5 +359,34 @@ def test_the_device_code_is_what_is_modelled(
             (board,) = stored
             published.append(board)
             stored.clear()
-    evaluations = 2 * 2 * (2 if method == "heun" else 1)
-    assert tuple(published) == order(direction, evaluations)
+    assert tuple(published) == order(direction, evaluations_of(method))
+
+
+def evaluations_of(method: str) -> int:
+    """Of two macro steps of two substeps."""
+    return 2 * 2 * (2 if method == "heun" else 1)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("method", ["heun", "euler"])
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_the_device_code_exchanges_words_as_modelled(
+    direction: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    meetings: list[str] = []
+    read = True
+    for event in record(monkeypatch, direction, method, "words"):
+        if event.kind == "barrier" and not meetings:
+            continue  # while the weights are loaded
+        assert event.kind in ("store", "load")  # and no counter, nor a barrier for one
+        if event.kind == "load":
+            assert event.board == meetings[-1] and event.bypasses
+            read = True
+            continue
+        if read:  # the first store of a meeting: all of the one before have been read
+            meetings.append(event.board)
+        read = False
+        assert event.board == meetings[-1]
+        assert event.epochs == {len(meetings)}
+    assert read and tuple(meetings) == order(direction, evaluations_of(method))

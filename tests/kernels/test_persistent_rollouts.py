@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast import dispatch, ops
+from pwm_fast.kernels import rollout
+from pwm_fast.kernels.rollout_plan import EXCHANGES
 from pwm_fast.ops.fused import architecture, persistent
 from pwm_fast.ops.fused.architecture import Sizes, candidates
 from pwm_fast.ops.fused.precision import EXACT, FAST
@@ -49,7 +52,28 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield seen
 
 
+@pytest.fixture(params=EXCHANGES)
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """How the programs of every launch exchange."""
+    plan, workspace = rollout.plan, persistent.Workspace
+    made: list[str] = []
+
+    def planned(*args: Any) -> rollout.Plan | str:
+        found = plan(*args)
+        return found if isinstance(found, str) else found._replace(exchange=request.param)
+
+    def recorded(plan: rollout.Plan, *args: Any) -> rollout.Workspace:
+        made.append(plan.exchange)
+        return workspace(plan, *args)
+
+    monkeypatch.setattr(rollout, "plan", planned)
+    monkeypatch.setattr(persistent, "Workspace", recorded)
+    yield
+    assert set(made) == {request.param}
+
+
 @pytest.mark.interpreted
+@pytest.mark.usefixtures("exchange")
 @pytest.mark.parametrize("case", FOLDED, ids=lambda case: case.name)
 def test_contract(case: Case, launches: list[str]) -> None:
     """Results and gradients by the 2x rule, one launch a direction where no policy is between."""
@@ -92,6 +116,7 @@ def _rollout(
 
 
 @pytest.mark.interpreted
+@pytest.mark.usefixtures("exchange")
 @pytest.mark.parametrize("wgrad", [False, True])
 @pytest.mark.parametrize("method", ["heun", "euler"])
 def test_as_right_as_layer_by_layer(

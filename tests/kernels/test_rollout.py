@@ -312,6 +312,10 @@ def test_a_measured_layout_comes_first() -> None:
     measured = Plan(16, 32, 8, 4)
     assert plan(128, 512, f16, *H100, {key: measured._asdict()}) == measured
     assert plan(64, 512, f16, *H100, {key: measured._asdict()}) == Plan(8, 64, 4, 4)
+    words = Plan(8, 64, 4, 4, "words")
+    assert plan(128, 512, f16, *H100, {key: words._asdict()}) == words
+    earlier = {"bm": 8, "bn": 64, "warps": 8, "chunks": 4}  # before there were words
+    assert plan(128, 512, f16, *H100, {key: earlier}) == Plan(8, 64, 8, 4, "flags")
     assert "faster" in str(plan(128, 512, f16, *H100, {key: {"bm": 0}}))
     for wrong, match in (
         ({"bm": 8}, "has bm, bn"),
@@ -319,6 +323,7 @@ def test_a_measured_layout_comes_first() -> None:
             Plan(8, 32, 4, 2)._asdict(),
             r"must be one of \(8, 64, 4, 4, 'flags'\), .*, got \(8, 32, 4, 2, 'flags'\)",
         ),
+        (Plan(32, 64, 8, 2, "words")._asdict(), "must be one of"),
         (Plan(8, 32, 8, 4)._asdict(), "not fit"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -326,6 +331,14 @@ def test_a_measured_layout_comes_first() -> None:
         with pytest.raises(ValueError, match=match):
             module.check_tuned(key, wrong, *H100)
     module.check_tuned(key, measured._asdict(), *H100)
+
+
+def test_words_are_only_taken_where_they_were_measured() -> None:
+    names = [layout.name for layout in module.LAYOUTS]
+    assert len(set(names)) == len(names) and "8x64 w4 words" in names
+    for batch in range(1, 600, 37):
+        found = plan(batch, 512, torch.float16, *H100)
+        assert isinstance(found, str) or found.exchange == "flags"
 
 
 def test_every_plan_keeps_the_programs_resident() -> None:
@@ -367,6 +380,12 @@ def test_wrong_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             forward(**changed)
+    work = Workspace(layout, 9, 64, torch.float16, p.device)
+    with pytest.raises(ValueError, match="workspace must be for"):
+        forward(workspace=work)
+    work.begin((1 << 31) - 1)
+    with pytest.raises(ValueError, match="too many to count"):
+        work.begin(1)
     with pytest.raises(ValueError, match="dq_scale must be given"):
         rollout_backward(
             c, p, net, scheme, layout, saved, adjoints=adjoints._replace(dq_scale=None)
@@ -379,7 +398,7 @@ def test_wrong_arguments_are_named() -> None:
 
 
 def _real_problem(
-    device: str, batch: int, substeps: int, steps: int
+    device: str, batch: int, substeps: int, steps: int, exchange: str
 ) -> tuple[truth.Problem, int, Plan]:
     """510 features and the layout that a GPU has for them."""
     width, padded = 510, 512
@@ -390,28 +409,38 @@ def _real_problem(
     layout = plan(batch, padded, torch.float16, *limits)
     if isinstance(layout, str):
         pytest.skip(layout)
+    layout = layout._replace(exchange=exchange)
+    if device == "cuda" and layout not in module.LAYOUTS:
+        pytest.skip(f"there is no layout {layout.name}")
     problem = truth.problem(Scheme("heun", substeps, width), batch, steps, device=device)
     return problem, padded, layout
 
 
+@both_exchanges
 @pytest.mark.parametrize(
     ("device", "batch", "substeps", "steps"),
     on_devices([(3, 1, 1)], [(batch, 4, 4) for batch in (1, 64, 100, 128, 199, 512)]),
 )
 def test_results_and_adjoints_of_a_real_net(
-    device: str, batch: int, substeps: int, steps: int, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    batch: int,
+    substeps: int,
+    steps: int,
+    exchange: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if device == "cpu":
         monkeypatch.setattr(module, "launch", _in_processes())
         monkeypatch.setattr(module, "LIMIT", 1 << 20)
-    problem, padded, layout = _real_problem(device, batch, substeps, steps)
+    problem, padded, layout = _real_problem(device, batch, substeps, steps, exchange)
     truth.check(problem, truth.run(problem, padded, torch.float16, layout), torch.float16)
 
 
 @gpu
+@both_exchanges
 @pytest.mark.parametrize("batch", [128, 256, 512])
-def test_gpu_repetitions_are_bitwise_equal(batch: int) -> None:
-    problem, padded, layout = _real_problem("cuda", batch, 4, 4)
+def test_gpu_repetitions_are_bitwise_equal(batch: int, exchange: str) -> None:
+    problem, padded, layout = _real_problem("cuda", batch, 4, 4, exchange)
     first = truth.run(problem, padded, torch.float16, layout)
     for _ in range(200):
         again = truth.run(problem, padded, torch.float16, layout)
@@ -419,8 +448,9 @@ def test_gpu_repetitions_are_bitwise_equal(batch: int) -> None:
 
 
 @gpu
-def test_gpu_graph_replays_with_changed_inputs() -> None:
-    problem, padded, layout = _real_problem("cuda", 128, 4, 4)
+@both_exchanges
+def test_gpu_graph_replays_with_changed_inputs(exchange: str) -> None:
+    problem, padded, layout = _real_problem("cuda", 128, 4, 4, exchange)
     net = truth.network(problem, padded, torch.float16)
     saved, _ = truth.buffers(problem, padded, torch.float16)
     p, c = truth.pad(problem.p, padded).float(), truth.pad(problem.c, padded).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,16 @@ from pwm_fast.kernels import plan, tuning
 
 KERNEL, KEY = "linear_norm_act_fwd", "16 R64 N512 K512"
 ENTRY = {"block_m": 16, "block_n": 64}
+LAYOUT = {"bm": 8, "bn": 64, "warps": 4, "chunks": 4}
 
 
 def test_files_are_written_and_read(tmp_path: Path) -> None:
-    entries = {KERNEL: {KEY: ENTRY}, "linear_act_norm_bwd": {"16 E3 R512 N200 K1": {"block_m": 0}}}
+    entries: dict[str, Any] = {
+        KERNEL: {KEY: ENTRY},
+        "linear_act_norm_bwd": {"16 E3 R512 N200 K1": {"block_m": 0}},
+    }
+    rollouts = {"float16 B8 U64": LAYOUT, "float16 B9 U64": {**LAYOUT, "exchange": "words"}}
+    entries["rollout"] = rollouts
     times = {KERNEL: {KEY: {"16x64": 3.0, "unfused": 4.5}}}
     assert tuning.load("NVIDIA H200", tmp_path) == {}
     path = tuning.save("NVIDIA H200", entries, tmp_path, made={"date": "today"}, times=times)
@@ -41,6 +48,9 @@ def test_files_are_written_and_read(tmp_path: Path) -> None:
         ({KERNEL: {KEY: {"block_m": 0, "block_n": 64}}}, "block_m alone, which is 0"),
         ({KERNEL: {KEY: {"block_m": 16, "block_n": 0}}}, "each at least 1"),
         ({"rollout": {"float16 B8 U64": {"bm": 8}}}, "must have bm, bn, warps, chunks"),
+        ({"rollout": {"float16 B8 U64": {**LAYOUT, "exchange": 1}}}, "one of flags, words, got 1"),
+        ({"rollout": {"float16 B8 U64": {"bm": 0, "exchange": "words"}}}, "bm alone, which is 0"),
+        ({KERNEL: {KEY: {**ENTRY, "exchange": "words"}}}, "exchange must be an integer"),
     ],
 )
 def test_malformed_entries(kernels: object, message: str, tmp_path: Path) -> None:

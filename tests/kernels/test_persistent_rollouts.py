@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from pwm_fast import dispatch, ops
 from pwm_fast.kernels import rollout
+from pwm_fast.kernels.launch import INTERPRETING
 from pwm_fast.kernels.rollout_plan import EXCHANGES
 from pwm_fast.ops.fused import architecture, persistent
 from pwm_fast.ops.fused.architecture import Sizes, candidates
@@ -69,7 +70,8 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rollout, "plan", planned)
     monkeypatch.setattr(persistent, "Workspace", recorded)
     yield
-    assert set(made) == {request.param}
+    if INTERPRETING:  # else the test runs in another process
+        assert set(made) == {request.param}
 
 
 @pytest.mark.interpreted

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from pwm_fast.kernels.plan import Plan, Product
+    from pwm_fast.kernels.rollout_plan import Plan as Layout
 
 
 class Constant(NamedTuple):
@@ -54,6 +55,14 @@ CONSTANTS = {
     "wide": Constant("share of it by warpgroups, 64 rows a tile and more", 0.7, "", "assumed"),
     "narrow": Constant("share of it by tiles of fewer rows", 0.35, "", "assumed"),
     "library": Constant("the library's float32 products, of tl.dot's", 2.0, "", "assumed"),
+    "flags": Constant(
+        "a meeting of a persistent rollout by flags, less its data", 0.8, "µs", "assumed"
+    ),
+    "words": Constant("the same by words", 0.5, "µs", "assumed"),
+    "shared": Constant("what an SM reads of its shared memory a cycle", 128.0, "B", "literature"),
+    "rest": Constant(
+        "what else an evaluation of it takes: Mish, sums, barriers", 0.8, "µs", "assumed"
+    ),
 }
 SMS = 132  # multiprocessors of the GPU that the rates of products are of
 _IN_L2 = 32e6  # bytes between two kernels that L2 still holds
@@ -106,3 +115,23 @@ def unfused(plans: list[Plan], product: Product, sms: int) -> float:
     # The product is written and read in float32, on top of what the fused kernel moves.
     between = product.members * product.rows * product.n * (8 + product.traffic)
     return 2 * _LAUNCH + time + between / (_L2 if between < _IN_L2 else _HBM)
+
+
+def rollout(layout: Layout, padded: int, element: int) -> float:
+    """Microseconds that the model gives a forward evaluation of the persistent rollout.
+
+    Args:
+        layout: of its programs.
+        padded: Up.
+        element: bytes of an operand's number.
+    """
+    # A warp multiplies shares of 16 by 8, whose operands it reads from shared memory; with fewer
+    # shares than warps some are computed more than once.
+    shares = max(layout.bm * layout.bn // (16 * 8), layout.warps)
+    bytes_read = shares * (16 + 8) * padded * element
+    clock = CONSTANTS["clock"].value * 1e3  # cycles a microsecond
+    product = bytes_read / (CONSTANTS["shared"].value * clock)
+    travels = 2 * element if layout.exchange == "words" else element
+    data = layout.bm * padded * travels / _INGRESS
+    # Two layers, each with a product and two meetings, of which one is about all activations.
+    return 2 * (product + 2 * CONSTANTS[layout.exchange].value + data) + CONSTANTS["rest"].value

@@ -33,9 +33,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels import rollout_device as device
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import INTERPRETING, launch
+from pwm_fast.kernels.rollout_adjoint import rollout_backward_kernel
+from pwm_fast.kernels.rollout_device import rollout_forward_kernel
 from pwm_fast.kernels.rollout_exchange import PARTS
 from pwm_fast.kernels.rollout_plan import LAYOUTS, Plan, check_tuned, plan, tuning_key, why_not
 
@@ -223,7 +223,7 @@ def rollout_forward(
     none = p  # stands for what the constants of the launch leave unused
     kept = Saved(none, none, none, none) if saved is None else saved
     launch(
-        device.rollout_forward_kernel,
+        rollout_forward_kernel,
         (work.programs,),
         p,
         c,
@@ -259,10 +259,10 @@ def rollout_forward(
         scheme.eps2,
         1.0 / scheme.substeps,
         0.0,
-        **_constants(padded, plan, operand, scheme),
+        **constants_of(padded, plan, operand, scheme),
         SAVE=saved is not None,
         KEEP=keep,
-        **_options(plan),
+        **options_of(plan),
     )
     return Forward(total, p_out)
 
@@ -307,7 +307,7 @@ def rollout_backward(
     kept = Adjoints(none, none, none, none) if adjoints is None else adjoints
     w2, w13 = network.w2.t(), network.w13.t()
     launch(
-        device.rollout_backward_kernel,
+        rollout_backward_kernel,
         (work.programs,),
         g,
         lp,
@@ -341,10 +341,10 @@ def rollout_backward(
         float(scheme.width2 or scheme.width),
         1.0 / scheme.substeps,
         0.0,
-        **_constants(padded, plan, operand, scheme),
+        **constants_of(padded, plan, operand, scheme),
         KEEP=adjoints is not None,
         SCALED=scaled,
-        **_options(plan),
+        **options_of(plan),
     )
     if adjoints is None:
         return Backward(dc, lp_out, None)
@@ -417,7 +417,8 @@ def _workspace(
     return given
 
 
-def _constants(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) -> dict[str, Any]:
+def constants_of(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) -> dict[str, Any]:
+    """What both kernels are compiled for."""
     return {
         "UP": padded,
         "KP": triton.next_power_of_2(padded),
@@ -434,7 +435,8 @@ def _constants(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) ->
     }
 
 
-def _options(plan: Plan) -> dict[str, Any]:
+def options_of(plan: Plan) -> dict[str, Any]:
+    """How both kernels are compiled and launched."""
     # No pipelining: see the device code. Programs wait for each other: all must be resident.
     return {
         "num_warps": plan.warps,
@@ -521,92 +523,3 @@ def _buffer(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, li
         )
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {x.device}")
-
-
-# --- what is compiled ---------------------------------------------------------------------------
-
-_OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_PLAIN = ("batch", "steps", "evals", "substeps", "begin", "limit")
-
-
-def _case(
-    direction: str,
-    plan: Plan,
-    padded: int,
-    dtype: str,
-    archs: tuple[int, ...],
-    *,
-    keep: bool,
-    spill: int = 0,
-) -> Case:
-    """One launch; ``keep`` with what gradients of the weights need."""
-    forward = direction == "fwd"
-    fn = device.rollout_forward_kernel if forward else device.rollout_backward_kernel
-    operand = _OPERANDS[dtype]
-    narrow = ("w2", "w13", "xhat1", "xhat2", "y1", "dh2", "dq", "board1", "board2")
-    types = {f"{name}_ptr": f"*{dtype}" for name in narrow}
-    if plan.exchange == "words":
-        types |= dict.fromkeys(("slots1_ptr", "slots2_ptr"), "*i64")
-        word = "*i32" if operand.itemsize == 2 else "*i64"
-        types |= dict.fromkeys(("board1_ptr", "board2_ptr"), word)
-    types |= {name: "*fp32" for name in fn.arg_names if name.endswith("_ptr") and name not in types}
-    types |= {"counters_ptr": "*i32"}
-    types |= dict.fromkeys((*_PLAIN, "w2_n", "w2_k", "w13_n", "w13_k"), "i32")
-    types |= dict.fromkeys(("width1", "width2", "eps1", "eps2", "dt", "nil"), "fp32")
-    constants: dict[str, Any] = _constants(padded, plan, operand, Scheme("heun", 4, padded))
-    constants |= {"KEEP": keep}
-    # Contiguous weights, read as they are or as their transposes.
-    constants |= {"SAVE": True, "w2_k": 1, "w13_k": 1} if forward else {"w2_n": 1, "w13_n": 1}
-    if not forward:
-        constants["SCALED"] = operand == torch.float16
-    options = _options(plan)
-    words = (f"U{padded}", dtype, plan.name, "weights" if keep else "")
-    return Case(
-        " ".join(w for w in (f"rollout_{direction}", *words) if w),
-        fn,
-        signature(fn, types, constants),
-        constants,
-        unaligned=frozenset(_PLAIN),
-        num_warps=options.pop("num_warps"),
-        num_stages=options.pop("num_stages"),
-        options=options,
-        tensor_cores=True,
-        max_spill=spill,
-        archs=archs,
-    )
-
-
-def cases() -> list[Case]:
-    """Launches of the plans: 5M-class nets (510 features padded to 512) and twice as wide ones."""
-    everywhere, newer = (80, 90, 100), (90, 100)
-    few, few_8, middle, many = LAYOUTS[:4]
-    few_narrow, few_narrow_8, middle_narrow, middle_narrow_8, many_narrow = LAYOUTS[4:9]
-    found = []
-    for flags, padded, dtype, archs, spill, forward_spill in (
-        (few, 512, "fp16", everywhere, 16, 0),
-        (few_8, 512, "fp16", everywhere, 16, 0),
-        (middle, 512, "fp16", everywhere, 0, 0),
-        # Seven sums a feature over 32 rows, for the smaller gradients, beside fragments of weights
-        # and activations: too many registers, in a pass that mostly waits for exchanges.
-        (many, 512, "fp16", newer, 128, 16),
-        # Rows of 1024 in chunks of 256 or 512: fragments of both operands of a product.
-        (few_narrow, 1024, "fp16", everywhere, 64, 0),
-        (few_narrow_8, 1024, "fp16", everywhere, 64, 0),
-        (middle_narrow, 1024, "fp16", newer, 128, 0),
-        (middle_narrow_8, 1024, "fp16", newer, 128, 96),
-        (many_narrow, 1024, "fp16", newer, 128, 96),
-        (few_narrow, 512, "fp32", everywhere, 0, 0),
-        (few_narrow_8, 512, "fp32", everywhere, 0, 0),
-        (middle_narrow, 512, "fp32", newer, 0, 0),
-        (middle_narrow_8, 512, "fp32", newer, 0, 0),
-        (few, 512, "bf16", everywhere, 16, 0),
-    ):
-        words = flags._replace(exchange="words")
-        for layout in (flags, words) if words in LAYOUTS and dtype != "bf16" else (flags,):
-            # Words take registers, in the longer of the two directions a few more than there are.
-            allowed = max(spill, 16) if layout == words else spill
-            found.append(_case("fwd", layout, padded, dtype, archs, keep=True, spill=forward_spill))
-            found.append(_case("bwd", layout, padded, dtype, archs, keep=True, spill=allowed))
-            if padded == 512 and dtype == "fp16":
-                found.append(_case("bwd", layout, padded, dtype, archs, keep=False, spill=spill))
-    return found

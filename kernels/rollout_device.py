@@ -1,4 +1,4 @@
-"""Device code of the persistent rollout: a folded two-hidden-layer flow, forward and backward.
+"""Device code of the persistent rollout: a folded two-hidden-layer flow, here forward.
 
 Tiles are features by rows, ``[BN, BM]``. With 8 rows the weight's slice is a product's first
 operand; with 16 and more (``FLIP``) the rows are, and the result is transposed. Either way tensor
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pwm_fast.kernels.pointwise import mish, mish_slope, operand, power, rounded, row_exponent
+from pwm_fast.kernels.pointwise import mish, operand, rounded
 from pwm_fast.kernels.rollout_exchange import PARTS, share_rows, share_tile
 
 # The loops must not be pipelined: what they load is written by other programs in between. Launches
@@ -25,14 +25,14 @@ from pwm_fast.kernels.rollout_exchange import PARTS, share_rows, share_tile
 
 
 @triton.jit
-def _lost(ok):
+def lost(ok):
     """Added to what follows: NaN once a program has waited in vain, so that its rows are NaN."""
     return tl.where(ok != 0, 0.0, float("nan"))
 
 
 @triton.jit
-def _flow_time(number, substeps):
-    # Of shape [1, 1], correctly rounded, as the host's division is.
+def flow_time(number, substeps):
+    """Their ratio, of shape [1, 1], correctly rounded, as the host's division is."""
     return tl.div_rn(tl.full([1, 1], number, tl.float32), tl.full([1, 1], substeps, tl.float32))
 
 
@@ -42,7 +42,7 @@ def _features(i: tl.constexpr, KP: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _slice(
+def weight_slice(
     w,
     stride_n,
     stride_k,
@@ -53,7 +53,7 @@ def _slice(
     CHUNKS: tl.constexpr,
     FLIP: tl.constexpr,
 ):
-    """A slice of a weight for :func:`_product`: chunks ``[BN, KP / CHUNKS]``, or flipped."""
+    """A slice of a weight for :func:`product`: chunks ``[BN, KP / CHUNKS]``, or flipped."""
     chunks = ()
     for i in tl.static_range(CHUNKS):
         k = _features(i, KP, CHUNKS)
@@ -69,7 +69,7 @@ def _slice(
 
 
 @triton.jit
-def _product(w, x, nil, PRECISION: tl.constexpr, CHUNKS: tl.constexpr, FLIP: tl.constexpr):
+def product(w, x, nil, PRECISION: tl.constexpr, CHUNKS: tl.constexpr, FLIP: tl.constexpr):
     """``w x`` ``[BN, BM]`` as products of chunks: each is a chain of waiting instructions.
 
     Every chunk's sum begins at ``nil``, a zero that the compiler does not know, lest it join them.
@@ -138,7 +138,7 @@ def _hidden(
         WORDS,
         WARPS,
     )
-    rstd = tl.rsqrt(tl.sum(squares[0], axis=0) / width + eps) + _lost(ok)
+    rstd = tl.rsqrt(tl.sum(squares[0], axis=0) / width + eps) + lost(ok)
     xhat = h * rstd[None, :]
     y = mish(xhat * gamma[:, None] + beta[:, None])
     meeting += 1
@@ -230,9 +230,9 @@ def rollout_forward_kernel(
     counter = counters_ptr + group * 32
     size = batch.to(tl.int64) * UP  # of one evaluation's or macro step's tensor
 
-    w2 = _slice(w2_ptr, w2_n, w2_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
+    w2 = weight_slice(w2_ptr, w2_n, w2_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
     tl.debug_barrier()  # one slice at a time through the registers
-    w13 = _slice(w13_ptr, w13_n, w13_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
+    w13 = weight_slice(w13_ptr, w13_n, w13_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
     tl.debug_barrier()
     gamma1, beta1 = tl.load(gamma1_ptr + n), tl.load(beta1_ptr + n)
     gamma2, beta2 = tl.load(gamma2_ptr + n), tl.load(beta2_ptr + n)
@@ -252,7 +252,7 @@ def rollout_forward_kernel(
             number = e
             if HEUN:
                 number = (e >> 1) + (e & 1)
-            tau = _flow_time(number, substeps)
+            tau = flow_time(number, substeps)
             h = stage + (c + tau * w_tau[:, None])
             xhat, y, rstd, full, meeting, ok = _hidden(
                 h,
@@ -284,7 +284,7 @@ def rollout_forward_kernel(
                 tl.store(rstd1_ptr + at * batch + m, rstd, mask=rows & (tile == 0))
             if KEEP:
                 tl.store(y1_ptr + at * size + offs, rounded(y, DTYPE), mask=mask)
-            h = _product(w2, full, nil, PRECISION, CHUNKS, FLIP) + (b2[:, None] + _lost(ok))
+            h = product(w2, full, nil, PRECISION, CHUNKS, FLIP) + (b2[:, None] + lost(ok))
             xhat, y, rstd, full, meeting, ok = _hidden(
                 h,
                 gamma2,
@@ -315,7 +315,7 @@ def rollout_forward_kernel(
                 tl.store(rstd2_ptr + at * batch + m, rstd, mask=rows & (tile == 0))
             if KEEP:
                 tl.store(y2_ptr + at * size + offs, y, mask=mask)
-            q = _product(w13, full, nil, PRECISION, CHUNKS, FLIP) + b13[:, None]
+            q = product(w13, full, nil, PRECISION, CHUNKS, FLIP) + b13[:, None]
             if HEUN:
                 total += (0.5 * dt) * y
                 second = (e & 1) == 1
@@ -327,374 +327,9 @@ def rollout_forward_kernel(
                 total += dt * y
                 p += dt * q
                 stage = p
-            lost = _lost(ok)
-            p += lost
-            stage += lost
-            total += lost
+            poison = lost(ok)
+            p += poison
+            stage += poison
+            total += poison
         tl.store(sum_ptr + t * size + offs, total, mask=mask)
     tl.store(p_out_ptr + offs, p, mask=mask)
-
-
-@triton.jit
-def _adjoint(
-    dy,
-    xhat,
-    gamma,
-    beta,
-    slots,
-    base,
-    counter,
-    meeting,
-    ok,
-    limit,
-    rstd,
-    tile,
-    group,
-    width,
-    UP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    WORDS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Adjoint of :func:`_hidden` towards its ``h``, from the one towards its output.
-
-    Returns it, ``[BN, BM]``, with ``du`` (towards LayerNorm's output) and, over all
-    features of a row, the largest ``|dh|`` but for a factor up to ``1 + |xhat|``, and ``|base|``.
-    """
-    G: tl.constexpr = UP // BN
-    slots += group * PARTS * G * BM
-    du = dy * mish_slope(xhat * gamma[:, None] + beta[:, None])
-    g = du * gamma[:, None]
-    meeting += 1
-    parts, ok = share_rows(
-        (tl.sum(g * xhat, axis=0), tl.max(tl.abs(g), axis=0), tl.max(tl.abs(base), axis=0)),
-        slots,
-        counter,
-        meeting,
-        ok,
-        limit,
-        tile,
-        G,
-        BM,
-        PARTS,
-        WORDS,
-        WARPS,
-    )
-    inner = tl.sum(parts[0], axis=0) / width + _lost(ok)
-    largest = tl.max(parts[1], axis=0) * rstd
-    largest_base = tl.max(parts[2], axis=0)
-    dh = (g - xhat * inner[None, :]) * rstd[None, :]
-    return dh, du, largest, largest_base, meeting, ok
-
-
-@triton.jit
-def _publish(
-    x,
-    inverse,
-    board,
-    counter,
-    meeting,
-    ok,
-    limit,
-    tile,
-    group,
-    UP: tl.constexpr,
-    KP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    FLIP: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """All programs' ``x * inverse`` as an operand ``[KP, BM]``, and this one's."""
-    mine = rounded(x * inverse[None, :], DTYPE)
-    meeting += 1
-    full, ok = share_tile(
-        operand(mine, PRECISION),
-        board,
-        counter,
-        meeting,
-        ok,
-        limit,
-        tile,
-        group,
-        UP,
-        KP,
-        BM,
-        BN,
-        CHUNKS,
-        FLIP,
-        WORDS,
-    )
-    return mine, full, meeting, ok
-
-
-@triton.jit
-def _scale(x, SCALED: tl.constexpr):
-    if SCALED:
-        exponent = row_exponent(x)
-        scale, inverse = power(exponent), power(254 - exponent)
-    else:
-        scale = tl.zeros_like(x) + 1.0
-        inverse = scale
-    return scale, inverse
-
-
-@triton.jit(do_not_specialize=["batch", "steps", "evals", "substeps", "begin", "limit"])
-def rollout_backward_kernel(
-    g_ptr,
-    lp_ptr,
-    w2_ptr,
-    w13_ptr,
-    gamma1_ptr,
-    beta1_ptr,
-    gamma2_ptr,
-    beta2_ptr,
-    xhat1_ptr,
-    rstd1_ptr,
-    xhat2_ptr,
-    rstd2_ptr,
-    dc_ptr,
-    lp_out_ptr,
-    dh2_ptr,
-    dh2_scale_ptr,
-    dq_ptr,
-    dq_scale_ptr,
-    sums_ptr,
-    board1_ptr,
-    board2_ptr,
-    slots1_ptr,
-    slots2_ptr,
-    counters_ptr,
-    batch,
-    steps,
-    evals,
-    substeps,
-    w2_n,
-    w2_k,
-    w13_n,
-    w13_k,
-    begin,
-    limit,
-    width1,
-    width2,
-    dt,
-    nil,
-    UP: tl.constexpr,
-    KP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    FLIP: tl.constexpr,
-    WORDS: tl.constexpr,
-    WARPS: tl.constexpr,
-    HEUN: tl.constexpr,
-    KEEP: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """Adjoint of the forward kernel; see :func:`pwm_fast.kernels.rollout.rollout_backward`.
-
-    ``w2`` and ``w13`` are read as their transposes: rows are the features that an adjoint goes to.
-    """
-    G: tl.constexpr = UP // BN
-    group = tl.program_id(0) // G
-    tile = tl.program_id(0) % G
-    n = tile * BN + tl.arange(0, BN)
-    j = tl.arange(0, BM)
-    m = group * BM + j
-    offs = m[None, :] * UP + n[:, None]
-    rows = m < batch
-    mask = rows[None, :] & (n[:, None] >= 0)
-    counter = counters_ptr + group * 32
-    size = batch.to(tl.int64) * UP  # of one evaluation's or macro step's tensor
-
-    w2 = _slice(w2_ptr, w2_n, w2_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
-    tl.debug_barrier()  # one slice at a time through the registers
-    w13 = _slice(w13_ptr, w13_n, w13_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
-    tl.debug_barrier()
-    gamma1, beta1 = tl.load(gamma1_ptr + n), tl.load(beta1_ptr + n)
-    gamma2, beta2 = tl.load(gamma2_ptr + n), tl.load(beta2_ptr + n)
-
-    lp = tl.load(lp_ptr + offs, mask=mask, other=0.0)
-    late = tl.zeros([BN, BM], tl.float32)  # the second stage's dh1
-    share = dt
-    if HEUN:
-        share = 0.5 * dt
-    dq = share * lp
-    # How large a row of the first dq is.
-    meeting = begin + 1
-    parts, ok = share_rows(
-        (tl.max(tl.abs(dq), axis=0),),
-        slots1_ptr + group * PARTS * G * BM,
-        counter,
-        meeting,
-        1,
-        limit,
-        tile,
-        G,
-        BM,
-        1,
-        WORDS,
-        WARPS,
-    )
-    dq_scale, dq_inverse = _scale(tl.max(parts[0], axis=0), SCALED)
-
-    if KEEP:
-        sum_gamma1 = tl.zeros([BN, BM], tl.float32)
-        sum_beta1 = tl.zeros([BN, BM], tl.float32)
-        sum_gamma2 = tl.zeros([BN, BM], tl.float32)
-        sum_beta2 = tl.zeros([BN, BM], tl.float32)
-        sum_b2 = tl.zeros([BN, BM], tl.float32)
-        sum_b13 = tl.zeros([BN, BM], tl.float32)
-        sum_tau = tl.zeros([BN, BM], tl.float32)
-    for back in range(steps):
-        t = steps - 1 - back
-        g = tl.load(g_ptr + t * size + offs, mask=mask, other=0.0)
-        dc = tl.zeros([BN, BM], tl.float32)
-        for back_e in range(evals):
-            e = evals - 1 - back_e
-            at = t * evals + e
-            # Asked for here, long before they are used.
-            xhat2 = tl.load(xhat2_ptr + at * size + offs, mask=mask, other=0.0)
-            xhat1 = tl.load(xhat1_ptr + at * size + offs, mask=mask, other=0.0)
-            rstd2 = tl.load(rstd2_ptr + at * batch + m, mask=rows, other=0.0)
-            rstd1 = tl.load(rstd1_ptr + at * batch + m, mask=rows, other=0.0)
-            xhat2, xhat1 = xhat2.to(tl.float32), xhat1.to(tl.float32)
-
-            mine, full, meeting, ok = _publish(
-                dq,
-                dq_inverse,
-                board1_ptr,
-                counter,
-                meeting,
-                ok,
-                limit,
-                tile,
-                group,
-                UP,
-                KP,
-                BM,
-                BN,
-                DTYPE,
-                PRECISION,
-                CHUNKS,
-                FLIP,
-                WORDS,
-            )
-            if KEEP:
-                tl.store(dq_ptr + at * size + offs, mine, mask=mask)
-                if SCALED:
-                    tl.store(dq_scale_ptr + at * batch + m, dq_scale, mask=rows & (tile == 0))
-                sum_b13 += dq
-            back_scale = (dq_scale + _lost(ok))[None, :]
-            dy = _product(w13, full, nil, PRECISION, CHUNKS, FLIP) * back_scale + share * g
-            dh, du, largest, _, meeting, ok = _adjoint(
-                dy,
-                xhat2,
-                gamma2,
-                beta2,
-                slots2_ptr,
-                lp,
-                counter,
-                meeting,
-                ok,
-                limit,
-                rstd2,
-                tile,
-                group,
-                width2,
-                UP,
-                BM,
-                BN,
-                WORDS,
-                WARPS,
-            )
-            if KEEP:
-                sum_gamma2 += du * xhat2
-                sum_beta2 += du
-                sum_b2 += dh
-            scale, inverse = _scale(largest, SCALED)
-            mine, full, meeting, ok = _publish(
-                dh,
-                inverse,
-                board2_ptr,
-                counter,
-                meeting,
-                ok,
-                limit,
-                tile,
-                group,
-                UP,
-                KP,
-                BM,
-                BN,
-                DTYPE,
-                PRECISION,
-                CHUNKS,
-                FLIP,
-                WORDS,
-            )
-            if KEEP:
-                tl.store(dh2_ptr + at * size + offs, mine, mask=mask)
-                if SCALED:
-                    tl.store(dh2_scale_ptr + at * batch + m, scale, mask=rows & (tile == 0))
-            back_scale = (scale + _lost(ok))[None, :]
-            dy = _product(w2, full, nil, PRECISION, CHUNKS, FLIP) * back_scale
-            base = lp + late
-            dh, du, largest, largest_base, meeting, ok = _adjoint(
-                dy,
-                xhat1,
-                gamma1,
-                beta1,
-                slots1_ptr,
-                base,
-                counter,
-                meeting,
-                ok,
-                limit,
-                rstd1,
-                tile,
-                group,
-                width1,
-                UP,
-                BM,
-                BN,
-                WORDS,
-                WARPS,
-            )
-            if KEEP:
-                sum_gamma1 += du * xhat1
-                sum_beta1 += du
-                number = e
-                if HEUN:
-                    number = (e >> 1) + (e & 1)
-                sum_tau += _flow_time(number, substeps) * dh
-            dc += dh
-            if HEUN:
-                # Reversed, a substep's second stage (odd) comes first.
-                second = (e & 1) == 1
-                lp = tl.where(second, lp, base + dh)
-                late = tl.where(second, dh, 0.0)
-                dq = share * lp + dt * late
-                largest = tl.where(second, dt, share) * largest
-            else:
-                lp = base + dh
-                dq = dt * lp
-                largest = dt * largest
-            dq_scale, dq_inverse = _scale(tl.maximum(share * largest_base, largest), SCALED)
-        tl.store(dc_ptr + t * size + offs, dc, mask=mask)
-    tl.store(lp_out_ptr + offs, lp, mask=mask)
-    if KEEP:
-        out = sums_ptr + group * 7 * UP + n
-        tl.store(out, tl.sum(sum_gamma1, axis=1))
-        tl.store(out + UP, tl.sum(sum_beta1, axis=1))
-        tl.store(out + 2 * UP, tl.sum(sum_gamma2, axis=1))
-        tl.store(out + 3 * UP, tl.sum(sum_beta2, axis=1))
-        tl.store(out + 4 * UP, tl.sum(sum_b2, axis=1))
-        tl.store(out + 5 * UP, tl.sum(sum_b13, axis=1))
-        tl.store(out + 6 * UP, tl.sum(sum_tau, axis=1))

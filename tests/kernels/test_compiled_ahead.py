@@ -149,7 +149,7 @@ def test_every_layout_of_published_rollouts_is_compiled_ahead(
     assert tiles or (padded, dtype) == (1024, torch.float32)
     for layout in (p for p in rollout.LAYOUTS if (p.bm, p.bn) in tiles):
         scheme = rollout.Scheme("heun", 4, padded - 2)
-        constants = rollout._constants(padded, layout, dtype, scheme)
+        constants = rollout.constants_of(padded, layout, dtype, scheme)
         pointers = {"w2_ptr": POINTER_TYPES[dtype]}
         for kernel in ("rollout_forward_kernel", "rollout_backward_kernel"):
             launch = Launch(kernel, constants, pointers, frozenset(), layout.warps, 1)

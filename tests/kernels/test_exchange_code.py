@@ -21,8 +21,8 @@ from pwm_fast.kernels.aot import Case, compile_case, run_tool
 from pwm_fast.kernels.report import cases_of
 
 CASES = [
-    ("rollout", "rollout_fwd U512 fp16 8x64 w4 weights"),
-    ("rollout", "rollout_bwd U512 fp16 8x64 w4 weights"),
+    ("rollout_cases", "rollout_fwd U512 fp16 8x64 w4 weights"),
+    ("rollout_cases", "rollout_bwd U512 fp16 8x64 w4 weights"),
     ("linear_norm_act", "linear_norm_act_bwd mish 16x64 of 1792, K 1792, fp16"),
 ]
 RELEASE, ACQUIRE, BARRIER = "release", "acquire", "barrier"
@@ -67,7 +67,7 @@ def test_barriers_stand_around_each_release_and_acquire(module: str, name: str) 
     assert compiled.metadata.launch_cooperative_grid  # all programs are there to be waited for
 
 
-WORDS = [case for case in cases_of("rollout") if "words" in case.name and 90 in case.archs]
+WORDS = [case for case in cases_of("rollout_cases") if "words" in case.name and 90 in case.archs]
 
 
 @pytest.mark.parametrize("case", WORDS, ids=lambda case: case.name)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from pwm_fast.kernels import cost
 from pwm_fast.kernels import rollout as module
 from pwm_fast.kernels.rollout import (
     Plan,
@@ -23,6 +24,7 @@ from pwm_fast.kernels.rollout import (
     rollout_forward,
     why_not,
 )
+from pwm_fast.kernels.rollout_cases import cases
 from pwm_fast.kernels.rollout_plan import EXCHANGES
 from tests.kernels import rollout_truth as truth
 from tests.kernels.harness import gpu, on_devices
@@ -113,8 +115,10 @@ def test_steps_one_by_one_are_the_whole_rollout(exchange: str) -> None:
 # --- programs that wait for each other ----------------------------------------------------------
 
 
-def _in_processes(missing: Sequence[int] = ()) -> Any:
+def _in_processes(missing: Sequence[int] = (), last: Sequence[int] = ()) -> Any:
     """What launches a kernel with every program in a process of its own, tensors in shared memory.
+
+    Those that are missing never run, the last ones when the others have ended.
 
     Triton's interpreter runs programs one after another; so the device code itself, with all its
     exchanges, runs at the same time here. What this does not show: a GPU's weaker memory order,
@@ -136,17 +140,17 @@ def _in_processes(missing: Sequence[int] = ()) -> Any:
             kernel[(1,)](*args, **names)
 
         fork = multiprocessing.get_context("fork")
-        processes = [
-            fork.Process(target=program, args=(i,)) for i in range(grid[0]) if i not in missing
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        hung = [p for p in processes if p.is_alive()]
-        for process in hung:
-            process.kill()
-        assert not hung and not any(p.exitcode for p in processes)
+        there = [i for i in range(grid[0]) if i not in missing]
+        for batch in ([i for i in there if i not in last], last):
+            processes = [fork.Process(target=program, args=(i,)) for i in batch]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(120)
+            hung = [p for p in processes if p.is_alive()]
+            for process in hung:
+                process.kill()
+            assert not hung and not any(p.exitcode for p in processes)
 
     return launch
 
@@ -242,13 +246,38 @@ def test_a_program_that_never_comes(
         assert not right.isnan().any()
 
 
+@pytest.mark.interpreted
+@both_exchanges
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_a_program_that_comes_too_late(
+    direction: str, exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the others publish after they gave up is NaN: so its own rows are, and not wrong."""
+    monkeypatch.setattr(module, "LIMIT", 1 << 20)
+    monkeypatch.setattr(module, "launch", _in_processes())
+    scheme = Scheme("euler", 1, 50, tf32=False)
+    problem = truth.problem(scheme, 4, 1)
+    net = truth.network(problem, 64, torch.float32)
+    p, c, g, lp = (truth.pad(x, 64).float() for x in problem[2:])
+    layout = Plan(4, 32, 4, 2, exchange)
+    saved, _ = truth.buffers(problem, 64, torch.float32)
+    rollout_forward(p, c, net, scheme, layout, saved=saved)
+    monkeypatch.setattr(module, "LIMIT", 300)
+    monkeypatch.setattr(module, "launch", _in_processes(last=[1]))
+    if direction == "fwd":
+        found = rollout_forward(p, c, net, scheme, layout)[:2]
+    else:
+        found = rollout_backward(g, lp, net, scheme, layout, saved)[:2]
+    assert all(x.isnan().all() for x in found)
+
+
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_the_compiled_exchange_is_ordered(direction: str) -> None:
     """All threads' stores, a barrier, one release and acquire, a barrier, then loads past L1."""
     from pwm_fast.kernels.aot import compile_case
 
     name = f"rollout_{direction} U512 fp16 8x64 w4 weights"
-    case = next(c for c in module.cases() if c.name == name)
+    case = next(c for c in cases() if c.name == name)
     lines = compile_case(case, 90).asm["ptx"].splitlines()
     marks = ("st.global", "ld.global.cg", "bar.sync", "atom.global")
     events = [m for line in lines for m in marks if m in line]
@@ -269,7 +298,7 @@ def test_how_often_a_product_is_computed(name: str, times: int) -> None:
     """Warps without a share of their own repeat another's: so 4 come before 8."""
     from pwm_fast.kernels.aot import compile_case
 
-    case = next(c for c in module.cases() if c.name == f"rollout_fwd U512 fp16 {name} weights")
+    case = next(c for c in cases() if c.name == f"rollout_fwd U512 fp16 {name} weights")
     found = set(
         re.findall(
             r"nvidia_mma<.*?warpsPerCTA = \[(\d+), (\d+)\].*?instrShape = \[16, 8\]",
@@ -294,6 +323,22 @@ def test_plans_of_a_5m_class_net_on_an_h100() -> None:
     assert plan(512, 512, f16, *H100) == Plan(32, 64, 8, 2)
     assert plan(64, 1024, f16, *H100) == Plan(16, 32, 4, 4)
     assert plan(64, 512, torch.float32, *H100) == Plan(8, 32, 4, 4)
+
+
+def test_the_order_of_layouts_is_the_models() -> None:
+    """Of the same tile, exchanged by flags: words come last, whatever the model makes of them."""
+    for tile in {(layout.bm, layout.bn) for layout in module.LAYOUTS}:
+        same = [p for p in module.LAYOUTS if (p.bm, p.bn) == tile and p.exchange == "flags"]
+        times = [cost.rollout(layout, 512, 2) for layout in same]
+        assert times == sorted(times)
+    four, eight, words = (
+        cost.rollout(layout, 512, 2)
+        for layout in (Plan(8, 64, 4, 4), Plan(8, 64, 8, 4), Plan(8, 64, 4, 4, "words"))
+    )
+    assert words < four < eight
+    # Without the other half of what 8 warps read twice: 96 KB, of two products.
+    read = cost.CONSTANTS["shared"].value * cost.CONSTANTS["clock"].value * 1e3
+    assert eight - four == pytest.approx(2 * 96 * 1024 / read)
 
 
 def test_what_does_not_fit_says_why() -> None:

@@ -124,7 +124,8 @@ def test_choices_launch_what_they_stand_for(kernel: str, rate: str) -> None:
 def test_a_rollout_is_one_launch_a_direction_or_layer_by_layer() -> None:
     with FakeCuda() as cuda:
         workload = RolloutWorkload(128, 512, "16", DEVICE, horizon=2)
-        for layout in (rollout.LAYOUTS[0], None):
+        words = rollout.LAYOUTS[0]._replace(exchange="words")
+        for layout in (rollout.LAYOUTS[0], words, None):
             cuda.launches.clear()
             workload._run(workload.kernels, workload.weights, torch.float32, layout)
             seen = cuda.launches["triton rollout_forward_kernel"]

@@ -13,7 +13,8 @@
 #include <string.h>
 
 // An H100, and where bench/fake_cuda.py puts the memory of tensors.
-enum { SMS = 132, REGISTERS = 65536, SHARED = 227 * 1024, SHARED_SM = 228 * 1024, WARP = 32, THREADS_SM = 2048 };
+enum { SMS = 132, REGISTERS = 65536, SHARED = 227 * 1024, SHARED_SM = 228 * 1024 };
+enum { WARP = 32, THREADS_SM = 2048, BLOCKS_SM = 32 };
 static const uint64_t MEMORY = UINT64_C(1) << 56;
 
 // Of a cubin's .nv.info sections: entries of a format byte, an attribute byte and 16 bits, which are a
@@ -35,6 +36,11 @@ typedef struct {
 } Launch;
 
 Launch last_launch; // read by Python
+
+static CUresult refuse(CUresult code, const char *why) {
+  snprintf(last_launch.refusal, sizeof last_launch.refusal, "%s", why);
+  return code;
+}
 
 static uint32_t word(const char *at) {
   uint32_t value;
@@ -103,8 +109,9 @@ static CUresult read_cubin(Kernel *kernel, const char *image, const char *name) 
   uint32_t symbol = symbol_of(image, name);
   if (!all || !own || !symbol)
     return CUDA_ERROR_NOT_FOUND;
-  bool fits = read_info(kernel, image, all, symbol) && read_info(kernel, image, own, symbol);
-  return fits && kernel->registers ? CUDA_SUCCESS : CUDA_ERROR_INVALID_IMAGE;
+  if (!read_info(kernel, image, all, symbol) || !read_info(kernel, image, own, symbol))
+    return refuse(CUDA_ERROR_INVALID_IMAGE, "more than 4096 bytes of parameters");
+  return kernel->registers ? CUDA_SUCCESS : CUDA_ERROR_INVALID_IMAGE;
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
@@ -118,6 +125,7 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
     return CUDA_ERROR_OUT_OF_MEMORY;
   kernel->threads = 1024;
   kernel->shared_limit = 48 * 1024;
+  last_launch = (Launch){0};
   CUresult code = read_cubin(kernel, (const char *)module, name);
   if (code == CUDA_SUCCESS)
     *function = (CUfunction)kernel;
@@ -160,10 +168,7 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
   return CUDA_SUCCESS;
 }
 
-static CUresult refuse(CUresult code, const char *why) {
-  snprintf(last_launch.refusal, sizeof last_launch.refusal, "%s", why);
-  return code;
-}
+static uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 static CUresult check(const Launch *launch, const Kernel *kernel) {
   uint64_t threads = (uint64_t)launch->block[0] * launch->block[1] * launch->block[2];
@@ -178,10 +183,8 @@ static CUresult check(const Launch *launch, const Kernel *kernel) {
   if (warps > warps_that_fit(kernel))
     return refuse(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "too many registers");
   if (launch->cooperative) {
-    uint64_t fit = (uint64_t)(warps_that_fit(kernel) / warps), most = THREADS_SM / threads;
-    fit = fit < most ? fit : most;
-    most = SHARED_SM / (launch->shared + 1024); // the system keeps 1 KiB of a block's
-    fit = fit < most ? fit : most;
+    uint64_t fit = least(least(BLOCKS_SM, THREADS_SM / threads), (uint64_t)(warps_that_fit(kernel) / warps));
+    fit = least(fit, SHARED_SM / (launch->shared + 1024)); // the system keeps 1 KiB of a block's
     if (blocks > fit * SMS)
       return refuse(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE, "more programs than can be resident at once");
   }

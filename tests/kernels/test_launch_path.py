@@ -62,6 +62,11 @@ def params_kernel(x, params):
 
 
 @triton.jit
+def first_kernel(pointers):
+    tl.store(pointers[0], 1.0)
+
+
+@triton.jit
 def large_kernel(x, BLOCK: tl.constexpr):
     """Programs that exchange more numbers between their threads than shared memory holds."""
     i = tl.arange(0, BLOCK)
@@ -194,6 +199,13 @@ def test_what_a_driver_refuses(
     x = zeros(4)
     with pytest.raises(RuntimeError, match=why):
         copy_kernel[grid](x, x, 4, BLOCK=4, num_warps=2, **options)
+
+
+@needs_launcher
+def test_more_parameters_than_fit(cuda: Watched) -> None:
+    pointers = tuple(zeros(1) for _ in range(512))  # 4096 bytes, and two more
+    with pytest.raises(RuntimeError, match="more than 4096 bytes"):
+        first_kernel[(1,)](pointers, num_warps=1)
 
 
 @needs_launcher

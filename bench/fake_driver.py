@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 from triton import knobs
 from triton.backends.driver import GPUDriver
@@ -95,7 +96,7 @@ def launching(
             with whether it had to be compiled, as it was not in Triton's cache.
 
     Raises:
-        NoLauncherError: there is no C compiler, or NVIDIA's library is loaded already.
+        NoLauncherError: there is no C compiler, or there is a GPU.
     """
 
     def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
@@ -150,6 +151,8 @@ def _driver(capability: tuple[int, int], launches: bool) -> Any:
 @functools.lru_cache
 def _library() -> ctypes.CDLL:
     """The stand-in for ``libcuda.so.1``, built and loaded, for the life of the process."""
+    if torch.cuda.is_available():  # asked first, PyTorch does not look at the stand-in later
+        raise NoLauncherError("there is a GPU, for which this would stand in")
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise NoLauncherError("Triton's launcher needs a C compiler: install gcc, or set CC")

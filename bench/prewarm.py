@@ -43,7 +43,7 @@ def prewarm(algs: Sequence[str] = ALGS, precisions: Sequence[str] = PRECISIONS) 
         precisions: of products.
 
     Raises:
-        NoLauncherError: there is no C compiler, or NVIDIA's driver is loaded.
+        NoLauncherError: there is no C compiler, or there is a GPU.
         ValueError: no such algorithm or precision.
     """
     cuda = FakeCuda(compile=True)

@@ -20,8 +20,8 @@ import triton
 
 import pwm_fast.kernels
 from bench.launches import count
+from bench.plain import algorithm
 from pwm_fast import dispatch
-from pwm_fast.config import compose
 from pwm_fast.ops import library
 from tests.kernels.launched import (
     OPERATIONS,
@@ -100,5 +100,5 @@ def test_every_operator_and_every_kernel_is_among_them(monkeypatch: pytest.Monke
     with cuda:
         run_esnr(torch.float32)
     assert called == set(library.IMPLEMENTATIONS)
-    count(compose("alg=pwm_5M_flow").alg, "triton", "fast", cuda=cuda)
+    count(algorithm("pwm_5M_flow"), "triton", "fast", cuda=cuda)
     assert cuda.kernels == entries()

@@ -16,7 +16,7 @@ if torch.cuda.is_available():
     pytest.skip("stands in for a GPU where there is none", allow_module_level=True)
 
 from bench.launches import STEPS, count
-from pwm_fast.config import compose
+from bench.plain import algorithm
 from tests.kernels.launched import PRECISIONS, Watched, needs_launcher
 
 pytestmark = [pytest.mark.slow, needs_launcher]
@@ -30,7 +30,7 @@ ROLLOUT = {"rollout_forward_kernel", "rollout_backward_kernel"}
 def test_updates_are_launched(alg: str, precision: str) -> None:
     """Half of them of a task that terminates: the returns are others, and there is a head more."""
     cuda = Watched()
-    config, ends = compose(f"alg={alg}").alg, precision in ("bf16", "exact")
+    config, ends = algorithm(alg), precision in ("bf16", "exact")
     counted = count(config, "triton", precision, can_terminate=ends, cuda=cuda)
     assert all(counted[step].total() > 50 for step in STEPS)
     assert {"squares_kernel", "adam_kernel", "act_norm_fwd_kernel"} <= cuda.kernels

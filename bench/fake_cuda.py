@@ -56,6 +56,8 @@ WAITING = {"item", "equal", "allclose", "is_nonzero", "embedding_renorm_", "mult
 FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_reshape_alias"}
 # torch's multi-tensor kernels: tensors a launch by the number of lists; blocks and chunk of one.
 TENSORS, BLOCKS, CHUNK = (110, 64, 48, 36, 30), 320, 65536
+# Addresses of the device, as fake_libcuda.c knows, and how PyTorch's allocator aligns on a GPU.
+MEMORY, ALIGNMENT = 1 << 56, 512
 
 
 class HostSyncError(AssertionError):
@@ -92,15 +94,16 @@ class FakeCuda(TorchDispatchMode):
 
     def __enter__(self) -> FakeCuda:
         if self._depth == 0:
-            self._stack = ExitStack()
-            self._stack.enter_context(_DeviceGuard())
-            for patch in _patches():
-                self._stack.enter_context(patch)
-            self._stack.enter_context(self._triton())
-            self._stack.enter_context(warnings.catch_warnings())
-            for message in ("Accessing the data pointer of FakeTensor", "CUDA initialization"):
-                warnings.filterwarnings("ignore", message=message)
-            self._stack.enter_context(self._fake)
+            with ExitStack() as stack:  # undone if something cannot be had
+                stack.enter_context(_DeviceGuard())
+                for patch in _patches():
+                    stack.enter_context(patch)
+                stack.enter_context(self._triton())
+                stack.enter_context(warnings.catch_warnings())
+                for message in ("Accessing the data pointer of FakeTensor", "CUDA initialization"):
+                    warnings.filterwarnings("ignore", message=message)
+                stack.enter_context(self._fake)
+                self._stack = stack.pop_all()
         self._depth += 1
         super().__enter__()
         return self
@@ -175,15 +178,14 @@ class FakeCuda(TorchDispatchMode):
             self.compiled[name] += compiled
 
         capability = (PROPERTIES.major, PROPERTIES.minor)
-        stack = ExitStack()
-        stack.enter_context(
-            fake_driver.launching(capability, loaded)
-            if self._compile
-            else fake_driver.binding(capability)
-        )
-        stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", fake_driver.address))
-        stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        return stack
+        with ExitStack() as stack:
+            stack.enter_context(
+                fake_driver.launching(capability, loaded)
+                if self._compile
+                else fake_driver.binding(capability)
+            )
+            stack.enter_context(mock.patch.object(JITFunction, "run", run))
+            return stack.pop_all()
 
     def _launched(
         self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any], made: Any
@@ -235,6 +237,7 @@ def _patches() -> list[Any]:
     supported = [*torch.utils._foreach_utils._foreach_supported_types, FakeTensor]
     return [
         mock.patch.object(FakeTensor, "is_cuda", property(_is_cuda), create=True),
+        mock.patch.object(FakeTensor, "data_ptr", _address),
         mock.patch.object(torch.utils._foreach_utils, "_foreach_supported_types", supported),
         mock.patch.object(  # tensors are grouped in C++, which is told of meta
             torch.utils._foreach_utils,
@@ -257,6 +260,14 @@ def _patches() -> list[Any]:
 
 def _as_is(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return tensor
+
+
+def _address(tensor: FakeTensor) -> int:
+    """Where the data would lie."""
+    if tensor.numel() == 0:
+        return 0
+    storage = tensor.untyped_storage()._cdata  # the host's address of its record: no other's
+    return MEMORY + storage * ALIGNMENT + tensor.storage_offset() * tensor.element_size()
 
 
 def _is_cuda(tensor: FakeTensor) -> bool:

@@ -26,15 +26,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from triton import knobs
 from triton.backends.driver import GPUDriver
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-MEMORY = 1 << 56  # the device's addresses begin here, as fake_libcuda.c knows
 ORDINAL = 1 << 20  # no real device's: what Triton keeps for those stays as it is
-_ALIGNMENT = 512  # of what PyTorch's allocator hands out on a GPU
 _SOURCE = Path(__file__).with_name("fake_libcuda.c")
 
 
@@ -70,14 +67,6 @@ class Launch(ctypes.Structure):
         ("refusal", ctypes.c_char * 128),
         ("values", ctypes.c_ubyte * 4096),
     )
-
-
-def address(tensor: Tensor) -> int:
-    """Where a tensor's data would lie: on a GPU every storage begins at a multiple of 512."""
-    if tensor.numel() == 0:
-        return 0
-    storage = tensor.untyped_storage()._cdata  # the host's address of its record: no other's
-    return MEMORY + storage * _ALIGNMENT + tensor.storage_offset() * tensor.element_size()
 
 
 def binding(capability: tuple[int, int]) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.fake_cuda import DEVICE, PROPERTIES, FakeCuda
-from bench.fake_driver import address, last_launch, why_not
+from bench.fake_driver import last_launch, why_not
 from pwm_fast import ops
 from tests.ops.contract import CASES, Case
 from tests.ops.test_backends import NATIVE
@@ -66,7 +66,7 @@ def parameters(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], made
         leaf for name, kind in made.src.signature.items() for leaf in _leaves(kind, given[name])
     ]
     formats = "".join("Q" if kind[0] == "*" else _FORMATS[kind] for kind, _ in found)
-    values = [address(x) if isinstance(x, Tensor) else x for _, x in found]
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for _, x in found]
     return struct.pack(f"@{formats}QQ", *values, 0, 0)
 
 

@@ -256,8 +256,10 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(fake_driver, "_library", fake_driver._library.__wrapped__)
     assert "needs a C compiler" in str(fake_driver.why_not())
     monkeypatch.setattr(fake_driver, "_driver", fake_driver._driver.__wrapped__)
+    before = JITFunction.run, torch.nn.Module.to
     with pytest.raises(fake_driver.NoLauncherError), FakeCuda(compile=True):
         pass
+    assert (JITFunction.run, torch.nn.Module.to) == before
 
 
 @needs_launcher

@@ -302,7 +302,8 @@ def rollout_forward(
         scheme: what a macro step does.
         plan: layout, of :func:`plan`.
         saved: buffers to fill for a backward pass; with ``y1`` and ``y2`` one for weights too.
-        total: ``[T, B, Up]`` float32, written and returned; None for a new one.
+        total: ``[T, B, Up]`` float32, or rounded to the weights' dtype, written and returned; None
+            for a new one in float32.
         counters: of this launch, one of :func:`counters`; None for new ones.
 
     Raises:
@@ -312,8 +313,9 @@ def rollout_forward(
     p_out = torch.empty_like(p)
     if total is None:
         total = torch.empty_like(c)
-    _buffer("total", total, c.shape, torch.float32, p)
     operand = network.w2.dtype
+    narrow = total.dtype == operand
+    _buffer("total", total, c.shape, operand if narrow else torch.float32, p)
     work = _Workspace(plan, p, padded, operand, 1, counters)
     keep = saved is not None and saved.y1 is not None
     if saved is not None:

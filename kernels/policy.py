@@ -41,7 +41,7 @@ _STAGES = 3
 
 
 @triton.constexpr_function
-def _block(n):  # type: ignore[no-untyped-def]
+def _block(n: int) -> int:
     """Columns of a tile that holds ``n``: what a product takes at least, and a power of two."""
     return max(triton.next_power_of_2(n), 16)
 
@@ -84,8 +84,15 @@ def _first(h, stride_h, own, R, N: tl.constexpr):
 
 @triton.jit
 def _next(
-    x, weight, own, R, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
+    x,
+    weight,
+    own,
+    R,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """The product of rows of K features, which this program has stored, with ``[N, K]``."""
     BLOCK: tl.constexpr = _block(N)
     return product(

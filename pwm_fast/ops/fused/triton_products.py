@@ -313,9 +313,7 @@ class _Policy:
         for i, (spec, p) in enumerate(zip(self.specs, hidden, strict=True)):
             assert p.gamma is not None and p.beta is not None
             norm = p.gamma, p.beta, spec.act, spec.eps
-            layers.append(
-                policy.PolicyLayer(weights[i], p.bias, *norm, outputs[i], *kept[i])
-            )
+            layers.append(policy.PolicyLayer(weights[i], p.bias, *norm, outputs[i], *kept[i]))
         last = weights[-1]
         assert last is not None
         policy.policy_step(h, layers, last, head.bias, block_m=self.block_m, **rest)

@@ -3,7 +3,14 @@
 The code runs as it would on a GPU, on PyTorch's fake tensors: they have a shape and a device, and
 no data. What needs data fails: asking for a value, or a shape that depends on values. What mixes
 the host's memory with the device's fails too. The fused operators are opened, so that what happens
-inside is seen, and Triton's kernels are counted where they would be launched.
+inside is seen, and Triton's kernels are counted where they are launched.
+
+``FakeCuda()`` takes each launch of a Triton kernel through the binder that Triton generates, the
+specialisation of its arguments and the check of its options, and ends it where it would be
+compiled. ``FakeCuda(compile=True)`` takes it all the way: compiled for an H100 (sm_90) into Triton's
+cache (``TRITON_CACHE_DIR``), under the keys that a process with a GPU looks up, then through
+Triton's C launcher to a driver that runs nothing (:mod:`bench.fake_driver`). ``compiled`` then
+counts kernels by name that were not in the cache.
 
 A PyTorch without CUDA lacks three things that are made up here while a :class:`FakeCuda` is active:
 the guard that switches CUDA devices (the CPU's, which does nothing, takes its place), streams for
@@ -16,7 +23,8 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,11 +67,19 @@ class FakeCuda(TorchDispatchMode):
 
     An operator counts as one launch, whatever it takes on the device (a sort takes several), except
     that those on lists of tensors count as often as torch launches them.
+
+    Args:
+        compile: compile what is launched, and launch it.
+
+    Raises:
+        bench.fake_driver.NoLauncherError: it cannot be launched here (entering the context).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compile: bool = False) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
+        self.compiled: Counter[str] = Counter()
+        self._compile = compile
         self._fake = FakeTensorMode(allow_non_fake_inputs=False)
         self._stack = ExitStack()
         self._depth = 0
@@ -137,17 +153,37 @@ class FakeCuda(TorchDispatchMode):
             if isinstance(x, FakeTensor) and x.fake_device.type != "cuda":
                 raise HostSyncError(f"{func} takes or makes a tensor on {x.fake_device}")
 
-    def _triton(self) -> Any:
-        """Count Triton's launches in the place of making them."""
+    @contextmanager
+    def _triton(self) -> Iterator[None]:
+        """Triton's launches, counted on their way."""
         try:
             from triton.runtime.jit import JITFunction
         except ImportError:
-            return nullcontext()
+            yield
+            return
+        from bench import fake_driver
 
-        def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launch = JITFunction.run
+        capability = (PROPERTIES.major, PROPERTIES.minor)
+
+        def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
             self.launches[f"triton {kernel.fn.__name__}"] += 1
+            return launch(kernel, *args, **kwargs)
 
-        return mock.patch.object(JITFunction, "run", run)
+        def compiled(name: str, hit: bool) -> None:
+            self.compiled[name] += not hit
+
+        path = (
+            fake_driver.launching(capability, compiled)
+            if self._compile
+            else fake_driver.binding(capability)
+        )
+        with (
+            mock.patch.object(FakeTensor, "data_ptr", fake_driver.address),
+            mock.patch.object(JITFunction, "run", run),
+            path,
+        ):
+            yield
 
 
 def _same(name: str, args: tuple[Any, ...], result: Any) -> bool:

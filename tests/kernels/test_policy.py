@@ -41,7 +41,7 @@ def draw(rows: int, widths: list[int], actions: int, columns: int, bases: int) -
 
 
 def plain(values: Values, operand: torch.dtype, acts: list[str], eps: float) -> Values:
-    """In PyTorch: exact in float64, else with products of rounded operands, as autocast has them."""
+    """In PyTorch: exact in float64, else with products of rounded operands, as in autocast."""
 
     def rounded(x: Tensor) -> Tensor:
         return x if x.dtype == torch.float64 else x.to(operand).to(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -235,30 +236,39 @@ def test_imagined_rollouts(case: Case, steps: list[int]) -> None:
         assert steps and set(steps) == {9}
 
 
-def imagined(widths: list[int], act: ops.Activation = "mish") -> None:
+@pytest.mark.interpreted
+def test_a_policy_of_one_layer(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no case for the kernel; carried from step to step, its bias is added once."""
+    ours = imagined([])
+    assert not steps
+    monkeypatch.setenv("PWM_FAST_ARCHITECTURE", "layers")
+    torch.testing.assert_close(ours, imagined([]), rtol=2e-3, atol=2e-3)
+
+
+def imagined(widths: list[int], act: ops.Activation = "mish") -> Tensor:
     generator = torch.Generator().manual_seed(0)
 
     def layer(k: int, n: int, **options) -> ops.Layer:
         return random_layer(k, n, dtype=F32, generator=generator, **options)
 
-    pairs = zip([21, *widths[:-1]], widths, strict=True)
-    actor = [layer(k, n, act=act) for k, n in pairs] + [layer(widths[-1], 3, norm=False)]
+    sizes = [21, *widths]
+    actor = [layer(k, n, act=act) for k, n in pairwise(sizes)] + [layer(sizes[-1], 3, norm=False)]
     net = [layer(25, 33, act="mish"), layer(33, 33, act="mish"), layer(33, 21, norm=False)]
-    with dispatch.precision("fast"), torch.no_grad():
-        ops.imagine(
+    with dispatch.precision("fast"), ops.algebra(centre=True, pad=True), torch.no_grad():
+        return ops.imagine(
             torch.randn(5, 21, generator=generator),
-            ops.Policy(actor, torch.rand(3, generator=generator)),
+            ops.Policy(actor, torch.rand(1, generator=generator).expand(3)),
             ops.Flow(net, 1, "euler"),
             ops.Heads([layer(24, 1, norm=False)]),
-            noise=torch.randn(2, 5, 3, generator=generator),
-        )
+            noise=torch.randn(3, 5, 3, generator=generator),
+        ).z
 
 
 @pytest.mark.interpreted
 def test_when_it_is_taken(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     imagined([12, 10])
-    assert steps == [5, 5]
+    assert steps == [5, 5, 5]
     imagined([520])  # too wide
     monkeypatch.setenv("PWM_FAST_FUSED_PRODUCTS", "0")
     imagined([12, 10])
-    assert steps == [5, 5]
+    assert steps == [5, 5, 5]

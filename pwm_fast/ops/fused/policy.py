@@ -53,7 +53,7 @@ class Policy:
     ) -> None:
         horizon, batch, _ = noise.shape
         self.stack = Stack(kernels, specs, layers, horizon, batch, save=save, wgrad=wgrad)
-        self.std, self.noise, self.base, self.w_a = std, noise, base, w_a
+        self.std, self.noise, self.base, self.w_a = std.contiguous(), noise, base, w_a
         self._first = Gemm(kernels, layers[0].weight, batch)
         weights = [p.weight for p in layers]
         self._carry: Update | None = None
@@ -91,7 +91,10 @@ class Policy:
     def act(self, t: int, h: Tensor, action: Tensor) -> Tensor:
         """Step ``t``: write ``action [B, A]`` and return ``c [B, U]``, for the first product."""
         if self._fused is None:
-            mu = self.stack.forward(t, h, own=self._carry is None)
+            own = self._carry is None
+            if self.stack.specs[0].plain and not own:  # it adds its bias in place
+                h = h.clone()
+            mu = self.stack.forward(t, h, own=own)
             torch.tanh(torch.addcmul(mu, self.noise[t], self.std), out=action)
             return torch.addmm(self.base, action, self.w_a.t())
         stack = self.stack

@@ -374,7 +374,8 @@ class Dynamics:
                 e += 1
             p = following
         assert total is not None
-        self._narrow = self._operand_like(t + 1, 0, z) if self._asked else None
+        goes_on = self._asked and t + 1 < self.horizon
+        self._narrow = self._operand_like(t + 1, 0, z) if goes_on else None
         self._latent_step(total, z, out, 1.0, operand=self._narrow)
         self._p = p
 

@@ -302,7 +302,8 @@ def rollout_forward(
         scheme: what a macro step does.
         plan: layout, of :func:`plan`.
         saved: buffers to fill for a backward pass; with ``y1`` and ``y2`` one for weights too.
-        total: ``[T, B, Up]`` float32, written and returned; None for a new one.
+        total: ``[T, B, Up]`` float32, or rounded to the weights' dtype, written and returned; None
+            for a new one in float32.
         counters: of this launch, one of :func:`counters`; None for new ones.
 
     Raises:
@@ -312,8 +313,9 @@ def rollout_forward(
     p_out = torch.empty_like(p)
     if total is None:
         total = torch.empty_like(c)
-    _buffer("total", total, c.shape, torch.float32, p)
     operand = network.w2.dtype
+    narrow = total.dtype == operand
+    _buffer("total", total, c.shape, operand if narrow else torch.float32, p)
     work = _Workspace(plan, p, padded, operand, 1, counters)
     keep = saved is not None and saved.y1 is not None
     if saved is not None:
@@ -605,6 +607,8 @@ def _case(
     types = {f"{name}_ptr": f"*{dtype}" for name in narrow}
     types |= {name: "*fp32" for name in fn.arg_names if name.endswith("_ptr") and name not in types}
     types |= {"counters_ptr": "*i32"}
+    if forward and not keep:
+        types["sum_ptr"] = f"*{dtype}"  # no gradient takes the sums, a product does
     types |= dict.fromkeys((*_PLAIN, "w2_n", "w2_k", "w13_n", "w13_k"), "i32")
     types |= dict.fromkeys(("width1", "width2", "eps1", "eps2", "dt", "nil"), "fp32")
     constants: dict[str, Any] = _constants(padded, plan, operand, Scheme("heun", 4, padded))
@@ -652,5 +656,8 @@ def cases() -> list[Case]:
         found.append(_case("fwd", layout, padded, dtype, archs, keep=True, spill=forward_spill))
         found.append(_case("bwd", layout, padded, dtype, archs, keep=True, spill=spill))
         if padded == 512 and dtype == "fp16":
+            found.append(
+                _case("fwd", layout, padded, dtype, archs, keep=False, spill=forward_spill)
+            )
             found.append(_case("bwd", layout, padded, dtype, archs, keep=False))
     return found

@@ -337,7 +337,7 @@ def rollout_forward_kernel(
             p += lost
             stage += lost
             total += lost
-        tl.store(sum_ptr + t * size + offs, total, mask=mask)
+        tl.store(sum_ptr + t * size + offs, rounded(total, sum_ptr.dtype.element_ty), mask=mask)
     tl.store(p_out_ptr + offs, p, mask=mask)
 
 

@@ -51,6 +51,7 @@ def count(
     precision: str = "auto",
     *,
     can_terminate: bool = False,
+    cuda: FakeCuda | None = None,
 ) -> Launches:
     """Launches of each of :data:`STEPS`, by kernel.
 
@@ -58,11 +59,19 @@ def count(
     ``critics`` (all passes) and ``world model`` are whole updates with their optimiser steps, from
     the second update on.
 
+    Args:
+        config: of the agent.
+        backend: of the operations.
+        precision: of products.
+        can_terminate: episodes may end.
+        cuda: the device, by default ``FakeCuda()``; ``FakeCuda(compile=True)`` also compiles and
+            launches all of it.
+
     Raises:
         HostSyncError: the host would wait for the device.
     """
     result: Launches = {}
-    with FakeCuda() as cuda, dispatch.backend(backend):
+    with cuda or FakeCuda() as cuda, dispatch.backend(backend):
         with torch.device(DEVICE):
             agent = PWM(
                 OBS,

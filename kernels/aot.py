@@ -30,7 +30,7 @@ class Case:
         name: unique, for the table: ``"norm_act_fwd mish U512 fp16"``.
         fn: the ``triton.jit`` function.
         signature: every argument's type in order: ``"*fp32"``, ``"*fp16"``, ``"i32"``, ``"fp32"``,
-            ``"constexpr"``, or a tuple of these.
+            ``"constexpr"``, or a tuple of these, in which ``"constexpr"`` is None.
         constants: values of the ``"constexpr"`` arguments; also of arguments passed as None.
         unaligned: pointers and integers that are not multiples of 16; all others are taken to be.
         num_warps: warps of a program.
@@ -95,7 +95,11 @@ def compile_case(case: Case, arch: int) -> Any:
         for path, kind in _leaves(i, kinds)
         if (kind.startswith("*") or kind == "i32" or kind == "i64") and name not in case.unaligned
     }
-    source = ASTSource(case.fn, signature, dict(case.constants), attrs)
+    constants: dict[Any, Any] = dict(case.constants)
+    for i, (_, kinds) in enumerate(signature.items()):
+        absent = (path for path, kind in _leaves(i, kinds) if kind == "constexpr")
+        constants |= {path: None for path in absent if len(path) > 1}
+    source = ASTSource(case.fn, signature, constants, attrs)
     return triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),

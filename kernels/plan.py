@@ -383,7 +383,7 @@ def device_plan(product: Product, device: torch.device) -> Plan | None:
         ValueError: ``PWM_FAST_FUSED_PRODUCTS`` is neither 1 nor 0, which asks for no plan ever; or
             the GPU's file of tuned entries is wrong.
     """
-    if min(product.rows, product.n, product.k) < 1 or not _wanted():
+    if min(product.rows, product.n, product.k) < 1 or not fusion_wanted():
         return None
     if device.type != "cuda":
         # Of any width: alignment, precision and how many variants there are matter on GPUs alone.
@@ -392,7 +392,12 @@ def device_plan(product: Product, device: torch.device) -> Plan | None:
     return _chosen(product, *device_limits(device))
 
 
-def _wanted() -> bool:
+def fusion_wanted() -> bool:
+    """Whether ``PWM_FAST_FUSED_PRODUCTS`` allows any.
+
+    Raises:
+        ValueError: it is neither 1 nor 0.
+    """
     choice = os.environ.get(VARIABLE) or "1"
     if choice not in ("0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {choice!r}")

@@ -1,4 +1,4 @@
-"""What kernels compute on tiles in registers: Mish and its slope, rounding, powers of two."""
+"""What kernels compute on tiles in registers: Mish and its slope, tanh, rounding, powers of two."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def mish_slope(x):
     n = e * (e + 2.0)
     r = 1.0 / (n + 2.0)
     return r * (n + 4.0 * x * e * (1.0 + e) * r)
+
+
+@triton.jit
+def tanh(x):
+    """``tanh(x)`` in float32: by one exponential, and near 0, where that cancels, by its series."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    s = x * x
+    near = 1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
+    return tl.where(s < 0.0625, x * near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

@@ -204,7 +204,8 @@ def rollout_forward(
         scheme: what a macro step does.
         plan: layout, of :func:`plan`.
         saved: buffers to fill for a backward pass; with ``y1`` and ``y2`` one for weights too.
-        total: ``[T, B, Up]`` float32, written and returned; None for a new one.
+        total: ``[T, B, Up]`` float32, or rounded to the weights' dtype, written and returned; None
+            for a new one in float32.
         workspace: what the programs exchange through; None for a new one.
 
     Raises:
@@ -214,8 +215,9 @@ def rollout_forward(
     p_out = torch.empty_like(p)
     if total is None:
         total = torch.empty_like(c)
-    _buffer("total", total, c.shape, torch.float32, p)
     operand = network.w2.dtype
+    narrow = total.dtype == operand
+    _buffer("total", total, c.shape, operand if narrow else torch.float32, p)
     work = _workspace(workspace, plan, batch, padded, operand, p.device)
     keep = saved is not None and saved.y1 is not None
     if saved is not None:

@@ -38,6 +38,8 @@ def _case(
         types |= dict.fromkeys(("board1_ptr", "board2_ptr"), word)
     types |= {name: "*fp32" for name in fn.arg_names if name.endswith("_ptr") and name not in types}
     types |= {"counters_ptr": "*i32"}
+    if forward and not keep:
+        types["sum_ptr"] = f"*{dtype}"  # no gradient takes the sums, a product does
     types |= dict.fromkeys((*_PLAIN, "w2_n", "w2_k", "w13_n", "w13_k"), "i32")
     types |= dict.fromkeys(("width1", "width2", "eps1", "eps2", "dt", "nil"), "fp32")
     constants: dict[str, Any] = constants_of(padded, plan, operand, Scheme("heun", 4, padded))
@@ -95,5 +97,8 @@ def cases() -> list[Case]:
             found.append(_case("fwd", layout, padded, dtype, archs, keep=True, spill=forward_spill))
             found.append(_case("bwd", layout, padded, dtype, archs, keep=True, spill=allowed))
             if padded == 512 and dtype == "fp16":
+                found.append(
+                    _case("fwd", layout, padded, dtype, archs, keep=False, spill=forward_spill)
+                )
                 found.append(_case("bwd", layout, padded, dtype, archs, keep=False, spill=spill))
     return found

@@ -331,5 +331,5 @@ def rollout_forward_kernel(
             p += poison
             stage += poison
             total += poison
-        tl.store(sum_ptr + t * size + offs, total, mask=mask)
+        tl.store(sum_ptr + t * size + offs, rounded(total, sum_ptr.dtype.element_ty), mask=mask)
     tl.store(p_out_ptr + offs, p, mask=mask)

@@ -18,6 +18,7 @@ from pwm_fast.ops.fused.gemm import (
 )
 from pwm_fast.ops.fused.kernels import Kernels
 from pwm_fast.ops.fused.packs import one_call
+from pwm_fast.ops.fused.policy import Policy
 from pwm_fast.ops.fused.rollout import Dynamics, DynamicsGrads, DynamicsSpec, DynamicsWeights
 from pwm_fast.ops.fused.stack import (
     LayerGrads,
@@ -276,19 +277,34 @@ def imagine_forward(
     horizon, batch, width = noise.shape
     weights = dynamics_weights(spec, w_z, w_tau, params)
     dynamics = Dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
-    layers = split_params(actor_specs, actor)
-    policy = Stack(kernels, actor_specs, layers, horizon, batch, save=save, wgrad=actor_wgrad)
-    first = Gemm(kernels, layers[0].weight, batch)
-    round_together(kernels, [p.weight for p in layers])
+    carries = dynamics.persistent is not None
+    policy = Policy(
+        kernels,
+        actor_specs,
+        split_params(actor_specs, actor),
+        std=std,
+        noise=noise,
+        base=base,
+        w_a=w_a,
+        head=weights.head if carries else None,
+        save=save,
+        wgrad=actor_wgrad,
+    )
     z = z0.new_empty(horizon + 1, *z0.shape)
     action = z0.new_empty(horizon, batch, width)
     z[0] = z0
-    for t in range(horizon):
-        mu = policy.forward(t, first(z[t]))
-        torch.tanh(torch.addcmul(mu, noise[t], std), out=action[t])
-        c = torch.addmm(base, action[t], w_a.t())
-        dynamics.step(t, z[t], c, z[t + 1])
-    return z, action, [*dynamics.saved(), *policy.saved] if save else []
+    if not carries:
+        for t in range(horizon):
+            h = policy.first(dynamics.operand(t, z[t]))
+            dynamics.step(t, z[t], policy.act(t, h, action[t]), z[t + 1])
+    elif horizon:
+        h = policy.first(z0)
+        for t in range(horizon):
+            total = dynamics.hidden_step(t, z0, policy.act(t, h, action[t]))
+            if t < horizon - 1:
+                h = policy.follow(total, h)
+        dynamics.latents(z)
+    return z, action, [*dynamics.saved(), *policy.stack.saved] if save else []
 
 
 @one_call

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from pwm_fast.ops.fused.kernels import Kernels
+
+if TYPE_CHECKING:
+    from pwm_fast.ops.fused.stack import LayerParams, LayerSpec
 
 
 class FusedForward(Protocol):
@@ -103,6 +107,42 @@ class FusedUpdate(Protocol):
         """
 
 
+class FusedPolicy(Protocol):
+    """What follows a policy's first product, up to the next macro step's term, at one shape."""
+
+    def __call__(
+        self,
+        h: Tensor,
+        params: Sequence[LayerParams],
+        weights: Sequence[Tensor | None],
+        outputs: Sequence[Tensor],
+        kept: Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]],
+        *,
+        std: Tensor,
+        noise: Tensor,
+        base: Tensor,
+        w_a: Tensor,
+        action: Tensor,
+        c: Tensor,
+    ) -> None:
+        """``action = tanh(mu + std noise)`` and ``c = base + action w_a^T``.
+
+        Args:
+            h: ``[R, N]``, the first layer's product.
+            params: of all layers, the last one the head.
+            weights: theirs in the operands' dtype; the first one's is not read.
+            outputs: ``[R, N]`` a hidden layer, written: what the next product takes.
+            kept: of each hidden layer ``u [R, N]``, ``mean [R]`` and ``rstd [R]``, written for a
+                backward pass, or None.
+            std: ``[A]``.
+            noise: ``[R, A]``.
+            base: ``[1 or R, U]``.
+            w_a: ``[U, A]``.
+            action: ``[R, A]``, written.
+            c: ``[R, U]``, written.
+        """
+
+
 class Products(Protocol):
     """What a kernel set has as its attribute ``products``."""
 
@@ -142,6 +182,16 @@ class Products(Protocol):
         self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
     ) -> FusedUpdate | None:
         """For ``[rows, k] [n, k]^T``, the weight in either order; likewise."""
+
+    def policy(
+        self,
+        specs: Sequence[LayerSpec],
+        widths: Sequence[int],
+        rows: int,
+        operand: torch.dtype | None,
+        device: torch.device,
+    ) -> FusedPolicy | None:
+        """For a policy of these layers, ``operand`` None where products take the state's dtype."""
 
 
 def products_of(kernels: Kernels) -> Products | None:

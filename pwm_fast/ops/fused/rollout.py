@@ -150,6 +150,7 @@ class Dynamics:
         self._p: Tensor | None = None
         # The last macro step's result as the next one's product takes it.
         self._narrow: Tensor | None = None
+        self._asked = False  # by somebody else
         # Macro steps in one launch, where the kernels have such a way; None: layer by layer.
         self.persistent = self._persistent()
 
@@ -199,17 +200,50 @@ class Dynamics:
             return
         if not self.horizon:
             return
+        self.persistent.forward(0, self.w_z(z[0]), c, self._totals)
+        self.latents(z)
+
+    @cached_property
+    def _totals(self) -> Tensor:
+        """``[H, B, U]``: of each macro step the sum of its hidden outputs, as a product takes it.
+
+        In float32 where the gradient of a weight will take it too.
+        """
+        if self.wgrad:
+            return self.inputs[0]
+        like = self.weights.w_z
+        shape = (self.horizon, self.batch, self.stack.widths[-1])
+        return like.new_empty(shape, dtype=self.kernels.precision.dtype(like.dtype))
+
+    def hidden_step(self, t: int, z0: Tensor, c: Tensor) -> Tensor:
+        """Macro step ``t`` of the hidden state alone: the sum ``[B, U]`` of its hidden outputs.
+
+        For :attr:`persistent` macro steps from ``z0 [B, D]`` on, one after another; the latents
+        follow from all of them together (:meth:`latents`).
+        """
+        assert self.persistent is not None
+        p = self.w_z(z0) if self._p is None else self._p
+        _, self._p = self.persistent.forward(t, p, c.unsqueeze(0), self._totals[t : t + 1])
+        return self._totals[t]
+
+    def latents(self, z: Tensor) -> None:
+        """``z[1:]`` of ``z [H+1, B, D]``, after all macro steps, from ``z[0]``."""
         from pwm_fast.kernels.running_sum import running_sum
 
-        kept = self.inputs[0] if self.wgrad else None
-        total, _ = self.persistent.forward(0, self.w_z(z[0]), c, kept)
-        increments = self._head(total.flatten(0, 1)).view(z[1:].shape)
-        running_sum(z[0], increments, out=z[1:])
+        increments = self.w3(self._totals.flatten(0, 1))
+        if self.b3 is not None:
+            increments.add_(self.b3)
+        running_sum(z[0], increments.view(z[1:].shape), out=z[1:])
 
-    def _head(self, total: Tensor) -> Tensor:
-        """The latents' increments for the sums of hidden outputs of macro steps."""
-        step = self.w3(total)
-        return step if self.b3 is None else step.add_(self.b3)
+    def operand(self, t: int, z: Tensor) -> Tensor:
+        """Macro step ``t``'s latent as products take it, for others too; before :meth:`step`."""
+        self._asked = True
+        if self._narrow is None:
+            narrow = self._operand_like(t, 0, z)
+            if narrow is not None:
+                self.kernels.to_operand(z, narrow, None)
+                self._narrow = narrow
+        return z if self._narrow is None else self._narrow
 
     def step(self, t: int, z: Tensor, c: Tensor, out: Tensor) -> None:
         """Macro step ``t``: ``out [B, D]`` from ``z [B, D]`` and the hoisted term ``c [B, U]``."""
@@ -217,7 +251,8 @@ class Dynamics:
             self._folded_step(t, z, c, out)
             return
         if self.spec.method == "map":
-            out.copy_(self._evaluate(t, 0, z, None, c))
+            out.copy_(self._evaluate(t, 0, z, self._narrow, c))
+            self._narrow = None
             return
         dt = 1.0 / self.spec.substeps
         e, narrow = 0, self._narrow
@@ -311,12 +346,9 @@ class Dynamics:
 
     def _folded_step(self, t: int, z: Tensor, c: Tensor, out: Tensor) -> None:
         k = self.kernels
-        p = self.w_z(z) if self._p is None else self._p
-        if self.persistent is not None:
-            kept = self.inputs[0][t : t + 1] if self.wgrad else None
-            totals, self._p = self.persistent.forward(t, p, c.unsqueeze(0), kept)
-            self._latent_step(totals[0], z, out, 1.0)
-            return
+        p = self._p
+        if p is None:
+            p = self.w_z(z if self._narrow is None else self._narrow)
         dt = 1.0 / self.spec.substeps
         heun = self.spec.method == "heun"
         total: Tensor | None = None
@@ -341,7 +373,9 @@ class Dynamics:
                 e += 1
             p = following
         assert total is not None
-        self._latent_step(total, z, out, 1.0)
+        goes_on = self._asked and t + 1 < self.horizon
+        self._narrow = self._operand_like(t + 1, 0, z) if goes_on else None
+        self._latent_step(total, z, out, 1.0, operand=self._narrow)
         self._p = p
 
     def _total(self, t: int, like: Tensor) -> Tensor:

@@ -188,7 +188,8 @@ class Stack:
             return spec.norm and spec.act in ("none", "mish")
         return not self.members and spec.norm
 
-    def _buffer(self, layer: int, name: str, e: int) -> Tensor | None:
+    def buffer_of(self, layer: int, name: str, e: int) -> Tensor | None:
+        """Evaluation ``e``'s part of :meth:`buffer`."""
         slot = self._slots[layer].get(name)
         return None if slot is None else self.saved[slot][e]
 
@@ -242,7 +243,7 @@ class Stack:
                 if bias is not None:
                     h = self._add_bias(h, bias)
                 continue
-            y = self._buffer(i, "y", e)
+            y = self.buffer_of(i, "y", e)
             if y is None and i == last:
                 y = out
             if y is None:
@@ -256,8 +257,8 @@ class Stack:
                 k.norm_act_fwd(
                     h,
                     y,
-                    self._buffer(i, "hat", e),
-                    self._buffer(i, "rstd", e),
+                    self.buffer_of(i, "hat", e),
+                    self.buffer_of(i, "rstd", e),
                     gamma=p.gamma,
                     beta=p.beta,
                     act=spec.act,
@@ -273,9 +274,9 @@ class Stack:
                 k.act_norm_fwd(
                     h,
                     y,
-                    self._buffer(i, "hat", e),
-                    self._buffer(i, "mean", e),
-                    self._buffer(i, "rstd", e),
+                    self.buffer_of(i, "hat", e),
+                    self.buffer_of(i, "mean", e),
+                    self.buffer_of(i, "rstd", e),
                     bias=bias,
                     gamma=p.gamma,
                     beta=p.beta,
@@ -291,7 +292,7 @@ class Stack:
     ) -> Tensor:
         spec, p = self.specs[i], self.params[i]
         assert p.gamma is not None and p.beta is not None
-        y = self._buffer(i, "y", e)
+        y = self.buffer_of(i, "y", e)
         if y is None:
             y = out
         if y is None:
@@ -301,8 +302,8 @@ class Stack:
             self.gemms[i].operand(x, None, scaled=False)[0],
             self.gemms[i].operand_weight(),
             y,
-            self._buffer(i, "hat", e),
-            self._buffer(i, "rstd", e),
+            self.buffer_of(i, "hat", e),
+            self.buffer_of(i, "rstd", e),
             gamma=p.gamma,
             beta=p.beta,
             bias=p.bias,
@@ -310,7 +311,7 @@ class Stack:
             group=spec.group,
             eps=spec.eps,
             width=spec.width,
-            mean=self._buffer(i, "mean", e),
+            mean=self.buffer_of(i, "mean", e),
         )
         return y
 
@@ -432,8 +433,8 @@ class Stack:
                 following = None
             else:
                 out, following = self._adjoint(i, e, dy)
-                hat = self._buffer(i, "hat", e)
-                rstd = self._buffer(i, "rstd", e)
+                hat = self.buffer_of(i, "hat", e)
+                rstd = self.buffer_of(i, "rstd", e)
                 assert hat is not None
                 if spec.norm and spec.order == "norm_act":
                     assert p.gamma is not None and p.beta is not None and rstd is not None
@@ -444,7 +445,7 @@ class Stack:
                         rstd,
                         gamma=p.gamma,
                         beta=p.beta,
-                        y=self._buffer(i, "y", e) if spec.act == "simnorm" else None,
+                        y=self.buffer_of(i, "y", e) if spec.act == "simnorm" else None,
                         act=spec.act,
                         group=spec.group,
                         dgamma=sums.get("gamma"),
@@ -459,7 +460,7 @@ class Stack:
                         dy,
                         out,
                         hat,
-                        self._buffer(i, "mean", e),
+                        self.buffer_of(i, "mean", e),
                         rstd,
                         gamma=p.gamma,
                         act=spec.act,
@@ -494,7 +495,7 @@ class Stack:
     ) -> tuple[Tensor, Tensor | None]:
         """The adjoint of layer ``i - 1`` and the factors of its rows, from that of layer ``i``."""
         spec, p = self.specs[i - 1], self.params[i - 1]
-        hat, rstd = self._buffer(i - 1, "hat", e), self._buffer(i - 1, "rstd", e)
+        hat, rstd = self.buffer_of(i - 1, "hat", e), self.buffer_of(i - 1, "rstd", e)
         assert p.gamma is not None and p.beta is not None
         assert hat is not None and rstd is not None
         dy, scale = gemm.operand(dy, scale, scaled=self.kernels.precision.scaled)
@@ -519,7 +520,7 @@ class Stack:
             dy_scale=scale,
             dx_scale=dx_scale,
             sums=None if sums is None else sums[e],
-            mean=self._buffer(i - 1, "mean", e),
+            mean=self.buffer_of(i - 1, "mean", e),
             add=add,
             add_factor=add_factor,
         )

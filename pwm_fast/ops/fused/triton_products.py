@@ -5,15 +5,24 @@ Kernels are :mod:`pwm_fast.kernels.linear_norm_act`, ``linear_act_norm`` and ``l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pwm_fast.kernels import linear_act_norm, linear_axpby, linear_norm_act
-from pwm_fast.kernels.plan import Exchange, Plan, Product, device_plan
+from pwm_fast.kernels import linear_act_norm, linear_axpby, linear_norm_act, policy
+from pwm_fast.kernels.plan import (
+    Exchange,
+    Plan,
+    Product,
+    device_limits,
+    device_plan,
+    fusion_wanted,
+)
 from pwm_fast.ops.fused.precision import EXACT, Precision
-from pwm_fast.ops.fused.products import FusedBackward, FusedForward, FusedUpdate
+from pwm_fast.ops.fused.products import FusedBackward, FusedForward, FusedPolicy, FusedUpdate
+from pwm_fast.ops.fused.stack import LayerParams, LayerSpec
 
 _OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,6 +74,26 @@ class TritonProducts:
     ) -> FusedUpdate | None:
         """See :class:`pwm_fast.ops.fused.products.Products`."""
         return self._fused("linear_axpby", rows, n, k, operand, device)
+
+    def policy(
+        self,
+        specs: Sequence[LayerSpec],
+        widths: Sequence[int],
+        rows: int,
+        operand: torch.dtype | None,
+        device: torch.device,
+    ) -> FusedPolicy | None:
+        """See :class:`pwm_fast.ops.fused.products.Products`."""
+        *hidden, head = specs
+        if operand is None or rows == 0 or not head.plain or not fusion_wanted():
+            return None
+        if any(spec.order != "act_norm" or not spec.norm for spec in hidden):
+            return None
+        acts = [spec.act for spec in hidden]
+        if policy.why_not(widths[:-1], acts, widths[-1], operand) is not None:
+            return None
+        sms = device_limits(device)[1].sms if device.type == "cuda" else 1
+        return _Policy(hidden, policy.rows_of(rows, sms))
 
     def _fused(
         self,
@@ -257,6 +286,37 @@ class _Update(_Fused):
             operand=operand,
             input_precision=self.input_precision,
         )
+
+
+class _Policy:
+    """See :class:`pwm_fast.ops.fused.products.FusedPolicy`.
+
+    Args:
+        specs: of the hidden layers.
+        block_m: rows of a program.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], block_m: int) -> None:
+        self.specs, self.block_m = specs, block_m
+
+    def __call__(
+        self,
+        h: Tensor,
+        params: Sequence[LayerParams],
+        weights: Sequence[Tensor | None],
+        outputs: Sequence[Tensor],
+        kept: Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]],
+        **rest: Tensor,
+    ) -> None:
+        layers = []
+        *hidden, head = params
+        for i, (spec, p) in enumerate(zip(self.specs, hidden, strict=True)):
+            assert p.gamma is not None and p.beta is not None
+            norm = p.gamma, p.beta, spec.act, spec.eps
+            layers.append(policy.PolicyLayer(weights[i], p.bias, *norm, outputs[i], *kept[i]))
+        last = weights[-1]
+        assert last is not None
+        policy.policy_step(h, layers, last, head.bias, block_m=self.block_m, **rest)
 
 
 #: What runs a plan, by kernel.

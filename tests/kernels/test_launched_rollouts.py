@@ -1,0 +1,31 @@
+"""Every layout of the persistent rollout takes the path of a GPU: see test_launched_updates.py.
+
+Updates launch the layouts that are planned; a tuned file, and the tuner, may take any other.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+if torch.cuda.is_available():
+    pytest.skip("stands in for a GPU where there is none", allow_module_level=True)
+
+from bench.fake_cuda import DEVICE
+from bench.tune_rollout import RolloutWorkload
+from pwm_fast.kernels.rollout import LAYOUTS, Plan
+from tests.kernels.launched import Watched, needs_launcher
+
+pytestmark = [pytest.mark.slow, needs_launcher]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layouts_are_launched(layout: Plan) -> None:
+    cuda = Watched()
+    with cuda:
+        batch, padded = (128, 512) if layout.bn == 64 else (32, 1024)
+        workload = RolloutWorkload(batch, padded, "16", DEVICE, horizon=2)
+        workload._run(workload.kernels, workload.weights, torch.float32, layout)
+    assert cuda.cooperative == {"rollout_forward_kernel", "rollout_backward_kernel"}

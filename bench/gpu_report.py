@@ -99,12 +99,12 @@ def _sources(result: Result) -> list[str]:
     machine = result.facts["machine"]["gpu"] or result.facts["machine"]["cpu"]
     rows = [row for group in result.groups.values() for row in group.rows.values()]
     count = sum(row.status == "ok" for row in rows)
-    known = {r["name"] for r in headline(result) if r["value"] is not None}
+    known = {r["name"] for r in headline(result) if r["value"] is not None and "replaces" in r}
     assumed = [name for name in ASSUMPTIONS if name not in known]
     lines = [
         f"measured: {count} times on {machine}, torch {software['torch']}, Triton "
         f"{software['triton']}, and {len(known)} of the cost model's {len(ASSUMPTIONS)} constants",
-        f"assumed: {len(assumed)} constants{': ' * bool(assumed)}{', '.join(assumed)}",
+        f"assumed: {len(assumed)} constants{': ' * bool(assumed)}{'; '.join(assumed)}",
     ]
     compiled = result.gpu.get("compiled")
     if compiled is not None:

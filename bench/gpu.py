@@ -290,7 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         record.result.gpu["tests"].clear()  # asked for by name: once more
     if device.type == "cuda":
         record.result.gpu["device"] = _properties(device)
-    worker = Worker(device, output.path(gpu_out.WORKER))
+    worker = Worker(
+        device, output.path(gpu_out.WORKER), scratch=(gpu_out.WORK / "inductor").resolve()
+    )
     loads_sources = "unpacked" in str(kit.get(gpu_kit.NATIVE))
     every = stages(record, worker, output, options.quick, loads_sources)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
@@ -333,8 +335,7 @@ def _check(options: argparse.Namespace) -> None:
 def _unpack(named: Path | None) -> dict[str, Any]:
     """Put in place what was built before, and say what became of it; empty without a kit."""
     gpu_out.WORK.mkdir(parents=True, exist_ok=True)
-    # Compiled code is kept for the next run; the extension must not be loaded before it is there.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(gpu_out.WORK / "inductor"))
+    # Kernels are kept for the next run; the extension must not be loaded before it is there.
     cache = os.environ.setdefault("TRITON_CACHE_DIR", str(gpu_out.WORK / "triton"))
     if named is None and not (gpu_kit.KIT / gpu_kit.MANIFEST).exists():
         return {}

@@ -122,11 +122,12 @@ def actor(device: torch.device, dry: bool) -> Iterator[Reading]:
 def profiled(name: str, call: Callable[[], Any], device: torch.device) -> Iterator[Reading]:
     """Kernels of one call, their time, and the profiler's table as a reading's ``text``."""
     from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, profile, supported_activities
 
     on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(
+        activities=supported_activities() if on_gpu else [ProfilerActivity.CPU], acc_events=True
+    ) as profiler:
         call()
         if on_gpu:
             torch.cuda.synchronize(device)

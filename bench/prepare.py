@@ -148,8 +148,9 @@ def _esnr(cuda: Any, model: str, samples: int) -> None:
 # --- compiling ----------------------------------------------------------------------------------
 
 
-def compile_some(names: Sequence[str], pipe: Any) -> None:
+def compile_some(names: Sequence[str], cache: str, pipe: Any) -> None:
     """What one process does: sends of each its name, the kernels compiled, and what went wrong."""
+    os.environ["TRITON_CACHE_DIR"] = cache
     from bench.fake_cuda import FakeCuda
 
     with _both_linkages():
@@ -190,12 +191,11 @@ def _both_linkages() -> Any:
 
 def compile_all(names: Sequence[str], cache: Path, jobs: int) -> list[str]:
     """Compile into ``cache`` in several processes; what went wrong, a line each."""
-    os.environ["TRITON_CACHE_DIR"] = str(cache)
     context = multiprocessing.get_context("spawn")
     started = []
     for i in range(min(jobs, len(names))):
         mine, theirs = context.Pipe()
-        process = context.Process(target=compile_some, args=(list(names[i::jobs]), theirs))
+        process = context.Process(target=compile_some, args=(list(names[i::jobs]), str(cache), theirs))
         process.start()
         theirs.close()
         started.append((process, mine))

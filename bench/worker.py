@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -147,10 +148,14 @@ class Worker:
         device: that it computes on.
         log: where what it prints goes.
         serve: what it does.
+        scratch: a folder for what torch.compile keeps, emptied for every process: one that was
+            killed may have left half a file.
     """
 
-    def __init__(self, device: torch.device, log: Path, serve: Serve = do) -> None:
-        self.device, self.log, self._do = device, log, serve
+    def __init__(
+        self, device: torch.device, log: Path, serve: Serve = do, scratch: Path | None = None
+    ) -> None:
+        self.device, self.log, self._do, self._scratch = device, log, serve, scratch
         self._process: Any = None
         self._pipe: Any = None
 
@@ -202,6 +207,9 @@ class Worker:
         if self._process is None or not self._process.is_alive():
             self.stop(kill=True)
             self.log.parent.mkdir(parents=True, exist_ok=True)
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self._scratch)
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(

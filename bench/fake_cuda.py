@@ -5,12 +5,12 @@ no data. What needs data fails: asking for a value, or a shape that depends on v
 the host's memory with the device's fails too. The fused operators are opened, so that what happens
 inside is seen, and Triton's kernels are counted where they are launched.
 
-``FakeCuda()`` takes each launch of a Triton kernel through the binder that Triton generates, the
-specialisation of its arguments and the check of its options, and ends it where it would be
-compiled. ``FakeCuda(compile=True)`` takes it all the way: compiled for an H100 (sm_90) into Triton's
-cache (``TRITON_CACHE_DIR``), under the keys that a process with a GPU looks up, then through
-Triton's C launcher to a driver that runs nothing (:mod:`bench.fake_driver`). ``compiled`` then
-counts kernels by name that were not in the cache.
+``FakeCuda()`` takes each launch of a Triton kernel through the function that Triton generates for
+it, the specialisation of its arguments and the check of its options, and ends where it would be
+compiled. ``FakeCuda(compile=True)`` takes it all the way: compiled for sm_90 into Triton's cache
+(``TRITON_CACHE_DIR``), under the keys that a process with an H100 looks up, then through Triton's C
+launcher into a driver that runs nothing (:mod:`bench.fake_driver`). Then ``loaded`` counts by name
+what this process had not launched before, and ``compiled`` what was not in the cache.
 
 A PyTorch without CUDA lacks three things that are made up here while a :class:`FakeCuda` is active:
 the guard that switches CUDA devices (the CPU's, which does nothing, takes its place), streams for
@@ -21,10 +21,10 @@ properties (those of :data:`PROPERTIES`).
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +56,8 @@ WAITING = {"item", "equal", "allclose", "is_nonzero", "embedding_renorm_", "mult
 FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_reshape_alias"}
 # torch's multi-tensor kernels: tensors a launch by the number of lists; blocks and chunk of one.
 TENSORS, BLOCKS, CHUNK = (110, 64, 48, 36, 30), 320, 65536
+# Addresses of the device, as fake_libcuda.c knows, and how PyTorch's allocator aligns on a GPU.
+MEMORY, ALIGNMENT = 1 << 56, 512
 
 
 class HostSyncError(AssertionError):
@@ -69,15 +71,16 @@ class FakeCuda(TorchDispatchMode):
     that those on lists of tensors count as often as torch launches them.
 
     Args:
-        compile: compile what is launched, and launch it.
+        compile: Triton's kernels are compiled and launched.
 
     Raises:
-        bench.fake_driver.NoLauncherError: it cannot be launched here (entering the context).
+        NoLauncherError: they cannot be (when it becomes active).
     """
 
     def __init__(self, compile: bool = False) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
+        self.loaded: Counter[str] = Counter()
         self.compiled: Counter[str] = Counter()
         self._compile = compile
         self._fake = FakeTensorMode(allow_non_fake_inputs=False)
@@ -91,14 +94,16 @@ class FakeCuda(TorchDispatchMode):
 
     def __enter__(self) -> FakeCuda:
         if self._depth == 0:
-            self._stack = ExitStack()
-            self._stack.enter_context(_DeviceGuard())
-            for patch in _patches():
-                self._stack.enter_context(patch)
-            self._stack.enter_context(self._triton())
-            self._stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            self._stack.enter_context(self._fake)
+            with ExitStack() as stack:  # undone if something cannot be had
+                stack.enter_context(_DeviceGuard())
+                for patch in _patches():
+                    stack.enter_context(patch)
+                stack.enter_context(self._triton())
+                stack.enter_context(warnings.catch_warnings())
+                for message in ("Accessing the data pointer of FakeTensor", "CUDA initialization"):
+                    warnings.filterwarnings("ignore", message=message)
+                stack.enter_context(self._fake)
+                self._stack = stack.pop_all()
         self._depth += 1
         super().__enter__()
         return self
@@ -153,37 +158,40 @@ class FakeCuda(TorchDispatchMode):
             if isinstance(x, FakeTensor) and x.fake_device.type != "cuda":
                 raise HostSyncError(f"{func} takes or makes a tensor on {x.fake_device}")
 
-    @contextmanager
-    def _triton(self) -> Iterator[None]:
-        """Triton's launches, counted on their way."""
-        try:
-            from triton.runtime.jit import JITFunction
-        except ImportError:
-            yield
-            return
+    def _triton(self) -> AbstractContextManager[Any]:
+        """Triton's launches are seen on their way, on a device of :data:`PROPERTIES`."""
+        if importlib.util.find_spec("triton") is None and not self._compile:
+            return nullcontext()
+        from triton.runtime.jit import JITFunction
+
         from bench import fake_driver
 
         launch = JITFunction.run
+
+        def run(kernel: Any, *args: Any, **options: Any) -> Any:
+            made = launch(kernel, *args, **options)
+            self._launched(kernel, args, options, made)
+            return made
+
+        def loaded(name: str, compiled: bool) -> None:
+            self.loaded[name] += 1
+            self.compiled[name] += compiled
+
         capability = (PROPERTIES.major, PROPERTIES.minor)
+        with ExitStack() as stack:
+            stack.enter_context(
+                fake_driver.launching(capability, loaded)
+                if self._compile
+                else fake_driver.binding(capability)
+            )
+            stack.enter_context(mock.patch.object(JITFunction, "run", run))
+            return stack.pop_all()
 
-        def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-            self.launches[f"triton {kernel.fn.__name__}"] += 1
-            return launch(kernel, *args, **kwargs)
-
-        def compiled(name: str, hit: bool) -> None:
-            self.compiled[name] += not hit
-
-        path = (
-            fake_driver.launching(capability, compiled)
-            if self._compile
-            else fake_driver.binding(capability)
-        )
-        with (
-            mock.patch.object(FakeTensor, "data_ptr", fake_driver.address),
-            mock.patch.object(JITFunction, "run", run),
-            path,
-        ):
-            yield
+    def _launched(
+        self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any], made: Any
+    ) -> None:
+        """A Triton kernel was launched; ``made`` is what Triton compiled, None if nothing."""
+        self.launches[f"triton {kernel.fn.__name__}"] += 1
 
 
 def _same(name: str, args: tuple[Any, ...], result: Any) -> bool:
@@ -229,6 +237,7 @@ def _patches() -> list[Any]:
     supported = [*torch.utils._foreach_utils._foreach_supported_types, FakeTensor]
     return [
         mock.patch.object(FakeTensor, "is_cuda", property(_is_cuda), create=True),
+        mock.patch.object(FakeTensor, "data_ptr", _address),
         mock.patch.object(torch.utils._foreach_utils, "_foreach_supported_types", supported),
         mock.patch.object(  # tensors are grouped in C++, which is told of meta
             torch.utils._foreach_utils,
@@ -251,6 +260,14 @@ def _patches() -> list[Any]:
 
 def _as_is(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return tensor
+
+
+def _address(tensor: FakeTensor) -> int:
+    """Where the data would lie."""
+    if tensor.numel() == 0:
+        return 0
+    storage = tensor.untyped_storage()._cdata  # the host's address of its record: no other's
+    return MEMORY + storage * ALIGNMENT + tensor.storage_offset() * tensor.element_size()
 
 
 def _is_cuda(tensor: FakeTensor) -> bool:

@@ -1,11 +1,14 @@
-"""What Triton asks of a CUDA driver where there is none, so that launches take their whole path.
+"""What Triton asks of a CUDA driver where there is none, so that launches take their real path.
 
-:func:`binding` takes a launch through the function that Triton generates of a kernel's arguments,
-their specialisation and the check of its options, up to where it would be compiled.
-:func:`launching` takes it all the way: compiled for :data:`~bench.fake_cuda.PROPERTIES`' H100
-through Triton's cache, loaded, and given to ``cuLaunchKernelEx`` by Triton's own driver and its
-C launcher. The library that they call is ``fake_libcuda.c``, which loads and checks, and runs
-nothing. The cache has then what a GPU's process would put there (see docs/kernels.md).
+:func:`binding` takes a launch through the function that Triton generates from the kernel's
+arguments, their specialisation and the check of its options, up to where it would be compiled.
+:func:`launching` takes it all the way: compiled through Triton's cache, loaded, and given to
+``cuLaunchKernelEx`` by Triton's own driver and C launcher. Only the library that these call is not
+NVIDIA's but ``fake_libcuda.c``: it reads what it loads, refuses what a driver refuses, keeps a
+record (:func:`last_launch`), and runs nothing. It takes a C compiler, as Triton does on a GPU.
+
+Both are of Triton 3.6 and 3.7, by what they have of a public face (``triton.knobs``), but for
+``triton.runtime.driver``'s ``_active`` and the names of ``triton.backends.nvidia.driver``.
 """
 
 from __future__ import annotations
@@ -17,29 +20,40 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from torch import Tensor
+import torch
 from triton import knobs
 from triton.backends.driver import GPUDriver
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-MEMORY = 1 << 56  # addresses from here on are the fake device's, as fake_libcuda.c has it
-ORDINAL = 1 << 20  # no device's: what is kept by device for a real one stays as it is
-_ALIGNED = 512  # as PyTorch's allocator aligns what it hands out
+ORDINAL = 1 << 20  # no real device's: what Triton keeps for those stays as it is
 _SOURCE = Path(__file__).with_name("fake_libcuda.c")
 
 
 class NoLauncherError(RuntimeError):
-    """The C launcher cannot be built or called here; the message says why."""
+    """Triton's C launcher cannot be built or called here; the message says why."""
 
 
 class Launch(ctypes.Structure):
-    """What reached ``cuLaunchKernelEx`` last, and what the kernel's cubin says."""
+    """What reached ``cuLaunchKernelEx``, and what the kernel's cubin says of itself.
+
+    Attributes:
+        function: the kernel's handle.
+        grid: programs.
+        block: threads of a program.
+        shared: bytes of shared memory of a program.
+        cooperative: 1 if all programs must be resident at once.
+        parameters: that the cubin has.
+        bytes: of all of them.
+        registers: of a thread.
+        refusal: why it was refused, or empty.
+        values: the parameters as the kernel finds them, ``bytes`` of them.
+    """
 
     _fields_ = (
         ("function", ctypes.c_uint64),
@@ -51,23 +65,64 @@ class Launch(ctypes.Structure):
         ("bytes", ctypes.c_uint32),
         ("registers", ctypes.c_int32),
         ("refusal", ctypes.c_char * 128),
+        ("values", ctypes.c_ubyte * 4096),
     )
 
 
-def address(tensor: Tensor) -> int:
-    """Where a fake tensor's data would lie; its storage at a multiple of 512, as on a GPU."""
-    if tensor.numel() == 0:
-        return 0
-    storage = tensor.untyped_storage()._cdata  # an address, so no other storage's
-    return MEMORY + storage * _ALIGNED + tensor.storage_offset() * tensor.element_size()
+def binding(capability: tuple[int, int]) -> AbstractContextManager[None]:
+    """Launches on such a device end where they would be compiled, and return None."""
+    return _active(_driver(capability, False), knobs.runtime, jit_cache_hook=lambda **_: True)
+
+
+def launching(
+    capability: tuple[int, int], loaded: Callable[[str, bool], None]
+) -> AbstractContextManager[None]:
+    """Launches are compiled for such a device and made, and nothing runs.
+
+    Args:
+        capability: of the device.
+        loaded: called with the name of each kernel that this process had not loaded before, and
+            with whether it had to be compiled, as it was not in Triton's cache.
+
+    Raises:
+        NoLauncherError: there is no C compiler, or there is a GPU.
+    """
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        loaded(src.name, not cache_hit)
+
+    return _active(_driver(capability, True), knobs.compilation, listener=listen)
+
+
+def why_not() -> str | None:
+    """Why nothing can be launched here, in words; None if it can."""
+    try:
+        _library()
+    except NoLauncherError as error:
+        return str(error)
+    return None
+
+
+def last_launch() -> Launch:
+    """The last one that was made, or refused."""
+    return Launch.from_buffer_copy(Launch.in_dll(_library(), "last_launch"))
+
+
+@contextmanager
+def _active(chosen: Any, group: Any, **settings: Any) -> Iterator[None]:
+    """A driver in force, with settings of one group of Triton's knobs."""
+    with mock.patch.object(driver, "_active", chosen), group.scope():
+        for name, value in settings.items():
+            setattr(group, name, value)
+        yield
 
 
 class _Driver(nvidia.CudaDriver):
-    """Triton's driver, told of the device."""
+    """Triton's driver, told of the device that PyTorch does not find."""
 
     def __init__(self, capability: tuple[int, int], library: Path | None) -> None:
         if library is None:
-            GPUDriver.__init__(self)
+            GPUDriver.__init__(self)  # without the C part: nothing is launched
         else:
             with knobs.nvidia.scope():
                 knobs.nvidia.libcuda_path = str(library.parent)
@@ -78,67 +133,31 @@ class _Driver(nvidia.CudaDriver):
 
 
 @functools.lru_cache
-def _library() -> Any:
-    """The built and loaded ``libcuda.so.1``, for the life of the process."""
+def _driver(capability: tuple[int, int], launches: bool) -> Any:
+    return _Driver(capability, Path(_library()._name) if launches else None)
+
+
+@functools.lru_cache
+def _library() -> ctypes.CDLL:
+    """The stand-in for ``libcuda.so.1``, built and loaded, for the life of the process."""
+    if torch.cuda.is_available():  # asked first, PyTorch does not look at the stand-in later
+        raise NoLauncherError("there is a GPU, for which this would stand in")
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        raise NoLauncherError("no C compiler, which Triton needs for its launcher: set CC")
-    folder = tempfile.TemporaryDirectory(prefix="fake-libcuda-")
-    path = Path(folder.name) / "libcuda.so.1"
+        raise NoLauncherError("Triton's launcher needs a C compiler: install gcc, or set CC")
+    path = Path(_folder().name) / "libcuda.so.1"
     command = [compiler, "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(_SOURCE)]
     command += [f"-I{each}" for each in nvidia.include_dirs]
     done = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NoLauncherError(f"{compiler} does not build {_SOURCE.name}:\n{done.stderr}")
-    ctypes.CDLL(str(path))
-    library = ctypes.CDLL("libcuda.so.1")  # by its name, as the launcher will
-    if not hasattr(library, "last_launch"):
-        raise NoLauncherError("this process has loaded NVIDIA's libcuda.so.1")
-    library.folder = folder
+        raise NoLauncherError(f"{compiler} does not compile {_SOURCE.name}:\n{done.stderr}")
+    library = ctypes.CDLL(str(path))
+    # By that name the launcher finds what was loaded first.
+    if not hasattr(ctypes.CDLL("libcuda.so.1"), "last_launch"):
+        raise NoLauncherError("NVIDIA's libcuda.so.1 is loaded already")
     return library
 
 
 @functools.lru_cache
-def _drivers(capability: tuple[int, int], launches: bool) -> Any:
-    if not launches:
-        return _Driver(capability, None)
-    return _Driver(capability, Path(_library().folder.name) / "libcuda.so.1")
-
-
-@contextmanager
-def binding(capability: tuple[int, int]) -> Iterator[None]:
-    """Launches end where they would be compiled: the kernel is bound, and nothing else."""
-    with _active(_drivers(capability, False)), knobs.runtime.scope():
-        knobs.runtime.jit_cache_hook = lambda **_: True
-        yield
-
-
-@contextmanager
-def launching(
-    capability: tuple[int, int], compiled: Callable[[str, bool], None]
-) -> Iterator[Callable[[], Launch]]:
-    """Launches are compiled and made, on a device that runs nothing.
-
-    Args:
-        capability: of the device.
-        compiled: called with the kernel's name and whether it lay in Triton's cache already, once
-            for each kernel that this process has not loaded yet.
-
-    Yields:
-        what the last launch was.
-
-    Raises:
-        NoLauncherError: no C compiler, or a real driver is in the way.
-    """
-    library = _library()
-
-    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
-        compiled(src.name, cache_hit)
-
-    with _active(_drivers(capability, True)), knobs.compilation.scope():
-        knobs.compilation.listener = listen
-        yield lambda: Launch.from_buffer_copy(Launch.in_dll(library, "last_launch"))
-
-
-def _active(chosen: Any) -> Any:
-    return mock.patch.object(driver, "_active", chosen)
+def _folder() -> Any:
+    return tempfile.TemporaryDirectory(prefix="fake-libcuda-")

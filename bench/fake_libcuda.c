@@ -13,26 +13,34 @@
 #include <string.h>
 
 // An H100, and where bench/fake_cuda.py puts the memory of tensors.
-enum { SMS = 132, REGISTERS = 65536, SHARED = 227 * 1024, SHARED_SM = 228 * 1024, WARP = 32, THREADS_SM = 2048 };
+enum { SMS = 132, REGISTERS = 65536, SHARED = 227 * 1024, SHARED_SM = 228 * 1024 };
+enum { WARP = 32, THREADS_SM = 2048, BLOCKS_SM = 32 };
 static const uint64_t MEMORY = UINT64_C(1) << 56;
 
 // Of a cubin's .nv.info sections: entries of a format byte, an attribute byte and 16 bits, which are a
 // value or the size of what follows.
-enum { SIZED = 4, MAX_THREADS = 0x05, KPARAM_INFO = 0x17, REQUIRED_THREADS = 0x10 };
+enum { SIZED = 0x04, MAX_THREADS = 0x05, REQUIRED_THREADS = 0x10, PARAMETER = 0x17, REGISTER_COUNT = 0x2f };
+enum { MAX_PARAMETERS = 1024, MAX_BYTES = 4096 }; // of a launch, before CUDA 12.1; at least 4 bytes each
 
 typedef struct {
   int registers, threads, parameters, bytes, shared_limit;
+  uint16_t offset[MAX_PARAMETERS], size[MAX_PARAMETERS];
 } Kernel;
 
 typedef struct {
   uint64_t function;
   uint32_t grid[3], block[3], shared, cooperative, parameters, bytes;
   int32_t registers;
-  char refusal[128];
+  char refusal[128]; // empty where it was accepted
+  unsigned char values[MAX_BYTES]; // of the parameters, as the kernel would find them
 } Launch;
 
-Launch last_launch; // read by Python; refusal is empty where it was accepted
-unsigned long long launches;
+Launch last_launch; // read by Python
+
+static CUresult refuse(CUresult code, const char *why) {
+  snprintf(last_launch.refusal, sizeof last_launch.refusal, "%s", why);
+  return code;
+}
 
 static uint32_t word(const char *at) {
   uint32_t value;
@@ -40,43 +48,70 @@ static uint32_t word(const char *at) {
   return value;
 }
 
-static void read_info(Kernel *kernel, const char *at, const char *end) {
+static const Elf64_Shdr *find_section(const char *image, const char *prefix, const char *rest) {
+  const Elf64_Ehdr *head = (const Elf64_Ehdr *)image;
+  const Elf64_Shdr *sections = (const Elf64_Shdr *)(image + head->e_shoff);
+  const char *names = image + sections[head->e_shstrndx].sh_offset;
+  for (int i = 0; i < head->e_shnum; i++) {
+    const char *name = names + sections[i].sh_name;
+    if (!strncmp(name, prefix, strlen(prefix)) && !strcmp(name + strlen(prefix), rest))
+      return &sections[i];
+  }
+  return NULL;
+}
+
+static uint32_t symbol_of(const char *image, const char *name) {
+  const Elf64_Shdr *table = find_section(image, ".symtab", ""), *text = find_section(image, ".strtab", "");
+  if (!table || !text)
+    return 0;
+  const Elf64_Sym *symbols = (const Elf64_Sym *)(image + table->sh_offset);
+  for (uint32_t i = 1; i < table->sh_size / sizeof *symbols; i++)
+    if (!strcmp(image + text->sh_offset + symbols[i].st_name, name))
+      return i;
+  return 0;
+}
+
+static bool read_parameter(Kernel *kernel, const char *at) { // its index, ordinal and offset, flags and size
+  uint32_t ordinal = word(at + 4) & 0xffff, offset = word(at + 4) >> 16, size = word(at + 8) >> 18;
+  if (ordinal >= MAX_PARAMETERS || offset + size > MAX_BYTES)
+    return false;
+  kernel->offset[ordinal] = (uint16_t)offset;
+  kernel->size[ordinal] = (uint16_t)size;
+  kernel->parameters++;
+  if ((int)(offset + size) > kernel->bytes)
+    kernel->bytes = (int)(offset + size);
+  return true;
+}
+
+static bool read_info(Kernel *kernel, const char *image, const Elf64_Shdr *section, uint32_t symbol) {
+  const char *at = image + section->sh_offset, *end = at + section->sh_size;
   while (at + 4 <= end) {
-    unsigned char format = at[0], attribute = at[1];
-    uint16_t size = (uint16_t)(word(at) >> 16);
+    unsigned char format = (unsigned char)at[0], attribute = (unsigned char)at[1];
+    uint32_t size = word(at) >> 16;
     at += 4;
     if (format != SIZED)
       continue;
-    if (attribute == KPARAM_INFO && size >= 12) { // index, ordinal and offset, flags and size
-      int last = (int)(word(at + 4) >> 16) + (int)(word(at + 8) >> 18);
-      kernel->parameters++;
-      kernel->bytes = last > kernel->bytes ? last : kernel->bytes;
-    }
-    if ((attribute == MAX_THREADS || attribute == REQUIRED_THREADS) && size >= 12)
+    if (attribute == REGISTER_COUNT && word(at) == symbol)
+      kernel->registers = (int)word(at + 4);
+    if (attribute == PARAMETER && !read_parameter(kernel, at))
+      return false;
+    if (attribute == MAX_THREADS || attribute == REQUIRED_THREADS)
       kernel->threads = (int)(word(at) * word(at + 4) * word(at + 8));
     at += size;
   }
+  return true;
 }
 
-static bool read_cubin(Kernel *kernel, const char *image, const char *name) {
-  const Elf64_Ehdr *head = (const Elf64_Ehdr *)image;
-  if (memcmp(head->e_ident, ELFMAG, SELFMAG))
-    return false;
-  const Elf64_Shdr *sections = (const Elf64_Shdr *)(image + head->e_shoff);
-  const char *names = image + sections[head->e_shstrndx].sh_offset;
-  bool found = false;
-  for (int i = 0; i < head->e_shnum; i++) {
-    const char *section = names + sections[i].sh_name;
-    if (!strncmp(section, ".text.", 6) && !strcmp(section + 6, name)) {
-      kernel->registers = (int)(sections[i].sh_info >> 24);
-      found = true;
-    }
-    if (!strncmp(section, ".nv.info.", 9) && !strcmp(section + 9, name)) {
-      const char *data = image + sections[i].sh_offset;
-      read_info(kernel, data, data + sections[i].sh_size);
-    }
-  }
-  return found;
+static CUresult read_cubin(Kernel *kernel, const char *image, const char *name) {
+  if (memcmp(image, ELFMAG, SELFMAG))
+    return CUDA_ERROR_INVALID_IMAGE;
+  const Elf64_Shdr *all = find_section(image, ".nv.info", ""), *own = find_section(image, ".nv.info.", name);
+  uint32_t symbol = symbol_of(image, name);
+  if (!all || !own || !symbol)
+    return CUDA_ERROR_NOT_FOUND;
+  if (!read_info(kernel, image, all, symbol) || !read_info(kernel, image, own, symbol))
+    return refuse(CUDA_ERROR_INVALID_IMAGE, "more than 4096 bytes of parameters");
+  return kernel->registers ? CUDA_SUCCESS : CUDA_ERROR_INVALID_IMAGE;
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
@@ -90,18 +125,19 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
     return CUDA_ERROR_OUT_OF_MEMORY;
   kernel->threads = 1024;
   kernel->shared_limit = 48 * 1024;
-  if (!read_cubin(kernel, (const char *)module, name)) {
+  last_launch = (Launch){0};
+  CUresult code = read_cubin(kernel, (const char *)module, name);
+  if (code == CUDA_SUCCESS)
+    *function = (CUfunction)kernel;
+  else
     free(kernel);
-    return CUDA_ERROR_NOT_FOUND;
-  }
-  *function = (CUfunction)kernel;
-  return CUDA_SUCCESS;
+  return code;
 }
 
 // Registers are given to a warp in units of 256.
 static int warps_that_fit(const Kernel *kernel) {
   int of_warp = (kernel->registers * WARP + 255) / 256 * 256;
-  return of_warp ? REGISTERS / of_warp : 64;
+  return REGISTERS / of_warp;
 }
 
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
@@ -132,10 +168,7 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
   return CUDA_SUCCESS;
 }
 
-static CUresult refuse(CUresult code, const char *why) {
-  snprintf(last_launch.refusal, sizeof last_launch.refusal, "%s", why);
-  return code;
-}
+static uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 static CUresult check(const Launch *launch, const Kernel *kernel) {
   uint64_t threads = (uint64_t)launch->block[0] * launch->block[1] * launch->block[2];
@@ -150,10 +183,8 @@ static CUresult check(const Launch *launch, const Kernel *kernel) {
   if (warps > warps_that_fit(kernel))
     return refuse(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "too many registers");
   if (launch->cooperative) {
-    uint64_t fit = (uint64_t)(warps_that_fit(kernel) / warps), most = THREADS_SM / threads;
-    fit = fit < most ? fit : most;
-    most = SHARED_SM / (launch->shared + 1024); // the system keeps 1 KiB of a block's
-    fit = fit < most ? fit : most;
+    uint64_t fit = least(least(BLOCKS_SM, THREADS_SM / threads), (uint64_t)(warps_that_fit(kernel) / warps));
+    fit = least(fit, SHARED_SM / (launch->shared + 1024)); // the system keeps 1 KiB of a block's
     if (blocks > fit * SMS)
       return refuse(CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE, "more programs than can be resident at once");
   }
@@ -171,14 +202,13 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
       .parameters = (uint32_t)kernel->parameters,
       .bytes = (uint32_t)kernel->bytes,
   };
-  (void)parameters;
   (void)extra;
+  for (int i = 0; i < kernel->parameters; i++)
+    memcpy(last_launch.values + kernel->offset[i], parameters[i], kernel->size[i]);
   for (unsigned i = 0; i < config->numAttrs; i++)
     if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
       last_launch.cooperative = (uint32_t)config->attrs[i].value.cooperative;
-  CUresult code = check(&last_launch, kernel);
-  launches += code == CUDA_SUCCESS;
-  return code;
+  return check(&last_launch, kernel);
 }
 
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
@@ -261,7 +291,7 @@ CUresult cuCtxSetLimit(CUlimit limit, size_t value) {
   return CUDA_ERROR_NOT_SUPPORTED;
 }
 
-CUresult cuDriverGetVersion(int *version) {
-  *version = CUDA_VERSION;
-  return CUDA_SUCCESS;
+CUresult cuDriverGetVersion(int *version) { // a PyTorch with CUDA asks: there is no GPU
+  *version = 0;
+  return CUDA_ERROR_STUB_LIBRARY;
 }

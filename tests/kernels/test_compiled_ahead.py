@@ -13,7 +13,6 @@ import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -158,34 +157,31 @@ def test_every_layout_of_published_rollouts_is_compiled_ahead(
 
 
 class Recorder(FakeCuda):
-    """Keeps Triton's launches instead of making them."""
+    """Keeps Triton's launches."""
 
     def __init__(self) -> None:
         super().__init__()
         RECORDED.clear()
 
-    def _triton(self) -> Any:
-        from triton.runtime.jit import JITFunction
-
-        def run(kernel: Any, *args: Any, **options: Any) -> None:
-            names = kernel.arg_names
-            given = dict(zip(names, args, strict=False))
-            given |= {name: options.pop(name) for name in list(options) if name in names}
-            fixed = {p.name for p in kernel.params if p.is_constexpr}
-            fixed |= {name for name, value in given.items() if value is None}
-            tensors = {n: x for n, x in given.items() if isinstance(x, Tensor)}
-            integers = {n for n, x in given.items() if type(x) is int and x % 16 and x != 1}
-            launch = Launch(
-                kernel.fn.__name__,
-                {name: given[name] for name in fixed if given[name] is not None},
-                {name: POINTERS[x.dtype] for name, x in tensors.items()},
-                frozenset(integers - fixed),
-                options["num_warps"],
-                options.get("num_stages"),
-            )
-            RECORDED[repr(launch)] = launch
-
-        return mock.patch.object(JITFunction, "run", run)
+    def _launched(
+        self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any], made: Any
+    ) -> None:
+        names = kernel.arg_names
+        given = dict(zip(names, args, strict=False))
+        given |= {name: value for name, value in options.items() if name in names}
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        fixed |= {name for name, value in given.items() if value is None}
+        tensors = {n: x for n, x in given.items() if isinstance(x, Tensor)}
+        integers = {n for n, x in given.items() if type(x) is int and x % 16 and x != 1}
+        launch = Launch(
+            kernel.fn.__name__,
+            {name: given[name] for name in fixed if given[name] is not None},
+            {name: POINTERS[x.dtype] for name, x in tensors.items()},
+            frozenset(integers - fixed),
+            options["num_warps"],
+            options.get("num_stages"),
+        )
+        RECORDED[repr(launch)] = launch
 
 
 RECORDED: dict[str, Launch] = {}

@@ -1,0 +1,38 @@
+"""All that whole updates launch takes the path of a GPU: bound, compiled for sm_90, launched.
+
+Each launch is made by Triton's own driver and C launcher, and checked where it leaves them: grid,
+threads, shared memory, the cooperative flag, and the bytes of every parameter
+(:class:`tests.kernels.launched.Watched`). With Triton 3.6 and 3.7.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+if torch.cuda.is_available():
+    pytest.skip("stands in for a GPU where there is none", allow_module_level=True)
+
+from bench.launches import STEPS, count
+from bench.plain import algorithm
+from tests.kernels.launched import PRECISIONS, Watched, needs_launcher
+
+pytestmark = [pytest.mark.slow, needs_launcher]
+
+ALGS = ("pwm_5M_flow", "pwm_5M", "pwm_48M_flow")
+ROLLOUT = {"rollout_forward_kernel", "rollout_backward_kernel"}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("alg", ALGS)
+def test_updates_are_launched(alg: str, precision: str) -> None:
+    """Half of them of a task that terminates: the returns are others, and there is a head more."""
+    cuda = Watched()
+    config, ends = algorithm(alg), precision in ("bf16", "exact")
+    counted = count(config, "triton", precision, can_terminate=ends, cuda=cuda)
+    assert all(counted[step].total() > 50 for step in STEPS)
+    assert {"squares_kernel", "adam_kernel", "act_norm_fwd_kernel"} <= cuda.kernels
+    if alg == "pwm_5M_flow" and precision in ("fast", "bf16"):
+        assert cuda.cooperative >= ROLLOUT

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pwm_fast.kernels import pointwise
 from pwm_fast.kernels.aot import Case
+from pwm_fast.kernels.launch import settle
 
 
 @triton.jit
@@ -114,6 +115,7 @@ def start_read(source: Tensor, out: Tensor) -> None:
 
 def start_mish(x: Tensor, out: Tensor) -> None:
     """Launch :func:`mish`."""
+    settle(mish)
     programs = x.numel() // MISH_BLOCK
     mish[(programs,)](x, out, MISH_ROUNDS, BLOCK=MISH_BLOCK, num_warps=MISH_WARPS)
 

@@ -195,7 +195,9 @@ def compile_all(names: Sequence[str], cache: Path, jobs: int) -> list[str]:
     started = []
     for i in range(min(jobs, len(names))):
         mine, theirs = context.Pipe()
-        process = context.Process(target=compile_some, args=(list(names[i::jobs]), str(cache), theirs))
+        process = context.Process(
+            target=compile_some, args=(list(names[i::jobs]), str(cache), theirs)
+        )
         process.start()
         theirs.close()
         started.append((process, mine))

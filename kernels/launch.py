@@ -90,9 +90,9 @@ def settle(function: Any) -> None:
     for module in [x for x in found if isinstance(x, ModuleType)]:
         found += [getattr(module, name, None) for name in names]
     for callee in found:
-        if isinstance(callee, JITFunction) and callee is not function:
-            if not callee.fn.__module__.startswith("triton."):
-                settle(callee)
+        own = isinstance(callee, JITFunction) and not callee.fn.__module__.startswith("triton.")
+        if own and callee is not function:
+            settle(callee)
     function.cache_key  # noqa: B018  it is kept
 
 

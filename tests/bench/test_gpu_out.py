@@ -143,7 +143,7 @@ def test_the_only_result_of_a_folder_is_meant(tmp_path: Path) -> None:
     resume(tmp_path / "a", tmp_path / NAME)
     assert (tmp_path / NAME).read_text() == text
     earlier(tmp_path / "a", "gpu_z.json")
-    with pytest.raises(ResultError, match=r"holds gpu_y.json, gpu_z.json; name the file"):
+    with pytest.raises(ResultError, match=r"holds gpu_y\.json, gpu_z\.json; name"):
         resume(tmp_path / "a", tmp_path / "b" / NAME)
     (tmp_path / "none").mkdir()
     with pytest.raises(ResultError, match=r"holds no gpu_\*.json"):
@@ -161,5 +161,5 @@ def test_two_results_are_not_mixed(tmp_path: Path) -> None:
         resume(before, mine)
     other = earlier(tmp_path / "c", id="ba9876543210")
     resume(other, tmp_path / NAME)
-    with pytest.raises(ResultError, match="commit was ba9876543210, is 0123456789ab.*--restart"):
+    with pytest.raises(ResultError, match=r"commit was ba9876543210, is 0123456789ab.*--restart"):
         Record(tmp_path / NAME, copy.deepcopy(FACTS))

@@ -102,7 +102,7 @@ def sources() -> list[Path]:
 
 
 def ncu(left: Deadline, output: Output, device: str) -> Outcome:
-    """``ncu --set full`` of the persistent kernels, in every layout: its report, and as text."""
+    """``ncu --set full`` of the persistent kernels (bench.gpu_rollout): its report, and as text."""
     program = find_program("ncu")
     if program is None or device != "cuda":
         return Outcome("ok", "ncu: " + ("no GPU" if program else "it is not installed"))

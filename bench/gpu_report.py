@@ -84,14 +84,13 @@ def _headline(result: Result) -> str:
     ours = best(group, OURS_16)
     if group is None or ours is None or ours.status != "ok":
         return f"headline, {title}: {milliseconds(ours)}"
-    ratios = [
-        f"{faster(row, ours) or milliseconds(row)} of {text}"
-        + (f" ({milliseconds(row)} ms)" if row is not None and row.status == "ok" else "")
-        for name, text in PEERS.items()
-        for row in [group.rows.get(name)]
-    ]
+    ratios = []
+    for name, text in PEERS.items():
+        row, ratio = group.rows.get(name), faster(group.rows.get(name), ours)
+        found = f"{milliseconds(row)} ms, {ratio}" if ratio else milliseconds(row)
+        ratios.append(f"{text} {found}")
     ours_text = f"{ours.provider} {milliseconds(ours)} ms"
-    return f"headline, {title}: {ours_text}; {', '.join(ratios)}"
+    return f"headline, {title}: {ours_text}; {'; '.join(ratios)}"
 
 
 def _sources(result: Result) -> list[str]:

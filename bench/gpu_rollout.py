@@ -1,6 +1,6 @@
 """The persistent rollout and the actor's update by themselves: right, repeatable, how fast.
 
-python -m bench.gpu_rollout     # each layout forward and backward, to be run under a profiler
+python -m bench.gpu_rollout     # layouts of one tile forward and backward, for a profiler
 
 At the sizes of ``pwm_5M_flow``: 128 rows, K = 4, 16 macro steps.
 """
@@ -89,8 +89,8 @@ def times(device: torch.device, dry: bool) -> Iterator[Reading]:
     """Every layout that fits, forward and backward, captured."""
     if device.type != "cuda":
         raise Absent("the layouts are those of a kernel for GPUs")
+    work = workload(device, dry)
     for plan in layouts(device):
-        work = workload(device, dry)
         try:
             work.call(plan)
             forward, backward = work.halves(plan)
@@ -149,14 +149,17 @@ FIRST = {"first rollout": first}
 PROFILE = {"rollout layouts": times, "actor update": actor}
 
 
-def main() -> None:
-    """Each layout once."""
-    device = torch.device("cuda")
-    for i, plan in enumerate(layouts(device)):
-        forward, backward = workload(device, False).halves(plan)
+def main(device: torch.device | None = None) -> None:
+    """Each layout of the heuristic's tile once: other warps, other exchanges."""
+    device = device or torch.device("cuda", 0)
+    first, *others = layouts(device)
+    work = workload(device, False)
+    same = [p for p in others if (p.bm, p.bn) == (first.bm, first.bn)]
+    for i, plan in enumerate((first, *same)):
+        forward, backward = work.halves(plan)
         forward()
         backward()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         print(f"launches {2 * i} and {2 * i + 1}: {title(plan)}", flush=True)
 
 

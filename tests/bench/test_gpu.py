@@ -278,6 +278,36 @@ def test_the_command_runs_without_hydra_and_mujoco(tmp_path: Path) -> None:
     assert again == json.loads(before)["cases"]
 
 
+@pytest.mark.slow
+def test_a_run_that_is_terminated_leaves_what_it_has(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bench.gpu", "--device=cpu", "--quick"]
+    command += ["--stage=first", "--stage=headline"]
+    run = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OUT": str(out)}}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, **run)  # type: ignore[call-overload]
+    end = time.monotonic() + 120.0
+    while "first: ok" not in _text(out / "run.log") and time.monotonic() < end:
+        time.sleep(0.1)
+    process.terminate()
+    said, _ = process.communicate(timeout=60.0)
+    assert process.returncode == 130
+    assert said.decode().endswith("stopped; the same command goes on from here\n")
+    assert _text(out / "run.log") == said.decode()
+    found = results.load(out / "gpu_cpu.json").gpu
+    assert list(found["stages"]) == ["first"] and found["micro"]["first rollout"]
+
+    names = {p.name for p in out.iterdir()}
+    assert names == {"gpu_cpu.json", "run.log", "worker.log"}
+    command = [*command[:-1], f"--out={tmp_path / 'later'}", f"--resume={out}", "--stage=build"]
+    done = subprocess.run(command, capture_output=True, text=True, **run)  # type: ignore[call-overload]
+    stages = results.load(tmp_path / "later" / "gpu_cpu.json").gpu["stages"]
+    assert list(stages) == ["first", "build"], done.stdout + done.stderr
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8") if path.exists() else ""
+
+
 def test_an_epoch_without_an_engine_is_absent(tmp_path: Path) -> None:
     script = (
         "import torch\nfrom bench import apart\nfrom bench.cases import matrix\n"

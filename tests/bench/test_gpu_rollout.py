@@ -80,6 +80,16 @@ def test_every_reading_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> N
             pytest.fail(str(found))
 
 
+@gpu
+def test_layouts_of_one_tile_are_launched_for_a_profiler(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gpu_rollout.main()
+    lines = capsys.readouterr().out.splitlines()
+    if not lines or not all(line.startswith("launches ") and "warps" in line for line in lines):
+        pytest.fail(str(lines))
+
+
 # --- ncu ------------------------------------------------------------------------------------------
 
 NCU = """#!/bin/sh

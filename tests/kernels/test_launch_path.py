@@ -260,6 +260,3 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(fake_driver.NoLauncherError), FakeCuda(compile=True):
         pass
     assert (JITFunction.run, torch.nn.Module.to) == before
-
-
-@needs_launcher

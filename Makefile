@@ -1,6 +1,7 @@
 # GNU make on Linux and macOS. `make` alone lists the targets.
 #   PYTHON=python3.12  the interpreter for .venv (3.10 to 3.13); a .venv of another one is made anew
 #   ARGS="..."         goes to the command that the target runs
+#   KIT_PYTHON, KIT_TORCH, KIT_TRITON   those of the machine that gpu-kit builds for
 # PWM_FAST_BUILD, PWM_FAST_CUDA, PWM_FAST_CUDA_ARCHS, NVCC, CUDA_HOME, CXX, CXXFLAGS and LDFLAGS reach
 # setup.py; another value installs again, and so does an nvcc or an NVIDIA driver that comes or goes.
 
@@ -21,7 +22,7 @@ OLDEST_PIP := 22
 # What setup.py looks at too (DRIVER_FILES).
 DRIVER_FILES := /proc/driver/nvidia/version /dev/nvidiactl /dev/nvhost-gpu /dev/dxg
 
-.PHONY: help setup train test test-quick bench gpu lint clean FORCE
+.PHONY: help setup train test test-quick bench gpu gpu-kit lint clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +53,23 @@ bench: setup ## run the benchmarks
 
 gpu: ## check and measure with a GPU, with the Python and torch that are installed
 	$(PYTHON) -m bench.gpu $(ARGS)
+
+# Triton's cache serves this Triton on this Python alone. Its keys hold nothing of torch, so a build for
+# CPUs is enough: KIT_TORCH=2.11.0+cpu PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+KIT_PYTHON ?= python3.12
+KIT_TORCH ?= 2.11.0
+KIT_TRITON ?= 3.6.0
+KIT := build/kit-$(notdir $(KIT_PYTHON))-$(KIT_TORCH)-$(KIT_TRITON)
+
+gpu-kit: $(KIT)/.installed ## build without a GPU, for one, what `make gpu` would compile there
+	$(KIT)/bin/python -m bench.prepare $(ARGS)
+
+$(KIT)/.installed:
+	@rm -rf $(KIT)
+	$(KIT_PYTHON) -m venv $(KIT)
+	$(KIT)/bin/pip install -q --disable-pip-version-check torch==$(KIT_TORCH) triton==$(KIT_TRITON) \
+		numpy pybind11 ninja setuptools
+	@touch $@
 
 lint: setup ## check style and types
 	$(RUN) ruff check .

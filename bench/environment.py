@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from importlib import import_module, metadata
 from pathlib import Path
@@ -66,6 +67,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "native_isa": native_isa(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
+
+
+def slug(device: torch.device) -> str:
+    """The card's name for a file, as ``h100_80gb_hbm3``; ``cpu`` where it is none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("nvidia", "")).strip("_")
 
 
 def cpu_name() -> str:

@@ -1,37 +1,46 @@
-"""Everything that is to be checked with a GPU, in one command under 8 minutes.
+"""Everything that is to be checked and measured with a GPU, in one command under 8 minutes.
 
 python -m bench.gpu                                   # all stages, at most 480 s
-python -m bench.gpu --budget 600 --out bench/results/gpu_h200.json
+python -m bench.gpu --out DIR --resume bench/results  # files to DIR; goes on from an earlier result
 python -m bench.gpu --stage tests --stage micro       # these alone, and again where they have ended
-python -m bench.gpu --device cpu --quick --out /tmp/dry.json     # does the script itself run?
+python -m bench.gpu --device cpu --quick --out /tmp/dry          # does the command itself run?
 
-Stages: build (the extension, in place), smoke (of every test marked gpu the first case, and one of
-every operation and precision), tests (the other cases), quick (5M and 48M, batch 128, 512 and
-16384), micro (the constants of the cost model), esnr, epoch, sanitize (compute-sanitizer), matrix
-(all models, batches, K and providers). Tests that fail are printed as they come. A run that its
-budget ends is gone on with by the same command; what has been measured is not measured again. It
-needs a checkout, torch, triton, nvcc, pytest and pytest-benchmark, and neither Hydra nor MuJoCo.
+Stages: first (one rollout: right, repeatable, replayed), headline (the actor's loss and gradient,
+5M, batch 128, K 4, against torch.compile and eager), profile (every layout of the rollout,
+torch.profiler, ncu), epoch (an epoch's updates), micro (constants of the cost model), build (the
+extension loads, or is built), smoke (of every test marked gpu the first case, and one of every
+operation and precision), tests (the other cases), quick (5M and 48M, batch 128, 512 and 16384),
+esnr, sanitize (compute-sanitizer), matrix (all models, batches, K and providers).
+
+What was built before (make gpu-kit) is unpacked first. Tests that fail are printed as they come. A
+run that its budget or a signal ends is gone on with by the same command, or elsewhere from its
+result (--resume), at the same commit on the same kind of machine; what has been measured is not
+measured again. It needs a checkout, torch, triton, pytest and pytest-benchmark, and neither Hydra
+nor MuJoCo.
 
 Exit status: 0 nothing failed (a table says what is still missing), 1 a stage or a provider failed,
-2 there is no GPU, or the file cannot be gone on with.
+2 there is no GPU, or the file cannot be gone on with, 130 it was interrupted or terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import environment, gpu_checks, gpu_tests, results
+from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests
 from bench.cases import matrix
-from bench.gpu_plan import MEASURED, cases, jobs
+from bench.gpu_kit import KitError
+from bench.gpu_out import Output
+from bench.gpu_plan import MEASURED, READ, cases, jobs
 from bench.gpu_report import short
 from bench.results import ResultError, Row, row_from_json
 from bench.stages import ENOUGH, Deadline, Outcome, Record, Stage
@@ -41,21 +50,31 @@ from bench.worker import Job, Message, Worker
 BUDGET = 480.0
 DRY = 5.0  # a dry run takes as much longer, on whatever CPU it runs
 BUDGETS = {  # seconds of each stage; the last takes what is left
+    "first": 50.0,
+    "headline": 150.0,  # torch.compile takes about 100 of them
+    "profile": 70.0,
+    "epoch": 45.0,
+    "micro": 50.0,
     "build": 75.0,
-    "smoke": 80.0,
+    "smoke": 60.0,
     "tests": 80.0,
     "quick": 150.0,
-    "micro": 60.0,
     "esnr": 20.0,
-    "epoch": 30.0,
     "sanitize": 40.0,
     "matrix": float("inf"),
 }
 MICRO_JOB = 40.0  # seconds of one microbenchmark, at most: torch.compile of a macro step
 
 
-def measure(left: Deadline, stage: str, record: Record, worker: Worker, dry: bool) -> Outcome:
-    """Do what is missing of a measuring stage."""
+def measure(
+    left: Deadline,
+    stage: str,
+    record: Record,
+    worker: Worker,
+    dry: bool,
+    texts: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Do what is missing of a measuring stage; ``texts`` takes the texts of readings."""
     found = cases(stage, dry) if stage in MEASURED else []
     by_name = {case.name: case for case in found}
     wanted = list(jobs(stage, found, dry))
@@ -72,7 +91,7 @@ def measure(left: Deadline, stage: str, record: Record, worker: Worker, dry: boo
             if left.over or not record.fits(_key(todo), left.left):
                 postponed = True
                 break
-            if not _one(todo, left, record, worker, by_name):
+            if not _one(todo, left, record, worker, by_name, texts):
                 postponed = True
                 break
         if left.over:
@@ -94,7 +113,12 @@ def _key(job: Job) -> str:
 
 
 def _one(
-    job: Job, left: Deadline, record: Record, worker: Worker, by_name: dict[str, object]
+    job: Job,
+    left: Deadline,
+    record: Record,
+    worker: Worker,
+    by_name: dict[str, object],
+    texts: Callable[[str], None],
 ) -> bool:
     """Do a job and keep what comes; False if the time was over."""
     readings: list[object] = []
@@ -108,10 +132,14 @@ def _one(
         if message[0] == "row":
             keep(row_from_json(message[1]))
             came.append(message[1]["provider"])
+        elif message[0] == "compiled":
+            record.compiled(*message[1:])
         else:
+            if text := message[1].pop("text", None):
+                texts(text)
             readings.append(message[1])
 
-    capped = job.kind == "micro" and not job.dry  # one that hangs leaves the others their time
+    capped = job.stage == "micro" and not job.dry  # one that hangs leaves the others their time
     ended = worker.run(job, min(left.left, MICRO_JOB) if capped else left.left, take)
     micro = record.result.gpu["micro"]
     failure = {"name": job.name, "value": None, "unit": ""}
@@ -127,7 +155,7 @@ def _one(
             keep(Row(name, "failed", ended.reason))
     elif ended.how == "time":
         rest = _missing(job, record)
-        enough = MICRO_JOB if job.kind == "micro" else None
+        enough = MICRO_JOB if job.stage == "micro" else None
         if rest is not None and record.attempt(_key(rest), ended.seconds, enough):
             reason = f"it did not end within {ended.seconds:.0f} s"
             if rest.kind == "case":
@@ -139,7 +167,7 @@ def _one(
 
 
 def _outcome(stage: str, wanted: Sequence[Job], record: Record, postponed: bool) -> Outcome:
-    if stage == "micro":
+    if stage in READ:
         known = record.result.gpu["micro"]
         done = [r for job in wanted for r in known.get(job.name, ())]
         failed = [r["name"] for r in done if str(r.get("reason", "")).startswith("failed")]
@@ -163,30 +191,47 @@ def _outcome(stage: str, wanted: Sequence[Job], record: Record, postponed: bool)
     return Outcome("failed" if failed else "ok", text)
 
 
-def stages(record: Record, worker: Worker, dry: bool) -> list[Stage]:
+def profile(left: Deadline, output: Output, record: Record, worker: Worker, dry: bool) -> Outcome:
+    """Layouts and the profiler's tables, then ncu."""
+    texts = partial(output.append, gpu_out.PROFILE)
+    found = measure(left, "profile", record, worker, dry, texts)
+    if found.status == "partial":
+        return found
+    worker.stop()  # ncu measures alone
+    counters = gpu_checks.ncu(left, output, worker.device.type)
+    worst = next(s for s in ("failed", "partial", "ok") if s in (found.status, counters.status))
+    return Outcome(worst, f"{found.detail}; {counters.detail}")
+
+
+def build(left: Deadline, record: Record, worker: Worker, loads_sources: bool) -> Outcome:
+    """The extension; processes that did not find it end."""
+    found = gpu_checks.build(left, record, loads_sources=loads_sources)
+    if found.detail.startswith("built"):
+        worker.stop()
+    return found
+
+
+def stages(
+    record: Record, worker: Worker, output: Output, dry: bool, loads_sources: bool
+) -> list[Stage]:
     """All stages, in order."""
     kind = worker.device.type
     files = ["tests/test_replay.py"] if dry else None
-    tests = partial(gpu_tests.tests, record=record, device=kind, files=files, tell=_tell)
+    log = output.path(gpu_out.FAILURES)
+    tests = partial(
+        gpu_tests.tests, record=record, device=kind, files=files, log=log, tell=output.tell
+    )
+    own = {"record": record, "worker": worker}
     runs = {
-        "build": partial(gpu_checks.build, record=record),
+        **{name: partial(measure, stage=name, **own, dry=dry) for name in (*READ, *MEASURED)},
+        "profile": partial(profile, output=output, **own, dry=dry),
+        "build": partial(build, **own, loads_sources=loads_sources),
         "smoke": partial(tests, first=True),
         "tests": tests,
-        "sanitize": partial(gpu_checks.sanitize, device=kind),
-        **{
-            name: partial(measure, stage=name, record=record, worker=worker, dry=dry)
-            for name in ("micro", *MEASURED)
-        },
+        "sanitize": partial(gpu_checks.sanitize, device=kind, output=output),
     }
     patience = DRY if dry else 1.0
     return [Stage(name, patience * BUDGETS[name], runs[name]) for name in BUDGETS]
-
-
-def default_path(device: torch.device) -> Path:
-    """``bench/results/gpu_<the card's name>.json``."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower().replace("nvidia", "")).strip("_")
-    return results.STORE / f"gpu_{slug}.json"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -201,8 +246,21 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--stage", action="append", choices=list(BUDGETS), help="this one alone (several times)"
     )
-    found.add_argument("--out", type=Path, metavar="FILE.json", help="where the result goes")
-    found.add_argument("--restart", action="store_true", help="forget what the file holds")
+    found.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"where result and logs go, at most {gpu_out.FILES} files of "
+        f"{gpu_out.BYTES // 2**20} MiB (default: the variable {gpu_out.VARIABLE}, else "
+        "bench/results and build/gpu); or the result's FILE.json alone",
+    )
+    found.add_argument(
+        "--resume", type=Path, metavar="FILE", help="go on from this result, or that in this folder"
+    )
+    found.add_argument("--restart", action="store_true", help="forget what the result holds")
+    found.add_argument(
+        "--kit", type=Path, metavar="DIR", help="of make gpu-kit (build/gpu-kit, if it is there)"
+    )
     found.add_argument(
         "--quick", action="store_true", help="tiny sizes: shows that every stage runs, no more"
     )
@@ -215,65 +273,85 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         device = _device(options.device, options.quick)
-        path = options.out or default_path(device)
-        if options.quick and options.out is None:
-            raise ResultError("--quick measures nothing worth keeping: name a file with --out")
-        if options.budget is None:
-            options.budget = DRY * BUDGET if options.quick else BUDGET
-        if options.budget < ENOUGH:
-            raise ResultError(
-                f"--budget must be at least {ENOUGH:.0f} seconds, got {options.budget}"
-            )
+        _check(options)
+        output = Output.of(options.out, f"gpu_{environment.slug(device)}.json")
+        kit = _unpack(options.kit)
         if options.restart:
-            path.unlink(missing_ok=True)
-        record = Record(path, environment.describe(device))
-    except (ResultError, RuntimeError) as error:
+            output.result.unlink(missing_ok=True)
+        if options.resume is not None:
+            gpu_out.resume(options.resume, output.result)
+        record = Record(output.result, environment.describe(device))
+    except (ResultError, KitError, RuntimeError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    gpu_checks.WORK.mkdir(parents=True, exist_ok=True)
-    # Compiled code is kept for the next run; the extension must not be loaded before it is built.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(gpu_checks.WORK / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(gpu_checks.WORK / "triton"))
     record.result.gpu["dry"] = options.quick
+    record.result.gpu["kit"] = kit
     if any(record.finished(name) for name in options.stage or () if name in ("smoke", "tests")):
         record.result.gpu["tests"].clear()  # asked for by name: once more
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        record.result.gpu["device"] = {
-            "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "l2_bytes": properties.L2_cache_size,
-        }
-    worker = Worker(device, gpu_checks.WORK / "worker.log")
-    chosen = [
-        s for s in stages(record, worker, options.quick) if s.name in (options.stage or BUDGETS)
-    ]
+        record.result.gpu["device"] = _properties(device)
+    worker = Worker(
+        device, output.path(gpu_out.WORKER), scratch=(gpu_out.WORK / "inductor").resolve()
+    )
+    loads_sources = "unpacked" in str(kit.get(gpu_kit.NATIVE))
+    every = stages(record, worker, output, options.quick, loads_sources)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
     try:
-        good = run_stages(
-            chosen,
-            record,
-            options.budget - (time.monotonic() - started),
-            again=options.stage or (),
-            tell=_tell,
-        )
+        with output.watched():
+            output.tell("; ".join(f"{name}: {text}" for name, text in kit.items()) or "no kit")
+            good = run_stages(
+                [s for s in every if s.name in (options.stage or BUDGETS)],
+                record,
+                options.budget - (time.monotonic() - started),
+                again=options.stage or (),
+                tell=output.tell,
+            )
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        record.save()
+        output.tell("stopped; the same command goes on from here")
         return 130
     finally:
         worker.stop(kill=True)
-    print()
-    print(short(record.result))
-    print(f"\n{time.monotonic() - started:.0f} s; {path}")
+        signal.signal(signal.SIGTERM, before)
+    output.tell(f"\n{short(record.result)}")
+    output.tell(f"\n{time.monotonic() - started:.0f} s; {output.result}")
     rows_failed = any(
         row.status == "failed" for g in record.result.groups.values() for row in g.rows.values()
     )
     return 0 if good and not rows_failed else 1
 
 
-def _tell(line: str) -> None:
-    print(line, flush=True)
+def _check(options: argparse.Namespace) -> None:
+    if options.quick and options.out is None and not os.environ.get(gpu_out.VARIABLE):
+        raise ResultError("--quick measures nothing worth keeping: name a folder with --out")
+    if options.budget is None:
+        options.budget = DRY * BUDGET if options.quick else BUDGET
+    if options.budget < ENOUGH:
+        raise ResultError(f"--budget must be at least {ENOUGH:.0f} seconds, got {options.budget}")
+    if options.restart and options.resume is not None:
+        raise ResultError("--restart forgets what --resume goes on from: name one of them")
+
+
+def _unpack(named: Path | None) -> dict[str, Any]:
+    """Put in place what was built before, and say what became of it; empty without a kit."""
+    gpu_out.WORK.mkdir(parents=True, exist_ok=True)
+    # Kernels are kept for the next run; the extension must not be loaded before it is there.
+    cache = os.environ.setdefault("TRITON_CACHE_DIR", str(gpu_out.WORK / "triton"))
+    if named is None and not (gpu_kit.KIT / gpu_kit.MANIFEST).exists():
+        return {}
+    package = environment.ROOT / "pwm_fast"
+    return gpu_kit.unpack(named or gpu_kit.KIT, Path(cache).resolve(), package)
+
+
+def _properties(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+    }
 
 
 def _device(name: str, quick: bool) -> torch.device:

@@ -19,6 +19,7 @@ NOT_MEASURED = "not measured"
 PLAIN = ("tf32", "autocast", "graph", "compile", "compile_tf32", "compile_bf16", "compile_max")
 BEST_16 = ("compile_bf16", "compile_max")
 ALL_OURS = (*OURS, *(name + GRAPH for name in OURS))
+SHOWN = ("first rollout", "rollout layouts", "actor update")  # readings that are no constants
 OURS_16 = ("fast_fp16", "fast_bf16", "fast_fp16_graph", "fast_bf16_graph")
 
 
@@ -64,16 +65,68 @@ def of_reading(reading: dict[str, Any], digits: int) -> str:
 
 # --- the end of a run ---------------------------------------------------------------------------
 
+# What the aims are multiples of.
+PEERS = {
+    "compile_bf16": "torch.compile and a CUDA graph in 16 bit",
+    "compile": "torch.compile in fp32",
+    "published": "eager as published",
+}
+
+
+def first_lines(result: Result) -> list[str]:
+    """The headline's ratios; then what was measured here, and what is still assumed."""
+    return [_headline(result), *_sources(result)]
+
+
+def _headline(result: Result) -> str:
+    title = "actor's loss and gradient, 5M_flow, batch 128, K 4, H 16"
+    group = _group(result, "rollout-5M_flow-b128-K4-backward")
+    ours = best(group, OURS_16)
+    if group is None or ours is None or ours.status != "ok":
+        return f"headline, {title}: {milliseconds(ours)}"
+    ratios = []
+    for name, text in PEERS.items():
+        row, ratio = group.rows.get(name), faster(group.rows.get(name), ours)
+        found = f"{milliseconds(row)} ms, {ratio}" if ratio else milliseconds(row)
+        ratios.append(f"{text} {found}")
+    ours_text = f"{ours.provider} {milliseconds(ours)} ms"
+    return f"headline, {title}: {ours_text}; {'; '.join(ratios)}"
+
+
+def _sources(result: Result) -> list[str]:
+    software = result.facts["software"]
+    machine = result.facts["machine"]["gpu"] or result.facts["machine"]["cpu"]
+    rows = [row for group in result.groups.values() for row in group.rows.values()]
+    count = sum(row.status == "ok" for row in rows)
+    known = {r["name"] for r in headline(result) if r["value"] is not None and "replaces" in r}
+    assumed = [name for name in ASSUMPTIONS if name not in known]
+    lines = [
+        f"measured: {count} times on {machine}, torch {software['torch']}, Triton "
+        f"{software['triton']}, and {len(known)} of the cost model's {len(ASSUMPTIONS)} constants",
+        f"assumed: {len(assumed)} constants{': ' * bool(assumed)}{'; '.join(assumed)}",
+    ]
+    compiled = result.gpu.get("compiled")
+    if compiled is not None:
+        names = [f"{name} {n}" for name, n in compiled["names"].items()]
+        lines.append(
+            f"Triton's cache: {compiled['cached']} kernels taken from it; compiled where it was "
+            f"measured: {sum(compiled['names'].values())}{': ' * bool(names)}{', '.join(names)}"
+        )
+    return lines
+
 
 def short(result: Result) -> str:
-    """Stages, the constants, what failed, and last a line a case."""
-    lines = [f"{'stage':9} {'status':8} {'s':>5}"]
+    """The headline, stages, what was read, what failed, and last a line a case."""
+    lines = [*first_lines(result), "", f"{'stage':9} {'status':8} {'s':>5}"]
     for name, stage in result.gpu.get("stages", {}).items():
         lines.append(f"{name:9} {stage['status']:8} {stage['seconds']:5.0f}  {stage['detail']}")
     lines.append("")
     for reading in headline(result):
         assumed = ASSUMPTIONS[reading["name"]]
         lines.append(f"{reading['name']}: {of_reading(reading, 4)} (model: {assumed})")
+    for name in SHOWN:
+        for reading in result.gpu.get("micro", {}).get(name, ()):
+            lines.append(f"{reading['name']}: {of_reading(reading, 4)}".rstrip())
     messages = [
         f"failed: {name}: {text}"
         for name, found in result.gpu.get("tests", {}).items()

@@ -15,7 +15,8 @@ from typing import Any
 
 from bench import gpu_plugin
 from bench.environment import ROOT
-from bench.gpu_checks import WORK, last_words, run_command
+from bench.gpu_checks import last_words, run_command
+from bench.gpu_out import FAILURES, WORK
 from bench.stages import Deadline, Outcome, Record
 
 HANGS = 90.0  # seconds in which one test must end, with the kernels that it compiles
@@ -54,13 +55,14 @@ def tests(
     files: Sequence[str] | None = None,
     *,
     first: bool = False,
+    log: Path | None = None,
     tell: Callable[[str], None] = print,
 ) -> Outcome:
     """Run what has not been run yet, in several processes at a time.
 
     What fails is told at once. A process that dies, hangs or loses its CUDA context costs the test
     at work; another goes on after it. What the time ends is gone on with by the next run. What was
-    printed by processes with failures is added to ``build/gpu/failed_tests.log``.
+    printed by processes with failures is added to a log.
 
     Args:
         left: the time.
@@ -68,6 +70,7 @@ def tests(
         device: ``cuda``, where some test must have passed, or ``cpu``.
         files: with the tests.
         first: of each test function :func:`first_cases` alone.
+        log: of what processes with failures printed, by default ``build/gpu/failures.log``.
         tell: takes a line a failure.
     """
     files = test_files() if files is None else files
@@ -75,7 +78,7 @@ def tests(
     there = _collect([name for name in files if not known.finished(name)], left, known)
     if isinstance(there, Outcome):
         return there
-    work = _Work(left, known)
+    work = _Work(left, known, log or WORK / FAILURES)
     for name, found in sorted(there.items(), key=lambda item: -len(item[1])):
         wanted = first_cases(found) if first else found
         chosen = [test for test in wanted if test not in known.done(name)]
@@ -239,10 +242,10 @@ class _Batch:
         """Seconds since something was heard."""
         return time.monotonic() - self._heard
 
-    def keep_log(self) -> None:
+    def keep_log(self, path: Path) -> None:
         """Add what was printed to the log of failures, if some test has failed."""
         if self.failed:
-            with (WORK / "failed_tests.log").open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(self.log.read_text("utf-8", "replace"))
 
     def news(self) -> Iterator[dict[str, str]]:
@@ -261,10 +264,10 @@ class _Batch:
 class _Work:
     """Batches that wait and batches that run."""
 
-    def __init__(self, left: Deadline, known: Known) -> None:
+    def __init__(self, left: Deadline, known: Known, log: Path) -> None:
         self.queue: deque[tuple[str, list[str]]] = deque()
         self._running: list[_Batch] = []
-        self._left, self._known = left, known
+        self._left, self._known, self._log = left, known, log
         self._number = 0
 
     def run(self) -> bool:
@@ -293,7 +296,7 @@ class _Work:
                 test = f"{batch.name}::{batch.current}"
                 if batch.current and self._known.record.attempt(test, batch.quiet, HANGS):
                     self._add(batch, batch.current, "failed", "it did not end")
-                batch.keep_log()
+                batch.keep_log(self._log)
 
     def _take(self, batch: _Batch) -> None:
         for line in batch.news():
@@ -323,6 +326,6 @@ class _Work:
             self._add(batch, "its process", "failed", said)
             self._known.files[batch.name]["done"] += batch.left
             batch.left = []
-        batch.keep_log()
+        batch.keep_log(self._log)
         if batch.left:
             self.queue.appendleft((batch.name, batch.left))

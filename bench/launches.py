@@ -123,10 +123,11 @@ def small() -> AlgConfig:
 
 
 def fake_windows(config: AlgConfig) -> Windows:
-    """A batch of windows on the fake device."""
+    """A batch of windows on the fake device: views of rows, as :meth:`Replay.sample` gives them."""
     h, b = config.horizon, config.model_learning.batch_size
-    shapes = ((h + 1, b, OBS), (h, b, ACTION), (h, b), (h, b))
-    return Windows(*(torch.randn(*shape, device=DEVICE) for shape in shapes))
+    rows = torch.randn(h + 1, b, OBS + ACTION + 2, device=DEVICE)
+    obs, action, reward, terminated = rows.split((OBS, ACTION, 1, 1), -1)
+    return Windows(obs, action[:-1], reward[:-1, :, 0], terminated[:-1, :, 0])
 
 
 def providers() -> list[tuple[str, str]]:

@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import micro_cuda, published
-from bench.measure import CpuClock, CudaClock, Effort, graphed, race, settled
-from bench.predictions import ASSUMPTIONS
+from bench import gpu_rollout, micro_cuda, published
+from bench.measure import Effort, settled
 from bench.providers import Absent, compiled, eager, tf32
-from bench.results import Spread
+from bench.readings import Reading, median, reading, seconds
 from bench.sizes import ACTION, alg_config, make_agent
 
-Reading = dict[str, Any]
-EFFORT = Effort(seconds=0.15, min_rounds=5, max_rounds=20, sample=0.002)
+Benchmark = Callable[[torch.device, bool], Iterator[Reading]]
 MANY = Effort(seconds=0.02, min_rounds=3, max_rounds=5, sample=0.001)  # of 200 products
 DTYPES = {
     "fp32": torch.float32,
@@ -27,42 +25,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-
-def reading(name: str, value: float | None, unit: str, reason: str | None = None) -> Reading:
-    """One figure; with what it replaces where the cost model has one of that name."""
-    found: Reading = {"name": name, "value": None if value is None else float(f"{value:.5g}")}
-    found["unit"] = unit
-    if reason is not None:
-        found["reason"] = reason
-    if name in ASSUMPTIONS:
-        found["replaces"] = {
-            "text": ASSUMPTIONS[name].text,
-            "value": ASSUMPTIONS[name].value,
-            "source": ASSUMPTIONS[name].source,
-        }
-    return found
-
-
-def seconds(
-    call: Callable[[], Any], device: torch.device, calls: int = 1, effort: Effort = EFFORT
-) -> float:
-    """Median time of a call; on a GPU of ``calls`` of them in one CUDA graph, a call."""
-    if device.type != "cuda":
-        return _median(call, device, effort)
-
-    def several() -> None:
-        for _ in range(calls):
-            call()
-
-    several()
-    return _median(graphed(several, 1), device, effort) / calls
-
-
-def _median(call: Callable[[], Any], device: torch.device, effort: Effort = EFFORT) -> float:
-    call()
-    clock = CudaClock() if device.type == "cuda" else CpuClock()
-    return Spread.of(race({"": call}, clock, effort)[""]).p50
 
 
 def read(name: str, device: torch.device, dry: bool = False) -> Iterator[Reading]:
@@ -89,12 +51,10 @@ def launches(device: torch.device, dry: bool) -> Iterator[Reading]:
     """Nodes of a graph, and eager operations, that do next to nothing."""
     x = torch.zeros(64, device=device)
     count = 10 if dry else 1000
-    yield reading("eager operation", 1e6 * _median(lambda: x.add_(1.0), device), "µs")
+    yield reading("eager operation", 1e6 * median(lambda: x.add_(1.0), device), "µs")
     if device.type == "cuda":
-        node = _kernels(device).nothing
-        yield reading(
-            "graph node", 1e6 * seconds(lambda: node[(1,)](x, num_warps=1), device, count), "µs"
-        )
+        node = partial(_kernels(device).start_nothing, x)
+        yield reading("graph node", 1e6 * seconds(node, device, count), "µs")
     yield reading("graph node, add of 64", 1e6 * seconds(lambda: x.add_(1.0), device, count), "µs")
     a, b = (torch.randn(64, 64, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
@@ -104,49 +64,41 @@ def launches(device: torch.device, dry: bool) -> Iterator[Reading]:
 
 def flags(device: torch.device, dry: bool) -> Iterator[Reading]:
     """Two programs hand a number to and fro."""
-    kernels, rounds = _kernels(device), 2000
+    kernels = _kernels(device)
+    rounds = kernels.ROUNDS
     flag = torch.zeros(128, dtype=torch.int32, device=device)
     out = torch.zeros(2, dtype=torch.int32, device=device)
 
     def call() -> None:
         flag.zero_()
-        kernels.flags[(2,)](flag, out, rounds, LIMIT=100_000, num_warps=1)
+        kernels.start_flags(flag, out)
 
     call()
     if out.tolist() != [rounds, rounds]:
         raise Absent(f"the programs did not run at once: {out.tolist()} of {rounds} rounds")
-    yield reading("flag round trip", 1e6 * _median(call, device) / rounds, "µs")
+    yield reading("flag round trip", 1e6 * median(call, device) / rounds, "µs")
 
 
 def bandwidth(device: torch.device, dry: bool) -> Iterator[Reading]:
     """Reading and copying device memory; bench/cuda/l2.cu reads L2."""
-    large = (2**22 if dry else 2**32) // 4
+    large = 2**20 if dry else 2**30
     source = torch.randn(large, device=device)
     target = torch.empty_like(source)
-    rate = 2 * 4 * large / _median(partial(target.copy_, source), device)
+    rate = 2 * 4 * large / median(partial(target.copy_, source), device)
     yield reading("HBM copy", rate / 1e12, "TB/s")
-    rate = 4 * large / _median(source.sum, device)
+    rate = 4 * large / median(source.sum, device)
     yield reading("HBM read by torch.sum", rate / 1e12, "TB/s")
     kernels = _kernels(device)
     del target
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     out = torch.empty(programs, device=device)
-    call = partial(
-        kernels.read[(programs,)],
-        source,
-        out,
-        large // kernels.READ_BLOCK,
-        BLOCK=kernels.READ_BLOCK,
-        PROGRAMS=programs,
-        AHEAD=kernels.READ_AHEAD,
-        num_warps=kernels.READ_WARPS,
-    )
+    call = partial(kernels.start_read, source, out)
     call()
     found, wanted = float(out.double().sum()), float(source.double().sum())
     if abs(found - wanted) > 1e-3 * float(source.double().norm()):
         yield reading("HBM read", None, "", f"failed: the sum is {found}, not {wanted}")
         return
-    yield reading("HBM read", 4e-12 * large / _median(call, device), "TB/s")
+    yield reading("HBM read", 4e-12 * large / median(call, device), "TB/s")
 
 
 def products(device: torch.device, dry: bool) -> Iterator[Reading]:
@@ -173,21 +125,13 @@ def mish(device: torch.device, dry: bool) -> Iterator[Reading]:
     kernels = _kernels(device)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     pair = torch.zeros(2, dtype=torch.int64, device=device)
-    kernels.clock[(1,)](pair, 20_000_000, num_warps=1)
+    kernels.start_clock(pair)
     cycles, nanoseconds = pair.tolist()
     yield reading("SM clock", cycles / nanoseconds, "GHz")
-    programs, rounds = 8 * sms, 4000
-    x = torch.randn(programs * kernels.MISH_BLOCK, device=device)
+    x = torch.randn(8 * sms * kernels.MISH_BLOCK, device=device)
     out = torch.empty_like(x)
-    call = partial(
-        kernels.mish[(programs,)],
-        x,
-        out,
-        rounds,
-        BLOCK=kernels.MISH_BLOCK,
-        num_warps=kernels.MISH_WARPS,
-    )
-    time = _median(call, device)
+    call = partial(kernels.start_mish, x, out)
+    time = median(call, device)
     wanted = x.double()
     for _ in range(100):  # it converges long before
         wanted = 0.5 * F.mish(wanted) + x
@@ -195,7 +139,7 @@ def mish(device: torch.device, dry: bool) -> Iterator[Reading]:
     if not worst < 1e-4:
         yield reading(name, None, "", f"failed: its error is {worst:.3g}")
         return
-    rate = x.numel() * rounds / time / sms / (cycles / nanoseconds * 1e9)
+    rate = x.numel() * kernels.MISH_ROUNDS / time / sms / (cycles / nanoseconds * 1e9)
     yield reading(name, rate, "/clk/SM")
 
 
@@ -230,7 +174,7 @@ def evaluations(device: torch.device, dry: bool) -> Iterator[Reading]:
             for way, name in (("fp32", "published"), ("tf32", "tf32"), ("bf16", "autocast")):
                 with eager(name, device):
                     if way != "tf32":
-                        time = _median(call, device)
+                        time = median(call, device)
                         yield reading(f"{label}, eager {way}", 1e6 * time, "µs")
                     if device.type == "cuda":
                         time = seconds(call, device, 4)
@@ -247,7 +191,7 @@ def compilations(
     for label, function in steps.items():
         call = partial(compiled(function), z)
         with eager("compile_bf16", device):
-            time = _median(call, device)
+            time = median(call, device)
             yield reading(f"{label}, compiled bf16", 1e6 * time, "µs")
             time = seconds(call, device, 4)
         yield reading(f"{label}, compiled bf16 graph", 1e6 * time, "µs")
@@ -261,13 +205,17 @@ def cuda(name: str, device: torch.device, dry: bool) -> Iterator[Reading]:
 
 
 # In order: what the budget cuts off comes in the next run.
-BENCHMARKS: dict[str, Callable[[torch.device, bool], Iterator[Reading]]] = {
-    "launches": launches,
+_PROGRAMS = ("l2", "dsmem", *(p for p in micro_cuda.PROGRAMS if p not in ("l2", "dsmem")))
+CONSTANTS: dict[str, Benchmark] = {
     "flags": flags,
+    **{f"cuda {name}": partial(cuda, name) for name in (*_PROGRAMS, "sanitizer")},
+    "launches": launches,
     "bandwidth": bandwidth,
     "mish": mish,
-    **{f"cuda {name}": partial(cuda, name) for name in (*micro_cuda.PROGRAMS, "sanitizer")},
     "evaluations": evaluations,
     "products": products,
     **{f"compiled {m}": partial(compilations, model=m, batch=b) for m, b in SIZES},
 }
+# By stage of bench.gpu.
+STAGES = {"first": gpu_rollout.FIRST, "profile": gpu_rollout.PROFILE, "micro": CONSTANTS}
+BENCHMARKS = {name: run for found in STAGES.values() for name, run in found.items()}

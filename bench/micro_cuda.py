@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import gpu_checks
+from bench import gpu_checks, gpu_out
 from bench.providers import Absent
 
 SOURCES = Path(__file__).with_name("cuda")
@@ -61,10 +60,7 @@ def find_nvcc() -> str:
     Raises:
         Absent: there is none.
     """
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    found = (
-        os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    )
+    found = os.environ.get("NVCC") or gpu_checks.find_program("nvcc")
     if found is None:
         raise Absent("there is no nvcc (NVCC, PATH, CUDA_HOME)")
     return found
@@ -161,7 +157,7 @@ def sanitize(device: torch.device) -> Iterator[Figure]:
         Absent: there is no GPU, no nvcc or no compute-sanitizer.
         RuntimeError: the kernel does not compile.
     """
-    sanitizer = gpu_checks.sanitizer()
+    sanitizer = gpu_checks.find_program("compute-sanitizer")
     if sanitizer is None:
         raise Absent("there is no compute-sanitizer")
     program = _compiled(TOY, device)
@@ -187,7 +183,7 @@ def _compiled(name: str, device: torch.device) -> Path:
     if device.type != "cuda":
         raise Absent("it is a CUDA program for a GPU")
     arch = architecture(*torch.cuda.get_device_capability(device))
-    compiler = Compiler(find_nvcc(), [arch], gpu_checks.WORK / "cuda")
+    compiler = Compiler(find_nvcc(), [arch], gpu_out.WORK / "cuda")
     sources = [SOURCES / f"{n}.cu" for n in PROGRAMS]
     if not all(compiler.path(source).exists() for source in sources):
         compiler.compile_all(sources)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from pwm_fast.kernels import pointwise
 from pwm_fast.kernels.aot import Case
+from pwm_fast.kernels.launch import settle
 
 
 @triton.jit
@@ -89,6 +92,49 @@ READ_BLOCK, READ_AHEAD, READ_WARPS = 4096, 4, 8
 MISH_BLOCK, MISH_WARPS = 1024, 8
 
 
+LARGE = 2**30  # float32s that are read
+ROUNDS, MISH_ROUNDS, CYCLES, LIMIT = 2000, 4000, 20_000_000, 100_000
+
+
+def start_nothing(x: Tensor) -> None:
+    """Launch :func:`nothing`."""
+    nothing[(1,)](x, num_warps=1)
+
+
+def start_flags(flag: Tensor, out: Tensor) -> None:
+    """Launch :func:`flags`."""
+    flags[(2,)](flag, out, ROUNDS, LIMIT=LIMIT, num_warps=1)
+
+
+def start_read(source: Tensor, out: Tensor) -> None:
+    """Launch :func:`read` with a program for each number of ``out``."""
+    programs, size = out.numel(), {"BLOCK": READ_BLOCK, "AHEAD": READ_AHEAD}
+    blocks = source.numel() // READ_BLOCK
+    read[(programs,)](source, out, blocks, PROGRAMS=programs, **size, num_warps=READ_WARPS)
+
+
+def start_mish(x: Tensor, out: Tensor) -> None:
+    """Launch :func:`mish`."""
+    settle(mish)
+    programs = x.numel() // MISH_BLOCK
+    mish[(programs,)](x, out, MISH_ROUNDS, BLOCK=MISH_BLOCK, num_warps=MISH_WARPS)
+
+
+def start_clock(out: Tensor) -> None:
+    """Launch :func:`clock`."""
+    clock[(1,)](out, CYCLES, num_warps=1)
+
+
+def start_all(device: torch.device, sms: int) -> None:
+    """Launch each as :mod:`bench.micro` does, on tensors without values."""
+    x, integers = (torch.empty(LARGE, dtype=d, device=device) for d in (torch.float32, torch.int32))
+    start_nothing(x)
+    start_flags(integers, integers)
+    start_read(x, x[: 2 * sms])
+    start_mish(x[: 8 * sms * MISH_BLOCK], x)
+    start_clock(torch.empty(2, dtype=torch.int64, device=device))
+
+
 def cases() -> list[Case]:
     """All of them, as :mod:`bench.micro` launches them."""
     size = {"BLOCK": READ_BLOCK, "PROGRAMS": 132, "AHEAD": READ_AHEAD}
@@ -107,7 +153,7 @@ def cases() -> list[Case]:
             "bench flags",
             flags,
             {"flag": "*i32", "out": "*i32", "rounds": "i32", "LIMIT": "constexpr"},
-            {"LIMIT": 100_000},
+            {"LIMIT": LIMIT},
             unaligned=frozenset({"rounds"}),
             num_warps=1,
         ),

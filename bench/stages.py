@@ -140,6 +140,13 @@ class Record:
         group.rows = dict(sorted(group.rows.items(), key=lambda item: place.get(item[0], 99)))
         self.save()
 
+    def compiled(self, cached: int, names: Sequence[str]) -> None:
+        """Count kernels that a measuring process took from Triton's cache, or compiled."""
+        found = self.result.gpu.setdefault("compiled", {"cached": 0, "names": {}})
+        found["cached"] += cached
+        for name in names:
+            found["names"][name] = found["names"].get(name, 0) + 1
+
     def attempt(self, key: str, seconds: float, enough: float | None = None) -> bool:
         """Note that work was stopped after so long; True if it is to be given up.
 

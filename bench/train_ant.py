@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ImportError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    path = options.out or results.STORE / f"ant_{_slug(device)}.json"
+    path = options.out or results.STORE / f"ant_{environment.slug(device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     try:
@@ -251,12 +251,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{last.get('eval_reward')}; {path}"
     )
     return 0 if found["status"] in ("finished", "interrupted") else 1
-
-
-def _slug(device: torch.device) -> str:
-    from bench.gpu import default_path
-
-    return default_path(device).stem.removeprefix("gpu_")
 
 
 if __name__ == "__main__":

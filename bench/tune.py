@@ -388,9 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(found)} problems, {count} choices on {name}; not measured")
         return 0
 
-    from bench.gpu import default_path
-
-    slug = default_path(device).stem.removeprefix("gpu_")
+    slug = environment.slug(device)
     facts = environment.describe(device)
     log = Log(results.STORE / f"tune_{slug}.json", facts)
     deadline = started + 60.0 * options.minutes

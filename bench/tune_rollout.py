@@ -19,7 +19,8 @@ from pwm_fast.ops.fused.rollout import Dynamics, DynamicsSpec, DynamicsWeights
 from pwm_fast.ops.fused.stack import LayerParams, LayerSpec
 from pwm_fast.ops.fused.triton import TritonKernels
 
-LATENT, SUBSTEPS = 64, 2
+LATENT = 64
+NAMES = ("z", "dz0", "dc")
 ERROR = 5e-2  # relative to the largest entry, after all steps; a wrong layout is off by more
 
 
@@ -32,12 +33,21 @@ class RolloutWorkload:
         rate: of :data:`bench.tune_products.PRECISIONS`.
         device: of the tensors.
         horizon: macro steps.
+        substeps: K.
+        kernels: what computes, by default this project's Triton kernels.
     """
 
     def __init__(
-        self, batch: int, padded: int, rate: str, device: torch.device, horizon: int = 16
+        self,
+        batch: int,
+        padded: int,
+        rate: str,
+        device: torch.device,
+        horizon: int = 16,
+        substeps: int = 2,
+        kernels: Kernels | None = None,
     ) -> None:
-        self.kernels = TritonKernels(PRECISIONS[rate])
+        self.kernels = TritonKernels(PRECISIONS[rate]) if kernels is None else kernels
         self.horizon, self.batch = horizon, batch
         torch.manual_seed(0)
 
@@ -49,7 +59,7 @@ class RolloutWorkload:
 
         hidden = LayerSpec("norm_act", "mish", True, True, 8, EPS, padded)
         head = LayerSpec("norm_act", "none", True, False, 8, EPS)
-        self.spec = DynamicsSpec((hidden, hidden, head), "heun", SUBSTEPS, True)
+        self.spec = DynamicsSpec((hidden, hidden, head), "heun", substeps, True)
         u, norms = padded, (1.0 + normal(2, padded, scale=0.1), normal(2, padded, scale=0.1))
         gammas, betas = norms
         w_z = centred(normal(u, LATENT, scale=LATENT**-0.5))
@@ -86,31 +96,55 @@ class RolloutWorkload:
         def call() -> None:
             self.results = self._run(self.kernels, self.weights, torch.float32, plan)
 
-        if self._truth is None:
-            double = _double(self.weights)
-            self._truth = self._run(TorchKernels(EXACT), double, torch.float64, None)
         call()
-        for name, found, wanted in zip(("z", "dz0", "dc"), self.results, self._truth, strict=True):
-            error = float((found.double() - wanted).abs().max() / wanted.abs().max())
+        for name, error in self.errors().items():
             if not error <= ERROR:
                 raise Wrong(f"relative error {error:.1e} of {name} exceeds {ERROR:.0e}")
         return call
+
+    def errors(self) -> dict[str, float]:
+        """Largest errors of the last results, relative to the largest entry in float64."""
+        if self._truth is None:
+            double = _double(self.weights)
+            self._truth = self._run(TorchKernels(EXACT), double, torch.float64, None)
+        return {
+            name: float((found.double() - wanted).abs().max() / wanted.abs().max())
+            for name, found, wanted in zip(NAMES, self.results, self._truth, strict=True)
+        }
+
+    def halves(self, plan: Plan | None) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
+        """The forward pass and the backward pass after it, each to be called again and again."""
+        return self._halves(self.kernels, self.weights, torch.float32, plan)
 
     def _run(
         self, kernels: Kernels, weights: DynamicsWeights, dtype: torch.dtype, plan: Plan | None
     ) -> list[Tensor]:
         """Latents, and the gradients towards the first one and the hoisted terms."""
+        forward, backward = self._halves(kernels, weights, dtype, plan)
+        return [forward(), *backward()]
+
+    def _halves(
+        self, kernels: Kernels, weights: DynamicsWeights, dtype: torch.dtype, plan: Plan | None
+    ) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
         dynamics = Dynamics(
             kernels, self.spec, weights, self.horizon, self.batch, save=True, wgrad=False
         )
         dynamics.persistent = None if plan is None else dynamics.persistent_on(plan)
         z = self.z0.new_empty(self.horizon + 1, self.batch, LATENT, dtype=dtype)
-        z[0] = self.z0
-        dynamics.rollout(z, self.c.to(dtype))
-        dynamics.start_backward()
-        dz = dynamics.rollout_backward(self.dz.to(dtype))
-        grads = dynamics.finish_backward(dz, z[0])
-        return [z, grads.z0, grads.c]
+        c, gradient = self.c.to(dtype), self.dz.to(dtype)
+
+        def forward() -> Tensor:
+            z[0] = self.z0
+            dynamics.rollout(z, c)
+            return z
+
+        def backward() -> list[Tensor]:
+            dynamics.start_backward()
+            dz = dynamics.rollout_backward(gradient)
+            found = dynamics.finish_backward(dz, z[0])
+            return [found.z0, found.c]
+
+        return forward, backward
 
 
 def _double(weights: DynamicsWeights) -> DynamicsWeights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -54,8 +55,63 @@ class Ended(NamedTuple):
     seconds: float = 0.0
 
 
+class Compilations:
+    """Counts kernels of this project as Triton takes them from its cache or compiles them.
+
+    Attributes:
+        cached: found in the cache.
+        names: of those that were compiled, and ``launcher`` for each C launcher that was built.
+    """
+
+    def __init__(self) -> None:
+        self.cached, self.names = 0, list[str]()
+        try:
+            from triton import knobs
+            from triton.runtime import build
+        except ImportError:
+            return
+        knobs.compilation.listener = self._listen
+        real = build._build
+
+        def launcher(*args: Any, **options: Any) -> Any:
+            self.names.append("launcher")
+            return real(*args, **options)
+
+        build._build = launcher
+
+    def _listen(self, *, src: Any, cache_hit: bool, **_: Any) -> None:
+        module = str(getattr(getattr(src, "fn", None), "module", ""))
+        if module.partition(".")[0] not in ("pwm_fast", "bench"):
+            return  # torch.compile's
+        if cache_hit:
+            self.cached += 1
+        else:
+            self.names.append(src.name)
+
+    def news(self) -> Message:
+        """A message with what came since the last call."""
+        found = ("compiled", self.cached, self.names)
+        self.cached, self.names = 0, []
+        return found
+
+
+_compilations: Compilations | None = None
+
+
 def do(job: Job, device: torch.device, send: Callable[[Message], None]) -> None:
-    """Measure, and send ``("provider", name)``, ``("row", data)`` or ``("micro", data)``."""
+    """Measure, and send ``("provider", name)``, ``("row", data)`` or ``("micro", data)``.
+
+    At the end of a job, whatever becomes of it, ``("compiled", number cached, names compiled)``.
+    """
+    global _compilations
+    _compilations = _compilations or Compilations()
+    try:
+        _do(job, device, send)
+    finally:
+        send(_compilations.news())
+
+
+def _do(job: Job, device: torch.device, send: Callable[[Message], None]) -> None:
     if job.kind == "micro":
         from bench import micro
 
@@ -92,10 +148,14 @@ class Worker:
         device: that it computes on.
         log: where what it prints goes.
         serve: what it does.
+        scratch: a folder for what torch.compile keeps, emptied for every process: one that was
+            killed may have left half a file.
     """
 
-    def __init__(self, device: torch.device, log: Path, serve: Serve = do) -> None:
-        self.device, self.log, self._do = device, log, serve
+    def __init__(
+        self, device: torch.device, log: Path, serve: Serve = do, scratch: Path | None = None
+    ) -> None:
+        self.device, self.log, self._do, self._scratch = device, log, serve, scratch
         self._process: Any = None
         self._pipe: Any = None
 
@@ -147,6 +207,9 @@ class Worker:
         if self._process is None or not self._process.is_alive():
             self.stop(kill=True)
             self.log.parent.mkdir(parents=True, exist_ok=True)
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self._scratch)
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 #: Kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` when triton was
 #: imported).
@@ -63,6 +65,7 @@ def launch(
     """
     if 0 in grid:
         return
+    settle(kernel)
     with _on(args):
         kernel[tuple(grid)](
             *args,
@@ -71,6 +74,26 @@ def launch(
             enable_fp_fusion=True,
             **constants,
         )
+
+
+def settle(function: Any) -> None:
+    """Hash what a kernel calls before the kernel, so that its key in Triton's cache is always one.
+
+    Where a callee has no hash yet, Triton's key of the caller leaves the callee's constants out
+    (triton-lang/triton#10494): a process whose first launches come in another order would compile
+    again what lies in the cache.
+    """
+    if getattr(function, "hash", "") is not None:
+        return  # it has one, or is none of Triton's compiled functions
+    scope, names = function.fn.__globals__, function.fn.__code__.co_names
+    found = [scope.get(name) for name in names]
+    for module in [x for x in found if isinstance(x, ModuleType)]:
+        found += [getattr(module, name, None) for name in names]
+    for callee in found:
+        own = isinstance(callee, JITFunction) and not callee.fn.__module__.startswith("triton.")
+        if own and callee is not function:
+            settle(callee)
+    function.cache_key  # noqa: B018  it is kept
 
 
 def _on(args: Sequence[Any]) -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast.kernels.launch import settle
 from pwm_fast.kernels.plan import TILES, Exchange, Plan
 
 POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -125,6 +126,7 @@ def launch(
             "counters": exchange.counters if exchange else None,
             "stride_slot": exchange.stride if exchange else 0,
         }
+    settle(kernel)
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
         kernel[(blocks, members) if tiles.grouped else (plan.programs,)](
             **arguments,

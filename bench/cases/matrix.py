@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -9,13 +10,14 @@ import torch
 
 from bench.cases import Case, Workload, epochs, gradients, rollouts
 from bench.measure import Effort
-from bench.providers import GRAPH, OURS
+from bench.providers import GRAPH, LABELS, OURS
 from bench.sizes import alg_config
 
 MODELS = ("5M", "48M", "317M")
 BATCHES = (64, 128, 512, 2048, 16384)
 SUBSTEPS = (4, 1)
 MODES = ("backward", "forward")
+_ORDER = tuple(LABELS)
 SAMPLES = (4, 16, 64)
 
 # Providers in passes: all cases take the first before any takes the second, because compiling costs
@@ -30,12 +32,26 @@ PASSES = (
     JAX,
     ("compile_max",),
 )
+# The one rollout that is measured before all else: this project's, then what it is compared with.
+HEADLINE = (
+    ("fast_fp16_graph",),
+    ("published",),
+    ("compile_bf16",),
+    ("compile",),
+    ("fast_bf16_graph", "fast_fp16"),
+)
 # Enough to see a few percent: a GPU's time varies less than a CPU's.
 EFFORT = Effort(seconds=0.6, min_rounds=5, max_rounds=40, sample=0.02)
 
 
-def rollout(model: str, batch: int, substeps: int, mode: str) -> Case:
-    """An imagined rollout of ``pwm_<model>_flow``, with all providers of :data:`PASSES`."""
+def rollout(
+    model: str,
+    batch: int,
+    substeps: int,
+    mode: str,
+    passes: Sequence[Sequence[str]] = PASSES,
+) -> Case:
+    """An imagined rollout of ``pwm_<model>_flow``, with all providers of ``passes``."""
     return Case(
         f"rollout-{model}_flow-b{batch}-K{substeps}-{mode}",
         {
@@ -46,9 +62,14 @@ def rollout(model: str, batch: int, substeps: int, mode: str) -> Case:
             "mode": mode,
         },
         partial(rollouts.build, alg_config(f"{model}_flow", substeps), batch, mode),
-        tuple(name for names in PASSES for name in names),
+        tuple(sorted((name for names in passes for name in names), key=_ORDER.index)),
         effort=EFFORT,
     )
+
+
+def headline() -> list[Case]:
+    """Loss and gradient of the actor of ``pwm_5M_flow``: batch 128, K = 4, 16 steps."""
+    return [rollout("5M", 128, 4, "backward", HEADLINE)]
 
 
 def quick() -> list[Case]:
@@ -99,9 +120,11 @@ def epoch() -> list[Case]:
 
 def dry(kind: str) -> list[Case]:
     """Stand-ins of a stage, small enough for a run that only shows that everything runs."""
-    if kind in ("quick", "matrix"):
-        sizes = [("tiny", 7, 1, "backward")] if kind == "quick" else [("tiny", 9, 2, "forward")]
-        cases = [rollout(*size) for size in sizes]
+    if kind == "headline":
+        cases = [rollout("tiny", 7, 1, "backward", HEADLINE)]
+    elif kind in ("quick", "matrix"):
+        size = ("tiny", 7, 1, "backward") if kind == "quick" else ("tiny", 9, 2, "forward")
+        cases = [rollout(*size)]
     elif kind == "esnr":
         shapes = (torch.Size((50, 7)), torch.Size((9,)))
         cases = [

@@ -88,6 +88,29 @@ def rows_at_once(alg: AlgConfig, horizon: int, gradient: bool, device: torch.dev
     return max(1, min(most, int(SHARE * free / (8.0 * kept(alg, horizon)))))
 
 
+def imagined(
+    agent: PWM, z: Tensor, noise: Tensor, gradient: bool
+) -> tuple[ops.ImaginedRollout, list[Tensor]]:
+    """This project's rollout from ``z``, and if asked for the actor's gradients."""
+    config = agent.config
+    heads = agent.world_model.heads()._replace(value=agent.critic.layers())
+    with torch.set_grad_enabled(gradient), frozen(agent.world_model, agent.critic):
+        r = ops.imagine(
+            z,
+            agent.actor.policy(),
+            agent.world_model.dynamics(),
+            heads,
+            noise=noise,
+            detach=config.actor.detach,
+            last_value_only=True,
+        )
+        assert r.value is not None
+        total = discounted_return(r, r.value, config.gamma)  # type: ignore[arg-type]
+        if not gradient:
+            return r, []
+        return r, list(torch.autograd.grad(-total.mean(), list(agent.actor.parameters())))
+
+
 def build(
     alg: AlgConfig,
     batch: int,
@@ -137,24 +160,8 @@ def build(
         providers.need(name, device)
 
         def call() -> Outputs:
-            with (
-                providers.backend(name, device),
-                torch.set_grad_enabled(gradient),
-                frozen(agent.world_model, agent.critic),
-            ):
-                policy, dynamics, heads = parts(agent)
-                r = ops.imagine(
-                    z,
-                    policy,
-                    dynamics,
-                    heads,
-                    noise=noise,
-                    detach=alg.actor.detach,
-                    last_value_only=True,
-                )
-                assert r.value is not None
-                total = discounted_return(r, r.value, alg.gamma)  # type: ignore[arg-type]
-                grads = list(torch.autograd.grad(-total.mean(), params)) if gradient else []
+            with providers.backend(name, device):
+                r, grads = imagined(agent, z, noise, gradient)
             return outputs(r.reward, r.value, r.z[-1], grads)
 
         return Provider(call, call)

@@ -87,6 +87,11 @@ def test_what_the_aims_are_about_comes_first() -> None:
 
     compiled = [p for _, names in order("quick") for p in names if p.startswith("compile")]
     assert set(compiled[:6]) == {"compile_bf16"} and len(compiled) == 18
+    (case,) = gpu_plan.cases("headline", False)
+    assert case.name == "rollout-5M_flow-b128-K4-backward"
+    assert next(iter(case.providers)) == "published"  # ratios are of the first row
+    peers = [name for _, names in order("headline") for name in names]
+    assert peers[:4] == ["fast_fp16_graph", "published", "compile_bf16", "compile"]
     updates, physics = order("epoch")
     assert updates[0] == "updates-5M" and physics[0] == "epoch-5M"
     assert updates[1][:3] == ("published_baseline", "published", "fast_fp16_graph")
@@ -101,6 +106,15 @@ def test_the_matrix_is_what_is_to_be_measured() -> None:
     for model, batch, substeps in predictions.ROLLOUT_MODEL:
         assert f"rollout-{model}_flow-b{batch}-K{substeps}-backward" in full
     assert sum(b for b in gpu.BUDGETS.values() if b < float("inf")) > gpu.BUDGET - 60
+
+
+def test_the_first_questions_fit_into_one_visit() -> None:
+    """And what takes a compiler, or the memory of the card, comes after the headline."""
+    names = list(gpu.BUDGETS)
+    assert names[:5] == ["first", "headline", "profile", "epoch", "micro"]
+    assert names.index("headline") < names.index("build") < names.index("smoke")
+    assert sum(gpu.BUDGETS[name] for name in names[:5]) < gpu.BUDGET
+    assert list(micro.CONSTANTS)[:3] == ["flags", "cuda l2", "cuda dsmem"]
 
 
 def test_nobody_shares_a_process_with_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +245,8 @@ def test_small_work_goes_on_after_a_failure(
         (["--device", "cpu", "--quick"], "--out"),
         (["--device", "meta", "--quick", "--out", "x"], "must be cuda"),
         (["--device", "cpu", "--quick", "--out", "x", "--budget", "1"], "--budget"),
+        (["--device", "cpu", "--quick", "--out", "x", "--restart", "--resume", "y"], "name one"),
+        (["--device", "cpu", "--quick", "--out", "/dev/null/x"], "cannot write to"),
     ],
 )
 def test_what_cannot_run_is_said_in_a_line(
@@ -244,22 +260,52 @@ def test_what_cannot_run_is_said_in_a_line(
 @pytest.mark.slow
 def test_the_command_runs_without_hydra_and_mujoco(tmp_path: Path) -> None:
     """Two stages of the dry run, and again: nothing is left to do."""
-    path = tmp_path / "gpu_dry.json"
-    command = ["-m", "bench.gpu", "--device=cpu", "--quick", f"--out={path}"]
-    stages = ["--stage=quick", "--stage=epoch"]
+    path = tmp_path / "out" / "gpu_cpu.json"
+    command = ["-m", "bench.gpu", "--device=cpu", "--quick", f"--out={path.parent}"]
+    stages = ["--stage=first", "--stage=headline", "--stage=epoch"]
     done = bare(tmp_path, *command, *stages)
     assert done.returncode == 0, done.stdout + done.stderr
     found = results.load(path)
     rows = {f"{g.name} {r.provider}": r for g in found.groups.values() for r in g.rows.values()}
-    assert rows["rollout-tiny_flow-b7-K1-backward fast"].status == "ok"
+    assert rows["rollout-tiny_flow-b7-K1-backward published"].status == "ok"
     assert rows["updates-tiny published"].status == "ok"
     assert report.report(found)
 
     before = path.read_text("utf-8")
-    done = bare(tmp_path, *command, "--stage=quick")
+    done = bare(tmp_path, *command, *stages[:2])
     assert done.returncode == 0 and "0 failed" in done.stdout
     again = json.loads(path.read_text("utf-8"))["cases"]
     assert again == json.loads(before)["cases"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_terminated_leaves_what_it_has(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bench.gpu", "--device=cpu", "--quick"]
+    command += ["--stage=first", "--stage=headline"]
+    run = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OUT": str(out)}}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, **run)  # type: ignore[call-overload]
+    end = time.monotonic() + 120.0
+    while "first: ok" not in _text(out / "run.log") and time.monotonic() < end:
+        time.sleep(0.1)
+    process.terminate()
+    said, _ = process.communicate(timeout=60.0)
+    assert process.returncode == 130
+    assert said.decode().endswith("stopped; the same command goes on from here\n")
+    assert _text(out / "run.log") == said.decode()
+    found = results.load(out / "gpu_cpu.json").gpu
+    assert list(found["stages"]) == ["first"] and found["micro"]["first rollout"]
+
+    names = {p.name for p in out.iterdir()}
+    assert names == {"gpu_cpu.json", "run.log", "worker.log"}
+    command = [*command[:-1], f"--out={tmp_path / 'later'}", f"--resume={out}", "--stage=build"]
+    done = subprocess.run(command, capture_output=True, text=True, **run)  # type: ignore[call-overload]
+    stages = results.load(tmp_path / "later" / "gpu_cpu.json").gpu["stages"]
+    assert list(stages) == ["first", "build"], done.stdout + done.stderr
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8") if path.exists() else ""
 
 
 def test_an_epoch_without_an_engine_is_absent(tmp_path: Path) -> None:

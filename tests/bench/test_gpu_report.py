@@ -116,6 +116,29 @@ def test_the_end_of_a_run_is_a_short_table() -> None:
     assert f"failed: {QUICK}, compile_max: why" in text
 
 
+def test_the_summary_begins_with_the_headline() -> None:
+    found = measured()
+    found.gpu["micro"]["launches"][0]["replaces"] = {}
+    found.gpu["compiled"] = {"cached": 40, "names": {"launcher": 2, "adam_kernel": 1}}
+    first, second, third, fourth, *_ = gpu_report.short(found).splitlines()
+    assert first == (
+        "headline, actor's loss and gradient, 5M_flow, batch 128, K 4, H 16: fast_fp16_graph 2 ms; "
+        "torch.compile and a CUDA graph in 16 bit 8 ms, 4.00x; torch.compile in fp32 not measured; "
+        "eager as published 30.0 ms, 15.00x"
+    )
+    count = len(predictions.ASSUMPTIONS)
+    assert second.startswith(
+        "measured: 9 times on Some GPU, torch 2.13.0+cpu, Triton 3.7.1, and 1 "
+    )
+    assert third.startswith(f"assumed: {count - 1} constants: graph node, PDL; ")
+    assert fourth == (
+        "Triton's cache: 40 kernels taken from it; compiled where it was measured: 3: launcher 2, "
+        "adam_kernel 1"
+    )
+    nothing = gpu_report.short(result()).splitlines()
+    assert nothing[0].endswith(": not measured") and nothing[3] == ""
+
+
 def test_readme_and_docs_show_the_stored_runs() -> None:
     """After storing a run: ``python -m bench.report --readme --docs``."""
     found = report.stored_gpu()

@@ -78,7 +78,7 @@ def test_one_outcome_a_test(stage: Stage) -> None:
     found = stage.found(name)
     assert counts(found) == (1, 2, 1) and "done" not in found
     assert found["messages"] == ["test_after: AssertionError: teardown", "test_bad: assert 1 == 2"]
-    log = (stage.folder / "failed_tests.log").read_text("utf-8")
+    log = (stage.folder / "failures.log").read_text("utf-8")
     assert "in test_bad\n" in log and "assert 1 == 2" in log and "test_after, teardown:" in log
     assert len(stage.told) == 2 and stage.told[1].endswith("test_bad: assert 1 == 2")
     stage.told.clear()
@@ -104,7 +104,7 @@ def test_what_a_test_takes_along(stage: Stage, monkeypatch: pytest.MonkeyPatch) 
     texts = dict(text.split(": ", 1) for text in found["messages"])
     assert "status 11" in texts["test_dies"]
     assert texts["test_lost"] == "assert False"
-    assert "test_lost, call:" in (stage.folder / "failed_tests.log").read_text("utf-8")
+    assert "test_lost, call:" in (stage.folder / "failures.log").read_text("utf-8")
     assert texts["test_hangs"].startswith("it did not end within ")
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.runtime import JITFunction, driver
 
-from bench import fake_driver, prewarm
+from bench import fake_driver
 from bench.fake_cuda import DEVICE, PROPERTIES, FakeCuda
 from tests.kernels.launched import Watched, needs_launcher
 
@@ -260,22 +260,3 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(fake_driver.NoLauncherError), FakeCuda(compile=True):
         pass
     assert (JITFunction.run, torch.nn.Module.to) == before
-
-
-@needs_launcher
-def test_prewarming_counts_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    asked = []
-
-    def count(config: Any, *chosen: Any, cuda: FakeCuda, **options: Any) -> None:
-        asked.append((*chosen, options["can_terminate"]))
-        with cuda:
-            for n in (4, 16):
-                copy_kernel[(1,)](zeros(16), zeros(16), n, BLOCK=16, num_warps=1)
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(prewarm, "count", count)
-    for compiled in (2, 0):
-        copy_kernel.device_caches.clear()
-        assert prewarm.prewarm(["pwm_5M"], ["fast", "exact"]) == (2, compiled)
-    precisions = ("fast", "exact")
-    assert asked == 2 * [("triton", p, ends) for p in precisions for ends in (False, True)]

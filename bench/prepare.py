@@ -1,0 +1,310 @@
+"""Build before a visit to a GPU what the visit would spend its minutes on; no GPU is needed.
+
+make gpu-kit                       # in a virtual environment with the Python of that machine
+python -m bench.prepare            # with this Python and this Triton
+python -m bench.prepare --only headline layouts --no-native
+
+Every kernel that :mod:`bench.gpu` launches up to its stage ``esnr`` is compiled for an H100 by
+launching it on a device that runs nothing (:mod:`bench.fake_cuda`), so that Triton's cache has it
+where a process with a GPU looks it up; and the native extension is built, with its CUDA kernels
+where there is an nvcc. Both are packed into ``build/gpu-kit`` (:mod:`bench.gpu_kit`).
+
+Exit status: 0 done, 1 something was not compiled or built, 2 the kit cannot be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from bench import environment, gpu_checks, gpu_kit, gpu_out
+from bench.cases import gradients, matrix, rollouts
+from bench.cases.epochs import HORIZON
+from bench.providers import OURS, PRECISIONS, backend
+from bench.session import say
+from bench.sizes import ACTION, OBS, alg_config
+from bench.stages import Deadline
+
+ARCH = "sm_90"  # an H100 or H200
+CUDA_ARCHS = "90a"  # of setup.py
+LINKAGES = ("ELF", "")  # of platform.architecture() with and without the program `file`
+BUILDING = 600.0  # seconds of the native extension, at most
+
+
+class Work(NamedTuple):
+    """Something whose kernels are compiled.
+
+    Attributes:
+        stage: that launches them.
+        name: unique.
+        run: launches them, under a :class:`bench.fake_cuda.FakeCuda`.
+    """
+
+    stage: str
+    name: str
+    run: Callable[[Any], None]
+
+
+def work() -> list[Work]:
+    """All of it, in the order of the stages."""
+    found = [_rollout("headline", "5M", 128, name) for name in OURS]
+    found += [Work("layouts", f"layout {i}", partial(_layout, number=i)) for i in range(_count())]
+    for substeps in (matrix.SUBSTEPS[0], 2):  # of the actor's update by itself, and of an epoch
+        for name in OURS:
+            title = f"updates 5M K{substeps} {name}"
+            found.append(Work("epoch", title, partial(_updates, substeps=substeps, provider=name)))
+    found.append(Work("micro", "constants", _constants))
+    for case in matrix.quick()[1:]:
+        model = case.axes["model"].removesuffix("_flow")
+        found += [_rollout("quick", model, case.axes["batch"], name) for name in OURS]
+    for case in matrix.esnr():
+        model, samples = case.axes["model"], case.axes["batch"]
+        run = partial(_esnr, model=model, samples=samples)
+        found.append(Work("esnr", case.name, run))
+    return found
+
+
+STAGES = ("headline", "layouts", "epoch", "micro", "quick", "esnr")
+
+
+def _count() -> int:
+    from pwm_fast.kernels.rollout import LAYOUTS
+
+    return len(LAYOUTS)
+
+
+def _rollout(stage: str, model: str, batch: int, provider: str) -> Work:
+    run = partial(_imagine, model=model, batch=batch, provider=provider)
+    return Work(stage, f"rollout {model} b{batch} {provider}", run)
+
+
+def _imagine(cuda: Any, model: str, batch: int, provider: str) -> None:
+    from bench.fake_cuda import DEVICE
+    from pwm_fast.agent import PWM
+    from pwm_fast.ops.fused import packs
+
+    alg = alg_config(f"{model}_flow", matrix.SUBSTEPS[0])
+    with cuda, torch.device(DEVICE), backend(provider, DEVICE):
+        agent = PWM(OBS, ACTION, alg, device=DEVICE, graphs=False)
+        z = torch.randn(batch, alg.world_model.latent_dim)
+        noise = torch.randn(HORIZON, batch, ACTION)
+        rollouts.imagined(agent, z, noise, True)
+        with packs.capturing():  # as in a CUDA graph
+            rollouts.imagined(agent, z, noise, True)
+
+
+def _layout(cuda: Any, number: int) -> None:
+    from bench import gpu_rollout
+    from bench.fake_cuda import DEVICE
+
+    with cuda:
+        plans = gpu_rollout.layouts(DEVICE)
+        if number < len(plans):  # the others do not fit
+            forward, backward = gpu_rollout.workload(DEVICE, False).halves(plans[number])
+            forward()
+            backward()
+
+
+def _updates(cuda: Any, substeps: int, provider: str) -> None:
+    from bench import launches
+
+    launches.count(alg_config("5M_flow", substeps), "auto", PRECISIONS[provider], cuda=cuda)
+
+
+def _constants(cuda: Any) -> None:
+    from bench import micro_kernels
+    from bench.fake_cuda import DEVICE, PROPERTIES
+
+    with cuda:
+        micro_kernels.start_all(DEVICE, PROPERTIES.multi_processor_count)
+
+
+def _esnr(cuda: Any, model: str, samples: int) -> None:
+    from bench.fake_cuda import DEVICE
+    from pwm_fast import ops
+
+    shapes = gradients._shapes(model)
+    sizes = [shape.numel() for shape in shapes]
+    with cuda, torch.device(DEVICE), backend("fast", DEVICE, "esnr"):
+        flat = [torch.empty(sum(sizes)) for _ in range(samples)]
+        ops.esnr([[p.view(s) for p, s in zip(x.split(sizes), shapes, strict=True)] for x in flat])
+
+
+# --- compiling ----------------------------------------------------------------------------------
+
+
+def compile_some(names: Sequence[str], cache: str, pipe: Any) -> None:
+    """What one process does: sends of each its name, the kernels compiled, and what went wrong."""
+    os.environ["TRITON_CACHE_DIR"] = cache
+    from bench.fake_cuda import FakeCuda
+
+    with _both_linkages():
+        for item in work():
+            if item.name not in names:
+                continue
+            cuda, reason = FakeCuda(compile=True), None
+            try:
+                item.run(cuda)
+            except Exception as error:
+                reason = say(error)
+            pipe.send((item.name, cuda.compiled.total(), reason))
+    pipe.send(None)
+
+
+def _both_linkages() -> Any:
+    """Launchers are kept under the keys of machines with and without the program ``file``.
+
+    Triton's key of a C launcher holds ``platform.architecture()``, which asks that program.
+    """
+    from triton.runtime import build
+    from triton.runtime.cache import get_cache_manager
+
+    real = build._build
+
+    def both(name: str, source: str, *args: Any, **options: Any) -> Any:
+        library = real(name, source, *args, **options)
+        text = Path(source).read_text("utf-8")
+        for linkage in LINKAGES:
+            parts = (platform.machine(), platform.system(), platform.architecture()[0], linkage)
+            key = hashlib.sha256((text + ",".join(parts)).encode()).hexdigest()
+            file = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+            get_cache_manager(key).put(Path(library).read_bytes(), file, binary=True)
+        return library
+
+    return mock.patch.object(build, "_build", both)
+
+
+def compile_all(names: Sequence[str], cache: Path, jobs: int) -> list[str]:
+    """Compile into ``cache`` in several processes; what went wrong, a line each."""
+    context = multiprocessing.get_context("spawn")
+    started = []
+    for i in range(min(jobs, len(names))):
+        mine, theirs = context.Pipe()
+        process = context.Process(
+            target=compile_some, args=(list(names[i::jobs]), str(cache), theirs)
+        )
+        process.start()
+        theirs.close()
+        started.append((process, mine))
+    wrong = []
+    left = set(names)
+    waiting = [pipe for _, pipe in started]
+    while waiting:
+        for pipe in multiprocessing.connection.wait(waiting):
+            try:
+                message = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                message = None
+            if message is None:
+                waiting.remove(pipe)  # type: ignore[arg-type]
+                continue
+            name, compiled, reason = message
+            left.discard(name)
+            print(f"  {name}: {compiled} compiled{'' if reason is None else f'; {reason}'}")
+            if reason is not None:
+                wrong.append(f"{name}: {reason}")
+    for process, _ in started:
+        process.join()
+    return wrong + [f"{name}: its process died" for name in sorted(left)]
+
+
+def native(folder: Path) -> tuple[list[Path], str]:
+    """The extension's file, and what it holds or why there is none."""
+    shutil.rmtree(folder, ignore_errors=True)
+    cuda = {} if gpu_checks.find_program("nvcc") is None else {"PWM_FAST_CUDA_ARCHS": CUDA_ARCHS}
+    left = Deadline(BUILDING)
+    done = gpu_checks.compile_extension(left, "--build-lib", str(folder), "--force", **cuda)
+    files = sorted((folder / "pwm_fast").glob("_C*")) if done.status == 0 else []
+    if not files:
+        return [], f"it did not build: {done.output.strip()[-300:]}"
+    probe = "import sys; sys.path.insert(0, '.'); import _C; print(*sorted(dir(_C)))"
+    command = [sys.executable, "-c", probe]
+    found = gpu_checks.run_command(command, Deadline(60.0), cwd=folder / "pwm_fast")
+    if found.status != 0:
+        return [], f"it does not load: {found.output.strip()[-300:]}"
+    kernels = "with" if "cuda_esnr " in f"{found.output} " else "without"
+    return files, f"{files[0].name}, {kernels} CUDA kernels"
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def instructions(manifest: dict[str, Any], kit: Path) -> str:
+    """What to bring, and the command to run there."""
+    size = sum(part["bytes"] for part in manifest["files"].values()) / 2**20
+    root = environment.ROOT
+    shown = kit.relative_to(root) if kit.is_relative_to(root) else kit
+    commit = manifest["commit"]
+    return (
+        f"Bring the checkout at commit {commit} and, as git ignores it, beside it:\n"
+        f"    {shown}    ({size:.1f} MiB)\n"
+        f"Run there, in the checkout, with Python {manifest['python']} and Triton "
+        f"{manifest['triton']}; {gpu_out.VARIABLE} names the folder of what is to be kept:\n"
+        f"    PWM_FAST_COMMIT={commit} python3 -m bench.gpu --kit {shown}\n"
+        f"and later, from the result that it left (put it into the checkout):\n"
+        f"    PWM_FAST_COMMIT={commit} python3 -m bench.gpu --kit {shown} "
+        "--resume bench/results/gpu_NAME.json"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kit", type=Path, default=gpu_kit.KIT, help="the folder")
+    parser.add_argument("--only", nargs="+", choices=STAGES, help="kernels of these stages")
+    parser.add_argument("--no-native", action="store_true", help="leave the extension out")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    options = parser.parse_args(argv)
+    started = time.monotonic()
+    names = [w.name for w in work() if w.stage in (options.only or STAGES)]
+    scratch = environment.ROOT / "build" / "gpu-kit.work"
+    cache = scratch / "triton"
+    shutil.rmtree(cache, ignore_errors=True)  # the kit holds what is launched today
+    cache.mkdir(parents=True)
+    wrong = compile_all(names, cache, max(options.jobs or 1, 1))
+    files: list[Path] = []
+    if not options.no_native:
+        files, said = native(scratch / "native")
+        print(f"  native extension: {said}")
+        wrong += [] if files else [f"native extension: {said}"]
+    software = environment.software()
+    facts = {
+        "commit": environment.commit()["id"],
+        "dirty": environment.commit()["dirty"],
+        "arch": ARCH,
+        "libc": " ".join(platform.libc_ver()),
+        **{name: software[name] for name in ("python", "torch", "triton")},
+    }
+    try:
+        manifest = gpu_kit.pack(options.kit, cache, files, facts)
+    except gpu_kit.KitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.kit}: {time.monotonic() - started:.0f} s")
+    print(f"\n{instructions(manifest, options.kit)}")
+    for line in wrong:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,262 @@
+"""What is built before a visit is packed, checked and put in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import fake_driver, gpu, gpu_checks, gpu_kit, prepare, worker
+from bench.gpu_kit import MANIFEST, NATIVE, TRITON, KitError, load, pack, unpack
+from bench.providers import OURS
+from bench.stages import Deadline, Outcome
+
+FACTS = {"commit": "0123456789ab", "python": "3.12.1", "triton": "3.6.0", "arch": "sm_90"}
+triton = pytest.importorskip("triton")
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Path:
+    cache = tmp_path / "cache" / "KEY"
+    cache.mkdir(parents=True)
+    (cache / "k.cubin").write_bytes(b"code")
+    (cache / "k.json").write_text("{}")
+    paths = {name: str(cache / name) for name in ("k.cubin", "k.json")}
+    (cache / "__grp__k.json").write_text(json.dumps({"child_paths": paths}))
+    extension = tmp_path / f"_C{gpu_checks.suffix()}"
+    extension.write_bytes(b"extension")
+    os.utime(extension, (1.0, 1.0))
+    manifest = pack(tmp_path / "kit", cache.parent, [extension], FACTS)
+    assert manifest == load(tmp_path / "kit")
+    return tmp_path / "kit"
+
+
+def change(kit: Path, part: str, key: str, value: str) -> None:
+    manifest = json.loads((kit / MANIFEST).read_text())
+    assert key in manifest["needs"][part]
+    manifest["needs"][part][key] = value
+    (kit / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_what_was_packed_is_put_in_its_place(kit: Path, tmp_path: Path) -> None:
+    said = unpack(kit, tmp_path / "there", tmp_path / "package")
+    assert said == {
+        "commit": "0123456789ab",
+        TRITON: "3 of 3 files unpacked",
+        NATIVE: "1 of 1 files unpacked",
+    }
+    key = tmp_path / "there" / "KEY"
+    assert (key / "k.cubin").read_bytes() == b"code"
+    group = json.loads((key / "__grp__k.json").read_text())["child_paths"]
+    assert group == {name: str(key / name) for name in ("k.cubin", "k.json")}
+    extension = tmp_path / "package" / f"_C{gpu_checks.suffix()}"
+    assert extension.read_bytes() == b"extension" and extension.stat().st_mtime > 1e9
+
+
+def test_what_is_there_stays_and_a_killed_run_is_repaired(kit: Path, tmp_path: Path) -> None:
+    there, package = tmp_path / "there", tmp_path / "package"
+    unpack(kit, there, package)
+    group = there / "KEY" / "__grp__k.json"
+    wanted = group.read_text()
+    group.write_text('{"child_paths": {"k.cubin": "/elsewhere", "k.json": "/elsewhere"}}')
+    (there / "KEY" / "k.cubin").unlink()
+    (there / "KEY" / "k.json").write_text("newer")
+    said = unpack(kit, there, package)
+    assert said[TRITON] == "1 of 3 files unpacked"
+    assert group.read_text() == wanted and (there / "KEY" / "k.json").read_text() == "newer"
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "says"),
+    [
+        (TRITON, "triton", "triton is .*, the kit's 0.1"),
+        (TRITON, "python", "python is .*, the kit's 0.1"),
+        (NATIVE, "python", "python is .*, the kit's 0.1"),
+        (NATIVE, "sources", "the extension's sources have changed since"),
+    ],
+)
+def test_a_part_that_does_not_fit_is_left_out(
+    part: str, key: str, says: str, kit: Path, tmp_path: Path
+) -> None:
+    change(kit, part, key, "0.1")
+    said = unpack(kit, tmp_path / "there", tmp_path / "package")
+    assert re.match(f"not used: {says}", said[part])
+    (other,) = {TRITON, NATIVE} - {part}
+    assert said[other].endswith("unpacked")
+    assert (tmp_path / "there").exists() == (part != TRITON)
+
+
+def test_a_damaged_part_is_left_out(kit: Path, tmp_path: Path) -> None:
+    data = (kit / TRITON).read_bytes()
+    (kit / TRITON).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    said = unpack(kit, tmp_path / "there", tmp_path / "package")
+    assert said[TRITON] == f"not used: {TRITON} is missing or damaged"
+
+
+def test_a_kit_too_large_is_refused(kit: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache" / "KEY" / "noise").write_bytes(os.urandom(2**20))
+    with pytest.raises(KitError, match=r"the kit has 1\.0 MiB, at most 1 may be brought along"):
+        pack(kit, tmp_path / "cache", [], FACTS, 2**20)
+    with pytest.raises(KitError, match="is no kit"):
+        load(kit)
+    assert gpu_kit.LIMIT == 64 * 2**20
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 2}', '{"schema": 1, "files": {}}'])
+def test_what_is_no_manifest_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(KitError, match=str(tmp_path)):
+        load(tmp_path)
+
+
+def test_a_kit_that_was_named_and_is_not_there_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--device=cpu", "--quick", f"--out={tmp_path}", f"--kit={tmp_path / 'none'}"]
+    assert gpu.main(args) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path / 'none'} is no kit: No such file or directory\n"
+    )
+
+
+def test_a_run_says_what_became_of_the_kit(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(kit, NATIVE, "sources", "0")  # the checkout's own stays
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
+    monkeypatch.setattr(gpu, "run_stages", lambda *_, **__: True)
+    out = tmp_path / "out"
+    assert gpu.main(["--device=cpu", "--quick", f"--out={out}", f"--kit={kit}"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"commit: 0123456789ab; {TRITON}: 3 of 3 files unpacked; {NATIVE}: not")
+    assert (out / "run.log").read_text("utf-8") == said
+    assert said.splitlines()[2].startswith("headline, ")
+    assert (tmp_path / "there" / "KEY" / "k.cubin").exists()
+
+
+# --- preparing ------------------------------------------------------------------------------------
+
+
+def test_the_command_to_run_there_is_printed(kit: Path) -> None:
+    text = prepare.instructions(load(kit), kit)
+    size = sum((kit / name).stat().st_size for name in (TRITON, NATIVE)) / 2**20
+    assert f"    {kit}    ({size:.1f} MiB)\n" in text
+    command = f"    PWM_FAST_COMMIT=0123456789ab python3 -m bench.gpu --kit {kit}\n"
+    assert command in text and "with Python 3.12.1 and Triton 3.6.0" in text
+    for line in re.findall("python3 -m bench.gpu (.*)", text):  # the command knows its options
+        options = gpu.parser().parse_args(line.split())
+        assert options.kit == kit
+    inside = prepare.instructions(load(kit), gpu_kit.KIT)
+    assert "--kit build/gpu-kit\n" in inside
+
+
+def test_the_headline_is_prepared_first_and_in_every_precision() -> None:
+    found = prepare.work()
+    assert [w.stage for w in found[:4]] == ["headline"] * 4
+    assert {w.name.split()[-1] for w in found[:4]} == set(OURS)
+    assert len({w.name for w in found}) == len(found)
+    assert list(dict.fromkeys(w.stage for w in found)) == list(prepare.STAGES)
+
+
+def test_what_is_compiled_is_found_where_it_is_unpacked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through Triton's own look-up: the cache lies in another folder, and the first is gone."""
+    if (reason := fake_driver.why_not()) is not None:
+        pytest.skip(reason)
+    (name,) = (w.name for w in prepare.work() if w.stage == "micro")
+    built, there = tmp_path / "built", tmp_path / "there"
+    wrong = prepare.compile_all([name, "rollout of nothing"], built, 1)
+    assert wrong == ["rollout of nothing: its process died"]
+    assert f"{name}: 5 compiled\n" in capsys.readouterr().out
+    pack(tmp_path / "kit", built, [], FACTS)
+    shutil.rmtree(built)
+    unpack(tmp_path / "kit", there, tmp_path / "package")
+    assert prepare.compile_all([name], there, 1) == []
+    assert f"{name}: 0 compiled\n" in capsys.readouterr().out
+
+
+def test_what_a_measuring_process_compiles_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import micro_kernels
+    from pwm_fast.kernels import aot
+
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    monkeypatch.setattr(triton.runtime.build, "_build", lambda: None)
+    counts = worker.Compilations()
+    case = next(c for c in micro_kernels.cases() if c.name == "bench nothing")
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        aot.compile_case(case, 90)
+        aot.compile_case(case, 90)
+    assert counts.news() == ("compiled", 1, ["nothing"])
+    triton.runtime.build._build()
+    assert counts.news() == ("compiled", 0, ["launcher"])
+    assert counts.news() == ("compiled", 0, [])
+
+
+# --- the extension --------------------------------------------------------------------------------
+
+
+class Builds:
+    """The commands of a build, by their outcome."""
+
+    def __init__(self, *outcomes: tuple[int, str]) -> None:
+        self.outcomes, self.ran = list(outcomes), list[str]()
+
+    def __call__(self, command: list[str], left: Deadline, **_: Any) -> gpu_checks.Done:
+        self.ran.append("build" if "build_ext" in command else "probe")
+        status, text = self.outcomes.pop(0)
+        return gpu_checks.Done(status, text, 0.0)
+
+
+LOADS, MISSING = (0, "avx2 cuda_esnr"), (1, "ImportError: no _C")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "stale", "outcomes", "ran", "outcome"),
+    [
+        (True, False, [LOADS], "probe", ("ok", "loads: CPU kernels for avx2; of CUDA: cuda_esnr")),
+        (True, True, [LOADS, (0, ""), LOADS], "probe build probe", ("ok", "built: CPU kernels")),
+        (True, False, [MISSING, (0, ""), LOADS], "probe build probe", ("ok", "built: CPU")),
+        (True, False, [MISSING, (1, "error: x")], "probe build", ("failed", "error: x")),
+        (False, False, [MISSING], "probe", ("ok", "not built: there is no nvcc; ImportError")),
+    ],
+)
+def test_the_extension_is_built_where_it_does_not_load(
+    nvcc: bool,
+    stale: bool,
+    outcomes: list[tuple[int, str]],
+    ran: str,
+    outcome: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bench.stages import Record
+    from tests.bench.synthetic import FACTS as RUN
+
+    builds = Builds(*outcomes)
+    monkeypatch.delenv("NVCC", raising=False)
+    monkeypatch.setattr(gpu_checks, "WORK", tmp_path / "gpu")
+    monkeypatch.setattr(gpu_checks, "run_command", builds)
+    monkeypatch.setattr(gpu_checks, "_stale", lambda: stale)
+    monkeypatch.setattr(gpu_checks, "find_program", lambda name: "nvcc" if nvcc else None)
+    found = gpu_checks.build(Deadline(9.0), Record(tmp_path / "x.json", RUN))
+    assert found.status == outcome[0] and found.detail.startswith(outcome[1])
+    assert " ".join(builds.ran) == ran
+
+
+def test_processes_that_did_not_find_the_extension_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[bool] = []
+    process: Any = type("W", (), {"stop": lambda self: stopped.append(True)})()
+    for detail in ("loads: x", "built: x"):
+        monkeypatch.setattr(gpu_checks, "build", lambda *_, d=detail, **__: Outcome("ok", d))
+        gpu.build(Deadline(1.0), None, process, False)  # type: ignore[arg-type]
+    assert stopped == [True]

@@ -262,8 +262,11 @@ def why_not(
 
 
 def rows_of(rows: int, sms: int) -> int:
-    """Rows of a program: few as long as the device has room for all programs at once."""
-    return 16 if rows <= 32 * sms else 32
+    """Rows of a program: few as long as the device has room for all programs at once.
+
+    A multiprocessor has room for one, whose 256 threads take more than half of its registers.
+    """
+    return 16 if rows <= 16 * sms else 32
 
 
 def policy_step(

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast import dispatch, ops
-from pwm_fast.kernels import policy
+from pwm_fast.kernels import aot, policy
 from pwm_fast.kernels.policy import PolicyLayer, policy_step
 from pwm_fast.ops.fused import triton_products
 from tests.helpers import random_layer
@@ -202,7 +202,15 @@ def test_what_has_no_kernel() -> None:
         "no activation 'simnorm'": (PUBLISHED, ["mish", "simnorm", "mish"], 8, F16),
     }.items():
         assert reason in str(policy.why_not(*arguments)), reason
-    assert policy.rows_of(128, 132) == 16 and policy.rows_of(16384, 132) == 32
+
+
+def test_rows_of_a_program() -> None:
+    """16 while every program has a multiprocessor of its own, which a second would not fit on."""
+    assert policy.rows_of(128, 132) == policy.rows_of(16 * 132, 132) == 16
+    assert policy.rows_of(16 * 132 + 1, 132) == policy.rows_of(16384, 132) == 32
+    case = next(c for c in policy.cases() if "A8, 16 rows, fp16" in c.name)
+    registers = aot.usage(aot.compile_case(case, 90)).registers
+    assert 2 * registers * 32 * case.num_warps > 64 * 1024
 
 
 # --- in imagined rollouts -----------------------------------------------------------------------

@@ -342,7 +342,7 @@ def test_one_layer_of_an_ensemble_shares_what_has_steps(steps: int) -> None:
 @pytest.mark.parametrize("order", ops.types.ORDERS)
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_linears_in_succession(order: ops.types.Order, precision: str) -> None:
-    """Nothing stands between them, and yet the second weight's gradient needs the first's output."""
+    """The second weight's gradient needs the first's output, which nothing else keeps."""
     net = [
         random_layer(5, 16, norm=False),
         random_layer(16, 12, norm=False, bias=False),

@@ -245,10 +245,23 @@ def policy_step_kernel(
         tl.store(c + far * U + columns[None, :], term, mask=kept)
 
 
+def shared_bytes(widths: Sequence[int], actions: int, block_m: int) -> int:
+    """Shared memory of a program: of its widest product, the operands that are on their way."""
+    widest = max(_block(n) for n in (*widths[1:], actions))
+    return (_STAGES - 1) * (block_m + widest) * _BLOCK_K * 2
+
+
 def why_not(
-    widths: Sequence[int], acts: Sequence[str], actions: int, operand: torch.dtype
+    widths: Sequence[int],
+    acts: Sequence[str],
+    actions: int,
+    operand: torch.dtype,
+    shared: int | None = None,
 ) -> str | None:
-    """Why there is no such kernel for hidden layers of these widths; None if there is."""
+    """Why there is no such kernel for hidden layers of these widths; None if there is.
+
+    ``shared`` is what a program may have on the device, bytes; None: enough.
+    """
     if operand not in _OPERANDS:
         return f"products of {operand} run layer by layer"
     if not 1 <= len(widths) <= MOST_LAYERS:
@@ -258,12 +271,20 @@ def why_not(
     if not 1 <= actions <= MOST_ACTIONS:
         return f"{actions} actions are not 1 to {MOST_ACTIONS}"
     other = set(acts) - {"mish", "none"}
-    return f"there is no activation {other.pop()!r} here" if other else None
+    if other:
+        return f"there is no activation {other.pop()!r} here"
+    need = shared_bytes(widths, actions, 32)
+    if shared is not None and need > shared:
+        return f"its products take {need} bytes of shared memory, the device has {shared}"
+    return None
 
 
 def rows_of(rows: int, sms: int) -> int:
-    """Rows of a program: few as long as the device has room for all programs at once."""
-    return 16 if rows <= 32 * sms else 32
+    """Rows of a program: few as long as the device has room for all programs at once.
+
+    A multiprocessor has room for one, whose 256 threads take more than half of its registers.
+    """
+    return 16 if rows <= 16 * sms else 32
 
 
 def policy_step(

@@ -224,6 +224,9 @@ def rollout_backward_kernel(
         WARPS,
     )
     dq_scale, dq_inverse = _scale(tl.max(parts[0], axis=0), SCALED)
+    # Without the others' parts it is another factor than theirs.
+    dq_scale += lost(ok)
+    dq_inverse += lost(ok)
 
     if KEEP:
         sum_gamma1 = tl.zeros([BN, BM], tl.float32)

@@ -67,6 +67,22 @@ def test_barriers_stand_around_each_release_and_acquire(module: str, name: str) 
     assert compiled.metadata.launch_cooperative_grid  # all programs are there to be waited for
 
 
+@pytest.mark.parametrize("case", cases_of("policy"), ids=lambda case: case.name)
+def test_a_policys_rows_pass_a_barrier_between_layers(case: Case) -> None:
+    """What some warps have stored others load, and no pipeline begins before all have stored."""
+    ptx = compile_case(case, 90).asm["ptx"]
+    assert ".nc" not in ptx  # nothing that is taken to be constant
+    kinds = {r"cp\.async\.c[ag]": "load", r"bar\.sync": "barrier", r"st\.global": "store"}
+    found = re.findall("|".join(f"({pattern})" for pattern in kinds), ptx)
+    events = [k for each in found for k, hit in zip(kinds.values(), each, strict=True) if hit]
+    merged = " ".join(k for k, before in zip(events, ["", *events], strict=False) if k != before)
+    ways = re.findall(r"store (?:barrier )?load", merged)
+    layers = case.constants["LAYERS"]  # each into a product, and the action into the last one
+    assert ways[: layers + 1] == ["store barrier load"] * (layers + 1)
+    # In the loop of that last one what is loaded is the action again, after stores of its results.
+    assert len(ways) <= layers + 2
+
+
 WORDS = [case for case in cases_of("rollout_cases") if "words" in case.name and 90 in case.archs]
 
 

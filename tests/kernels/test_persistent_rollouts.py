@@ -87,9 +87,9 @@ def test_contract(case: Case, launches: list[str]) -> None:
 
 
 def _rollout(
-    dtype: torch.dtype, wgrad: bool, method: ops.Method = "heun"
+    dtype: torch.dtype, wgrad: bool, method: ops.Method = "heun", steps: int = 3
 ) -> tuple[Tensor, list[Tensor]]:
-    """A rollout of 3 macro steps and its gradients, on the backend in force, folded by default."""
+    """A rollout and its gradients, on the backend in force, folded by default."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -110,7 +110,7 @@ def _rollout(
         )
         for p in net
     ]
-    z, action = normal(9, 21), normal(3, 9, 3)
+    z, action = normal(9, 21), normal(steps, 9, 3)
     out = ops.latent_rollout(z, action, ops.Flow(made, 2, method))
     weights = [t for p in made for t in p[:4] if t is not None] if wgrad else []
     loss = (out * torch.randn(out.shape, generator=generator).to(dtype)).sum()
@@ -135,6 +135,16 @@ def test_as_right_as_layer_by_layer(
     assert_2x(ours[0], layers[0], truth[0], "z")
     for i, (a, b, c) in enumerate(zip(ours[1], layers[1], truth[1], strict=True)):
         assert_2x(a, b, c, f"gradient {i}")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("wgrad", [False, True])
+def test_no_macro_steps(wgrad: bool, launches: list[str]) -> None:
+    with dispatch.precision("fast"), ops.algebra(centre=True, pad=True):
+        z, (dz, *others) = _rollout(torch.float32, wgrad, steps=0)
+    assert not launches
+    assert z.shape == (1, 9, 21) and dz.abs().min() > 0
+    assert all(not grad.any() for grad in others)
 
 
 # --- the choice ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast import dispatch, ops
-from pwm_fast.kernels import policy
+from pwm_fast.kernels import aot, policy
+from pwm_fast.kernels.plan import Limits
 from pwm_fast.kernels.policy import PolicyLayer, policy_step
 from pwm_fast.ops.fused import triton_products
+from pwm_fast.ops.fused.stack import LayerSpec
 from tests.helpers import random_layer
 from tests.kernels.harness import DEVICES, Rows, Values, check, on_devices
 from tests.ops.contract import ROLLOUTS, Case
@@ -202,7 +205,32 @@ def test_what_has_no_kernel() -> None:
         "no activation 'simnorm'": (PUBLISHED, ["mish", "simnorm", "mish"], 8, F16),
     }.items():
         assert reason in str(policy.why_not(*arguments)), reason
-    assert policy.rows_of(128, 132) == 16 and policy.rows_of(16384, 132) == 32
+
+
+def test_shared_memory_of_small_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """99 KB, as of GeForce cards, hold the published widths, but no later layer above 256."""
+    for case in policy.cases():
+        constants = case.constants
+        need = policy.shared_bytes(constants["WIDTHS"], constants["ACTIONS"], constants["BLOCK_M"])
+        assert aot.usage(aot.compile_case(case, 90)).shared == need <= 99 * 1024, case.name
+    why = policy.why_not([400, 512], ["mish"] * 2, 8, F16, 99 * 1024)
+    assert str(why) == "its products take 139264 bytes of shared memory, the device has 101376"
+    small = "small GPU", Limits(128, 99 * 1024)
+    monkeypatch.setattr(triton_products, "device_limits", lambda device: small)
+    products, device = triton_products.TritonProducts(), torch.device("cuda")
+    hidden = LayerSpec("act_norm", "mish", True, True, 8, 1e-5)
+    specs = [hidden, hidden, replace(hidden, act="none", norm=False)]
+    assert products.policy(specs, [512, 256, 8], 128, F16, device) is not None
+    assert products.policy(specs, [256, 512, 8], 128, F16, device) is None
+
+
+def test_rows_of_a_program() -> None:
+    """16 while every program has a multiprocessor of its own, which a second would not fit on."""
+    assert policy.rows_of(128, 132) == policy.rows_of(16 * 132, 132) == 16
+    assert policy.rows_of(16 * 132 + 1, 132) == policy.rows_of(16384, 132) == 32
+    case = next(c for c in policy.cases() if "A8, 16 rows, fp16" in c.name)
+    registers = aot.usage(aot.compile_case(case, 90)).registers
+    assert 2 * registers * 32 * case.num_warps > 64 * 1024
 
 
 # --- in imagined rollouts -----------------------------------------------------------------------

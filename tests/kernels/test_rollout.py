@@ -268,6 +268,38 @@ def test_a_program_that_comes_too_late(
     assert all(x.isnan().all() for x in found)
 
 
+@pytest.mark.interpreted
+@both_exchanges
+@pytest.mark.parametrize("late", [0, 1])
+def test_what_weights_get_when_a_program_comes_too_late(
+    late: int, exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each adjoint with its row's factor is right or NaN: who gave up knows no common factor."""
+    monkeypatch.setattr(module, "LIMIT", 1 << 20)
+    monkeypatch.setattr(module, "launch", _in_processes())
+    scheme = Scheme("euler", 1, 50, tf32=False)
+    problem = truth.problem(scheme, 4, 1)
+    net = truth.network(problem, 64, torch.float16)
+    p, c, g, lp = (truth.pad(x, 64).float() for x in problem[2:])
+    layout = Plan(4, 32, 4, 2, exchange)
+    saved, _ = truth.buffers(problem, 64, torch.float16)
+    rollout_forward(p, c, net, scheme, layout, saved=saved)
+
+    def adjoints() -> list[Tensor]:
+        _, rows = truth.buffers(problem, 64, torch.float16)
+        rollout_backward(g, 300 * lp, net, scheme, layout, saved, adjoints=rows)
+        dh2, dh2_scale, dq, dq_scale = rows
+        assert dh2_scale is not None and dq_scale is not None
+        return [dh2.float() * dh2_scale[..., None], dq.float() * dq_scale[..., None]]
+
+    right = adjoints()
+    monkeypatch.setattr(module, "LIMIT", 300)
+    monkeypatch.setattr(module, "launch", _in_processes(last=[late]))
+    for found, expected in zip(adjoints(), right, strict=True):
+        assert found.isnan().any() and not expected.isnan().any()
+        assert ((found == expected) | found.isnan()).all()
+
+
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_the_compiled_exchange_is_ordered(direction: str) -> None:
     """All threads' stores, a barrier, one release and acquire, a barrier, then loads past L1."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from pwm_fast import ops
+from pwm_fast import dispatch, ops
 from pwm_fast.ops import Layer
 from tests.helpers import random_layer, tensors_of, with_tensors
 
@@ -337,3 +337,30 @@ def test_one_layer_of_an_ensemble_shares_what_has_steps(steps: int) -> None:
     for e in range(3):
         own = ops.Layer(*(p[e] for p in tensors_of(layer)), act="mish")
         torch.testing.assert_close(y[e], ops.linear_act_norm(x, own))
+
+
+@pytest.mark.parametrize("order", ops.types.ORDERS)
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_linears_in_succession(order: ops.types.Order, precision: str) -> None:
+    """The second weight's gradient needs the first's output, which nothing else keeps."""
+    net = [
+        random_layer(5, 16, norm=False),
+        random_layer(16, 12, norm=False, bias=False),
+        random_layer(12, 8, "mish"),
+        random_layer(8, 8, norm=False),
+        random_layer(8, 3, norm=False),
+    ]
+    x, cotangent = normal(6, 5), normal(6, 3)
+
+    def gradients(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        flat = [[t.to(dtype).requires_grad_() for t in tensors_of(layer)] for layer in net]
+        layers = [with_tensors(layer, tensors) for layer, tensors in zip(net, flat, strict=True)]
+        y = ops.mlp((x.to(dtype),), layers, order=order, backend=backend)
+        return list(torch.autograd.grad(y, [t for each in flat for t in each], cotangent.to(dtype)))
+
+    expected = gradients(torch.float64, "reference")
+    with dispatch.precision(precision):
+        ours = gradients(torch.float32, "torch")
+    for a, b in zip(ours, expected, strict=True):
+        off = (a.double() - b).norm() / b.norm()
+        assert off < (1e-5 if precision == "exact" else 1e-2), off

@@ -171,9 +171,11 @@ class Persistent:
         """Gradients of the hidden layers' and the folded head's parameters, and of ``w_tau``.
 
         Not that of the first weight. Only after a backward pass with weight gradients over all
-        macro steps.
+        macro steps, of which there may be none.
         """
-        assert self._adjoints is not None and self._sums is not None
+        assert self._adjoints is not None
+        if self._sums is None:
+            self._sums = self.network.b2.new_zeros(7, self.network.b2.shape[0])
         dh2, dh2_scale, dq, dq_scale = self._adjoints
         y1, y2 = self._buffers["y1"], self._buffers["y2"]
         assert y1 is not None and y2 is not None

@@ -242,6 +242,9 @@ class Stack:
                 # Only the first layer can have an addend here, and it is never plain.
                 if bias is not None:
                     h = self._add_bias(h, bias)
+                kept = self.buffer_of(i, "y", e)
+                if kept is not None:
+                    h = kept.copy_(h)
                 continue
             y = self.buffer_of(i, "y", e)
             if y is None and i == last:
@@ -636,9 +639,9 @@ def _slots(specs: Sequence[LayerSpec], save: bool, wgrad: bool) -> list[dict[str
             names.append("hat")  # of act_norm layers: u
             if spec.norm:
                 names += ["rstd"] if spec.order == "norm_act" else ["mean", "rstd"]
-            inner = i < len(specs) - 1
-            if (wgrad and inner) or spec.act == "simnorm":
-                names.append("y")
+        inner = i < len(specs) - 1
+        if save and ((wgrad and inner) or spec.act == "simnorm"):
+            names.append("y")
         slots.append({name: n + j for j, name in enumerate(names)})
         n += len(names)
     return slots

@@ -1,6 +1,7 @@
 """Fused products in Triton. Imports triton.
 
-Kernels are :mod:`pwm_fast.kernels.linear_norm_act`, ``linear_act_norm`` and ``linear_axpby``.
+Kernels are :mod:`pwm_fast.kernels.linear_norm_act`, ``linear_act_norm``, ``linear_axpby`` and
+``policy``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from pwm_fast.kernels import linear_act_norm, linear_axpby, linear_norm_act, policy
 from pwm_fast.kernels.plan import (
     Exchange,
+    Limits,
     Plan,
     Product,
     device_limits,
@@ -90,10 +92,10 @@ class TritonProducts:
         if any(spec.order != "act_norm" or not spec.norm for spec in hidden):
             return None
         acts = [spec.act for spec in hidden]
-        if policy.why_not(widths[:-1], acts, widths[-1], operand) is not None:
+        limits = device_limits(device)[1] if device.type == "cuda" else Limits(1)
+        if policy.why_not(widths[:-1], acts, widths[-1], operand, limits.shared) is not None:
             return None
-        sms = device_limits(device)[1].sms if device.type == "cuda" else 1
-        return _Policy(hidden, policy.rows_of(rows, sms))
+        return _Policy(hidden, policy.rows_of(rows, limits.sms))
 
     def _fused(
         self,

@@ -53,7 +53,8 @@ class Policy:
     ) -> None:
         horizon, batch, _ = noise.shape
         self.stack = Stack(kernels, specs, layers, horizon, batch, save=save, wgrad=wgrad)
-        self.std, self.noise, self.base, self.w_a = std.contiguous(), noise, base, w_a
+        self.std, self.base = std.contiguous(), base.contiguous()
+        self.noise, self.w_a = noise, w_a
         self._first = Gemm(kernels, layers[0].weight, batch)
         weights = [p.weight for p in layers]
         self._carry: Update | None = None

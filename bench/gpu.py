@@ -63,6 +63,7 @@ BUDGETS = {  # seconds of each stage; the last takes what is left
     "sanitize": 40.0,
     "matrix": float("inf"),
 }
+NO_KIT = "no kit: kernels are compiled where they are launched first"
 MICRO_JOB = 40.0  # seconds of one microbenchmark, at most: torch.compile of a macro step
 
 
@@ -285,6 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     record.result.gpu["dry"] = options.quick
+    if kit and kit["commit"] != record.result.facts["commit"]["id"]:
+        text = "another than this checkout's: what has changed since is compiled"
+        kit["commit"] = f"{kit['commit']}, {text}"
     record.result.gpu["kit"] = kit
     if any(record.finished(name) for name in options.stage or () if name in ("smoke", "tests")):
         record.result.gpu["tests"].clear()  # asked for by name: once more
@@ -298,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
     try:
         with output.watched():
-            output.tell("; ".join(f"{name}: {text}" for name, text in kit.items()) or "no kit")
+            output.tell("; ".join(f"{name}: {text}" for name, text in kit.items()) or NO_KIT)
             good = run_stages(
                 [s for s in every if s.name in (options.stage or BUDGETS)],
                 record,

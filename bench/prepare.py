@@ -71,6 +71,8 @@ def work() -> list[Work]:
         for name in OURS:
             title = f"updates 5M K{substeps} {name}"
             found.append(Work("epoch", title, partial(_updates, substeps=substeps, provider=name)))
+    for name in OURS:
+        found.append(Work("epoch", f"compared {name}", partial(_compared, provider=name)))
     found.append(Work("micro", "constants", _constants))
     for case in matrix.quick()[1:]:
         model = case.axes["model"].removesuffix("_flow")
@@ -127,6 +129,27 @@ def _updates(cuda: Any, substeps: int, provider: str) -> None:
     from bench import launches
 
     launches.count(alg_config("5M_flow", substeps), "auto", PRECISIONS[provider], cuda=cuda)
+
+
+def _compared(cuda: Any, provider: str) -> None:
+    """The updates that an epoch's check compares with float64 (:mod:`bench.cases.updates`)."""
+    from bench.fake_cuda import DEVICE
+    from pwm_fast.agent import PWM
+    from pwm_fast.agent.imagination import Rollout
+    from pwm_fast.replay import Windows
+
+    alg = alg_config("5M_flow")
+    rows, batch = alg.model_learning.batch_size, alg.actor.batch_size
+    alg.critic.passes = alg.critic.minibatches = 1
+    with cuda, torch.device(DEVICE), backend(provider, DEVICE):
+        precision = PRECISIONS[provider]
+        agent = PWM(OBS, ACTION, alg, device=DEVICE, graphs=False, precision=precision)
+        for optimizer in agent.optimizers.values():
+            optimizer.keep_gradients = True
+        obs, action = torch.randn(HORIZON + 1, rows, OBS), torch.randn(HORIZON, rows, ACTION)
+        agent.update_world_model(Windows(obs, action, *torch.zeros(2, HORIZON, rows)))
+        z = torch.randn(HORIZON + 1, batch, alg.world_model.latent_dim)
+        agent._update_critic(Rollout(z, z.new_empty(0), torch.randn(HORIZON, batch), None))
 
 
 def _constants(cuda: Any) -> None:

@@ -201,6 +201,28 @@ def test_the_headline_is_prepared_first_and_in_every_precision() -> None:
     assert list(dict.fromkeys(w.stage for w in found)) == list(prepare.STAGES)
 
 
+@pytest.mark.filterwarnings("ignore:.*midpoint:UserWarning")
+def test_what_an_epoch_compares_first_is_prepared_too() -> None:
+    """Its gradients are kept, and its windows are no views of a replay's rows."""
+    from bench.fake_cuda import FakeCuda
+    from pwm_fast.agent.optim import GuardedAdam
+
+    kept = set[bool]()
+    step = GuardedAdam.apply
+
+    def apply(optimizer: Any, *args: Any) -> Any:
+        kept.add(optimizer.keep_gradients)
+        return step(optimizer, *args)
+
+    cuda = FakeCuda()
+    (work,) = (w for w in prepare.work() if w.name == "compared fast_fp16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GuardedAdam, "apply", apply)
+        work.run(cuda)
+    wanted = {f"triton {name}_kernel" for name in ("adam", "to_operand", "scaled_rows")}
+    assert work.stage == "epoch" and kept == {True} and wanted <= set(cuda.launches)
+
+
 def test_what_is_compiled_is_found_where_it_is_unpacked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -279,13 +279,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         kit = _unpack(options.kit)
         if options.restart:
             output.result.unlink(missing_ok=True)
+        facts, resumed = environment.describe(device), None
         if options.resume is not None:
-            gpu_out.resume(options.resume, output.result)
-        record = Record(output.result, environment.describe(device))
+            resumed = gpu_out.resume(options.resume, output.result, facts)
+        record = Record(output.result, facts)
     except (ResultError, KitError, RuntimeError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     record.result.gpu["dry"] = options.quick
+    if resumed is not None:
+        record.result.gpu["resumed"] = resumed
     if kit and kit["commit"] != record.result.facts["commit"]["id"]:
         text = "another than this checkout's: what has changed since is compiled"
         kit["commit"] = f"{kit['commit']}, {text}"

@@ -138,7 +138,8 @@ def test_a_run_says_what_became_of_the_kit(
     assert said.startswith("commit: 0123456789ab, another than this checkout's: ")
     assert f"; {TRITON}: 3 of 3 files unpacked; {NATIVE}: not used: " in said.splitlines()[0]
     assert (out / "run.log").read_text("utf-8") == said
-    assert said.splitlines()[2].startswith("headline, ")
+    assert said.splitlines()[2].startswith("a dry run of tiny stand-ins")
+    assert said.splitlines()[3].startswith("headline, ")
     assert (tmp_path / "there" / "KEY" / "k.cubin").exists()
 
 

@@ -15,8 +15,7 @@ esnr, sanitize (compute-sanitizer), matrix (all models, batches, K and providers
 What was built before (make gpu-kit) is unpacked first. Tests that fail are printed as they come. A
 run that its budget or a signal ends is gone on with by the same command, or elsewhere from its
 result (--resume), at the same commit on the same kind of machine; what has been measured is not
-measured again. It needs a checkout, torch, triton, pytest and pytest-benchmark, and neither Hydra
-nor MuJoCo.
+measured again. It needs a checkout, torch, triton and, for tests, pytest; neither Hydra nor MuJoCo.
 
 Exit status: 0 nothing failed (a table says what is still missing), 1 a stage or a provider failed,
 2 there is no GPU, or the file cannot be gone on with, 130 it was interrupted or terminated.

@@ -59,12 +59,16 @@ gpu: ## check and measure with a GPU, with the Python and torch that are install
 KIT_PYTHON ?= python3.12
 KIT_TORCH ?= 2.11.0
 KIT_TRITON ?= 3.6.0
-KIT := build/kit-$(notdir $(KIT_PYTHON))-$(KIT_TORCH)-$(KIT_TRITON)
+KIT := build/kit-$(subst /,_,$(KIT_PYTHON))-$(KIT_TORCH)-$(KIT_TRITON)
 
 gpu-kit: $(KIT)/.installed ## build without a GPU, for one, what `make gpu` would compile there
 	$(KIT)/bin/python -m bench.prepare $(ARGS)
 
 $(KIT)/.installed:
+	@"$(KIT_PYTHON)" -c '' 2>/dev/null || { \
+		echo "error: $(KIT_PYTHON) does not run; name that machine's Python," \
+			'as in "make gpu-kit KIT_PYTHON=/path/to/python3.12"' >&2; exit 1; }
+	@echo 'makes $(KIT): torch $(KIT_TORCH) takes 5 GB with the CUDA that PyPI adds to it'
 	@rm -rf $(KIT)
 	$(KIT_PYTHON) -m venv $(KIT)
 	$(KIT)/bin/pip install -q --disable-pip-version-check torch==$(KIT_TORCH) triton==$(KIT_TRITON) \

@@ -15,8 +15,7 @@ esnr, sanitize (compute-sanitizer), matrix (all models, batches, K and providers
 What was built before (make gpu-kit) is unpacked first. Tests that fail are printed as they come. A
 run that its budget or a signal ends is gone on with by the same command, or elsewhere from its
 result (--resume), at the same commit on the same kind of machine; what has been measured is not
-measured again. It needs a checkout, torch, triton, pytest and pytest-benchmark, and neither Hydra
-nor MuJoCo.
+measured again. It needs a checkout, torch, triton and, for tests, pytest; neither Hydra nor MuJoCo.
 
 Exit status: 0 nothing failed (a table says what is still missing), 1 a stage or a provider failed,
 2 there is no GPU, or the file cannot be gone on with, 130 it was interrupted or terminated.
@@ -63,6 +62,7 @@ BUDGETS = {  # seconds of each stage; the last takes what is left
     "sanitize": 40.0,
     "matrix": float("inf"),
 }
+NO_KIT = "no kit: kernels are compiled where they are launched first"
 MICRO_JOB = 40.0  # seconds of one microbenchmark, at most: torch.compile of a macro step
 
 
@@ -278,13 +278,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         kit = _unpack(options.kit)
         if options.restart:
             output.result.unlink(missing_ok=True)
+        facts, resumed = environment.describe(device), None
         if options.resume is not None:
-            gpu_out.resume(options.resume, output.result)
-        record = Record(output.result, environment.describe(device))
+            resumed = gpu_out.resume(options.resume, output.result, facts)
+        record = Record(output.result, facts)
     except (ResultError, KitError, RuntimeError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     record.result.gpu["dry"] = options.quick
+    if resumed is not None:
+        record.result.gpu["resumed"] = resumed
+    if kit and kit["commit"] != record.result.facts["commit"]["id"]:
+        text = "another than this checkout's: what has changed since is compiled"
+        kit["commit"] = f"{kit['commit']}, {text}"
     record.result.gpu["kit"] = kit
     if any(record.finished(name) for name in options.stage or () if name in ("smoke", "tests")):
         record.result.gpu["tests"].clear()  # asked for by name: once more
@@ -298,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
     try:
         with output.watched():
-            output.tell("; ".join(f"{name}: {text}" for name, text in kit.items()) or "no kit")
+            output.tell("; ".join(f"{name}: {text}" for name, text in kit.items()) or NO_KIT)
             good = run_stages(
                 [s for s in every if s.name in (options.stage or BUDGETS)],
                 record,

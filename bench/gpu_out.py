@@ -7,16 +7,20 @@ killed leaves what it has.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bench import results
 from bench.environment import ROOT
 from bench.results import ResultError
+from bench.stages import Record
 
 WORK = ROOT / "build" / "gpu"  # caches, and logs where no folder was named
 VARIABLE = "OUT"  # names the folder where --out does not
@@ -63,6 +67,8 @@ class Output:
         try:
             for folder in (found.folder, found.result.parent):
                 folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(folder, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
         except OSError as error:
             raise ResultError(f"cannot write to {error.filename}: {error.strerror}") from error
         if found.folder == named:
@@ -140,15 +146,20 @@ def shorten(path: Path, limit: int = BYTES) -> None:
         file.truncate()
 
 
-def resume(named: Path, result: Path) -> None:
+def resume(named: Path, result: Path, facts: dict[str, Any]) -> str:
     """Go on from a result that was brought along: put it in the place of this run's.
 
     Args:
         named: the file, or a folder with a file of this name or with one ``gpu_*.json`` alone.
         result: this run's.
+        facts: of this run, as :class:`bench.stages.Record` has them.
+
+    Returns:
+        Its digest, to be kept as ``gpu.resumed``: what has gone on from it may do so again.
 
     Raises:
-        ResultError: there is none, or this run's is there already and is another.
+        ResultError: there is none, it cannot be gone on with, or this run's is there already and is
+            another.
     """
     source = named
     if named.is_dir():
@@ -159,11 +170,16 @@ def resume(named: Path, result: Path) -> None:
         if source not in found:
             there = ", ".join(p.name for p in found) or f"no {results.GPU_PATTERN}"
             raise ResultError(f"--resume: {named} holds {there}; name the file")
-    results.load(source)
-    if result.exists():
-        if result.read_bytes() != source.read_bytes():
-            raise ResultError(f"--resume: {result} is there already, and is not {source}")
-        return
-    temporary = result.with_suffix(".tmp")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, result)
+    if not source.exists():
+        raise ResultError(f"--resume: there is no {source}")
+    Record(source, facts)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    if not result.exists():
+        temporary = result.with_suffix(".tmp")
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, result)
+        return digest
+    gone_on = result.read_bytes() == source.read_bytes()
+    if not gone_on and results.load(result).gpu.get("resumed") != digest:
+        raise ResultError(f"--resume: {result} is there already, and is not {source}")
+    return digest

@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 
-VARIABLE = "PWM_FAST_TEST_LOG"
-LOST = 77
+from bench.gpu_tests import LOST, VARIABLE
 
 _found: dict[str, tuple[str, str]] = {}  # what is known of a test before its teardown
 

@@ -10,10 +10,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_plugin
 from bench.environment import ROOT
 from bench.gpu_checks import last_words, run_command
 from bench.gpu_out import FAILURES, WORK
@@ -26,6 +26,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 TOGETHER = min(max(CORES - 2, 2), 12)  # processes: most of their time is spent compiling kernels
 OUTCOMES = ("passed", "failed", "skipped")
 MESSAGES = 10  # kept of a file
+VARIABLE = "PWM_FAST_TEST_LOG"  # tells bench.gpu_plugin of its file
+LOST = 77  # its status where a test took the CUDA context with it
 
 
 def test_files() -> list[str]:
@@ -73,6 +75,8 @@ def tests(
         log: of what processes with failures printed, by default ``build/gpu/failures.log``.
         tell: takes a line a failure.
     """
+    if find_spec("pytest") is None:
+        return Outcome("partial", "not run: there is no pytest here")
     files = test_files() if files is None else files
     known = Known(record, tell)
     there = _collect([name for name in files if not known.finished(name)], left, known)
@@ -175,7 +179,7 @@ def _collect(files: Sequence[str], left: Deadline, known: Known) -> dict[str, li
     report.unlink(missing_ok=True)
     options = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, "-p", "bench.gpu_plugin", *files]
-    done = run_command(command, left, **{gpu_plugin.VARIABLE: str(report)})
+    done = run_command(command, left, **{VARIABLE: str(report)})
     if done.status is None:
         return Outcome("partial", f"the tests were not collected within {done.seconds:.0f} s")
     report.with_suffix(".log").write_text(done.output, "utf-8")
@@ -225,7 +229,7 @@ class _Batch:
         self._heard = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
         command += ["-p", "bench.gpu_plugin", *(f"{name}::{test}" for test in tests)]
-        variables = {**os.environ, gpu_plugin.VARIABLE: str(self.report)}
+        variables = {**os.environ, VARIABLE: str(self.report)}
         variables["OMP_NUM_THREADS"] = str(max(CORES // TOGETHER, 1))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -321,7 +325,7 @@ class _Work:
         if batch.current is not None:
             self._add(batch, batch.current, "failed", said)
             batch.left.remove(batch.current)
-        elif status != gpu_plugin.LOST and (batch.left or status not in (0, 1)):
+        elif status != LOST and (batch.left or status not in (0, 1)):
             # It could not run them, or it died when it had run all.
             self._add(batch, "its process", "failed", said)
             self._known.files[batch.name]["done"] += batch.left

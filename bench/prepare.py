@@ -9,7 +9,8 @@ launching it on a device that runs nothing (:mod:`bench.fake_cuda`), so that Tri
 where a process with a GPU looks it up; and the native extension is built, with its CUDA kernels
 where there is an nvcc. Both are packed into ``build/gpu-kit`` (:mod:`bench.gpu_kit`).
 
-Exit status: 0 done, 1 something was not compiled or built, 2 the kit cannot be made.
+Exit status: 0 done, 1 something was not compiled or built, 2 the kit cannot be made, 130 it was
+interrupted; what there was of a kit before is left as it was then.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import multiprocessing.connection
 import os
 import platform
 import shutil
+import signal
 import sys
 import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,6 +71,8 @@ def work() -> list[Work]:
         for name in OURS:
             title = f"updates 5M K{substeps} {name}"
             found.append(Work("epoch", title, partial(_updates, substeps=substeps, provider=name)))
+    for name in OURS:
+        found.append(Work("epoch", f"compared {name}", partial(_compared, provider=name)))
     found.append(Work("micro", "constants", _constants))
     for case in matrix.quick()[1:]:
         model = case.axes["model"].removesuffix("_flow")
@@ -126,6 +131,27 @@ def _updates(cuda: Any, substeps: int, provider: str) -> None:
     launches.count(alg_config("5M_flow", substeps), "auto", PRECISIONS[provider], cuda=cuda)
 
 
+def _compared(cuda: Any, provider: str) -> None:
+    """The updates that an epoch's check compares with float64 (:mod:`bench.cases.updates`)."""
+    from bench.fake_cuda import DEVICE
+    from pwm_fast.agent import PWM
+    from pwm_fast.agent.imagination import Rollout
+    from pwm_fast.replay import Windows
+
+    alg = alg_config("5M_flow")
+    rows, batch = alg.model_learning.batch_size, alg.actor.batch_size
+    alg.critic.passes = alg.critic.minibatches = 1
+    with cuda, torch.device(DEVICE), backend(provider, DEVICE):
+        precision = PRECISIONS[provider]
+        agent = PWM(OBS, ACTION, alg, device=DEVICE, graphs=False, precision=precision)
+        for optimizer in agent.optimizers.values():
+            optimizer.keep_gradients = True
+        obs, action = torch.randn(HORIZON + 1, rows, OBS), torch.randn(HORIZON, rows, ACTION)
+        agent.update_world_model(Windows(obs, action, *torch.zeros(2, HORIZON, rows)))
+        z = torch.randn(HORIZON + 1, batch, alg.world_model.latent_dim)
+        agent._update_critic(Rollout(z, z.new_empty(0), torch.randn(HORIZON, batch), None))
+
+
 def _constants(cuda: Any) -> None:
     from bench import micro_kernels
     from bench.fake_cuda import DEVICE, PROPERTIES
@@ -150,7 +176,9 @@ def _esnr(cuda: Any, model: str, samples: int) -> None:
 
 def compile_some(names: Sequence[str], cache: str, pipe: Any) -> None:
     """What one process does: sends of each its name, the kernels compiled, and what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who started it ends it
     os.environ["TRITON_CACHE_DIR"] = cache
+    warnings.filterwarnings("ignore", message=".*midpoint.*")
     from bench.fake_cuda import FakeCuda
 
     with _both_linkages():
@@ -192,18 +220,30 @@ def _both_linkages() -> Any:
 def compile_all(names: Sequence[str], cache: Path, jobs: int) -> list[str]:
     """Compile into ``cache`` in several processes; what went wrong, a line each."""
     context = multiprocessing.get_context("spawn")
-    started = []
-    for i in range(min(jobs, len(names))):
-        mine, theirs = context.Pipe()
-        process = context.Process(
-            target=compile_some, args=(list(names[i::jobs]), str(cache), theirs)
-        )
-        process.start()
-        theirs.close()
-        started.append((process, mine))
+    started: list[tuple[Any, Any]] = []
+    try:
+        for i in range(min(jobs, len(names))):
+            mine, theirs = context.Pipe()
+            process = context.Process(
+                target=compile_some, args=(list(names[i::jobs]), str(cache), theirs)
+            )
+            process.start()
+            theirs.close()
+            started.append((process, mine))
+        return _gather(names, [pipe for _, pipe in started])
+    except BaseException:
+        for process, _ in started:
+            process.kill()
+        raise
+    finally:
+        for process, _ in started:
+            process.join()
+
+
+def _gather(names: Sequence[str], waiting: list[Any]) -> list[str]:
+    """Print what the processes send; what went wrong, a line each."""
     wrong = []
     left = set(names)
-    waiting = [pipe for _, pipe in started]
     while waiting:
         for pipe in multiprocessing.connection.wait(waiting):
             try:
@@ -211,15 +251,15 @@ def compile_all(names: Sequence[str], cache: Path, jobs: int) -> list[str]:
             except EOFError:
                 message = None
             if message is None:
-                waiting.remove(pipe)  # type: ignore[arg-type]
+                waiting.remove(pipe)
                 continue
             name, compiled, reason = message
             left.discard(name)
-            print(f"  {name}: {compiled} compiled{'' if reason is None else f'; {reason}'}")
+            done = f"{len(names) - len(left)}/{len(names)}"
+            said = f"{compiled} compiled{'' if reason is None else f'; {reason}'}"
+            print(f"  {done} {name}: {said}", flush=True)
             if reason is not None:
                 wrong.append(f"{name}: {reason}")
-    for process, _ in started:
-        process.join()
     return wrong + [f"{name}: its process died" for name in sorted(left)]
 
 
@@ -250,16 +290,27 @@ def instructions(manifest: dict[str, Any], kit: Path) -> str:
     root = environment.ROOT
     shown = kit.relative_to(root) if kit.is_relative_to(root) else kit
     commit = manifest["commit"]
+    changed = f"NOTE: files differ from commit {commit}, under which their results would be stored."
+    command = f"PWM_FAST_COMMIT={commit} python3 -m bench.gpu --kit {shown}"
     return (
+        f"{f'{changed} Commit first, and make the kit anew.' * bool(manifest.get('dirty'))}\n"
         f"Bring the checkout at commit {commit} and, as git ignores it, beside it:\n"
         f"    {shown}    ({size:.1f} MiB)\n"
         f"Run there, in the checkout, with Python {manifest['python']} and Triton "
         f"{manifest['triton']}; {gpu_out.VARIABLE} names the folder of what is to be kept:\n"
-        f"    PWM_FAST_COMMIT={commit} python3 -m bench.gpu --kit {shown}\n"
+        f"    {command}\n"
         f"and later, from the result that it left (put it into the checkout):\n"
-        f"    PWM_FAST_COMMIT={commit} python3 -m bench.gpu --kit {shown} "
-        "--resume bench/results/gpu_NAME.json"
+        f"    {command} --resume bench/results/gpu_NAME.json"
     )
+
+
+def why_not() -> str | None:
+    """Why no kernel can be compiled here; None if they can."""
+    try:
+        from bench import fake_driver
+    except ImportError as error:
+        return f"{error}: the Triton of the machine with the GPU is needed (make gpu-kit)"
+    return fake_driver.why_not()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -274,36 +325,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-native", action="store_true", help="leave the extension out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args(argv)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
+    try:
+        wrong = _prepare(options)
+    except (gpu_kit.KitError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: nothing new was packed", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for line in wrong:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _prepare(options: argparse.Namespace) -> list[str]:
+    """Make the kit, and return what is missing of it."""
+    reason = why_not()
+    if reason is not None:
+        raise gpu_kit.KitError(reason)
     started = time.monotonic()
+    options.kit.mkdir(parents=True, exist_ok=True)
+    software, commit = environment.software(), environment.commit()
     names = [w.name for w in work() if w.stage in (options.only or STAGES)]
+    jobs = max(options.jobs or 1, 1)
+    print(
+        f"compiles what {len(names)} pieces of work launch on {ARCH}, with Triton "
+        f"{software['triton']} on Python {software['python']}, in {jobs} processes: of all of it, "
+        "some 5 minutes of one core; then the native extension, 2 more",
+        flush=True,
+    )
     scratch = environment.ROOT / "build" / "gpu-kit.work"
     cache = scratch / "triton"
     shutil.rmtree(cache, ignore_errors=True)  # the kit holds what is launched today
     cache.mkdir(parents=True)
-    wrong = compile_all(names, cache, max(options.jobs or 1, 1))
+    wrong = compile_all(names, cache, jobs)
     files: list[Path] = []
     if not options.no_native:
         files, said = native(scratch / "native")
         print(f"  native extension: {said}")
         wrong += [] if files else [f"native extension: {said}"]
-    software = environment.software()
     facts = {
-        "commit": environment.commit()["id"],
-        "dirty": environment.commit()["dirty"],
+        "commit": commit["id"],
+        "dirty": commit["dirty"],
         "arch": ARCH,
         "libc": " ".join(platform.libc_ver()),
         **{name: software[name] for name in ("python", "torch", "triton")},
     }
-    try:
-        manifest = gpu_kit.pack(options.kit, cache, files, facts)
-    except gpu_kit.KitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    manifest = gpu_kit.pack(options.kit, cache, files, facts)
     print(f"{options.kit}: {time.monotonic() - started:.0f} s")
-    print(f"\n{instructions(manifest, options.kit)}")
-    for line in wrong:
-        print(f"failed: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    print(instructions(manifest, options.kit))
+    return wrong
 
 
 if __name__ == "__main__":

@@ -117,3 +117,11 @@ def test_a_driver_that_comes_installs_again(checkout: Path) -> None:
     for _ in range(2):
         setup(checkout, "25.3", PATH=path)
         assert (checkout / "log").read_text().count("installed by") == 2
+
+
+def test_a_kit_for_a_python_that_is_not_there_stops_at_once(checkout: Path) -> None:
+    assert MAKE is not None
+    command = [MAKE, "gpu-kit", "KIT_PYTHON=/nowhere/python3.12"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not (checkout / "build").exists()
+    assert done.stderr.startswith("error: /nowhere/python3.12 does not run; name that machine's")

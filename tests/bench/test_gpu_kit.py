@@ -6,12 +6,13 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import fake_driver, gpu, gpu_checks, gpu_kit, prepare, worker
+from bench import environment, fake_driver, gpu, gpu_checks, gpu_kit, prepare, worker
 from bench.gpu_kit import MANIFEST, NATIVE, TRITON, KitError, load, pack, unpack
 from bench.providers import OURS
 from bench.stages import Deadline, Outcome
@@ -134,9 +135,11 @@ def test_a_run_says_what_became_of_the_kit(
     out = tmp_path / "out"
     assert gpu.main(["--device=cpu", "--quick", f"--out={out}", f"--kit={kit}"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"commit: 0123456789ab; {TRITON}: 3 of 3 files unpacked; {NATIVE}: not")
+    assert said.startswith("commit: 0123456789ab, another than this checkout's: ")
+    assert f"; {TRITON}: 3 of 3 files unpacked; {NATIVE}: not used: " in said.splitlines()[0]
     assert (out / "run.log").read_text("utf-8") == said
-    assert said.splitlines()[2].startswith("headline, ")
+    assert said.splitlines()[2].startswith("a dry run of tiny stand-ins")
+    assert said.splitlines()[3].startswith("headline, ")
     assert (tmp_path / "there" / "KEY" / "k.cubin").exists()
 
 
@@ -156,12 +159,69 @@ def test_the_command_to_run_there_is_printed(kit: Path) -> None:
     assert "--kit build/gpu-kit\n" in inside
 
 
+def test_a_kit_of_uncommitted_changes_says_so(kit: Path) -> None:
+    note = "NOTE: files differ from commit 0123456789ab"
+    assert note in prepare.instructions({**load(kit), "dirty": True}, kit)
+    assert note not in prepare.instructions({**load(kit), "dirty": False}, kit)
+
+
+def test_what_cannot_be_made_is_said_before_anything_is_compiled(
+    kit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare, "compile_all", lambda *_: pytest.fail("it compiles"))
+    monkeypatch.setattr(prepare, "why_not", lambda: None)
+    assert prepare.main(["--kit", str(kit / MANIFEST)]) == 2
+    assert capsys.readouterr().err.startswith("error: [Errno 17] File exists: ")
+    monkeypatch.setattr(prepare, "why_not", lambda: "there is no Triton")
+    assert prepare.main([]) == 2
+    assert capsys.readouterr().err == "error: there is no Triton\n"
+
+
+def test_a_kit_stays_when_the_next_is_interrupted(
+    kit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*_: Any) -> list[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+
+    before = load(kit)
+    monkeypatch.setattr(prepare, "why_not", lambda: None)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(prepare, "compile_all", interrupted)
+    assert prepare.main(["--kit", str(kit)]) == 130
+    assert capsys.readouterr().err == "stopped: nothing new was packed\n"
+    assert load(kit) == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_the_headline_is_prepared_first_and_in_every_precision() -> None:
     found = prepare.work()
     assert [w.stage for w in found[:4]] == ["headline"] * 4
     assert {w.name.split()[-1] for w in found[:4]} == set(OURS)
     assert len({w.name for w in found}) == len(found)
     assert list(dict.fromkeys(w.stage for w in found)) == list(prepare.STAGES)
+
+
+@pytest.mark.filterwarnings("ignore:.*midpoint:UserWarning")
+def test_what_an_epoch_compares_first_is_prepared_too() -> None:
+    """Its gradients are kept, and its windows are no views of a replay's rows."""
+    from bench.fake_cuda import FakeCuda
+    from pwm_fast.agent.optim import GuardedAdam
+
+    kept = set[bool]()
+    step = GuardedAdam.apply
+
+    def apply(optimizer: Any, *args: Any) -> Any:
+        kept.add(optimizer.keep_gradients)
+        return step(optimizer, *args)
+
+    cuda = FakeCuda()
+    (work,) = (w for w in prepare.work() if w.name == "compared fast_fp16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GuardedAdam, "apply", apply)
+        work.run(cuda)
+    wanted = {f"triton {name}_kernel" for name in ("adam", "to_operand", "scaled_rows")}
+    assert work.stage == "epoch" and kept == {True} and wanted <= set(cuda.launches)
 
 
 def test_what_is_compiled_is_found_where_it_is_unpacked(
@@ -174,7 +234,7 @@ def test_what_is_compiled_is_found_where_it_is_unpacked(
     built, there = tmp_path / "built", tmp_path / "there"
     wrong = prepare.compile_all([name, "rollout of nothing"], built, 1)
     assert wrong == ["rollout of nothing: its process died"]
-    assert f"{name}: 5 compiled\n" in capsys.readouterr().out
+    assert f"  1/2 {name}: 5 compiled\n" in capsys.readouterr().out
     pack(tmp_path / "kit", built, [], FACTS)
     shutil.rmtree(built)
     unpack(tmp_path / "kit", there, tmp_path / "package")

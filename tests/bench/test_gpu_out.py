@@ -115,6 +115,14 @@ def test_a_file_too_large_is_not_taken(tmp_path: Path, monkeypatch: pytest.Monke
     assert output.path(gpu_out.NCU_REPORT).read_bytes() == b"12345"
 
 
+def test_a_folder_that_may_only_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    with pytest.raises(ResultError, match=f"cannot write to {tmp_path}: Permission denied"):
+        Output.of(tmp_path, NAME)
+
+
 # --- going on -------------------------------------------------------------------------------------
 
 
@@ -127,39 +135,54 @@ def earlier(folder: Path, name: str = NAME, **commit: Any) -> Path:
     return record.path
 
 
+def go_on(named: Path, result: Path) -> str:
+    return resume(named, result, copy.deepcopy(FACTS))
+
+
 def test_a_result_that_was_brought_along_is_gone_on_with(tmp_path: Path) -> None:
     before = earlier(tmp_path / "checkout")
     for i, named in enumerate((before, before.parent)):
         output = Output.of(tmp_path / f"out{i}", NAME)
-        resume(named, output.result)
-        resume(named, output.result)  # again: it is there
+        go_on(named, output.result)
+        go_on(named, output.result)  # again: it is there
         record = Record(output.result, copy.deepcopy(FACTS))
         assert record.missing("case", ("fast", "published")) == ["published"]
     assert before.exists()
 
 
+def test_the_same_command_goes_on_from_where_it_was_stopped(tmp_path: Path) -> None:
+    """Also where it names what was brought along, which the result has left behind."""
+    before, mine = earlier(tmp_path / "a"), tmp_path / NAME
+    digest = go_on(before, mine)
+    record = Record(mine, copy.deepcopy(FACTS))
+    record.result.gpu["resumed"] = digest
+    record.add("case", {"work": "w"}, Row("published", "ok", None, [2.0]), ("fast",))
+    assert go_on(before, mine) == digest
+    assert Record(mine, copy.deepcopy(FACTS)).missing("case", ("published",)) == []
+
+
 def test_the_only_result_of_a_folder_is_meant(tmp_path: Path) -> None:
     text = earlier(tmp_path / "a", "gpu_y.json").read_text()
-    resume(tmp_path / "a", tmp_path / NAME)
+    go_on(tmp_path / "a", tmp_path / NAME)
     assert (tmp_path / NAME).read_text() == text
     earlier(tmp_path / "a", "gpu_z.json")
     with pytest.raises(ResultError, match=r"holds gpu_y\.json, gpu_z\.json; name"):
-        resume(tmp_path / "a", tmp_path / "b" / NAME)
+        go_on(tmp_path / "a", tmp_path / "b" / NAME)
     (tmp_path / "none").mkdir()
     with pytest.raises(ResultError, match=r"holds no gpu_\*.json"):
-        resume(tmp_path / "none", tmp_path / "b" / NAME)
-    with pytest.raises(ResultError, match="No such file"):
-        resume(tmp_path / "c.json", tmp_path / "b" / NAME)
+        go_on(tmp_path / "none", tmp_path / "b" / NAME)
+    with pytest.raises(ResultError, match=r"--resume: there is no .*c\.json"):
+        go_on(tmp_path / "c.json", tmp_path / "b" / NAME)
 
 
 def test_two_results_are_not_mixed(tmp_path: Path) -> None:
     before, mine = earlier(tmp_path / "a"), earlier(tmp_path / "b")
     os.utime(mine)
-    resume(before, mine)
+    go_on(before, mine)
     mine.write_text(mine.read_text().replace('"fast"', '"tf32"'))
     with pytest.raises(ResultError, match="is there already"):
-        resume(before, mine)
+        go_on(before, mine)
     other = earlier(tmp_path / "c", id="ba9876543210")
-    resume(other, tmp_path / NAME)
     with pytest.raises(ResultError, match=r"commit was ba9876543210, is 0123456789ab.*--restart"):
-        Record(tmp_path / NAME, copy.deepcopy(FACTS))
+        go_on(other, tmp_path / NAME)
+    assert not (tmp_path / NAME).exists()  # where it would be in the way of the next run

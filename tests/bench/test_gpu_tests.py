@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import gpu_tests
+from bench.environment import ROOT
 from bench.stages import Deadline, Outcome, Record
 from tests.bench.synthetic import FACTS
 
@@ -62,6 +65,21 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 def counts(found: dict[str, Any]) -> tuple[int, int, int]:
     return found["passed"], found["failed"], found["skipped"]
+
+
+def test_without_pytest_the_tests_are_left_for_another_machine(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_tests, "find_spec", lambda name: None)
+    stage.write("good", "def test_good():\n    pass\n")
+    assert stage.run() == Outcome("partial", "not run: there is no pytest here")
+    assert not stage.record.result.gpu["tests"]
+
+
+def test_the_command_can_be_read_without_pytest() -> None:
+    code = "import sys; sys.modules['pytest'] = None; import bench.gpu"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_outcome_a_test(stage: Stage) -> None:

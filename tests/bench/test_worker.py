@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import torch
 
 from bench import gpu
 from bench.cases import Case, Provider, Workload
+from bench.environment import ROOT
 from bench.measure import Effort
 from bench.results import Row
 from bench.stages import Deadline, Record
@@ -49,6 +54,41 @@ def test_a_worker_survives_what_its_jobs_do(worker: Worker) -> None:
     ended, rows = run("a", "hangs", "b", seconds=1.0)
     assert (ended.how, ended.provider, rows) == ("time", "hangs", ["a"])
     assert run("b") == (Ended("done"), ["b"])
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+def test_a_worker_ends_with_a_run_that_was_killed(tmp_path: Path) -> None:
+    """It would have the GPU's memory, and the next run's timings."""
+    run = (
+        "import torch\nfrom pathlib import Path\nfrom bench.worker import Job, Worker\n"
+        "from tests.bench import fake_work\n"
+        "if __name__ == '__main__':\n"
+        f"    w = Worker(torch.device('cpu'), Path({str(tmp_path / 'log')!r}), fake_work.serve)\n"
+        "    w._connect()\n    print(w._process.pid, flush=True)\n"
+        "    job = Job('case', 'quick', 'c', ('a', 'hangs'))\n"
+        "    w.run(job, 600.0, lambda m: print(m, flush=True))\n"
+    )
+    (tmp_path / "run.py").write_text(run, "utf-8")
+    command = [sys.executable, str(tmp_path / "run.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert "row" in process.stdout.readline()  # of "a": it serves, and now hangs
+        process.kill()
+    end = time.monotonic() + 30.0
+    while not _ended(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert _ended(pid)
+
+
+def _ended(pid: int) -> bool:
+    """It runs no more, be it that nobody has asked for its status."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return not Path(f"/proc/{pid}").exists()
 
 
 # --- the measuring stages, with the worker in this process ---------------------------------------

@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -345,8 +346,14 @@ def _unpack(named: Path | None) -> dict[str, Any]:
     cache = os.environ.setdefault("TRITON_CACHE_DIR", str(gpu_out.WORK / "triton"))
     if named is None and not (gpu_kit.KIT / gpu_kit.MANIFEST).exists():
         return {}
-    package = environment.ROOT / "pwm_fast"
-    return gpu_kit.unpack(named or gpu_kit.KIT, Path(cache).resolve(), package)
+    package, tools = environment.ROOT / "pwm_fast", (gpu_out.WORK / "tools").resolve()
+    said = gpu_kit.unpack(named or gpu_kit.KIT, Path(cache).resolve(), package, tools)
+    if find_spec("pytest") is None and tools.is_dir():
+        # Behind all others, here and in the processes that this one starts.
+        sys.path.append(str(tools))
+        paths = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, str(tools)])
+    return said
 
 
 def _properties(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What was built before a visit to a GPU, packed: Triton's cache and the native extension.
+"""What was built before a visit to a GPU, packed: Triton's cache, the native extension, pytest.
 
 :mod:`bench.prepare` packs it on a machine without a GPU, :mod:`bench.gpu` unpacks it on one that
 has nothing but Python, torch and Triton. Parts that do not fit there are left out, with the reason.
@@ -21,8 +21,9 @@ from bench.environment import ROOT
 
 KIT = ROOT / "build" / "gpu-kit"  # a folder, carried as it is
 LIMIT = 64 * 2**20  # bytes that may be brought to a machine
-MANIFEST, TRITON, NATIVE = "manifest.json", "triton.tar.xz", "native.tar.xz"
-SCHEMA = 1
+MANIFEST = "manifest.json"
+TRITON, NATIVE, TOOLS = "triton.tar.xz", "native.tar.xz", "tools.tar.xz"
+SCHEMA = 2
 _GROUP = "__grp__"  # Triton's lists of a kernel's files, with absolute paths
 
 
@@ -41,6 +42,7 @@ def here() -> dict[str, Any]:
     return {
         TRITON: {**python, **machine, "triton": triton},
         NATIVE: {**python, **machine, "sources": sources()},
+        TOOLS: python,
     }
 
 
@@ -59,6 +61,7 @@ def pack(
     kit: Path,
     cache: Path,
     extensions: Sequence[Path],
+    tools: Path,
     facts: Mapping[str, Any],
     limit: int = LIMIT,
 ) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def pack(
         kit: the folder; what it holds of an earlier kit is replaced.
         cache: of Triton, all of which is taken.
         extensions: files of ``pwm_fast``.
+        tools: a folder of pure Python packages, to be found where there are none of that name.
         facts: for the manifest: the commit, the arch, versions.
         limit: bytes of all files together.
 
@@ -76,10 +80,10 @@ def pack(
     """
     kit.mkdir(parents=True, exist_ok=True)
     (kit / MANIFEST).unlink(missing_ok=True)
-    files = [p for p in sorted(cache.rglob("*")) if p.is_file() and ".tmp" not in str(p)]
     parts = {
-        TRITON: [(p, p.relative_to(cache).as_posix()) for p in files],
+        TRITON: [(p, name) for p, name in _files(cache) if ".tmp" not in name],
         NATIVE: [(p, p.name) for p in extensions],
+        TOOLS: [(p, name) for p, name in _files(tools) if "__pycache__" not in name],
     }
     manifest: dict[str, Any] = {"schema": SCHEMA, **facts, "needs": here(), "files": {}}
     for name, members in parts.items():
@@ -99,6 +103,12 @@ def pack(
         )
     (kit / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return manifest
+
+
+def _files(folder: Path) -> list[tuple[Path, str]]:
+    """All files below a folder, with their names there."""
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return [(p, p.relative_to(folder).as_posix()) for p in found]
 
 
 def _digest(path: Path) -> str:
@@ -122,7 +132,7 @@ def load(kit: Path) -> dict[str, Any]:
         manifest = json.loads((kit / MANIFEST).read_text("utf-8"))
         if manifest["schema"] != SCHEMA:
             raise KitError(f"{kit} has schema {manifest['schema']}, this code reads {SCHEMA}")
-        if set(manifest["files"]) != {TRITON, NATIVE} or set(manifest["needs"]) != set(here()):
+        if set(manifest["files"]) != set(here()) or set(manifest["needs"]) != set(here()):
             raise KitError(f"{kit / MANIFEST} names other parts")
     except OSError as error:
         raise KitError(f"{kit} is no kit: {error.strerror}") from error
@@ -151,13 +161,14 @@ def why_not(manifest: Mapping[str, Any], name: str, kit: Path) -> str | None:
     return None
 
 
-def unpack(kit: Path, cache: Path, package: Path) -> dict[str, Any]:
+def unpack(kit: Path, cache: Path, package: Path, tools: Path) -> dict[str, Any]:
     """Unpack what fits, and say what does not.
 
     Args:
         kit: a folder that :func:`pack` has filled.
         cache: Triton's; what it has already stays as it is.
         package: the folder of ``pwm_fast``.
+        tools: a folder for Python packages.
 
     Returns:
         ``commit`` of the kit, and of each part in words what became of it.
@@ -167,7 +178,7 @@ def unpack(kit: Path, cache: Path, package: Path) -> dict[str, Any]:
     """
     manifest = load(kit)
     said = {}
-    for name, target in ((TRITON, cache), (NATIVE, package)):
+    for name, target in ((TRITON, cache), (NATIVE, package), (TOOLS, tools)):
         reason = why_not(manifest, name, kit)
         if reason is not None:
             said[name] = f"not used: {reason}"

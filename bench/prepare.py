@@ -7,7 +7,8 @@ python -m bench.prepare --only headline layouts --no-native
 Every kernel that :mod:`bench.gpu` launches up to its stage ``esnr`` is compiled for an H100 by
 launching it on a device that runs nothing (:mod:`bench.fake_cuda`), so that Triton's cache has it
 where a process with a GPU looks it up; and the native extension is built, with its CUDA kernels
-where there is an nvcc. Both are packed into ``build/gpu-kit`` (:mod:`bench.gpu_kit`).
+where there is an nvcc. With pytest, for a machine that has none, they are packed into
+``build/gpu-kit`` (:mod:`bench.gpu_kit`).
 
 Exit status: 0 done, 1 something was not compiled or built, 2 the kit cannot be made, 130 it was
 interrupted; what there was of a kit before is left as it was then.
@@ -47,6 +48,7 @@ ARCH = "sm_90"  # an H100 or H200
 CUDA_ARCHS = "90a"  # of setup.py
 LINKAGES = ("ELF", "")  # of platform.architecture() with and without the program `file`
 BUILDING = 600.0  # seconds of the native extension, at most
+TOOLS = ("pytest", "pytest-benchmark")
 
 
 class Work(NamedTuple):
@@ -281,6 +283,17 @@ def native(folder: Path) -> tuple[list[Path], str]:
     return files, f"{files[0].name}, {kernels} CUDA kernels"
 
 
+def tools(folder: Path) -> str | None:
+    """Install what tests need into a folder; what went wrong, or None."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pins = ["-c", str(environment.ROOT / "constraints.txt")]
+    wanted = ["--target", str(folder), "--only-binary", ":all:", *TOOLS]
+    done = gpu_checks.run_command([*pip, *pins, *wanted], Deadline(BUILDING))
+    return None if done.status == 0 else f"it was not installed: {done.output.strip()[-300:]}"
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -367,6 +380,8 @@ def _prepare(options: argparse.Namespace) -> list[str]:
         files, said = native(scratch / "native")
         print(f"  native extension: {said}")
         wrong += [] if files else [f"native extension: {said}"]
+    reason = tools(scratch / "tools")
+    wrong += [] if reason is None else [f"{' and '.join(TOOLS)}: {reason}"]
     facts = {
         "commit": commit["id"],
         "dirty": commit["dirty"],
@@ -374,7 +389,7 @@ def _prepare(options: argparse.Namespace) -> list[str]:
         "libc": " ".join(platform.libc_ver()),
         **{name: software[name] for name in ("python", "torch", "triton")},
     }
-    manifest = gpu_kit.pack(options.kit, cache, files, facts)
+    manifest = gpu_kit.pack(options.kit, cache, files, scratch / "tools", facts)
     print(f"{options.kit}: {time.monotonic() - started:.0f} s")
     print(instructions(manifest, options.kit))
     return wrong

@@ -7,13 +7,15 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import environment, fake_driver, gpu, gpu_checks, gpu_kit, prepare, worker
-from bench.gpu_kit import MANIFEST, NATIVE, TRITON, KitError, load, pack, unpack
+from bench import environment, fake_driver, gpu, gpu_checks, gpu_kit, gpu_out, prepare, worker
+from bench.gpu_kit import MANIFEST, NATIVE, TOOLS, TRITON, KitError, load, pack, unpack
 from bench.providers import OURS
 from bench.stages import Deadline, Outcome
 
@@ -32,7 +34,11 @@ def kit(tmp_path: Path) -> Path:
     extension = tmp_path / f"_C{gpu_checks.suffix()}"
     extension.write_bytes(b"extension")
     os.utime(extension, (1.0, 1.0))
-    manifest = pack(tmp_path / "kit", cache.parent, [extension], FACTS)
+    tools = tmp_path / "tools"
+    (tools / "a_test_tool" / "__pycache__").mkdir(parents=True)
+    (tools / "a_test_tool" / "__init__.py").write_text("VALUE = 3\n")
+    (tools / "a_test_tool" / "__pycache__" / "x.pyc").write_bytes(b"of another machine")
+    manifest = pack(tmp_path / "kit", cache.parent, [extension], tools, FACTS)
     assert manifest == load(tmp_path / "kit")
     return tmp_path / "kit"
 
@@ -45,12 +51,14 @@ def change(kit: Path, part: str, key: str, value: str) -> None:
 
 
 def test_what_was_packed_is_put_in_its_place(kit: Path, tmp_path: Path) -> None:
-    said = unpack(kit, tmp_path / "there", tmp_path / "package")
+    said = unpack(kit, tmp_path / "there", tmp_path / "package", tmp_path / "site")
     assert said == {
         "commit": "0123456789ab",
         TRITON: "3 of 3 files unpacked",
         NATIVE: "1 of 1 files unpacked",
+        TOOLS: "1 of 1 files unpacked",
     }
+    assert (tmp_path / "site" / "a_test_tool" / "__init__.py").read_text() == "VALUE = 3\n"
     key = tmp_path / "there" / "KEY"
     assert (key / "k.cubin").read_bytes() == b"code"
     group = json.loads((key / "__grp__k.json").read_text())["child_paths"]
@@ -61,13 +69,13 @@ def test_what_was_packed_is_put_in_its_place(kit: Path, tmp_path: Path) -> None:
 
 def test_what_is_there_stays_and_a_killed_run_is_repaired(kit: Path, tmp_path: Path) -> None:
     there, package = tmp_path / "there", tmp_path / "package"
-    unpack(kit, there, package)
+    unpack(kit, there, package, tmp_path / "site")
     group = there / "KEY" / "__grp__k.json"
     wanted = group.read_text()
     group.write_text('{"child_paths": {"k.cubin": "/elsewhere", "k.json": "/elsewhere"}}')
     (there / "KEY" / "k.cubin").unlink()
     (there / "KEY" / "k.json").write_text("newer")
-    said = unpack(kit, there, package)
+    said = unpack(kit, there, package, tmp_path / "site")
     assert said[TRITON] == "1 of 3 files unpacked"
     assert group.read_text() == wanted and (there / "KEY" / "k.json").read_text() == "newer"
 
@@ -85,7 +93,7 @@ def test_a_part_that_does_not_fit_is_left_out(
     part: str, key: str, says: str, kit: Path, tmp_path: Path
 ) -> None:
     change(kit, part, key, "0.1")
-    said = unpack(kit, tmp_path / "there", tmp_path / "package")
+    said = unpack(kit, tmp_path / "there", tmp_path / "package", tmp_path / "site")
     assert re.match(f"not used: {says}", said[part])
     (other,) = {TRITON, NATIVE} - {part}
     assert said[other].endswith("unpacked")
@@ -95,14 +103,14 @@ def test_a_part_that_does_not_fit_is_left_out(
 def test_a_damaged_part_is_left_out(kit: Path, tmp_path: Path) -> None:
     data = (kit / TRITON).read_bytes()
     (kit / TRITON).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    said = unpack(kit, tmp_path / "there", tmp_path / "package")
+    said = unpack(kit, tmp_path / "there", tmp_path / "package", tmp_path / "site")
     assert said[TRITON] == f"not used: {TRITON} is missing or damaged"
 
 
 def test_a_kit_too_large_is_refused(kit: Path, tmp_path: Path) -> None:
     (tmp_path / "cache" / "KEY" / "noise").write_bytes(os.urandom(2**20))
     with pytest.raises(KitError, match=r"the kit has 1\.0 MiB, at most 1 may be brought along"):
-        pack(kit, tmp_path / "cache", [], FACTS, 2**20)
+        pack(kit, tmp_path / "cache", [], tmp_path / "none", FACTS, 2**20)
     with pytest.raises(KitError, match="is no kit"):
         load(kit)
     assert gpu_kit.LIMIT == 64 * 2**20
@@ -130,6 +138,7 @@ def test_a_run_says_what_became_of_the_kit(
     kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(kit, NATIVE, "sources", "0")  # the checkout's own stays
+    monkeypatch.setattr(gpu_out, "WORK", tmp_path / "work")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
     monkeypatch.setattr(gpu, "run_stages", lambda *_, **__: True)
     out = tmp_path / "out"
@@ -143,12 +152,29 @@ def test_a_run_says_what_became_of_the_kit(
     assert (tmp_path / "there" / "KEY" / "k.cubin").exists()
 
 
+@pytest.mark.parametrize("missing", [True, False])
+def test_tools_are_found_where_there_are_none(
+    missing: bool, kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(kit, NATIVE, "sources", "0")
+    monkeypatch.setattr(gpu_out, "WORK", tmp_path / "work")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
+    monkeypatch.setenv("PYTHONPATH", "before")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if missing else object())
+    assert gpu._unpack(kit)[TOOLS] == "1 of 1 files unpacked"
+    command = [sys.executable, "-c", "import a_test_tool; print(a_test_tool.VALUE)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == ("3" if missing else "")
+    assert (sys.path[-1] == str(tmp_path / "work" / "tools")) is missing
+
+
 # --- preparing ------------------------------------------------------------------------------------
 
 
 def test_the_command_to_run_there_is_printed(kit: Path) -> None:
     text = prepare.instructions(load(kit), kit)
-    size = sum((kit / name).stat().st_size for name in (TRITON, NATIVE)) / 2**20
+    size = sum((kit / name).stat().st_size for name in (TRITON, NATIVE, TOOLS)) / 2**20
     assert f"    {kit}    ({size:.1f} MiB)\n" in text
     command = f"    PWM_FAST_COMMIT=0123456789ab python3 -m bench.gpu --kit {kit}\n"
     assert command in text and "with Python 3.12.1 and Triton 3.6.0" in text
@@ -235,9 +261,9 @@ def test_what_is_compiled_is_found_where_it_is_unpacked(
     wrong = prepare.compile_all([name, "rollout of nothing"], built, 1)
     assert wrong == ["rollout of nothing: its process died"]
     assert f"  1/2 {name}: 5 compiled\n" in capsys.readouterr().out
-    pack(tmp_path / "kit", built, [], FACTS)
+    pack(tmp_path / "kit", built, [], tmp_path / "none", FACTS)
     shutil.rmtree(built)
-    unpack(tmp_path / "kit", there, tmp_path / "package")
+    unpack(tmp_path / "kit", there, tmp_path / "package", tmp_path / "site")
     assert prepare.compile_all([name], there, 1) == []
     assert f"{name}: 0 compiled\n" in capsys.readouterr().out
 

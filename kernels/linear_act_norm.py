@@ -20,7 +20,7 @@ from torch import Tensor
 from pwm_fast.kernels.aot import Case
 from pwm_fast.kernels.plan import Plan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
-from pwm_fast.kernels.tile import product
+from pwm_fast.kernels.tile import act_norm_rows, product
 from pwm_fast.kernels.tile_cases import OPERANDS, SOME, absent_scales, tile_cases
 from pwm_fast.kernels.tile_launch import check_act, check_operands, launch
 
@@ -84,17 +84,11 @@ def linear_act_norm_fwd_kernel(
     far = rows[:, None].to(tl.int64)
     if u is not None:
         tl.store(u + far * stride_u + cols[None, :], rounded(v, u.dtype.element_ty), mask=kept)
-    if ACT == "mish":
-        v = mish(v)  # 0 beyond the row's end, as the product is
-    mu = tl.sum(v, 1) / N
-    v = tl.where(inside[None, :], v - mu[:, None], 0.0)
-    r = tl.rsqrt(tl.sum(v * v, 1) / N + eps)
+    v, mu, r = act_norm_rows(v, inside, N, gamma + at, beta + at, eps, ACT == "mish")
     if mean is not None:
         tl.store(mean + rows, mu, mask=own < R)
     if rstd is not None:
         tl.store(rstd + rows, r, mask=own < R)
-    v = v * r[:, None] * tl.load(gamma + at, mask=inside, other=0.0)[None, :]
-    v += tl.load(beta + at, mask=inside, other=0.0)[None, :]
     tl.store(y + far * stride_y + cols[None, :], rounded(v, y.dtype.element_ty), mask=kept)
 
 

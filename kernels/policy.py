@@ -25,8 +25,8 @@ from torch import Tensor
 
 from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import launch
-from pwm_fast.kernels.pointwise import mish, rounded, tanh
-from pwm_fast.kernels.tile import product
+from pwm_fast.kernels.pointwise import rounded, tanh
+from pwm_fast.kernels.tile import act_norm_rows, product
 
 #: The widest hidden layer, and the most actions: what a tile of rows holds whole.
 WIDEST, MOST_ACTIONS = 512, 128
@@ -130,7 +130,7 @@ def _act_norm(
     N: tl.constexpr,
     MISH: tl.constexpr,
 ):
-    """``norm(act(v + bias))`` of whole rows, stored; as ``act_norm_fwd_kernel`` does."""
+    """``norm(act(v + bias))`` of whole rows, stored."""
     cols = tl.arange(0, _block(N))
     inside = cols < N
     kept = (own < R)[:, None] & inside[None, :]
@@ -139,16 +139,10 @@ def _act_norm(
         v += tl.load(bias + cols, mask=inside, other=0.0)[None, :]
     if u is not None:
         tl.store(u + at, rounded(v, u.dtype.element_ty), mask=kept)
-    if MISH:
-        v = mish(v)  # 0 beyond the row's end, as the product is
-    mu = tl.sum(v, 1) / N
-    v = tl.where(inside[None, :], v - mu[:, None], 0.0)
-    r = tl.rsqrt(tl.sum(v * v, 1) / N + eps)
+    v, mu, r = act_norm_rows(v, inside, N, gamma + cols, beta + cols, eps, MISH)
     if mean is not None:
         tl.store(mean + own, mu, mask=own < R)
         tl.store(rstd + own, r, mask=own < R)
-    v = v * r[:, None] * tl.load(gamma + cols, mask=inside, other=0.0)[None, :]
-    v += tl.load(beta + cols, mask=inside, other=0.0)[None, :]
     tl.store(y + at, rounded(v, y.dtype.element_ty), mask=kept)
     tl.debug_barrier()  # the next product reads what other warps have stored
 

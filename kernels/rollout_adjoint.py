@@ -354,10 +354,7 @@ def rollout_backward_kernel(
             if KEEP:
                 sum_gamma1 += du * xhat1
                 sum_beta1 += du
-                number = e
-                if HEUN:
-                    number = (e >> 1) + (e & 1)
-                sum_tau += flow_time(number, substeps) * dh
+                sum_tau += flow_time(e, substeps, HEUN) * dh
             dc += dh
             if HEUN:
                 # Reversed, a substep's second stage (odd) comes first.

@@ -31,8 +31,11 @@ def lost(ok):
 
 
 @triton.jit
-def flow_time(number, substeps):
-    """Their ratio, of shape [1, 1], correctly rounded, as the host's division is."""
+def flow_time(e, substeps, HEUN: tl.constexpr):
+    """That of a macro step's evaluation ``e``: [1, 1], correctly rounded, as the host divides."""
+    number = e
+    if HEUN:
+        number = (e >> 1) + (e & 1)
     return tl.div_rn(tl.full([1, 1], number, tl.float32), tl.full([1, 1], substeps, tl.float32))
 
 
@@ -249,11 +252,7 @@ def rollout_forward_kernel(
         total = tl.zeros([BN, BM], tl.float32)
         for e in range(evals):
             at = t * evals + e
-            number = e
-            if HEUN:
-                number = (e >> 1) + (e & 1)
-            tau = flow_time(number, substeps)
-            h = stage + (c + tau * w_tau[:, None])
+            h = stage + (c + flow_time(e, substeps, HEUN) * w_tau[:, None])
             xhat, y, rstd, full, meeting, ok = _hidden(
                 h,
                 gamma1,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pwm_fast.kernels.pointwise import operand
+from pwm_fast.kernels.pointwise import mish, operand
 
 #: A program waits for the others at most this many polls (seconds), then stops the device with a
 #: trap: an error of the launch in place of a hang.
@@ -65,6 +65,21 @@ def product(
         a += BLOCK_K
         b += BLOCK_K * stride_wk
     return acc
+
+
+@triton.jit
+def act_norm_rows(v, inside, N, gamma, beta, eps, MISH: tl.constexpr):
+    """LayerNorm after Mish or nothing, of whole rows that are 0 beyond their N columns ``inside``.
+
+    ``gamma`` and ``beta`` point to the columns. Returns the rows, their means and their rstd.
+    """
+    if MISH:
+        v = mish(v)  # 0 beyond the row's end, as the product is
+    mu = tl.sum(v, 1) / N
+    v = tl.where(inside[None, :], v - mu[:, None], 0.0)
+    r = tl.rsqrt(tl.sum(v * v, 1) / N + eps)
+    v = v * r[:, None] * tl.load(gamma, mask=inside, other=0.0)[None, :]
+    return v + tl.load(beta, mask=inside, other=0.0)[None, :], mu, r
 
 
 @triton.jit

@@ -55,7 +55,8 @@ class Policy:
         self.stack = Stack(kernels, specs, layers, horizon, batch, save=save, wgrad=wgrad)
         self.std, self.base = std.contiguous(), base.contiguous()
         self.noise, self.w_a = noise, w_a
-        self._first = Gemm(kernels, layers[0].weight, batch)
+        #: The first layer's product of latents ``[B, D]``, which products may take already.
+        self.first = self.stack.gemms[0]
         weights = [p.weight for p in layers]
         self._carry: Update | None = None
         if head is not None:
@@ -70,17 +71,13 @@ class Policy:
         stack, products = self.stack, products_of(self.stack.kernels)
         if products is None:
             return None
-        device, operand = self.std.device, self._first.precision.operand
+        device, operand = self.std.device, self.first.precision.operand
         fused = products.policy(stack.specs, stack.widths, batch, operand, device)
-        if fused is not None:
+        if fused is not None and not stack.wgrad:  # else each step's outputs are kept
             self._between = [
                 torch.empty(batch, n, dtype=operand, device=device) for n in stack.widths[:-1]
             ]
         return fused
-
-    def first(self, z: Tensor) -> Tensor:
-        """The first layer's product of latents ``[B, D]``, which products may take already."""
-        return self._first(z)
 
     def follow(self, total: Tensor, h: Tensor) -> Tensor:
         """The first layer's product after a macro step with sums ``[B, U]`` of hidden outputs."""
@@ -98,23 +95,18 @@ class Policy:
             mu = self.stack.forward(t, h, own=own)
             torch.tanh(torch.addcmul(mu, self.noise[t], self.std), out=action)
             return torch.addmm(self.base, action, self.w_a.t())
-        stack = self.stack
-        kept = [
-            (
-                stack.buffer_of(i, "hat", t),
-                stack.buffer_of(i, "mean", t),
-                stack.buffer_of(i, "rstd", t),
-            )
-            for i in range(len(stack.specs) - 1)
-        ]
-        outputs = [stack.buffer_of(i, "y", t) for i in range(len(kept))]
+        stack, hidden = self.stack, range(len(self.stack.specs) - 1)
+
+        def kept(name: str) -> list[Tensor | None]:
+            return [stack.buffer_of(i, name, t) for i in hidden]
+
         c = h.new_empty(h.shape[0], self.w_a.shape[0])
         self._fused(
             h,
             stack.params,
             [None, *(gemm.operand_weight() for gemm in stack.gemms[1:])],
-            [b if y is None else y for b, y in zip(self._between, outputs, strict=True)],
-            kept,
+            [y for y in kept("y") if y is not None] or self._between,
+            list(zip(kept("hat"), kept("mean"), kept("rstd"), strict=True)),
             std=self.std,
             noise=self.noise[t],
             base=self.base,

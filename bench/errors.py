@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bench import environment
-from pwm_fast import dispatch, ops
-from pwm_fast.ops.fused.native import why_missing
+from pwm_fast import ops
+from pwm_fast.backends import select
+from pwm_fast.backends.native import why_missing
 
 BEGIN, END = "<!-- errors:begin -->", "<!-- errors:end -->"
 SIZES = {"5M": (512, 510), "48M": (768, 1788)}  # latent, hidden
@@ -89,7 +90,7 @@ def rows(device: torch.device) -> dict[str, tuple[str, Callable[[], AbstractCont
     """What is measured: a backend and the context that it runs in."""
 
     def precise(name: str) -> Callable[[], AbstractContextManager[Any]]:
-        return lambda: dispatch.precision(name)
+        return lambda: select.precision(name)
 
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from bench import environment
 from bench.errors import write_docs
-from pwm_fast import dispatch, ops
-from pwm_fast.ops.fused import functional, gemm, rollout, stack
+from pwm_fast import ops
+from pwm_fast.backends import select
+from pwm_fast.fused import functional, gemm, rollout, stack
 
 MARKS = ("<!-- trained:begin -->", "<!-- trained:end -->")
 DOCS = environment.ROOT / "docs" / "performance.md"
@@ -91,7 +92,7 @@ def measure(size: str, precision: str, seeds: int) -> dict[str, dict[str, float]
             with torch.autocast("cpu", dtype=HALVES[precision]):
                 _add(own, run(size, gain, seed, torch.float32, "reference", False), truth)
             for name, found in errors.items():
-                with as_on_a_gpu(), ops.algebra(pad=True), dispatch.precision(precision):
+                with as_on_a_gpu(), ops.algebra(pad=True), select.precision(precision):
                     fold = name == "folded"
                     _add(found, run(size, gain, seed, torch.float32, "torch", fold), truth)
     return {n: {k: e / own[k] for k, e in found.items()} for n, found in errors.items()}

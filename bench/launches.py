@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bench import plain
 from bench.fake_cuda import DEVICE, FakeCuda
-from pwm_fast import dispatch
 from pwm_fast.agent import PWM
+from pwm_fast.backends import select
 from pwm_fast.config import (
     ActorConfig,
     AlgConfig,
@@ -29,7 +29,7 @@ from pwm_fast.config import (
     ModelLearningConfig,
     WorldModelConfig,
 )
-from pwm_fast.ops.fused import packs
+from pwm_fast.fused import packs
 from pwm_fast.replay import Windows
 
 OBS, ACTION = 37, 8  # the Ant's
@@ -71,7 +71,7 @@ def count(
         HostSyncError: the host would wait for the device.
     """
     result: Launches = {}
-    with cuda or FakeCuda() as cuda, dispatch.backend(backend):
+    with cuda or FakeCuda() as cuda, select.backend(backend):
         with torch.device(DEVICE):
             agent = PWM(
                 OBS,
@@ -90,7 +90,7 @@ def count(
             rollout[:] = agent._run("actor", agent._actor_update, obs).handed
 
         def imagine() -> None:
-            with dispatch.precision(agent.precision):
+            with select.precision(agent.precision):
                 agent._imagine(obs)
 
         steps: dict[str, Callable[[], object]] = {
@@ -133,7 +133,7 @@ def fake_windows(config: AlgConfig) -> Windows:
 def providers() -> list[tuple[str, str]]:
     """Backends and precisions that can run on a GPU: plain PyTorch, its fused algebra, kernels."""
     found = [("reference", "exact"), ("torch", "exact"), ("torch", "fast")]
-    names = {backend.name for backend in dispatch.OPERATIONS["imagine"]}
+    names = {backend.name for backend in select.OPERATIONS["imagine"]}
     return [*found, *([("triton", "exact"), ("triton", "fast")] if "triton" in names else [])]
 
 

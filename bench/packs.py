@@ -1,7 +1,7 @@
 """What it costs to compare packs with their weights: ``python -m bench.packs``.
 
 On a CPU an operation compares a checksum of the weights before it takes packed copies of them
-(pwm_fast/ops/fused/packs.py). Calls with and without the comparison take turns in one process.
+(pwm_fast/fused/packs.py). Calls with and without the comparison take turns in one process.
 Writes ``bench/results/packs_cpu.json`` and, with ``--docs``, the table in docs/ops.md.
 """
 
@@ -20,10 +20,11 @@ from torch import Tensor
 from bench import environment
 from bench.errors import DOCS, publish
 from bench.measure import CpuClock, Effort, race
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select
+from pwm_fast.fused import packs
+from pwm_fast.fused.fingerprint import fingerprint
 from pwm_fast.ops import Layer
-from pwm_fast.ops.fused import packs
-from pwm_fast.ops.fused.fingerprint import fingerprint
 
 RESULT = environment.ROOT / "bench" / "results" / "packs_cpu.json"
 MARKS = ("<!-- packs:begin -->", "<!-- packs:end -->")
@@ -108,7 +109,7 @@ def measure(effort: Effort) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for (latent, hidden), chosen, batch in itertools.product(SIZES, PRECISIONS, BATCHES):
-        with dispatch.precision(chosen):
+        with select.precision(chosen):
             for name, call in calls(latent, hidden, batch).items():
                 ops.invalidate()
                 both = {"with": asking(fingerprint, call), "without": asking(believing(), call)}

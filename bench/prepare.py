@@ -103,7 +103,7 @@ def _rollout(stage: str, model: str, batch: int, provider: str) -> Work:
 def _imagine(cuda: Any, model: str, batch: int, provider: str) -> None:
     from bench.fake_cuda import DEVICE
     from pwm_fast.agent import PWM
-    from pwm_fast.ops.fused import packs
+    from pwm_fast.fused import packs
 
     alg = alg_config(f"{model}_flow", matrix.SUBSTEPS[0])
     with cuda, torch.device(DEVICE), backend(provider, DEVICE):

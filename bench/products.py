@@ -53,8 +53,8 @@ class Asked(NamedTuple):
 def record(config: AlgConfig) -> Asked:
     """What the updates of an agent ask for."""
     from bench.launches import count
+    from pwm_fast.backends import triton_gemm
     from pwm_fast.kernels import rollout
-    from pwm_fast.ops.fused import triton_products
 
     products: Counter[Product] = Counter()
     rollouts: Counter[Rollout] = Counter()
@@ -69,7 +69,7 @@ def record(config: AlgConfig) -> Asked:
         return layout(batch, padded, *args)
 
     with (
-        mock.patch.object(triton_products, "device_plan", spied),
+        mock.patch.object(triton_gemm, "device_plan", spied),
         mock.patch.object(rollout, "plan", spied_rollout),
     ):
         count(config, "triton", "fast")

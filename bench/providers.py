@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pwm_fast import dispatch
-from pwm_fast.ops.fused.gemm import cpu_multiplies_bf16
+from pwm_fast.backends import select
+from pwm_fast.fused.gemm import cpu_multiplies_bf16
 
 LABELS = {
     "published": "eager fp32 as published",
@@ -46,7 +46,7 @@ LABELS = {
 
 BF16_PEERS = ("autocast", "floor_bf16", "compile_bf16", "compile_max")  # plain PyTorch in bf16
 BACKENDS = {"reference": "reference", "algebra": "torch"}
-# What `dispatch.precision` is told.
+# What `select.precision` is told.
 PRECISIONS = {"fast": "exact", "fast_tf32": "tf32", "fast_bf16": "bf16", "fast_fp16": "fast"}
 OURS = tuple(PRECISIONS)
 GRAPH = "_graph"  # ends the name of a provider whose call is replayed from a CUDA graph
@@ -85,9 +85,9 @@ def backend(provider: str, device: torch.device, operation: str = "mlp") -> Iter
     need(provider, device, operation)
     base = provider.removesuffix(GRAPH)
     with ExitStack() as stack:
-        stack.enter_context(dispatch.backend(BACKENDS.get(base, "auto")))
+        stack.enter_context(select.backend(BACKENDS.get(base, "auto")))
         if base in PRECISIONS:
-            stack.enter_context(dispatch.precision(PRECISIONS[base]))
+            stack.enter_context(select.precision(PRECISIONS[base]))
         yield
 
 
@@ -120,10 +120,10 @@ def need(provider: str, device: torch.device, operation: str = "mlp") -> None:
             raise Absent(f"the native extension does not load: {error}") from error
         return
     x = torch.zeros(1, 1, device=device)
-    with dispatch.precision(PRECISIONS[base]):
+    with select.precision(PRECISIONS[base]):
         try:
-            taken = dispatch.select(operation, "auto", dispatch.Call([x]))
-        except dispatch.BackendError as error:
+            taken = select.select(operation, "auto", select.Call([x]))
+        except select.BackendError as error:
             raise Absent(str(error)) from error
     if taken == "reference":
         raise Absent(f"no fast backend runs on {device.type} yet")

@@ -1,6 +1,6 @@
 """What the tuner runs of a fused product: every plan, and the plain product with its kernel.
 
-Each call does what :class:`pwm_fast.ops.fused.stack.Stack` does for one layer, on operands in the
+Each call does what :class:`pwm_fast.fused.stack.Stack` does for one layer, on operands in the
 products' dtype, and is compared with float64 before it is timed.
 """
 
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pwm_fast.backends.precision import EXACT, FAST, TF32
+from pwm_fast.backends.triton import TritonKernels
+from pwm_fast.backends.triton_gemm import FUSED
+from pwm_fast.fused.gemm import Gemm
 from pwm_fast.kernels.plan import Plan, Product
-from pwm_fast.ops.fused.gemm import Gemm
-from pwm_fast.ops.fused.precision import EXACT, FAST, TF32
-from pwm_fast.ops.fused.triton import TritonKernels
-from pwm_fast.ops.fused.triton_products import FUSED
 
 EPS = 1e-5
 ERROR = 2e-2  # relative to the largest entry, in every precision; a wrong tile is off by more
@@ -90,7 +90,7 @@ class Workload(ABC):
         return made
 
     def runner(self, plan: Plan) -> Any:
-        """Of :data:`pwm_fast.ops.fused.triton_products.FUSED`."""
+        """Of :data:`pwm_fast.backends.triton_gemm.FUSED`."""
         run = FUSED[self.product.kernel]
         precision = self.product.input_precision
         return run(plan, self.rows, self.device, precision, self.members)

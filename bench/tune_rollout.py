@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from bench.tune_products import EPS, PRECISIONS, Wrong
+from pwm_fast.backends.base import Kernels, TorchKernels
+from pwm_fast.backends.precision import EXACT
+from pwm_fast.backends.triton import TritonKernels
+from pwm_fast.fused.rollout import Dynamics, DynamicsSpec, DynamicsWeights
+from pwm_fast.fused.stack import LayerParams, LayerSpec
 from pwm_fast.kernels.rollout import Plan
-from pwm_fast.ops.fused.kernels import Kernels, TorchKernels
-from pwm_fast.ops.fused.precision import EXACT
-from pwm_fast.ops.fused.rollout import Dynamics, DynamicsSpec, DynamicsWeights
-from pwm_fast.ops.fused.stack import LayerParams, LayerSpec
-from pwm_fast.ops.fused.triton import TritonKernels
 
 LATENT = 64
 NAMES = ("z", "dz0", "dc")

@@ -165,7 +165,7 @@ def act_norm_fwd(
     eps: float,
     rows_per_member: int = 0,
 ) -> None:
-    """See :meth:`pwm_fast.ops.fused.kernels.Kernels.act_norm_fwd`; ``act``: none or mish."""
+    """See :meth:`pwm_fast.backends.base.Kernels.act_norm_fwd`; ``act``: none or mish."""
     rows, n = x.shape
     tile = row_tile(n)
     launch(
@@ -210,7 +210,7 @@ def act_norm_bwd(
     dy_scale: Tensor | None = None,
     dx_scale: Tensor | None = None,
 ) -> None:
-    """See :meth:`pwm_fast.ops.fused.kernels.Kernels.act_norm_bwd`; ``act``: none or mish."""
+    """See :meth:`pwm_fast.backends.base.Kernels.act_norm_bwd`; ``act``: none or mish."""
     n = dy.shape[1]
     rows = rows_per_member or dy.shape[0]
     members = dy.shape[0] // rows if rows else 0

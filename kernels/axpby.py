@@ -135,7 +135,7 @@ def axpby(
     k1_scale: Tensor | None = None,
     k2_scale: Tensor | None = None,
 ) -> None:
-    """See :meth:`pwm_fast.ops.fused.kernels.Kernels.axpby`."""
+    """See :meth:`pwm_fast.backends.base.Kernels.axpby`."""
     z, k1, out = _matrix(z), _matrix(k1), _matrix(out)
     k2 = None if k2 is None else _matrix(k2)
     operand = None if operand is None else _matrix(operand)
@@ -167,7 +167,7 @@ def axpby(
 
 
 def to_operand(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
-    """See :meth:`pwm_fast.ops.fused.kernels.Kernels.to_operand`."""
+    """See :meth:`pwm_fast.backends.base.Kernels.to_operand`."""
     x, out = _matrix(x), _matrix(out)
     rows, n = x.shape
     if scale is None:

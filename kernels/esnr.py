@@ -210,7 +210,7 @@ def esnr_sums_kernel(
 
 
 class TritonEsnr:
-    """See :class:`pwm_fast.ops.fused.esnr.EsnrKernels`."""
+    """See :class:`pwm_fast.backends.esnr.EsnrKernels`."""
 
     def moments(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
         """See :class:`EsnrKernels`."""

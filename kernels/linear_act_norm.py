@@ -6,7 +6,7 @@ of the *following* layer's adjoint goes straight into the gradient of this layer
 activation.
 
 Operands and ``y``, ``u``, ``dx`` are fp16, bf16 or fp32; all sums, statistics and parameters fp32.
-The plain form of the arithmetic is ``act_norm_fwd`` of ``pwm_fast.ops.fused.kernels``.
+The plain form of the arithmetic is ``act_norm_fwd`` of ``pwm_fast.backends.base``.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def norm_act_fwd(
     w_tau: Tensor | None = None,
     width: int = 0,
 ) -> None:
-    """See :meth:`pwm_fast.ops.fused.kernels.Kernels.norm_act_fwd`; ``group`` is a power of two."""
+    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_fwd`; ``group`` is a power of two."""
     rows, n = x.shape
     tile = row_tile(n)
     launch(
@@ -243,7 +243,7 @@ def norm_act_bwd(
     dy_scale: Tensor | None = None,
     dx_scale: Tensor | None = None,
 ) -> None:
-    """See :meth:`pwm_fast.ops.fused.kernels.Kernels.norm_act_bwd`; ``group`` is a power of two."""
+    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_bwd`; ``group`` is a power of two."""
     rows, n = dy.shape
     tile = row_tile(n)
     blocks = triton.cdiv(rows, tile.rows)

@@ -1,7 +1,7 @@
 """The persistent rollout: whole macro steps of a folded flow in one launch.
 
 For networks of two hidden layers, each Linear, LayerNorm and Mish, under a plain linear head that
-is folded into the first layer's weights (:mod:`pwm_fast.ops.fused.rollout`). Each program keeps a
+is folded into the first layer's weights (:mod:`pwm_fast.fused.rollout`). Each program keeps a
 slice of both hidden weights in shared memory for as long as the launch lasts, and the programs of a
 group of rows exchange activations through the L2 cache (:mod:`pwm_fast.kernels.rollout_device`).
 

@@ -5,7 +5,7 @@ Importing this package, or ``pwm_fast.ops``, needs torch alone.
 
 - :func:`accelerate`: run somebody's own modules on the operations.
 - :func:`explain`: what a call of an operation would do.
-- :func:`backend`, :class:`BackendError`: which backend runs; see :mod:`pwm_fast.dispatch`.
+- :func:`backend`, :class:`BackendError`: which backend runs; see :mod:`pwm_fast.backends`.
 """
 
 import os
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pwm_fast.acceleration import accelerate as accelerate
-    from pwm_fast.dispatch import BackendError as BackendError
-    from pwm_fast.dispatch import backend as backend
-    from pwm_fast.dispatch import precision as precision
+    from pwm_fast.backends.select import BackendError as BackendError
+    from pwm_fast.backends.select import backend as backend
+    from pwm_fast.backends.select import precision as precision
     from pwm_fast.explanation import explain as explain
 
 # A plain (not editable) install keeps the compiled extension in site-packages. Extending the path
@@ -37,10 +37,10 @@ if sys.argv[:1] == ["-m"] and "torch" not in sys.modules:
 # Where they are; imported at their first use, as they need torch and this package alone does not.
 _LAZY = {
     "accelerate": "acceleration",
-    "backend": "dispatch",
-    "BackendError": "dispatch",
+    "backend": "backends.select",
+    "BackendError": "backends.select",
     "explain": "explanation",
-    "precision": "dispatch",
+    "precision": "backends.select",
 }
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast import checkpoint, checkpoint_content, dispatch, memory, seeding
+from pwm_fast import checkpoint, checkpoint_content, memory, seeding
 from pwm_fast import config as configuration
 from pwm_fast.agent import PWM
+from pwm_fast.backends import select
 from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import AlgConfig, ConfigError, TrainConfig
 from pwm_fast.envs import TASKS, Engine, VectorEnv, choose, make
@@ -213,10 +214,10 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
 def why_not_precision(precision: str, device: torch.device) -> str | None:
     """Why no backend computes an agent's products in ``precision`` on ``device``, or None."""
     sample = torch.empty(1, device=device)
-    with dispatch.precision(precision):
+    with select.precision(precision):
         try:
-            dispatch.select("mlp", None, dispatch.Call([sample]))
-        except dispatch.BackendError as error:
+            select.select("mlp", None, select.Call([sample]))
+        except select.BackendError as error:
             return str(error)
     return None
 

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from pwm_fast import dispatch
+from pwm_fast.backends import select
 from pwm_fast.checkpoint import CheckpointError
 
 DEEPEST = 20  # containers within one another in a configuration, which has about 5
@@ -209,8 +209,8 @@ RULES: dict[str, Rule] = {
     "data": (_data, "what the replay was filled with, or None"),
     "ended": (_ended, "numbers of episodes, in all and diverged, or None"),
     "precision": (
-        lambda v: v is None or (isinstance(v, str) and v in dispatch.PRECISIONS),
-        f"one of {', '.join(dispatch.PRECISIONS)}, or None",
+        lambda v: v is None or (isinstance(v, str) and v in select.PRECISIONS),
+        f"one of {', '.join(select.PRECISIONS)}, or None",
     ),
     "seeding": (lambda v: v is None or _count(v), "a version of how seeds are derived, or None"),
 }

@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pwm_fast import dispatch, ops
-from pwm_fast.ops.fused.architecture import Candidate, candidates
-from pwm_fast.ops.fused.precision import BY_NAME
-from pwm_fast.ops.fused.specs import decode_dynamics
+from pwm_fast import ops
+from pwm_fast.backends import select
+from pwm_fast.backends.precision import BY_NAME
+from pwm_fast.fused.architecture import Candidate, candidates
+from pwm_fast.fused.specs import decode_dynamics
 from pwm_fast.ops.library import dynamics_sizes
 
 
@@ -145,20 +146,20 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     trace.names = {fakes[id(x)].untyped_storage()._cdata: n for n, x in reversed(named.items())}
     selections: dict[Selection, None] = {}
 
-    def observe(operation: str, asked: str, taken: str | None, call: dispatch.Call) -> None:
+    def observe(operation: str, asked: str, taken: str | None, call: select.Call) -> None:
         verdicts = tuple(
             Verdict(choice.name, choice.reason, backend.automatic)
             for choice, backend in zip(
-                dispatch.verdicts(operation, call), dispatch.OPERATIONS[operation], strict=True
+                select.verdicts(operation, call), select.OPERATIONS[operation], strict=True
             )
         )
         selections[Selection(operation, asked, taken, verdicts)] = None
 
     error = None
-    with dispatch.observed(observe), mode, trace:
+    with select.observed(observe), mode, trace:
         try:
             function(*_faked(bound.args, fakes), **_faked(bound.kwargs, fakes))
-        except dispatch.BackendError as refusal:
+        except select.BackendError as refusal:
             error = f"BackendError: {refusal}"
     first = next(iter(selections), None)
     towards, constants = _gradients(named)
@@ -181,7 +182,7 @@ def _fake(mode: FakeTensorMode, x: Tensor) -> Tensor:
     tangent = None if forward_ad._current_level < 0 else forward_ad.unpack_dual(x).tangent
     if tangent is None:
         fake = mode.from_tensor(x)
-        setattr(fake, dispatch.STANDS_FOR, type(x))
+        setattr(fake, select.STANDS_FOR, type(x))
         return fake
     return forward_ad.make_dual(mode.from_tensor(x.detach()), mode.from_tensor(tangent.detach()))
 

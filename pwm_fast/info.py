@@ -102,7 +102,7 @@ def _native() -> dict[str, str]:
 
 def _products() -> dict[str, str]:
     """What multiplies matrices on the CPU."""
-    torch, gemm = import_module("torch"), import_module("pwm_fast.ops.fused.gemm")
+    torch, gemm = import_module("torch"), import_module("pwm_fast.fused.gemm")
     try:
         fp32 = "oneDNN, prepacked" if gemm.prepacks(torch.zeros(1, 1, device="cpu")) else "torch"
     except ValueError as error:
@@ -156,7 +156,7 @@ def _devices() -> dict[str, str]:
 
 def _native_threads() -> dict[str, str]:
     """Whose threads the native kernels run on."""
-    from pwm_fast.ops.fused import native
+    from pwm_fast.backends import native
 
     if native.why_missing() is not None:
         return {}
@@ -170,19 +170,19 @@ def _operations() -> dict[str, str]:
     """Which backends run each operation on a float32 tensor, on the CPU and on the first GPU."""
     try:
         torch = import_module("torch")
-        from pwm_fast import dispatch
+        from pwm_fast.backends import select
     except Exception:  # said where the devices are listed
         return {}
     rows: dict[str, str] = {}
     reasons: list[str] = []
-    names = [n for n in dispatch.NAMES if n != "auto"]
+    names = [n for n in select.NAMES if n != "auto"]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         rows[f"on {device}, float32"] = _cells(names)
-        call = dispatch.Call([torch.zeros(1, device=device)])
-        for operation, backends in dispatch.OPERATIONS.items():
+        call = select.Call([torch.zeros(1, device=device)])
+        for operation, backends in select.OPERATIONS.items():
             cells = dict.fromkeys(names, "-")
             taken = False
-            verdicts = dispatch.verdicts(operation, call)
+            verdicts = select.verdicts(operation, call)
             for backend, verdict in zip(backends, verdicts, strict=True):
                 if verdict.reason is not None:
                     if verdict.reason not in reasons:

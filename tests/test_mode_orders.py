@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import pwm_fast
 from pwm_fast import ops
 from pwm_fast.agent.normalizers import RunningMeanStd
-from pwm_fast.ops.fused import gemm, native
+from pwm_fast.backends import native
+from pwm_fast.fused import gemm
 from pwm_fast.progress import EpochProgress
 from pwm_fast.replay import Replay
 from tests.ops.test_stale_weights import (

@@ -14,9 +14,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from pwm_fast import dispatch
 from pwm_fast.acceleration.matching import Mismatch
 from pwm_fast.acceleration.stack import Plan, assemble, at
+from pwm_fast.backends import select
 
 _SHAPES: tuple[tuple[tuple[int, ...], float], ...] = (((5,), 1.0), ((2, 3), 30.0), ((1,), 0.01))
 
@@ -120,7 +120,7 @@ def _compare_exactly(twin: nn.Sequential, plan: Plan, x: Tensor) -> None:
     if kept:
         raise Mismatch(f"its forward keeps something: {', '.join(kept)}")
     try:
-        with dispatch.backend("reference"):
+        with select.backend("reference"):
             ours, our_grads = _run(assemble(twin, plan), x)
     except (TypeError, ValueError, RuntimeError) as error:
         raise Mismatch(f"the operations refuse it: {_said(error)}") from None

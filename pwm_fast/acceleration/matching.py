@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 
 from pwm_fast import ops
 from pwm_fast.acceleration.stack import Path, Plan, Step, Watched, assemble, forward_of
+from pwm_fast.fused import calls
 from pwm_fast.hooks import hooked
 from pwm_fast.ops import Activation, Order
-from pwm_fast.ops.fused import calls
 from pwm_fast.ops.types import ORDERS
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.packs import capturing, invalidate
+from pwm_fast.fused.packs import capturing, invalidate
 from pwm_fast.recording import recording
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pwm_fast import ops
+from pwm_fast.backends.dtypes import widen
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
 from pwm_fast.ops.reference.discounting import discounted
-from pwm_fast.ops.reference.wide import widen
 
 
 class WorldModelLoss(NamedTuple):

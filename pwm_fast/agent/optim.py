@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pwm_fast import dispatch
-from pwm_fast.ops.fused import packs, triton_support
+from pwm_fast.backends import select, triton_support
+from pwm_fast.fused import packs
 
 
 class GuardedAdam:
@@ -112,7 +112,7 @@ class GuardedAdam:
 
     def _takes_triton(self) -> bool:
         """Where the operations take Triton's kernels, so does the step."""
-        backend, device = dispatch.requested(), self.params[0].device
+        backend, device = select.requested(), self.params[0].device
         if backend != "triton" and (backend != "auto" or device.type != "cuda"):
             return False
         if any(p.dtype != torch.float32 or not p.is_contiguous() for p in self.params):
@@ -232,7 +232,7 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     1.4e154 and 1e-162.
     """
     if _takes_native(grads):
-        from pwm_fast.ops.fused.native import NativeEsnr
+        from pwm_fast.backends.native import NativeEsnr
 
         # A single sample's signal is its sum of squares: in float64 as fast as PyTorch's float32.
         return NativeEsnr().moments(grads, 1)[0].sum().sqrt()
@@ -249,11 +249,11 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _takes_native(grads: Sequence[Tensor]) -> bool:
-    if dispatch.requested() not in ("auto", "native"):
+    if select.requested() not in ("auto", "native"):
         return False
     if any(g.device.type != "cpu" or g.dtype != torch.float32 for g in grads):
         return False
-    from pwm_fast.ops.fused.native import why_missing
+    from pwm_fast.backends.native import why_missing
 
     return why_missing() is None
 

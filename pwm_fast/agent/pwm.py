@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pwm_fast import dispatch, memory, ops
+from pwm_fast import memory, ops
 from pwm_fast.agent.graphs import CapturedUpdate, CudaGraphs, Recorder, Update
 from pwm_fast.agent.imagination import Rollout, discounted_return, frozen, imagine
 from pwm_fast.agent.losses import world_model_loss
 from pwm_fast.agent.normalizers import RunningMeanStd
 from pwm_fast.agent.optim import GuardedAdam
+from pwm_fast.backends import select
 from pwm_fast.config import AlgConfig
+from pwm_fast.fused import packs
 from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
-from pwm_fast.ops.fused import packs
 from pwm_fast.replay import Windows
 
 Metrics = dict[str, Tensor]
@@ -40,7 +41,7 @@ class PWM:
         can_terminate: the task can end in a terminal state, so the model learns where.
         device: where everything lives.
         graphs: replay the updates from CUDA graphs; None is on CUDA alone.
-        precision: of matrix products, of :data:`pwm_fast.dispatch.PRECISIONS`.
+        precision: of matrix products, of :data:`pwm_fast.backends.select.PRECISIONS`.
         recorder: records the graphs, for a device without them.
     """
 
@@ -62,9 +63,9 @@ class PWM:
                 "but the integrator also evaluates it elsewhere (Heun at 0 and 1): an ablation",
                 stacklevel=2,
             )
-        if precision not in dispatch.PRECISIONS:
+        if precision not in select.PRECISIONS:
             raise ValueError(
-                f"precision must be one of {', '.join(dispatch.PRECISIONS)}, got {precision!r}"
+                f"precision must be one of {', '.join(select.PRECISIONS)}, got {precision!r}"
             )
         self.config = config
         self.device = torch.device(device)
@@ -157,7 +158,7 @@ class PWM:
     def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
         """Actions ``[N, A]`` for observations ``[N, O]``; sampled unless ``deterministic``."""
         obs = obs.to(self.device)
-        with dispatch.precision(self.precision), self.keeping():
+        with select.precision(self.precision), self.keeping():
             z = self._encode(obs, self._task(obs.shape[0]))
             noise = None if deterministic else self._noise(obs.shape[0])
             return self.actor(z, noise)
@@ -173,7 +174,7 @@ class PWM:
         if problems:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             return ", ".join(problems[:3]) + more
-        with dispatch.precision(self.precision), self.keeping():
+        with select.precision(self.precision), self.keeping():
             obs = obs.to(self.device)
             z = self._encode(obs, self._task(len(obs)))
             for name, value in (("observations", obs), ("latents", z), ("actions", self.actor(z))):
@@ -231,12 +232,12 @@ class PWM:
 
     def _run(self, name: str, function: Callable[..., Update], *inputs: Tensor | None) -> Update:
         """An update, from its graph where it is recorded."""
-        with dispatch.precision(self.precision), self.keeping():
+        with select.precision(self.precision), self.keeping():
             captured = self._updates.get(name)
             if captured is None or self._is_captured():
                 return function(*inputs)
             optimizer = self.optimizers[name]
-            key = (self.precision, dispatch.requested(), optimizer.keep_gradients)
+            key = (self.precision, select.requested(), optimizer.keep_gradients)
             result = captured(*inputs, key=key)
             for p, gradient in zip(optimizer.params, result.gradients, strict=False):
                 p.grad = gradient  # a replay does not do what Python did
@@ -331,7 +332,7 @@ class PWM:
         what = f"the actor's gradients on {samples} times {size} rollouts"
         with (
             memory.explained(what, "alg.actor.batch_size", self.device),
-            dispatch.precision(self.precision),
+            select.precision(self.precision),
             self.keeping(),
             frozen(self.world_model, self.critic),
         ):
@@ -379,13 +380,13 @@ class PWM:
     def _watched(self) -> Iterator[None]:
         """Inside, note in which precision products run."""
 
-        def note(operation: str, asked: str, taken: str | None, call: dispatch.Call) -> None:
-            for backend in dispatch.OPERATIONS[operation]:
-                if operation in dispatch.PRODUCTS and backend.name == taken:
+        def note(operation: str, asked: str, taken: str | None, call: select.Call) -> None:
+            for backend in select.OPERATIONS[operation]:
+                if operation in select.PRODUCTS and backend.name == taken:
                     own = call.precision == "auto"
                     self._used.add(backend.precision if own else call.precision)
 
-        with dispatch.observed(note):
+        with select.observed(note):
             yield
 
     def gradients(self) -> Metrics:

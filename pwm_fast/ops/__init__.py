@@ -7,9 +7,9 @@ All functions are differentiable, take any floating dtype and import nothing but
     z_next = ops.flow_step(z, a, net, substeps=2, method="heun")   # net: a sequence of ops.Layer
 """
 
+from pwm_fast.fused.algebra import algebra
+from pwm_fast.fused.packs import invalidate
 from pwm_fast.ops.esnr import EsnrAccumulator, RunningEsnr, esnr
-from pwm_fast.ops.fused.algebra import algebra
-from pwm_fast.ops.fused.packs import invalidate
 from pwm_fast.ops.heads import (
     symexp,
     symlog,

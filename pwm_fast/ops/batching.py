@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pwm_fast.fused.specs import decode_layers
 from pwm_fast.ops import (  # noqa: F401  they define
     library,
     library_centring,
     library_esnr,
     library_rows,
 )
-from pwm_fast.ops.fused.specs import decode_layers
 from pwm_fast.ops.library import needs_grad, no_gradient, register_vmap
 
 Update = Callable[[list[Any]], list[Any]]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pwm_fast import dispatch
+from pwm_fast.backends import select
+from pwm_fast.backends.esnr import TorchEsnr
 from pwm_fast.ops import _checks, library_esnr  # noqa: F401  registers the operators
-from pwm_fast.ops.fused.esnr import TorchEsnr
 from pwm_fast.ops.reference import esnr as reference
 from pwm_fast.ops.types import ESNR
 
@@ -39,7 +39,7 @@ def esnr(
         eps: lower bound of the denominator.
         debias: subtract ``noise / M``, what the sampling noise adds to ``|mu|^2``, from the signal
             (not below 0).
-        backend: see :mod:`pwm_fast.dispatch`. Only the reference is differentiable.
+        backend: see :mod:`pwm_fast.backends`. Only the reference is differentiable.
 
     Returns:
         :class:`ESNR` of float64 tensors on the gradients' device: signal, noise, ratio, decibel,
@@ -77,7 +77,7 @@ def esnr(
     flat = [g for sample in samples for g in sample]
     needed = torch.is_grad_enabled() and any(g.requires_grad for g in flat)
     reason = "a gradient of the ratio is asked for" if needed else None
-    chosen = dispatch.select("esnr", backend, dispatch.Call(flat, reason))
+    chosen = select.select("esnr", backend, select.Call(flat, reason))
     if chosen == "reference":
         signal, noise = reference.moments(samples)
     else:
@@ -95,14 +95,14 @@ class EsnrAccumulator:
 
     Args:
         eps: lower bound of the denominator.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Raises:
         BackendError: there is no such backend; from :meth:`update`: it cannot run this.
     """
 
     def __init__(self, *, eps: float = 1e-10, backend: str | None = None) -> None:
-        dispatch.check_has("esnr_update", backend)
+        select.check_has("esnr_update", backend)
         self.eps, self.backend = eps, backend
         self.reset()
 
@@ -129,7 +129,7 @@ class EsnrAccumulator:
             raise ValueError("grads must hold at least one gradient tensor, got none")
         for j, g in enumerate(grads):
             _checks.floating(f"grads[{j}]", g)
-        if dispatch.transformed(grads):
+        if select.transformed(grads):
             raise RuntimeError(
                 "EsnrAccumulator keeps no derivatives: update it outside of forward-mode "
                 "differentiation and torch.func transforms, or use ops.esnr"
@@ -145,8 +145,8 @@ class EsnrAccumulator:
                 raise ValueError(
                     f"grads must have the first sample's shapes {wanted}, got {shapes}"
                 )
-            call = dispatch.Call([*grads, *self._origin])
-            chosen = dispatch.select("esnr_update", self.backend, call)
+            call = select.Call([*grads, *self._origin])
+            chosen = select.select("esnr_update", self.backend, call)
             state = (list(grads), self._origin, self._sum, self._squares)
             if chosen == "reference":
                 TorchEsnr().update(*state)
@@ -176,7 +176,7 @@ class EsnrAccumulator:
         """
         if self.samples < 2:
             raise ValueError(f"ESNR needs at least 2 samples, got {self.samples}")
-        chosen = dispatch.select("esnr_update", self.backend, dispatch.Call(self._origin))
+        chosen = select.select("esnr_update", self.backend, select.Call(self._origin))
         state = (self._origin, self._sum, self._squares, self.samples)
         if chosen == "reference":
             signal, noise = TorchEsnr().result(*state)

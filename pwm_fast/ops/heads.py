@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pwm_fast import dispatch
+from pwm_fast.backends import select
+from pwm_fast.fused import calls
 from pwm_fast.ops import _checks
-from pwm_fast.ops.fused import calls
 from pwm_fast.ops.reference import heads as reference
 
 
@@ -76,7 +76,7 @@ def two_hot_decode(
         vmin: first centre.
         vmax: last centre.
         transform: apply :func:`symexp` to the expectation (the centres live in symlog space).
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         ``[...]``.
@@ -87,7 +87,7 @@ def two_hot_decode(
     """
     _checks.vectors("logits", logits)
     _checks.value_range(logits.shape[-1], vmin, vmax)
-    name = dispatch.select("two_hot_decode", backend, dispatch.Call([logits]))
+    name = select.select("two_hot_decode", backend, select.Call([logits]))
     if name in calls.ROW_KERNELS:
         return calls.two_hot_decode(name, logits, vmin, vmax, transform)
     return reference.two_hot_decode(logits, vmin, vmax, transform)
@@ -110,7 +110,7 @@ def two_hot_cross_entropy(
         vmin: first centre.
         vmax: last centre.
         transform: encode ``symlog(x)``.
-        backend: see :mod:`pwm_fast.dispatch`. All but the reference give no gradient towards ``x``.
+        backend: see :mod:`pwm_fast.backends`. All but the reference give no gradient towards ``x``.
 
     Returns:
         ``[...]``, not reduced.
@@ -127,8 +127,8 @@ def two_hot_cross_entropy(
             f"x must have shape {tuple(logits.shape[:-1])} to fit the logits, got {tuple(x.shape)}"
         )
     reason = "a gradient towards x is asked for" if x.requires_grad else None
-    call = dispatch.Call([logits, x], reason)
-    name = dispatch.select("two_hot_cross_entropy", backend, call)
+    call = select.Call([logits, x], reason)
+    name = select.select("two_hot_cross_entropy", backend, call)
     if name in calls.ROW_KERNELS:
         return calls.two_hot_cross_entropy(name, logits, x, vmin, vmax, transform)
     return reference.two_hot_cross_entropy(logits, x, vmin, vmax, transform)
@@ -155,7 +155,7 @@ def td_lambda(
         continues: ``[H, ...]``: 0 where the episode ended at step t, else 1 (or a probability).
             What is behind an end is left out: it may be NaN or infinite, and no gradient comes from
             there. The last step's own reward counts. Any other probability lets a NaN pass.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         ``[H, ...]`` targets of ``values[:-1]``.
@@ -227,4 +227,4 @@ def _returns_backend(
 ) -> str:
     tensors = [rewards, values, *([] if continues is None else [continues])]
     reason = None if rewards.numel() else "there are no rewards"
-    return dispatch.select("td_lambda", backend, dispatch.Call(tensors, reason))
+    return select.select("td_lambda", backend, select.Call(tensors, reason))

@@ -7,9 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
-from pwm_fast import dispatch
+from pwm_fast.backends import select
+from pwm_fast.fused import algebra, calls
 from pwm_fast.ops import _checks
-from pwm_fast.ops.fused import algebra, calls
 from pwm_fast.ops.layers import mlp
 from pwm_fast.ops.reference import integration as reference
 from pwm_fast.ops.types import Layer, Method, VelocityFn
@@ -62,7 +62,7 @@ def velocity_field(
         tau: flow times in [0, 1]: a scalar, ``[...]`` or ``[..., 1]``.
         net: layers of the MLP; input width ``D + A + 1 (+ E)``, output width D.
         task: task embeddings ``[..., E]``, or None.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         Velocities ``[..., D]``.
@@ -100,7 +100,7 @@ def flow_step(
         method: ``"heun"`` or ``"euler"``.
         task: task embeddings ``[..., E]``, or None.
         fold: see :class:`Flow`.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         Next latents ``[..., D]``; differentiable in ``z``, ``a``, ``task`` and all parameters.
@@ -117,8 +117,8 @@ def flow_step(
         raise ValueError("fold needs a linear last layer behind at least one hidden layer")
     inputs = [z, a, *(() if task is None else (task,))]
     reason = calls.unsupported_dynamics(net) or calls.without_width(inputs, net)
-    call = dispatch.Call([*inputs, *calls.layer_tensors(net)], reason)
-    name = dispatch.select("flow_step", backend, call)
+    call = select.Call([*inputs, *calls.layer_tensors(net)], reason)
+    name = select.select("flow_step", backend, call)
     if name == "reference":
         return reference.flow_step(z, a, net, substeps, method, task)
     if not algebra.in_force().hoist:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pwm_fast import dispatch
+from pwm_fast.backends import select
+from pwm_fast.backends.pointwise import mish as activate_mish
+from pwm_fast.fused import calls
 from pwm_fast.ops import _checks
-from pwm_fast.ops.fused import calls
 from pwm_fast.ops.reference import layers as reference
-from pwm_fast.ops.reference.mish import mish as activate_mish
 from pwm_fast.ops.types import ACTIVATIONS, ORDERS, Activation, Layer, Order
 
 
@@ -20,7 +20,7 @@ def simnorm(x: Tensor, dim: int = 8, *, backend: str | None = None) -> Tensor:
     Args:
         x: ``[..., D]``, any floating dtype; D a multiple of ``dim``.
         dim: group width V.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         ``[..., D]``: every group of V is non-negative and sums to 1.
@@ -34,8 +34,8 @@ def simnorm(x: Tensor, dim: int = 8, *, backend: str | None = None) -> Tensor:
     """
     _checks.vectors("x", x)
     _checks.simnorm_width("x", x.shape[-1], "dim", dim)
-    call = dispatch.Call([x], calls.without_width([x]))
-    name = dispatch.select("simnorm", backend, call)
+    call = select.Call([x], calls.without_width([x]))
+    name = select.select("simnorm", backend, call)
     if name in calls.ROW_KERNELS:
         return calls.simnorm(name, x, dim)
     return reference.simnorm(x, dim)
@@ -91,7 +91,7 @@ def layer_norm_act(
         act: ``"mish"`` (``x tanh(softplus(x))``), ``"simnorm"`` or ``"none"``.
         simnorm_dim: group width for ``act="simnorm"``.
         eps: added to the variance.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
@@ -110,8 +110,8 @@ def layer_norm_act(
     _checks.one_of("act", act, ACTIVATIONS)
     if act == "simnorm":
         _checks.simnorm_width("x", width, "simnorm_dim", simnorm_dim)
-    call = dispatch.Call([x, weight, bias], calls.without_width([x]))
-    name = dispatch.select("layer_norm_act", backend, call)
+    call = select.Call([x, weight, bias], calls.without_width([x]))
+    name = select.select("layer_norm_act", backend, call)
     if name in calls.ROW_KERNELS:
         return calls.layer_norm_act(name, x, weight, bias, act, simnorm_dim, eps)
     return reference.layer_norm_act(x, weight, bias, act, simnorm_dim, eps)
@@ -123,7 +123,7 @@ def linear_norm_act(x: Tensor, layer: Layer, *, backend: str | None = None) -> T
     Args:
         x: ``[..., K]``, any floating dtype.
         layer: parameters; without ``ln_weight`` it is Linear and activation.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         ``[..., N]``.
@@ -144,7 +144,7 @@ def linear_act_norm(x: Tensor, layer: Layer, *, backend: str | None = None) -> T
     Args:
         x: ``[..., K]``; for an ensemble ``[B, K]`` (shared) or ``[E, B, K]`` (one per member).
         layer: ``weight [N, K]``, or ``[E, N, K]`` with vectors ``[E, N]`` for an ensemble.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         ``[..., N]``, or ``[E, B, N]`` for an ensemble.
@@ -186,7 +186,7 @@ def mlp(
             weights ``[E, N, K]`` and vectors ``[E, N]``.
         order: ``"norm_act"`` for layers as :func:`linear_norm_act`, ``"act_norm"`` for layers as
             :func:`linear_act_norm`.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         ``[..., N]`` of the last layer; ``[E, ..., N]`` of an ensemble.
@@ -222,8 +222,8 @@ def _run(
         reason = "the members of the ensemble have inputs of their own"
     elif layers[0].weight.dim() == 3 and inputs[0].numel() == 0:
         reason = "the batch of the ensemble is empty"
-    call = dispatch.Call([*inputs, *calls.layer_tensors(layers)], reason)
-    name = dispatch.select("mlp", backend, call)
+    call = select.Call([*inputs, *calls.layer_tensors(layers)], reason)
+    name = select.select("mlp", backend, call)
     if name != "reference":
         return calls.mlp(name, inputs, layers, order)
     if order == "norm_act":

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from pwm_fast.ops.fused import functional
-from pwm_fast.ops.fused.architecture import Sizes
-from pwm_fast.ops.fused.gemm import takes_narrow
-from pwm_fast.ops.fused.kernels import Kernels, TorchKernels
-from pwm_fast.ops.fused.precision import BY_NAME
-from pwm_fast.ops.fused.rollout import DynamicsSpec, dynamics_saved_buffers
-from pwm_fast.ops.fused.specs import decode_dynamics, decode_layers
-from pwm_fast.ops.fused.stack import LayerSpec, saved_buffers
+from pwm_fast.backends.base import Kernels, TorchKernels
+from pwm_fast.backends.precision import BY_NAME
+from pwm_fast.fused import functional
+from pwm_fast.fused.architecture import Sizes
+from pwm_fast.fused.gemm import takes_narrow
+from pwm_fast.fused.rollout import DynamicsSpec, dynamics_saved_buffers
+from pwm_fast.fused.specs import decode_dynamics, decode_layers
+from pwm_fast.fused.stack import LayerSpec, saved_buffers
 
 _LIB = torch.library.Library("pwm_fast", "DEF")
 IMPLEMENTATIONS: dict[str, Any] = {}  # what runs inside each operator, for looking into it
@@ -32,15 +32,15 @@ IMPLEMENTATIONS: dict[str, Any] = {}  # what runs inside each operator, for look
 
 @lru_cache(maxsize=32)
 def kernels(backend: str) -> Kernels:
-    """The element kernels of a backend, as :func:`pwm_fast.dispatch.select` names it."""
+    """The element kernels of a backend, as :func:`pwm_fast.backends.select.select` names it."""
     name, _, mode = backend.partition("+")
     precision = BY_NAME[mode or "exact"]
     if name == "native":
-        from pwm_fast.ops.fused.native import NativeKernels
+        from pwm_fast.backends.native import NativeKernels
 
         return NativeKernels(precision)
     if name == "triton":
-        from pwm_fast.ops.fused.triton import TritonKernels
+        from pwm_fast.backends.triton import TritonKernels
 
         return TritonKernels(precision)
     return TorchKernels(precision)

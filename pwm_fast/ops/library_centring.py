@@ -1,4 +1,4 @@
-"""The operator that packs layers: see :mod:`pwm_fast.ops.fused.centring`.
+"""The operator that packs layers: see :mod:`pwm_fast.fused.centring`.
 
 See :mod:`pwm_fast.ops.library` for the conventions.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused import centring
-from pwm_fast.ops.fused.specs import decode_layers
+from pwm_fast.fused import centring
+from pwm_fast.fused.specs import decode_layers
 from pwm_fast.ops.library import define, filled, first_order_only, kernels, register_gradient
 
 

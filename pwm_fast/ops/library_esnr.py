@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.esnr import EsnrKernels, TorchEsnr
+from pwm_fast.backends.esnr import EsnrKernels, TorchEsnr
 from pwm_fast.ops.library import define, no_gradient, register_gradient
 
 
@@ -19,7 +19,7 @@ from pwm_fast.ops.library import define, no_gradient, register_gradient
 def _esnr_kernels(backend: str) -> EsnrKernels:
     """The kernels of a backend."""
     if backend == "cuda":
-        from pwm_fast.ops.fused.cuda import CudaEsnr
+        from pwm_fast.backends.cuda import CudaEsnr
 
         return CudaEsnr()
     if backend == "triton":
@@ -27,7 +27,7 @@ def _esnr_kernels(backend: str) -> EsnrKernels:
 
         return TritonEsnr()
     if backend == "native":
-        from pwm_fast.ops.fused.native import NativeEsnr
+        from pwm_fast.backends.native import NativeEsnr
 
         return NativeEsnr()
     return TorchEsnr()

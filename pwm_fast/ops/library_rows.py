@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.kernels import Kernels
+from pwm_fast.backends.base import Kernels
 from pwm_fast.ops.library import (
     check_kept,
     define,

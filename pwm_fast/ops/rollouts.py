@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pwm_fast import dispatch
+from pwm_fast.backends import select
+from pwm_fast.fused import algebra, calls
 from pwm_fast.ops import _checks
-from pwm_fast.ops.fused import algebra, calls
 from pwm_fast.ops.heads import two_hot_decode
 from pwm_fast.ops.layers import mlp
 from pwm_fast.ops.reference import rollouts as reference
@@ -32,7 +32,7 @@ def latent_rollout(
         action: actions ``[H, B, A]``, time first.
         dynamics: :class:`Flow` or :class:`LatentMap`.
         task: task embeddings ``[B, E]``, or None.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         ``[H+1, B, D]``, the first being ``z0``; differentiable in ``z0``, ``action``, ``task`` and
@@ -46,7 +46,7 @@ def latent_rollout(
     _check_rows("z0", z0)
     _check_steps("action", action, z0)
     _check_dynamics(dynamics, z0, action.shape[-1], task)
-    name = dispatch.select("latent_rollout", backend, _call(dynamics, [z0, action], task))
+    name = select.select("latent_rollout", backend, _call(dynamics, [z0, action], task))
     if name == "reference":
         return reference.latent_rollout(z0, action, dynamics, task)
     if not algebra.in_force().hoist:
@@ -82,7 +82,7 @@ def imagine(
             that its own backward pass is one batch.
         last_value_only: value the last latents alone.
         task: task embeddings ``[B, E]``, or None.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         :class:`ImaginedRollout`, differentiable in ``z0``, ``task`` and all parameters.
@@ -111,7 +111,7 @@ def imagine(
         call = call._replace(unsupported=reason or calls.without_width([], policy.layers))
     if call.unsupported is None and noise.requires_grad:
         call = call._replace(unsupported="a gradient towards noise is asked for")
-    name = dispatch.select("imagine", backend, call)
+    name = select.select("imagine", backend, call)
     if name == "reference":
         z, action = reference.imagine(z0, noise, policy, dynamics, task, detach)
     elif not algebra.in_force().hoist:
@@ -140,7 +140,7 @@ def imagine(
             heads.vmin,
             heads.vmax,
             transform=heads.symlog,
-            backend=dispatch.for_part("two_hot_decode", backend),
+            backend=select.for_part("two_hot_decode", backend),
         )
     continues = value = None
     if heads.termination is not None:
@@ -156,7 +156,7 @@ def imagine(
     return ImaginedRollout(z, action, reward, continues, value)
 
 
-def _call(dynamics: Dynamics, tensors: list[Tensor], task: Tensor | None) -> dispatch.Call:
+def _call(dynamics: Dynamics, tensors: list[Tensor], task: Tensor | None) -> select.Call:
     reason = calls.unsupported_dynamics(dynamics.net)
     if reason is None:
         inputs = tensors[:2] if task is None else [*tensors[:2], task]
@@ -164,7 +164,7 @@ def _call(dynamics: Dynamics, tensors: list[Tensor], task: Tensor | None) -> dis
     if isinstance(dynamics, Flow) and dynamics.project:
         reason = "latents are projected onto the simplices after every macro step"
     tensors = [*tensors, *calls.layer_tensors(dynamics.net)]
-    return dispatch.Call(tensors if task is None else [*tensors, task], reason)
+    return select.Call(tensors if task is None else [*tensors, task], reason)
 
 
 def _pack(

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast import dispatch
+from pwm_fast.backends import select
+from pwm_fast.backends.dtypes import common_dtype, full_precision, wide_dtype
 from pwm_fast.ops import _checks
 from pwm_fast.ops.heads import two_hot_cross_entropy
 from pwm_fast.ops.integration import flow_interpolate, velocity_field
 from pwm_fast.ops.layers import mlp
-from pwm_fast.ops.reference.wide import common_dtype, full_precision, wide_dtype
 from pwm_fast.ops.rollouts import latent_rollout
 from pwm_fast.ops.types import STARTS, Dynamics, Flow, Heads, Layer, Start, WindowLoss
 
@@ -61,7 +61,7 @@ def world_model_loss(
         start_noise: standard deviation of noise on a path's start.
         target_grad: let the gradient reach ``z_t`` through the velocity target too.
         task: task embeddings ``[B, E]``, or None.
-        backend: see :mod:`pwm_fast.dispatch`.
+        backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         :class:`WindowLoss` of unweighted scalars, differentiable in all parameters and ``task``.
@@ -145,7 +145,7 @@ def world_model_loss(
                 heads.vmin,
                 heads.vmax,
                 transform=heads.symlog,
-                backend=dispatch.for_part("two_hot_cross_entropy", backend),
+                backend=select.for_part("two_hot_cross_entropy", backend),
             )
         termination = None
         if ending is not None and terminated is not None:

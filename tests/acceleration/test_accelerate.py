@@ -20,9 +20,10 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations
 
 import pwm_fast
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
 from pwm_fast.acceleration import AccelerationReport, AccelerationWarning
 from pwm_fast.acceleration.stack import AcceleratedStack
+from pwm_fast.backends import select
 from tests.acceleration import modules as m
 
 # The stacks by name: how to make them, and their order.
@@ -141,11 +142,11 @@ def test_stack_runs_as_one_operation(name: str) -> None:
     stack = STACKS[name][0]()
     fast = accelerated(stack)
     calls: list[str] = []
-    with dispatch.observed(lambda operation, *_: calls.append(operation)):
+    with select.observed(lambda operation, *_: calls.append(operation)):
         fast(torch.randn(4, 10))
     assert calls == ["mlp"]
     calls.clear()
-    with dispatch.observed(lambda operation, *_: calls.append(operation)):
+    with select.observed(lambda operation, *_: calls.append(operation)):
         stack(torch.randn(4, 10))
     assert calls == [], "the original stays as it was"
 
@@ -457,7 +458,7 @@ def test_changes_after() -> None:
 
     def check(fast: Any, stack: Any) -> None:
         calls: list[str] = []
-        with dispatch.observed(lambda operation, *_: calls.append(operation)):
+        with select.observed(lambda operation, *_: calls.append(operation)):
             got = fast(x)
         assert not calls
         torch.testing.assert_close(got, nn.Sequential.forward(stack, x))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pwm_fast import dispatch
 from pwm_fast.agent import PWM
-from pwm_fast.ops.fused.native import why_missing
+from pwm_fast.backends import select
+from pwm_fast.backends.native import why_missing
 from pwm_fast.replay import Windows
 from tests.models.builders import compose
 
@@ -21,7 +21,7 @@ def curves(backend: str, alg: str) -> dict[str, torch.Tensor]:
     agent = PWM(5, 2, config, can_terminate=True)
     mix = torch.randn(7, 5) * 0.3
     rows: dict[str, list[torch.Tensor]] = {}
-    with dispatch.backend(backend):
+    with select.backend(backend):
         for _ in range(UPDATES):
             action = torch.rand(4, 16, 2) * 2 - 1
             obs = [torch.randn(16, 5)]

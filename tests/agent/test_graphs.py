@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pwm_fast.agent import PWM
 from pwm_fast.agent.graphs import WARM_UP, CapturedUpdate, CudaGraphs, Update
+from pwm_fast.fused.packs import kept
 from pwm_fast.memory import OutOfMemory
-from pwm_fast.ops.fused.packs import kept
 from tests.agent.agents import AGENTS, changed, make_agent, make_obs, make_windows, snapshot
 from tests.agent.no_sync import HostSyncError
 from tests.agent.recorder import make_captured

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pwm_fast import dispatch
 from pwm_fast.agent import PWM
+from pwm_fast.backends import select
+from pwm_fast.backends.native import why_missing
 from pwm_fast.config import AlgConfig, ConfigError, from_dict, to_dict
 from pwm_fast.models import GaussianActor
-from pwm_fast.ops.fused.native import why_missing
 from pwm_fast.replay import Windows
 from pwm_fast.rundir import refuse_other_config
 from tests.agent import published
@@ -235,7 +235,7 @@ def test_float32(backend: str) -> None:
     data = Data(config)
     truth = theirs(make(config, F64), data, F64)
     plain = theirs(make(config, torch.float32), data, torch.float32)
-    with dispatch.backend(backend):
+    with select.backend(backend):
         found = ours(make(config, torch.float32), data, torch.float32)
     for stage, tensors in truth.items():
         # Adam divides by a gradient's size: where that is all rounding, so is a step's direction.

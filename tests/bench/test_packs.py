@@ -10,10 +10,10 @@ import torch
 from bench import packs
 from bench.errors import DOCS
 from bench.measure import Effort
-from pwm_fast import dispatch, ops
-from pwm_fast.ops.fused import native
-from pwm_fast.ops.fused import packs as store
-from pwm_fast.ops.fused.fingerprint import fingerprint
+from pwm_fast import ops
+from pwm_fast.backends import native, select
+from pwm_fast.fused import packs as store
+from pwm_fast.fused.fingerprint import fingerprint
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason="not built")
 
@@ -44,7 +44,7 @@ def test_a_row_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == len(packs.PRECISIONS) * 2 * 4
     assert all(row["ratio"] > 0.0 for row in rows)
     assert packs.table(rows).count("\n") == 1 + len(packs.PRECISIONS) * 4
-    assert dispatch.requested_precision() == "auto"
+    assert select.requested_precision() == "auto"
 
 
 def test_the_page_has_the_stored_table() -> None:

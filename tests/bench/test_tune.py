@@ -191,9 +191,9 @@ def test_rows_in_place_of_those_that_agents_have() -> None:
 
 def test_what_an_agent_asks_for_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most often first, whatever float32 operands would be multiplied in."""
-    triton = pytest.importorskip("pwm_fast.ops.fused.triton")
+    triton = pytest.importorskip("pwm_fast.backends.triton")
+    from pwm_fast.backends.precision import FAST
     from pwm_fast.kernels import rollout
-    from pwm_fast.ops.fused.precision import FAST
 
     def count(*args: object) -> None:
         own = triton.TritonKernels(FAST).products

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from pwm_fast import dispatch
 from pwm_fast.agent.optim import GuardedAdam
+from pwm_fast.backends import select
 from pwm_fast.kernels import adam
 from tests.helpers import assert_2x
 from tests.kernels.harness import DEVICES
@@ -53,10 +53,10 @@ def state_of(optimizer: GuardedAdam) -> list[Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("grad_norm", [1.0, 1e9])
 def test_as_right_as_torchs_fused_adam(grad_norm: float, device: str) -> None:
-    with dispatch.backend("reference"):
+    with select.backend("reference"):
         truth = learn(make("cpu", grad_norm, torch.float64))
         theirs = learn(make("cpu", grad_norm))
-    with dispatch.backend("triton"):
+    with select.backend("triton"):
         ours = learn(make(device, grad_norm))
     assert len(ours) == len(theirs) == len(truth) == 4 * len(SHAPES) + STEPS
     for kind, own in {
@@ -73,7 +73,7 @@ def test_as_right_as_torchs_fused_adam(grad_norm: float, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_in_several_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tensors than a launch has room for: the same bits."""
-    with dispatch.backend("triton"):
+    with select.backend("triton"):
         once = learn(make(device))
         monkeypatch.setattr(adam, "MOST", 2)
         parts = learn(make(device))
@@ -84,7 +84,7 @@ def test_in_several_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("bad", ["nan", "inf", "nan loss", "inf loss"])
 def test_what_is_not_finite_is_skipped(bad: str, device: str) -> None:
     """Everything stays as it is, also at first; the next step is as if nothing had been."""
-    with dispatch.backend("triton"):
+    with select.backend("triton"):
         optimizer, clean = make(device), make(device)
         for done in range(2):
             before = state_of(optimizer) if done else None
@@ -116,7 +116,7 @@ def test_takes_the_steps_that_torch_takes(scale: float, device: str) -> None:
         optimizer = make(device)
         optimizer.keep_gradients = True
         grads = [scale * g for g in gradients(0, optimizer)]
-        with dispatch.backend(backend):
+        with select.backend(backend):
             norms.append(optimizer.apply(torch.ones((), device=device), grads))
         assert int(optimizer.skipped) == 0
         kept.append([p.grad for p in optimizer.params])
@@ -126,7 +126,7 @@ def test_takes_the_steps_that_torch_takes(scale: float, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_kept_gradients_are_clipped(device: str) -> None:
-    with dispatch.backend("triton"):
+    with select.backend("triton"):
         optimizer, other = make(device), make(device)
         optimizer.keep_gradients = True
         ours, theirs = learn(optimizer, 1), learn(other, 1)
@@ -141,10 +141,10 @@ def test_kept_gradients_are_clipped(device: str) -> None:
 def test_goes_on_from_the_state_of_torchs_adam_and_back(device: str) -> None:
     """A checkpoint says nothing of who took its steps; step counts are one a parameter."""
     optimizer, other = make(device), make(device)
-    with dispatch.backend("reference"):
+    with select.backend("reference"):
         learn(other)
         learn(optimizer, 1)
-    with dispatch.backend("triton"):
+    with select.backend("triton"):
         loss = torch.ones((), device=device)
         optimizer.apply(loss, gradients(1, optimizer))
         restored = make(device)
@@ -156,7 +156,7 @@ def test_goes_on_from_the_state_of_torchs_adam_and_back(device: str) -> None:
     for a, b, c in zip(*map(state_of, (optimizer, restored, other)), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
-    with dispatch.backend("reference"):
+    with select.backend("reference"):
         restored.apply(loss, gradients(3, restored))
     steps = [float(restored.adam.state[p]["step"]) for p in restored.params]
     assert steps == [4.0] * len(SHAPES)

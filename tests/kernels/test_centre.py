@@ -11,8 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast import ops
+from pwm_fast.fused import algebra, calls, packs
 from pwm_fast.kernels import centre
-from pwm_fast.ops.fused import algebra, calls, packs
 from tests.helpers import random_layer
 from tests.kernels.harness import DEVICES, Rows, Values, check
 

@@ -11,11 +11,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast import ops
+from pwm_fast.backends import cuda
+from pwm_fast.backends.cuda import CudaEsnr
+from pwm_fast.backends.esnr import EsnrKernels
 from pwm_fast.kernels import table
 from pwm_fast.kernels.esnr import TritonEsnr
-from pwm_fast.ops.fused import cuda
-from pwm_fast.ops.fused.cuda import CudaEsnr
-from pwm_fast.ops.fused.esnr import EsnrKernels
 from tests.kernels.harness import on_devices
 from tests.native.esnr_cases import (
     AGREEING,

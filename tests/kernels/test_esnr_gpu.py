@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast import dispatch, ops
-from pwm_fast.ops.fused import cuda
+from pwm_fast import ops
+from pwm_fast.backends import cuda, select
 from tests.kernels.test_esnr import BACKENDS, RTOL, SAMPLES, kernels
 from tests.native.esnr_cases import DTYPES, SIZES, assert_close, grads, truth
 
@@ -120,7 +120,7 @@ def test_no_synchronisation(backend: str) -> None:
 
 def test_auto_takes_a_kernel() -> None:
     given = [torch.randn(9, device="cuda") for _ in range(4)]
-    chosen = dispatch.select("esnr", "auto", dispatch.Call(given))
+    chosen = select.select("esnr", "auto", select.Call(given))
     assert chosen == ("cuda" if cuda.why_not(0) is None else "triton")
 
 

@@ -21,7 +21,7 @@ import triton
 import pwm_fast.kernels
 from bench.launches import count
 from bench.plain import algorithm
-from pwm_fast import dispatch
+from pwm_fast.backends import select
 from pwm_fast.ops import library
 from tests.kernels.launched import (
     OPERATIONS,
@@ -40,7 +40,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def run(cuda: Watched, precision: str, case: Case, shift: int = 0) -> None:
     """One operation of the contract, forward and backward."""
     inputs = case.inputs(BATCH, min(WIDTH, case.widths[-1]), torch.float32)
-    with cuda, dispatch.backend("triton"), dispatch.precision(precision):
+    with cuda, select.backend("triton"), select.precision(precision):
         run_operation(case, inputs, shift)
 
 

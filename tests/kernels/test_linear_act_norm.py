@@ -8,12 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from pwm_fast.backends.base import TorchKernels
+from pwm_fast.backends.precision import EXACT, FAST, Precision
+from pwm_fast.backends.triton_gemm import TritonProducts
+from pwm_fast.fused.stack import LayerParams, LayerSpec, Stack
 from pwm_fast.kernels.linear_act_norm import linear_act_norm_bwd, linear_act_norm_fwd
 from pwm_fast.kernels.plan import Limits, Plan, Product, candidates, make_plan, plan
-from pwm_fast.ops.fused.kernels import TorchKernels
-from pwm_fast.ops.fused.precision import EXACT, FAST, Precision
-from pwm_fast.ops.fused.stack import LayerParams, LayerSpec, Stack
-from pwm_fast.ops.fused.triton_products import TritonProducts
 from tests.helpers import assert_2x
 from tests.kernels.harness import on_devices
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from pwm_fast.backends.base import TorchKernels
 from pwm_fast.kernels.linear_norm_act import (
     PLANES,
     linear_norm_act_bwd,
     linear_norm_act_fwd,
 )
 from pwm_fast.kernels.plan import Exchange, Plan, make_plan
-from pwm_fast.ops.fused.kernels import TorchKernels
 from tests.helpers import assert_2x
 from tests.kernels.harness import multiprocessors, on_devices
 

@@ -9,7 +9,8 @@ from torch.library import opcheck
 
 pytest.importorskip("triton")
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select
 from tests.helpers import random_layer
 from tests.kernels.harness import DEVICES, gpu, on_devices
 from tests.ops.contract import ROLLOUTS, Case, check, check_precision
@@ -26,7 +27,7 @@ def name(case: Case) -> str:
 
 @pytest.fixture(autouse=True)
 def on_triton():
-    with dispatch.backend("triton"):
+    with select.backend("triton"):
         yield
 
 
@@ -38,7 +39,7 @@ def test_contract(case: Case, device: str) -> None:
     if device == "cpu":
         sizes = [(3, 7), (2, case.widths[-1])]
         sizes += [(0, 7), (1, case.widths[2])] if case in ROWS else []
-    with dispatch.precision("exact"):
+    with select.precision("exact"):
         for batch, width in sizes:
             inputs = case.inputs(batch, width, torch.float32)
             check(case, {k: v.to(device) for k, v in inputs.items()})
@@ -58,7 +59,7 @@ def test_strides(device: str, case: Case) -> None:
     """Of the outputs' gradients, too. Of real width where a row is all there is to compute."""
     width = case.widths[2] if case in ROWS else 33
     inputs = {k: v.to(device) for k, v in case.inputs(7, width, torch.float32).items()}
-    with dispatch.precision("exact"):
+    with select.precision("exact"):
         check(case, inputs, summed=True)
         check(case, {k: strided(x) for k, x in inputs.items()})
         check(case, {k: transposed(x) for k, x in inputs.items()})
@@ -103,7 +104,7 @@ def test_any_group_of_simnorm() -> None:
 
 
 def exact(x: Tensor, layers: list[ops.Layer]) -> Tensor:
-    with dispatch.precision("exact"):
+    with select.precision("exact"):
         return ops.mlp([x], layers, backend="triton")
 
 
@@ -131,20 +132,20 @@ def test_vmap() -> None:
 def test_auto_takes_triton(case: Case) -> None:
     seen: list[str | None] = []
     inputs = {k: v.cuda() for k, v in case.inputs(7, 7, torch.float32).items()}
-    with dispatch.backend("auto"), dispatch.observed(lambda *args: seen.append(args[2])):
+    with select.backend("auto"), select.observed(lambda *args: seen.append(args[2])):
         case.call(inputs)
     assert seen and set(seen) == {"triton"}
 
 
 def test_what_it_refuses() -> None:
     """Without a GPU, and not in the interpreter, asking for it says what it needs."""
-    with pytest.raises(dispatch.BackendError, match="it runs on CUDA GPUs"):
+    with pytest.raises(select.BackendError, match="it runs on CUDA GPUs"):
         ops.simnorm(torch.randn(2, 8))
 
 
 @pytest.mark.interpreted
 def test_what_it_refuses_of_a_call() -> None:
-    with pytest.raises(dispatch.BackendError, match="float64; it computes in float32"):
+    with pytest.raises(select.BackendError, match="float64; it computes in float32"):
         ops.simnorm(torch.randn(2, 8).double())
     with pytest.raises(ValueError, match="9000 features do not fit"):
         ops.layer_norm_act(torch.randn(1, 9000), torch.ones(9000), torch.ones(9000))

@@ -12,15 +12,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select
+from pwm_fast.backends.precision import EXACT, FAST
+from pwm_fast.fused import architecture, persistent
+from pwm_fast.fused.architecture import Sizes, candidates
+from pwm_fast.fused.rollout import DynamicsSpec
+from pwm_fast.fused.stack import LayerSpec
 from pwm_fast.kernels import rollout
 from pwm_fast.kernels.launch import INTERPRETING
 from pwm_fast.kernels.rollout_plan import EXCHANGES
-from pwm_fast.ops.fused import architecture, persistent
-from pwm_fast.ops.fused.architecture import Sizes, candidates
-from pwm_fast.ops.fused.precision import EXACT, FAST
-from pwm_fast.ops.fused.rollout import DynamicsSpec
-from pwm_fast.ops.fused.stack import LayerSpec
 from tests.helpers import assert_2x, random_layer
 from tests.ops.contract import ROLLOUTS, Case
 from tests.ops.test_precision import check_precision
@@ -49,7 +50,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     spied("rollout_forward")
     spied("rollout_backward")
-    with dispatch.backend("triton"):
+    with select.backend("triton"):
         yield seen
 
 
@@ -124,9 +125,9 @@ def _rollout(
 def test_as_right_as_layer_by_layer(
     method: ops.Method, wgrad: bool, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with dispatch.backend("reference"):
+    with select.backend("reference"):
         truth = _rollout(torch.float64, wgrad, method)
-    with dispatch.precision("fast"), ops.algebra(centre=True, pad=True):
+    with select.precision("fast"), ops.algebra(centre=True, pad=True):
         ours = _rollout(torch.float32, wgrad, method)
         assert launches == ["rollout_forward", "rollout_backward"]
         monkeypatch.setenv(architecture.VARIABLE, "layers")
@@ -140,7 +141,7 @@ def test_as_right_as_layer_by_layer(
 @pytest.mark.interpreted
 @pytest.mark.parametrize("wgrad", [False, True])
 def test_no_macro_steps(wgrad: bool, launches: list[str]) -> None:
-    with dispatch.precision("fast"), ops.algebra(centre=True, pad=True):
+    with select.precision("fast"), ops.algebra(centre=True, pad=True):
         z, (dz, *others) = _rollout(torch.float32, wgrad, steps=0)
     assert not launches
     assert z.shape == (1, 9, 21) and dz.abs().min() > 0

@@ -216,7 +216,7 @@ def test_no_kernel_is_autotuned_and_nothing_of_the_package_measures() -> None:
     """Triton's autotuner times choices where a kernel is first launched: maybe in a capture."""
     code = """
 import importlib, pkgutil, sys
-import pwm_fast.agent, pwm_fast.kernels, pwm_fast.ops.fused.triton
+import pwm_fast.agent, pwm_fast.kernels, pwm_fast.backends.triton
 from triton.runtime.autotuner import Autotuner, Heuristics
 for info in pkgutil.iter_modules(pwm_fast.kernels.__path__):
     module = importlib.import_module(f"pwm_fast.kernels.{info.name}")

@@ -12,12 +12,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select, triton_gemm
+from pwm_fast.fused.stack import LayerSpec
 from pwm_fast.kernels import aot, policy
 from pwm_fast.kernels.plan import Limits
 from pwm_fast.kernels.policy import PolicyLayer, policy_step
-from pwm_fast.ops.fused import triton_products
-from pwm_fast.ops.fused.stack import LayerSpec
 from tests.helpers import random_layer
 from tests.kernels.harness import DEVICES, Rows, Values, check, on_devices
 from tests.ops.contract import ROLLOUTS, Case
@@ -216,8 +216,8 @@ def test_shared_memory_of_small_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     why = policy.why_not([400, 512], ["mish"] * 2, 8, F16, 99 * 1024)
     assert str(why) == "its products take 139264 bytes of shared memory, the device has 101376"
     small = "small GPU", Limits(128, 99 * 1024)
-    monkeypatch.setattr(triton_products, "device_limits", lambda device: small)
-    products, device = triton_products.TritonProducts(), torch.device("cuda")
+    monkeypatch.setattr(triton_gemm, "device_limits", lambda device: small)
+    products, device = triton_gemm.TritonProducts(), torch.device("cuda")
     hidden = LayerSpec("act_norm", "mish", True, True, 8, 1e-5)
     specs = [hidden, hidden, replace(hidden, act="none", norm=False)]
     assert products.policy(specs, [512, 256, 8], 128, F16, device) is not None
@@ -242,14 +242,14 @@ IMAGINED = [case for case in ROLLOUTS if case.name.startswith("imagine")]
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Rows of each step of a policy in one launch."""
     seen: list[int] = []
-    original = triton_products.policy.policy_step
+    original = triton_gemm.policy.policy_step
 
     def spy(h: Tensor, *args: object, **kwargs: object) -> None:
         seen.append(h.shape[0])
         original(h, *args, **kwargs)
 
-    monkeypatch.setattr(triton_products.policy, "policy_step", spy)
-    with dispatch.backend("triton"):
+    monkeypatch.setattr(triton_gemm.policy, "policy_step", spy)
+    with select.backend("triton"):
         yield seen
 
 
@@ -282,7 +282,7 @@ def imagined(widths: list[int], act: ops.Activation = "mish") -> Tensor:
     sizes = [21, *widths]
     actor = [layer(k, n, act=act) for k, n in pairwise(sizes)] + [layer(sizes[-1], 3, norm=False)]
     net = [layer(25, 33, act="mish"), layer(33, 33, act="mish"), layer(33, 21, norm=False)]
-    with dispatch.precision("fast"), ops.algebra(centre=True, pad=True), torch.no_grad():
+    with select.precision("fast"), ops.algebra(centre=True, pad=True), torch.no_grad():
         return ops.imagine(
             torch.randn(5, 21, generator=generator),
             ops.Policy(actor, torch.rand(1, generator=generator).expand(3)),

@@ -9,7 +9,8 @@ from torch.library import opcheck
 
 pytest.importorskip("triton")
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select
 from pwm_fast.ops.heads import discounted_return
 from tests.helpers import assert_2x
 from tests.kernels.harness import DEVICES
@@ -48,10 +49,10 @@ def results(
 def test_as_right_as_the_recursion(
     shape: tuple[int, ...], lam: float | None, ends: bool, device: str
 ) -> None:
-    with dispatch.backend("reference"):
+    with select.backend("reference"):
         truth = results(torch.float64, "cpu", shape, lam, ends)
         theirs = results(torch.float32, "cpu", shape, lam, ends)
-    with dispatch.backend("triton"):
+    with select.backend("triton"):
         ours = results(torch.float32, device, shape, lam, ends)
     for i, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
         assert_2x(a, b, c, f"result {i}")
@@ -81,7 +82,7 @@ def test_nothing_behind_an_end_counts(lam: float | None, bad: float, device: str
         assert to_continues.isfinite().all()
         return [x.detach().cpu() for x in (out[:3], to_rewards, to_values)]
 
-    with dispatch.backend("triton"):
+    with select.backend("triton"):
         for ours, wanted in zip(run(True), run(False), strict=True):
             assert torch.equal(ours, wanted)
         rewards, values = torch.ones(3, 1, device=device), torch.full((4, 1), bad, device=device)
@@ -106,7 +107,7 @@ def test_operator(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_nothing_to_sum_is_left_to_the_reference(device: str) -> None:
     rewards, values = torch.ones(0, 2, device=device), torch.ones(1, 2, device=device)
-    with pytest.raises(dispatch.BackendError, match="there are no rewards"):
+    with pytest.raises(select.BackendError, match="there are no rewards"):
         ops.td_lambda(rewards, values, backend="triton")
     last = torch.ones(2, device=device)
     assert discounted_return(torch.ones(0, 2, device=device), last, 0.5).tolist() == [1.0, 1.0]

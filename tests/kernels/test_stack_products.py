@@ -8,10 +8,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from pwm_fast.ops.fused.kernels import TorchKernels
-from pwm_fast.ops.fused.precision import EXACT, FAST, Precision
-from pwm_fast.ops.fused.stack import LayerParams, LayerSpec, Stack
-from pwm_fast.ops.fused.triton_products import TritonProducts
+from pwm_fast.backends.base import TorchKernels
+from pwm_fast.backends.precision import EXACT, FAST, Precision
+from pwm_fast.backends.triton_gemm import TritonProducts
+from pwm_fast.fused.stack import LayerParams, LayerSpec, Stack
 
 ROWS, EVALS = 21, 2
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select
+from pwm_fast.fused import architecture
 from pwm_fast.kernels import linear_axpby, linear_norm_act, plan
-from pwm_fast.ops.fused import architecture
 from tests.helpers import assert_2x, random_layer
 from tests.kernels.harness import on_devices
 
@@ -92,10 +93,10 @@ def check(
 ) -> Counter[str]:
     """Fused and not against float64; what the fused one launched."""
     monkeypatch.setenv(architecture.VARIABLE, "layers")
-    with dispatch.backend("reference"):
+    with select.backend("reference"):
         truth = rollout(sizes, torch.float64, method, fold)
     seen = launched(monkeypatch)
-    with dispatch.backend("triton"), dispatch.precision(precision):
+    with select.backend("triton"), select.precision(precision):
         ours = rollout(sizes, torch.float32, method, fold, device)
         found = seen.copy()
         monkeypatch.setenv(plan.VARIABLE, "0")

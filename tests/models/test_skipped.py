@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as globals_of_torch
 from torch.nn.utils import parametrizations, prune
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
 from pwm_fast.acceleration import accelerate
 from pwm_fast.acceleration.stack import AcceleratedStack
+from pwm_fast.backends import select
 from pwm_fast.models import CriticEnsemble, GaussianActor, LatentModel
 from pwm_fast.models.critic import Critic
 from pwm_fast.models.layers import MLP, Mish, NormedLinear, act_norm_mlp, mlp
@@ -133,7 +134,7 @@ def test_networks(name: str, change: str) -> None:
     CHANGES[change](net)
     x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     seen: list[str] = []
-    with dispatch.observed(lambda operation, *_: seen.append(operation)):
+    with select.observed(lambda operation, *_: seen.append(operation)):
         ours = NETWORKS[name][1](model, x)
     theirs = one_by_one(net, x)
     as_one = change in AS_ONE or (change == "no activation" and name.startswith("MLP"))
@@ -205,7 +206,7 @@ def test_hooks_fire(name: str, kind: str) -> None:
         assert fired == ["x"], where
         handle.remove()
         seen: list[str] = []
-        with dispatch.observed(lambda operation, *_, seen=seen: seen.append(operation)):
+        with select.observed(lambda operation, *_, seen=seen: seen.append(operation)):
             call(model, x)
         assert seen == ["mlp"] and fired == ["x"]
 

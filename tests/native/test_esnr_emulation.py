@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.cuda import CudaEsnr
-from pwm_fast.ops.fused.esnr import TorchEsnr
+from pwm_fast.backends.cuda import CudaEsnr
+from pwm_fast.backends.esnr import TorchEsnr
 from tests.native.esnr_cases import (
     AGREEING,
     DTYPES,

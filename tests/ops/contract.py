@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select
 from pwm_fast.ops import Activation, Layer
 from tests.helpers import PARAMETERS, assert_2x, random_layer
 
@@ -153,7 +154,7 @@ def check_precision(
         truth = values_and_gradients(case, case.torch_call, double, False)
         draws.append((inputs, own(inputs), truth))
     (inputs, torch_own, truth), *others = draws
-    with dispatch.precision(precision):
+    with select.precision(precision):
         ours = values_and_gradients(case, case.call, inputs, False)
     rounding = 0.0
     for key, expected in truth.items():

@@ -8,10 +8,11 @@ import itertools
 import pytest
 import torch
 
-from pwm_fast import dispatch, ops
-from pwm_fast.ops.fused import algebra, calls
-from pwm_fast.ops.fused.native import why_missing
-from pwm_fast.ops.fused.specs import decode_dynamics
+from pwm_fast import ops
+from pwm_fast.backends import select
+from pwm_fast.backends.native import why_missing
+from pwm_fast.fused import algebra, calls
+from pwm_fast.fused.specs import decode_dynamics
 from tests.helpers import random_layer
 from tests.ops.contract import CASES, ROLLOUTS, Case, check
 
@@ -47,7 +48,7 @@ def differentiable(case: Case) -> Case:
 @pytest.mark.parametrize("switches", [*ALONE, *TOGETHER], ids=name)
 @pytest.mark.parametrize("case", [*ROLLOUTS, *LAYERS], ids=lambda case: case.name)
 def test_in_float64(case: Case, switches: dict[str, bool]) -> None:
-    with dispatch.backend("torch"), ops.algebra(**switches):
+    with select.backend("torch"), ops.algebra(**switches):
         for each in {case.constants: case, (): differentiable(case)}.values():
             check(each, each.inputs(3, 7, torch.float64))
 
@@ -67,7 +68,7 @@ def test_in_float32(case: Case, switches: dict[str, bool], backend: str) -> None
     if switches.get("fold"):
         # With weight gradients the fold is held to float64 alone (docs/performance.md).
         switches = switches if "folded" in case.name else switches | {"fold": False}
-    with dispatch.backend(backend), ops.algebra(**switches):
+    with select.backend(backend), ops.algebra(**switches):
         check(case, case.inputs(33, 33, torch.float32))
 
 
@@ -133,7 +134,7 @@ def test_what_is_folded_by_default(backend: str, frozen: bool, trained: bool) ->
 def test_the_users_weights_stay_as_they_are() -> None:
     layers = [random_layer(9, 7, "mish"), random_layer(7, 4, norm=False)]
     before = [p.weight.clone() for p in layers]
-    with ops.algebra(pad=True), dispatch.backend("torch"):
+    with ops.algebra(pad=True), select.backend("torch"):
         ops.mlp((torch.randn(3, 9, dtype=torch.float64),), layers)
     assert all(torch.equal(p.weight, w) for p, w in zip(layers, before, strict=True))
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from pwm_fast import dispatch
-from pwm_fast.ops.fused import gemm
-from pwm_fast.ops.fused.native import why_missing
+from pwm_fast.backends import select
+from pwm_fast.backends.native import why_missing
+from pwm_fast.fused import gemm
 from tests.ops.contract import CASES, ROLLOUTS, Case, check, values_and_gradients
 from tests.ops.test_contract import expanded, strided, transposed
 
@@ -42,7 +42,7 @@ def names(cases: tuple[Case, ...]) -> list[str]:
 def test_algebra_in_float64(case: Case) -> None:
     """Hoisting, fold and batched gradients change nothing but rounding."""
     case = dataclasses.replace(case, constants=tuple({*case.constants} & {"noise"}))
-    with dispatch.backend("torch"):
+    with select.backend("torch"):
         for batch in (1, 7):
             for width in (7, 33):
                 check(case, case.inputs(batch, width, torch.float64))
@@ -56,7 +56,7 @@ def test_algebra_in_float64(case: Case) -> None:
 @pytest.mark.parametrize("case", FUSED, ids=names(FUSED))
 def test_algebra_in_float32(case: Case) -> None:
     """What ``auto`` does not take keeps the 2x rule as well."""
-    with dispatch.backend("torch"):
+    with select.backend("torch"):
         for batch, width in ((7, 7), (199, 33)):
             check(case, case.inputs(batch, width, torch.float32))
 
@@ -65,7 +65,7 @@ def test_algebra_in_float32(case: Case) -> None:
 @pytest.mark.parametrize("case", NATIVE, ids=names(NATIVE))
 def test_native_runs_what_auto_takes(case: Case) -> None:
     """Asking for native raises nothing: the contract of ``auto`` in float32 was native's."""
-    with dispatch.backend("native"):
+    with select.backend("native"):
         check(case, case.inputs(5, case.widths[1], torch.float32))
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pwm_fast
-from pwm_fast import dispatch, info, ops
-from pwm_fast.ops.fused import native
+from pwm_fast import info, ops
+from pwm_fast.backends import native, select
 from pwm_fast.ops.heads import discounted_return
 from tests.helpers import random_layer, tensors_of
 
@@ -33,16 +33,16 @@ def layers(dtype: torch.dtype = torch.float32) -> list[ops.Layer]:
 def ran(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], operation: str = "mlp") -> str:
     """The backend that a call chose."""
     chosen = []
-    original = dispatch.select
+    original = select.select
 
-    def select(name: str, argument: str | None, described: dispatch.Call) -> str:
+    def spied(name: str, argument: str | None, described: select.Call) -> str:
         result = original(name, argument, described)
         if name == operation:
             chosen.append(result)
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "select", select)
+        patch.setattr(select, "select", spied)
         call()
     assert len(chosen) == 1
     return chosen[0]
@@ -51,25 +51,25 @@ def ran(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], operation: 
 @needs_native
 def test_order_of_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     x, net = torch.randn(3, 6), layers()
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.delenv(select.VARIABLE, raising=False)
     assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "native"
-    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    monkeypatch.setenv(select.VARIABLE, "reference")
     assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "reference"
-    with dispatch.backend("torch"):
+    with select.backend("torch"):
         assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "torch"
-        with dispatch.backend("auto"):
+        with select.backend("auto"):
             assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "native"
         assert ran(monkeypatch, lambda: ops.mlp([x], net, backend="native")) == "native"
         assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "torch"
     assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "reference"
-    monkeypatch.setenv(dispatch.VARIABLE, "")
+    monkeypatch.setenv(select.VARIABLE, "")
     assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "native"
 
 
 def test_context_ends_with_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), dispatch.backend("reference"):
+    with pytest.raises(ZeroDivisionError), select.backend("reference"):
         raise ZeroDivisionError
-    assert dispatch.requested() == "auto"
+    assert select.requested() == "auto"
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +78,9 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=f"backend must be one of {names}"):
         ops.mlp([x], net, backend="metal")
     with pytest.raises(ValueError, match=f"backend must be one of {names}"):
-        dispatch.backend("metal").__enter__()
-    monkeypatch.setenv(dispatch.VARIABLE, "metal")
-    with pytest.raises(ValueError, match=f"{dispatch.VARIABLE} must be one of {names}"):
+        select.backend("metal").__enter__()
+    monkeypatch.setenv(select.VARIABLE, "metal")
+    with pytest.raises(ValueError, match=f"{select.VARIABLE} must be one of {names}"):
         ops.mlp([x], net)
 
 
@@ -125,7 +125,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals_give_the_reason(name: str) -> None:
     call, reason = REFUSALS[name]
-    with pytest.raises(dispatch.BackendError, match=reason):
+    with pytest.raises(select.BackendError, match=reason):
         call()
 
 
@@ -134,7 +134,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_MISSING", "the native extension does not load (gone)")
     x, net = torch.randn(3, 6), layers()
     assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "reference"
-    with pytest.raises(dispatch.BackendError, match=r"does not load \(gone\)"):
+    with pytest.raises(select.BackendError, match=r"does not load \(gone\)"):
         ops.mlp([x], net, backend="native")
 
 
@@ -176,7 +176,7 @@ TWICE: dict[str, Callable[[Tensor, str], Tensor]] = {
 @pytest.mark.parametrize("name", TWICE)
 def test_differentiating_twice(name: str) -> None:
     """A first-order operator refuses; the reference does it."""
-    has = [b.name for b in dispatch.OPERATIONS[name]]
+    has = [b.name for b in select.OPERATIONS[name]]
     for backend, dtype in (("native", torch.float32), ("torch", torch.float64)):
         if backend not in has or (backend == "native" and native.why_missing() is not None):
             continue
@@ -260,19 +260,19 @@ def choices_of(call: Callable[[], object]) -> tuple[list[tuple[str, str, str | N
     """What was asked for and said to be taken, and whose kernels ran."""
     said: list[tuple[str, str, str | None]] = []
     kernels = Kernels()
-    with kernels, dispatch.observed(lambda op, asked, taken, _: said.append((op, asked, taken))):
+    with kernels, select.observed(lambda op, asked, taken, _: said.append((op, asked, taken))):
         call()
     return said, kernels.told
 
 
-@pytest.mark.parametrize("backend", [n for n in dispatch.NAMES if n != "auto"])
+@pytest.mark.parametrize("backend", [n for n in select.NAMES if n != "auto"])
 @pytest.mark.parametrize("operation", CALLS)
 def test_an_argument_is_taken_or_refused(operation: str, backend: str) -> None:
     """Nothing runs under another's name, and what refuses lists what there is."""
-    has = [b.name for b in dispatch.OPERATIONS[operation]]
+    has = [b.name for b in select.OPERATIONS[operation]]
     try:
         said, kernels = choices_of(lambda: CALLS[operation](backend))
-    except dispatch.BackendError as error:
+    except select.BackendError as error:
         if backend in has:
             assert f"backend '{backend}' cannot run {operation}: " in str(error)
         else:
@@ -283,32 +283,32 @@ def test_an_argument_is_taken_or_refused(operation: str, backend: str) -> None:
     assert (operation, backend, backend) in said
     # Parts of the operation that have no such backend are on the reference, and say that.
     for part, asked, taken in said:
-        there = [b.name for b in dispatch.OPERATIONS[part]]
+        there = [b.name for b in select.OPERATIONS[part]]
         assert asked == taken == (backend if backend in there else "reference")
     assert {name.partition("+")[0] for name in kernels} == {backend} - {"reference"}
 
 
 @pytest.mark.parametrize("way", ["context", "environment"])
-@pytest.mark.parametrize("backend", [n for n in dispatch.NAMES if n != "auto"])
+@pytest.mark.parametrize("backend", [n for n in select.NAMES if n != "auto"])
 @pytest.mark.parametrize("operation", CALLS)
 def test_a_context_for_a_whole_program(
     operation: str, backend: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """native and torch: what has no such backend runs on the reference, and is reported as that."""
     if way == "environment":
-        monkeypatch.setenv(dispatch.VARIABLE, backend)
-    has = [b.name for b in dispatch.OPERATIONS[operation]]
-    context = dispatch.backend(backend) if way == "context" else nullcontext()
-    call = dispatch.Call([torch.zeros(1)])
+        monkeypatch.setenv(select.VARIABLE, backend)
+    has = [b.name for b in select.OPERATIONS[operation]]
+    context = select.backend(backend) if way == "context" else nullcontext()
+    call = select.Call([torch.zeros(1)])
     with context:
-        if backend not in (*has, *dispatch.WHOLE):
-            with pytest.raises(dispatch.BackendError, match=f"has no backend '{backend}'; it has"):
+        if backend not in (*has, *select.WHOLE):
+            with pytest.raises(select.BackendError, match=f"has no backend '{backend}'; it has"):
                 CALLS[operation](None)
             return
         expected = backend if backend in has else "reference"
-        reasons = {v.name: v.reason for v in dispatch.verdicts(operation, call)}
+        reasons = {v.name: v.reason for v in select.verdicts(operation, call)}
         if reasons[expected] is not None:
-            with pytest.raises(dispatch.BackendError, match=f"'{backend}' cannot run {operation}"):
+            with pytest.raises(select.BackendError, match=f"'{backend}' cannot run {operation}"):
                 CALLS[operation](None)
             return
         said, kernels = choices_of(lambda: CALLS[operation](None))
@@ -320,7 +320,7 @@ def test_a_context_for_a_whole_program(
 
 def test_discounted_return_says_what_runs() -> None:
     for backend in ("native", "torch", "reference"):
-        with dispatch.backend(backend):
+        with select.backend(backend):
             said, _ = choices_of(lambda: discounted_return(torch.randn(2, 3), torch.randn(3), 0.9))
         assert said == [("td_lambda", backend, "reference")]
 
@@ -344,7 +344,7 @@ def test_explain_names_what_runs(operation: str) -> None:
     named.pop("backend")
     for backend in ("native", "torch", "reference", "auto"):
         told = pwm_fast.explain(operation, *given, backend=backend, **named)
-        with dispatch.backend(backend):
+        with select.backend(backend):
             within = pwm_fast.explain(operation, *given, **named)
             said, _ = choices_of(lambda: original(*given, **named))
         assert within.backend == said[0][2]
@@ -356,15 +356,15 @@ def test_explain_names_what_runs(operation: str) -> None:
             }
         else:
             assert told.backend is None and "BackendError" in told.error
-            with pytest.raises(dispatch.BackendError):
+            with pytest.raises(select.BackendError):
                 original(*given, backend=backend, **named)
 
 
 def test_info_lists_what_there_is() -> None:
     """A dash where an operation has no such backend."""
     rows = info.report()
-    names = [n for n in dispatch.NAMES if n != "auto"]
-    for operation, backends in dispatch.OPERATIONS.items():
+    names = [n for n in select.NAMES if n != "auto"]
+    for operation, backends in select.OPERATIONS.items():
         cells = dict(zip(names, re.split(" {2,}", rows[f"  {operation}"]), strict=True))
         has = {b.name for b in backends}
         assert {n for n in names if cells[n] == "-"} == set(names) - has

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pwm_fast.acceleration import AccelerationWarning
-from pwm_fast.ops.fused.native import why_missing
+from pwm_fast.backends.native import why_missing
 
 PAGE = Path(__file__).parents[2] / "docs" / "ops.md"
 

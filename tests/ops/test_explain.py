@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pwm_fast
-from pwm_fast import dispatch, ops
-from pwm_fast.ops.fused import triton_support
-from pwm_fast.ops.fused.native import why_missing
+from pwm_fast import ops
+from pwm_fast.backends import select, triton_support
+from pwm_fast.backends.native import why_missing
 from tests.helpers import random_layer, tensors_of
 
 needs_native = pytest.mark.skipif(
@@ -147,7 +147,7 @@ def test_what_is_told_is_what_happens(name: str) -> None:
     told = pwm_fast.explain(name, *args, **kwargs)
     chosen: list[tuple[str, str | None]] = []
     operators = Operators()
-    with operators, dispatch.observed(lambda op, _, taken, call: chosen.append((op, taken))):
+    with operators, select.observed(lambda op, _, taken, call: chosen.append((op, taken))):
         getattr(ops, name)(*args, **kwargs)
     assert {(s.operation, s.backend) for s in told.selections} == set(chosen)
     assert {line.partition(" (")[0].split()[-1] for line in told.operators} == set(operators.names)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select
 from pwm_fast.ops import Layer
 from tests.helpers import random_layer, tensors_of, with_tensors
 
@@ -359,7 +360,7 @@ def test_linears_in_succession(order: ops.types.Order, precision: str) -> None:
         return list(torch.autograd.grad(y, [t for each in flat for t in each], cotangent.to(dtype)))
 
     expected = gradients(torch.float64, "reference")
-    with dispatch.precision(precision):
+    with select.precision(precision):
         ours = gradients(torch.float32, "torch")
     for a, b in zip(ours, expected, strict=True):
         off = (a.double() - b).norm() / b.norm()

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import native, select
 from pwm_fast.ops import Activation, Layer
-from pwm_fast.ops.fused import native
 from tests.helpers import random_layer, tensors_of
 
 
@@ -197,11 +197,11 @@ def test_who_asks_for_kernels_is_told(backend: str) -> None:
         "simnorm": lambda: ops.simnorm(leaf(3, 0), backend=backend),
     }
     for name, call in calls.items():
-        has = any(b.name == backend for b in dispatch.OPERATIONS[name])
+        has = any(b.name == backend for b in select.OPERATIONS[name])
         message = "has no features, which only the reference" if has else "has no backend"
-        with pytest.raises(dispatch.BackendError, match=message):
+        with pytest.raises(select.BackendError, match=message):
             call()
-    with pytest.raises(dispatch.BackendError, match=r"weight \(4, 0\) of no size|no features"):
+    with pytest.raises(select.BackendError, match=r"weight \(4, 0\) of no size|no features"):
         ops.mlp([leaf(3, 0)], [layer(0, 4)], backend=backend)
     assert prod(ops.mlp([leaf(3, 0)], [layer(0, 4)]).shape) == 12
     ops.mlp([leaf(0, 3)], [layer(3, 4)], backend=backend)  # an empty batch is none

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.fake_cuda import DEVICE, FakeCuda
 from pwm_fast import ops
-from pwm_fast.ops.fused import packs
+from pwm_fast.fused import packs
 
 
 @pytest.fixture(autouse=True)

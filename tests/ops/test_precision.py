@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 import pwm_fast
-from pwm_fast import dispatch, ops
-from pwm_fast.ops.fused import gemm
-from pwm_fast.ops.fused.kernels import TorchKernels, row_scale
-from pwm_fast.ops.fused.native import why_missing
-from pwm_fast.ops.fused.precision import FAST
+from pwm_fast import ops
+from pwm_fast.backends import select
+from pwm_fast.backends.base import TorchKernels, row_scale
+from pwm_fast.backends.native import why_missing
+from pwm_fast.backends.precision import FAST
+from pwm_fast.fused import gemm
 from tests.helpers import random_layer
 from tests.ops.contract import CASES, ROLLOUTS, Case, check_precision, values_and_gradients
 
@@ -34,7 +35,7 @@ def test_errs_no_more_than_autocast(case: Case, backend: str, precision: str, pa
     """At most twice PyTorch's own error in that precision, for outputs and every gradient."""
     if backend == "native" and why_missing() is not None:
         pytest.skip(f"no native kernels: {why_missing()}")
-    with dispatch.backend(backend), ops.algebra(pad=pad):
+    with select.backend(backend), ops.algebra(pad=pad):
         check_precision(case, precision, 33, 33)
 
 
@@ -52,7 +53,7 @@ def test_small_and_large_adjoints(precision: str) -> None:
     def gradient(layers: list[ops.Layer], x: Tensor, cotangent: Tensor) -> Tensor:
         return torch.autograd.grad(ops.mlp((x,), layers), x, cotangent)[0]
 
-    with dispatch.backend("torch"), dispatch.precision(precision):
+    with select.backend("torch"), select.precision(precision):
         ours = gradient(layers, x, cotangent)
     double = [
         p._replace(**{k: v.double() for k, v in p._asdict().items() if isinstance(v, Tensor)})
@@ -92,7 +93,7 @@ def test_an_overflow_reaches_every_gradient(fold: bool) -> None:
     inputs = case.inputs(4, 16, torch.float32)
     name = next(k for k, v in inputs.items() if k.startswith("z"))
     inputs[name] = inputs[name] * 1e6
-    with dispatch.backend("torch"), dispatch.precision("fast"):
+    with select.backend("torch"), select.precision("fast"):
         found = values_and_gradients(case, case.call, inputs, False)
     gradients = [v for k, v in found.items() if k.startswith("gradient of") and v.numel()]
     assert gradients
@@ -106,7 +107,7 @@ def test_bf16_without_hardware_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for hardware in (False, True):
         monkeypatch.setattr(gemm, "cpu_multiplies_bf16", lambda on=hardware: on)
-        with dispatch.backend("torch"), dispatch.precision("bf16"):
+        with select.backend("torch"), select.precision("bf16"):
             found.append(ops.mlp((x,), layers))
     assert not torch.equal(*found)
     torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
@@ -117,14 +118,14 @@ def linear() -> tuple[Tensor, list[ops.Layer]]:
 
 
 def test_the_context_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dispatch.requested_precision() == "auto"
-    monkeypatch.setenv(dispatch.PRECISION_VARIABLE, "bf16")
-    assert dispatch.requested_precision() == "bf16"
+    assert select.requested_precision() == "auto"
+    monkeypatch.setenv(select.PRECISION_VARIABLE, "bf16")
+    assert select.requested_precision() == "bf16"
     with pwm_fast.precision("exact"):
-        assert dispatch.requested_precision() == "exact"
-    monkeypatch.setenv(dispatch.PRECISION_VARIABLE, "fp8")
+        assert select.requested_precision() == "exact"
+    monkeypatch.setenv(select.PRECISION_VARIABLE, "fp8")
     with pytest.raises(ValueError, match=r"PWM_FAST_PRECISION must be one of auto, .* got 'fp8'"):
-        dispatch.requested_precision()
+        select.requested_precision()
     with pytest.raises(ValueError, match="precision must be one of"), pwm_fast.precision("half"):
         pass
 
@@ -142,17 +143,17 @@ def test_what_cannot_be_had(precision: str, backend: str | None, message: str) -
     x, layers = linear()
     if backend == "native" and why_missing() is not None:
         pytest.skip(f"no native kernels: {why_missing()}")
-    with dispatch.precision(precision), pytest.raises(dispatch.BackendError, match=message):
+    with select.precision(precision), pytest.raises(select.BackendError, match=message):
         ops.mlp((x,), layers, backend=backend)
 
 
 def test_float64_has_no_precision() -> None:
     x, layers = linear()
     double = [layers[0]._replace(weight=layers[0].weight.double(), bias=None)]
-    with dispatch.precision("bf16"), pytest.raises(dispatch.BackendError, match="float32 tensors"):
+    with select.precision("bf16"), pytest.raises(select.BackendError, match="float32 tensors"):
         ops.mlp((x.double(),), double, backend="torch")
 
 
 def test_operations_without_products_do_not_care() -> None:
-    with dispatch.precision("bf16"):
+    with select.precision("bf16"):
         ops.simnorm(torch.randn(3, 16, dtype=torch.float64))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select
 from pwm_fast.models import GaussianActor
 from pwm_fast.ops import Flow, Heads, LatentMap, Layer, Policy
 from tests.models.builders import ACTION, OBS, normal, same, small_model
@@ -118,16 +119,14 @@ def test_errors(name: str) -> None:
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:
-    with pytest.raises(
-        dispatch.BackendError, match=r"native' cannot run latent_rollout: .*float64"
-    ):
+    with pytest.raises(select.BackendError, match=r"native' cannot run latent_rollout: .*float64"):
         rollout(
             z0=Z.double(),
             action=ACTIONS.double(),
             dynamics=Flow([Layer(*(t.double() for t in p[:4] if t is not None)) for p in FLOW.net]),
             backend="native",
         )
-    with pytest.raises(dispatch.BackendError, match="projected onto the simplices"):
+    with pytest.raises(select.BackendError, match="projected onto the simplices"):
         rollout(dynamics=FLOW._replace(project=True), backend="torch")
 
 

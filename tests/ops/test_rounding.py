@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
 from pwm_fast.agent.normalizers import RunningMeanStd
+from pwm_fast.backends import select
 from pwm_fast.ops import Layer
 from pwm_fast.ops.heads import discounted_return
 
@@ -171,7 +172,7 @@ def test_one_rounding(
         pytest.skip("PyTorch concatenates no tensors of the other 16 bits under autocast")
     truth = results(case, [x.double() for x in inputs])
     context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
-    with dispatch.backend(backend), context:
+    with select.backend(backend), context:
         ours = results(case, inputs)
     for i, (a, b) in enumerate(zip(ours, truth, strict=True)):
         assert_rounded_once(a, b, dtype, f"{case.name}: result {i}")

@@ -17,15 +17,16 @@ import pytest
 import torch
 
 import pwm_fast
-from pwm_fast import dispatch, ops, scopes
-from pwm_fast.ops.fused import algebra
+from pwm_fast import ops, scopes
+from pwm_fast.backends import select
+from pwm_fast.fused import algebra
 from tests.helpers import random_layer
 
 SETTINGS: dict[
     str, tuple[Callable[[Any], AbstractContextManager[None]], Callable[[], Any], list[Any]]
 ] = {
-    "backend": (pwm_fast.backend, dispatch.requested, ["torch", "reference", "native"]),
-    "precision": (pwm_fast.precision, dispatch.requested_precision, ["exact", "bf16", "fast"]),
+    "backend": (pwm_fast.backend, select.requested, ["torch", "reference", "native"]),
+    "precision": (pwm_fast.precision, select.requested_precision, ["exact", "bf16", "fast"]),
     "algebra": (
         lambda on: ops.algebra(fold=on, hoist=not on),
         lambda: algebra.in_force().fold,
@@ -76,7 +77,7 @@ def test_calls_take_the_choice_of_their_thread() -> None:
         for _ in range(30):
             with (
                 pwm_fast.backend(choice),
-                dispatch.observed(lambda _, asked, taken, __: seen.append((asked, taken))),
+                select.observed(lambda _, asked, taken, __: seen.append((asked, taken))),
             ):
                 ops.mlp([x], net)
                 time.sleep(1e-4)
@@ -198,7 +199,7 @@ def test_an_async_generator_that_is_left(name: str) -> None:
 
 def test_settings_are_apart() -> None:
     with pwm_fast.backend("torch"), ops.algebra(fold=True), pwm_fast.precision("bf16"):
-        assert dispatch.requested() == "torch" and dispatch.requested_precision() == "bf16"
+        assert select.requested() == "torch" and select.requested_precision() == "bf16"
         with ops.algebra(centre=True):
             assert algebra.in_force().fold and algebra.in_force().centre
     with pytest.raises(AttributeError, match="has no attribute 'others'"):
@@ -207,7 +208,7 @@ def test_settings_are_apart() -> None:
 
 def observers_of(net: list[ops.Layer], x: torch.Tensor) -> list[str | None]:
     seen: list[str | None] = []
-    with dispatch.observed(lambda _, __, taken, ___: seen.append(taken)):
+    with select.observed(lambda _, __, taken, ___: seen.append(taken)):
         ops.mlp([x], net)
     return seen
 
@@ -237,10 +238,10 @@ def test_compiled_code_follows_thread_and_task() -> None:
     """A function that is compiled once and called everywhere; contexts around and inside."""
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        asked = {"torch": 1.0, "reference": 2.0, "auto": 3.0}[dispatch.requested()]
+        asked = {"torch": 1.0, "reference": 2.0, "auto": 3.0}[select.requested()]
         with pwm_fast.precision("bf16"):
-            inner = 10.0 if dispatch.requested_precision() == "bf16" else 0.0
-        after = 100.0 if dispatch.requested_precision() == "bf16" else 0.0
+            inner = 10.0 if select.requested_precision() == "bf16" else 0.0
+        after = 100.0 if select.requested_precision() == "bf16" else 0.0
         return x + asked + inner + after + (1000.0 if algebra.in_force().fold else 0.0)
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
@@ -297,7 +298,7 @@ def test_a_backward_pass_keeps_its_choice() -> None:
     found: list[torch.Tensor] = []
 
     def backward() -> None:
-        with pwm_fast.backend("reference"), dispatch.observed(lambda *_: found.append(x)):
+        with pwm_fast.backend("reference"), select.observed(lambda *_: found.append(x)):
             found.extend(torch.autograd.grad(y, x, retain_graph=True))
 
     thread = threading.Thread(target=backward)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import pwm_fast
 from pwm_fast import ops
-from pwm_fast.ops.fused import fingerprint, gemm, native, packs
+from pwm_fast.backends import native
+from pwm_fast.fused import fingerprint, gemm, packs
 from tests.helpers import random_layer, tensors_of, with_tensors
 from tests.ops.writers import WRITERS, Writer, from_another_process, mapped
 

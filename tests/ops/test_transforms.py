@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import pwm_fast
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import native, select
 from pwm_fast.ops import Layer
-from pwm_fast.ops.fused import native
 from pwm_fast.ops.heads import discounted_return
 
 pytestmark = pytest.mark.slow
@@ -218,7 +218,7 @@ class Truth(NamedTuple):
 
 def truth_of(case: Case, x: Tensor, t: Tensor, w: Tensor) -> Truth:
     """See :class:`Truth`; the Hessian is that of ``w . f``, with the parts of ``w`` that it has."""
-    with dispatch.backend("reference"):
+    with select.backend("reference"):
         leaf = x.clone().requires_grad_()
         y = case.function(leaf)
         (gradient,) = torch.autograd.grad(y, leaf, w[: y.numel()], create_graph=True)
@@ -478,7 +478,7 @@ def check(name: str, way: str, expected: Expected, run: Callable[..., Any]) -> N
     except RuntimeError as error:
         if way not in REFUSING or "backend='reference'" not in str(error):
             raise
-        with dispatch.backend("reference"):
+        with select.backend("reference"):
             got = run(*given)
     assert_near(got, expected(truth, t, w))
 
@@ -563,11 +563,11 @@ def test_a_trace_holds_no_weights(centre: bool, mode: str) -> None:
         with ops.algebra(centre=centre, fold=True):
             if backend is None:
                 return case.function(x)
-            with dispatch.backend(backend):
+            with select.backend(backend):
                 return case.function(x)
 
     call(x)
-    with dispatch.backend("reference"):
+    with select.backend("reference"):
         expected = case.function(other.double())
     assert_near(make_fx(call, tracing_mode=mode)(x)(other), expected)
 
@@ -610,14 +610,14 @@ def test_who_asks_for_kernels_is_told(name: str) -> None:
     x, t, call = torch.randn(3, 8), torch.randn(3, 8), ASKED[name]
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, t)
-        with pytest.raises(dispatch.BackendError, match="forward mode, which only the reference"):
+        with pytest.raises(select.BackendError, match="forward mode, which only the reference"):
             call(dual)
         call(x)
-    with pytest.raises(dispatch.BackendError, match="only the reference follows"):
+    with pytest.raises(select.BackendError, match="only the reference follows"):
         torch.func.linearize(call, x)
-    with pytest.raises(dispatch.BackendError, match="Named, which only the reference follows"):
+    with pytest.raises(select.BackendError, match="Named, which only the reference follows"):
         call(x.as_subclass(Named))  # type: ignore[arg-type]
-    with pytest.raises(dispatch.BackendError, match=r"torch\.jit, which only the reference"):
+    with pytest.raises(select.BackendError, match=r"torch\.jit, which only the reference"):
         torch.jit.trace(call, (x,))
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
+from pwm_fast.backends import select
 from pwm_fast.ops import Layer
 from tests.helpers import random_layer
 
@@ -155,7 +156,7 @@ def runs() -> list:
     return [
         pytest.param(case, backend, what(case), id=f"{name}-{backend}-{label}")
         for name, case in CASES.items()
-        for backend in (b.name for b in dispatch.OPERATIONS[case.operation][:-1])
+        for backend in (b.name for b in select.OPERATIONS[case.operation][:-1])
         if backend != "triton"  # its operators are the same (tests/kernels/test_operators.py)
         for label, what in MAPS.items()
         if what(case)
@@ -270,7 +271,7 @@ def test_nested_vmap() -> None:
 def test_batched_backward(name: str) -> None:
     """Several gradients at a time, as vectorised Jacobians take them."""
     case = CASES[name]
-    has = [b.name for b in dispatch.OPERATIONS[case.operation]]
+    has = [b.name for b in select.OPERATIONS[case.operation]]
     backend = usable("torch" if "torch" in has else "native")
     values, _ = prepare(case, DTYPES[backend], set(), 0)
     output, inputs = case.call(values, backend), leaves(values)
@@ -306,7 +307,7 @@ def test_function_transforms_run_on_the_reference(name: str) -> None:
     torch.testing.assert_close(slope, (expected * tangent).sum(), atol=1e-3, rtol=1e-3)
     _, slope = jvp(loss, (x,), (tangent,))
     torch.testing.assert_close(slope, (expected * tangent).sum(), atol=1e-3, rtol=1e-3)
-    with pytest.raises(dispatch.BackendError, match=r"torch\.func transform \(grad\)"):
+    with pytest.raises(select.BackendError, match=r"torch\.func transform \(grad\)"):
         grad(lambda x: loss(x, "native"))(x)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast import dispatch, ops
+from pwm_fast import ops
 from pwm_fast.agent import losses
+from pwm_fast.backends import select
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.diagnostics.windows import draw_windows
 from pwm_fast.ops import window
@@ -182,7 +183,7 @@ def test_a_bin_without_weight_may_be_impossible(dtype: torch.dtype, backend: str
     logits[0, 3:] = -math.inf
     logits.requires_grad_()
     x = torch.tensor([2.0, 2.5], dtype=dtype)
-    with dispatch.backend(backend):
+    with select.backend(backend):
         loss = ops.two_hot_cross_entropy(logits, x, 0.0, 4.0, transform=False)
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
     allowed = logits.detach().double()

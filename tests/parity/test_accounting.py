@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pwm_fast import dispatch
 from pwm_fast.accounting import Flops, Networks, Spaces, count_flops, world_model_parameters
 from pwm_fast.agent import PWM
+from pwm_fast.backends import select
 from pwm_fast.config import (
     ActorConfig,
     AlgConfig,
@@ -121,13 +121,13 @@ def test_updates_are_those_of_a_real_agent(name: str) -> None:
         torch.zeros(horizon, B),
     )
     # The counter sees PyTorch's own products, not those inside an operator.
-    with dispatch.backend("reference"), FlopCounterMode(display=False) as counter:
+    with select.backend("reference"), FlopCounterMode(display=False) as counter:
         agent.update_world_model(windows)
     assert costs.world_model_update.total == counter.get_total_flops()
-    with dispatch.backend("reference"), FlopCounterMode(display=False) as counter:
+    with select.backend("reference"), FlopCounterMode(display=False) as counter:
         agent.update_policy(torch.randn(8, O))
     assert costs.actor_update.total + costs.critic_updates.total == counter.get_total_flops()
-    with dispatch.backend("reference"), FlopCounterMode(display=False) as counter:
+    with select.backend("reference"), FlopCounterMode(display=False) as counter:
         agent.act(torch.randn(1, O))
     assert costs.act.total == counter.get_total_flops()
     for flops in (costs.world_model_update, costs.actor_update, costs.critic_updates):

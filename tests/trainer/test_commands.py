@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from pwm_fast import cli, dispatch, info
-from pwm_fast.ops.fused import native
+from pwm_fast import cli, info
+from pwm_fast.backends import native, select
 from tests.trainer.conftest import ROOT, Launcher, clean_environment, rows, tiny_arguments
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -494,9 +494,9 @@ def test_info_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_OPENMP", "/somewhere/libgomp.so.1")
     rows = info.report()
     assert rows["native threads"] == "torch's own, by libgomp.so.1"
-    names = [name for name in dispatch.NAMES if name != "auto"]
+    names = [name for name in select.NAMES if name != "auto"]
     assert rows["on cpu, float32"].split() == names
-    for operation in dispatch.OPERATIONS:
+    for operation in select.OPERATIONS:
         cells = dict(zip(names, re.split(" {2,}", rows[f"  {operation}"]), strict=True))
         kept = "reference" if operation in ("esnr_update", "td_lambda") else "native"
         assert [name for name in names if cells[name] == "auto"] == [kept]

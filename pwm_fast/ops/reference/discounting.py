@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pwm_fast.ops.reference.derivatives import functionalized, hidden
+from pwm_fast.backends.transforms import functionalized, hidden
 
 
 def _lost(weight: Tensor, x: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.ops.reference.derivatives import hidden
+from pwm_fast.backends.dtypes import common_dtype, full_precision, wide_dtype, widen
+from pwm_fast.backends.transforms import hidden
 from pwm_fast.ops.reference.discounting import discounted, lambda_returns
-from pwm_fast.ops.reference.wide import common_dtype, full_precision, wide_dtype, widen
 
 
 # Both halves are written with one clamp (slope 1 at its bound) and one relu (slope 0 there):

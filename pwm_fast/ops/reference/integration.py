@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
 from pwm_fast.ops.reference.layers import RunNet, run_net
-from pwm_fast.ops.reference.wide import common_dtype, wide_dtype, widen
 from pwm_fast.ops.types import Layer, Method, VelocityFn
 
 

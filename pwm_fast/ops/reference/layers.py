@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.dispatch import autocasts
-from pwm_fast.ops.reference.derivatives import transformed
-from pwm_fast.ops.reference.mish import mish
-from pwm_fast.ops.reference.wide import widen
+from pwm_fast.backends.dtypes import autocasts, widen
+from pwm_fast.backends.pointwise import mish
+from pwm_fast.backends.transforms import transformed
 from pwm_fast.ops.types import Activation, Layer, Order
 
 # Evaluates a network on logically concatenated inputs.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
 from pwm_fast.ops.reference.integration import flow_step
 from pwm_fast.ops.reference.layers import RunNet, project_simplex, run_net
-from pwm_fast.ops.reference.wide import common_dtype, wide_dtype, widen
 from pwm_fast.ops.types import Dynamics, Flow, Policy
 
 

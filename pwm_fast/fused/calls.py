@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.precision import BY_NAME
+from pwm_fast.fused import algebra, packs
+from pwm_fast.fused.gemm import fp32_products
+from pwm_fast.fused.rollout import DynamicsSpec
+from pwm_fast.fused.specs import encode_dynamics, encode_layers
+from pwm_fast.fused.stack import LayerSpec
 from pwm_fast.ops import (  # noqa: F401  register the operators
     batching,
     library_returns,
     library_rows,
 )
-from pwm_fast.ops.fused import algebra, packs
-from pwm_fast.ops.fused.gemm import fp32_products
-from pwm_fast.ops.fused.precision import BY_NAME
-from pwm_fast.ops.fused.rollout import DynamicsSpec
-from pwm_fast.ops.fused.specs import encode_dynamics, encode_layers
-from pwm_fast.ops.fused.stack import LayerSpec
 from pwm_fast.ops.library import needs_grad, run_mlp, watched
 from pwm_fast.ops.types import Layer
 

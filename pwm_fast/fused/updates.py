@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pwm_fast.ops.fused.gemm import Gemm
-from pwm_fast.ops.fused.products import products_of
+from pwm_fast.backends.fused_gemm import products_of
+from pwm_fast.fused.gemm import Gemm
 
 
 class Update:

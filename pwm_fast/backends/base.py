@@ -25,9 +25,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.precision import EXACT, Precision
-from pwm_fast.ops.reference.mish import mish
-from pwm_fast.ops.reference.wide import widen
+from pwm_fast.backends.dtypes import widen
+from pwm_fast.backends.pointwise import mish
+from pwm_fast.backends.precision import EXACT, Precision
 
 
 class Kernels(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused import native
+from pwm_fast.backends import native
 
 _SHORT = 16  # bytes of a row: shorter ones are gathered first
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pwm_fast.ops.fused import packs
-from pwm_fast.ops.fused.kernels import Kernels
+from pwm_fast.backends.base import Kernels
+from pwm_fast.fused import packs
 
 VARIABLE = "PWM_FAST_GEMM"
 CHOICES = ("auto", "torch", "onednn")

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused import packs
-from pwm_fast.ops.fused.gemm import Gemm, fp32_products, round_together
-from pwm_fast.ops.fused.kernels import Kernels
-from pwm_fast.ops.fused.products import FusedPolicy, products_of
-from pwm_fast.ops.fused.stack import LayerParams, LayerSpec, Stack
-from pwm_fast.ops.fused.updates import Update
+from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.fused_gemm import FusedPolicy, products_of
+from pwm_fast.fused import packs
+from pwm_fast.fused.gemm import Gemm, fp32_products, round_together
+from pwm_fast.fused.stack import LayerParams, LayerSpec, Stack
+from pwm_fast.fused.updates import Update
 
 
 class Policy:

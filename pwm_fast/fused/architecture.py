@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pwm_fast.ops.fused.precision import Precision
+from pwm_fast.backends.precision import Precision
 
 if TYPE_CHECKING:
+    from pwm_fast.fused.rollout import DynamicsSpec
     from pwm_fast.kernels.rollout import Plan
-    from pwm_fast.ops.fused.rollout import DynamicsSpec
 
 VARIABLE = "PWM_FAST_ARCHITECTURE"
 NAMES = ("auto", "cluster", "persistent", "layers")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from pwm_fast.ops.fused.rollout import DynamicsSpec
-from pwm_fast.ops.fused.stack import LayerSpec
+from pwm_fast.fused.rollout import DynamicsSpec
+from pwm_fast.fused.stack import LayerSpec
 
 
 def encode_layers(specs: Sequence[LayerSpec]) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.algebra import PAD_TO
-from pwm_fast.ops.fused.gemm import ALIGNED
-from pwm_fast.ops.fused.kernels import Kernels
-from pwm_fast.ops.fused.stack import LayerSpec
+from pwm_fast.backends.base import Kernels
+from pwm_fast.fused.algebra import PAD_TO
+from pwm_fast.fused.gemm import ALIGNED
+from pwm_fast.fused.stack import LayerSpec
 
 Parts = list[Tensor | None]  # a layer's weight, bias, gamma and beta
 

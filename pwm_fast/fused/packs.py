@@ -5,7 +5,7 @@ changed, and nobody can be relied on to say that they have: writes through ``.da
 memory or a fused optimiser move no version counter. So
 
 - on the CPU a pack is kept with a checksum of the weights' bytes, which every operation compares
-  before it takes the pack (:mod:`pwm_fast.ops.fused.fingerprint`);
+  before it takes the pack (:mod:`pwm_fast.fused.fingerprint`);
 - elsewhere, where comparing would wait for the device, a pack is made in each call, and kept by
   version counters only between those who say when they write: of the weights that
   :func:`keeping` names. A CUDA graph must make its own packs: while one is captured they come from
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pwm_fast.ops.fused.fingerprint import fingerprint
+from pwm_fast.fused.fingerprint import fingerprint
 
 VARIABLE = "PWM_FAST_PACKS"
 _PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, whose values may lie elsewhere

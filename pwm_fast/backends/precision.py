@@ -11,9 +11,9 @@ class Precision(NamedTuple):
     """A mode. State, LayerNorm, sums, losses and accumulators are float32 in all of them.
 
     Attributes:
-        name: of :data:`pwm_fast.dispatch.PRECISIONS`.
+        name: of :data:`pwm_fast.backends.select.PRECISIONS`.
         operand: dtype of products' operands; None for the state's own.
-        scaled: adjoints have a factor a row (see :mod:`pwm_fast.ops.fused.kernels`).
+        scaled: adjoints have a factor a row (see :mod:`pwm_fast.backends.base`).
         tf32: float32 products may round their operands to tf32 (CUDA).
     """
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.esnr import TorchEsnr
-from pwm_fast.ops.fused.precision import EXACT, Precision
+from pwm_fast.backends.esnr import TorchEsnr
+from pwm_fast.backends.precision import EXACT, Precision
 
 _ACTS = {"none": 0, "mish": 1, "simnorm": 2}
 _FP32 = 0
@@ -78,7 +78,7 @@ def _type(x: Tensor | None) -> int:
 
 
 class NativeKernels:
-    """See :class:`pwm_fast.ops.fused.kernels.Kernels`; row-wise tensors are contiguous."""
+    """See :class:`pwm_fast.backends.base.Kernels`; row-wise tensors are contiguous."""
 
     name = "native"
 
@@ -438,7 +438,7 @@ def words(numbers: Iterable[int]) -> Tensor:
 
 
 class NativeEsnr(TorchEsnr):
-    """See :class:`pwm_fast.ops.fused.esnr.EsnrKernels`; only the moments are native."""
+    """See :class:`pwm_fast.backends.esnr.EsnrKernels`; only the moments are native."""
 
     def __init__(self) -> None:
         self._c = extension()

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.fused_gemm import FusedBackward, FusedForward, FusedPolicy, FusedUpdate
+from pwm_fast.backends.precision import EXACT, Precision
+from pwm_fast.fused.stack import LayerParams, LayerSpec
 from pwm_fast.kernels import linear_act_norm, linear_axpby, linear_norm_act, policy
 from pwm_fast.kernels.plan import (
     Exchange,
@@ -22,15 +25,12 @@ from pwm_fast.kernels.plan import (
     device_plan,
     fusion_wanted,
 )
-from pwm_fast.ops.fused.precision import EXACT, Precision
-from pwm_fast.ops.fused.products import FusedBackward, FusedForward, FusedPolicy, FusedUpdate
-from pwm_fast.ops.fused.stack import LayerParams, LayerSpec
 
 _OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TritonProducts:
-    """See :class:`pwm_fast.ops.fused.products.Products`.
+    """See :class:`pwm_fast.backends.fused_gemm.Products`.
 
     Args:
         precision: of products of float32 operands.
@@ -50,7 +50,7 @@ class TritonProducts:
         order: str = "norm_act",
         members: int = 0,
     ) -> FusedForward | None:
-        """See :class:`pwm_fast.ops.fused.products.Products`."""
+        """See :class:`pwm_fast.backends.fused_gemm.Products`."""
         if members and order == "norm_act":
             return None
         return self._fused(f"linear_{order}_fwd", rows, n, k, operand, device, members)
@@ -66,7 +66,7 @@ class TritonProducts:
         order: str = "norm_act",
         members: int = 0,
     ) -> FusedBackward | None:
-        """See :class:`pwm_fast.ops.fused.products.Products`."""
+        """See :class:`pwm_fast.backends.fused_gemm.Products`."""
         if members and order == "norm_act":
             return None
         return self._fused(f"linear_{order}_bwd", rows, n, k, operand, device, members)
@@ -74,7 +74,7 @@ class TritonProducts:
     def update(
         self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
     ) -> FusedUpdate | None:
-        """See :class:`pwm_fast.ops.fused.products.Products`."""
+        """See :class:`pwm_fast.backends.fused_gemm.Products`."""
         return self._fused("linear_axpby", rows, n, k, operand, device)
 
     def policy(
@@ -85,7 +85,7 @@ class TritonProducts:
         operand: torch.dtype | None,
         device: torch.device,
     ) -> FusedPolicy | None:
-        """See :class:`pwm_fast.ops.fused.products.Products`."""
+        """See :class:`pwm_fast.backends.fused_gemm.Products`."""
         *hidden, head = specs
         if operand is None or rows == 0 or not head.plain or not fusion_wanted():
             return None
@@ -291,7 +291,7 @@ class _Update(_Fused):
 
 
 class _Policy:
-    """See :class:`pwm_fast.ops.fused.products.FusedPolicy`.
+    """See :class:`pwm_fast.backends.fused_gemm.FusedPolicy`.
 
     Args:
         specs: of the hidden layers.

@@ -1,6 +1,6 @@
 """The element kernels in Triton (:mod:`pwm_fast.kernels`): float32 tensors on a CUDA GPU.
 
-This module imports triton: :mod:`pwm_fast.ops.fused.triton_support` says before whether it can.
+This module imports triton: :mod:`pwm_fast.backends.triton_support` says before whether it can.
 
 With ``TRITON_INTERPRET=1`` in the environment they run on CPU tensors, in Triton's interpreter: far
 too slowly for anything but tests.
@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.precision import EXACT, Precision
+from pwm_fast.backends.triton_gemm import TritonProducts
 from pwm_fast.kernels import act_norm, axpby, centre, norm_act, simnorm, two_hot
-from pwm_fast.ops.fused.precision import EXACT, Precision
-from pwm_fast.ops.fused.triton_products import TritonProducts
 
 
 class TritonKernels:
-    """See :class:`pwm_fast.ops.fused.kernels.Kernels`."""
+    """See :class:`pwm_fast.backends.base.Kernels`."""
 
     name = "triton"
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.gemm import (
+from pwm_fast.backends.base import Kernels
+from pwm_fast.fused.gemm import (
     Gemm,
     adjoint_operand,
     narrow_weight_grad,
@@ -16,11 +17,10 @@ from pwm_fast.ops.fused.gemm import (
     takes_narrow,
     weight_grad,
 )
-from pwm_fast.ops.fused.kernels import Kernels
-from pwm_fast.ops.fused.packs import one_call
-from pwm_fast.ops.fused.policy import Policy
-from pwm_fast.ops.fused.rollout import Dynamics, DynamicsGrads, DynamicsSpec, DynamicsWeights
-from pwm_fast.ops.fused.stack import (
+from pwm_fast.fused.packs import one_call
+from pwm_fast.fused.policy import Policy
+from pwm_fast.fused.rollout import Dynamics, DynamicsGrads, DynamicsSpec, DynamicsWeights
+from pwm_fast.fused.stack import (
     LayerGrads,
     LayerParams,
     LayerSpec,

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.architecture import Sizes, persistent_plan
-from pwm_fast.ops.fused.gemm import Gemm, takes_narrow, weight_grad
-from pwm_fast.ops.fused.kernels import Kernels
-from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_buffers
-from pwm_fast.ops.fused.updates import Update
+from pwm_fast.backends.base import Kernels
+from pwm_fast.fused.architecture import Sizes, persistent_plan
+from pwm_fast.fused.gemm import Gemm, takes_narrow, weight_grad
+from pwm_fast.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_buffers
+from pwm_fast.fused.updates import Update
 
 if TYPE_CHECKING:
+    from pwm_fast.fused.persistent import Persistent
     from pwm_fast.kernels.rollout import Plan
-    from pwm_fast.ops.fused.persistent import Persistent
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Dynamics:
 
     def persistent_on(self, plan: Plan) -> Persistent:
         """Macro steps in one launch of this layout; the networks must be such as have one."""
-        from pwm_fast.ops.fused.persistent import Persistent
+        from pwm_fast.fused.persistent import Persistent
 
         spec, weights, k = self.spec, self.weights, self.kernels
         first, second = self.specs

@@ -8,7 +8,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from pwm_fast.dispatch import autocasts
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; some, such as meta, cannot have it."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def common_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused.gemm import Gemm, takes_narrow, weight_grad
-from pwm_fast.ops.fused.kernels import Kernels
-from pwm_fast.ops.fused.products import FusedBackward, FusedForward, products_of
+from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.fused_gemm import FusedBackward, FusedForward, products_of
+from pwm_fast.fused.gemm import Gemm, takes_narrow, weight_grad
 
 _GROUPS = (1, 2, 4, 8, 16, 32, 64)  # of SimNorm, that lie whole in a tile
 
@@ -27,7 +27,7 @@ class LayerSpec:
         norm: there is a LayerNorm.
         group: SimNorm's group width.
         eps: LayerNorm's.
-        width: of rows that are centred and padded (see :mod:`pwm_fast.ops.fused.kernels`), else 0.
+        width: of rows that are centred and padded (see :mod:`pwm_fast.backends.base`), else 0.
     """
 
     order: str

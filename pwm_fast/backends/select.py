@@ -49,6 +49,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pwm_fast import scopes
+from pwm_fast.backends.dtypes import autocasts
 
 NAMES = ("auto", "native", "cuda", "triton", "torch", "reference")
 VARIABLE = "PWM_FAST_BACKEND"
@@ -99,12 +100,6 @@ class Choice(NamedTuple):
 
     name: str
     reason: str | None
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``; some, such as meta, cannot have it."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _reference(call: Call) -> str | None:
@@ -202,7 +197,7 @@ def _native(call: Call) -> str | None:
         return f"the tensors are {first.dtype}; it computes in float32"
     if call.precision not in ("auto", "exact", "bf16"):
         return f"precision {call.precision!r} is asked for; it has exact and bf16"
-    from pwm_fast.ops.fused.native import why_missing
+    from pwm_fast.backends.native import why_missing
 
     return why_missing() or _fused(call)
 
@@ -219,7 +214,7 @@ def _reduction(call: Call) -> str | None:
     for x in call.tensors:
         if x.device != first.device:
             return f"the tensors are on different devices: {first.device} and {x.device}"
-    from pwm_fast.ops.fused.cuda import DTYPES
+    from pwm_fast.backends.cuda import DTYPES
 
     if first.dtype not in DTYPES:
         return f"the tensors are {first.dtype}; it takes float32, float16 and bfloat16"
@@ -230,13 +225,13 @@ def _cuda(call: Call) -> str | None:
     device = call.tensors[0].device
     if device.type != "cuda":
         return f"the tensors are on {device}; it runs on CUDA GPUs"
-    from pwm_fast.ops.fused.cuda import why_not
+    from pwm_fast.backends.cuda import why_not
 
     return _reduction(call) or why_not(device.index or 0)
 
 
 def _triton_missing(call: Call) -> str | None:
-    from pwm_fast.ops.fused import triton_support
+    from pwm_fast.backends import triton_support
 
     return triton_support.why_not(str(call.tensors[0].device))
 

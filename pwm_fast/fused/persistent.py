@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.base import Kernels
+from pwm_fast.fused.gemm import operand_copy, weight_grad
+from pwm_fast.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack
 from pwm_fast.kernels.rollout import (
     Adjoints,
     Network,
@@ -15,9 +18,6 @@ from pwm_fast.kernels.rollout import (
     rollout_backward,
     rollout_forward,
 )
-from pwm_fast.ops.fused.gemm import operand_copy, weight_grad
-from pwm_fast.ops.fused.kernels import Kernels
-from pwm_fast.ops.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack
 
 
 class Persistent:

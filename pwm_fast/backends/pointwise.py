@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.ops.reference.derivatives import transformed
+from pwm_fast.backends.transforms import transformed
 
 # tanh(softplus(x)) = n / (n + 2) with n = e (e + 2), e = exp(x). Beyond 20 it is 1 in float64 too.
 _SATURATION = 20.0
@@ -56,6 +56,7 @@ def _batched(x: Tensor) -> bool:
 
 
 def mish(x: Tensor) -> Tensor:
+    """``x tanh(softplus(x))``; see :func:`pwm_fast.ops.mish`."""
     # A function of ours has no forward-mode derivative, which torch.compile would not take, and no
     # rule of functionalize's; torch.jit.trace cannot write it, and what a subclass does is unknown.
     if transformed():

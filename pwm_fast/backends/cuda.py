@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.fused import native
+from pwm_fast.backends import native
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -27,7 +27,7 @@ def why_not(device: int) -> str | None:
 
 
 class CudaEsnr:
-    """See :class:`pwm_fast.ops.fused.esnr.EsnrKernels`; float32, bfloat16 and float16.
+    """See :class:`pwm_fast.backends.esnr.EsnrKernels`; float32, bfloat16 and float16.
 
     Launches go to the current stream of the tensors' device. They copy nothing from the host's
     memory and wait for nothing, so a CUDA graph can capture them.

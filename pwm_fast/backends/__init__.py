@@ -1,0 +1,1 @@
+"""What runs an operation on a device: backends, what they have, and the choice among them."""

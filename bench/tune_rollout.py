@@ -14,9 +14,9 @@ from torch import Tensor
 from bench.tune_products import EPS, PRECISIONS, Wrong
 from pwm_fast.backends.base import Kernels, TorchKernels
 from pwm_fast.backends.precision import EXACT
+from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec
 from pwm_fast.backends.triton import TritonKernels
-from pwm_fast.fused.rollout import Dynamics, DynamicsSpec, DynamicsWeights
-from pwm_fast.fused.stack import LayerParams, LayerSpec
+from pwm_fast.fused.rollout import Dynamics, DynamicsWeights
 from pwm_fast.kernels.rollout import Plan
 
 LATENT = 64

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.backends.precision import BY_NAME
+from pwm_fast.backends.specs import decode_dynamics
 from pwm_fast.fused.architecture import Candidate, candidates
-from pwm_fast.fused.specs import decode_dynamics
 from pwm_fast.ops.library import dynamics_sizes
 
 

@@ -13,7 +13,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.reference import esnr as reference
+
+def moments(grads: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Signal and noise of each tensor, ``[T]``.
+
+    Centred, in float64: the difference of totals ``E|g|^2 - |mu|^2`` would cancel.
+    """
+    signals, noises = [], []
+    for tensors in zip(*grads, strict=True):
+        stacked = torch.stack([g.double() for g in tensors])
+        mean = stacked.mean(0)
+        signals.append(mean.square().sum())
+        noises.append((stacked - mean).square().sum() / len(grads))
+    return torch.stack(signals), torch.stack(noises)
 
 
 class EsnrKernels(Protocol):
@@ -46,7 +58,7 @@ class TorchEsnr:
     def moments(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
         """See :class:`EsnrKernels`."""
         count = len(grads) // samples
-        return reference.moments([grads[s * count : (s + 1) * count] for s in range(samples)])
+        return moments([grads[s * count : (s + 1) * count] for s in range(samples)])
 
     def update(
         self,

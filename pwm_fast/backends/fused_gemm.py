@@ -11,7 +11,7 @@ from torch import Tensor
 from pwm_fast.backends.base import Kernels
 
 if TYPE_CHECKING:
-    from pwm_fast.fused.stack import LayerParams, LayerSpec
+    from pwm_fast.backends.specs import LayerParams, LayerSpec
 
 
 class FusedForward(Protocol):
@@ -160,7 +160,7 @@ class Products(Protocol):
         """For ``[rows, k] [n, k]^T``; None where plain product and element kernel are better.
 
         ``rows`` are those of all ``members``, 0 without an ensemble; ``order`` is that of
-        :class:`pwm_fast.fused.stack.LayerSpec`.
+        :class:`pwm_fast.backends.specs.LayerSpec`.
 
         One object serves launches that follow one another on one stream.
         """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pwm_fast.backends.fused_gemm import FusedBackward, FusedForward, FusedPolicy, FusedUpdate
 from pwm_fast.backends.precision import EXACT, Precision
-from pwm_fast.fused.stack import LayerParams, LayerSpec
+from pwm_fast.backends.specs import LayerParams, LayerSpec
 from pwm_fast.kernels import linear_act_norm, linear_axpby, linear_norm_act, policy
 from pwm_fast.kernels.plan import (
     Exchange,

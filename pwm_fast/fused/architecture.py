@@ -16,7 +16,7 @@ import torch
 from pwm_fast.backends.precision import Precision
 
 if TYPE_CHECKING:
-    from pwm_fast.fused.rollout import DynamicsSpec
+    from pwm_fast.backends.specs import DynamicsSpec
     from pwm_fast.kernels.rollout import Plan
 
 VARIABLE = "PWM_FAST_ARCHITECTURE"

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.precision import BY_NAME
+from pwm_fast.backends.specs import DynamicsSpec, LayerSpec, encode_dynamics, encode_layers
 from pwm_fast.fused import algebra, packs
 from pwm_fast.fused.gemm import fp32_products
-from pwm_fast.fused.rollout import DynamicsSpec
-from pwm_fast.fused.specs import encode_dynamics, encode_layers
-from pwm_fast.fused.stack import LayerSpec
 from pwm_fast.ops import (  # noqa: F401  register the operators
     batching,
     library_returns,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.specs import LayerSpec
 from pwm_fast.fused.algebra import PAD_TO
 from pwm_fast.fused.gemm import ALIGNED
-from pwm_fast.fused.stack import LayerSpec
 
 Parts = list[Tensor | None]  # a layer's weight, bias, gamma and beta
 

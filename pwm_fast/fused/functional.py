@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec, split_params
 from pwm_fast.fused.gemm import (
     Gemm,
     adjoint_operand,
@@ -19,15 +20,8 @@ from pwm_fast.fused.gemm import (
 )
 from pwm_fast.fused.packs import one_call
 from pwm_fast.fused.policy import Policy
-from pwm_fast.fused.rollout import Dynamics, DynamicsGrads, DynamicsSpec, DynamicsWeights
-from pwm_fast.fused.stack import (
-    LayerGrads,
-    LayerParams,
-    LayerSpec,
-    Stack,
-    saved_buffers,
-    split_params,
-)
+from pwm_fast.fused.rollout import Dynamics, DynamicsGrads, DynamicsWeights
+from pwm_fast.fused.stack import LayerGrads, Stack, saved_buffers
 
 # --- MLP ----------------------------------------------------------------------------------------
 

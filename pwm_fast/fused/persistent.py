@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.specs import LayerParams, LayerSpec
 from pwm_fast.fused.gemm import operand_copy, weight_grad
-from pwm_fast.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack
+from pwm_fast.fused.stack import LayerGrads, Stack
 from pwm_fast.kernels.rollout import (
     Adjoints,
     Network,

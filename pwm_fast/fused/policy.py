@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.fused_gemm import FusedPolicy, products_of
+from pwm_fast.backends.specs import LayerParams, LayerSpec
 from pwm_fast.fused import packs
 from pwm_fast.fused.gemm import Gemm, fp32_products, round_together
-from pwm_fast.fused.stack import LayerParams, LayerSpec, Stack
+from pwm_fast.fused.stack import Stack
 from pwm_fast.fused.updates import Update
 
 

@@ -17,41 +17,15 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.specs import DynamicsSpec, LayerParams
 from pwm_fast.fused.architecture import Sizes, persistent_plan
 from pwm_fast.fused.gemm import Gemm, takes_narrow, weight_grad
-from pwm_fast.fused.stack import LayerGrads, LayerParams, LayerSpec, Stack, saved_buffers
+from pwm_fast.fused.stack import LayerGrads, Stack, saved_buffers
 from pwm_fast.fused.updates import Update
 
 if TYPE_CHECKING:
     from pwm_fast.fused.persistent import Persistent
     from pwm_fast.kernels.rollout import Plan
-
-
-@dataclass(frozen=True)
-class DynamicsSpec:
-    """What a macro step does.
-
-    Attributes:
-        layers: of the network; with ``fold`` its last layer is the folded head.
-        method: ``"heun"``, ``"euler"``, or ``"map"``: the network's output is the next latent.
-        substeps: K.
-        fold: carry ``p = W1z z`` through the substeps.
-    """
-
-    layers: tuple[LayerSpec, ...]
-    method: str
-    substeps: int
-    fold: bool
-
-    @property
-    def stages(self) -> tuple[float, ...]:
-        """Flow times of a macro step's evaluations."""
-        k = self.substeps
-        if self.method == "map":
-            return (0.0,)
-        if self.method == "euler":
-            return tuple(i / k for i in range(k))
-        return tuple(t / k for i in range(k) for t in (i, i + 1))
 
 
 class DynamicsWeights:

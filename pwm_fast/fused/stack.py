@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,68 +10,10 @@ from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.fused_gemm import FusedBackward, FusedForward, products_of
+from pwm_fast.backends.specs import LayerParams, LayerSpec
 from pwm_fast.fused.gemm import Gemm, takes_narrow, weight_grad
 
 _GROUPS = (1, 2, 4, 8, 16, 32, 64)  # of SimNorm, that lie whole in a tile
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What a layer does, without its parameters.
-
-    Attributes:
-        order: ``"norm_act"`` (Linear, LayerNorm, act) or ``"act_norm"`` (Linear, act, LayerNorm).
-        act: ``"none"``, ``"mish"`` or ``"simnorm"``.
-        bias: there is a bias.
-        norm: there is a LayerNorm.
-        group: SimNorm's group width.
-        eps: LayerNorm's.
-        width: of rows that are centred and padded (see :mod:`pwm_fast.backends.base`), else 0.
-    """
-
-    order: str
-    act: str
-    bias: bool
-    norm: bool
-    group: int
-    eps: float
-    width: int = 0
-
-    @property
-    def fields(self) -> int:
-        """Tensors that the layer has."""
-        return 1 + self.bias + 2 * self.norm
-
-    @property
-    def plain(self) -> bool:
-        """Nothing follows the Linear."""
-        return not self.norm and self.act == "none"
-
-
-class LayerParams(NamedTuple):
-    """Tensors of one layer; weights ``[N, K]``, or ``[E, N, K]`` of an ensemble."""
-
-    weight: Tensor
-    bias: Tensor | None
-    gamma: Tensor | None
-    beta: Tensor | None
-
-
-def split_params(specs: Sequence[LayerSpec], flat: Sequence[Tensor]) -> list[LayerParams]:
-    """The flat parameter list of an op as one entry a layer."""
-    layers, i = [], 0
-    for spec in specs:
-        weight = flat[i]
-        i += 1
-        bias = gamma = beta = None
-        if spec.bias:
-            bias = flat[i]
-            i += 1
-        if spec.norm:
-            gamma, beta = flat[i], flat[i + 1]
-            i += 2
-        layers.append(LayerParams(weight, bias, gamma, beta))
-    return layers
 
 
 class LayerGrads(NamedTuple):

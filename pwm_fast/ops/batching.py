@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pwm_fast.fused.specs import decode_layers
+from pwm_fast.backends.specs import decode_layers
 from pwm_fast.ops import (  # noqa: F401  they define
     library,
     library_centring,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends import select
-from pwm_fast.backends.esnr import TorchEsnr
+from pwm_fast.backends.esnr import TorchEsnr, moments
 from pwm_fast.ops import _checks, library_esnr  # noqa: F401  registers the operators
 from pwm_fast.ops.reference import esnr as reference
 from pwm_fast.ops.types import ESNR
@@ -79,7 +79,7 @@ def esnr(
     reason = "a gradient of the ratio is asked for" if needed else None
     chosen = select.select("esnr", backend, select.Call(flat, reason))
     if chosen == "reference":
-        signal, noise = reference.moments(samples)
+        signal, noise = moments(samples)
     else:
         signal, noise = torch.ops.pwm_fast.esnr(flat, len(samples), chosen)
     return reference.summarize(signal, noise, len(samples), eps, debias)

@@ -19,12 +19,12 @@ from torch.utils import _pytree as pytree
 
 from pwm_fast.backends.base import Kernels, TorchKernels
 from pwm_fast.backends.precision import BY_NAME
+from pwm_fast.backends.specs import DynamicsSpec, LayerSpec, decode_dynamics, decode_layers
 from pwm_fast.fused import functional
 from pwm_fast.fused.architecture import Sizes
 from pwm_fast.fused.gemm import takes_narrow
-from pwm_fast.fused.rollout import DynamicsSpec, dynamics_saved_buffers
-from pwm_fast.fused.specs import decode_dynamics, decode_layers
-from pwm_fast.fused.stack import LayerSpec, saved_buffers
+from pwm_fast.fused.rollout import dynamics_saved_buffers
+from pwm_fast.fused.stack import saved_buffers
 
 _LIB = torch.library.Library("pwm_fast", "DEF")
 IMPLEMENTATIONS: dict[str, Any] = {}  # what runs inside each operator, for looking into it

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.specs import decode_layers
 from pwm_fast.fused import centring
-from pwm_fast.fused.specs import decode_layers
 from pwm_fast.ops.library import define, filled, first_order_only, kernels, register_gradient
 
 

@@ -15,10 +15,9 @@ pytest.importorskip("triton")
 from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.backends.precision import EXACT, FAST
+from pwm_fast.backends.specs import DynamicsSpec, LayerSpec
 from pwm_fast.fused import architecture, persistent
 from pwm_fast.fused.architecture import Sizes, candidates
-from pwm_fast.fused.rollout import DynamicsSpec
-from pwm_fast.fused.stack import LayerSpec
 from pwm_fast.kernels import rollout
 from pwm_fast.kernels.launch import INTERPRETING
 from pwm_fast.kernels.rollout_plan import EXCHANGES

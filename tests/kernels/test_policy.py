@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from pwm_fast import ops
 from pwm_fast.backends import select, triton_gemm
-from pwm_fast.fused.stack import LayerSpec
+from pwm_fast.backends.specs import LayerSpec
 from pwm_fast.kernels import aot, policy
 from pwm_fast.kernels.plan import Limits
 from pwm_fast.kernels.policy import PolicyLayer, policy_step

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pwm_fast.ops.reference import esnr as reference
+from pwm_fast.backends.esnr import moments
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAMPLES = (1, 2, 3, 4, 7, 8, 9, 16, 17, 64, 65)
@@ -39,7 +39,7 @@ def truth(given: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
     """Signal and noise in float64."""
     count = len(given) // samples
     double = [g.double().cpu() for g in given]
-    return reference.moments([double[s * count : (s + 1) * count] for s in range(samples)])
+    return moments([double[s * count : (s + 1) * count] for s in range(samples)])
 
 
 def difference_of_totals(given: Sequence[Tensor], samples: int) -> float:

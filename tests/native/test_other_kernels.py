@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.esnr import moments
 from pwm_fast.ops.reference import heads
-from pwm_fast.ops.reference.esnr import moments
 from tests.native.harness import _C, BATCHES, Rows, Values, activate, check
 
 FP32, BF16 = torch.float32, torch.bfloat16

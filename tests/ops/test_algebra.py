@@ -11,8 +11,8 @@ import torch
 from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.backends.native import why_missing
+from pwm_fast.backends.specs import decode_dynamics
 from pwm_fast.fused import algebra, calls
-from pwm_fast.fused.specs import decode_dynamics
 from tests.helpers import random_layer
 from tests.ops.contract import CASES, ROLLOUTS, Case, check
 

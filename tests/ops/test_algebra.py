@@ -127,8 +127,8 @@ def test_what_is_folded_by_default(backend: str, frozen: bool, trained: bool) ->
         return decode_dynamics(packed.spec).fold
 
     for grad, expected in ((False, frozen), (True, trained)):
-        weights = [p._replace(weight=p.weight.detach().requires_grad_(grad)) for p in net]
-        assert folded(weights) is expected
+        layers = [p._replace(weight=p.weight.detach().requires_grad_(grad)) for p in net]
+        assert folded(layers) is expected
     assert not folded(wide)
 
 

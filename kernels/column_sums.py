@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case
 from pwm_fast.kernels.launch import launch
 
-_PARTS, _COLUMNS = 128, 16
+PARTS, COLUMNS = 128, 16
 
 
 @triton.jit
@@ -65,32 +64,16 @@ def add_column_sums(partial: Tensor, outs: Sequence[Tensor | None]) -> None:
         count -= 1
     launch(
         column_sums_kernel,
-        (triton.cdiv(n, _COLUMNS), members, count),
+        (triton.cdiv(n, COLUMNS), members, count),
         partial,
         *outs,
         parts,
         n,
-        PARTS=_PARTS,
-        COLS=_COLUMNS,
+        PARTS=PARTS,
+        COLS=COLUMNS,
     )
 
 
 def empty_partial(like: Tensor, members: int, parts: int, n: int) -> Tensor:
     """Room for the first stage, ``[3, E, P, n]`` float32."""
     return torch.empty(3, members, parts, n, dtype=torch.float32, device=like.device)
-
-
-def cases() -> list[Case]:
-    """What :func:`add_column_sums` launches."""
-    outs = {"out0": "*fp64", "out1": "*fp64", "out2": "*fp64"}
-    return [
-        Case(
-            f"column_sums n{n}",
-            column_sums_kernel,
-            {"partial": "*fp32", **outs, "parts": "i32", "n": "i32"}
-            | {"PARTS": "constexpr", "COLS": "constexpr"},
-            {"PARTS": _PARTS, "COLS": _COLUMNS},
-            unaligned=frozenset({"parts"} if n % 16 == 0 else {"parts", "n"}),
-        )
-        for n in (512, 777)
-    ]

@@ -17,11 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case
 from pwm_fast.kernels.plan import Plan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
 from pwm_fast.kernels.tile import act_norm_rows, product
-from pwm_fast.kernels.tile_cases import OPERANDS, SOME, absent_scales, tile_cases
 from pwm_fast.kernels.tile_launch import check_act, check_operands, launch
 
 
@@ -355,45 +353,3 @@ def _rows(
                 f"{what}: {name} must be contiguous, {[members, n]}, got {list(vector.shape)}"
             )
     return x.shape[0] // members, members
-
-
-_KERNELS = {
-    "linear_act_norm_fwd": linear_act_norm_fwd_kernel,
-    "linear_act_norm_bwd": linear_act_norm_bwd_kernel,
-}
-#: ``(N, K)`` of critics' and actors' layers in tiles of 512 and of 256, N aligned and not.
-_SIZES = {
-    "linear_act_norm_fwd": ((400, 512), (399, 400), (208, 400), (200, 400)),
-    "linear_act_norm_bwd": ((400, 200), (399, 201), (208, 104), (200, 101)),
-}
-#: Arguments that are no multiples of 16 where N is none.
-_ROW_OF_N = {
-    "linear_act_norm_fwd": ("N", "stride_y", "stride_u"),
-    "linear_act_norm_bwd": ("N", "stride_we", "stride_wk", "stride_u", "stride_dx"),
-}
-
-
-def cases() -> list[Case]:
-    """Every tile with all that it can be given."""
-    found = []
-    for operand in OPERANDS:
-        for kernel, fn in _KERNELS.items():
-            forward = kernel.endswith("fwd")
-            for n, k in _SIZES[kernel]:
-                wide = not forward and operand == "tf32"
-                found += tile_cases(
-                    f"{kernel} mish{' to fp32' if wide else ''}",
-                    kernel,
-                    fn,
-                    operand,
-                    (n, k),
-                    tiles=SOME if operand == "bf16" else None,
-                    absent=() if forward else absent_scales(operand, wide),
-                    wide=("dx",) if wide else (),
-                    constants={"ACT": "mish", "stride_wk" if forward else "stride_wn": 1},
-                    unaligned=(
-                        *(_ROW_OF_N[kernel] if n % 16 else ()),
-                        *(() if forward else ("K", "stride_dy")),
-                    ),
-                )
-    return found

@@ -10,11 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case
 from pwm_fast.kernels.plan import Plan
 from pwm_fast.kernels.pointwise import rounded
 from pwm_fast.kernels.tile import product
-from pwm_fast.kernels.tile_cases import OPERANDS, SOME, tile_cases
 from pwm_fast.kernels.tile_launch import check_operands, launch
 
 
@@ -177,25 +175,3 @@ def linear_axpby(
         },
         input_precision,
     )
-
-
-def cases() -> list[Case]:
-    """A state's step, and an adjoint's, with all that they can be given."""
-    found = []
-    for operand in OPERANDS:
-        unscaled = () if operand == "fp16" else ("x_scale",)
-        for what, absent, order in (
-            ("", ("x_scale",), "stride_wk"),
-            (" adjoint", ("bias", *unscaled), "stride_wn"),
-        ):
-            found += tile_cases(
-                f"linear_axpby{what}",
-                "linear_axpby",
-                linear_axpby_kernel,
-                operand,
-                (768, 1792),
-                tiles=SOME if operand == "bf16" else None,
-                absent=absent,
-                constants={order: 1},
-            )
-    return found

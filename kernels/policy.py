@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import launch
 from pwm_fast.kernels.pointwise import rounded, tanh
 from pwm_fast.kernels.tile import act_norm_rows, product
@@ -36,8 +35,8 @@ MOST_LAYERS = 6
 _OPERANDS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BLOCK_K = 64
 _TERM_BLOCK = 128  # columns of c at a time
-_WARPS = 8
-_STAGES = 3
+WARPS = 8
+STAGES = 3
 
 
 @triton.constexpr_function
@@ -242,7 +241,7 @@ def policy_step_kernel(
 def shared_bytes(widths: Sequence[int], actions: int, block_m: int) -> int:
     """Shared memory of a program: of its widest product, the operands that are on their way."""
     widest = max(_block(n) for n in (*widths[1:], actions))
-    return (_STAGES - 1) * (block_m + widest) * _BLOCK_K * 2
+    return (STAGES - 1) * (block_m + widest) * _BLOCK_K * 2
 
 
 def why_not(
@@ -363,15 +362,16 @@ def policy_step(
         columns if base.shape[0] > 1 else 0,
         w_a.stride(0),
         w_a.stride(1),
-        **_constants(widths, [p.act for p in layers], actions, block_m),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        **constants_of(widths, [p.act for p in layers], actions, block_m),
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
 
 
-def _constants(
+def constants_of(
     widths: Sequence[int], acts: Sequence[str], actions: int, block_m: int
 ) -> dict[str, Any]:
+    """What the kernel is compiled for."""
     return {
         "WIDTHS": tuple(widths),
         "MISH": tuple(act == "mish" for act in acts),
@@ -422,44 +422,3 @@ def _dense(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> 
             f"policy_step: {name} must be a contiguous {list(shape)} of {dtype}, got "
             f"{list(x.shape)} of {x.dtype} with strides {x.stride()}"
         )
-
-
-def cases() -> list[Case]:
-    """The published policies: 400, 200 and 100 features, of few and many actions."""
-    found = []
-    widths, acts = (400, 200, 100), ("mish",) * 3
-    each = len(widths)
-    for dtype, block_m, actions, saves in (
-        ("fp16", 16, 8, True),
-        ("fp16", 32, 8, True),
-        ("fp16", 16, 61, False),
-        ("bf16", 16, 8, True),
-    ):
-        constants: dict[str, Any] = _constants(widths, acts, actions, block_m)
-        constants["stride_wk"] = 1
-        operand, wide = f"*{dtype}", ("*fp32",) * each
-        # An argument that is None in a tuple is a constant of it.
-        types: dict[str, str | tuple[str, ...]] = dict.fromkeys(
-            ("h", "head_bias", "std", "noise", "action", "base", "w_a", "c"), "*fp32"
-        )
-        types |= dict.fromkeys(("biases", "gammas", "betas"), wide)
-        types |= {"weights": ("constexpr", *(operand,) * (each - 1)), "head": operand}
-        types |= {"epsilons": ("fp32",) * each, "ys": (operand,) * each}
-        kept = {"us": (operand,) * each, "means": wide, "rstds": wide}
-        types |= kept if saves else dict.fromkeys(kept, ("constexpr",) * each)
-        types |= dict.fromkeys(("R", "U", "stride_h", "stride_base", "stride_wn"), "i32")
-        found.append(
-            Case(
-                f"policy_step {'-'.join(map(str, widths))} A{actions}, {block_m} rows, {dtype}"
-                + ("" if saves else ", nothing kept"),
-                policy_step_kernel,
-                signature(policy_step_kernel, types, constants),
-                constants,
-                unaligned=frozenset({"R", "stride_wn", "noise", "action"}),
-                num_warps=_WARPS,
-                num_stages=_STAGES,
-                options={"enable_fp_fusion": True},
-                tensor_cores=True,
-            )
-        )
-    return found

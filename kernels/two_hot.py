@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import launch, row_tile
 
 
@@ -265,34 +264,3 @@ def two_hot_ce_bwd(
     """Gradient of :func:`two_hot_ce_fwd` towards the logits."""
     tensors, out = (dloss, logits, x, dlogits), (dlogits.stride(0),)
     _run(two_hot_ce_bwd_kernel, tensors, logits, out, vmin, vmax, transform)
-
-
-def _case(fn: Any, bins: int, transform: bool) -> Case:
-    tile = row_tile(bins)
-    constants = {"TRANSFORM": transform, "ROWS": tile.rows, "BLOCK": tile.block}
-    types = dict.fromkeys(fn.arg_names, "*fp32") | {"vmin": "fp32", "vmax": "fp32"}
-    types |= dict.fromkeys(("rows", "bins", "stride", "dlogits_stride"), "i32")
-    name = fn.__name__.removesuffix("_kernel")
-    odd = {"rows", *(("bins", "stride", "dlogits_stride") if bins % 16 else ())}
-    return Case(
-        f"{name} {bins} bins{'' if transform else ' untransformed'}",
-        fn,
-        signature(fn, types, constants),
-        constants,
-        unaligned=frozenset(odd),
-        num_warps=tile.warps,
-    )
-
-
-def cases() -> list[Case]:
-    """The published 101 bins, and others."""
-    return [
-        _case(fn, bins, transform)
-        for fn in (
-            two_hot_decode_fwd_kernel,
-            two_hot_decode_bwd_kernel,
-            two_hot_ce_fwd_kernel,
-            two_hot_ce_bwd_kernel,
-        )
-        for bins, transform in ((101, True), (256, False))
-    ]

@@ -17,8 +17,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pwm_fast.kernels.aot import Case, compile_case, run_tool
-from pwm_fast.kernels.report import cases_of
+from tests.compile.aot import Case, compile_case, run_tool
+from tests.compile.report import cases_of
 
 CASES = [
     ("rollout_cases", "rollout_fwd U512 fp16 8x64 w4 weights"),

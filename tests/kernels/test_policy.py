@@ -15,9 +15,10 @@ pytest.importorskip("triton")
 from pwm_fast import ops
 from pwm_fast.backends import select, triton_gemm
 from pwm_fast.backends.specs import LayerSpec
-from pwm_fast.kernels import aot, policy
+from pwm_fast.kernels import policy
 from pwm_fast.kernels.plan import Limits
 from pwm_fast.kernels.policy import PolicyLayer, policy_step
+from tests.compile import aot
 from tests.helpers import random_layer
 from tests.kernels.harness import DEVICES, Rows, Values, check, on_devices
 from tests.ops.contract import ROLLOUTS, Case

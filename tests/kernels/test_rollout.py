@@ -24,8 +24,8 @@ from pwm_fast.kernels.rollout import (
     rollout_forward,
     why_not,
 )
-from pwm_fast.kernels.rollout_cases import cases
 from pwm_fast.kernels.rollout_plan import EXCHANGES
+from tests.compile.cases.rollout import cases
 from tests.kernels import rollout_truth as truth
 from tests.kernels.harness import gpu, on_devices
 
@@ -303,7 +303,7 @@ def test_what_weights_get_when_a_program_comes_too_late(
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_the_compiled_exchange_is_ordered(direction: str) -> None:
     """All threads' stores, a barrier, one release and acquire, a barrier, then loads past L1."""
-    from pwm_fast.kernels.aot import compile_case
+    from tests.compile.aot import compile_case
 
     name = f"rollout_{direction} U512 fp16 8x64 w4 weights"
     case = next(c for c in cases() if c.name == name)
@@ -325,7 +325,7 @@ def test_the_compiled_exchange_is_ordered(direction: str) -> None:
 @pytest.mark.parametrize(("name", "times"), [("8x64 w4", 1), ("8x64 w8", 2), ("16x64 w8", 1)])
 def test_how_often_a_product_is_computed(name: str, times: int) -> None:
     """Warps without a share of their own repeat another's: so 4 come before 8."""
-    from pwm_fast.kernels.aot import compile_case
+    from tests.compile.aot import compile_case
 
     case = next(c for c in cases() if c.name == f"rollout_fwd U512 fp16 {name} weights")
     found = set(

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pwm_fast.kernels.aot import compile_case
-from pwm_fast.kernels.report import cases_of
+from tests.compile.aot import compile_case
+from tests.compile.report import cases_of
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from pwm_fast.kernels import report  # noqa: E402
-from pwm_fast.kernels.aot import (  # noqa: E402
-    SHARED_LIMIT,
-    Case,
-    Usage,
-    compile_case,
-    run_tool,
-    usage,
-)
+from tests.compile import report  # noqa: E402
+from tests.compile.aot import SHARED_LIMIT, Case, Usage, compile_case, run_tool, usage  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -30,7 +23,7 @@ def test_the_table_is_of_these_kernels() -> None:
     version, fingerprint = report.made_with(report.stored(PAGE)) or ("", "")
     if version != triton.__version__:
         pytest.skip(f"the table is of Triton {version}")
-    assert fingerprint == report.fingerprint(), "run python -m pwm_fast.kernels.report"
+    assert fingerprint == report.fingerprint(), "run python -m tests.compile.report"
 
 
 def test_the_table_has_every_case_within_its_limits() -> None:
@@ -41,7 +34,7 @@ def test_the_table_has_every_case_within_its_limits() -> None:
         for case in report.cases_of(module)
         for arch in case.archs
     }
-    assert found.keys() == wanted.keys(), "run python -m pwm_fast.kernels.report"
+    assert found.keys() == wanted.keys(), "run python -m tests.compile.report"
     faults = {key: report.faults(wanted[key], key[1], used) for key, used in found.items()}
     assert not {key: found for key, found in faults.items() if found}
 
@@ -145,4 +138,4 @@ def test_a_table_is_stored_and_read_again(tmp_path: Path) -> None:
     assert report.made_with(report.stored(page)) == (triton.__version__, report.fingerprint())
     assert report.rows_of(report.stored(page)) == {("one", 80): Usage(32, 0, 64, "HMMA")}
     with pytest.raises(ValueError, match="report:begin"):
-        report.stored(Path(__file__).parent / "conftest.py")
+        report.stored(Path(__file__).parents[1] / "conftest.py")

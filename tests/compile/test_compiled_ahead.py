@@ -25,11 +25,12 @@ import triton.language as tl
 from bench import launches
 from bench.fake_cuda import FakeCuda
 from pwm_fast import config
-from pwm_fast.kernels import report, rollout
-from pwm_fast.kernels.aot import SHARED_LIMIT, Case
+from pwm_fast.kernels import rollout
 from pwm_fast.kernels.plan import TILES, Limits, Product, plan
-from pwm_fast.kernels.tile_cases import OPERANDS
 from pwm_fast.kernels.tile_launch import POINTER_TYPES, constants_of
+from tests.compile import report
+from tests.compile.aot import SHARED_LIMIT, Case
+from tests.compile.gemm_cases import OPERANDS
 
 SMS = {80: 108, 90: 132, 100: 148}  # of an A100, an H200 and a B200
 ROWS = (1, 16, 100, 128, 512, 1000, 2048, 16384)

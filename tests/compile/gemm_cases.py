@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from pwm_fast.kernels.aot import SHARED_LIMIT, Case
 from pwm_fast.kernels.plan import Limits, Plan, Product, candidates
 from pwm_fast.kernels.tile_launch import POINTER_TYPES, constants_of
+from tests.compile.aot import SHARED_LIMIT, Case
 
 #: Operands in which products are fused, by the name of their precision; ``exact`` ones are not.
 OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}

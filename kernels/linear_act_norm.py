@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.plan import Plan
+from pwm_fast.kernels.gemm_tile import act_norm_rows, check_act, check_operands, gemm, launch
+from pwm_fast.kernels.plan import GemmPlan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
-from pwm_fast.kernels.tile import act_norm_rows, product
-from pwm_fast.kernels.tile_launch import check_act, check_operands, launch
 
 
 @triton.jit
@@ -58,7 +57,7 @@ def linear_act_norm_fwd_kernel(
     inside = cols < N
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = member * R + tl.minimum(own, R - 1)
-    v = product(
+    v = gemm(
         x,
         w + member.to(tl.int64) * stride_we,
         rows,
@@ -126,7 +125,7 @@ def linear_act_norm_bwd_kernel(
     inside = cols < N
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = member * R + tl.minimum(own, R - 1)
-    d = product(
+    d = gemm(
         dy,
         w + member.to(tl.int64) * stride_we,
         rows,
@@ -188,7 +187,7 @@ def linear_act_norm_fwd(
     beta: Tensor,
     act: str,
     eps: float,
-    plan: Plan,
+    plan: GemmPlan,
     bias: Tensor | None = None,
     input_precision: str = "tf32",
 ) -> None:
@@ -259,7 +258,7 @@ def linear_act_norm_bwd(
     *,
     gamma: Tensor,
     act: str,
-    plan: Plan,
+    plan: GemmPlan,
     dy_scale: Tensor | None = None,
     dx_scale: Tensor | None = None,
     sums: Tensor | None = None,
@@ -335,7 +334,7 @@ def _rows(
     what: str,
     x: Tensor,
     weight: Tensor,
-    plan: Plan,
+    plan: GemmPlan,
     n: int,
     act: str,
     vectors: Mapping[str, Tensor | None],

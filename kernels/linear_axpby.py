@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.plan import Plan
+from pwm_fast.kernels.gemm_tile import check_operands, gemm, launch
+from pwm_fast.kernels.plan import GemmPlan
 from pwm_fast.kernels.pointwise import rounded
-from pwm_fast.kernels.tile import product
-from pwm_fast.kernels.tile_launch import check_operands, launch
 
 
 @triton.jit
@@ -60,7 +59,7 @@ def linear_axpby_kernel(
         valid = tl.minimum(rows, R - 1)
         far = valid[:, None].to(tl.int64)
         kept = (rows < R)[:, None] & inside[None, :]
-        h = product(
+        h = gemm(
             x,
             w,
             valid,
@@ -105,7 +104,7 @@ def linear_axpby(
     c1: float,
     c2: float,
     *,
-    plan: Plan,
+    plan: GemmPlan,
     bias: Tensor | None = None,
     x_scale: Tensor | None = None,
     raw: Tensor | None = None,

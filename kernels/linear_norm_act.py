@@ -3,7 +3,7 @@
 Forward the product's tile stays in registers until the row's statistics are known. Backward the
 product ``dy W`` of the *following* layer's adjoint goes straight into the gradient of this layer's
 activation and norm. Where a row lies in several tiles their programs exchange partial statistics
-(:mod:`pwm_fast.kernels.tile`); :func:`pwm_fast.kernels.plan.plan` chooses.
+(:mod:`pwm_fast.kernels.gemm_tile`); :func:`pwm_fast.kernels.plan.plan` chooses.
 
 Operands and ``y``, ``xhat``, ``dx`` are fp16, bf16 or fp32; all sums, statistics and parameters
 fp32. The plain form of the arithmetic is ``pwm_fast.backends.base``.
@@ -15,10 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.plan import Exchange, Plan
+from pwm_fast.kernels.gemm_tile import (
+    COUNTER_STRIDE,
+    Exchange,
+    barrier,
+    check_act,
+    check_operands,
+    gemm,
+    launch,
+    load_partials,
+    store_partial,
+)
+from pwm_fast.kernels.plan import GemmPlan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
-from pwm_fast.kernels.tile import COUNTER_STRIDE, meet, product, put, take
-from pwm_fast.kernels.tile_launch import check_act, check_operands, launch
 
 _COUNTER = tl.constexpr(COUNTER_STRIDE)
 
@@ -69,7 +78,7 @@ def linear_norm_act_fwd_kernel(
         inside = cols < N
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = tl.minimum(rows, R - 1)
-        h = product(
+        h = gemm(
             x,
             w,
             valid,
@@ -99,19 +108,19 @@ def linear_norm_act_fwd_kernel(
             second = tl.sum(off * off, 1)
         if TILES_N > 1:
             if PHASE != 2:
-                put(slots, 0, tile, rows, first, stride_slot, TILES_N)
+                store_partial(slots, 0, tile, rows, first, stride_slot, TILES_N)
                 if not CENTRED:
-                    put(slots, 1, tile, rows, second, stride_slot, TILES_N)
+                    store_partial(slots, 1, tile, rows, second, stride_slot, TILES_N)
             if PHASE == 0:
-                meet(counters + block * _COUNTER, TILES_N)
+                barrier(counters + block * _COUNTER, TILES_N)
         if PHASE != 1:
             if TILES_N > 1:
-                parts = take(slots, 0, rows, stride_slot, TILES_N, TILES_2)
+                parts = load_partials(slots, 0, rows, stride_slot, TILES_N, TILES_2)
                 if CENTRED:
                     first = tl.sum(parts, 0)
                 else:
                     # Chan's formula: means and squared distances of parts of unequal size.
-                    seconds = take(slots, 1, rows, stride_slot, TILES_N, TILES_2)
+                    seconds = load_partials(slots, 1, rows, stride_slot, TILES_N, TILES_2)
                     starts = tl.arange(0, TILES_2) * BLOCK_N
                     counts = tl.maximum(tl.minimum(N - starts, BLOCK_N), 0).to(tl.float32)
                     first = tl.sum(parts * counts[:, None], 0) / N
@@ -195,7 +204,7 @@ def linear_norm_act_bwd_kernel(
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = tl.minimum(rows, R - 1)
         far = valid[:, None].to(tl.int64)
-        g = product(
+        g = gemm(
             dy,
             w,
             valid,
@@ -238,19 +247,19 @@ def linear_norm_act_bwd_kernel(
             mean = tl.sum(g, 1)
         if TILES_N > 1:
             if PHASE != 2:
-                put(slots, 0, tile, rows, inner, stride_slot, TILES_N)
+                store_partial(slots, 0, tile, rows, inner, stride_slot, TILES_N)
                 if not CENTRED:
-                    put(slots, 1, tile, rows, mean, stride_slot, TILES_N)
+                    store_partial(slots, 1, tile, rows, mean, stride_slot, TILES_N)
                 if dx_scale is not None:
-                    put(slots, 2, tile, rows, tl.max(tl.abs(g), 1), stride_slot, TILES_N)
+                    store_partial(slots, 2, tile, rows, tl.max(tl.abs(g), 1), stride_slot, TILES_N)
             if PHASE == 0:
-                meet(counters + block * _COUNTER, TILES_N)
+                barrier(counters + block * _COUNTER, TILES_N)
         if PHASE != 1:
             r = tl.load(rstd + valid)
             if TILES_N > 1:
-                inner = tl.sum(take(slots, 0, rows, stride_slot, TILES_N, TILES_2), 0)
+                inner = tl.sum(load_partials(slots, 0, rows, stride_slot, TILES_N, TILES_2), 0)
                 if not CENTRED:
-                    mean = tl.sum(take(slots, 1, rows, stride_slot, TILES_N, TILES_2), 0)
+                    mean = tl.sum(load_partials(slots, 1, rows, stride_slot, TILES_N, TILES_2), 0)
             inner = inner / width
             hat = tl.load(near, mask=inside[None, :], other=0.0, cache_modifier=".cg")
             hat = hat.to(tl.float32)
@@ -266,7 +275,9 @@ def linear_norm_act_bwd_kernel(
                 if TILES_N > 1:
                     # The row's true maximum would cost a second exchange. This bounds it, since
                     # no |xhat| exceeds the root of the width.
-                    largest = tl.max(take(slots, 2, rows, stride_slot, TILES_N, TILES_2), 0)
+                    largest = tl.max(
+                        load_partials(slots, 2, rows, stride_slot, TILES_N, TILES_2), 0
+                    )
                     largest += tl.sqrt(width * 1.0) * tl.abs(inner)
                     if not CENTRED:
                         largest += tl.abs(mean)
@@ -295,7 +306,7 @@ def linear_norm_act_fwd(
     act: str,
     group: int,
     eps: float,
-    plan: Plan,
+    plan: GemmPlan,
     exchange: Exchange | None,
     bias: Tensor | None = None,
     width: int = 0,
@@ -376,7 +387,7 @@ def linear_norm_act_bwd(
     gamma: Tensor,
     beta: Tensor,
     act: str,
-    plan: Plan,
+    plan: GemmPlan,
     exchange: Exchange | None,
     dy_scale: Tensor | None = None,
     dx_scale: Tensor | None = None,

@@ -81,7 +81,7 @@ TILES: Mapping[str, Tiles] = {
 RATES = ("16", "tf32", "ieee")
 
 
-class Product(NamedTuple):
+class GemmShape(NamedTuple):
     """A product ``[rows, k] [n, k]^T``, or one of each member, with what follows it.
 
     Attributes:
@@ -135,12 +135,12 @@ class Product(NamedTuple):
 _KEY = re.compile(r"(16|tf32|ieee)(?: E(\d+))? R(\d+) N(\d+) K(\d+)")
 
 
-def product_of(kernel: str, key: str) -> Product:
+def gemm_shape(kernel: str, key: str) -> GemmShape:
     """The largest product that a tuned entry is for; of a key that ``tuning.load`` let pass."""
     rate, members, rows, n, k = _KEY.fullmatch(key).groups()  # type: ignore[union-attr]
     element = 2 if rate == "16" else 4
     precision = "tf32" if rate == "16" else rate
-    return Product(kernel, int(rows), int(n), int(k), int(members or 1), element, precision)
+    return GemmShape(kernel, int(rows), int(n), int(k), int(members or 1), element, precision)
 
 
 class Limits(NamedTuple):
@@ -156,7 +156,7 @@ class Limits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class GemmPlan:
     """How one fused product is launched.
 
     Attributes:
@@ -206,7 +206,7 @@ def make_plan(
     backward: bool = False,
     *,
     waits: bool = True,
-) -> Plan | None:
+) -> GemmPlan | None:
     """The plan of one tile shape, or None where it does not fit the shapes or the device.
 
     Args:
@@ -235,7 +235,7 @@ def make_plan(
     fewer = backward or block_m < 32
     warps = max(4, block_m * block_n // (1024 if fewer else 2048))
     groups = min(tiles_m, sms // tiles_n) if synced else tiles_m
-    return Plan(block_m, block_n, block_k, warps, stages, tiles_n, groups, waits)
+    return GemmPlan(block_m, block_n, block_k, warps, stages, tiles_n, groups, waits)
 
 
 def shapes(kernel: str, n: int) -> list[tuple[int, int]]:
@@ -252,7 +252,7 @@ def shapes(kernel: str, n: int) -> list[tuple[int, int]]:
     return whole + [(m, b) for m, b in tiles.shared if b < n or b == first]
 
 
-def candidates(product: Product, limits: Limits) -> list[Plan]:
+def candidates(product: GemmShape, limits: Limits) -> list[GemmPlan]:
     """Every plan that fits, for the model and the tuner to choose from.
 
     None of exact float32 products: they run on no tensor cores, and the library's are faster.
@@ -268,7 +268,7 @@ def candidates(product: Product, limits: Limits) -> list[Plan]:
     return [p for p in made if p is not None]
 
 
-def _plan(block_m: int, block_n: int, product: Product, limits: Limits) -> Plan | None:
+def _plan(block_m: int, block_n: int, product: GemmShape, limits: Limits) -> GemmPlan | None:
     tiles = TILES[product.kernel]
     return make_plan(
         block_m,
@@ -283,7 +283,47 @@ def _plan(block_m: int, block_n: int, product: Product, limits: Limits) -> Plan 
     )
 
 
-def model(product: Product, limits: Limits) -> dict[Plan | None, float]:
+def _busy(plan: GemmPlan, product: GemmShape, sms: int) -> tuple[int, int, float]:
+    """Waves of tiles, tiles at once, and microseconds that a tile's product takes."""
+    tiles = product.members * -(-product.rows // plan.block_m) * plan.tiles_n
+    together = min(tiles, plan.programs if plan.synced else sms)
+    # Columns beyond a row's end are multiplied, but not read.
+    columns = min(plan.block_n, product.n)
+    bytes_in = (plan.block_m + columns) * product.k * product.element
+    share = cost.CONSTANTS["wide" if plan.block_m >= 64 else "narrow"].value
+    flops = 2.0 * plan.block_m * plan.block_n * product.k
+    multiplied = flops / (cost.RATE[product.rate] * share)
+    busy = max(multiplied, bytes_in / cost.INGRESS, bytes_in * together / cost.L2)
+    return -(-tiles // together), together, busy
+
+
+def fused_time(plan: GemmPlan, product: GemmShape, sms: int) -> float:
+    """Microseconds that the model gives a plan."""
+    waves, together, busy = _busy(plan, product, sms)
+    # An epilogue computes, or waits for what it reads and writes beside the product.
+    moved = plan.block_m * min(plan.block_n, product.n) * product.traffic
+    epilogue = max(plan.block_m * plan.block_n * cost.EPILOGUE, moved * together / cost.L2)
+    return cost.LAUNCH + waves * (busy + epilogue + (cost.EXCHANGE if plan.synced else 0.0))
+
+
+def unfused_time(plans: list[GemmPlan], product: GemmShape, sms: int) -> float:
+    """Microseconds that the model gives a plain product and an element kernel after it.
+
+    Args:
+        plans: tiles of the plain product, of which it takes the best, without an epilogue.
+        product: what is to be computed.
+        sms: multiprocessors of the device.
+    """
+    times = (_busy(p, product, sms) for p in plans)
+    time = min(waves * busy for waves, _, busy in times)
+    if product.rate == "ieee":
+        time /= cost.CONSTANTS["library"].value
+    # The product is written and read in float32, on top of what the fused kernel moves.
+    between = product.members * product.rows * product.n * (8 + product.traffic)
+    return 2 * cost.LAUNCH + time + between / (cost.L2 if between < cost.IN_L2 else cost.HBM)
+
+
+def model(product: GemmShape, limits: Limits) -> dict[GemmPlan | None, float]:
     """Microseconds that the cost model gives every candidate; None: plain product, element kernel.
 
     Raises:
@@ -296,16 +336,16 @@ def model(product: Product, limits: Limits) -> dict[Plan | None, float]:
         for m, b in SHARED_ROWS
         if b < product.n or b == SHARED_ROWS[0][1]
     ]
-    found: dict[Plan | None, float] = {
-        p: cost.fused(p, product, limits.sms) for p in candidates(product, limits)
+    found: dict[GemmPlan | None, float] = {
+        p: fused_time(p, product, limits.sms) for p in candidates(product, limits)
     }
-    found[None] = cost.unfused([p for p in plain if p is not None], product, limits.sms)
+    found[None] = unfused_time([p for p in plain if p is not None], product, limits.sms)
     return found
 
 
 def plan(
-    product: Product, limits: Limits, tuned: Mapping[str, Mapping[str, int]] | None = None
-) -> Plan | None:
+    product: GemmShape, limits: Limits, tuned: Mapping[str, Mapping[str, int]] | None = None
+) -> GemmPlan | None:
     """How to launch a fused product, or None: do not fuse it.
 
     Args:
@@ -324,7 +364,7 @@ def plan(
     return min(found, key=lambda p: found[p])
 
 
-def entry_plan(entry: Mapping[str, int], product: Product, limits: Limits) -> Plan | None:
+def entry_plan(entry: Mapping[str, int], product: GemmShape, limits: Limits) -> GemmPlan | None:
     """The plan of a tuned entry: a tile's ``block_m`` and ``block_n``; ``block_m`` 0: do not fuse.
 
     Raises:
@@ -359,17 +399,17 @@ def device_limits(device: torch.device) -> tuple[str, Limits]:
 @lru_cache(maxsize=64)
 def _tuned(kernel: str, gpu: str, limits: Limits) -> Mapping[str, Mapping[str, int]]:
     def fits(key: str, entry: Mapping[str, int]) -> None:
-        entry_plan(entry, product_of(kernel, key), limits)
+        entry_plan(entry, gemm_shape(kernel, key), limits)
 
     return tuning.entries(gpu, kernel, fits)
 
 
 @lru_cache(maxsize=4096)
-def _chosen(product: Product, gpu: str, limits: Limits) -> Plan | None:
+def _chosen(product: GemmShape, gpu: str, limits: Limits) -> GemmPlan | None:
     return plan(product, limits, _tuned(product.kernel, gpu, limits))
 
 
-def device_plan(product: Product, device: torch.device) -> Plan | None:
+def device_plan(product: GemmShape, device: torch.device) -> GemmPlan | None:
     """:func:`plan` for a device, with its tuned entries; chosen once, then looked up.
 
     On CPU tensors, which Triton's interpreter works on, the first plan whose programs do not wait:
@@ -402,31 +442,6 @@ def fusion_wanted() -> bool:
     if choice not in ("0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {choice!r}")
     return choice == "1"
-
-
-class Exchange:
-    """Slots and counters of launches that follow one another on one stream.
-
-    Counters start from zero and only grow, so whoever runs a sequence of launches makes one of
-    these at its beginning (in a captured sequence the zeroing is part of the graph) and never
-    shares it with launches that may run at the same time.
-
-    Args:
-        plan: of the launches.
-        rows: of their results.
-        planes: values a row and tile; the most that any of the launches exchanges.
-        device: of the tensors.
-    """
-
-    def __init__(self, plan: Plan, rows: int, planes: int, device: torch.device) -> None:
-        tiles_m = _cdiv(rows, plan.block_m)
-        self.stride = tiles_m * plan.block_m
-        self.planes = planes
-        self.tiles_n = plan.tiles_n
-        size = planes * plan.tiles_n * self.stride
-        self.slots = torch.empty(size, dtype=torch.float32, device=device)
-        # COUNTER_STRIDE of kernels/tile.py, which cannot be imported without triton
-        self.counters = torch.zeros(tiles_m * 32, dtype=torch.int32, device=device)
 
 
 def _block_k(element: int) -> int:

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pwm_fast.kernels.gemm_tile import act_norm_rows, gemm
 from pwm_fast.kernels.launch import launch
 from pwm_fast.kernels.pointwise import rounded, tanh
-from pwm_fast.kernels.tile import act_norm_rows, product
 
 #: The widest hidden layer, and the most actions: what a tile of rows holds whole.
 WIDEST, MOST_ACTIONS = 512, 128
@@ -94,7 +94,7 @@ def _next(
 ):
     """The product of rows of K features, which this program has stored, with ``[N, K]``."""
     BLOCK: tl.constexpr = _block(N)
-    return product(
+    return gemm(
         x,
         weight,
         tl.minimum(own, R - 1),
@@ -216,7 +216,7 @@ def policy_step_kernel(
     for start in range(0, U, BLOCK_U):
         columns = start + tl.arange(0, BLOCK_U)
         # Actions and their weights are float32 in every precision: they take no time.
-        term = product(
+        term = gemm(
             action,
             w_a,
             tl.minimum(own, R - 1),

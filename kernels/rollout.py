@@ -37,7 +37,14 @@ from pwm_fast.kernels.launch import INTERPRETING, launch
 from pwm_fast.kernels.rollout_adjoint import rollout_backward_kernel
 from pwm_fast.kernels.rollout_device import rollout_forward_kernel
 from pwm_fast.kernels.rollout_exchange import PARTS
-from pwm_fast.kernels.rollout_plan import LAYOUTS, Plan, check_tuned, plan, tuning_key, why_not
+from pwm_fast.kernels.rollout_plan import (
+    LAYOUTS,
+    RolloutLayout,
+    check_tuned,
+    choose_layout,
+    tuning_key,
+    why_not,
+)
 
 __all__ = [
     "LAYOUTS",
@@ -45,12 +52,12 @@ __all__ = [
     "Backward",
     "Forward",
     "Network",
-    "Plan",
+    "RolloutLayout",
     "Saved",
     "Scheme",
     "Workspace",
     "check_tuned",
-    "plan",
+    "choose_layout",
     "rollout_backward",
     "rollout_forward",
     "tuning_key",
@@ -189,7 +196,7 @@ def rollout_forward(
     c: Tensor,
     network: Network,
     scheme: Scheme,
-    plan: Plan,
+    plan: RolloutLayout,
     *,
     saved: Saved | None = None,
     total: Tensor | None = None,
@@ -274,7 +281,7 @@ def rollout_backward(
     lp: Tensor,
     network: Network,
     scheme: Scheme,
-    plan: Plan,
+    plan: RolloutLayout,
     saved: Saved,
     *,
     adjoints: Adjoints | None = None,
@@ -367,7 +374,7 @@ class Workspace:
     """
 
     def __init__(
-        self, plan: Plan, batch: int, padded: int, dtype: torch.dtype, device: torch.device
+        self, plan: RolloutLayout, batch: int, padded: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.fits = (plan, batch, padded, dtype)
         self.groups = -(-batch // plan.bm)
@@ -404,7 +411,7 @@ class Workspace:
 
 def _workspace(
     given: Workspace | None,
-    plan: Plan,
+    plan: RolloutLayout,
     batch: int,
     padded: int,
     dtype: torch.dtype,
@@ -419,7 +426,9 @@ def _workspace(
     return given
 
 
-def constants_of(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) -> dict[str, Any]:
+def constants_of(
+    padded: int, plan: RolloutLayout, operand: torch.dtype, scheme: Scheme
+) -> dict[str, Any]:
     """What both kernels are compiled for."""
     return {
         "UP": padded,
@@ -437,7 +446,7 @@ def constants_of(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) 
     }
 
 
-def options_of(plan: Plan) -> dict[str, Any]:
+def options_of(plan: RolloutLayout) -> dict[str, Any]:
     """How both kernels are compiled and launched."""
     # No pipelining: see the device code. Programs wait for each other: all must be resident.
     return {
@@ -452,7 +461,7 @@ def options_of(plan: Plan) -> dict[str, Any]:
 
 
 def _check(
-    p: Tensor, c: Tensor, name: str, network: Network, scheme: Scheme, plan: Plan
+    p: Tensor, c: Tensor, name: str, network: Network, scheme: Scheme, plan: RolloutLayout
 ) -> tuple[int, int, int]:
     if c.dim() != 3 or p.dim() != 2 or c.shape[1:] != p.shape:
         raise ValueError(

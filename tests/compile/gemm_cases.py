@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from pwm_fast.kernels.plan import Limits, Plan, Product, candidates
-from pwm_fast.kernels.tile_launch import POINTER_TYPES, constants_of
+from pwm_fast.kernels.gemm_tile import POINTER_TYPES, constants_of
+from pwm_fast.kernels.plan import GemmPlan, GemmShape, Limits, candidates
 from tests.compile.aot import SHARED_LIMIT, Case
 
 #: Operands in which products are fused, by the name of their precision; ``exact`` ones are not.
@@ -58,14 +58,14 @@ def tile_cases(
         constants: values of further compile-time arguments.
         unaligned: see :class:`Case`.
     """
-    found: dict[tuple[int, int, int], tuple[Plan, Product]] = {}
+    found: dict[tuple[int, int, int], tuple[GemmPlan, GemmShape]] = {}
     for n, k in sizes:
-        product = Product(kernel, 1 << 16, n, k, element=OPERANDS[operand].itemsize)
+        product = GemmShape(kernel, 1 << 16, n, k, element=OPERANDS[operand].itemsize)
         for arch, shared in SHARED_LIMIT.items():
             for plan in candidates(product, Limits(1 << 10, shared)):
                 if tiles is None or (plan.block_m, plan.block_n) in tiles:
                     found[arch, plan.block_m, plan.block_n] = plan, product
-    same: dict[tuple[Plan, Product], list[int]] = {}
+    same: dict[tuple[GemmPlan, GemmShape], list[int]] = {}
     for (arch, _, _), launched in found.items():
         same.setdefault(launched, []).append(arch)
     given = {**(constants or {}), **dict.fromkeys(absent)}
@@ -99,7 +99,9 @@ def absent_scales(operand: str, wide: bool) -> tuple[str, ...]:
     return ("dx_scale",) if wide else ()
 
 
-def _values(fn: Any, plan: Plan, product: Product, given: Mapping[str, Any]) -> dict[str, Any]:
+def _values(
+    fn: Any, plan: GemmPlan, product: GemmShape, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Of the compile-time arguments, and None for those that are not passed."""
     values = constants_of(product.kernel, plan, product.n, product.k, product.input_precision)
     values |= {"PHASE": 0, **given}

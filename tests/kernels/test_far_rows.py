@@ -27,13 +27,14 @@ from pwm_fast.kernels import (
     simnorm,
     two_hot,
 )
-from pwm_fast.kernels.plan import Exchange, Plan
+from pwm_fast.kernels.gemm_tile import Exchange
+from pwm_fast.kernels.plan import GemmPlan
 
 ROWS = 5
 APART = (1 << 29) + 16  # elements from row to row: the fifth begins beyond 2^31
 Make = Callable[[Tensor], Tensor]
-WHOLE = Plan(16, 64, 16, 4, 2, 1, 1)
-SHARED = Plan(16, 16, 16, 4, 2, 3, 1)
+WHOLE = GemmPlan(16, 64, 16, 4, 2, 1, 1)
+SHARED = GemmPlan(16, 16, 16, 4, 2, 3, 1)
 
 
 def reserved(elements: int, dtype: torch.dtype) -> Tensor:

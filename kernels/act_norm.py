@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.column_sums import add_column_sums, empty_partial, parts_of
+from pwm_fast.kernels.column_sums import add_column_sums, partial_sums
 from pwm_fast.kernels.launch import launch, row_tile
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
 
@@ -169,7 +169,7 @@ def act_norm_fwd(
     tile = row_tile(n)
     launch(
         act_norm_fwd_kernel,
-        (triton.cdiv(rows, tile.rows),),
+        tile.grid(rows),
         x,
         y,
         u,
@@ -187,9 +187,7 @@ def act_norm_fwd(
         eps,
         MISH=act == "mish",
         MEMBERS=rows_per_member > 0,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **tile.options,
     )
 
 
@@ -218,10 +216,7 @@ def act_norm_bwd(
     if gamma is None:
         mean = rstd = dgamma = dbeta = None
     sums = dgamma is not None or dbeta is not None
-    parts, partial = blocks, None
-    if (sums or dbias is not None) and members:
-        parts = parts_of(blocks)
-        partial = empty_partial(dy, members, parts, n)
+    parts, partial = partial_sums(dy, members, blocks, (dgamma, dbeta, dbias))
     launch(
         act_norm_bwd_kernel,
         (parts, members),
@@ -242,9 +237,7 @@ def act_norm_bwd(
         SUMS=sums,
         BIAS_SUM=dbias is not None,
         MISH=act == "mish",
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **tile.options,
     )
     if partial is not None:
         add_column_sums(partial, (dgamma, dbeta, dbias))

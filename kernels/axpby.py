@@ -6,14 +6,14 @@ bits, into the next product's operand, so that nobody reads it twice.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.launch import launch, row_tile
+from pwm_fast.kernels.launch import Tile, launch, row_tile
 from pwm_fast.kernels.pointwise import power, rounded, row_exponent
-
-WARPS = 4
 
 
 @triton.jit
@@ -112,10 +112,11 @@ def scaled_rows_kernel(
     tl.store(out + row.to(tl.int64)[:, None] * out_stride + col[None, :], narrow, mask=inside)
 
 
-def flat_tile(n: int) -> tuple[int, int]:
-    """Rows and columns of a tile where rows need not be whole."""
+@lru_cache(maxsize=256)
+def flat_tile(n: int) -> Tile:
+    """What a program works on where rows need not be whole."""
     block = min(max(triton.next_power_of_2(n), 16), 512)
-    return 512 // block, block
+    return Tile(512 // block, block, 4)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -139,10 +140,10 @@ def axpby(
     k2 = None if k2 is None else _matrix(k2)
     operand = None if operand is None else _matrix(operand)
     rows, n = z.shape
-    tile_rows, block = flat_tile(n)
+    tile = flat_tile(n)
     launch(
         axpby_kernel,
-        (triton.cdiv(rows, tile_rows), triton.cdiv(n, block)),
+        tile.grid(rows, n),
         z,
         k1,
         k2,
@@ -159,9 +160,7 @@ def axpby(
         0 if k2 is None else k2.stride(0),
         out.stride(0),
         0 if operand is None else operand.stride(0),
-        ROWS=tile_rows,
-        BLOCK=block,
-        num_warps=WARPS,
+        **tile.options,
     )
 
 
@@ -169,13 +168,10 @@ def to_operand(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
     """See :meth:`pwm_fast.backends.base.Kernels.to_operand`."""
     x, out = _matrix(x), _matrix(out)
     rows, n = x.shape
-    if scale is None:
-        (tile_rows, block), warps = flat_tile(n), WARPS
-    else:
-        tile_rows, block, warps = row_tile(n)
+    tile = flat_tile(n) if scale is None else row_tile(n)
     launch(
         to_operand_kernel,
-        (triton.cdiv(rows, tile_rows), triton.cdiv(n, block)),
+        tile.grid(rows, n),
         x,
         out,
         scale,
@@ -183,9 +179,7 @@ def to_operand(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
         n,
         x.stride(0),
         out.stride(0),
-        ROWS=tile_rows,
-        BLOCK=block,
-        num_warps=warps,
+        **tile.options,
     )
 
 
@@ -199,10 +193,10 @@ def scaled_rows(x: Tensor, out: Tensor, scale: Tensor, largest: Tensor) -> None:
         largest: their largest, one number.
     """
     rows, n = out.shape
-    tile_rows, block = flat_tile(n)
+    tile = flat_tile(n)
     launch(
         scaled_rows_kernel,
-        (triton.cdiv(rows, tile_rows), triton.cdiv(n, block)),
+        tile.grid(rows, n),
         x,
         out,
         scale,
@@ -212,7 +206,5 @@ def scaled_rows(x: Tensor, out: Tensor, scale: Tensor, largest: Tensor) -> None:
         x.shape[0],
         x.stride(0),
         out.stride(0),
-        ROWS=tile_rows,
-        BLOCK=block,
-        num_warps=WARPS,
+        **tile.options,
     )

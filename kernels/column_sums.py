@@ -47,13 +47,20 @@ def column_sums_kernel(
     _add(out2, offset, sums, (cols < n) & (which == 2))
 
 
-def parts_of(blocks: int) -> int:
-    """How many programs share ``blocks`` blocks of rows, each leaving one partial sum.
+def partial_sums(
+    like: Tensor, members: int, blocks: int, outs: Sequence[Tensor | None]
+) -> tuple[int, Tensor | None]:
+    """How many programs share a member's ``blocks`` blocks of rows, and room for their sums.
 
-    Enough to fill a GPU of 132 multiprocessors, and few against the rows they sum. It does not
+    That is ``[3, E, P, n]`` float32, or None where nothing is asked for. There are enough programs
+    to fill a GPU of 132 multiprocessors, and few against the rows they sum. Their number does not
     depend on the GPU, so neither do results.
     """
-    return min(blocks, max(128, min(triton.cdiv(blocks, 8), 1024)))
+    if not members * blocks or all(out is None for out in outs):
+        return blocks, None
+    parts = min(blocks, max(128, min(triton.cdiv(blocks, 8), 1024)))
+    shape = 3, members, parts, like.shape[1]
+    return parts, torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def add_column_sums(partial: Tensor, outs: Sequence[Tensor | None]) -> None:
@@ -72,8 +79,3 @@ def add_column_sums(partial: Tensor, outs: Sequence[Tensor | None]) -> None:
         PARTS=PARTS,
         COLS=COLUMNS,
     )
-
-
-def empty_partial(like: Tensor, members: int, parts: int, n: int) -> Tensor:
-    """Room for the first stage, ``[3, E, P, n]`` float32."""
-    return torch.empty(3, members, parts, n, dtype=torch.float32, device=like.device)

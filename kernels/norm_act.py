@@ -8,13 +8,15 @@ activation from the saved ``xhat``.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.column_sums import add_column_sums, empty_partial, parts_of
+from pwm_fast.kernels.column_sums import add_column_sums, partial_sums
 from pwm_fast.kernels.launch import launch, row_tile
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
+from pwm_fast.kernels.simnorm import simnorm_bwd, simnorm_fwd
 
 #: Codes of the activations.
 ACTS = {"none": 0, "mish": 1, "simnorm": 2}
@@ -189,14 +191,17 @@ def norm_act_fwd(
     w_tau: Tensor | None = None,
     width: int = 0,
 ) -> None:
-    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_fwd`; ``group`` is a power of two."""
+    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_fwd`."""
     rows, n = x.shape
     tile = row_tile(n)
+    two = act == "simnorm" and not _fits_a_tile(group)
+    u = torch.empty_like(y, dtype=x.dtype, memory_format=torch.contiguous_format) if two else y
+    act = "none" if two else act
     launch(
         norm_act_fwd_kernel,
-        (triton.cdiv(rows, tile.rows),),
+        tile.grid(rows),
         x,
-        y,
+        u,
         xhat,
         rstd,
         gamma,
@@ -210,7 +215,7 @@ def norm_act_fwd(
         width or n,
         1 if add is None else add.shape[0],
         x.stride(0),
-        y.stride(0),
+        u.stride(0),
         0 if xhat is None else xhat.stride(0),
         0 if add is None else add.stride(0),
         eps,
@@ -218,10 +223,10 @@ def norm_act_fwd(
         CENTRED=width > 0,
         ACT=ACTS[act],
         GROUP=group if act == "simnorm" else 1,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **tile.options,
     )
+    if two:
+        simnorm_fwd(u, y, group)
 
 
 def norm_act_bwd(
@@ -242,13 +247,17 @@ def norm_act_bwd(
     dy_scale: Tensor | None = None,
     dx_scale: Tensor | None = None,
 ) -> None:
-    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_bwd`; ``group`` is a power of two."""
+    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_bwd`."""
     rows, n = dy.shape
     tile = row_tile(n)
+    if act == "simnorm" and not _fits_a_tile(group):
+        assert y is not None
+        du = torch.empty_like(dy, dtype=rstd.dtype, memory_format=torch.contiguous_format)
+        simnorm_bwd(dy, y, du, group, dy_scale)
+        dy, dy_scale, act = du, None, "none"
     blocks = triton.cdiv(rows, tile.rows)
     sums = 3 if dbias is not None else 2 if dgamma is not None or dbeta is not None else 0
-    parts = parts_of(blocks) if sums else blocks
-    partial = empty_partial(dy, 1, parts, n) if sums and blocks else None
+    parts, partial = partial_sums(dy, 1, blocks, (dgamma, dbeta, dbias))
     launch(
         norm_act_bwd_kernel,
         (parts,),
@@ -273,9 +282,12 @@ def norm_act_bwd(
         SUMS=sums,
         ACT=ACTS[act],
         GROUP=group if act == "simnorm" else 1,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **tile.options,
     )
     if partial is not None:
         add_column_sums(partial, (dgamma, dbeta, dbias))
+
+
+def _fits_a_tile(group: int) -> bool:
+    """Groups of a power of two make up a tile in one kernel; SimNorm of others is a second one."""
+    return group & (group - 1) == 0

@@ -67,7 +67,7 @@ def simnorm_fwd(x: Tensor, y: Tensor, group: int) -> None:
     groups = x.numel() // group
     launch(
         simnorm_fwd_kernel,
-        (triton.cdiv(groups, tile.rows),),
+        tile.grid(groups),
         x,
         y,
         groups,
@@ -86,7 +86,7 @@ def simnorm_bwd(
     groups = y.numel() // group
     launch(
         simnorm_bwd_kernel,
-        (triton.cdiv(groups, tile.rows),),
+        tile.grid(groups),
         dy,
         y,
         dx,

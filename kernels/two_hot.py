@@ -195,7 +195,7 @@ def _run(
     tile = row_tile(bins)
     launch(
         kernel,
-        (triton.cdiv(rows, tile.rows),),
+        tile.grid(rows),
         *tensors,
         rows,
         bins,
@@ -204,9 +204,7 @@ def _run(
         vmin,
         vmax,
         TRANSFORM=transform,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **tile.options,
     )
 
 
@@ -228,12 +226,13 @@ def two_hot_decode_bwd(
     dvalue: Tensor,
     logits: Tensor,
     mean: Tensor,
+    lse: Tensor,
     dlogits: Tensor,
     vmin: float,
     vmax: float,
     transform: bool,
 ) -> None:
-    """Gradient of :func:`two_hot_decode_fwd`."""
+    """Gradient of :func:`two_hot_decode_fwd`; sums the softmax anew and leaves ``lse`` alone."""
     tensors, out = (dvalue, logits, mean, dlogits), (dlogits.stride(0),)
     _run(two_hot_decode_bwd_kernel, tensors, logits, out, vmin, vmax, transform)
 
@@ -256,11 +255,12 @@ def two_hot_ce_bwd(
     dloss: Tensor,
     logits: Tensor,
     x: Tensor,
+    lse: Tensor,
     dlogits: Tensor,
     vmin: float,
     vmax: float,
     transform: bool,
 ) -> None:
-    """Gradient of :func:`two_hot_ce_fwd` towards the logits."""
+    """Gradient of :func:`two_hot_ce_fwd` towards the logits; leaves ``lse`` alone likewise."""
     tensors, out = (dloss, logits, x, dlogits), (dlogits.stride(0),)
     _run(two_hot_ce_bwd_kernel, tensors, logits, out, vmin, vmax, transform)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pwm_fast.kernels.axpby import (
-    WARPS,
     axpby_kernel,
     flat_tile,
     scaled_rows_kernel,
@@ -23,10 +22,10 @@ _TYPES = {
 
 
 def _axpby_case(n: int, k: str, operand: str | None, given: str) -> Case:
-    rows, block = flat_tile(n)
+    tile = flat_tile(n)
     absent = [a for a in ("k2", "k1_scale", "k2_scale") if a not in given.split()]
     absent += [] if operand else ["operand"]
-    constants: dict[str, object] = {"ROWS": rows, "BLOCK": block, **dict.fromkeys(absent)}
+    constants: dict[str, object] = {"ROWS": tile.rows, "BLOCK": tile.block, **dict.fromkeys(absent)}
     types = _TYPES | {"k1": f"*{k}", "k2": f"*{k}", "operand": f"*{operand}"}
     sizes = {"n", "z_stride", "k1_stride", "k2_stride", "out_stride", "operand_stride"}
     return Case(
@@ -35,13 +34,13 @@ def _axpby_case(n: int, k: str, operand: str | None, given: str) -> Case:
         signature(axpby_kernel, types, constants),
         constants,
         unaligned=frozenset({"rows", *(sizes if n % 16 else ())}),
-        num_warps=WARPS,
+        num_warps=tile.warps,
     )
 
 
 def _operand_case(n: int, out: str, scaled: bool) -> Case:
-    rows, block, warps = row_tile(n) if scaled else (*flat_tile(n), WARPS)
-    constants: dict[str, object] = {"ROWS": rows, "BLOCK": block}
+    tile = row_tile(n) if scaled else flat_tile(n)
+    constants: dict[str, object] = {"ROWS": tile.rows, "BLOCK": tile.block}
     if not scaled:
         constants["scale"] = None
     return Case(
@@ -50,13 +49,13 @@ def _operand_case(n: int, out: str, scaled: bool) -> Case:
         signature(to_operand_kernel, _TYPES | {"out": f"*{out}"}, constants),
         constants,
         unaligned=frozenset({"rows", *({"n", "x_stride", "out_stride"} if n % 16 else ())}),
-        num_warps=warps,
+        num_warps=tile.warps,
     )
 
 
 def _scaled_rows_case(n: int, x: str, out: str) -> Case:
-    rows, block = flat_tile(n)
-    constants: dict[str, object] = {"ROWS": rows, "BLOCK": block}
+    tile = flat_tile(n)
+    constants: dict[str, object] = {"ROWS": tile.rows, "BLOCK": tile.block}
     odd = {"n", "x_stride", "out", "out_stride"} if n % 16 else set()
     return Case(
         f"scaled_rows D{n} {x} to {out}",
@@ -64,7 +63,7 @@ def _scaled_rows_case(n: int, x: str, out: str) -> Case:
         signature(scaled_rows_kernel, _TYPES | {"x": f"*{x}", "out": f"*{out}"}, constants),
         constants,
         unaligned=frozenset({"rows", "x_rows", *odd}),
-        num_warps=WARPS,
+        num_warps=tile.warps,
     )
 
 

@@ -189,7 +189,7 @@ def scaled_rows(x: Tensor, out: Tensor, scale: Tensor, largest: Tensor) -> None:
     Args:
         x: ``[R', n]``, fp32 or 16-bit; its rows are taken over and over where R' divides R.
         out: ``[R, n]`` fp16 or bf16, written.
-        scale: ``[R]`` fp32, factors of the rows of the adjoints that ``x`` meets.
+        scale: ``[R]`` fp32, factors of the rows of the gradients that ``x`` meets.
         largest: their largest, one number.
     """
     rows, n = out.shape

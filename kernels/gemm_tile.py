@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,40 +38,44 @@ _COUNTER_STRIDE = tl.constexpr(COUNTER_STRIDE)
 _POLLS = tl.constexpr(POLLS)
 
 
+class GemmTile(NamedTuple):
+    """What a GEMM is compiled for, as device functions pass it on; all are constants.
+
+    Attributes:
+        BLOCK_M: rows.
+        BLOCK_N: columns.
+        BLOCK_K: summed at once.
+        EVEN_N: columns are a multiple of the tile's: they are not masked.
+        EVEN_K: what is summed is a multiple of BLOCK_K, likewise.
+        PRECISION: of fp32 operands.
+    """
+
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_K: Any
+    EVEN_N: Any
+    EVEN_K: Any
+    PRECISION: Any
+
+
 @triton.jit
-def gemm(
-    x,
-    w,
-    rows,
-    cols,
-    N,
-    K,
-    stride_x,
-    stride_wn,
-    stride_wk,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def gemm(x, w, rows, cols, N, K, stride_x, stride_wn, stride_wk, T: tl.constexpr):
     """``x[rows] w[cols]^T`` in fp32; columns from N on give 0. ``rows`` are valid ones."""
-    ks = tl.arange(0, BLOCK_K)
+    ks = tl.arange(0, T.BLOCK_K)
     a = x + rows[:, None].to(tl.int64) * stride_x + ks[None, :]
     b = w + ks[:, None] * stride_wk + cols[None, :] * stride_wn
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if EVEN_K:
+    acc = tl.zeros([T.BLOCK_M, T.BLOCK_N], dtype=tl.float32)
+    for k in range(0, K, T.BLOCK_K):
+        if T.EVEN_K:
             at = tl.load(a)
-            bt = tl.load(b) if EVEN_N else tl.load(b, mask=cols[None, :] < N, other=0.0)
+            bt = tl.load(b) if T.EVEN_N else tl.load(b, mask=cols[None, :] < N, other=0.0)
         else:
             at = tl.load(a, mask=ks[None, :] < K - k, other=0.0)
             bt = tl.load(b, mask=(ks[:, None] < K - k) & (cols[None, :] < N), other=0.0)
-        at, bt = operand(at, PRECISION), operand(bt, PRECISION)
-        acc = tl.dot(at, bt, acc, input_precision=PRECISION)
-        a += BLOCK_K
-        b += BLOCK_K * stride_wk
+        at, bt = operand(at, T.PRECISION), operand(bt, T.PRECISION)
+        acc = tl.dot(at, bt, acc, input_precision=T.PRECISION)
+        a += T.BLOCK_K
+        b += T.BLOCK_K * stride_wk
     return acc
 
 

@@ -2,7 +2,7 @@
 
 A program holds whole rows of one member, so that the statistics need nobody else; a row's true
 width (400, 200, odd ones) is masked inside a tile of a power of two. Backward the product ``dy W``
-of the *following* layer's adjoint goes straight into the gradient of this layer's norm and
+of the *following* layer's gradient goes straight into the gradient of this layer's norm and
 activation.
 
 Operands and ``y``, ``u``, ``dx`` are fp16, bf16 or fp32; all sums, statistics and parameters fp32.
@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.gemm_tile import act_norm_rows, check_act, check_operands, gemm, launch
+from pwm_fast.kernels.gemm_tile import (
+    GemmTile,
+    act_norm_rows,
+    check_act,
+    check_operands,
+    gemm,
+    launch,
+)
 from pwm_fast.kernels.plan import GemmPlan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
 
@@ -52,27 +59,14 @@ def linear_act_norm_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     """Program (p, e) takes rows from p BLOCK_M on of the ``R`` rows of member e."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     member = tl.program_id(1)
     cols = tl.arange(0, BLOCK_N)
     inside = cols < N
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = member * R + tl.minimum(own, R - 1)
     v = gemm(
-        x,
-        w + member.to(tl.int64) * stride_we,
-        rows,
-        cols,
-        N,
-        K,
-        stride_x,
-        stride_wn,
-        stride_wk,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN_N,
-        EVEN_K,
-        PRECISION,
+        x, w + member.to(tl.int64) * stride_we, rows, cols, N, K, stride_x, stride_wn, stride_wk, T
     )
     at = member * N + cols
     if bias is not None:
@@ -120,28 +114,14 @@ def linear_act_norm_bwd_kernel(
     PRECISION: tl.constexpr,
 ):
     """The grid of the forward kernel; ``N`` are the columns of ``dx``, ``K`` those of ``dy``."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     member = tl.program_id(1)
     cols = tl.arange(0, BLOCK_N)
     inside = cols < N
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = member * R + tl.minimum(own, R - 1)
-    d = gemm(
-        dy,
-        w + member.to(tl.int64) * stride_we,
-        rows,
-        cols,
-        N,
-        K,
-        stride_dy,
-        stride_wn,
-        stride_wk,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN_N,
-        EVEN_K,
-        PRECISION,
-    )
+    own_w = w + member.to(tl.int64) * stride_we
+    d = gemm(dy, own_w, rows, cols, N, K, stride_dy, stride_wn, stride_wk, T)
     if dy_scale is not None:
         d *= tl.load(dy_scale + rows)[:, None]
     kept = (own < R)[:, None] & inside[None, :]
@@ -270,7 +250,7 @@ def linear_act_norm_bwd(
     its pre-activation.
 
     Args:
-        dy: ``[R, K]``, the following layer's adjoint; members' rows as in the forward pass.
+        dy: ``[R, K]``, the following layer's gradient; members' rows as in the forward pass.
         weight: ``[K, N]`` or ``[E, K, N]``, the following layer's, with any strides.
         dx: ``[R, N]``, written.
         u: ``[R, N]``, kept by the forward pass.

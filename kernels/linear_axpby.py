@@ -1,6 +1,6 @@
 """A product that ends in an integrator's update: ``out = c0 z + c1 k1 + c2 (x W^T + bias)``.
 
-An Euler or Heun step after a velocity head is one kernel, and so is a step of the adjoint after the
+An Euler or Heun step after a velocity head is one kernel, and so is a gradient's step after the
 product with a first layer's weight; the next product's operand is written beside the state.
 """
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.gemm_tile import check_operands, gemm, launch
+from pwm_fast.kernels.gemm_tile import GemmTile, check_operands, gemm, launch
 from pwm_fast.kernels.plan import GemmPlan
 from pwm_fast.kernels.pointwise import rounded
 
@@ -50,6 +50,7 @@ def linear_axpby_kernel(
     PRECISION: tl.constexpr,
 ):
     """Grid as in ``linear_norm_act``; no program waits for another."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     for part in range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * TILES_N, groups * TILES_N):
         tile = part % TILES_N
         block = part // TILES_N
@@ -59,23 +60,7 @@ def linear_axpby_kernel(
         valid = tl.minimum(rows, R - 1)
         far = valid[:, None].to(tl.int64)
         kept = (rows < R)[:, None] & inside[None, :]
-        h = gemm(
-            x,
-            w,
-            valid,
-            cols,
-            N,
-            K,
-            stride_x,
-            stride_wn,
-            stride_wk,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_N,
-            EVEN_K,
-            PRECISION,
-        )
+        h = gemm(x, w, valid, cols, N, K, stride_x, stride_wn, stride_wk, T)
         if x_scale is not None:
             h *= tl.load(x_scale + valid)[:, None]
         if bias is not None:
@@ -114,7 +99,7 @@ def linear_axpby(
     """``out = c0 z + c1 k1 + c2 p`` with ``p = x_scale x weight^T + bias``.
 
     Forward Euler is ``(1, 0, dt)``; Heun's second stage ``(1, dt / 2, dt / 2)`` with the first
-    stage's ``raw`` as ``k1``. For a step of the adjoint pass ``weight.t()`` and ``x_scale``.
+    stage's ``raw`` as ``k1``. For a step of the backward pass ``weight.t()`` and ``x_scale``.
 
     Args:
         x: ``[R, K]``, the operand.

@@ -1,7 +1,7 @@
 """``y = act(norm(x W^T + bias))`` in one kernel, and in one kernel backward.
 
 Forward the product's tile stays in registers until the row's statistics are known. Backward the
-product ``dy W`` of the *following* layer's adjoint goes straight into the gradient of this layer's
+product ``dy W`` of the *following* layer's gradient goes straight into the gradient of this layer's
 activation and norm. Where a row lies in several tiles their programs exchange partial statistics
 (:mod:`pwm_fast.kernels.gemm_tile`); :func:`pwm_fast.kernels.plan.plan` chooses.
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from pwm_fast.kernels.gemm_tile import (
     COUNTER_STRIDE,
     Exchange,
+    GemmTile,
     barrier,
     check_act,
     check_operands,
@@ -70,6 +71,7 @@ def linear_norm_act_fwd_kernel(
     PHASE: tl.constexpr,
 ):
     """Grid ``(groups TILES_N,)``; a program takes every ``groups``-th row block of its columns."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     for part in range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * TILES_N, groups * TILES_N):
         # The columns are the same each time, but pointers to them kept through would spill.
         tile = part % TILES_N
@@ -78,23 +80,7 @@ def linear_norm_act_fwd_kernel(
         inside = cols < N
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = tl.minimum(rows, R - 1)
-        h = gemm(
-            x,
-            w,
-            valid,
-            cols,
-            N,
-            K,
-            stride_x,
-            stride_wn,
-            stride_wk,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_N,
-            EVEN_K,
-            PRECISION,
-        )
+        h = gemm(x, w, valid, cols, N, K, stride_x, stride_wn, stride_wk, T)
         if bias is not None:
             h += tl.load(bias + cols, mask=inside, other=0.0)[None, :]
 
@@ -195,6 +181,7 @@ def linear_norm_act_bwd_kernel(
     PHASE: tl.constexpr,
 ):
     """The grid of the forward kernel; ``N`` are the columns of ``dx``, ``K`` those of ``dy``."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     for part in range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * TILES_N, groups * TILES_N):
         # The columns are the same each time, but pointers to them kept through would spill.
         tile = part % TILES_N
@@ -204,23 +191,7 @@ def linear_norm_act_bwd_kernel(
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = tl.minimum(rows, R - 1)
         far = valid[:, None].to(tl.int64)
-        g = gemm(
-            dy,
-            w,
-            valid,
-            cols,
-            N,
-            K,
-            stride_dy,
-            stride_wn,
-            stride_wk,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_N,
-            EVEN_K,
-            PRECISION,
-        )
+        g = gemm(dy, w, valid, cols, N, K, stride_dy, stride_wn, stride_wk, T)
         if dy_scale is not None:
             g *= tl.load(dy_scale + valid)[:, None]
         if add is not None:
@@ -404,7 +375,7 @@ def linear_norm_act_bwd(
     ``dx dx_scale`` that towards its pre-activation.
 
     Args:
-        dy: ``[R, K]``, the following layer's adjoint.
+        dy: ``[R, K]``, the following layer's gradient.
         weight: ``[K, N]``, the following layer's, with any strides.
         dx: ``[R, N]``, written.
         xhat: ``[R, N]``, kept by the forward pass.

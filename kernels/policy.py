@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.gemm_tile import act_norm_rows, gemm
+from pwm_fast.kernels.gemm_tile import GemmTile, act_norm_rows, gemm
 from pwm_fast.kernels.launch import launch
 from pwm_fast.kernels.pointwise import rounded, tanh
 
@@ -94,23 +94,8 @@ def _next(
 ):
     """The product of rows of K features, which this program has stored, with ``[N, K]``."""
     BLOCK: tl.constexpr = _block(N)
-    return gemm(
-        x,
-        weight,
-        tl.minimum(own, R - 1),
-        tl.arange(0, BLOCK),
-        N,
-        K,
-        K,
-        K,
-        1,
-        BLOCK_M,
-        BLOCK,
-        BLOCK_K,
-        N == BLOCK,
-        K % BLOCK_K == 0,
-        "tf32",
-    )
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK, BLOCK_K, N == BLOCK, K % BLOCK_K == 0, "tf32")
+    return gemm(x, weight, tl.minimum(own, R - 1), tl.arange(0, BLOCK), N, K, K, K, 1, T)
 
 
 @triton.jit
@@ -213,26 +198,13 @@ def policy_step_kernel(
     v += tl.load(noise + at, mask=there, other=0.0) * tl.load(std + cols, mask=inside, other=0.0)
     tl.store(action + at, tanh(v), mask=there)
     tl.debug_barrier()
+    # More than 16 summed at once spill kilobytes.
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_U, 16, False, False, "ieee")
     for start in range(0, U, BLOCK_U):
         columns = start + tl.arange(0, BLOCK_U)
         # Actions and their weights are float32 in every precision: they take no time.
-        term = gemm(
-            action,
-            w_a,
-            tl.minimum(own, R - 1),
-            columns,
-            U,
-            ACTIONS,
-            ACTIONS,
-            stride_wn,
-            stride_wk,
-            BLOCK_M,
-            BLOCK_U,
-            16,  # more at once spill kilobytes
-            False,
-            False,
-            "ieee",
-        )
+        row = tl.minimum(own, R - 1)
+        term = gemm(action, w_a, row, columns, U, ACTIONS, ACTIONS, stride_wn, stride_wk, T)
         kept = (columns < U)[None, :] & (own < R)[:, None]
         term += tl.load(base + far * stride_base + columns[None, :], mask=kept, other=0.0)
         tl.store(c + far * U + columns[None, :], term, mask=kept)

@@ -16,8 +16,8 @@ for the projection C off the mean: a centred ``p`` stays centred, and normalises
 one does. Adjoints are those of the centred tensors; where a weight was centred, its transpose takes
 the mean out of what passes through it.
 
-**Precision.** Weights, exchanged activations and adjoints, and saved ``xhat`` have the weights'
-dtype; pre-activations, ``p``, sums and statistics are float32. fp16 adjoints have a power of two a
+**Precision.** Weights, exchanged activations and gradients, and saved ``xhat`` have the weights'
+dtype; pre-activations, ``p``, sums and statistics are float32. fp16 gradients have a power of two a
 row.
 
 Source: section 2 (d) of this project's kernel design; Diamos et al. 2016, Persistent RNNs.
@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pwm_fast.kernels.launch import INTERPRETING, launch
-from pwm_fast.kernels.rollout_adjoint import rollout_backward_kernel
+from pwm_fast.kernels.rollout_backward import rollout_backward_kernel
 from pwm_fast.kernels.rollout_device import rollout_forward_kernel
 from pwm_fast.kernels.rollout_exchange import PARTS
 from pwm_fast.kernels.rollout_plan import (

@@ -1,4 +1,4 @@
-"""Sums over the steps of a rollout: latents from their increments, and their adjoints backwards."""
+"""Sums over the steps of a rollout: latents from their increments, and their gradients."""
 
 from __future__ import annotations
 

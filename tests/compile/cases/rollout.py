@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pwm_fast.kernels.rollout import Scheme, constants_of, options_of
-from pwm_fast.kernels.rollout_adjoint import rollout_backward_kernel
+from pwm_fast.kernels.rollout_backward import rollout_backward_kernel
 from pwm_fast.kernels.rollout_device import rollout_forward_kernel
 from pwm_fast.kernels.rollout_plan import LAYOUTS, RolloutLayout
 from tests.compile.aot import Case, signature

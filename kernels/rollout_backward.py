@@ -1,6 +1,6 @@
-"""Device code of the persistent rollout: its adjoint, with the forward kernel's layout.
+"""Device code of the persistent rollout, backward, with the forward kernel's layout.
 
-The boards come in another order: ``slots1`` for the size of the first adjoint, then ``board1``,
+The boards come in another order: ``slots1`` for the size of the first gradient, then ``board1``,
 ``slots2``, ``board2`` and ``slots1`` in every evaluation.
 """
 
@@ -17,8 +17,10 @@ from pwm_fast.kernels.rollout_exchange import PARTS, Layout, Place, share_rows, 
 
 
 @triton.jit
-def _adjoint(dy, xhat, gamma, beta, slots, base, meeting, ok, rstd, place, width, L: tl.constexpr):
-    """Adjoint of :func:`_hidden` towards its ``h``, from the one towards its output.
+def _hidden_dgrad(
+    dy, xhat, gamma, beta, slots, base, meeting, ok, rstd, place, width, L: tl.constexpr
+):
+    """Gradient of :func:`_hidden` towards its ``h``, from the one towards its output.
 
     Returns it, ``[BN, BM]``, with ``du`` (towards LayerNorm's output) and, over all
     features of a row, the largest ``|dh|`` but for a factor up to ``1 + |xhat|``, and ``|base|``.
@@ -117,9 +119,9 @@ def rollout_backward_kernel(
     KEEP: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Adjoint of the forward kernel; see :func:`pwm_fast.kernels.rollout.rollout_backward`.
+    """Gradient of the forward kernel; see :func:`pwm_fast.kernels.rollout.rollout_backward`.
 
-    ``w2`` and ``w13`` are read as their transposes: rows are the features that an adjoint goes to.
+    ``w2`` and ``w13`` are read as their transposes: rows are the features that a gradient goes to.
     """
     G: tl.constexpr = UP // BN
     group = tl.program_id(0) // G
@@ -187,7 +189,7 @@ def rollout_backward_kernel(
                 sum_b13 += dq
             back_scale = (dq_scale + lost(ok))[None, :]
             dy = product(w13, full, nil, L) * back_scale + share * g
-            dh, du, largest, _, meeting, ok = _adjoint(
+            dh, du, largest, _, meeting, ok = _hidden_dgrad(
                 dy, xhat2, gamma2, beta2, slots2_ptr, lp, meeting, ok, rstd2, place, width2, L
             )
             if KEEP:
@@ -203,7 +205,7 @@ def rollout_backward_kernel(
             back_scale = (scale + lost(ok))[None, :]
             dy = product(w2, full, nil, L) * back_scale
             base = lp + late
-            dh, du, largest, largest_base, meeting, ok = _adjoint(
+            dh, du, largest, largest_base, meeting, ok = _hidden_dgrad(
                 dy, xhat1, gamma1, beta1, slots1_ptr, base, meeting, ok, rstd1, place, width1, L
             )
             if KEEP:

@@ -87,6 +87,19 @@ def launch(
         )
 
 
+def check_dense(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Check a tensor that a kernel takes without strides.
+
+    Raises:
+        ValueError: it is of another shape or dtype, or not contiguous.
+    """
+    if x.shape != torch.Size(shape) or x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous {list(shape)} of {dtype}, got {list(x.shape)} of "
+            f"{x.dtype} with strides {x.stride()}"
+        )
+
+
 def settle(function: Any) -> None:
     """Hash what a kernel calls before the kernel, so that its key in Triton's cache is always one.
 

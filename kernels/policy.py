@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pwm_fast.kernels.gemm_tile import GemmTile, act_norm_rows, gemm
-from pwm_fast.kernels.launch import launch
+from pwm_fast.kernels.launch import check_dense, launch
 from pwm_fast.kernels.pointwise import rounded, tanh
 
 #: The widest hidden layer, and the most actions: what a tile of rows holds whole.
@@ -299,7 +299,7 @@ def policy_step(
     if head_bias is not None:
         wide["head_bias"] = head_bias, (actions,)
     for name, (x, shape) in wide.items():
-        _dense(name, x, shape, torch.float32)
+        check_dense(f"policy_step: {name}", x, shape, torch.float32)
     if w_a.shape != (columns, actions) or w_a.dtype != torch.float32:
         raise ValueError(f"policy_step: w_a must be float32 [U, {actions}], got {list(w_a.shape)}")
     if base.shape not in {(1, columns), (rows, columns)} or base.dtype != torch.float32:
@@ -370,13 +370,13 @@ def _check(
         vectors = {"bias": layer.bias, "gamma": layer.gamma, "beta": layer.beta}
         for name, x in vectors.items():
             if x is not None:
-                _dense(f"layer {i}'s {name}", x, (n,), torch.float32)
+                check_dense(f"policy_step: layer {i}'s {name}", x, (n,), torch.float32)
         for name, x in {"y": layer.y, "u": layer.u}.items():
             if x is not None:
-                _dense(f"layer {i}'s {name}", x, (rows, n), operand)
+                check_dense(f"policy_step: layer {i}'s {name}", x, (rows, n), operand)
         for name, x in {"mean": layer.mean, "rstd": layer.rstd}.items():
             if x is not None:
-                _dense(f"layer {i}'s {name}", x, (rows,), torch.float32)
+                check_dense(f"policy_step: layer {i}'s {name}", x, (rows,), torch.float32)
         if (layer.weight is None) != (i == 0):
             raise ValueError("policy_step: all layers but the first have a weight")
         if layer.weight is not None:
@@ -386,11 +386,3 @@ def _check(
                     f"policy_step: layer {i}'s weight must be {list(shape)} of {operand}, got "
                     f"{list(layer.weight.shape)} of {layer.weight.dtype}"
                 )
-
-
-def _dense(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
-        raise ValueError(
-            f"policy_step: {name} must be a contiguous {list(shape)} of {dtype}, got "
-            f"{list(x.shape)} of {x.dtype} with strides {x.stride()}"
-        )

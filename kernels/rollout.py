@@ -25,7 +25,6 @@ Source: section 2 (d) of this project's kernel design; Diamos et al. 2016, Persi
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +32,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.launch import INTERPRETING, launch
+from pwm_fast.kernels.launch import INTERPRETING, check_dense, launch
 from pwm_fast.kernels.rollout_backward import rollout_backward_kernel
 from pwm_fast.kernels.rollout_device import rollout_forward_kernel
-from pwm_fast.kernels.rollout_exchange import PARTS
+from pwm_fast.kernels.rollout_exchange import Workspace
 from pwm_fast.kernels.rollout_plan import (
     LAYOUTS,
     RolloutLayout,
@@ -68,7 +67,6 @@ __all__ = [
 LIMIT = 2000 if INTERPRETING else 1 << 23
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_COUNTER = 32  # int32s from one group's counter to the next: a cache line each
 
 
 class Forward(NamedTuple):
@@ -360,55 +358,6 @@ def rollout_backward(
     return Backward(dc, lp_out, sums.sum(0, dtype=torch.float64))
 
 
-class Workspace:
-    """What the programs of launches exchange through: one after another, on one stream.
-
-    It is cleared when it is made: so a captured graph must hold that, too, before the launches.
-
-    Args:
-        plan: layout of the launches.
-        batch: B.
-        padded: Up.
-        dtype: of the weights.
-        device: of the tensors.
-    """
-
-    def __init__(
-        self, plan: RolloutLayout, batch: int, padded: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.fits = (plan, batch, padded, dtype)
-        self.groups = -(-batch // plan.bm)
-        self.tiles = padded // plan.bn
-        self.programs = self.groups * self.tiles
-        self._met = 0
-        numbers = 2 * self.groups * PARTS.value * self.tiles * plan.bm
-        boards = 2, self.groups * plan.bm, padded
-        if plan.exchange == "flags":
-            parts = torch.empty(2, numbers // 2, device=device)
-            met = torch.zeros(self.groups * _COUNTER, dtype=torch.int32, device=device)
-            self.tensors = (*torch.empty(boards, dtype=dtype, device=device), *parts, met)
-            return
-        word = torch.int32 if dtype.itemsize == 2 else torch.int64
-        longs = math.prod(boards) * word.itemsize // 8
-        cleared = torch.zeros(numbers + longs, dtype=torch.int64, device=device)
-        words = cleared[numbers:].view(word).view(boards)
-        # No word counts anything: another tensor stands for the counters.
-        none = cleared.view(torch.int32)
-        self.tensors = (*words, *cleared[:numbers].view(2, -1), none)
-
-    def begin(self, meetings: int) -> int:
-        """How often a group has met before a launch in which it does ``meetings`` times.
-
-        Raises:
-            ValueError: the counters, or epochs, would not fit 31 bits.
-        """
-        before = self._met
-        self._met += meetings
-        if self._met * self.tiles >= 1 << 31:
-            raise ValueError(f"{self._met} meetings of {self.tiles} programs are too many to count")
-        return before
-
-
 def _workspace(
     given: Workspace | None,
     plan: RolloutLayout,
@@ -527,10 +476,6 @@ def _check_adjoints(
 
 
 def _buffer(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
-    if x.shape != torch.Size(shape) or x.dtype != dtype or not x.is_contiguous():
-        raise ValueError(
-            f"{name} must be a contiguous {list(shape)} of {dtype}, got {list(x.shape)} of "
-            f"{x.dtype} with stride {x.stride()}"
-        )
+    check_dense(name, x, shape, dtype)
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {x.device}")

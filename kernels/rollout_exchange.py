@@ -23,12 +23,15 @@ and epochs of 16 bits may wrap. Memory is cleared before the first meeting, whos
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 from pwm_fast.kernels.launch import INTERPRETING
+from pwm_fast.kernels.rollout_plan import RolloutLayout
 
 _COMPILED = tl.constexpr(not INTERPRETING)
 PARTS = tl.constexpr(3)  # numbers that a program publishes of a row at a time, at most
@@ -272,3 +275,57 @@ def share_tile(mine, board, meeting, ok, place, L: tl.constexpr):
             )
             chunks = chunks + (chunk,)  # type: ignore[assignment]  # noqa: RUF005
     return chunks, ok
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+_COUNTER = 32  # int32s from one group's counter to the next: a cache line each
+
+
+class Workspace:
+    """What the programs of launches exchange through: one after another, on one stream.
+
+    It is cleared when it is made: so a captured graph must hold that, too, before the launches.
+
+    Args:
+        plan: layout of the launches.
+        batch: B.
+        padded: Up.
+        dtype: of the weights.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self, plan: RolloutLayout, batch: int, padded: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.fits = (plan, batch, padded, dtype)
+        self.groups = -(-batch // plan.bm)
+        self.tiles = padded // plan.bn
+        self.programs = self.groups * self.tiles
+        self._met = 0
+        numbers = 2 * self.groups * PARTS.value * self.tiles * plan.bm
+        boards = 2, self.groups * plan.bm, padded
+        if plan.exchange == "flags":
+            parts = torch.empty(2, numbers // 2, device=device)
+            met = torch.zeros(self.groups * _COUNTER, dtype=torch.int32, device=device)
+            self.tensors = (*torch.empty(boards, dtype=dtype, device=device), *parts, met)
+            return
+        word = torch.int32 if dtype.itemsize == 2 else torch.int64
+        longs = math.prod(boards) * word.itemsize // 8
+        cleared = torch.zeros(numbers + longs, dtype=torch.int64, device=device)
+        words = cleared[numbers:].view(word).view(boards)
+        # No word counts anything: another tensor stands for the counters.
+        none = cleared.view(torch.int32)
+        self.tensors = (*words, *cleared[:numbers].view(2, -1), none)
+
+    def begin(self, meetings: int) -> int:
+        """How often a group has met before a launch in which it does ``meetings`` times.
+
+        Raises:
+            ValueError: the counters, or epochs, would not fit 31 bits.
+        """
+        before = self._met
+        self._met += meetings
+        if self._met * self.tiles >= 1 << 31:
+            raise ValueError(f"{self._met} meetings of {self.tiles} programs are too many to count")
+        return before

@@ -86,7 +86,7 @@ def act_norm_rows(v, inside, N, gamma, beta, eps, MISH: tl.constexpr):
     ``gamma`` and ``beta`` point to the columns. Returns the rows, their means and their rstd.
     """
     if MISH:
-        v = mish(v)  # 0 beyond the row's end, as the product is
+        v = mish(v)  # 0 beyond the row's end, as the GEMM is
     mu = tl.sum(v, 1) / N
     v = tl.where(inside[None, :], v - mu[:, None], 0.0)
     r = tl.rsqrt(tl.sum(v * v, 1) / N + eps)
@@ -143,7 +143,7 @@ def check_operands(
     results: Mapping[str, Tensor | None],
     n: int,
 ) -> int:
-    """Rows of a product ``x [R, k]`` with a weight of the same dtype, and ``[R, n]`` results.
+    """Rows of a GEMM ``x [R, k]`` with a weight of the same dtype, and ``[R, n]`` results.
 
     Raises:
         ValueError: what does not fit, and what was expected.
@@ -203,7 +203,7 @@ def launch(
     exchange: Exchange | None = None,
     members: int = 1,
 ) -> None:
-    """Launch a kernel of the fused products, on the tensors' device and its current stream.
+    """Launch a kernel of the fused GEMMs, on the tensors' device and its current stream.
 
     Adds to ``arguments`` what the plan decides; without rows it launches nothing.
 

@@ -1,7 +1,7 @@
 """``y = norm(act(x W^T + bias))`` in one kernel, and in one backward: actors, ensembles of critics.
 
 A program holds whole rows of one member, so that the statistics need nobody else; a row's true
-width (400, 200, odd ones) is masked inside a tile of a power of two. Backward the product ``dy W``
+width (400, 200, odd ones) is masked inside a tile of a power of two. Backward the GEMM ``dy W``
 of the *following* layer's gradient goes straight into the gradient of this layer's norm and
 activation.
 

@@ -1,7 +1,7 @@
-"""A product that ends in an integrator's update: ``out = c0 z + c1 k1 + c2 (x W^T + bias)``.
+"""A GEMM that ends in an integrator's update: ``out = c0 z + c1 k1 + c2 (x W^T + bias)``.
 
 An Euler or Heun step after a velocity head is one kernel, and so is a gradient's step after the
-product with a first layer's weight; the next product's operand is written beside the state.
+GEMM with a first layer's weight; the next GEMM's operand is written beside the state.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ def linear_axpby(
             ``k1``.
         c0: factor of ``z``.
         c1: factor of ``k1``.
-        c2: factor of the product.
+        c2: factor of the GEMM.
         plan: how to launch it.
         bias: ``[N]`` fp32.
         x_scale: ``[R]`` fp32, factors of ``x``'s rows.
-        raw: ``[R, N]`` fp32, written: the product ``p`` itself.
-        operand: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next product; what fp16
+        raw: ``[R, N]`` fp32, written: the GEMM ``p`` itself.
+        operand: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next GEMM; what fp16
             cannot hold is infinite.
         input_precision: of fp32 operands: ``"tf32"`` or ``"ieee"``.
 

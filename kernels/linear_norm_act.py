@@ -1,7 +1,7 @@
 """``y = act(norm(x W^T + bias))`` in one kernel, and in one kernel backward.
 
-Forward the product's tile stays in registers until the row's statistics are known. Backward the
-product ``dy W`` of the *following* layer's gradient goes straight into the gradient of this layer's
+Forward the GEMM's tile stays in registers until the row's statistics are known. Backward the
+GEMM ``dy W`` of the *following* layer's gradient goes straight into the gradient of this layer's
 activation and norm. Where a row lies in several tiles their programs exchange partial statistics
 (:mod:`pwm_fast.kernels.gemm_tile`); :func:`pwm_fast.kernels.plan.plan` chooses.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+import pwm_fast.kernels  # noqa: E402
 from tests.compile import report  # noqa: E402
 from tests.compile.aot import SHARED_LIMIT, Case, Usage, compile_case, run_tool, usage  # noqa: E402
 
@@ -103,10 +106,20 @@ def test_a_fingerprint_is_of_code_and_cases(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.fingerprint(["simnorm"]) != before
 
 
-def test_modules_with_cases_are_found() -> None:
-    names = report.modules()
-    assert "norm_act" in names
-    assert all(report.cases_of(name) for name in names)
+def test_every_kernel_has_cases_in_the_file_of_its_module() -> None:
+    """So whoever adds a kernel and no case for it hears of that here."""
+    found = {
+        (fn.fn.__module__.rpartition(".")[2], name)
+        for info in pkgutil.iter_modules(pwm_fast.kernels.__path__)
+        for name, fn in vars(importlib.import_module(f"pwm_fast.kernels.{info.name}")).items()
+        if isinstance(fn, triton.JITFunction) and name.endswith("_kernel")
+    }
+    own = {"rollout_device": "rollout", "rollout_backward": "rollout"}
+    assert {(own.get(module, module), name) for module, name in found} == {
+        (module, case.fn.fn.__name__)
+        for module in report.modules()
+        for case in report.cases_of(module)
+    }
 
 
 def test_every_limit_is_watched() -> None:

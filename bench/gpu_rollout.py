@@ -33,7 +33,7 @@ def layouts(device: torch.device) -> list[Any]:
     limits = device_limits(device)[1]
     size = torch.float16.itemsize
     found = [p for p in rollout.LAYOUTS if not rollout.why_not(p, BATCH, WIDTH, size, *limits)]
-    chosen = rollout.plan(BATCH, WIDTH, torch.float16, *limits)
+    chosen = rollout.choose_layout(BATCH, WIDTH, torch.float16, *limits)
     return sorted(found, key=lambda plan: plan != chosen)
 
 

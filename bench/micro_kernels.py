@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pwm_fast.kernels import pointwise
-from pwm_fast.kernels.aot import Case
 from pwm_fast.kernels.launch import settle
 
 
@@ -133,37 +132,3 @@ def start_all(device: torch.device, sms: int) -> None:
     start_read(x, x[: 2 * sms])
     start_mish(x[: 8 * sms * MISH_BLOCK], x)
     start_clock(torch.empty(2, dtype=torch.int64, device=device))
-
-
-def cases() -> list[Case]:
-    """All of them, as :mod:`bench.micro` launches them."""
-    size = {"BLOCK": READ_BLOCK, "PROGRAMS": 132, "AHEAD": READ_AHEAD}
-    reading = {"x": "*fp32", "out": "*fp32", "blocks": "i32", **dict.fromkeys(size, "constexpr")}
-    return [
-        Case("bench nothing", nothing, {"x": "*fp32"}, num_warps=1),
-        Case(
-            "bench read",
-            read,
-            reading,
-            size,
-            unaligned=frozenset({"blocks"}),
-            num_warps=READ_WARPS,
-        ),
-        Case(
-            "bench flags",
-            flags,
-            {"flag": "*i32", "out": "*i32", "rounds": "i32", "LIMIT": "constexpr"},
-            {"LIMIT": LIMIT},
-            unaligned=frozenset({"rounds"}),
-            num_warps=1,
-        ),
-        Case(
-            "bench mish",
-            mish,
-            {"x": "*fp32", "out": "*fp32", "rounds": "i32", "BLOCK": "constexpr"},
-            {"BLOCK": MISH_BLOCK},
-            unaligned=frozenset({"rounds"}),
-            num_warps=MISH_WARPS,
-        ),
-        Case("bench clock", clock, {"out": "*i64", "cycles": "i64"}, num_warps=1),
-    ]

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from pwm_fast.config import AlgConfig
-from pwm_fast.kernels.plan import Plan, Product, device_plan
+from pwm_fast.kernels.plan import GemmPlan, GemmShape, device_plan
 
 STORE = Path(__file__).with_name("products.json")
 #: Agents, and states that their actors start from; None: as configured. The most wanted first.
@@ -46,7 +46,7 @@ class Rollout(NamedTuple):
 class Asked(NamedTuple):
     """What an agent asks for, with 16-bit operands, most often first."""
 
-    products: list[Product]
+    products: list[GemmShape]
     rollouts: list[Rollout]
 
 
@@ -56,11 +56,11 @@ def record(config: AlgConfig) -> Asked:
     from pwm_fast.backends import triton_gemm
     from pwm_fast.kernels import rollout
 
-    products: Counter[Product] = Counter()
+    products: Counter[GemmShape] = Counter()
     rollouts: Counter[Rollout] = Counter()
-    layout = rollout.plan
+    layout = rollout.choose_layout
 
-    def spied(product: Product, device: torch.device) -> Plan | None:
+    def spied(product: GemmShape, device: torch.device) -> GemmPlan | None:
         products[product._replace(input_precision="tf32")] += 1
         return device_plan(product, device)
 
@@ -70,7 +70,7 @@ def record(config: AlgConfig) -> Asked:
 
     with (
         mock.patch.object(triton_gemm, "device_plan", spied),
-        mock.patch.object(rollout, "plan", spied_rollout),
+        mock.patch.object(rollout, "choose_layout", spied_rollout),
     ):
         count(config, "triton", "fast")
 
@@ -99,16 +99,16 @@ def load(path: Path = STORE) -> dict[str, Asked]:
     """
     found = {}
     for name, asked in json.loads(path.read_text("utf-8")).items():
-        products = [Product(*fields) for fields in asked["products"]]
+        products = [GemmShape(*fields) for fields in asked["products"]]
         for product in products:
             product.check()
         found[name] = Asked(products, [Rollout(*sizes) for sizes in asked["rollouts"]])
     return found
 
 
-def wanted(stored: dict[str, Asked]) -> tuple[list[Product], list[Rollout]]:
+def wanted(stored: dict[str, Asked]) -> tuple[list[GemmShape], list[Rollout]]:
     """Everything that is stored, once: of the products of one key the one asked for first."""
-    products: dict[tuple[str, str], Product] = {}
+    products: dict[tuple[str, str], GemmShape] = {}
     rollouts: dict[Rollout, None] = {}
     for asked in stored.values():
         for product in asked.products:

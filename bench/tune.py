@@ -284,7 +284,7 @@ def _spread(sizes: Iterable[Any], field: str, values: Sequence[int]) -> list[Any
 
 
 def _product_problem(
-    product: planning.Product, device: torch.device | None, limits: planning.Limits
+    product: planning.GemmShape, device: torch.device | None, limits: planning.Limits
 ) -> Problem:
     model = planning.model(product, limits)
     plans = {PLAIN if p is None else p.name: p for p in model}
@@ -307,7 +307,7 @@ def _product_problem(
     )
 
 
-def _options(plan: planning.Plan | None) -> Options:
+def _options(plan: planning.GemmPlan | None) -> Options:
     return {"block_m": 0} if plan is None else {"block_m": plan.block_m, "block_n": plan.block_n}
 
 
@@ -323,7 +323,7 @@ def _rollout_problem(
     batch, padded = rollout
     sizes = (batch, padded, dtype.itemsize, *limits)
     layouts = {p.name: p for p in kernels.LAYOUTS if kernels.why_not(p, *sizes) is None}
-    own = kernels.plan(batch, padded, dtype, *limits)
+    own = kernels.choose_layout(batch, padded, dtype, *limits)
     if not layouts:
         return
 
@@ -332,7 +332,9 @@ def _rollout_problem(
 
         assert device is not None
         workload = RolloutWorkload(batch, padded, rate, device)
-        return lambda options: workload.call(kernels.Plan(**options) if options["bm"] else None)
+        return lambda options: workload.call(
+            kernels.RolloutLayout(**options) if options["bm"] else None
+        )
 
     choices: dict[str, Options] = {name: p._asdict() for name, p in layouts.items()}
     heuristic = LAYERS if isinstance(own, str) else own.name

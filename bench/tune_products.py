@@ -19,7 +19,7 @@ from pwm_fast.backends.precision import EXACT, FAST, TF32
 from pwm_fast.backends.triton import TritonKernels
 from pwm_fast.backends.triton_gemm import FUSED
 from pwm_fast.fused.gemm import Gemm
-from pwm_fast.kernels.plan import Plan, Product
+from pwm_fast.kernels.plan import GemmPlan, GemmShape
 
 EPS = 1e-5
 ERROR = 2e-2  # relative to the largest entry, in every precision; a wrong tile is off by more
@@ -39,7 +39,7 @@ class Workload(ABC):
         device: of the tensors.
     """
 
-    def __init__(self, product: Product, device: torch.device) -> None:
+    def __init__(self, product: GemmShape, device: torch.device) -> None:
         self.product, self.device = product, device
         self.precision = PRECISIONS[product.rate]
         self.kernels = TritonKernels(self.precision)
@@ -71,7 +71,7 @@ class Workload(ABC):
         """NaN in the operands' dtype, so that what no choice writes is seen."""
         return torch.full(shape, float("nan"), dtype=dtype or self.operand, device=self.device)
 
-    def call(self, plan: Plan | None) -> Callable[[], Any]:
+    def call(self, plan: GemmPlan | None) -> Callable[[], Any]:
         """A choice's call, after one that was compared; None: plain product, element kernel.
 
         Raises:
@@ -89,7 +89,7 @@ class Workload(ABC):
             raise Wrong(f"relative error {error:.1e} exceeds {ERROR:.0e}")
         return made
 
-    def runner(self, plan: Plan) -> Any:
+    def runner(self, plan: GemmPlan) -> Any:
         """Of :data:`pwm_fast.backends.triton_gemm.FUSED`."""
         run = FUSED[self.product.kernel]
         precision = self.product.input_precision
@@ -115,7 +115,7 @@ class Workload(ABC):
         """Make further operands."""
 
     @abstractmethod
-    def fused(self, plan: Plan) -> Callable[[], Any]:
+    def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         """The call of a plan."""
 
     @abstractmethod
@@ -139,7 +139,7 @@ class NormActForward(Workload):
         self.options: dict[str, Any] = {"gamma": gamma, "beta": beta, "bias": bias, "act": "mish"}
         self.options |= {"group": 8, "eps": EPS, "width": self.product.n}
 
-    def fused(self, plan: Plan) -> Callable[[], Any]:
+    def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         results = (self.out, self.hat, self.rstd)
         return partial(self.runner(plan), self.x, self.narrow, *results, **self.options)
 
@@ -167,7 +167,7 @@ class NormActBackward(Workload):
         self.options: dict[str, Any] = {"gamma": gamma, "beta": beta, "act": "mish"}
         self.options["width"] = self.product.n
 
-    def fused(self, plan: Plan) -> Callable[[], Any]:
+    def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         return partial(
             self.runner(plan),
             self.x,
@@ -211,7 +211,7 @@ class ActNormForward(Workload):
         self.options: dict[str, Any] = {"gamma": gamma, "beta": beta, "bias": bias, "act": "mish"}
         self.options["eps"] = EPS
 
-    def fused(self, plan: Plan) -> Callable[[], Any]:
+    def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         results = (self.out, self.u, self.rstd)
         extra = {"group": 8, "width": 0, "mean": self.mean, **self.options}
         return partial(self.runner(plan), self.x, self.narrow, *results, **extra)
@@ -245,7 +245,7 @@ class ActNormBackward(Workload):
         names = ("dgamma", "dbeta", "dbias")
         self.grads = {m: torch.zeros(shape, dtype=torch.float64, device=self.device) for m in names}
 
-    def fused(self, plan: Plan) -> Callable[[], Any]:
+    def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         run = self.runner(plan)
         shape = (1, 3, *self._lead, run.blocks, self.product.n)
         sums = torch.empty(shape, device=self.device)
@@ -300,7 +300,7 @@ class Update(Workload):
         self.options = {"operand": self.empty(*shape) if narrow else None}
         self.bias = self.vectors[2]
 
-    def fused(self, plan: Plan) -> Callable[[], Any]:
+    def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         tensors = (self.x, self.narrow, self.z, self.k1, self.out)
         extra = {"bias": self.bias, "x_scale": None, "raw": None, **self.options}
         return partial(self.runner(plan), *tensors, C1, C2, **extra)

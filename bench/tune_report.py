@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import results
+from bench.report import write_readme
 from bench.results import Spread
 from pwm_fast.kernels.cost import CONSTANTS
 
@@ -112,9 +113,7 @@ def _readings(micro: Mapping[str, Sequence[dict[str, Any]]]) -> Iterable[dict[st
 
 def main() -> None:
     """Write the table of constants."""
-    from pwm_fast.kernels.report import store  # imports triton
-
-    store(PAGE, table(readings()), "constants")
+    write_readme(PAGE, table(readings()), "constants")
 
 
 def _medians(times: Times) -> dict[str, float]:

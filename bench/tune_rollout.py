@@ -18,7 +18,7 @@ from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec
 from pwm_fast.backends.torch import TorchKernels
 from pwm_fast.backends.triton import TritonKernels
 from pwm_fast.fused.rollout import Dynamics, DynamicsWeights
-from pwm_fast.kernels.rollout import Plan
+from pwm_fast.kernels.rollout import RolloutLayout
 
 LATENT = 64
 NAMES = ("z", "dz0", "dc")
@@ -87,7 +87,7 @@ class RolloutWorkload:
         self.results: list[Tensor] = []
         self._truth: list[Tensor] | None = None
 
-    def call(self, plan: Plan | None) -> Callable[[], None]:
+    def call(self, plan: RolloutLayout | None) -> Callable[[], None]:
         """The call of a layout, after one that was compared; None: layer by layer.
 
         Raises:
@@ -113,19 +113,29 @@ class RolloutWorkload:
             for name, found, wanted in zip(NAMES, self.results, self._truth, strict=True)
         }
 
-    def halves(self, plan: Plan | None) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
+    def halves(
+        self, plan: RolloutLayout | None
+    ) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
         """The forward pass and the backward pass after it, each to be called again and again."""
         return self._halves(self.kernels, self.weights, torch.float32, plan)
 
     def _run(
-        self, kernels: Kernels, weights: DynamicsWeights, dtype: torch.dtype, plan: Plan | None
+        self,
+        kernels: Kernels,
+        weights: DynamicsWeights,
+        dtype: torch.dtype,
+        plan: RolloutLayout | None,
     ) -> list[Tensor]:
         """Latents, and the gradients towards the first one and the hoisted terms."""
         forward, backward = self._halves(kernels, weights, dtype, plan)
         return [forward(), *backward()]
 
     def _halves(
-        self, kernels: Kernels, weights: DynamicsWeights, dtype: torch.dtype, plan: Plan | None
+        self,
+        kernels: Kernels,
+        weights: DynamicsWeights,
+        dtype: torch.dtype,
+        plan: RolloutLayout | None,
     ) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
         dynamics = Dynamics(
             kernels, self.spec, weights, self.horizon, self.batch, save=True, wgrad=False

@@ -20,12 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import launch
 from pwm_fast.kernels.table import chunk_of
 
-_BLOCK = 1024  # elements that a program holds
-_SLOTS = 256  # sums of squares that are added at a time
+BLOCK = 1024  # elements that a program holds
+SLOTS = 256  # sums of squares that are added at a time
 MOST = 64  # tensors of a launch, whose addresses fit its 4 KB of arguments
 
 
@@ -211,7 +210,7 @@ class _Part(NamedTuple):
             "SIZES": sizes,
             "ALIGNED": aligned,
             "CHUNK": chunk,
-            "BLOCK": _BLOCK,
+            "BLOCK": BLOCK,
         }
 
 
@@ -302,36 +301,7 @@ def guarded_step(
             start,
             LEAD=number == 0,
             KEEP=keep,
-            SLOTS=_SLOTS,
+            SLOTS=SLOTS,
             **part.constants(chunk, lists),
         )
     return norm
-
-
-def _case(fn: Any, name: str, constants: dict[str, Any], aligned: bool = True) -> Case:
-    tensors = 10  # an ensemble of critics has ten
-    sizes = (3 * 400 * 512, *(3 * 400,) * 3, 3 * 200 * 400, *(3 * 200,) * 4, 3)
-    first = [0]
-    for size in sizes[:-1]:
-        first.append(first[-1] + triton.cdiv(size, 4096))
-    constants = constants | {"FIRST": tuple(first), "SIZES": sizes, "ALIGNED": aligned}
-    constants |= {"CHUNK": 4096, "BLOCK": _BLOCK}
-    lists = ("weights", "grads", "means", "squares")
-    types: dict[str, str | tuple[str, ...]] = dict.fromkeys(lists, ("*fp32",) * tensors)
-    types |= dict.fromkeys(("steps", "before", "rate", "loss", "norm"), "*fp32")
-    types |= dict.fromkeys(("settings", "slots"), "*fp64") | {"tensors": "i32", "count": "i32"}
-    types |= dict.fromkeys(("skipped", "in_a_row"), "*i64")
-    odd = {"tensors", "count", *(() if aligned else lists)}
-    return Case(name, fn, signature(fn, types, constants), constants, unaligned=frozenset(odd))
-
-
-def cases() -> list[Case]:
-    """The critics' step, of aligned tensors and of others, and with gradients kept."""
-    sums, step = {"TENSORS": 16}, {"LEAD": True, "KEEP": False, "SLOTS": _SLOTS}
-    return [
-        _case(squares_kernel, "adam_squares", sums),
-        _case(squares_kernel, "adam_squares unaligned", sums, False),
-        _case(adam_kernel, "adam", step),
-        _case(adam_kernel, "adam unaligned", step, False),
-        _case(adam_kernel, "adam keeping gradients", step | {"KEEP": True}),
-    ]

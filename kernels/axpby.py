@@ -6,15 +6,14 @@ bits, into the next product's operand, so that nobody reads it twice.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
-from pwm_fast.kernels.launch import launch, row_tile
+from pwm_fast.kernels.launch import Tile, launch, row_tile
 from pwm_fast.kernels.pointwise import power, rounded, row_exponent
-
-_WARPS = 4
 
 
 @triton.jit
@@ -113,10 +112,11 @@ def scaled_rows_kernel(
     tl.store(out + row.to(tl.int64)[:, None] * out_stride + col[None, :], narrow, mask=inside)
 
 
-def _flat_tile(n: int) -> tuple[int, int]:
-    """Rows and columns of a tile where rows need not be whole."""
+@lru_cache(maxsize=256)
+def flat_tile(n: int) -> Tile:
+    """What a program works on where rows need not be whole."""
     block = min(max(triton.next_power_of_2(n), 16), 512)
-    return 512 // block, block
+    return Tile(512 // block, block, 4)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -140,10 +140,10 @@ def axpby(
     k2 = None if k2 is None else _matrix(k2)
     operand = None if operand is None else _matrix(operand)
     rows, n = z.shape
-    tile_rows, block = _flat_tile(n)
+    tile = flat_tile(n)
     launch(
         axpby_kernel,
-        (triton.cdiv(rows, tile_rows), triton.cdiv(n, block)),
+        tile.grid(rows, n),
         z,
         k1,
         k2,
@@ -160,9 +160,7 @@ def axpby(
         0 if k2 is None else k2.stride(0),
         out.stride(0),
         0 if operand is None else operand.stride(0),
-        ROWS=tile_rows,
-        BLOCK=block,
-        num_warps=_WARPS,
+        **tile.options,
     )
 
 
@@ -170,13 +168,10 @@ def to_operand(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
     """See :meth:`pwm_fast.backends.base.Kernels.to_operand`."""
     x, out = _matrix(x), _matrix(out)
     rows, n = x.shape
-    if scale is None:
-        (tile_rows, block), warps = _flat_tile(n), _WARPS
-    else:
-        tile_rows, block, warps = row_tile(n)
+    tile = flat_tile(n) if scale is None else row_tile(n)
     launch(
         to_operand_kernel,
-        (triton.cdiv(rows, tile_rows), triton.cdiv(n, block)),
+        tile.grid(rows, n),
         x,
         out,
         scale,
@@ -184,9 +179,7 @@ def to_operand(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
         n,
         x.stride(0),
         out.stride(0),
-        ROWS=tile_rows,
-        BLOCK=block,
-        num_warps=warps,
+        **tile.options,
     )
 
 
@@ -196,14 +189,14 @@ def scaled_rows(x: Tensor, out: Tensor, scale: Tensor, largest: Tensor) -> None:
     Args:
         x: ``[R', n]``, fp32 or 16-bit; its rows are taken over and over where R' divides R.
         out: ``[R, n]`` fp16 or bf16, written.
-        scale: ``[R]`` fp32, factors of the rows of the adjoints that ``x`` meets.
+        scale: ``[R]`` fp32, factors of the rows of the gradients that ``x`` meets.
         largest: their largest, one number.
     """
     rows, n = out.shape
-    tile_rows, block = _flat_tile(n)
+    tile = flat_tile(n)
     launch(
         scaled_rows_kernel,
-        (triton.cdiv(rows, tile_rows), triton.cdiv(n, block)),
+        tile.grid(rows, n),
         x,
         out,
         scale,
@@ -213,81 +206,5 @@ def scaled_rows(x: Tensor, out: Tensor, scale: Tensor, largest: Tensor) -> None:
         x.shape[0],
         x.stride(0),
         out.stride(0),
-        ROWS=tile_rows,
-        BLOCK=block,
-        num_warps=_WARPS,
+        **tile.options,
     )
-
-
-_TYPES = {
-    **dict.fromkeys(("x", "z", "out", "scale", "k1_scale", "k2_scale", "largest"), "*fp32"),
-    **dict.fromkeys(
-        ("rows", "x_rows", "n", "x_stride", "z_stride", "k1_stride", "k2_stride"), "i32"
-    ),
-    **dict.fromkeys(("out_stride", "operand_stride"), "i32"),
-    **dict.fromkeys(("c1", "c2"), "fp32"),
-}
-
-
-def _axpby_case(n: int, k: str, operand: str | None, given: str) -> Case:
-    rows, block = _flat_tile(n)
-    absent = [a for a in ("k2", "k1_scale", "k2_scale") if a not in given.split()]
-    absent += [] if operand else ["operand"]
-    constants: dict[str, object] = {"ROWS": rows, "BLOCK": block, **dict.fromkeys(absent)}
-    types = _TYPES | {"k1": f"*{k}", "k2": f"*{k}", "operand": f"*{operand}"}
-    sizes = {"n", "z_stride", "k1_stride", "k2_stride", "out_stride", "operand_stride"}
-    return Case(
-        " ".join(w for w in (f"axpby D{n} {k}", operand and f"to {operand}", given) if w),
-        axpby_kernel,
-        signature(axpby_kernel, types, constants),
-        constants,
-        unaligned=frozenset({"rows", *(sizes if n % 16 else ())}),
-        num_warps=_WARPS,
-    )
-
-
-def _operand_case(n: int, out: str, scaled: bool) -> Case:
-    rows, block, warps = row_tile(n) if scaled else (*_flat_tile(n), _WARPS)
-    constants: dict[str, object] = {"ROWS": rows, "BLOCK": block}
-    if not scaled:
-        constants["scale"] = None
-    return Case(
-        f"to_operand D{n} {out}{' scaled' if scaled else ''}",
-        to_operand_kernel,
-        signature(to_operand_kernel, _TYPES | {"out": f"*{out}"}, constants),
-        constants,
-        unaligned=frozenset({"rows", *({"n", "x_stride", "out_stride"} if n % 16 else ())}),
-        num_warps=warps,
-    )
-
-
-def _scaled_rows_case(n: int, x: str, out: str) -> Case:
-    rows, block = _flat_tile(n)
-    constants: dict[str, object] = {"ROWS": rows, "BLOCK": block}
-    odd = {"n", "x_stride", "out", "out_stride"} if n % 16 else set()
-    return Case(
-        f"scaled_rows D{n} {x} to {out}",
-        scaled_rows_kernel,
-        signature(scaled_rows_kernel, _TYPES | {"x": f"*{x}", "out": f"*{out}"}, constants),
-        constants,
-        unaligned=frozenset({"rows", "x_rows", *odd}),
-        num_warps=_WARPS,
-    )
-
-
-def cases() -> list[Case]:
-    """Euler, Heun and adjoint updates, and operands, of aligned and odd widths."""
-    return [
-        _axpby_case(512, "fp32", None, ""),
-        _axpby_case(512, "fp32", "fp16", "k2"),
-        _axpby_case(777, "fp32", "bf16", "k2"),
-        _axpby_case(512, "fp16", "fp16", "k2 k1_scale k2_scale"),
-        _operand_case(512, "fp16", True),
-        _operand_case(1376, "fp16", False),
-        _operand_case(777, "bf16", False),
-        _operand_case(777, "fp16", True),
-        _operand_case(4096, "fp16", True),
-        _scaled_rows_case(512, "fp16", "fp16"),
-        _scaled_rows_case(512, "fp32", "fp16"),
-        _scaled_rows_case(777, "fp32", "fp16"),
-    ]

@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import launch
 from pwm_fast.kernels.pointwise import rounded
 
-_ROWS, _COLUMNS, _WARPS = 1024, 16, 8
+_ROWS, COLUMNS, WARPS = 1024, 16, 8
 
 
 @triton.jit
@@ -117,7 +116,7 @@ def centre(
     n = min(n, n_out)
     launch(
         centre_kernel,
-        (triton.cdiv(k_out, _COLUMNS) + 1,),
+        (triton.cdiv(k_out, COLUMNS) + 1,),
         *layer,
         *out,
         operand,
@@ -128,46 +127,12 @@ def centre(
         stride,
         out_stride,
         CENTRE=centred,
-        ROWS=_block(n_out),
-        COLS=_COLUMNS,
-        num_warps=_WARPS,
+        ROWS=rows_of_block(n_out),
+        COLS=COLUMNS,
+        num_warps=WARPS,
     )
 
 
-def _block(n: int) -> int:
+def rows_of_block(n: int) -> int:
+    """Rows of a program's tile, a power of two."""
     return min(max(triton.next_power_of_2(n), 16), _ROWS)
-
-
-_VECTORS = ("bias", "gamma", "beta", "bias_out", "gamma_out", "beta_out")
-
-
-def _case(n: int, operand: str | None, *, centred: bool = True) -> Case:
-    """A layer of ``n`` features; ``operand`` names the dtype of the rounded copy."""
-    constants: dict[str, object] = {"CENTRE": centred, "ROWS": _block(n), "COLS": _COLUMNS}
-    absent = [] if centred else ["gamma", "beta", "gamma_out", "beta_out"]
-    constants |= dict.fromkeys(absent if operand else [*absent, "operand"])
-    types = dict.fromkeys(("weight", "weight_out", *_VECTORS), "*fp32")
-    types |= {"operand": f"*{operand}"}
-    types |= dict.fromkeys(("n", "k", "n_out", "k_out", "stride", "out_stride"), "i32")
-    odd = {"weight", "n", "k", "k_out", "stride"}
-    words = ("centre" if centred else "pad", f"U{n}", f"to {operand}" if operand else "")
-    return Case(
-        " ".join(w for w in words if w),
-        centre_kernel,
-        signature(centre_kernel, types, constants),
-        constants,
-        unaligned=frozenset(odd if n % 16 == 0 else odd | {"n_out"}),
-        num_warps=_WARPS,
-    )
-
-
-def cases() -> list[Case]:
-    """Forward with a 16-bit copy, backward without, of layers and of a plain head."""
-    return [
-        _case(512, "fp16"),
-        _case(1792, "fp16"),
-        _case(1792, "bf16"),
-        _case(510, None),
-        _case(1788, None),
-        _case(512, "fp16", centred=False),
-    ]

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case
 from pwm_fast.kernels.launch import launch
 
-_PARTS, _COLUMNS = 128, 16
+PARTS, COLUMNS = 128, 16
 
 
 @triton.jit
@@ -48,13 +47,20 @@ def column_sums_kernel(
     _add(out2, offset, sums, (cols < n) & (which == 2))
 
 
-def parts_of(blocks: int) -> int:
-    """How many programs share ``blocks`` blocks of rows, each leaving one partial sum.
+def partial_sums(
+    like: Tensor, members: int, blocks: int, outs: Sequence[Tensor | None]
+) -> tuple[int, Tensor | None]:
+    """How many programs share a member's ``blocks`` blocks of rows, and room for their sums.
 
-    Enough to fill a GPU of 132 multiprocessors, and few against the rows they sum. It does not
+    That is ``[3, E, P, n]`` float32, or None where nothing is asked for. There are enough programs
+    to fill a GPU of 132 multiprocessors, and few against the rows they sum. Their number does not
     depend on the GPU, so neither do results.
     """
-    return min(blocks, max(128, min(triton.cdiv(blocks, 8), 1024)))
+    if not members * blocks or all(out is None for out in outs):
+        return blocks, None
+    parts = min(blocks, max(128, min(triton.cdiv(blocks, 8), 1024)))
+    shape = 3, members, parts, like.shape[1]
+    return parts, torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def add_column_sums(partial: Tensor, outs: Sequence[Tensor | None]) -> None:
@@ -65,32 +71,11 @@ def add_column_sums(partial: Tensor, outs: Sequence[Tensor | None]) -> None:
         count -= 1
     launch(
         column_sums_kernel,
-        (triton.cdiv(n, _COLUMNS), members, count),
+        (triton.cdiv(n, COLUMNS), members, count),
         partial,
         *outs,
         parts,
         n,
-        PARTS=_PARTS,
-        COLS=_COLUMNS,
+        PARTS=PARTS,
+        COLS=COLUMNS,
     )
-
-
-def empty_partial(like: Tensor, members: int, parts: int, n: int) -> Tensor:
-    """Room for the first stage, ``[3, E, P, n]`` float32."""
-    return torch.empty(3, members, parts, n, dtype=torch.float32, device=like.device)
-
-
-def cases() -> list[Case]:
-    """What :func:`add_column_sums` launches."""
-    outs = {"out0": "*fp64", "out1": "*fp64", "out2": "*fp64"}
-    return [
-        Case(
-            f"column_sums n{n}",
-            column_sums_kernel,
-            {"partial": "*fp32", **outs, "parts": "i32", "n": "i32"}
-            | {"PARTS": "constexpr", "COLS": "constexpr"},
-            {"PARTS": _PARTS, "COLS": _COLUMNS},
-            unaligned=frozenset({"parts"} if n % 16 == 0 else {"parts", "n"}),
-        )
-        for n in (512, 777)
-    ]

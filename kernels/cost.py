@@ -1,18 +1,13 @@
-"""The cost model that orders launch choices: a few constants of one GPU, and what they add up to.
+"""What the cost models know of a GPU: a few constants of an H200.
 
-A tile's loads come at what an SM takes in, its products run at the tensor cores' rate, then there
-is its epilogue, and the exchange where a row lies in several tiles. The constants are an H200's.
-None was measured through these kernels: they order the choices, they are not promises. ``make gpu``
+:func:`pwm_fast.kernels.plan.model` orders the tiles of fused GEMMs by them. None was measured
+through these kernels: they order the choices, they are not promises. ``make gpu``
 measures most of them, and ``python -m bench.tune`` says how far the model is off for each kernel.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from pwm_fast.kernels.plan import Plan, Product
-    from pwm_fast.kernels.rollout_plan import Plan as Layout
+from typing import NamedTuple
 
 
 class Constant(NamedTuple):
@@ -65,73 +60,12 @@ CONSTANTS = {
     ),
 }
 SMS = 132  # multiprocessors of the GPU that the rates of products are of
-_IN_L2 = 32e6  # bytes between two kernels that L2 still holds
+IN_L2 = 32e6  # bytes between two kernels that L2 still holds
 
-_INGRESS = CONSTANTS["ingress"].value * 1e3  # bytes a microsecond
-_L2 = CONSTANTS["l2"].value * 1e6
-_HBM = CONSTANTS["hbm"].value * 1e6
-_LAUNCH = CONSTANTS["launch"].value
-_EXCHANGE = CONSTANTS["exchange"].value
-_EPILOGUE = 1e-3 / (CONSTANTS["epilogue"].value * CONSTANTS["clock"].value)  # µs an element
-_RATE = {r: CONSTANTS[r].value * 1e6 / SMS for r in ("16", "tf32", "ieee")}  # FLOP a µs and SM
-
-
-def _busy(plan: Plan, product: Product, sms: int) -> tuple[int, int, float]:
-    """Waves of tiles, tiles at once, and microseconds that a tile's product takes."""
-    tiles = product.members * -(-product.rows // plan.block_m) * plan.tiles_n
-    together = min(tiles, plan.programs if plan.synced else sms)
-    # Columns beyond a row's end are multiplied, but not read.
-    columns = min(plan.block_n, product.n)
-    bytes_in = (plan.block_m + columns) * product.k * product.element
-    share = CONSTANTS["wide" if plan.block_m >= 64 else "narrow"].value
-    flops = 2.0 * plan.block_m * plan.block_n * product.k
-    busy = max(
-        flops / (_RATE[product.rate] * share), bytes_in / _INGRESS, bytes_in * together / _L2
-    )
-    return -(-tiles // together), together, busy
-
-
-def fused(plan: Plan, product: Product, sms: int) -> float:
-    """Microseconds that the model gives a plan."""
-    waves, together, busy = _busy(plan, product, sms)
-    # An epilogue computes, or waits for what it reads and writes beside the product.
-    moved = plan.block_m * min(plan.block_n, product.n) * product.traffic
-    epilogue = max(plan.block_m * plan.block_n * _EPILOGUE, moved * together / _L2)
-    return _LAUNCH + waves * (busy + epilogue + (_EXCHANGE if plan.synced else 0.0))
-
-
-def unfused(plans: list[Plan], product: Product, sms: int) -> float:
-    """Microseconds that the model gives a plain product and an element kernel after it.
-
-    Args:
-        plans: tiles of the plain product, of which it takes the best, without an epilogue.
-        product: what is to be computed.
-        sms: multiprocessors of the device.
-    """
-    times = (_busy(p, product, sms) for p in plans)
-    time = min(waves * busy for waves, _, busy in times)
-    if product.rate == "ieee":
-        time /= CONSTANTS["library"].value
-    # The product is written and read in float32, on top of what the fused kernel moves.
-    between = product.members * product.rows * product.n * (8 + product.traffic)
-    return 2 * _LAUNCH + time + between / (_L2 if between < _IN_L2 else _HBM)
-
-
-def rollout(layout: Layout, padded: int, element: int) -> float:
-    """Microseconds that the model gives a forward evaluation of the persistent rollout.
-
-    Args:
-        layout: of its programs.
-        padded: Up.
-        element: bytes of an operand's number.
-    """
-    # A warp multiplies shares of 16 by 8, whose operands it reads from shared memory; with fewer
-    # shares than warps some are computed more than once.
-    shares = max(layout.bm * layout.bn // (16 * 8), layout.warps)
-    bytes_read = shares * (16 + 8) * padded * element
-    clock = CONSTANTS["clock"].value * 1e3  # cycles a microsecond
-    product = bytes_read / (CONSTANTS["shared"].value * clock)
-    travels = 2 * element if layout.exchange == "words" else element
-    data = layout.bm * padded * travels / _INGRESS
-    # Two layers, each with a product and two meetings, of which one is about all activations.
-    return 2 * (product + 2 * CONSTANTS[layout.exchange].value + data) + CONSTANTS["rest"].value
+INGRESS = CONSTANTS["ingress"].value * 1e3  # bytes a microsecond
+L2 = CONSTANTS["l2"].value * 1e6
+HBM = CONSTANTS["hbm"].value * 1e6
+LAUNCH = CONSTANTS["launch"].value
+EXCHANGE = CONSTANTS["exchange"].value
+EPILOGUE = 1e-3 / (CONSTANTS["epilogue"].value * CONSTANTS["clock"].value)  # µs an element
+RATE = {r: CONSTANTS[r].value * 1e6 / SMS for r in ("16", "tf32", "ieee")}  # FLOP a µs and SM

@@ -18,17 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from pwm_fast.kernels import table as tables
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import launch
 from pwm_fast.kernels.table import Table
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-_BLOCK = 1024  # elements that a program holds
-_STREAMED_BLOCK = 512  # the same where it holds running sums, whose float64 takes more registers
-_SLOTS = 128  # chunks whose sums the second stage adds at a time
+BLOCK = 1024  # elements that a program holds
+STREAMED_BLOCK = 512  # the same where it holds running sums, whose float64 takes more registers
+SLOTS = 128  # chunks whose sums the second stage adds at a time
 
-_MOMENTS, _UPDATE, _RESULT = 0, 1, 2
+MOMENTS, UPDATE, RESULT = 0, 1, 2
 
 
 @triton.jit
@@ -217,7 +216,7 @@ class TritonEsnr:
         count = len(grads) // samples
         whole = [g.contiguous() for g in grads]  # named: alive until the launches are made
         table = tables.make([whole[s * count : (s + 1) * count] for s in range(samples)])
-        return _run(_MOMENTS, esnr_moments_kernel, table, whole[0], samples, None)
+        return _run(MOMENTS, esnr_moments_kernel, table, whole[0], samples, None)
 
     def update(
         self,
@@ -229,14 +228,14 @@ class TritonEsnr:
         """See :class:`EsnrKernels`."""
         whole = [g.contiguous() for g in grads]
         table = tables.make([whole, origins, sums])
-        _run(_UPDATE, esnr_update_kernel, table, whole[0], None, squares)
+        _run(UPDATE, esnr_update_kernel, table, whole[0], None, squares)
 
     def result(
         self, origins: Sequence[Tensor], sums: Sequence[Tensor], squares: Tensor, samples: int
     ) -> tuple[Tensor, Tensor]:
         """See :class:`EsnrKernels`."""
         table = tables.make([origins, sums])
-        return _run(_RESULT, esnr_result_kernel, table, origins[0], samples, squares)
+        return _run(RESULT, esnr_result_kernel, table, origins[0], samples, squares)
 
 
 def _run(
@@ -262,7 +261,7 @@ def _run(
         DTYPE=DTYPES[like.dtype],
         ALIGNED=table.aligned,
         TENSORS=triton.next_power_of_2(table.tensors),
-        BLOCK=_BLOCK if task == _MOMENTS else _STREAMED_BLOCK,
+        BLOCK=BLOCK if task == MOMENTS else STREAMED_BLOCK,
     )
     launch(
         esnr_sums_kernel,
@@ -274,47 +273,6 @@ def _run(
         noise,
         1 if samples is None else samples,
         TASK=task,
-        SLOTS=_SLOTS,
+        SLOTS=SLOTS,
     )
     return signal, noise
-
-
-def cases() -> list[Case]:
-    """Every kernel by dtype, aligned or not where that changes its loads most."""
-    names = {tl.float32: "fp32", tl.float16: "fp16", tl.bfloat16: "bf16"}
-    types = {"words": "*i64", "slots": "*fp64", "squares": "*fp64", "signal": "*fp64"}
-    types |= {"noise": "*fp64", "tensors": "i32", "chunk": "i32", "samples": "i32"}
-    listed = []
-    for kernel, aligned, dtypes in (
-        (esnr_moments_kernel, True, (tl.float32, tl.float16, tl.bfloat16)),
-        (esnr_moments_kernel, False, (tl.float32,)),
-        (esnr_update_kernel, True, (tl.float32, tl.float16)),
-        (esnr_result_kernel, True, (tl.float32, tl.float16)),
-    ):
-        for dtype in dtypes:
-            block = _BLOCK if kernel is esnr_moments_kernel else _STREAMED_BLOCK
-            constants = {"DTYPE": dtype, "ALIGNED": aligned, "TENSORS": 32, "BLOCK": block}
-            name = kernel.fn.__name__.removesuffix("_kernel")
-            listed.append(
-                Case(
-                    f"{name} {names[dtype]}" + ("" if aligned else " unaligned"),
-                    kernel,
-                    signature(kernel, types, constants),
-                    constants,
-                    unaligned=frozenset({"tensors", "samples"} & set(kernel.arg_names)),
-                )
-            )
-    for task, name in ((_MOMENTS, "moments"), (_UPDATE, "update"), (_RESULT, "result")):
-        constants = {"TASK": task, "SLOTS": _SLOTS}
-        if task == _MOMENTS:
-            constants["squares"] = None
-        listed.append(
-            Case(
-                f"esnr_sums {name}",
-                esnr_sums_kernel,
-                signature(esnr_sums_kernel, types, constants),
-                constants,
-                unaligned=frozenset({"samples"}),
-            )
-        )
-    return listed

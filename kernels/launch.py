@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,7 +34,17 @@ class Tile(NamedTuple):
     block: int
     warps: int
 
+    def grid(self, *shape: int) -> tuple[int, ...]:
+        """Programs for so many rows, or for rows by columns."""
+        return tuple(triton.cdiv(n, step) for n, step in zip(shape, self, strict=False))
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a kernel with constants ROWS and BLOCK is launched with."""
+        return {"ROWS": self.rows, "BLOCK": self.block, "num_warps": self.warps}
+
+
+@lru_cache(maxsize=256)
 def row_tile(n: int) -> Tile:
     """Whole rows of ``n`` features: one, or several where they are short.
 
@@ -73,6 +84,19 @@ def launch(
             num_stages=num_stages,
             enable_fp_fusion=True,
             **constants,
+        )
+
+
+def check_dense(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Check a tensor that a kernel takes without strides.
+
+    Raises:
+        ValueError: it is of another shape or dtype, or not contiguous.
+    """
+    if x.shape != torch.Size(shape) or x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous {list(shape)} of {dtype}, got {list(x.shape)} of "
+            f"{x.dtype} with strides {x.stride()}"
         )
 
 

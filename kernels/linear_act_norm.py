@@ -1,8 +1,8 @@
 """``y = norm(act(x W^T + bias))`` in one kernel, and in one backward: actors, ensembles of critics.
 
 A program holds whole rows of one member, so that the statistics need nobody else; a row's true
-width (400, 200, odd ones) is masked inside a tile of a power of two. Backward the product ``dy W``
-of the *following* layer's adjoint goes straight into the gradient of this layer's norm and
+width (400, 200, odd ones) is masked inside a tile of a power of two. Backward the GEMM ``dy W``
+of the *following* layer's gradient goes straight into the gradient of this layer's norm and
 activation.
 
 Operands and ``y``, ``u``, ``dx`` are fp16, bf16 or fp32; all sums, statistics and parameters fp32.
@@ -17,12 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case
-from pwm_fast.kernels.plan import Plan
+from pwm_fast.kernels.gemm_tile import (
+    GemmTile,
+    act_norm_rows,
+    check_act,
+    check_operands,
+    gemm,
+    launch,
+)
+from pwm_fast.kernels.plan import GemmPlan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
-from pwm_fast.kernels.tile import act_norm_rows, product
-from pwm_fast.kernels.tile_cases import OPERANDS, SOME, absent_scales, tile_cases
-from pwm_fast.kernels.tile_launch import check_act, check_operands, launch
 
 
 @triton.jit
@@ -55,27 +59,14 @@ def linear_act_norm_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     """Program (p, e) takes rows from p BLOCK_M on of the ``R`` rows of member e."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     member = tl.program_id(1)
     cols = tl.arange(0, BLOCK_N)
     inside = cols < N
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = member * R + tl.minimum(own, R - 1)
-    v = product(
-        x,
-        w + member.to(tl.int64) * stride_we,
-        rows,
-        cols,
-        N,
-        K,
-        stride_x,
-        stride_wn,
-        stride_wk,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN_N,
-        EVEN_K,
-        PRECISION,
+    v = gemm(
+        x, w + member.to(tl.int64) * stride_we, rows, cols, N, K, stride_x, stride_wn, stride_wk, T
     )
     at = member * N + cols
     if bias is not None:
@@ -123,28 +114,14 @@ def linear_act_norm_bwd_kernel(
     PRECISION: tl.constexpr,
 ):
     """The grid of the forward kernel; ``N`` are the columns of ``dx``, ``K`` those of ``dy``."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     member = tl.program_id(1)
     cols = tl.arange(0, BLOCK_N)
     inside = cols < N
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = member * R + tl.minimum(own, R - 1)
-    d = product(
-        dy,
-        w + member.to(tl.int64) * stride_we,
-        rows,
-        cols,
-        N,
-        K,
-        stride_dy,
-        stride_wn,
-        stride_wk,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        EVEN_N,
-        EVEN_K,
-        PRECISION,
-    )
+    own_w = w + member.to(tl.int64) * stride_we
+    d = gemm(dy, own_w, rows, cols, N, K, stride_dy, stride_wn, stride_wk, T)
     if dy_scale is not None:
         d *= tl.load(dy_scale + rows)[:, None]
     kept = (own < R)[:, None] & inside[None, :]
@@ -190,7 +167,7 @@ def linear_act_norm_fwd(
     beta: Tensor,
     act: str,
     eps: float,
-    plan: Plan,
+    plan: GemmPlan,
     bias: Tensor | None = None,
     input_precision: str = "tf32",
 ) -> None:
@@ -261,7 +238,7 @@ def linear_act_norm_bwd(
     *,
     gamma: Tensor,
     act: str,
-    plan: Plan,
+    plan: GemmPlan,
     dy_scale: Tensor | None = None,
     dx_scale: Tensor | None = None,
     sums: Tensor | None = None,
@@ -273,7 +250,7 @@ def linear_act_norm_bwd(
     its pre-activation.
 
     Args:
-        dy: ``[R, K]``, the following layer's adjoint; members' rows as in the forward pass.
+        dy: ``[R, K]``, the following layer's gradient; members' rows as in the forward pass.
         weight: ``[K, N]`` or ``[E, K, N]``, the following layer's, with any strides.
         dx: ``[R, N]``, written.
         u: ``[R, N]``, kept by the forward pass.
@@ -337,7 +314,7 @@ def _rows(
     what: str,
     x: Tensor,
     weight: Tensor,
-    plan: Plan,
+    plan: GemmPlan,
     n: int,
     act: str,
     vectors: Mapping[str, Tensor | None],
@@ -355,45 +332,3 @@ def _rows(
                 f"{what}: {name} must be contiguous, {[members, n]}, got {list(vector.shape)}"
             )
     return x.shape[0] // members, members
-
-
-_KERNELS = {
-    "linear_act_norm_fwd": linear_act_norm_fwd_kernel,
-    "linear_act_norm_bwd": linear_act_norm_bwd_kernel,
-}
-#: ``(N, K)`` of critics' and actors' layers in tiles of 512 and of 256, N aligned and not.
-_SIZES = {
-    "linear_act_norm_fwd": ((400, 512), (399, 400), (208, 400), (200, 400)),
-    "linear_act_norm_bwd": ((400, 200), (399, 201), (208, 104), (200, 101)),
-}
-#: Arguments that are no multiples of 16 where N is none.
-_ROW_OF_N = {
-    "linear_act_norm_fwd": ("N", "stride_y", "stride_u"),
-    "linear_act_norm_bwd": ("N", "stride_we", "stride_wk", "stride_u", "stride_dx"),
-}
-
-
-def cases() -> list[Case]:
-    """Every tile with all that it can be given."""
-    found = []
-    for operand in OPERANDS:
-        for kernel, fn in _KERNELS.items():
-            forward = kernel.endswith("fwd")
-            for n, k in _SIZES[kernel]:
-                wide = not forward and operand == "tf32"
-                found += tile_cases(
-                    f"{kernel} mish{' to fp32' if wide else ''}",
-                    kernel,
-                    fn,
-                    operand,
-                    (n, k),
-                    tiles=SOME if operand == "bf16" else None,
-                    absent=() if forward else absent_scales(operand, wide),
-                    wide=("dx",) if wide else (),
-                    constants={"ACT": "mish", "stride_wk" if forward else "stride_wn": 1},
-                    unaligned=(
-                        *(_ROW_OF_N[kernel] if n % 16 else ()),
-                        *(() if forward else ("K", "stride_dy")),
-                    ),
-                )
-    return found

@@ -1,7 +1,7 @@
-"""A product that ends in an integrator's update: ``out = c0 z + c1 k1 + c2 (x W^T + bias)``.
+"""A GEMM that ends in an integrator's update: ``out = c0 z + c1 k1 + c2 (x W^T + bias)``.
 
-An Euler or Heun step after a velocity head is one kernel, and so is a step of the adjoint after the
-product with a first layer's weight; the next product's operand is written beside the state.
+An Euler or Heun step after a velocity head is one kernel, and so is a gradient's step after the
+GEMM with a first layer's weight; the next GEMM's operand is written beside the state.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case
-from pwm_fast.kernels.plan import Plan
+from pwm_fast.kernels.gemm_tile import GemmTile, check_operands, gemm, launch
+from pwm_fast.kernels.plan import GemmPlan
 from pwm_fast.kernels.pointwise import rounded
-from pwm_fast.kernels.tile import product
-from pwm_fast.kernels.tile_cases import OPERANDS, SOME, tile_cases
-from pwm_fast.kernels.tile_launch import check_operands, launch
 
 
 @triton.jit
@@ -53,6 +50,7 @@ def linear_axpby_kernel(
     PRECISION: tl.constexpr,
 ):
     """Grid as in ``linear_norm_act``; no program waits for another."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     for part in range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * TILES_N, groups * TILES_N):
         tile = part % TILES_N
         block = part // TILES_N
@@ -62,23 +60,7 @@ def linear_axpby_kernel(
         valid = tl.minimum(rows, R - 1)
         far = valid[:, None].to(tl.int64)
         kept = (rows < R)[:, None] & inside[None, :]
-        h = product(
-            x,
-            w,
-            valid,
-            cols,
-            N,
-            K,
-            stride_x,
-            stride_wn,
-            stride_wk,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_N,
-            EVEN_K,
-            PRECISION,
-        )
+        h = gemm(x, w, valid, cols, N, K, stride_x, stride_wn, stride_wk, T)
         if x_scale is not None:
             h *= tl.load(x_scale + valid)[:, None]
         if bias is not None:
@@ -107,7 +89,7 @@ def linear_axpby(
     c1: float,
     c2: float,
     *,
-    plan: Plan,
+    plan: GemmPlan,
     bias: Tensor | None = None,
     x_scale: Tensor | None = None,
     raw: Tensor | None = None,
@@ -117,7 +99,7 @@ def linear_axpby(
     """``out = c0 z + c1 k1 + c2 p`` with ``p = x_scale x weight^T + bias``.
 
     Forward Euler is ``(1, 0, dt)``; Heun's second stage ``(1, dt / 2, dt / 2)`` with the first
-    stage's ``raw`` as ``k1``. For a step of the adjoint pass ``weight.t()`` and ``x_scale``.
+    stage's ``raw`` as ``k1``. For a step of the backward pass ``weight.t()`` and ``x_scale``.
 
     Args:
         x: ``[R, K]``, the operand.
@@ -128,12 +110,12 @@ def linear_axpby(
             ``k1``.
         c0: factor of ``z``.
         c1: factor of ``k1``.
-        c2: factor of the product.
+        c2: factor of the GEMM.
         plan: how to launch it.
         bias: ``[N]`` fp32.
         x_scale: ``[R]`` fp32, factors of ``x``'s rows.
-        raw: ``[R, N]`` fp32, written: the product ``p`` itself.
-        operand: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next product; what fp16
+        raw: ``[R, N]`` fp32, written: the GEMM ``p`` itself.
+        operand: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next GEMM; what fp16
             cannot hold is infinite.
         input_precision: of fp32 operands: ``"tf32"`` or ``"ieee"``.
 
@@ -177,25 +159,3 @@ def linear_axpby(
         },
         input_precision,
     )
-
-
-def cases() -> list[Case]:
-    """A state's step, and an adjoint's, with all that they can be given."""
-    found = []
-    for operand in OPERANDS:
-        unscaled = () if operand == "fp16" else ("x_scale",)
-        for what, absent, order in (
-            ("", ("x_scale",), "stride_wk"),
-            (" adjoint", ("bias", *unscaled), "stride_wn"),
-        ):
-            found += tile_cases(
-                f"linear_axpby{what}",
-                "linear_axpby",
-                linear_axpby_kernel,
-                operand,
-                (768, 1792),
-                tiles=SOME if operand == "bf16" else None,
-                absent=absent,
-                constants={order: 1},
-            )
-    return found

@@ -1,9 +1,9 @@
 """``y = act(norm(x W^T + bias))`` in one kernel, and in one kernel backward.
 
-Forward the product's tile stays in registers until the row's statistics are known. Backward the
-product ``dy W`` of the *following* layer's adjoint goes straight into the gradient of this layer's
+Forward the GEMM's tile stays in registers until the row's statistics are known. Backward the
+GEMM ``dy W`` of the *following* layer's gradient goes straight into the gradient of this layer's
 activation and norm. Where a row lies in several tiles their programs exchange partial statistics
-(:mod:`pwm_fast.kernels.tile`); :func:`pwm_fast.kernels.plan.plan` chooses.
+(:mod:`pwm_fast.kernels.gemm_tile`); :func:`pwm_fast.kernels.plan.plan` chooses.
 
 Operands and ``y``, ``xhat``, ``dx`` are fp16, bf16 or fp32; all sums, statistics and parameters
 fp32. The plain form of the arithmetic is ``pwm_fast.backends.base``.
@@ -15,12 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case
-from pwm_fast.kernels.plan import Exchange, Plan
+from pwm_fast.kernels.gemm_tile import (
+    COUNTER_STRIDE,
+    Exchange,
+    GemmTile,
+    barrier,
+    check_act,
+    check_operands,
+    gemm,
+    launch,
+    load_partials,
+    store_partial,
+)
+from pwm_fast.kernels.plan import GemmPlan
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
-from pwm_fast.kernels.tile import COUNTER_STRIDE, meet, product, put, take
-from pwm_fast.kernels.tile_cases import SOME, SPILL, absent_scales, tile_cases
-from pwm_fast.kernels.tile_launch import check_act, check_operands, launch
 
 _COUNTER = tl.constexpr(COUNTER_STRIDE)
 
@@ -63,6 +71,7 @@ def linear_norm_act_fwd_kernel(
     PHASE: tl.constexpr,
 ):
     """Grid ``(groups TILES_N,)``; a program takes every ``groups``-th row block of its columns."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     for part in range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * TILES_N, groups * TILES_N):
         # The columns are the same each time, but pointers to them kept through would spill.
         tile = part % TILES_N
@@ -71,23 +80,7 @@ def linear_norm_act_fwd_kernel(
         inside = cols < N
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = tl.minimum(rows, R - 1)
-        h = product(
-            x,
-            w,
-            valid,
-            cols,
-            N,
-            K,
-            stride_x,
-            stride_wn,
-            stride_wk,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_N,
-            EVEN_K,
-            PRECISION,
-        )
+        h = gemm(x, w, valid, cols, N, K, stride_x, stride_wn, stride_wk, T)
         if bias is not None:
             h += tl.load(bias + cols, mask=inside, other=0.0)[None, :]
 
@@ -101,19 +94,19 @@ def linear_norm_act_fwd_kernel(
             second = tl.sum(off * off, 1)
         if TILES_N > 1:
             if PHASE != 2:
-                put(slots, 0, tile, rows, first, stride_slot, TILES_N)
+                store_partial(slots, 0, tile, rows, first, stride_slot, TILES_N)
                 if not CENTRED:
-                    put(slots, 1, tile, rows, second, stride_slot, TILES_N)
+                    store_partial(slots, 1, tile, rows, second, stride_slot, TILES_N)
             if PHASE == 0:
-                meet(counters + block * _COUNTER, TILES_N)
+                barrier(counters + block * _COUNTER, TILES_N)
         if PHASE != 1:
             if TILES_N > 1:
-                parts = take(slots, 0, rows, stride_slot, TILES_N, TILES_2)
+                parts = load_partials(slots, 0, rows, stride_slot, TILES_N, TILES_2)
                 if CENTRED:
                     first = tl.sum(parts, 0)
                 else:
                     # Chan's formula: means and squared distances of parts of unequal size.
-                    seconds = take(slots, 1, rows, stride_slot, TILES_N, TILES_2)
+                    seconds = load_partials(slots, 1, rows, stride_slot, TILES_N, TILES_2)
                     starts = tl.arange(0, TILES_2) * BLOCK_N
                     counts = tl.maximum(tl.minimum(N - starts, BLOCK_N), 0).to(tl.float32)
                     first = tl.sum(parts * counts[:, None], 0) / N
@@ -188,6 +181,7 @@ def linear_norm_act_bwd_kernel(
     PHASE: tl.constexpr,
 ):
     """The grid of the forward kernel; ``N`` are the columns of ``dx``, ``K`` those of ``dy``."""
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, PRECISION)
     for part in range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * TILES_N, groups * TILES_N):
         # The columns are the same each time, but pointers to them kept through would spill.
         tile = part % TILES_N
@@ -197,23 +191,7 @@ def linear_norm_act_bwd_kernel(
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = tl.minimum(rows, R - 1)
         far = valid[:, None].to(tl.int64)
-        g = product(
-            dy,
-            w,
-            valid,
-            cols,
-            N,
-            K,
-            stride_dy,
-            stride_wn,
-            stride_wk,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_N,
-            EVEN_K,
-            PRECISION,
-        )
+        g = gemm(dy, w, valid, cols, N, K, stride_dy, stride_wn, stride_wk, T)
         if dy_scale is not None:
             g *= tl.load(dy_scale + valid)[:, None]
         if add is not None:
@@ -240,19 +218,19 @@ def linear_norm_act_bwd_kernel(
             mean = tl.sum(g, 1)
         if TILES_N > 1:
             if PHASE != 2:
-                put(slots, 0, tile, rows, inner, stride_slot, TILES_N)
+                store_partial(slots, 0, tile, rows, inner, stride_slot, TILES_N)
                 if not CENTRED:
-                    put(slots, 1, tile, rows, mean, stride_slot, TILES_N)
+                    store_partial(slots, 1, tile, rows, mean, stride_slot, TILES_N)
                 if dx_scale is not None:
-                    put(slots, 2, tile, rows, tl.max(tl.abs(g), 1), stride_slot, TILES_N)
+                    store_partial(slots, 2, tile, rows, tl.max(tl.abs(g), 1), stride_slot, TILES_N)
             if PHASE == 0:
-                meet(counters + block * _COUNTER, TILES_N)
+                barrier(counters + block * _COUNTER, TILES_N)
         if PHASE != 1:
             r = tl.load(rstd + valid)
             if TILES_N > 1:
-                inner = tl.sum(take(slots, 0, rows, stride_slot, TILES_N, TILES_2), 0)
+                inner = tl.sum(load_partials(slots, 0, rows, stride_slot, TILES_N, TILES_2), 0)
                 if not CENTRED:
-                    mean = tl.sum(take(slots, 1, rows, stride_slot, TILES_N, TILES_2), 0)
+                    mean = tl.sum(load_partials(slots, 1, rows, stride_slot, TILES_N, TILES_2), 0)
             inner = inner / width
             hat = tl.load(near, mask=inside[None, :], other=0.0, cache_modifier=".cg")
             hat = hat.to(tl.float32)
@@ -268,7 +246,9 @@ def linear_norm_act_bwd_kernel(
                 if TILES_N > 1:
                     # The row's true maximum would cost a second exchange. This bounds it, since
                     # no |xhat| exceeds the root of the width.
-                    largest = tl.max(take(slots, 2, rows, stride_slot, TILES_N, TILES_2), 0)
+                    largest = tl.max(
+                        load_partials(slots, 2, rows, stride_slot, TILES_N, TILES_2), 0
+                    )
                     largest += tl.sqrt(width * 1.0) * tl.abs(inner)
                     if not CENTRED:
                         largest += tl.abs(mean)
@@ -297,7 +277,7 @@ def linear_norm_act_fwd(
     act: str,
     group: int,
     eps: float,
-    plan: Plan,
+    plan: GemmPlan,
     exchange: Exchange | None,
     bias: Tensor | None = None,
     width: int = 0,
@@ -378,7 +358,7 @@ def linear_norm_act_bwd(
     gamma: Tensor,
     beta: Tensor,
     act: str,
-    plan: Plan,
+    plan: GemmPlan,
     exchange: Exchange | None,
     dy_scale: Tensor | None = None,
     dx_scale: Tensor | None = None,
@@ -395,7 +375,7 @@ def linear_norm_act_bwd(
     ``dx dx_scale`` that towards its pre-activation.
 
     Args:
-        dy: ``[R, K]``, the following layer's adjoint.
+        dy: ``[R, K]``, the following layer's gradient.
         weight: ``[K, N]``, the following layer's, with any strides.
         dx: ``[R, N]``, written.
         xhat: ``[R, N]``, kept by the forward pass.
@@ -462,62 +442,3 @@ def linear_norm_act_bwd(
 
 #: Values a row and tile that the kernels exchange: at most this many.
 PLANES = 3
-
-_SIZES = ((512, 512), (1792, 1792))  # padded hidden layers: whole rows, and rows in several tiles
-
-
-def cases() -> list[Case]:
-    """Every tile with all that it can be given.
-
-    16-bit weights are centred, tf32 ones are not, unless asked for. A stack's first adjoint and its
-    last layer's output, SimNorm's as a rule, are fp32.
-    """
-    found = [
-        *_forward("fp16", True, "mish"),
-        *_forward("fp16", True, "simnorm"),
-        *_backward("fp16", True, False),
-        *_backward("fp16", True, True),
-        *_forward("tf32", False, "mish"),
-        *_backward("tf32", False, True),
-    ]
-    # What is rare, and bf16, which differs from fp16 in its type alone.
-    for operand, centred in (("fp16", False), ("tf32", True), ("bf16", True)):
-        found += _forward(operand, centred, "mish", SOME)
-        found += _backward(operand, centred, operand == "tf32", SOME)
-    return found + _forward("tf32", False, "simnorm")
-
-
-def _forward(
-    operand: str, centred: bool, act: str, tiles: tuple[tuple[int, int], ...] | None = None
-) -> list[Case]:
-    simnorm = act == "simnorm"
-    return tile_cases(
-        f"linear_norm_act_fwd {'' if centred else 'LayerNorm '}{act}",
-        "linear_norm_act_fwd",
-        linear_norm_act_fwd_kernel,
-        operand,
-        *_SIZES,
-        tiles=tiles,
-        # SimNorm sums along a third axis: the tile is laid out anew, on sm_100 out of registers.
-        max_spill=192 if simnorm else SPILL,
-        wide=("y",) if simnorm else (),
-        constants={"stride_wk": 1, "CENTRED": centred, "ACT": act, "GROUP": 8 if simnorm else 1},
-    )
-
-
-def _backward(
-    operand: str, centred: bool, wide: bool, tiles: tuple[tuple[int, int], ...] | None = None
-) -> list[Case]:
-    return tile_cases(
-        f"linear_norm_act_bwd {'' if centred else 'LayerNorm '}mish{' to fp32' if wide else ''}",
-        "linear_norm_act_bwd",
-        linear_norm_act_bwd_kernel,
-        operand,
-        *_SIZES,
-        tiles=tiles,
-        # On sm_100 the sums and the addend do not fit beside a result that is not rounded.
-        max_spill=128 if wide else SPILL,
-        absent=absent_scales(operand, wide),
-        wide=("dx",) if wide else (),
-        constants={"stride_wn": 1, "CENTRED": centred, "ACT": "mish"},
-    )

@@ -8,14 +8,15 @@ activation from the saved ``xhat``.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
-from pwm_fast.kernels.column_sums import add_column_sums, empty_partial, parts_of
+from pwm_fast.kernels.column_sums import add_column_sums, partial_sums
 from pwm_fast.kernels.launch import launch, row_tile
 from pwm_fast.kernels.pointwise import mish, mish_slope, power, rounded, row_exponent
+from pwm_fast.kernels.simnorm import simnorm_bwd, simnorm_fwd
 
 #: Codes of the activations.
 ACTS = {"none": 0, "mish": 1, "simnorm": 2}
@@ -190,14 +191,17 @@ def norm_act_fwd(
     w_tau: Tensor | None = None,
     width: int = 0,
 ) -> None:
-    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_fwd`; ``group`` is a power of two."""
+    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_fwd`."""
     rows, n = x.shape
     tile = row_tile(n)
+    two = act == "simnorm" and not _fits_a_tile(group)
+    u = torch.empty_like(y, dtype=x.dtype, memory_format=torch.contiguous_format) if two else y
+    act = "none" if two else act
     launch(
         norm_act_fwd_kernel,
-        (triton.cdiv(rows, tile.rows),),
+        tile.grid(rows),
         x,
-        y,
+        u,
         xhat,
         rstd,
         gamma,
@@ -211,7 +215,7 @@ def norm_act_fwd(
         width or n,
         1 if add is None else add.shape[0],
         x.stride(0),
-        y.stride(0),
+        u.stride(0),
         0 if xhat is None else xhat.stride(0),
         0 if add is None else add.stride(0),
         eps,
@@ -219,10 +223,10 @@ def norm_act_fwd(
         CENTRED=width > 0,
         ACT=ACTS[act],
         GROUP=group if act == "simnorm" else 1,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **tile.options,
     )
+    if two:
+        simnorm_fwd(u, y, group)
 
 
 def norm_act_bwd(
@@ -243,13 +247,17 @@ def norm_act_bwd(
     dy_scale: Tensor | None = None,
     dx_scale: Tensor | None = None,
 ) -> None:
-    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_bwd`; ``group`` is a power of two."""
+    """See :meth:`pwm_fast.backends.base.Kernels.norm_act_bwd`."""
     rows, n = dy.shape
     tile = row_tile(n)
+    if act == "simnorm" and not _fits_a_tile(group):
+        assert y is not None
+        du = torch.empty_like(dy, dtype=rstd.dtype, memory_format=torch.contiguous_format)
+        simnorm_bwd(dy, y, du, group, dy_scale)
+        dy, dy_scale, act = du, None, "none"
     blocks = triton.cdiv(rows, tile.rows)
     sums = 3 if dbias is not None else 2 if dgamma is not None or dbeta is not None else 0
-    parts = parts_of(blocks) if sums else blocks
-    partial = empty_partial(dy, 1, parts, n) if sums and blocks else None
+    parts, partial = partial_sums(dy, 1, blocks, (dgamma, dbeta, dbias))
     launch(
         norm_act_bwd_kernel,
         (parts,),
@@ -274,77 +282,12 @@ def norm_act_bwd(
         SUMS=sums,
         ACT=ACTS[act],
         GROUP=group if act == "simnorm" else 1,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **tile.options,
     )
     if partial is not None:
         add_column_sums(partial, (dgamma, dbeta, dbias))
 
 
-_TYPES = {
-    **dict.fromkeys(("x", "rstd", "gamma", "beta", "bias", "add", "tau", "w_tau"), "*fp32"),
-    **dict.fromkeys(("dy_scale", "dx_scale", "partial"), "*fp32"),
-    **dict.fromkeys(("rows", "n", "width", "add_rows", "x_stride", "y_stride"), "i32"),
-    **dict.fromkeys(("xhat_stride", "add_stride", "dy_stride", "dx_stride"), "i32"),
-    "eps": "fp32",
-}
-_OPTIONAL = ("bias", "add", "tau", "w_tau", "dy_scale", "dx_scale", "partial")
-
-
-def _case(
-    direction: str, act: str, n: int, dtype: str, given: str = "", width: int = 0, sums: int = 0
-) -> Case:
-    """One launch on rows of ``n`` with the optional tensors that ``given`` names."""
-    fn = norm_act_fwd_kernel if direction == "fwd" else norm_act_bwd_kernel
-    tile = row_tile(n)
-    there = given.split() + (["partial"] if sums else [])
-    constants: dict[str, object] = {name: None for name in _OPTIONAL if name not in there}
-    constants |= {"CENTRED": width > 0, "ACT": ACTS[act], "GROUP": 8 if act == "simnorm" else 1}
-    constants |= {"ROWS": tile.rows, "BLOCK": tile.block, "SUMS": sums, "TAU_ROWS": False}
-    if direction == "bwd" and act != "simnorm":
-        constants["y"] = None
-    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
-    types = _TYPES | dict.fromkeys(("y", "xhat", "dy", "dx"), f"*{dtype}")
-    sizes = ("n", "x_stride", "y_stride", "xhat_stride", "add_stride", "dy_stride", "dx_stride")
-    # Rows wider than any published model's: a few spilled registers are better than no kernel.
-    spill = 128 if n > 4096 else 0
-    odd = {"rows", "width", "add_rows", *(sizes if n % 16 else ())}
-    words = (act, f"U{n}", dtype, "centred" if width else "", given, "sums" if sums else "")
-    return Case(
-        " ".join(w for w in (f"norm_act_{direction}", *words) if w),
-        fn,
-        signature(fn, types, constants),
-        constants,
-        unaligned=frozenset(odd),
-        num_warps=tile.warps,
-        max_spill=spill,
-    )
-
-
-def cases() -> list[Case]:
-    """Launches of the published models' widths, of odd ones, and of the extremes."""
-    return [
-        _case("fwd", "mish", 512, "fp16", "add tau w_tau", width=510),
-        _case("fwd", "mish", 512, "fp16", "bias", width=510),
-        _case("fwd", "mish", 512, "bf16", "bias", width=510),
-        _case("fwd", "mish", 510, "fp32", "add tau w_tau"),
-        _case("fwd", "mish", 1792, "fp16", "bias", width=1788),
-        _case("fwd", "mish", 1788, "fp32", "bias"),
-        _case("fwd", "mish", 4096, "fp16", "bias", width=4096),
-        _case("fwd", "mish", 8192, "fp32", "add tau w_tau bias"),
-        _case("fwd", "simnorm", 512, "fp16", "bias"),
-        _case("fwd", "simnorm", 1376, "fp32", "bias"),
-        _case("fwd", "none", 7, "fp32"),
-        _case("bwd", "mish", 512, "fp16", "dy_scale dx_scale", width=510),
-        _case("bwd", "mish", 512, "bf16", width=510),
-        _case("bwd", "mish", 512, "fp16", "dy_scale dx_scale", width=510, sums=3),
-        _case("bwd", "mish", 510, "fp32", sums=3),
-        _case("bwd", "mish", 1792, "fp16", "dy_scale dx_scale", width=1788),
-        _case("bwd", "mish", 1792, "fp16", "dy_scale dx_scale", width=1788, sums=3),
-        _case("bwd", "mish", 4096, "fp16", "dy_scale dx_scale", width=4096, sums=3),
-        _case("bwd", "mish", 8192, "fp32", sums=3),
-        _case("bwd", "simnorm", 512, "fp16", "dy_scale dx_scale", width=512, sums=3),
-        _case("bwd", "simnorm", 1376, "fp32", sums=3),
-        _case("bwd", "none", 7, "fp32", sums=2),
-    ]
+def _fits_a_tile(group: int) -> bool:
+    """Groups of a power of two make up a tile in one kernel; SimNorm of others is a second one."""
+    return group & (group - 1) == 0

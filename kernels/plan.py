@@ -1,4 +1,4 @@
-"""Which tiles a fused product is launched with, or that it had better not be fused.
+"""Which tiles a fused GEMM is launched with, or that it had better not be fused.
 
 What there is to choose from is :data:`TILES`, for every kernel. The choice is an entry of the GPU's
 file of measured ones (:mod:`pwm_fast.kernels.tuning`) or else the least of the cost model
@@ -25,7 +25,7 @@ VARIABLE = "PWM_FAST_FUSED_PRODUCTS"
 WIDEST = 512
 #: Tiles ``(BLOCK_M, BLOCK_N)`` of rows that lie in several tiles.
 SHARED_ROWS = ((16, 64), (32, 64), (64, 64), (64, 128), (128, 128))
-#: Tiles of whole rows of ensembles' layers, which are masked. With 64 rows, as warpgroup products,
+#: Tiles of whole rows of ensembles' layers, which are masked. With 64 rows, as warpgroup GEMMs,
 #: they would spill.
 GROUPED = ((16, 256), (32, 256), (16, 512), (32, 512))
 #: Of 16 rows of 256, by 4 warps, Triton 3.6 keeps 3 KB a thread in memory.
@@ -81,8 +81,8 @@ TILES: Mapping[str, Tiles] = {
 RATES = ("16", "tf32", "ieee")
 
 
-class Product(NamedTuple):
-    """A product ``[rows, k] [n, k]^T``, or one of each member, with what follows it.
+class GemmShape(NamedTuple):
+    """A GEMM ``[rows, k] [n, k]^T``, or one of each member, with what follows it.
 
     Attributes:
         kernel: a key of :data:`TILES`.
@@ -120,7 +120,7 @@ class Product(NamedTuple):
         return f"{self.rate}{members} R{_power_of_two(self.rows)} N{self.n} K{self.k}"
 
     def check(self) -> None:
-        """Raise ValueError for what is no product."""
+        """Raise ValueError for what is no GEMM."""
         if self.kernel not in TILES:
             raise ValueError(f"kernel must be one of {', '.join(TILES)}, got {self.kernel!r}")
         if min(self.rows, self.n, self.k, self.members) < 1:
@@ -135,12 +135,12 @@ class Product(NamedTuple):
 _KEY = re.compile(r"(16|tf32|ieee)(?: E(\d+))? R(\d+) N(\d+) K(\d+)")
 
 
-def product_of(kernel: str, key: str) -> Product:
-    """The largest product that a tuned entry is for; of a key that ``tuning.load`` let pass."""
+def gemm_shape(kernel: str, key: str) -> GemmShape:
+    """The largest GEMM that a tuned entry is for; of a key that ``tuning.load`` let pass."""
     rate, members, rows, n, k = _KEY.fullmatch(key).groups()  # type: ignore[union-attr]
     element = 2 if rate == "16" else 4
     precision = "tf32" if rate == "16" else rate
-    return Product(kernel, int(rows), int(n), int(k), int(members or 1), element, precision)
+    return GemmShape(kernel, int(rows), int(n), int(k), int(members or 1), element, precision)
 
 
 class Limits(NamedTuple):
@@ -156,8 +156,8 @@ class Limits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one fused product is launched.
+class GemmPlan:
+    """How one fused GEMM is launched.
 
     Attributes:
         block_m: rows of a tile.
@@ -206,7 +206,7 @@ def make_plan(
     backward: bool = False,
     *,
     waits: bool = True,
-) -> Plan | None:
+) -> GemmPlan | None:
     """The plan of one tile shape, or None where it does not fit the shapes or the device.
 
     Args:
@@ -231,11 +231,11 @@ def make_plan(
     if stages < 2:
         return None
     # At most 64 accumulators a thread: the epilogue holds about as much again, backward more.
-    # Products of few rows take their operands through registers as well.
+    # GEMMs of few rows take their operands through registers as well.
     fewer = backward or block_m < 32
     warps = max(4, block_m * block_n // (1024 if fewer else 2048))
     groups = min(tiles_m, sms // tiles_n) if synced else tiles_m
-    return Plan(block_m, block_n, block_k, warps, stages, tiles_n, groups, waits)
+    return GemmPlan(block_m, block_n, block_k, warps, stages, tiles_n, groups, waits)
 
 
 def shapes(kernel: str, n: int) -> list[tuple[int, int]]:
@@ -252,94 +252,132 @@ def shapes(kernel: str, n: int) -> list[tuple[int, int]]:
     return whole + [(m, b) for m, b in tiles.shared if b < n or b == first]
 
 
-def candidates(product: Product, limits: Limits) -> list[Plan]:
+def candidates(gemm: GemmShape, limits: Limits) -> list[GemmPlan]:
     """Every plan that fits, for the model and the tuner to choose from.
 
-    None of exact float32 products: they run on no tensor cores, and the library's are faster.
+    None of exact float32 GEMMs: they run on no tensor cores, and the library's are faster.
 
     Raises:
         ValueError: a size is not positive, or the kernel or precision unknown.
     """
-    product.check()
-    tiles = TILES[product.kernel]
-    if product.rate == "ieee" or product.k % (tiles.summed or _block_k(product.element)):
+    gemm.check()
+    tiles = TILES[gemm.kernel]
+    if gemm.rate == "ieee" or gemm.k % (tiles.summed or _block_k(gemm.element)):
         return []
-    made = (_plan(m, b, product, limits) for m, b in shapes(product.kernel, product.n))
+    made = (_plan(m, b, gemm, limits) for m, b in shapes(gemm.kernel, gemm.n))
     return [p for p in made if p is not None]
 
 
-def _plan(block_m: int, block_n: int, product: Product, limits: Limits) -> Plan | None:
-    tiles = TILES[product.kernel]
+def _plan(block_m: int, block_n: int, gemm: GemmShape, limits: Limits) -> GemmPlan | None:
+    tiles = TILES[gemm.kernel]
     return make_plan(
         block_m,
         block_n,
-        product.rows,
-        product.n,
+        gemm.rows,
+        gemm.n,
         limits.sms,
-        product.element,
+        gemm.element,
         limits.shared,
         tiles.backward,
         waits=tiles.waits,
     )
 
 
-def model(product: Product, limits: Limits) -> dict[Plan | None, float]:
-    """Microseconds that the cost model gives every candidate; None: plain product, element kernel.
+def _busy(plan: GemmPlan, gemm: GemmShape, sms: int) -> tuple[int, int, float]:
+    """Waves of tiles, tiles at once, and microseconds that a tile's GEMM takes."""
+    tiles = gemm.members * -(-gemm.rows // plan.block_m) * plan.tiles_n
+    together = min(tiles, plan.programs if plan.synced else sms)
+    # Columns beyond a row's end are multiplied, but not read.
+    columns = min(plan.block_n, gemm.n)
+    bytes_in = (plan.block_m + columns) * gemm.k * gemm.element
+    share = cost.CONSTANTS["wide" if plan.block_m >= 64 else "narrow"].value
+    flops = 2.0 * plan.block_m * plan.block_n * gemm.k
+    multiplied = flops / (cost.RATE[gemm.rate] * share)
+    busy = max(multiplied, bytes_in / cost.INGRESS, bytes_in * together / cost.L2)
+    return -(-tiles // together), together, busy
+
+
+def fused_time(plan: GemmPlan, gemm: GemmShape, sms: int) -> float:
+    """Microseconds that the model gives a plan."""
+    waves, together, busy = _busy(plan, gemm, sms)
+    # An epilogue computes, or waits for what it reads and writes beside the GEMM.
+    moved = plan.block_m * min(plan.block_n, gemm.n) * gemm.traffic
+    epilogue = max(plan.block_m * plan.block_n * cost.EPILOGUE, moved * together / cost.L2)
+    return cost.LAUNCH + waves * (busy + epilogue + (cost.EXCHANGE if plan.synced else 0.0))
+
+
+def unfused_time(plans: list[GemmPlan], gemm: GemmShape, sms: int) -> float:
+    """Microseconds that the model gives a plain GEMM and an element kernel after it.
+
+    Args:
+        plans: tiles of the plain GEMM, of which it takes the best, without an epilogue.
+        gemm: what is to be computed.
+        sms: multiprocessors of the device.
+    """
+    times = (_busy(p, gemm, sms) for p in plans)
+    time = min(waves * busy for waves, _, busy in times)
+    if gemm.rate == "ieee":
+        time /= cost.CONSTANTS["library"].value
+    # The GEMM is written and read in float32, on top of what the fused kernel moves.
+    between = gemm.members * gemm.rows * gemm.n * (8 + gemm.traffic)
+    return 2 * cost.LAUNCH + time + between / (cost.L2 if between < cost.IN_L2 else cost.HBM)
+
+
+def model(gemm: GemmShape, limits: Limits) -> dict[GemmPlan | None, float]:
+    """Microseconds that the cost model gives every candidate; None: plain GEMM, element kernel.
 
     Raises:
         ValueError: see :func:`candidates`.
     """
     plain = [
-        make_plan(
-            m, b, product.rows, product.n, limits.sms, product.element, limits.shared, waits=False
-        )
+        make_plan(m, b, gemm.rows, gemm.n, limits.sms, gemm.element, limits.shared, waits=False)
         for m, b in SHARED_ROWS
-        if b < product.n or b == SHARED_ROWS[0][1]
+        if b < gemm.n or b == SHARED_ROWS[0][1]
     ]
-    found: dict[Plan | None, float] = {
-        p: cost.fused(p, product, limits.sms) for p in candidates(product, limits)
+    found: dict[GemmPlan | None, float] = {
+        p: fused_time(p, gemm, limits.sms) for p in candidates(gemm, limits)
     }
-    found[None] = cost.unfused([p for p in plain if p is not None], product, limits.sms)
+    found[None] = unfused_time([p for p in plain if p is not None], gemm, limits.sms)
     return found
 
 
 def plan(
-    product: Product, limits: Limits, tuned: Mapping[str, Mapping[str, int]] | None = None
-) -> Plan | None:
-    """How to launch a fused product, or None: do not fuse it.
+    gemm: GemmShape, limits: Limits, tuned: Mapping[str, Mapping[str, int]] | None = None
+) -> GemmPlan | None:
+    """How to launch a fused GEMM, or None: do not fuse it.
 
     Args:
-        product: what is to be computed.
+        gemm: what is to be computed.
         limits: of the device.
         tuned: entries that come before the model, by :attr:`Product.key`: see :func:`entry_plan`.
 
     Raises:
         ValueError: see :func:`candidates`; or a tuned entry does not fit.
     """
-    product.check()
-    entry = None if tuned is None else tuned.get(product.key)
+    gemm.check()
+    entry = None if tuned is None else tuned.get(gemm.key)
     if entry is not None:
-        return entry_plan(entry, product, limits)
-    found = model(product, limits)
+        return entry_plan(entry, gemm, limits)
+    found = model(gemm, limits)
     return min(found, key=lambda p: found[p])
 
 
-def entry_plan(entry: Mapping[str, int], product: Product, limits: Limits) -> Plan | None:
+def entry_plan(entry: Mapping[str, int], gemm: GemmShape, limits: Limits) -> GemmPlan | None:
     """The plan of a tuned entry: a tile's ``block_m`` and ``block_n``; ``block_m`` 0: do not fuse.
 
     Raises:
         ValueError: the kernel has no such tile, or it does not fit sizes or device.
     """
-    tuning.check(product.kernel, product.key, dict(entry))
+    tuning.check(gemm.kernel, gemm.key, dict(entry))
     if not entry["block_m"]:
         return None
-    found = {(p.block_m, p.block_n): p for p in candidates(product, limits)}
+    found = {(p.block_m, p.block_n): p for p in candidates(gemm, limits)}
     tile = entry["block_m"], entry["block_n"]
     if tile not in found:
         fitting = ", ".join(p.name for p in found.values()) or "none"
         raise ValueError(
-            f"{product.kernel} has no tile {tile[0]}x{tile[1]} that fits {product.rows} rows of "
-            f"{product.n} on {limits.sms} multiprocessors with {limits.shared} bytes of shared "
+            f"{gemm.kernel} has no tile {tile[0]}x{tile[1]} that fits {gemm.rows} rows of "
+            f"{gemm.n} on {limits.sms} multiprocessors with {limits.shared} bytes of shared "
             f"memory each; those that do: {fitting}"
         )
     return found[tile]
@@ -359,37 +397,37 @@ def device_limits(device: torch.device) -> tuple[str, Limits]:
 @lru_cache(maxsize=64)
 def _tuned(kernel: str, gpu: str, limits: Limits) -> Mapping[str, Mapping[str, int]]:
     def fits(key: str, entry: Mapping[str, int]) -> None:
-        entry_plan(entry, product_of(kernel, key), limits)
+        entry_plan(entry, gemm_shape(kernel, key), limits)
 
     return tuning.entries(gpu, kernel, fits)
 
 
 @lru_cache(maxsize=4096)
-def _chosen(product: Product, gpu: str, limits: Limits) -> Plan | None:
-    return plan(product, limits, _tuned(product.kernel, gpu, limits))
+def _chosen(gemm: GemmShape, gpu: str, limits: Limits) -> GemmPlan | None:
+    return plan(gemm, limits, _tuned(gemm.kernel, gpu, limits))
 
 
-def device_plan(product: Product, device: torch.device) -> Plan | None:
+def device_plan(gemm: GemmShape, device: torch.device) -> GemmPlan | None:
     """:func:`plan` for a device, with its tuned entries; chosen once, then looked up.
 
     On CPU tensors, which Triton's interpreter works on, the first plan whose programs do not wait:
     there nobody can.
 
     Args:
-        product: what is to be computed; without rows, columns or a summed width there is no plan.
+        gemm: what is to be computed; without rows, columns or a summed width there is no plan.
         device: of the tensors.
 
     Raises:
         ValueError: ``PWM_FAST_FUSED_PRODUCTS`` is neither 1 nor 0, which asks for no plan ever; or
             the GPU's file of tuned entries is wrong.
     """
-    if min(product.rows, product.n, product.k) < 1 or not fusion_wanted():
+    if min(gemm.rows, gemm.n, gemm.k) < 1 or not fusion_wanted():
         return None
     if device.type != "cuda":
         # Of any width: alignment, precision and how many variants there are matter on GPUs alone.
-        block_n = _power_of_two(max(product.n, 64))
-        return _plan(16, block_n, product, Limits(1)) if product.n <= WIDEST else None
-    return _chosen(product, *device_limits(device))
+        block_n = _power_of_two(max(gemm.n, 64))
+        return _plan(16, block_n, gemm, Limits(1)) if gemm.n <= WIDEST else None
+    return _chosen(gemm, *device_limits(device))
 
 
 def fusion_wanted() -> bool:
@@ -402,31 +440,6 @@ def fusion_wanted() -> bool:
     if choice not in ("0", "1"):
         raise ValueError(f"{VARIABLE} must be 0 or 1, got {choice!r}")
     return choice == "1"
-
-
-class Exchange:
-    """Slots and counters of launches that follow one another on one stream.
-
-    Counters start from zero and only grow, so whoever runs a sequence of launches makes one of
-    these at its beginning (in a captured sequence the zeroing is part of the graph) and never
-    shares it with launches that may run at the same time.
-
-    Args:
-        plan: of the launches.
-        rows: of their results.
-        planes: values a row and tile; the most that any of the launches exchanges.
-        device: of the tensors.
-    """
-
-    def __init__(self, plan: Plan, rows: int, planes: int, device: torch.device) -> None:
-        tiles_m = _cdiv(rows, plan.block_m)
-        self.stride = tiles_m * plan.block_m
-        self.planes = planes
-        self.tiles_n = plan.tiles_n
-        size = planes * plan.tiles_n * self.stride
-        self.slots = torch.empty(size, dtype=torch.float32, device=device)
-        # COUNTER_STRIDE of kernels/tile.py, which cannot be imported without triton
-        self.counters = torch.zeros(tiles_m * 32, dtype=torch.int32, device=device)
 
 
 def _block_k(element: int) -> int:

@@ -23,10 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
-from pwm_fast.kernels.launch import launch
+from pwm_fast.kernels.gemm_tile import GemmTile, act_norm_rows, gemm
+from pwm_fast.kernels.launch import check_dense, launch
 from pwm_fast.kernels.pointwise import rounded, tanh
-from pwm_fast.kernels.tile import act_norm_rows, product
 
 #: The widest hidden layer, and the most actions: what a tile of rows holds whole.
 WIDEST, MOST_ACTIONS = 512, 128
@@ -36,8 +35,8 @@ MOST_LAYERS = 6
 _OPERANDS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BLOCK_K = 64
 _TERM_BLOCK = 128  # columns of c at a time
-_WARPS = 8
-_STAGES = 3
+WARPS = 8
+STAGES = 3
 
 
 @triton.constexpr_function
@@ -95,23 +94,8 @@ def _next(
 ):
     """The product of rows of K features, which this program has stored, with ``[N, K]``."""
     BLOCK: tl.constexpr = _block(N)
-    return product(
-        x,
-        weight,
-        tl.minimum(own, R - 1),
-        tl.arange(0, BLOCK),
-        N,
-        K,
-        K,
-        K,
-        1,
-        BLOCK_M,
-        BLOCK,
-        BLOCK_K,
-        N == BLOCK,
-        K % BLOCK_K == 0,
-        "tf32",
-    )
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK, BLOCK_K, N == BLOCK, K % BLOCK_K == 0, "tf32")
+    return gemm(x, weight, tl.minimum(own, R - 1), tl.arange(0, BLOCK), N, K, K, K, 1, T)
 
 
 @triton.jit
@@ -214,26 +198,13 @@ def policy_step_kernel(
     v += tl.load(noise + at, mask=there, other=0.0) * tl.load(std + cols, mask=inside, other=0.0)
     tl.store(action + at, tanh(v), mask=there)
     tl.debug_barrier()
+    # More than 16 summed at once spill kilobytes.
+    T: tl.constexpr = GemmTile(BLOCK_M, BLOCK_U, 16, False, False, "ieee")
     for start in range(0, U, BLOCK_U):
         columns = start + tl.arange(0, BLOCK_U)
         # Actions and their weights are float32 in every precision: they take no time.
-        term = product(
-            action,
-            w_a,
-            tl.minimum(own, R - 1),
-            columns,
-            U,
-            ACTIONS,
-            ACTIONS,
-            stride_wn,
-            stride_wk,
-            BLOCK_M,
-            BLOCK_U,
-            16,  # more at once spill kilobytes
-            False,
-            False,
-            "ieee",
-        )
+        row = tl.minimum(own, R - 1)
+        term = gemm(action, w_a, row, columns, U, ACTIONS, ACTIONS, stride_wn, stride_wk, T)
         kept = (columns < U)[None, :] & (own < R)[:, None]
         term += tl.load(base + far * stride_base + columns[None, :], mask=kept, other=0.0)
         tl.store(c + far * U + columns[None, :], term, mask=kept)
@@ -242,7 +213,7 @@ def policy_step_kernel(
 def shared_bytes(widths: Sequence[int], actions: int, block_m: int) -> int:
     """Shared memory of a program: of its widest product, the operands that are on their way."""
     widest = max(_block(n) for n in (*widths[1:], actions))
-    return (_STAGES - 1) * (block_m + widest) * _BLOCK_K * 2
+    return (STAGES - 1) * (block_m + widest) * _BLOCK_K * 2
 
 
 def why_not(
@@ -328,7 +299,7 @@ def policy_step(
     if head_bias is not None:
         wide["head_bias"] = head_bias, (actions,)
     for name, (x, shape) in wide.items():
-        _dense(name, x, shape, torch.float32)
+        check_dense(f"policy_step: {name}", x, shape, torch.float32)
     if w_a.shape != (columns, actions) or w_a.dtype != torch.float32:
         raise ValueError(f"policy_step: w_a must be float32 [U, {actions}], got {list(w_a.shape)}")
     if base.shape not in {(1, columns), (rows, columns)} or base.dtype != torch.float32:
@@ -363,15 +334,16 @@ def policy_step(
         columns if base.shape[0] > 1 else 0,
         w_a.stride(0),
         w_a.stride(1),
-        **_constants(widths, [p.act for p in layers], actions, block_m),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        **constants_of(widths, [p.act for p in layers], actions, block_m),
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
 
 
-def _constants(
+def constants_of(
     widths: Sequence[int], acts: Sequence[str], actions: int, block_m: int
 ) -> dict[str, Any]:
+    """What the kernel is compiled for."""
     return {
         "WIDTHS": tuple(widths),
         "MISH": tuple(act == "mish" for act in acts),
@@ -398,13 +370,13 @@ def _check(
         vectors = {"bias": layer.bias, "gamma": layer.gamma, "beta": layer.beta}
         for name, x in vectors.items():
             if x is not None:
-                _dense(f"layer {i}'s {name}", x, (n,), torch.float32)
+                check_dense(f"policy_step: layer {i}'s {name}", x, (n,), torch.float32)
         for name, x in {"y": layer.y, "u": layer.u}.items():
             if x is not None:
-                _dense(f"layer {i}'s {name}", x, (rows, n), operand)
+                check_dense(f"policy_step: layer {i}'s {name}", x, (rows, n), operand)
         for name, x in {"mean": layer.mean, "rstd": layer.rstd}.items():
             if x is not None:
-                _dense(f"layer {i}'s {name}", x, (rows,), torch.float32)
+                check_dense(f"policy_step: layer {i}'s {name}", x, (rows,), torch.float32)
         if (layer.weight is None) != (i == 0):
             raise ValueError("policy_step: all layers but the first have a weight")
         if layer.weight is not None:
@@ -414,52 +386,3 @@ def _check(
                     f"policy_step: layer {i}'s weight must be {list(shape)} of {operand}, got "
                     f"{list(layer.weight.shape)} of {layer.weight.dtype}"
                 )
-
-
-def _dense(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
-        raise ValueError(
-            f"policy_step: {name} must be a contiguous {list(shape)} of {dtype}, got "
-            f"{list(x.shape)} of {x.dtype} with strides {x.stride()}"
-        )
-
-
-def cases() -> list[Case]:
-    """The published policies: 400, 200 and 100 features, of few and many actions."""
-    found = []
-    widths, acts = (400, 200, 100), ("mish",) * 3
-    each = len(widths)
-    for dtype, block_m, actions, saves in (
-        ("fp16", 16, 8, True),
-        ("fp16", 32, 8, True),
-        ("fp16", 16, 61, False),
-        ("bf16", 16, 8, True),
-    ):
-        constants: dict[str, Any] = _constants(widths, acts, actions, block_m)
-        constants["stride_wk"] = 1
-        operand, wide = f"*{dtype}", ("*fp32",) * each
-        # An argument that is None in a tuple is a constant of it.
-        types: dict[str, str | tuple[str, ...]] = dict.fromkeys(
-            ("h", "head_bias", "std", "noise", "action", "base", "w_a", "c"), "*fp32"
-        )
-        types |= dict.fromkeys(("biases", "gammas", "betas"), wide)
-        types |= {"weights": ("constexpr", *(operand,) * (each - 1)), "head": operand}
-        types |= {"epsilons": ("fp32",) * each, "ys": (operand,) * each}
-        kept = {"us": (operand,) * each, "means": wide, "rstds": wide}
-        types |= kept if saves else dict.fromkeys(kept, ("constexpr",) * each)
-        types |= dict.fromkeys(("R", "U", "stride_h", "stride_base", "stride_wn"), "i32")
-        found.append(
-            Case(
-                f"policy_step {'-'.join(map(str, widths))} A{actions}, {block_m} rows, {dtype}"
-                + ("" if saves else ", nothing kept"),
-                policy_step_kernel,
-                signature(policy_step_kernel, types, constants),
-                constants,
-                unaligned=frozenset({"R", "stride_wn", "noise", "action"}),
-                num_warps=_WARPS,
-                num_stages=_STAGES,
-                options={"enable_fp_fusion": True},
-                tensor_cores=True,
-            )
-        )
-    return found

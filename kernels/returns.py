@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import launch
 
-_BLOCK = 128
+BLOCK = 128
 
 
 @triton.jit
@@ -164,38 +163,12 @@ def _run(
     steps, n = like.shape
     launch(
         kernel,
-        (triton.cdiv(n, _BLOCK),),
+        (triton.cdiv(n, BLOCK),),
         *tensors,
         steps,
         n,
         gamma,
         lam,
         LAST=values.shape[0] == 1,
-        BLOCK=_BLOCK,
+        BLOCK=BLOCK,
     )
-
-
-def _case(fn: Any, last: bool, ends: bool) -> Case:
-    constants: dict[str, object] = {"LAST": last, "BLOCK": _BLOCK}
-    if not ends:
-        constants |= dict.fromkeys(n for n in ("continues", "dcontinues") if n in fn.arg_names)
-    types = dict.fromkeys(fn.arg_names, "*fp32") | dict.fromkeys(("steps", "n"), "i32")
-    types |= dict.fromkeys(("gamma", "lam"), "fp32")
-    words = (fn.__name__.removesuffix("_kernel"), "last" if last else "lambda")
-    return Case(
-        " ".join((*words, *(("ends",) if ends else ()))),
-        fn,
-        signature(fn, types, constants),
-        constants,
-        unaligned=frozenset({"steps"}),
-    )
-
-
-def cases() -> list[Case]:
-    """Discounted returns and targets of critics, with episodes' ends and without."""
-    return [
-        _case(fn, last, ends)
-        for fn in (returns_fwd_kernel, returns_bwd_kernel)
-        for last in (False, True)
-        for ends in (False, True)
-    ]

@@ -16,8 +16,8 @@ for the projection C off the mean: a centred ``p`` stays centred, and normalises
 one does. Adjoints are those of the centred tensors; where a weight was centred, its transpose takes
 the mean out of what passes through it.
 
-**Precision.** Weights, exchanged activations and adjoints, and saved ``xhat`` have the weights'
-dtype; pre-activations, ``p``, sums and statistics are float32. fp16 adjoints have a power of two a
+**Precision.** Weights, exchanged activations and gradients, and saved ``xhat`` have the weights'
+dtype; pre-activations, ``p``, sums and statistics are float32. fp16 gradients have a power of two a
 row.
 
 Source: section 2 (d) of this project's kernel design; Diamos et al. 2016, Persistent RNNs.
@@ -25,7 +25,6 @@ Source: section 2 (d) of this project's kernel design; Diamos et al. 2016, Persi
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +32,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.launch import INTERPRETING, launch
-from pwm_fast.kernels.rollout_adjoint import rollout_backward_kernel
+from pwm_fast.kernels.launch import INTERPRETING, check_dense, launch
+from pwm_fast.kernels.rollout_backward import rollout_backward_kernel
 from pwm_fast.kernels.rollout_device import rollout_forward_kernel
-from pwm_fast.kernels.rollout_exchange import PARTS
-from pwm_fast.kernels.rollout_plan import LAYOUTS, Plan, check_tuned, plan, tuning_key, why_not
+from pwm_fast.kernels.rollout_exchange import Workspace
+from pwm_fast.kernels.rollout_plan import (
+    LAYOUTS,
+    RolloutLayout,
+    check_tuned,
+    choose_layout,
+    tuning_key,
+    why_not,
+)
 
 __all__ = [
     "LAYOUTS",
@@ -45,12 +51,12 @@ __all__ = [
     "Backward",
     "Forward",
     "Network",
-    "Plan",
+    "RolloutLayout",
     "Saved",
     "Scheme",
     "Workspace",
     "check_tuned",
-    "plan",
+    "choose_layout",
     "rollout_backward",
     "rollout_forward",
     "tuning_key",
@@ -61,7 +67,6 @@ __all__ = [
 LIMIT = 2000 if INTERPRETING else 1 << 23
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_COUNTER = 32  # int32s from one group's counter to the next: a cache line each
 
 
 class Forward(NamedTuple):
@@ -189,7 +194,7 @@ def rollout_forward(
     c: Tensor,
     network: Network,
     scheme: Scheme,
-    plan: Plan,
+    plan: RolloutLayout,
     *,
     saved: Saved | None = None,
     total: Tensor | None = None,
@@ -274,7 +279,7 @@ def rollout_backward(
     lp: Tensor,
     network: Network,
     scheme: Scheme,
-    plan: Plan,
+    plan: RolloutLayout,
     saved: Saved,
     *,
     adjoints: Adjoints | None = None,
@@ -353,58 +358,9 @@ def rollout_backward(
     return Backward(dc, lp_out, sums.sum(0, dtype=torch.float64))
 
 
-class Workspace:
-    """What the programs of launches exchange through: one after another, on one stream.
-
-    It is cleared when it is made: so a captured graph must hold that, too, before the launches.
-
-    Args:
-        plan: layout of the launches.
-        batch: B.
-        padded: Up.
-        dtype: of the weights.
-        device: of the tensors.
-    """
-
-    def __init__(
-        self, plan: Plan, batch: int, padded: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.fits = (plan, batch, padded, dtype)
-        self.groups = -(-batch // plan.bm)
-        self.tiles = padded // plan.bn
-        self.programs = self.groups * self.tiles
-        self._met = 0
-        numbers = 2 * self.groups * PARTS.value * self.tiles * plan.bm
-        boards = 2, self.groups * plan.bm, padded
-        if plan.exchange == "flags":
-            parts = torch.empty(2, numbers // 2, device=device)
-            met = torch.zeros(self.groups * _COUNTER, dtype=torch.int32, device=device)
-            self.tensors = (*torch.empty(boards, dtype=dtype, device=device), *parts, met)
-            return
-        word = torch.int32 if dtype.itemsize == 2 else torch.int64
-        longs = math.prod(boards) * word.itemsize // 8
-        cleared = torch.zeros(numbers + longs, dtype=torch.int64, device=device)
-        words = cleared[numbers:].view(word).view(boards)
-        # No word counts anything: another tensor stands for the counters.
-        none = cleared.view(torch.int32)
-        self.tensors = (*words, *cleared[:numbers].view(2, -1), none)
-
-    def begin(self, meetings: int) -> int:
-        """How often a group has met before a launch in which it does ``meetings`` times.
-
-        Raises:
-            ValueError: the counters, or epochs, would not fit 31 bits.
-        """
-        before = self._met
-        self._met += meetings
-        if self._met * self.tiles >= 1 << 31:
-            raise ValueError(f"{self._met} meetings of {self.tiles} programs are too many to count")
-        return before
-
-
 def _workspace(
     given: Workspace | None,
-    plan: Plan,
+    plan: RolloutLayout,
     batch: int,
     padded: int,
     dtype: torch.dtype,
@@ -419,7 +375,9 @@ def _workspace(
     return given
 
 
-def constants_of(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) -> dict[str, Any]:
+def constants_of(
+    padded: int, plan: RolloutLayout, operand: torch.dtype, scheme: Scheme
+) -> dict[str, Any]:
     """What both kernels are compiled for."""
     return {
         "UP": padded,
@@ -437,7 +395,7 @@ def constants_of(padded: int, plan: Plan, operand: torch.dtype, scheme: Scheme) 
     }
 
 
-def options_of(plan: Plan) -> dict[str, Any]:
+def options_of(plan: RolloutLayout) -> dict[str, Any]:
     """How both kernels are compiled and launched."""
     # No pipelining: see the device code. Programs wait for each other: all must be resident.
     return {
@@ -452,7 +410,7 @@ def options_of(plan: Plan) -> dict[str, Any]:
 
 
 def _check(
-    p: Tensor, c: Tensor, name: str, network: Network, scheme: Scheme, plan: Plan
+    p: Tensor, c: Tensor, name: str, network: Network, scheme: Scheme, plan: RolloutLayout
 ) -> tuple[int, int, int]:
     if c.dim() != 3 or p.dim() != 2 or c.shape[1:] != p.shape:
         raise ValueError(
@@ -518,10 +476,6 @@ def _check_adjoints(
 
 
 def _buffer(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
-    if x.shape != torch.Size(shape) or x.dtype != dtype or not x.is_contiguous():
-        raise ValueError(
-            f"{name} must be a contiguous {list(shape)} of {dtype}, got {list(x.shape)} of "
-            f"{x.dtype} with stride {x.stride()}"
-        )
+    check_dense(name, x, shape, dtype)
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {x.device}")

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from pwm_fast.kernels.pointwise import mish, operand, rounded
-from pwm_fast.kernels.rollout_exchange import PARTS, share_rows, share_tile
+from pwm_fast.kernels.rollout_exchange import PARTS, Layout, Place, share_rows, share_tile
 
 # The loops must not be pipelined: what they load is written by other programs in between. Launches
 # therefore have num_stages=1.
@@ -45,123 +45,62 @@ def _features(i: tl.constexpr, KP: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def weight_slice(
-    w,
-    stride_n,
-    stride_k,
-    n,
-    UP: tl.constexpr,
-    KP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    FLIP: tl.constexpr,
-):
+def weight_slice(w, stride_n, stride_k, n, L: tl.constexpr):
     """A slice of a weight for :func:`product`: chunks ``[BN, KP / CHUNKS]``, or flipped."""
+    UP: tl.constexpr = L.UP
     chunks = ()
-    for i in tl.static_range(CHUNKS):
-        k = _features(i, KP, CHUNKS)
-        if FLIP:
+    for i in tl.static_range(L.CHUNKS):
+        k = _features(i, L.KP, L.CHUNKS)
+        if L.FLIP:
             at = w + k[:, None] * stride_k + n[None, :] * stride_n
             chunk = tl.load(at, mask=k[:, None] < UP, other=0.0)
         else:
             at = w + n[:, None] * stride_n + k[None, :] * stride_k
             chunk = tl.load(at, mask=k[None, :] < UP, other=0.0)
-        chunk = operand(chunk, PRECISION)
+        chunk = operand(chunk, L.PRECISION)
         chunks = chunks + (chunk,)  # type: ignore[assignment]  # noqa: RUF005  no unpacking there
     return chunks
 
 
 @triton.jit
-def product(w, x, nil, PRECISION: tl.constexpr, CHUNKS: tl.constexpr, FLIP: tl.constexpr):
+def product(w, x, nil, L: tl.constexpr):
     """``w x`` ``[BN, BM]`` as products of chunks: each is a chain of waiting instructions.
 
     Every chunk's sum begins at ``nil``, a zero that the compiler does not know, lest it join them.
     """
-    if FLIP:
+    PRECISION: tl.constexpr = L.PRECISION
+    if L.FLIP:
         start = tl.zeros([x[0].shape[0], w[0].shape[1]], tl.float32) + nil
         total = tl.dot(x[0], w[0], start, input_precision=PRECISION)
     else:
         start = tl.zeros([w[0].shape[0], x[0].shape[1]], tl.float32) + nil
         total = tl.dot(w[0], x[0], start, input_precision=PRECISION)
-    for i in tl.static_range(1, CHUNKS):
-        if FLIP:
+    for i in tl.static_range(1, L.CHUNKS):
+        if L.FLIP:
             total += tl.dot(x[i], w[i], start, input_precision=PRECISION)
         else:
             total += tl.dot(w[i], x[i], start, input_precision=PRECISION)
-    if FLIP:
+    if L.FLIP:
         total = tl.trans(total)
     return total
 
 
 @triton.jit
-def _hidden(
-    h,
-    gamma,
-    beta,
-    board,
-    slots,
-    counter,
-    meeting,
-    ok,
-    limit,
-    tile,
-    group,
-    width,
-    eps,
-    UP: tl.constexpr,
-    KP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    FLIP: tl.constexpr,
-    WORDS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+def _hidden(h, gamma, beta, board, slots, meeting, ok, place, width, eps, L: tl.constexpr):
     """RMS and Mish of pre-activations that the group's programs hold in parts.
 
     Returns this program's xhat and output, ``[BN, BM]``, the rows' rstd, and all programs' outputs
     as an operand ``[KP, BM]``.
     """
-    G: tl.constexpr = UP // BN
-    slots += group * PARTS * G * BM
+    slots += place.group * PARTS * (L.UP // L.BN) * L.BM
     meeting += 1
-    squares, ok = share_rows(
-        (tl.sum(h * h, axis=0),),
-        slots,
-        counter,
-        meeting,
-        ok,
-        limit,
-        tile,
-        G,
-        BM,
-        1,
-        WORDS,
-        WARPS,
-    )
+    squares, ok = share_rows((tl.sum(h * h, axis=0),), slots, meeting, ok, place, L, 1)
     rstd = tl.rsqrt(tl.sum(squares[0], axis=0) / width + eps) + lost(ok)
     xhat = h * rstd[None, :]
     y = mish(xhat * gamma[:, None] + beta[:, None])
     meeting += 1
-    full, ok = share_tile(
-        operand(rounded(y, DTYPE), PRECISION),
-        board,
-        counter,
-        meeting,
-        ok,
-        limit,
-        tile,
-        group,
-        UP,
-        KP,
-        BM,
-        BN,
-        CHUNKS,
-        FLIP,
-        WORDS,
-    )
+    mine = operand(rounded(y, L.DTYPE), L.PRECISION)
+    full, ok = share_tile(mine, board, meeting, ok, place, L)
     return xhat, y, rstd, full, meeting, ok
 
 
@@ -230,12 +169,13 @@ def rollout_forward_kernel(
     offs = m[None, :] * UP + n[:, None]
     rows = m < batch
     mask = rows[None, :] & (n[:, None] >= 0)
-    counter = counters_ptr + group * 32
+    L: tl.constexpr = Layout(UP, KP, BM, BN, DTYPE, PRECISION, CHUNKS, FLIP, WORDS, WARPS)
+    place = Place(tile, group, counters_ptr + group * 32, limit)
     size = batch.to(tl.int64) * UP  # of one evaluation's or macro step's tensor
 
-    w2 = weight_slice(w2_ptr, w2_n, w2_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
+    w2 = weight_slice(w2_ptr, w2_n, w2_k, n, L)
     tl.debug_barrier()  # one slice at a time through the registers
-    w13 = weight_slice(w13_ptr, w13_n, w13_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
+    w13 = weight_slice(w13_ptr, w13_n, w13_k, n, L)
     tl.debug_barrier()
     gamma1, beta1 = tl.load(gamma1_ptr + n), tl.load(beta1_ptr + n)
     gamma2, beta2 = tl.load(gamma2_ptr + n), tl.load(beta2_ptr + n)
@@ -254,67 +194,23 @@ def rollout_forward_kernel(
             at = t * evals + e
             h = stage + (c + flow_time(e, substeps, HEUN) * w_tau[:, None])
             xhat, y, rstd, full, meeting, ok = _hidden(
-                h,
-                gamma1,
-                beta1,
-                board1_ptr,
-                slots1_ptr,
-                counter,
-                meeting,
-                ok,
-                limit,
-                tile,
-                group,
-                width1,
-                eps1,
-                UP,
-                KP,
-                BM,
-                BN,
-                DTYPE,
-                PRECISION,
-                CHUNKS,
-                FLIP,
-                WORDS,
-                WARPS,
+                h, gamma1, beta1, board1_ptr, slots1_ptr, meeting, ok, place, width1, eps1, L
             )
             if SAVE:
                 tl.store(xhat1_ptr + at * size + offs, rounded(xhat, DTYPE), mask=mask)
                 tl.store(rstd1_ptr + at * batch + m, rstd, mask=rows & (tile == 0))
             if KEEP:
                 tl.store(y1_ptr + at * size + offs, rounded(y, DTYPE), mask=mask)
-            h = product(w2, full, nil, PRECISION, CHUNKS, FLIP) + (b2[:, None] + lost(ok))
+            h = product(w2, full, nil, L) + (b2[:, None] + lost(ok))
             xhat, y, rstd, full, meeting, ok = _hidden(
-                h,
-                gamma2,
-                beta2,
-                board2_ptr,
-                slots2_ptr,
-                counter,
-                meeting,
-                ok,
-                limit,
-                tile,
-                group,
-                width2,
-                eps2,
-                UP,
-                KP,
-                BM,
-                BN,
-                DTYPE,
-                PRECISION,
-                CHUNKS,
-                FLIP,
-                WORDS,
-                WARPS,
+                h, gamma2, beta2, board2_ptr, slots2_ptr, meeting, ok, place, width2, eps2, L
             )
             if SAVE:
                 tl.store(xhat2_ptr + at * size + offs, rounded(xhat, DTYPE), mask=mask)
                 tl.store(rstd2_ptr + at * batch + m, rstd, mask=rows & (tile == 0))
             if KEEP:
                 tl.store(y2_ptr + at * size + offs, y, mask=mask)
-            q = product(w13, full, nil, PRECISION, CHUNKS, FLIP) + b13[:, None]
+            q = product(w13, full, nil, L) + b13[:, None]
             if HEUN:
                 total += (0.5 * dt) * y
                 second = (e & 1) == 1

@@ -23,13 +23,62 @@ and epochs of 16 bits may wrap. Memory is cleared before the first meeting, whos
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from pwm_fast.kernels.launch import INTERPRETING
+from pwm_fast.kernels.rollout_plan import RolloutLayout
 
 _COMPILED = tl.constexpr(not INTERPRETING)
 PARTS = tl.constexpr(3)  # numbers that a program publishes of a row at a time, at most
+
+
+class Layout(NamedTuple):
+    """What a launch is compiled for, as device functions pass it on; all are constants.
+
+    Attributes:
+        UP: features, padded.
+        KP: the power of two that holds them.
+        BM: rows of a group.
+        BN: features of a program.
+        DTYPE: of the weights.
+        PRECISION: of their products in float32.
+        CHUNKS: independent parts of a product's sum.
+        FLIP: rows are a product's first operand.
+        WORDS: programs exchange words, not flags.
+        WARPS: of a program.
+    """
+
+    UP: Any
+    KP: Any
+    BM: Any
+    BN: Any
+    DTYPE: Any
+    PRECISION: Any
+    CHUNKS: Any
+    FLIP: Any
+    WORDS: Any
+    WARPS: Any
+
+
+class Place(NamedTuple):
+    """Where a program stands.
+
+    Attributes:
+        tile: its slice of the features.
+        group: its group of rows.
+        counter: of the group.
+        limit: polls until it gives up.
+    """
+
+    tile: Any
+    group: Any
+    counter: Any
+    limit: Any
 
 
 # --- flags --------------------------------------------------------------------------------------
@@ -153,49 +202,38 @@ def _await_words(
 
 
 @triton.jit
-def share_rows(
-    values,
-    slots,
-    counter,
-    meeting,
-    ok,
-    limit,
-    tile,
-    G: tl.constexpr,
-    BM: tl.constexpr,
-    COUNT: tl.constexpr,
-    WORDS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+def share_rows(values, slots, meeting, ok, place, L: tl.constexpr, COUNT: tl.constexpr):
     """Publish COUNT numbers a row, ``[BM]`` each; returns those of all G programs.
 
     They are ``[P, BM]`` each, with zeros in all but G places of P, and with them whether all came.
     """
+    BM: tl.constexpr = L.BM
+    G: tl.constexpr = L.UP // L.BN
     GP: tl.constexpr = triton.next_power_of_2(G)
     j = tl.arange(0, BM)
-    mine = slots + tile * BM + j
+    mine = slots + place.tile * BM + j
     for i in tl.static_range(COUNT):
-        if WORDS:
+        if L.WORDS:
             _send(mine + i * G * BM, _sealed(values[i], meeting, tl.int64), tl.int64)
         else:
             tl.store(mine + i * G * BM, values[i])
     found = ()
-    if WORDS:
+    if L.WORDS:
         FIT: tl.constexpr = triton.next_power_of_2(COUNT) * GP
-        LEAST: tl.constexpr = 32 * WARPS // BM  # see _await_words
+        LEAST: tl.constexpr = 32 * L.WARPS // BM  # see _await_words
         ROWS: tl.constexpr = FIT if FIT > LEAST else LEAST
         row = tl.arange(0, ROWS)[:, None]
         value, program = row // GP, row % GP
         at = slots + (value * G + program) * BM + j[None, :]
         # The programs' places of values that there are.
         index = tl.where(value < COUNT, program, G)
-        words, ok = _await_words(at, index, meeting, ok, limit, 0, G, 1, tl.int64)
+        words, ok = _await_words(at, index, meeting, ok, place.limit, 0, G, 1, tl.int64)
         all_values = _opened(words[0], tl.int64, tl.float32)
         for i in tl.static_range(COUNT):
             own = (value == i) & (program < G)
             found = found + (tl.where(own, all_values, 0.0),)  # type: ignore[assignment]  # noqa: RUF005
     else:
-        ok = _await_flags(counter, meeting * G, ok, limit)
+        ok = _await_flags(place.counter, meeting * G, ok, place.limit)
         program = tl.arange(0, GP)[:, None]
         at = slots + program * BM + j[None, :]
         for i in tl.static_range(COUNT):
@@ -205,50 +243,89 @@ def share_rows(
 
 
 @triton.jit
-def share_tile(
-    mine,
-    board,
-    counter,
-    meeting,
-    ok,
-    limit,
-    tile,
-    group,
-    UP: tl.constexpr,
-    KP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    FLIP: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+def share_tile(mine, board, meeting, ok, place, L: tl.constexpr):
     """Publish ``mine`` ``[BN, BM]``; returns all features of the group's rows for a product.
 
     They are chunks ``[KP / CHUNKS, BM]``, or flipped, and with them whether all came.
     """
-    STEP: tl.constexpr = KP // CHUNKS
-    rows = group * BM + tl.arange(0, BM)
+    UP: tl.constexpr = L.UP
+    STEP: tl.constexpr = L.KP // L.CHUNKS
+    rows = place.group * L.BM + tl.arange(0, L.BM)
     k = tl.arange(0, STEP)
-    own = board + rows[None, :] * UP + (tile * BN + tl.arange(0, BN))[:, None]
-    if FLIP:
+    own = board + rows[None, :] * UP + (place.tile * L.BN + tl.arange(0, L.BN))[:, None]
+    if L.FLIP:
         at = board + rows[:, None] * UP + k[None, :]
         index = k[None, :]
     else:
         at = board + rows[None, :] * UP + k[:, None]
         index = k[:, None]
     chunks = ()
-    if WORDS:
+    if L.WORDS:
         WORD: tl.constexpr = board.dtype.element_ty
         _send(own, _sealed(mine, meeting, WORD), WORD)
-        words, ok = _await_words(at, index, meeting, ok, limit, STEP, UP, CHUNKS, WORD)
-        for i in tl.static_range(CHUNKS):
+        words, ok = _await_words(at, index, meeting, ok, place.limit, STEP, UP, L.CHUNKS, WORD)
+        for i in tl.static_range(L.CHUNKS):
             chunks = chunks + (_opened(words[i], WORD, mine.dtype),)  # type: ignore[assignment]  # noqa: RUF005
     else:
         tl.store(own, mine)
-        ok = _await_flags(counter, meeting * (UP // BN), ok, limit)
-        for i in tl.static_range(CHUNKS):
+        ok = _await_flags(place.counter, meeting * (UP // L.BN), ok, place.limit)
+        for i in tl.static_range(L.CHUNKS):
             chunk = tl.load(
                 at + i * STEP, mask=index + i * STEP < UP, other=0.0, cache_modifier=".cg"
             )
             chunks = chunks + (chunk,)  # type: ignore[assignment]  # noqa: RUF005
     return chunks, ok
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+_COUNTER = 32  # int32s from one group's counter to the next: a cache line each
+
+
+class Workspace:
+    """What the programs of launches exchange through: one after another, on one stream.
+
+    It is cleared when it is made: so a captured graph must hold that, too, before the launches.
+
+    Args:
+        plan: layout of the launches.
+        batch: B.
+        padded: Up.
+        dtype: of the weights.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self, plan: RolloutLayout, batch: int, padded: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.fits = (plan, batch, padded, dtype)
+        self.groups = -(-batch // plan.bm)
+        self.tiles = padded // plan.bn
+        self.programs = self.groups * self.tiles
+        self._met = 0
+        numbers = 2 * self.groups * PARTS.value * self.tiles * plan.bm
+        boards = 2, self.groups * plan.bm, padded
+        if plan.exchange == "flags":
+            parts = torch.empty(2, numbers // 2, device=device)
+            met = torch.zeros(self.groups * _COUNTER, dtype=torch.int32, device=device)
+            self.tensors = (*torch.empty(boards, dtype=dtype, device=device), *parts, met)
+            return
+        word = torch.int32 if dtype.itemsize == 2 else torch.int64
+        longs = math.prod(boards) * word.itemsize // 8
+        cleared = torch.zeros(numbers + longs, dtype=torch.int64, device=device)
+        words = cleared[numbers:].view(word).view(boards)
+        # No word counts anything: another tensor stands for the counters.
+        none = cleared.view(torch.int32)
+        self.tensors = (*words, *cleared[:numbers].view(2, -1), none)
+
+    def begin(self, meetings: int) -> int:
+        """How often a group has met before a launch in which it does ``meetings`` times.
+
+        Raises:
+            ValueError: the counters, or epochs, would not fit 31 bits.
+        """
+        before = self._met
+        self._met += meetings
+        if self._met * self.tiles >= 1 << 31:
+            raise ValueError(f"{self._met} meetings of {self.tiles} programs are too many to count")
+        return before

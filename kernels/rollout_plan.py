@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from pwm_fast.kernels import cost
 from pwm_fast.kernels.launch import INTERPRETING
 
 #: Ways to exchange: counters that say when data is there, or words of data that say it themselves
@@ -15,7 +16,7 @@ from pwm_fast.kernels.launch import INTERPRETING
 EXCHANGES = ("flags", "words")
 
 
-class Plan(NamedTuple):
+class RolloutLayout(NamedTuple):
     """How a rollout is laid out on a device.
 
     Attributes:
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
         return f"{self.bm}x{self.bn} w{self.warps}{words}"
 
 
-def shared_bytes(plan: Plan, padded: int, size: int) -> int:
+def shared_bytes(plan: RolloutLayout, padded: int, size: int) -> int:
     """Shared memory of a program: two slices of weights, one operand, a tile in another layout."""
     span = triton.next_power_of_2(padded)
     return (2 * plan.bn + plan.bm) * span * size + 8 * plan.bm * plan.bn
@@ -51,24 +52,20 @@ def shared_bytes(plan: Plan, padded: int, size: int) -> int:
 # and where there are fewer shares than warps, several warps read and multiply the same. With 8
 # warps that is everything twice for 8x64 and 16x32, and four times for 8x32. That 4 are faster is
 # an estimate. Tiles of more rows spill hundreds of bytes a thread with 4.
-_LAYOUTS = (Plan(8, 64, 4, 4), Plan(8, 64, 8, 4), Plan(16, 64, 8, 4), Plan(32, 64, 8, 2))
-_NARROW_LAYOUTS = (
-    Plan(8, 32, 4, 4),
-    Plan(8, 32, 8, 4),
-    Plan(16, 32, 4, 4),
-    Plan(16, 32, 8, 4),
-    Plan(32, 32, 8, 2),
-)
+_WIDE = ((8, 64, 4, 4), (8, 64, 8, 4), (16, 64, 8, 4), (32, 64, 8, 2))
+_NARROW = ((8, 32, 4, 4), (8, 32, 8, 4), (16, 32, 4, 4), (16, 32, 8, 4), (32, 32, 8, 2))
 # With words: of each tile the layout in which a thread holds few enough of them not to spill. They
 # come after all others, so that only a measurement on the GPU chooses them.
-_WORDS = tuple(
-    Plan(*layout, "words")
-    for layout in ((8, 64, 4, 4), (16, 64, 8, 4), (8, 32, 4, 4), (16, 32, 8, 4))
+_WORDS = ((8, 64, 4, 4), (16, 64, 8, 4), (8, 32, 4, 4), (16, 32, 8, 4))
+LAYOUTS = (
+    *(RolloutLayout(*layout) for layout in (*_WIDE, *_NARROW)),
+    *(RolloutLayout(*layout, "words") for layout in _WORDS),
 )
-LAYOUTS = (*_LAYOUTS, *_NARROW_LAYOUTS, *_WORDS)
 
 
-def why_not(plan: Plan, batch: int, padded: int, size: int, sms: int, shared: int) -> str | None:
+def why_not(
+    plan: RolloutLayout, batch: int, padded: int, size: int, sms: int, shared: int
+) -> str | None:
     """Why a layout does not fit a device of so many multiprocessors and bytes of shared memory."""
     if padded % plan.bn:
         return f"width {padded} is no multiple of {plan.bn}"
@@ -89,6 +86,29 @@ def why_not(plan: Plan, batch: int, padded: int, size: int, sms: int, shared: in
     return None
 
 
+def modelled_time(layout: RolloutLayout, padded: int, element: int) -> float:
+    """Microseconds that the model gives a forward evaluation of the persistent rollout.
+
+    Args:
+        layout: of its programs.
+        padded: Up.
+        element: bytes of an operand's number.
+    """
+    # A warp multiplies shares of 16 by 8, whose operands it reads from shared memory; with fewer
+    # shares than warps some are computed more than once.
+    shares = max(layout.bm * layout.bn // (16 * 8), layout.warps)
+    bytes_read = shares * (16 + 8) * padded * element
+    clock = cost.CONSTANTS["clock"].value * 1e3  # cycles a microsecond
+    product = bytes_read / (cost.CONSTANTS["shared"].value * clock)
+    travels = 2 * element if layout.exchange == "words" else element
+    data = layout.bm * padded * travels / cost.INGRESS
+    # Two layers, each with a product and two meetings, of which one is about all activations.
+    return (
+        2 * (product + 2 * cost.CONSTANTS[layout.exchange].value + data)
+        + cost.CONSTANTS["rest"].value
+    )
+
+
 def tuning_key(batch: int, padded: int, dtype: torch.dtype) -> str:
     """Under what a tuned file keeps the layout of these sizes, for kernel ``"rollout"``."""
     return f"{str(dtype).removeprefix('torch.')} B{batch} U{padded}"
@@ -98,17 +118,17 @@ def check_tuned(key: str, entry: Mapping[str, Any], sms: int, shared: int) -> No
     """Raise ValueError where a tuned layout does not fit the sizes of its key, or the device."""
     dtype, batch, padded = key.split()
     operand = getattr(torch, dtype)
-    _tuned_plan(entry, int(batch[1:]), int(padded[1:]), operand, sms, shared)
+    _tuned_layout(entry, int(batch[1:]), int(padded[1:]), operand, sms, shared)
 
 
-def plan(
+def choose_layout(
     batch: int,
     padded: int,
     dtype: torch.dtype,
     sms: int,
     shared: int,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Plan | str:
+) -> RolloutLayout | str:
     """The layout for B rows of Up features, or why there is none.
 
     Args:
@@ -127,24 +147,27 @@ def plan(
         return "there are no rows"
     entry = (tuned or {}).get(tuning_key(batch, padded, dtype))
     if entry is not None and not INTERPRETING:
-        return _tuned_plan(entry, batch, padded, dtype, sms, shared)
+        return _tuned_layout(entry, batch, padded, dtype, sms, shared)
     if INTERPRETING:  # programs run one after another: one a group
         if triton.next_power_of_2(padded) != padded:
             return f"Triton's interpreter needs a power of two for a width, got {padded}"
-        return Plan(8 if batch < 16 else 16, padded, 4, 2)
+        return RolloutLayout(8 if batch < 16 else 16, padded, 4, 2)
     found = {p: why_not(p, batch, padded, dtype.itemsize, sms, shared) for p in LAYOUTS}
     fitting = (p for p, reason in found.items() if reason is None)
     return next(fitting, str(found[LAYOUTS[0]]))
 
 
-def _tuned_plan(
+def _tuned_layout(
     entry: Mapping[str, Any], batch: int, padded: int, dtype: torch.dtype, sms: int, shared: int
-) -> Plan | str:
+) -> RolloutLayout | str:
     if dict(entry) == {"bm": 0}:
         return "layer by layer was measured to be faster"
-    if set(entry) | {"exchange"} != set(Plan._fields):
-        raise ValueError(f"a tuned rollout has {', '.join(Plan._fields)}, got {dict(entry)}")
-    layout = Plan(**entry)
+    fields = RolloutLayout._fields
+    if set(entry) | {"exchange"} != set(fields):
+        raise ValueError(
+            f"a tuned rollout has {', '.join(RolloutLayout._fields)}, got {dict(entry)}"
+        )
+    layout = RolloutLayout(**entry)
     if layout not in LAYOUTS:
         known = ", ".join(str(tuple(p)) for p in LAYOUTS)
         raise ValueError(f"a tuned rollout must be one of {known}, got {tuple(layout)}")

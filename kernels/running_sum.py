@@ -1,4 +1,4 @@
-"""Sums over the steps of a rollout: latents from their increments, and their adjoints backwards."""
+"""Sums over the steps of a rollout: latents from their increments, and their gradients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import launch
 
-_BLOCK = 512
+BLOCK = 512
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -61,34 +60,13 @@ def running_sum(
         n = x[0].numel()
         launch(
             running_sum_kernel,
-            (triton.cdiv(n, _BLOCK),),
+            (triton.cdiv(n, BLOCK),),
             None if start is None else start.contiguous(),
             x,
             out,
             x.shape[0],
             n,
             BACKWARD=backward,
-            BLOCK=_BLOCK,
+            BLOCK=BLOCK,
         )
     return out
-
-
-def cases() -> list[Case]:
-    """Both directions."""
-    types = dict.fromkeys(("start_ptr", "x_ptr", "out_ptr"), "*fp32")
-    types |= dict.fromkeys(("steps", "n"), "i32")
-    found = []
-    for backward in (False, True):
-        constants: dict[str, object] = {"BACKWARD": backward, "BLOCK": _BLOCK}
-        if backward:
-            constants["start_ptr"] = None
-        found.append(
-            Case(
-                f"running_sum {'backward' if backward else 'forward'}",
-                running_sum_kernel,
-                signature(running_sum_kernel, types, constants),
-                constants,
-                unaligned=frozenset({"steps"}),
-            )
-        )
-    return found

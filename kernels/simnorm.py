@@ -6,14 +6,11 @@ them. Any group width up to what a program keeps in registers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
-from pwm_fast.kernels.launch import MAX_WIDTH, launch
+from pwm_fast.kernels.launch import MAX_WIDTH, Tile, launch
 from pwm_fast.kernels.pointwise import rounded
 
 _NUMBERS = 1024  # of a program
@@ -51,33 +48,32 @@ def simnorm_bwd_kernel(
     tl.store(dx + at, rounded(result, dx.dtype.element_ty), mask=inside)
 
 
-class _Tile(NamedTuple):
-    groups: int
-    width: int
-    warps: int
+def tile_of(group: int) -> Tile:
+    """What a program works on: groups in place of rows.
 
-
-def _tile(group: int) -> _Tile:
+    Raises:
+        ValueError: a group does not fit.
+    """
     if group > MAX_WIDTH:
         raise ValueError(f"groups of {group} features do not fit: at most {MAX_WIDTH}")
     width = triton.next_power_of_2(group)
     groups = max(1, _NUMBERS // width)
-    return _Tile(groups, width, min(max(groups * width // 256, 4), 16))
+    return Tile(groups, width, min(max(groups * width // 256, 4), 16))
 
 
 def simnorm_fwd(x: Tensor, y: Tensor, group: int) -> None:
     """``y = softmax`` over groups of ``x [R, n]``; both contiguous."""
-    tile = _tile(group)
+    tile = tile_of(group)
     groups = x.numel() // group
     launch(
         simnorm_fwd_kernel,
-        (triton.cdiv(groups, tile.groups),),
+        tile.grid(groups),
         x,
         y,
         groups,
         group,
-        GROUPS=tile.groups,
-        WIDTH=tile.width,
+        GROUPS=tile.rows,
+        WIDTH=tile.block,
         num_warps=tile.warps,
     )
 
@@ -86,11 +82,11 @@ def simnorm_bwd(
     dy: Tensor, y: Tensor, dx: Tensor, group: int, dy_scale: Tensor | None = None
 ) -> None:
     """Gradient of :func:`simnorm_fwd`, from its result ``y``; all contiguous, ``dy_scale [R]``."""
-    tile = _tile(group)
+    tile = tile_of(group)
     groups = y.numel() // group
     launch(
         simnorm_bwd_kernel,
-        (triton.cdiv(groups, tile.groups),),
+        tile.grid(groups),
         dy,
         y,
         dx,
@@ -98,37 +94,7 @@ def simnorm_bwd(
         groups,
         group,
         y.shape[-1] // group,
-        GROUPS=tile.groups,
-        WIDTH=tile.width,
+        GROUPS=tile.rows,
+        WIDTH=tile.block,
         num_warps=tile.warps,
     )
-
-
-def _case(direction: str, group: int, scaled: bool = False) -> Case:
-    fn = simnorm_fwd_kernel if direction == "fwd" else simnorm_bwd_kernel
-    tile = _tile(group)
-    constants: dict[str, object] = {"GROUPS": tile.groups, "WIDTH": tile.width}
-    if direction == "bwd" and not scaled:
-        constants["scale"] = None
-    types = dict.fromkeys(("x", "y", "dy", "dx", "scale"), "*fp32")
-    types |= dict.fromkeys(("groups", "width", "per_row"), "i32")
-    return Case(
-        f"simnorm_{direction} V{group}{' scaled' if scaled else ''}",
-        fn,
-        signature(fn, types, constants),
-        constants,
-        unaligned=frozenset({"groups", "width", "per_row"}),
-        num_warps=tile.warps,
-    )
-
-
-def cases() -> list[Case]:
-    """The published group width, an odd one, and a wide one."""
-    return [
-        _case("fwd", 8),
-        _case("fwd", 7),
-        _case("fwd", 1000),
-        _case("bwd", 8),
-        _case("bwd", 7, scaled=True),
-        _case("bwd", 1000),
-    ]

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.launch import launch, row_tile
 
 
@@ -196,7 +195,7 @@ def _run(
     tile = row_tile(bins)
     launch(
         kernel,
-        (triton.cdiv(rows, tile.rows),),
+        tile.grid(rows),
         *tensors,
         rows,
         bins,
@@ -205,9 +204,7 @@ def _run(
         vmin,
         vmax,
         TRANSFORM=transform,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.warps,
+        **tile.options,
     )
 
 
@@ -229,12 +226,13 @@ def two_hot_decode_bwd(
     dvalue: Tensor,
     logits: Tensor,
     mean: Tensor,
+    lse: Tensor,
     dlogits: Tensor,
     vmin: float,
     vmax: float,
     transform: bool,
 ) -> None:
-    """Gradient of :func:`two_hot_decode_fwd`."""
+    """Gradient of :func:`two_hot_decode_fwd`; sums the softmax anew and leaves ``lse`` alone."""
     tensors, out = (dvalue, logits, mean, dlogits), (dlogits.stride(0),)
     _run(two_hot_decode_bwd_kernel, tensors, logits, out, vmin, vmax, transform)
 
@@ -257,42 +255,12 @@ def two_hot_ce_bwd(
     dloss: Tensor,
     logits: Tensor,
     x: Tensor,
+    lse: Tensor,
     dlogits: Tensor,
     vmin: float,
     vmax: float,
     transform: bool,
 ) -> None:
-    """Gradient of :func:`two_hot_ce_fwd` towards the logits."""
+    """Gradient of :func:`two_hot_ce_fwd` towards the logits; leaves ``lse`` alone likewise."""
     tensors, out = (dloss, logits, x, dlogits), (dlogits.stride(0),)
     _run(two_hot_ce_bwd_kernel, tensors, logits, out, vmin, vmax, transform)
-
-
-def _case(fn: Any, bins: int, transform: bool) -> Case:
-    tile = row_tile(bins)
-    constants = {"TRANSFORM": transform, "ROWS": tile.rows, "BLOCK": tile.block}
-    types = dict.fromkeys(fn.arg_names, "*fp32") | {"vmin": "fp32", "vmax": "fp32"}
-    types |= dict.fromkeys(("rows", "bins", "stride", "dlogits_stride"), "i32")
-    name = fn.__name__.removesuffix("_kernel")
-    odd = {"rows", *(("bins", "stride", "dlogits_stride") if bins % 16 else ())}
-    return Case(
-        f"{name} {bins} bins{'' if transform else ' untransformed'}",
-        fn,
-        signature(fn, types, constants),
-        constants,
-        unaligned=frozenset(odd),
-        num_warps=tile.warps,
-    )
-
-
-def cases() -> list[Case]:
-    """The published 101 bins, and others."""
-    return [
-        _case(fn, bins, transform)
-        for fn in (
-            two_hot_decode_fwd_kernel,
-            two_hot_decode_bwd_kernel,
-            two_hot_ce_fwd_kernel,
-            two_hot_ce_bwd_kernel,
-        )
-        for bins, transform in ((101, True), (256, False))
-    ]

@@ -16,11 +16,11 @@ from pwm_fast.backends.fused_gemm import FusedBackward, FusedForward, FusedPolic
 from pwm_fast.backends.precision import EXACT, Precision
 from pwm_fast.backends.specs import LayerParams, LayerSpec
 from pwm_fast.kernels import linear_act_norm, linear_axpby, linear_norm_act, policy
+from pwm_fast.kernels.gemm_tile import Exchange
 from pwm_fast.kernels.plan import (
-    Exchange,
+    GemmPlan,
+    GemmShape,
     Limits,
-    Plan,
-    Product,
     device_limits,
     device_plan,
     fusion_wanted,
@@ -111,7 +111,7 @@ class TritonProducts:
         if operand not in _OPERANDS:
             return None
         count = max(members, 1)
-        product = Product(
+        product = GemmShape(
             kernel, rows // count, n, k, count, operand.itemsize, self.input_precision
         )
         plan = device_plan(product, device)
@@ -133,7 +133,7 @@ class _Fused:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: GemmPlan,
         rows: int,
         device: torch.device,
         input_precision: str,

@@ -17,7 +17,7 @@ from pwm_fast.backends.precision import Precision
 
 if TYPE_CHECKING:
     from pwm_fast.backends.specs import DynamicsSpec
-    from pwm_fast.kernels.rollout import Plan
+    from pwm_fast.kernels.rollout import RolloutLayout
 
 VARIABLE = "PWM_FAST_ARCHITECTURE"
 NAMES = ("auto", "cluster", "persistent", "layers")
@@ -90,7 +90,7 @@ def architecture(
 
 def persistent_plan(
     backend: str, precision: Precision, spec: DynamicsSpec, sizes: Sizes, device: torch.device
-) -> Plan | None:
+) -> RolloutLayout | None:
     """The layout of the persistent kernels if they are taken, else None."""
     if architecture(backend, precision, spec, sizes, device) != "persistent":
         return None
@@ -100,7 +100,7 @@ def persistent_plan(
 
 def _persistent(
     backend: str, precision: Precision, spec: DynamicsSpec, sizes: Sizes, device: torch.device
-) -> Plan | str:
+) -> RolloutLayout | str:
     if backend != "triton":
         return f"it is for backend triton, this is {backend}"
     if not spec.fold:
@@ -120,15 +120,15 @@ def _persistent(
     if precision.name == "exact":
         return "exact products of float32 do not run on tensor cores"
     from pwm_fast.kernels.launch import INTERPRETING
-    from pwm_fast.kernels.rollout import plan
+    from pwm_fast.kernels.rollout import choose_layout
 
     if device.type != "cuda" and not INTERPRETING:
         return f"it runs on CUDA, the tensors are on {device}"
     operand = precision.dtype(torch.float32)
     if device.type != "cuda":
-        return plan(sizes.batch, sizes.hidden, operand, 0, 0)
+        return choose_layout(sizes.batch, sizes.hidden, operand, 0, 0)
     index = device.index or 0
-    return plan(sizes.batch, sizes.hidden, operand, *_limits(index), _tuned(index))
+    return choose_layout(sizes.batch, sizes.hidden, operand, *_limits(index), _tuned(index))
 
 
 @lru_cache(maxsize=16)

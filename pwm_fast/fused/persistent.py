@@ -12,7 +12,7 @@ from pwm_fast.fused.stack import LayerGrads, Stack
 from pwm_fast.kernels.rollout import (
     Adjoints,
     Network,
-    Plan,
+    RolloutLayout,
     Saved,
     Scheme,
     Workspace,
@@ -46,7 +46,7 @@ class Persistent:
         w_tau: Tensor | None,
         stack: Stack,
         last: Tensor | None,
-        plan: Plan,
+        plan: RolloutLayout,
     ) -> None:
         self.kernels, self.plan = kernels, plan
         first, second, head = params

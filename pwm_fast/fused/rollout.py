@@ -25,7 +25,7 @@ from pwm_fast.fused.updates import Update
 
 if TYPE_CHECKING:
     from pwm_fast.fused.persistent import Persistent
-    from pwm_fast.kernels.rollout import Plan
+    from pwm_fast.kernels.rollout import RolloutLayout
 
 
 class DynamicsWeights:
@@ -141,7 +141,7 @@ class Dynamics:
         plan = persistent_plan(k.name, k.precision, spec, sizes, weights.w_z.device)
         return None if plan is None else self.persistent_on(plan)
 
-    def persistent_on(self, plan: Plan) -> Persistent:
+    def persistent_on(self, plan: RolloutLayout) -> Persistent:
         """Macro steps in one launch of this layout; the networks must be such as have one."""
         from pwm_fast.fused.persistent import Persistent
 

@@ -159,10 +159,9 @@ def _printed(literal: str, name: str) -> bool:
 
 
 def test_the_kernels_that_measure_compile() -> None:
-    from bench import micro_kernels
-    from pwm_fast.kernels import aot
+    from tests.compile import aot, micro
 
-    for case in micro_kernels.cases():
+    for case in micro.cases():
         compiled = aot.compile_case(case, 90)
         assert compiled.asm["cubin"], case.name
         if case.name == "bench read":

@@ -271,13 +271,12 @@ def test_what_is_compiled_is_found_where_it_is_unpacked(
 def test_what_a_measuring_process_compiles_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import micro_kernels
-    from pwm_fast.kernels import aot
+    from tests.compile import aot, micro
 
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
     monkeypatch.setattr(triton.runtime.build, "_build", lambda: None)
     counts = worker.Compilations()
-    case = next(c for c in micro_kernels.cases() if c.name == "bench nothing")
+    case = next(c for c in micro.cases() if c.name == "bench nothing")
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
         aot.compile_case(case, 90)

@@ -307,7 +307,7 @@ def test_they_compile_to_what_is_to_be_measured(nvcc: str, tmp_path: Path) -> No
 
 def kernels(program: Path) -> dict[str, list[str]]:
     """Instructions of every kernel in a program, by symbol."""
-    from pwm_fast.kernels.aot import run_tool
+    from tests.compile.aot import run_tool
 
     found: dict[str, list[str]] = {}
     lines: list[str] = []

@@ -14,7 +14,7 @@ import torch
 from bench import launches, predictions, products, tune, tune_compile, tune_report
 from bench.tune import Log, Options, Problem
 from pwm_fast.kernels import cost, tuning
-from pwm_fast.kernels.plan import Limits, Product, plan, product_of
+from pwm_fast.kernels.plan import GemmShape, Limits, gemm_shape, plan
 from tests.bench import fake_compiling
 from tests.bench.synthetic import FACTS
 
@@ -180,7 +180,7 @@ def test_the_kernels_take_what_is_written() -> None:
             if p.kernel == "rollout":
                 rollout.check_tuned(p.key, options, *FITTING)
                 continue
-            found = plan(product_of(p.kernel, p.key), FITTING, {p.key: options})
+            found = plan(gemm_shape(p.kernel, p.key), FITTING, {p.key: options})
             assert (tune.PLAIN if found is None else found.name) == name
 
 
@@ -200,14 +200,14 @@ def test_what_an_agent_asks_for_is_recorded(monkeypatch: pytest.MonkeyPatch) -> 
         for rows in (64, 64, 32):
             own.update(rows, 48, 16, torch.float16, torch.device("cpu"))
         own.backward(6, 40, 24, torch.float16, torch.device("cpu"), order="act_norm", members=3)
-        rollout.plan(64, 512, torch.float16, *FITTING, {})
+        rollout.choose_layout(64, 512, torch.float16, *FITTING, {})
 
     monkeypatch.setattr(launches, "count", count)
     asked = products.record(launches.small())
     assert asked.products == [
-        Product("linear_axpby", 64, 48, 16),
-        Product("linear_act_norm_bwd", 2, 40, 24, 3),
-        Product("linear_axpby", 32, 48, 16),
+        GemmShape("linear_axpby", 64, 48, 16),
+        GemmShape("linear_act_norm_bwd", 2, 40, 24, 3),
+        GemmShape("linear_axpby", 32, 48, 16),
     ]
     assert asked.rollouts == [products.Rollout(64, 512)]
 
@@ -294,7 +294,7 @@ def test_a_run_but_for_the_gpu(
     measured: list[str] = []
 
     class Workload:
-        def __init__(self, product: Product, device: torch.device) -> None:
+        def __init__(self, product: GemmShape, device: torch.device) -> None:
             self.product = product
 
         def call(self, chosen: Any) -> Callable[[], float]:

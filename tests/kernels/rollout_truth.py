@@ -12,7 +12,7 @@ from torch import Tensor
 from pwm_fast.kernels.rollout import (
     Adjoints,
     Network,
-    Plan,
+    RolloutLayout,
     Saved,
     Scheme,
     rollout_backward,
@@ -152,7 +152,9 @@ def buffers(problem: Problem, padded: int, dtype: torch.dtype) -> tuple[Saved, A
     return saved, adjoints
 
 
-def run(problem: Problem, padded: int, dtype: torch.dtype, plan: Plan) -> dict[str, Tensor]:
+def run(
+    problem: Problem, padded: int, dtype: torch.dtype, plan: RolloutLayout
+) -> dict[str, Tensor]:
     """The same results by the kernels, as the user's gradients are: centred and cut."""
     u = problem.scheme.width
     net = network(problem, padded, dtype)

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 KEYS = """
 import json, sys
-from pwm_fast.kernels import report
 from pwm_fast.kernels.launch import settle
+from tests.compile import report
 
 cases = [case for module in report.modules() for case in report.cases_of(module)]
 functions = {case.fn.fn.__qualname__: case.fn for case in cases}

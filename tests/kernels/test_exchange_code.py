@@ -17,12 +17,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pwm_fast.kernels.aot import Case, compile_case, run_tool
-from pwm_fast.kernels.report import cases_of
+from tests.compile.aot import Case, compile_case, run_tool
+from tests.compile.report import cases_of
 
 CASES = [
-    ("rollout_cases", "rollout_fwd U512 fp16 8x64 w4 weights"),
-    ("rollout_cases", "rollout_bwd U512 fp16 8x64 w4 weights"),
+    ("rollout", "rollout_fwd U512 fp16 8x64 w4 weights"),
+    ("rollout", "rollout_bwd U512 fp16 8x64 w4 weights"),
     ("linear_norm_act", "linear_norm_act_bwd mish 16x64 of 1792, K 1792, fp16"),
 ]
 RELEASE, ACQUIRE, BARRIER = "release", "acquire", "barrier"
@@ -83,7 +83,7 @@ def test_a_policys_rows_pass_a_barrier_between_layers(case: Case) -> None:
     assert len(ways) <= layers + 2
 
 
-WORDS = [case for case in cases_of("rollout_cases") if "words" in case.name and 90 in case.archs]
+WORDS = [case for case in cases_of("rollout") if "words" in case.name and 90 in case.archs]
 
 
 @pytest.mark.parametrize("case", WORDS, ids=lambda case: case.name)

@@ -324,7 +324,7 @@ def record(
     scheme = rollout.Scheme(method, 2, 50, tf32=False)
     problem = truth.problem(scheme, 5, 2)
     net = truth.network(problem, 64, torch.float16)
-    layout = rollout.Plan(8, 64, 4, 2, exchange)
+    layout = rollout.RolloutLayout(8, 64, 4, 2, exchange)
     p, c, g, lp = (truth.pad(x.float(), 64) for x in problem[2:])
     saved, adjoints = truth.buffers(problem, 64, torch.float16)
     rollout.rollout_forward(p, c, net, scheme, layout, saved=saved)

@@ -27,13 +27,14 @@ from pwm_fast.kernels import (
     simnorm,
     two_hot,
 )
-from pwm_fast.kernels.plan import Exchange, Plan
+from pwm_fast.kernels.gemm_tile import Exchange
+from pwm_fast.kernels.plan import GemmPlan
 
 ROWS = 5
 APART = (1 << 29) + 16  # elements from row to row: the fifth begins beyond 2^31
 Make = Callable[[Tensor], Tensor]
-WHOLE = Plan(16, 64, 16, 4, 2, 1, 1)
-SHARED = Plan(16, 16, 16, 4, 2, 3, 1)
+WHOLE = GemmPlan(16, 64, 16, 4, 2, 1, 1)
+SHARED = GemmPlan(16, 16, 16, 4, 2, 3, 1)
 
 
 def reserved(elements: int, dtype: torch.dtype) -> Tensor:
@@ -128,9 +129,9 @@ def run_two_hot(make: Make) -> list[Tensor]:
     to_decode, to_loss = make(matrix(21)), make(matrix(21))
     bins = (-10.0, 10.0, True)
     two_hot.two_hot_decode_fwd(logits, value, mean, lse, *bins)
-    two_hot.two_hot_decode_bwd(vector(ROWS), logits, mean, to_decode, *bins)
+    two_hot.two_hot_decode_bwd(vector(ROWS), logits, mean, lse, to_decode, *bins)
     two_hot.two_hot_ce_fwd(logits, target, loss, lse, *bins)
-    two_hot.two_hot_ce_bwd(vector(ROWS), logits, target, to_loss, *bins)
+    two_hot.two_hot_ce_bwd(vector(ROWS), logits, target, lse, to_loss, *bins)
     return [value, loss, to_decode, to_loss]
 
 
@@ -226,13 +227,13 @@ def test_far_groups(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import interpreter_builder as builder
 
     width, many = 8, (1 << 28) + 3
-    tile = simnorm._tile(width)
-    first = many // tile.groups * tile.groups
+    tile = simnorm.tile_of(width)
+    first = many // tile.rows * tile.rows
     x, y = reserved(many * width, torch.float32), reserved(many * width, torch.float16)
     x[first * width :] = vector((many - first) * width)
-    last = (many // tile.groups, 0, 0)
+    last = (many // tile.rows, 0, 0)
     monkeypatch.setattr(builder, "set_grid_idx", lambda *_: setattr(builder, "grid_idx", last))
-    sizes = {"groups": many, "width": width, "GROUPS": tile.groups, "WIDTH": tile.width}
+    sizes = {"groups": many, "width": width, "GROUPS": tile.rows, "WIDTH": tile.block}
     own = x[first * width :].view(-1, width)
     if direction == "forward":
         simnorm.simnorm_fwd_kernel[(1,)](x, y, **sizes)
@@ -251,7 +252,7 @@ def test_far_groups(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_far_steps(backward: bool) -> None:
     """The first program of a sum over steps that lie more than 2^31 elements apart."""
-    steps, block = 5, running_sum._BLOCK
+    steps, block = 5, running_sum.BLOCK
     x, out = (reserved((steps - 1) * APART + block, torch.float32) for _ in range(2))
     at = x.as_strided((steps, block), (APART, 1))
     at.copy_(torch.randn(steps, block))

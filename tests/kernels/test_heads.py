@@ -82,7 +82,7 @@ def test_decode(device: str, transform: bool) -> None:
         out = Rows(rows, bins, FP32, device, 2)
         dvalue = i["dvalue"].to(device)
         two_hot.two_hot_decode_bwd(
-            dvalue, logits, mean.tensor[0], out.tensor, -9.0, 11.0, transform
+            dvalue, logits, mean.tensor[0], lse.tensor[0], out.tensor, -9.0, 11.0, transform
         )
         check(
             {"dlogits": out.written()},
@@ -127,7 +127,9 @@ def test_cross_entropy(device: str, transform: bool) -> None:
         )
         out = Rows(rows, bins, FP32, device, 2)
         dloss = i["dloss"].to(device)
-        two_hot.two_hot_ce_bwd(dloss, logits, target, out.tensor, -9.0, 11.0, transform)
+        two_hot.two_hot_ce_bwd(
+            dloss, logits, target, lse.tensor[0], out.tensor, -9.0, 11.0, transform
+        )
         check(
             {"dlogits": out.written()},
             lambda i, dtype: {

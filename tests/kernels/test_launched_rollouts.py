@@ -15,14 +15,14 @@ if torch.cuda.is_available():
 
 from bench.fake_cuda import DEVICE
 from bench.tune_rollout import RolloutWorkload
-from pwm_fast.kernels.rollout import LAYOUTS, Plan
+from pwm_fast.kernels.rollout import LAYOUTS, RolloutLayout
 from tests.kernels.launched import Watched, needs_launcher
 
 pytestmark = [pytest.mark.slow, needs_launcher]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_layouts_are_launched(layout: Plan) -> None:
+def test_layouts_are_launched(layout: RolloutLayout) -> None:
     cuda = Watched()
     with cuda:
         batch, padded = (128, 512) if layout.bn == 64 else (32, 1024)

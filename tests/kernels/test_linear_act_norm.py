@@ -14,16 +14,16 @@ from pwm_fast.backends.torch import TorchKernels
 from pwm_fast.backends.triton_gemm import TritonProducts
 from pwm_fast.fused.stack import Stack
 from pwm_fast.kernels.linear_act_norm import linear_act_norm_bwd, linear_act_norm_fwd
-from pwm_fast.kernels.plan import Limits, Plan, Product, candidates, make_plan, plan
+from pwm_fast.kernels.plan import GemmPlan, GemmShape, Limits, candidates, make_plan, plan
 from tests.helpers import assert_2x
 from tests.kernels.harness import on_devices
 
 EPS = 1e-5
 
 
-def tiles(n: int, block_m: int = 16) -> Plan:
+def tiles(n: int, block_m: int = 16) -> GemmPlan:
     """Small for the interpreter, with a K that takes several rounds."""
-    return Plan(block_m, max(16, 1 << (n - 1).bit_length()), 16, 4, 2, 1, 1 << 20)
+    return GemmPlan(block_m, max(16, 1 << (n - 1).bit_length()), 16, 4, 2, 1, 1 << 20)
 
 
 def nan(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
@@ -47,7 +47,7 @@ class Ensemble:
             other.__dict__[name] = value.to(device) if isinstance(value, Tensor) else value
         return other
 
-    def forward(self, plan: Plan, act: str, precision: str = "ieee", bias: bool = True):
+    def forward(self, plan: GemmPlan, act: str, precision: str = "ieee", bias: bool = True):
         x, n, device = self.x, self.weight.shape[-2], str(self.x.device)
         total = x.shape[0]
         y, u = (nan(total, n, dtype=x.dtype, device=device) for _ in range(2))
@@ -169,7 +169,7 @@ def gradient(
 
 
 def check_backward(
-    layer: Ensemble, k: int, plan: Plan, act: str, precision: str, device: str = "cpu"
+    layer: Ensemble, k: int, plan: GemmPlan, act: str, precision: str, device: str = "cpu"
 ) -> None:
     """Rows of very different size; ``k`` columns above."""
     dtype, n, members = layer.x.dtype, layer.weight.shape[-2], layer.members
@@ -338,7 +338,7 @@ def test_a_stack_with_fused_products(members: int, precision: Precision) -> None
 @pytest.mark.parametrize("kernel", ["linear_act_norm_fwd", "linear_act_norm_bwd"])
 @pytest.mark.parametrize("n", [1, 101, 200, 400, 512])
 def test_plans_hold_whole_rows_of_a_member(n: int, kernel: str) -> None:
-    found = candidates(Product(kernel, 300, n, 400, members=3), Limits(132, 160 * 1024))
+    found = candidates(GemmShape(kernel, 300, n, 400, members=3), Limits(132, 160 * 1024))
     assert found
     for p in found:
         assert p.tiles_n == 1 and p.block_n >= n
@@ -346,12 +346,12 @@ def test_plans_hold_whole_rows_of_a_member(n: int, kernel: str) -> None:
 
 
 def test_what_has_no_plan() -> None:
-    product = Product("linear_act_norm_fwd", 1024, 200, 400, members=3)
+    product = GemmShape("linear_act_norm_fwd", 1024, 200, 400, members=3)
     assert plan(product, Limits(132)) is not None
     for changed in ({"n": 513}, {"k": 401}):
         other = product._replace(**changed)
         assert candidates(other, Limits(132)) == [] and plan(other, Limits(132)) is None
-    backward = Product("linear_act_norm_bwd", 300, 400, 200, members=3)
+    backward = GemmShape("linear_act_norm_bwd", 300, 400, 200, members=3)
     assert [p.block_m for p in candidates(backward, Limits(132))] == [16]
 
 

@@ -9,20 +9,20 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast.kernels.linear_axpby import linear_axpby
-from pwm_fast.kernels.plan import Plan, make_plan
+from pwm_fast.kernels.plan import GemmPlan, make_plan
 from tests.helpers import assert_2x
 from tests.kernels.harness import multiprocessors, on_devices
 
 ROWS, N, K = 37, 40, 21
-WHOLE = Plan(16, 64, 16, 4, 2, 1, 3)
-SHARED = Plan(16, 16, 16, 4, 2, 3, 2)
+WHOLE = GemmPlan(16, 64, 16, 4, 2, 1, 3)
+SHARED = GemmPlan(16, 16, 16, 4, 2, 3, 2)
 
 
 def nan(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
 
-def check(plan: Plan, dtype: torch.dtype, scaled: bool, rows: int, n: int, k: int, device: str):
+def check(plan: GemmPlan, dtype: torch.dtype, scaled: bool, rows: int, n: int, k: int, device: str):
     x, weight = torch.randn(rows, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
     z, k1, bias = torch.randn(rows, n), torch.randn(rows, n), torch.randn(n)
     x_scale = torch.exp2(torch.randint(-3, 3, (rows,)).float()) if scaled else None
@@ -53,7 +53,7 @@ def check(plan: Plan, dtype: torch.dtype, scaled: bool, rows: int, n: int, k: in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("plan", [WHOLE, SHARED], ids=["whole", "shared"])
-def test_update(plan: Plan, scaled: bool, dtype: torch.dtype) -> None:
+def test_update(plan: GemmPlan, scaled: bool, dtype: torch.dtype) -> None:
     check(plan, dtype, scaled, ROWS, N, K, "cpu")
 
 
@@ -73,7 +73,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"bias must be contiguous, \[40\]"):
         linear_axpby(x, weight, z, None, z, 1.0, 0.0, 0.5, plan=WHOLE, bias=torch.ones(80)[::2])
     with pytest.raises(ValueError, match="3 tiles of 64 are not 40 columns"):
-        linear_axpby(x, weight, z, None, z, 1.0, 0.0, 0.5, plan=Plan(16, 64, 16, 4, 2, 3, 2))
+        linear_axpby(x, weight, z, None, z, 1.0, 0.0, 0.5, plan=GemmPlan(16, 64, 16, 4, 2, 3, 2))
 
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32

@@ -18,25 +18,26 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast.backends.torch import TorchKernels
+from pwm_fast.kernels.gemm_tile import Exchange
 from pwm_fast.kernels.linear_norm_act import (
     PLANES,
     linear_norm_act_bwd,
     linear_norm_act_fwd,
 )
-from pwm_fast.kernels.plan import Exchange, Plan, make_plan
+from pwm_fast.kernels.plan import GemmPlan, make_plan
 from tests.helpers import assert_2x
 from tests.kernels.harness import multiprocessors, on_devices
 
 EPS = 1e-5
-WHOLE = Plan(16, 64, 16, 4, 2, 1, 1 << 20)
-SHARED = Plan(16, 16, 16, 4, 2, 3, 2)  # two row blocks in flight, of three
+WHOLE = GemmPlan(16, 64, 16, 4, 2, 1, 1 << 20)
+SHARED = GemmPlan(16, 16, 16, 4, 2, 3, 2)  # two row blocks in flight, of three
 
 
-def plan_of(plan: Plan, rows: int) -> Plan:
+def plan_of(plan: GemmPlan, rows: int) -> GemmPlan:
     return dataclasses.replace(plan, groups=min(plan.groups, -(-rows // plan.block_m)))
 
 
-def phases(plan: Plan, device: str = "cpu") -> tuple[int, ...]:
+def phases(plan: GemmPlan, device: str = "cpu") -> tuple[int, ...]:
     """The interpreter runs programs one after another: the two halves of the exchange in turn."""
     return (1, 2) if plan.synced and device == "cpu" else (0,)
 
@@ -92,7 +93,7 @@ def nan(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
 
-def forward(layer: Layer, plan: Plan, act: str, device: str = "cpu", exchange=None, phase=None):
+def forward(layer: Layer, plan: GemmPlan, act: str, device: str = "cpu", exchange=None, phase=None):
     rows, n = layer.x.shape[0], layer.weight.shape[0]
     plan = plan_of(plan, rows)
     y = nan(rows, n, dtype=layer.x.dtype, device=device)
@@ -320,7 +321,7 @@ def test_fp16_overflows_to_infinity_and_keeps_nan() -> None:
 
 
 ROUNDS, PROGRAMS = 3, 3
-ONE_ROW_BLOCK = Plan(16, 16, 16, 4, 2, PROGRAMS, 1)
+ONE_ROW_BLOCK = GemmPlan(16, 16, 16, 4, 2, PROGRAMS, 1)
 
 
 class Single:
@@ -448,7 +449,7 @@ def real(tiles: Sequence[tuple[int, int]]) -> list[Any]:
 
 def device_plan(
     device: str, tile: tuple[int, int], rows: int, n: int, dtype: torch.dtype, backward: bool
-) -> Plan:
+) -> GemmPlan:
     shared = 160 * 1024
     sms = multiprocessors(device)
     plan = make_plan(*tile, rows, n, sms, dtype.itemsize, shared, backward)

@@ -56,18 +56,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.fixture(params=EXCHANGES)
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """How the programs of every launch exchange."""
-    plan, workspace = rollout.plan, persistent.Workspace
+    plan, workspace = rollout.choose_layout, persistent.Workspace
     made: list[str] = []
 
-    def planned(*args: Any) -> rollout.Plan | str:
+    def planned(*args: Any) -> rollout.RolloutLayout | str:
         found = plan(*args)
         return found if isinstance(found, str) else found._replace(exchange=request.param)
 
-    def recorded(plan: rollout.Plan, *args: Any) -> rollout.Workspace:
+    def recorded(plan: rollout.RolloutLayout, *args: Any) -> rollout.Workspace:
         made.append(plan.exchange)
         return workspace(plan, *args)
 
-    monkeypatch.setattr(rollout, "plan", planned)
+    monkeypatch.setattr(rollout, "choose_layout", planned)
     monkeypatch.setattr(persistent, "Workspace", recorded)
     yield
     if INTERPRETING:  # else the test runs in another process

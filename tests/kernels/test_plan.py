@@ -12,10 +12,10 @@ import torch
 
 from bench.fake_cuda import DEVICE, PROPERTIES, FakeCuda
 from pwm_fast.kernels import cost, plan, tuning
-from pwm_fast.kernels.plan import Limits, Product, candidates, device_plan, make_plan, model
+from pwm_fast.kernels.plan import GemmShape, Limits, candidates, device_plan, make_plan, model
 
 HOPPER, AMPERE = Limits(132), Limits(108, 163 * 1024)
-FORWARD = Product("linear_norm_act_fwd", 500, 512, 512)
+FORWARD = GemmShape("linear_norm_act_fwd", 500, 512, 512)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_plans_fit_the_device(kernel: str) -> None:
     for limits, n, rows, element in itertools.product(
         (HOPPER, AMPERE), (17, 256, 512, 768, 1792, 4096), (1, 64, 519, 16384), (2, 4)
     ):
-        found = candidates(Product(kernel, rows, n, 512, 3, element), limits)
+        found = candidates(GemmShape(kernel, rows, n, 512, 3, element), limits)
         aligned = n != 17 or plan.TILES[kernel].grouped
         assert bool(found) == (aligned and (n <= plan.WIDEST or bool(plan.TILES[kernel].shared)))
         for p in found:
@@ -62,7 +62,7 @@ def test_what_has_too_many_tiles_is_not_fused() -> None:
 
 def test_updates_wait_for_nobody() -> None:
     """So they have as many programs as tiles, and the model charges no exchange."""
-    update = Product("linear_axpby", 4096, 512, 512)
+    update = GemmShape("linear_axpby", 4096, 512, 512)
     shared = [p for p in candidates(update, HOPPER) if p.tiles_n > 1]
     assert shared and not any(p.synced for p in shared)
     assert max(p.programs for p in shared) > HOPPER.sms
@@ -70,18 +70,18 @@ def test_updates_wait_for_nobody() -> None:
     alone = make_plan(64, 128, 512, 512, 132, 2, HOPPER.shared, waits=False)
     assert waiting is not None and alone is not None
     update = update._replace(rows=512)
-    assert cost.fused(waiting, update, 132) - cost.fused(alone, update, 132) == pytest.approx(
-        cost.CONSTANTS["exchange"].value
-    )
+    assert plan.fused_time(waiting, update, 132) - plan.fused_time(
+        alone, update, 132
+    ) == pytest.approx(cost.CONSTANTS["exchange"].value)
 
 
 def test_columns_beyond_a_rows_end_are_not_read() -> None:
     """Rows of 400 are masked in tiles of 512: where reading is all that counts, that is a fifth."""
-    product = Product("linear_act_norm_fwd", 1024, 400, 4096, members=3)
+    product = GemmShape("linear_act_norm_fwd", 1024, 400, 4096, members=3)
     full = product._replace(n=512)
     tile = make_plan(16, 512, 1024, 400, 132, 2, HOPPER.shared)
     assert tile is not None
-    ratio = cost.fused(tile, product, 132) / cost.fused(tile, full, 132)
+    ratio = plan.fused_time(tile, product, 132) / plan.fused_time(tile, full, 132)
     assert ratio == pytest.approx((16 + 400) / (16 + 512), rel=0.02)
 
 
@@ -116,7 +116,7 @@ def test_what_is_no_product(changed: dict[str, object], match: str) -> None:
 
 @pytest.mark.parametrize("kernel", plan.TILES)
 def test_tuned_entries_come_first(kernel: str) -> None:
-    product = Product(kernel, 300, 512, 512, members=3 if "act_norm" in kernel[7:] else 1)
+    product = GemmShape(kernel, 300, 512, 512, members=3 if "act_norm" in kernel[7:] else 1)
     assert candidates(product, HOPPER)
     by_model = plan.plan(product, HOPPER)
     for p in candidates(product, HOPPER):
@@ -132,7 +132,7 @@ def test_keys_say_precision_members_and_the_class_of_rows() -> None:
     assert FORWARD._replace(rows=513).key == "16 R1024 N512 K512"
     assert FORWARD._replace(element=4, members=3).key == "tf32 E3 R512 N512 K512"
     for product in (FORWARD._replace(rows=512), FORWARD._replace(rows=64, element=4, members=2)):
-        assert plan.product_of(product.kernel, product.key) == product
+        assert plan.gemm_shape(product.kernel, product.key) == product
         tuning.check(product.kernel, product.key, {"block_m": 0})
 
 
@@ -180,13 +180,13 @@ def test_a_device_plan_is_chosen_once_and_launches_nothing(
     tuning.save(PROPERTIES.name, {FORWARD.kernel: {FORWARD.key: {"block_m": 16, "block_n": 64}}})
     chosen = []
 
-    def counted(product: Product, *args: object) -> plan.Plan | None:
+    def counted(product: GemmShape, *args: object) -> plan.GemmPlan | None:
         chosen.append(product)
         return original(product, *args)  # type: ignore[arg-type]
 
     original = plan.plan
     monkeypatch.setattr(plan, "plan", counted)
-    products = [Product(k, 512, 400, 512, members=3) for k in plan.TILES] + [FORWARD]
+    products = [GemmShape(k, 512, 400, 512, members=3) for k in plan.TILES] + [FORWARD]
     with FakeCuda() as cuda:
         first = [device_plan(p, DEVICE) for p in products]
         assert chosen == products
@@ -204,7 +204,7 @@ def test_plans_come_from_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("get_device_properties", "current_stream", "synchronize", "Event", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, touched)
-    products = [Product(k, r, 400, 512, members=3) for k in plan.TILES for r in (128, 4096)]
+    products = [GemmShape(k, r, 400, 512, members=3) for k in plan.TILES for r in (128, 4096)]
     first = [plan.plan(p, HOPPER) for p in products]
     assert [plan.plan(p, HOPPER) for p in reversed(products)] == first[::-1]
     assert [min(model(p, HOPPER).values()) for p in products] == [

@@ -15,9 +15,11 @@ pytest.importorskip("triton")
 from pwm_fast import ops
 from pwm_fast.backends import select, triton_gemm
 from pwm_fast.backends.specs import LayerSpec
-from pwm_fast.kernels import aot, policy
+from pwm_fast.kernels import policy
 from pwm_fast.kernels.plan import Limits
 from pwm_fast.kernels.policy import PolicyLayer, policy_step
+from tests.compile import aot
+from tests.compile.report import cases_of
 from tests.helpers import random_layer
 from tests.kernels.harness import DEVICES, Rows, Values, check, on_devices
 from tests.ops.contract import ROLLOUTS, Case
@@ -209,7 +211,7 @@ def test_what_has_no_kernel() -> None:
 
 def test_shared_memory_of_small_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """99 KB, as of GeForce cards, hold the published widths, but no later layer above 256."""
-    for case in policy.cases():
+    for case in cases_of("policy"):
         constants = case.constants
         need = policy.shared_bytes(constants["WIDTHS"], constants["ACTIONS"], constants["BLOCK_M"])
         assert aot.usage(aot.compile_case(case, 90)).shared == need <= 99 * 1024, case.name
@@ -228,7 +230,7 @@ def test_rows_of_a_program() -> None:
     """16 while every program has a multiprocessor of its own, which a second would not fit on."""
     assert policy.rows_of(128, 132) == policy.rows_of(16 * 132, 132) == 16
     assert policy.rows_of(16 * 132 + 1, 132) == policy.rows_of(16384, 132) == 32
-    case = next(c for c in policy.cases() if "A8, 16 rows, fp16" in c.name)
+    case = next(c for c in cases_of("policy") if "A8, 16 rows, fp16" in c.name)
     registers = aot.usage(aot.compile_case(case, 90)).registers
     assert 2 * registers * 32 * case.num_warps > 64 * 1024
 

@@ -16,16 +16,16 @@ pytest.importorskip("triton")
 from pwm_fast.kernels import cost
 from pwm_fast.kernels import rollout as module
 from pwm_fast.kernels.rollout import (
-    Plan,
+    RolloutLayout,
     Scheme,
     Workspace,
-    plan,
+    choose_layout,
     rollout_backward,
     rollout_forward,
     why_not,
 )
-from pwm_fast.kernels.rollout_cases import cases
-from pwm_fast.kernels.rollout_plan import EXCHANGES
+from pwm_fast.kernels.rollout_plan import EXCHANGES, modelled_time
+from tests.compile.cases.rollout import cases
 from tests.kernels import rollout_truth as truth
 from tests.kernels.harness import gpu, on_devices
 
@@ -67,7 +67,7 @@ def test_results_and_adjoints(
 ) -> None:
     scheme = Scheme(method, substeps, 50, 1e-5, 1e-4, tf32=False)
     problem = truth.problem(scheme, batch, steps)
-    results = truth.run(problem, 64, dtype, Plan(rows, 64, 4, 2, exchange))
+    results = truth.run(problem, 64, dtype, RolloutLayout(rows, 64, 4, 2, exchange))
     truth.check(problem, results, dtype)
 
 
@@ -77,7 +77,7 @@ def test_tiny_adjoints_do_not_vanish() -> None:
     scheme = Scheme("heun", 2, 33, tf32=False)
     large = truth.problem(scheme, 6, 2)
     small = large._replace(g=large.g * 2.0**-23, lp=large.lp * 2.0**-23)
-    layout = Plan(8, 64, 4, 2)
+    layout = RolloutLayout(8, 64, 4, 2)
     expected = truth.run(large, 64, torch.float16, layout)
     results = truth.run(small, 64, torch.float16, layout)
     for name in ("d_p", "d_c", "d_w2", "d_w13", "d_gamma1"):
@@ -88,7 +88,7 @@ def test_tiny_adjoints_do_not_vanish() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_both_exchanges_give_the_same_bits(dtype: torch.dtype) -> None:
     problem = truth.problem(Scheme("heun", 2, 50, tf32=False), 11, 2)
-    flags, words = (truth.run(problem, 64, dtype, Plan(8, 64, 4, 2, e)) for e in EXCHANGES)
+    flags, words = (truth.run(problem, 64, dtype, RolloutLayout(8, 64, 4, 2, e)) for e in EXCHANGES)
     assert flags.keys() == words.keys()
     assert all(torch.equal(flags[name], words[name]) for name in flags)
 
@@ -99,7 +99,7 @@ def test_steps_one_by_one_are_the_whole_rollout(exchange: str) -> None:
     """T launches of one macro step, as imagination makes them, give the same bits."""
     scheme = Scheme("heun", 2, 50, tf32=False)
     problem = truth.problem(scheme, 5, 3)
-    layout = Plan(4, 64, 4, 2, exchange)
+    layout = RolloutLayout(4, 64, 4, 2, exchange)
     net = truth.network(problem, 64, torch.float16)
     p, c = truth.pad(problem.p, 64).float(), truth.pad(problem.c, 64).float()
     whole = rollout_forward(p, c, net, scheme, layout)
@@ -180,7 +180,7 @@ def test_programs_exchange(
     scheme = Scheme("heun", 1, width, tf32=False)
     problem = truth.problem(scheme, batch, 1)
     flags, words = (
-        truth.run(problem, padded, dtype, Plan(rows, features, 4, 2, exchange))
+        truth.run(problem, padded, dtype, RolloutLayout(rows, features, 4, 2, exchange))
         for exchange in EXCHANGES
     )
     truth.check(problem, flags, dtype)
@@ -197,7 +197,7 @@ def test_programs_exchange_in_one_launch_after_another(
     problem = truth.problem(scheme, 4, 3)
     net = truth.network(problem, 64, torch.float16)
     p, c = truth.pad(problem.p, 64).float(), truth.pad(problem.c, 64).float()
-    layout = Plan(4, 32, 4, 2, exchange)
+    layout = RolloutLayout(4, 32, 4, 2, exchange)
     monkeypatch.setattr(module, "LIMIT", 1 << 20)
     monkeypatch.setattr(module, "launch", _in_processes())
     whole = rollout_forward(p, c, net, scheme, layout)
@@ -220,7 +220,7 @@ def test_a_program_that_never_comes(
     problem = truth.problem(scheme, 8, 2)
     net = truth.network(problem, 64, torch.float32)
     p, c, g, lp = (truth.pad(x, 64).float() for x in problem[2:])
-    layout = Plan(4, 32, 4, 2, exchange)
+    layout = RolloutLayout(4, 32, 4, 2, exchange)
     saved, _ = truth.buffers(problem, 64, torch.float32)
     monkeypatch.setattr(module, "LIMIT", 1 << 20)
     monkeypatch.setattr(module, "launch", _in_processes())
@@ -256,7 +256,7 @@ def test_a_program_that_comes_too_late(
     problem = truth.problem(scheme, 4, 1)
     net = truth.network(problem, 64, torch.float32)
     p, c, g, lp = (truth.pad(x, 64).float() for x in problem[2:])
-    layout = Plan(4, 32, 4, 2, exchange)
+    layout = RolloutLayout(4, 32, 4, 2, exchange)
     saved, _ = truth.buffers(problem, 64, torch.float32)
     rollout_forward(p, c, net, scheme, layout, saved=saved)
     monkeypatch.setattr(module, "LIMIT", 300)
@@ -281,7 +281,7 @@ def test_what_weights_get_when_a_program_comes_too_late(
     problem = truth.problem(scheme, 4, 1)
     net = truth.network(problem, 64, torch.float16)
     p, c, g, lp = (truth.pad(x, 64).float() for x in problem[2:])
-    layout = Plan(4, 32, 4, 2, exchange)
+    layout = RolloutLayout(4, 32, 4, 2, exchange)
     saved, _ = truth.buffers(problem, 64, torch.float16)
     rollout_forward(p, c, net, scheme, layout, saved=saved)
 
@@ -303,7 +303,7 @@ def test_what_weights_get_when_a_program_comes_too_late(
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_the_compiled_exchange_is_ordered(direction: str) -> None:
     """All threads' stores, a barrier, one release and acquire, a barrier, then loads past L1."""
-    from pwm_fast.kernels.aot import compile_case
+    from tests.compile.aot import compile_case
 
     name = f"rollout_{direction} U512 fp16 8x64 w4 weights"
     case = next(c for c in cases() if c.name == name)
@@ -325,7 +325,7 @@ def test_the_compiled_exchange_is_ordered(direction: str) -> None:
 @pytest.mark.parametrize(("name", "times"), [("8x64 w4", 1), ("8x64 w8", 2), ("16x64 w8", 1)])
 def test_how_often_a_product_is_computed(name: str, times: int) -> None:
     """Warps without a share of their own repeat another's: so 4 come before 8."""
-    from pwm_fast.kernels.aot import compile_case
+    from tests.compile.aot import compile_case
 
     case = next(c for c in cases() if c.name == f"rollout_fwd U512 fp16 {name} weights")
     found = set(
@@ -346,23 +346,27 @@ def test_how_often_a_product_is_computed(name: str, times: int) -> None:
 
 def test_plans_of_a_5m_class_net_on_an_h100() -> None:
     f16 = torch.float16
-    assert plan(1, 512, f16, *H100) == Plan(8, 64, 4, 4)
-    assert plan(128, 512, f16, *H100) == Plan(8, 64, 4, 4)
-    assert plan(256, 512, f16, *H100) == Plan(16, 64, 8, 4)
-    assert plan(512, 512, f16, *H100) == Plan(32, 64, 8, 2)
-    assert plan(64, 1024, f16, *H100) == Plan(16, 32, 4, 4)
-    assert plan(64, 512, torch.float32, *H100) == Plan(8, 32, 4, 4)
+    assert choose_layout(1, 512, f16, *H100) == RolloutLayout(8, 64, 4, 4)
+    assert choose_layout(128, 512, f16, *H100) == RolloutLayout(8, 64, 4, 4)
+    assert choose_layout(256, 512, f16, *H100) == RolloutLayout(16, 64, 8, 4)
+    assert choose_layout(512, 512, f16, *H100) == RolloutLayout(32, 64, 8, 2)
+    assert choose_layout(64, 1024, f16, *H100) == RolloutLayout(16, 32, 4, 4)
+    assert choose_layout(64, 512, torch.float32, *H100) == RolloutLayout(8, 32, 4, 4)
 
 
 def test_the_order_of_layouts_is_the_models() -> None:
     """Of the same tile, exchanged by flags: words come last, whatever the model makes of them."""
     for tile in {(layout.bm, layout.bn) for layout in module.LAYOUTS}:
         same = [p for p in module.LAYOUTS if (p.bm, p.bn) == tile and p.exchange == "flags"]
-        times = [cost.rollout(layout, 512, 2) for layout in same]
+        times = [modelled_time(layout, 512, 2) for layout in same]
         assert times == sorted(times)
     four, eight, words = (
-        cost.rollout(layout, 512, 2)
-        for layout in (Plan(8, 64, 4, 4), Plan(8, 64, 8, 4), Plan(8, 64, 4, 4, "words"))
+        modelled_time(layout, 512, 2)
+        for layout in (
+            RolloutLayout(8, 64, 4, 4),
+            RolloutLayout(8, 64, 8, 4),
+            RolloutLayout(8, 64, 4, 4, "words"),
+        )
     )
     assert words < four < eight
     # Without the other half of what 8 warps read twice: 96 KB, of two products.
@@ -372,36 +376,40 @@ def test_the_order_of_layouts_is_the_models() -> None:
 
 def test_what_does_not_fit_says_why() -> None:
     f16 = torch.float16
-    assert "multiprocessors" in str(plan(1024, 512, f16, *H100))
-    assert "shared memory" in str(plan(8, 1792, f16, *H100))
-    assert "shared memory" in str(plan(8, 512, f16, 132, 99 * 1024 - 40000))
-    assert "no multiple" in str(why_not(Plan(8, 64, 8, 4), 8, 510, 2, *H100))
-    assert "no rows" in str(plan(0, 512, f16, *H100))
+    assert "multiprocessors" in str(choose_layout(1024, 512, f16, *H100))
+    assert "shared memory" in str(choose_layout(8, 1792, f16, *H100))
+    assert "shared memory" in str(choose_layout(8, 512, f16, 132, 99 * 1024 - 40000))
+    assert "no multiple" in str(why_not(RolloutLayout(8, 64, 8, 4), 8, 510, 2, *H100))
+    assert "no rows" in str(choose_layout(0, 512, f16, *H100))
 
 
 def test_a_measured_layout_comes_first() -> None:
     f16 = torch.float16
     key = module.tuning_key(128, 512, f16)
     assert key == "float16 B128 U512"
-    measured = Plan(16, 32, 8, 4)
-    assert plan(128, 512, f16, *H100, {key: measured._asdict()}) == measured
-    assert plan(64, 512, f16, *H100, {key: measured._asdict()}) == Plan(8, 64, 4, 4)
-    words = Plan(8, 64, 4, 4, "words")
-    assert plan(128, 512, f16, *H100, {key: words._asdict()}) == words
+    measured = RolloutLayout(16, 32, 8, 4)
+    assert choose_layout(128, 512, f16, *H100, {key: measured._asdict()}) == measured
+    assert choose_layout(64, 512, f16, *H100, {key: measured._asdict()}) == RolloutLayout(
+        8, 64, 4, 4
+    )
+    words = RolloutLayout(8, 64, 4, 4, "words")
+    assert choose_layout(128, 512, f16, *H100, {key: words._asdict()}) == words
     earlier = {"bm": 8, "bn": 64, "warps": 8, "chunks": 4}  # before there were words
-    assert plan(128, 512, f16, *H100, {key: earlier}) == Plan(8, 64, 8, 4, "flags")
-    assert "faster" in str(plan(128, 512, f16, *H100, {key: {"bm": 0}}))
+    assert choose_layout(128, 512, f16, *H100, {key: earlier}) == RolloutLayout(
+        8, 64, 8, 4, "flags"
+    )
+    assert "faster" in str(choose_layout(128, 512, f16, *H100, {key: {"bm": 0}}))
     for wrong, match in (
         ({"bm": 8}, "has bm, bn"),
         (
-            Plan(8, 32, 4, 2)._asdict(),
+            RolloutLayout(8, 32, 4, 2)._asdict(),
             r"must be one of \(8, 64, 4, 4, 'flags'\), .*, got \(8, 32, 4, 2, 'flags'\)",
         ),
-        (Plan(32, 64, 8, 2, "words")._asdict(), "must be one of"),
-        (Plan(8, 32, 8, 4)._asdict(), "not fit"),
+        (RolloutLayout(32, 64, 8, 2, "words")._asdict(), "must be one of"),
+        (RolloutLayout(8, 32, 8, 4)._asdict(), "not fit"),
     ):
         with pytest.raises(ValueError, match=match):
-            plan(128, 512, f16, *H100, {key: wrong})
+            choose_layout(128, 512, f16, *H100, {key: wrong})
         with pytest.raises(ValueError, match=match):
             module.check_tuned(key, wrong, *H100)
     module.check_tuned(key, measured._asdict(), *H100)
@@ -411,7 +419,7 @@ def test_words_are_only_taken_where_they_were_measured() -> None:
     names = [layout.name for layout in module.LAYOUTS]
     assert len(set(names)) == len(names) and "8x64 w4 words" in names
     for batch in range(1, 600, 37):
-        found = plan(batch, 512, torch.float16, *H100)
+        found = choose_layout(batch, 512, torch.float16, *H100)
         assert isinstance(found, str) or found.exchange == "flags"
 
 
@@ -419,8 +427,8 @@ def test_every_plan_keeps_the_programs_resident() -> None:
     for batch in range(1, 700, 13):
         for padded in (64, 512, 832, 1024, 1792):
             for sms in (60, 108, 132):
-                found = plan(batch, padded, torch.float16, sms, 227 * 1024)
-                if isinstance(found, Plan):
+                found = choose_layout(batch, padded, torch.float16, sms, 227 * 1024)
+                if isinstance(found, RolloutLayout):
                     assert -(-batch // found.bm) * (padded // found.bn) <= sms
                     assert padded % found.bn == 0
 
@@ -430,7 +438,7 @@ def test_wrong_arguments_are_named() -> None:
     problem = truth.problem(scheme, 3, 2)
     net = truth.network(problem, 64, torch.float16)
     saved, adjoints = truth.buffers(problem, 64, torch.float16)
-    layout = Plan(8, 64, 4, 2)
+    layout = RolloutLayout(8, 64, 4, 2)
     p, c = truth.pad(problem.p, 64).float(), truth.pad(problem.c, 64).float()
 
     def forward(**changed: Any) -> None:
@@ -444,7 +452,7 @@ def test_wrong_arguments_are_named() -> None:
         ("heun or euler", {"scheme": scheme._replace(method="map")}),
         ("scheme.width", {"scheme": scheme._replace(width=65)}),
         ("at least one row", {"p": p[:0], "c": c[:, :0]}),
-        ("multiple of the plan", {"plan": Plan(8, 48, 4, 2)}),
+        ("multiple of the plan", {"plan": RolloutLayout(8, 48, 4, 2)}),
         ("b2 must be", {"network": net._replace(b2=net.b2.half())}),
         ("w13 must be", {"network": net._replace(w13=net.w13.float())}),
         ("w2 must be float16", {"network": net._replace(w2=net.w2.double(), w13=net.w13.double())}),
@@ -473,14 +481,14 @@ def test_wrong_arguments_are_named() -> None:
 
 def _real_problem(
     device: str, batch: int, substeps: int, steps: int, exchange: str
-) -> tuple[truth.Problem, int, Plan]:
+) -> tuple[truth.Problem, int, RolloutLayout]:
     """510 features and the layout that a GPU has for them."""
     width, padded = 510, 512
     limits = H100
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         limits = found.multi_processor_count, found.shared_memory_per_block_optin
-    layout = plan(batch, padded, torch.float16, *limits)
+    layout = choose_layout(batch, padded, torch.float16, *limits)
     if isinstance(layout, str):
         pytest.skip(layout)
     layout = layout._replace(exchange=exchange)

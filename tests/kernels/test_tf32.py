@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pwm_fast.kernels.aot import compile_case
-from pwm_fast.kernels.report import cases_of
+from tests.compile.aot import compile_case
+from tests.compile.report import cases_of
 
 
 @pytest.mark.parametrize(
@@ -15,8 +15,8 @@ from pwm_fast.kernels.report import cases_of
     [
         ("linear_norm_act", "linear_norm_act_fwd LayerNorm mish 16x64 of 1792, K 1792, tf32", True),
         ("linear_norm_act", "linear_norm_act_fwd mish 16x64 of 1792, K 1792, fp16", False),
-        ("rollout_cases", "rollout_fwd U512 fp32 16x32 w4 weights", True),
-        ("rollout_cases", "rollout_bwd U512 fp32 16x32 w8 words weights", True),
+        ("rollout", "rollout_fwd U512 fp32 16x32 w4 weights", True),
+        ("rollout", "rollout_bwd U512 fp32 16x32 w8 words weights", True),
     ],
 )
 def test_rounded_to_the_nearest(module: str, name: str, rounds: bool) -> None:

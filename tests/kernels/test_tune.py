@@ -16,13 +16,13 @@ from bench.tune_compile import compiling
 from bench.tune_products import WORKLOADS, Wrong
 from bench.tune_rollout import RolloutWorkload
 from pwm_fast.kernels import linear_axpby, plan, rollout, tuning
-from pwm_fast.kernels.plan import Limits, Plan, Product, candidates
+from pwm_fast.kernels.plan import GemmPlan, GemmShape, Limits, candidates
 from tests.bench.synthetic import FACTS
 
 CPU = torch.device("cpu")
 
 
-def alone(product: Product) -> Plan:
+def alone(product: GemmShape) -> GemmPlan:
     """A plan that the interpreter can run: its programs do not wait."""
     found = plan.device_plan(product, CPU)
     assert found is not None
@@ -34,7 +34,7 @@ def alone(product: Product) -> Plan:
 @pytest.mark.parametrize("kernel", WORKLOADS)
 def test_every_choice_is_checked_against_float64(kernel: str, element: int) -> None:
     members = 2 if "act_norm" in kernel[7:] and element == 2 else 1
-    product = Product(kernel, 5, 48, 16, members, element, "ieee")
+    product = GemmShape(kernel, 5, 48, 16, members, element, "ieee")
     workload = WORKLOADS[kernel](product, CPU)
     workload.call(alone(product))()
     workload.call(None)()
@@ -42,10 +42,10 @@ def test_every_choice_is_checked_against_float64(kernel: str, element: int) -> N
 
 @pytest.mark.interpreted
 def test_a_wrong_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = WORKLOADS["linear_axpby"](Product("linear_axpby", 5, 48, 16), CPU)
+    workload = WORKLOADS["linear_axpby"](GemmShape("linear_axpby", 5, 48, 16), CPU)
     right = workload.fused
 
-    def wrong(chosen: Plan):  # type: ignore[no-untyped-def]
+    def wrong(chosen: GemmPlan):  # type: ignore[no-untyped-def]
         call = right(chosen)
 
         def called() -> None:
@@ -65,7 +65,7 @@ def test_a_wrong_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.interpreted
 def test_a_rollout_is_checked_layer_by_layer_and_in_one_launch() -> None:
     workload = RolloutWorkload(5, 64, "16", CPU, horizon=1)
-    workload.call(rollout.Plan(8, 64, 4, 2))()
+    workload.call(rollout.RolloutLayout(8, 64, 4, 2))()
     workload.call(None)()
     workload.z0 += 1.0  # what was true of others
     with pytest.raises(Wrong, match="of z exceeds"):
@@ -76,7 +76,7 @@ def test_a_rollout_is_checked_layer_by_layer_and_in_one_launch() -> None:
 def test_problems_are_measured_from_their_operands_on(tmp_path: Path) -> None:
     """All of the tuner but its clock and the GPU."""
     limits = Limits(1)
-    product = Product("linear_act_norm_bwd", 5, 48, 16, 2)
+    product = GemmShape("linear_act_norm_bwd", 5, 48, 16, 2)
     problem = tune._product_problem(product, CPU, limits)
     assert set(problem.choices) == {"32x256", "unfused"}
 
@@ -102,7 +102,7 @@ def test_problems_are_measured_from_their_operands_on(tmp_path: Path) -> None:
 def test_choices_launch_what_they_stand_for(kernel: str, rate: str) -> None:
     element, precision = (2, "tf32") if rate == "16" else (4, rate)
     members, n = (3, 400) if "act_norm" in kernel[7:] else (1, 512)
-    product = Product(kernel, 200, n, 512, members, element, precision)
+    product = GemmShape(kernel, 200, n, 512, members, element, precision)
     with FakeCuda() as cuda:
         workload = WORKLOADS[kernel](product, DEVICE)
         fused = [workload.fused(p) for p in candidates(product, Limits(132))]
@@ -158,7 +158,7 @@ def test_every_choice_computes_the_same(kernel: str, rate: str) -> None:
     element = 2 if rate == "16" else 4
     members, n = (3, 400) if "act_norm" in kernel[7:] else (1, 512)
     precision = "tf32" if rate == "16" else rate
-    product = Product(kernel, 200, n, 512, members, element, precision)
+    product = GemmShape(kernel, 200, n, 512, members, element, precision)
     workload = WORKLOADS[kernel](product, torch.device("cuda:0"))
     for choice in (*candidates(product, limits), None):
         workload.call(choice)  # raises where it is wrong

@@ -101,4 +101,4 @@ def test_shipped_files_are_well_formed() -> None:
             if kernel == "rollout":
                 continue
             for key, entry in entries.items():
-                plan.entry_plan(entry, plan.product_of(kernel, key), plan.Limits(1 << 10))
+                plan.entry_plan(entry, plan.gemm_shape(kernel, key), plan.Limits(1 << 10))

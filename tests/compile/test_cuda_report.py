@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pwm_fast.kernels import cuda_report
-from pwm_fast.kernels.cuda_report import CudaUsage
-from pwm_fast.kernels.report import stored
+from tests.compile import cuda_report
+from tests.compile.cuda_report import CudaUsage
+from tests.compile.report import stored
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -32,7 +32,7 @@ def test_the_table_has_not_changed(used: list[CudaUsage]) -> None:
     if not table.startswith(f"{cuda_report.compiler()}:"):
         pytest.skip(f"the table is not of {cuda_report.compiler()}")
     assert cuda_report.table(used).splitlines() == table.splitlines(), (
-        "kernels changed: run python -m pwm_fast.kernels.cuda_report"
+        "kernels changed: run python -m tests.compile.cuda_report"
     )
 
 

@@ -1,7 +1,7 @@
 """Compiles Triton kernels ahead of time, without a GPU, and reads what the result uses.
 
-A kernel module lists what it is launched with in a function ``cases() -> list[Case]``;
-:mod:`pwm_fast.kernels.report` makes the table of ``docs/kernels.md`` from them.
+``tests/compile/cases/<module>.py`` lists what a kernel module is launched with, in a function
+``cases() -> list[Case]``; :mod:`tests.compile.report` makes the table of ``docs/kernels.md``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Usage(NamedTuple):
         registers: of a thread.
         spill: bytes of local memory a thread.
         shared: bytes of shared memory a program.
-        tensor_cores: what its products run on: ``X.
+        tensor_cores: the instructions of its GEMMs: ``"HMMA"``, or several joined by ``+``.
     """
 
     registers: int

@@ -1,8 +1,8 @@
 """What the Triton kernels use on each GPU generation: the table of ``docs/kernels.md``.
 
-``python -m pwm_fast.kernels.report`` compiles every case of every module here and writes the table;
-``--check`` only compares it. No GPU is needed. Triton keeps what it compiled, so a second run only
-compiles what has changed.
+``python -m tests.compile.report`` compiles every case of :mod:`tests.compile.cases` and writes the
+table; ``--check`` only compares it. No GPU is needed. Triton keeps what it compiled, so a second
+run compiles changes alone.
 
 With the table stands a hash of all that it depends on (:func:`fingerprint`). Where that is the
 same, so is the table: the tests compile a sample of it.
@@ -28,8 +28,9 @@ from typing import NamedTuple
 import triton
 
 import pwm_fast.kernels
-from pwm_fast.kernels.aot import SHARED_LIMIT, Case, Usage, compile_case, usage
+from tests.compile.aot import SHARED_LIMIT, Case, Usage, compile_case, usage
 
+CASES = Path(__file__).parent / "cases"
 SECTION = "report"  # the table stands between <!-- report:begin --> and <!-- report:end -->
 
 
@@ -52,21 +53,14 @@ class Entry(NamedTuple):
 
 
 def modules() -> list[str]:
-    """Names of the modules in this package that list cases."""
-    found = []
-    for info in pkgutil.iter_modules(pwm_fast.kernels.__path__):
-        if info.name != "report" and hasattr(_module(info.name), "cases"):
-            found.append(info.name)
-    return sorted(found)
-
-
-def _module(name: str) -> object:
-    return importlib.import_module(f"pwm_fast.kernels.{name}")
+    """Names of the kernels' modules, each of which has a file of cases."""
+    return sorted(path.stem for path in CASES.glob("*.py"))
 
 
 def cases_of(module: str) -> list[Case]:
     """What a module's kernels are launched with."""
-    return _module(module).cases()  # type: ignore[attr-defined]
+    found: list[Case] = importlib.import_module(f"tests.compile.cases.{module}").cases()
+    return found
 
 
 def faults(case: Case, arch: int, used: Usage) -> tuple[str, ...]:
@@ -139,13 +133,14 @@ def fingerprint(names: Sequence[str] | None = None) -> str:
     """
     digest = hashlib.sha256()
     for info in sorted(pkgutil.iter_modules(pwm_fast.kernels.__path__), key=lambda i: i.name):
-        for name, fn in sorted(vars(_module(info.name)).items()):
+        module = importlib.import_module(f"pwm_fast.kernels.{info.name}")
+        for name, fn in sorted(vars(module).items()):
             if isinstance(fn, triton.JITFunction):
                 digest.update(f"{name} {_code(fn.src)}".encode())
             elif isinstance(fn, triton.language.constexpr):
                 digest.update(f"{name} {fn.value}".encode())
-    for module in names or modules():
-        for c in cases_of(module):
+    for module_name in names or modules():
+        for c in cases_of(module_name):
             options = (c.num_warps, c.num_stages, c.options, sorted(c.unaligned), c.archs)
             digest.update(repr((c.name, c.signature, c.constants, options)).encode())
     return digest.hexdigest()[:12]
@@ -236,7 +231,7 @@ def made_with(text: str) -> tuple[str, str] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the table; 1 if a kernel is faulty or the table differs."""
-    parser = argparse.ArgumentParser(prog="python -m pwm_fast.kernels.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.compile.report", description=__doc__)
     parser.add_argument("modules", nargs="*", help="only print these modules' table")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument("--jobs", type=int, default=None, help="processes (all CPUs)")
@@ -252,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif (made_with(stored(args.page)) or ("?",))[0] != triton.__version__:
         print("not compared: the table is of another Triton")
     elif stored(args.page).rstrip() != text:
-        bad.append(f"{args.page} differs: run python -m pwm_fast.kernels.report")
+        bad.append(f"{args.page} differs: run python -m tests.compile.report")
     for line in bad:
         print(line, file=sys.stderr)
     return 1 if bad else 0

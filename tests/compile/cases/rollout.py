@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from pwm_fast.kernels.aot import Case, signature
 from pwm_fast.kernels.rollout import Scheme, constants_of, options_of
-from pwm_fast.kernels.rollout_adjoint import rollout_backward_kernel
+from pwm_fast.kernels.rollout_backward import rollout_backward_kernel
 from pwm_fast.kernels.rollout_device import rollout_forward_kernel
-from pwm_fast.kernels.rollout_plan import LAYOUTS, Plan
+from pwm_fast.kernels.rollout_plan import LAYOUTS, RolloutLayout
+from tests.compile.aot import Case, signature
 
 _OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _PLAIN = ("batch", "steps", "evals", "substeps", "begin", "limit")
@@ -18,7 +18,7 @@ _PLAIN = ("batch", "steps", "evals", "substeps", "begin", "limit")
 
 def _case(
     direction: str,
-    plan: Plan,
+    plan: RolloutLayout,
     padded: int,
     dtype: str,
     archs: tuple[int, ...],

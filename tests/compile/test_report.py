@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -9,15 +11,9 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from pwm_fast.kernels import report  # noqa: E402
-from pwm_fast.kernels.aot import (  # noqa: E402
-    SHARED_LIMIT,
-    Case,
-    Usage,
-    compile_case,
-    run_tool,
-    usage,
-)
+import pwm_fast.kernels  # noqa: E402
+from tests.compile import report  # noqa: E402
+from tests.compile.aot import SHARED_LIMIT, Case, Usage, compile_case, run_tool, usage  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -30,7 +26,7 @@ def test_the_table_is_of_these_kernels() -> None:
     version, fingerprint = report.made_with(report.stored(PAGE)) or ("", "")
     if version != triton.__version__:
         pytest.skip(f"the table is of Triton {version}")
-    assert fingerprint == report.fingerprint(), "run python -m pwm_fast.kernels.report"
+    assert fingerprint == report.fingerprint(), "run python -m tests.compile.report"
 
 
 def test_the_table_has_every_case_within_its_limits() -> None:
@@ -41,7 +37,7 @@ def test_the_table_has_every_case_within_its_limits() -> None:
         for case in report.cases_of(module)
         for arch in case.archs
     }
-    assert found.keys() == wanted.keys(), "run python -m pwm_fast.kernels.report"
+    assert found.keys() == wanted.keys(), "run python -m tests.compile.report"
     faults = {key: report.faults(wanted[key], key[1], used) for key, used in found.items()}
     assert not {key: found for key, found in faults.items() if found}
 
@@ -110,10 +106,20 @@ def test_a_fingerprint_is_of_code_and_cases(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.fingerprint(["simnorm"]) != before
 
 
-def test_modules_with_cases_are_found() -> None:
-    names = report.modules()
-    assert "norm_act" in names
-    assert all(report.cases_of(name) for name in names)
+def test_every_kernel_has_cases_in_the_file_of_its_module() -> None:
+    """So whoever adds a kernel and no case for it hears of that here."""
+    found = {
+        (fn.fn.__module__.rpartition(".")[2], name)
+        for info in pkgutil.iter_modules(pwm_fast.kernels.__path__)
+        for name, fn in vars(importlib.import_module(f"pwm_fast.kernels.{info.name}")).items()
+        if isinstance(fn, triton.JITFunction) and name.endswith("_kernel")
+    }
+    own = {"rollout_device": "rollout", "rollout_backward": "rollout"}
+    assert {(own.get(module, module), name) for module, name in found} == {
+        (module, case.fn.fn.__name__)
+        for module in report.modules()
+        for case in report.cases_of(module)
+    }
 
 
 def test_every_limit_is_watched() -> None:
@@ -145,4 +151,4 @@ def test_a_table_is_stored_and_read_again(tmp_path: Path) -> None:
     assert report.made_with(report.stored(page)) == (triton.__version__, report.fingerprint())
     assert report.rows_of(report.stored(page)) == {("one", 80): Usage(32, 0, 64, "HMMA")}
     with pytest.raises(ValueError, match="report:begin"):
-        report.stored(Path(__file__).parent / "conftest.py")
+        report.stored(Path(__file__).parents[1] / "conftest.py")

@@ -1,6 +1,6 @@
-"""Device code of the persistent rollout: its adjoint, with the forward kernel's layout.
+"""Device code of the persistent rollout, backward, with the forward kernel's layout.
 
-The boards come in another order: ``slots1`` for the size of the first adjoint, then ``board1``,
+The boards come in another order: ``slots1`` for the size of the first gradient, then ``board1``,
 ``slots2``, ``board2`` and ``slots1`` in every evaluation.
 """
 
@@ -11,56 +11,32 @@ import triton.language as tl
 
 from pwm_fast.kernels.pointwise import mish_slope, operand, power, rounded, row_exponent
 from pwm_fast.kernels.rollout_device import flow_time, lost, product, weight_slice
-from pwm_fast.kernels.rollout_exchange import PARTS, share_rows, share_tile
+from pwm_fast.kernels.rollout_exchange import PARTS, Layout, Place, share_rows, share_tile
 
 # No pipelining, for the reason that the forward kernel gives.
 
 
 @triton.jit
-def _adjoint(
-    dy,
-    xhat,
-    gamma,
-    beta,
-    slots,
-    base,
-    counter,
-    meeting,
-    ok,
-    limit,
-    rstd,
-    tile,
-    group,
-    width,
-    UP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    WORDS: tl.constexpr,
-    WARPS: tl.constexpr,
+def _hidden_dgrad(
+    dy, xhat, gamma, beta, slots, base, meeting, ok, rstd, place, width, L: tl.constexpr
 ):
-    """Adjoint of :func:`_hidden` towards its ``h``, from the one towards its output.
+    """Gradient of :func:`_hidden` towards its ``h``, from the one towards its output.
 
     Returns it, ``[BN, BM]``, with ``du`` (towards LayerNorm's output) and, over all
     features of a row, the largest ``|dh|`` but for a factor up to ``1 + |xhat|``, and ``|base|``.
     """
-    G: tl.constexpr = UP // BN
-    slots += group * PARTS * G * BM
+    slots += place.group * PARTS * (L.UP // L.BN) * L.BM
     du = dy * mish_slope(xhat * gamma[:, None] + beta[:, None])
     g = du * gamma[:, None]
     meeting += 1
     parts, ok = share_rows(
         (tl.sum(g * xhat, axis=0), tl.max(tl.abs(g), axis=0), tl.max(tl.abs(base), axis=0)),
         slots,
-        counter,
         meeting,
         ok,
-        limit,
-        tile,
-        G,
-        BM,
+        place,
+        L,
         PARTS,
-        WORDS,
-        WARPS,
     )
     inner = tl.sum(parts[0], axis=0) / width + lost(ok)
     largest = tl.max(parts[1], axis=0) * rstd
@@ -70,46 +46,11 @@ def _adjoint(
 
 
 @triton.jit
-def _publish(
-    x,
-    inverse,
-    board,
-    counter,
-    meeting,
-    ok,
-    limit,
-    tile,
-    group,
-    UP: tl.constexpr,
-    KP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    FLIP: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+def _publish(x, inverse, board, meeting, ok, place, L: tl.constexpr):
     """All programs' ``x * inverse`` as an operand ``[KP, BM]``, and this one's."""
-    mine = rounded(x * inverse[None, :], DTYPE)
+    mine = rounded(x * inverse[None, :], L.DTYPE)
     meeting += 1
-    full, ok = share_tile(
-        operand(mine, PRECISION),
-        board,
-        counter,
-        meeting,
-        ok,
-        limit,
-        tile,
-        group,
-        UP,
-        KP,
-        BM,
-        BN,
-        CHUNKS,
-        FLIP,
-        WORDS,
-    )
+    full, ok = share_tile(operand(mine, L.PRECISION), board, meeting, ok, place, L)
     return mine, full, meeting, ok
 
 
@@ -178,9 +119,9 @@ def rollout_backward_kernel(
     KEEP: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Adjoint of the forward kernel; see :func:`pwm_fast.kernels.rollout.rollout_backward`.
+    """Gradient of the forward kernel; see :func:`pwm_fast.kernels.rollout.rollout_backward`.
 
-    ``w2`` and ``w13`` are read as their transposes: rows are the features that an adjoint goes to.
+    ``w2`` and ``w13`` are read as their transposes: rows are the features that a gradient goes to.
     """
     G: tl.constexpr = UP // BN
     group = tl.program_id(0) // G
@@ -191,12 +132,13 @@ def rollout_backward_kernel(
     offs = m[None, :] * UP + n[:, None]
     rows = m < batch
     mask = rows[None, :] & (n[:, None] >= 0)
-    counter = counters_ptr + group * 32
+    L: tl.constexpr = Layout(UP, KP, BM, BN, DTYPE, PRECISION, CHUNKS, FLIP, WORDS, WARPS)
+    place = Place(tile, group, counters_ptr + group * 32, limit)
     size = batch.to(tl.int64) * UP  # of one evaluation's or macro step's tensor
 
-    w2 = weight_slice(w2_ptr, w2_n, w2_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
+    w2 = weight_slice(w2_ptr, w2_n, w2_k, n, L)
     tl.debug_barrier()  # one slice at a time through the registers
-    w13 = weight_slice(w13_ptr, w13_n, w13_k, n, UP, KP, PRECISION, CHUNKS, FLIP)
+    w13 = weight_slice(w13_ptr, w13_n, w13_k, n, L)
     tl.debug_barrier()
     gamma1, beta1 = tl.load(gamma1_ptr + n), tl.load(beta1_ptr + n)
     gamma2, beta2 = tl.load(gamma2_ptr + n), tl.load(beta2_ptr + n)
@@ -210,18 +152,7 @@ def rollout_backward_kernel(
     # How large a row of the first dq is.
     meeting = begin + 1
     parts, ok = share_rows(
-        (tl.max(tl.abs(dq), axis=0),),
-        slots1_ptr + group * PARTS * G * BM,
-        counter,
-        meeting,
-        1,
-        limit,
-        tile,
-        G,
-        BM,
-        1,
-        WORDS,
-        WARPS,
+        (tl.max(tl.abs(dq), axis=0),), slots1_ptr + group * PARTS * G * BM, meeting, 1, place, L, 1
     )
     dq_scale, dq_inverse = _scale(tl.max(parts[0], axis=0), SCALED)
     # Without the others' parts it is another factor than theirs.
@@ -250,106 +181,32 @@ def rollout_backward_kernel(
             rstd1 = tl.load(rstd1_ptr + at * batch + m, mask=rows, other=0.0)
             xhat2, xhat1 = xhat2.to(tl.float32), xhat1.to(tl.float32)
 
-            mine, full, meeting, ok = _publish(
-                dq,
-                dq_inverse,
-                board1_ptr,
-                counter,
-                meeting,
-                ok,
-                limit,
-                tile,
-                group,
-                UP,
-                KP,
-                BM,
-                BN,
-                DTYPE,
-                PRECISION,
-                CHUNKS,
-                FLIP,
-                WORDS,
-            )
+            mine, full, meeting, ok = _publish(dq, dq_inverse, board1_ptr, meeting, ok, place, L)
             if KEEP:
                 tl.store(dq_ptr + at * size + offs, mine, mask=mask)
                 if SCALED:
                     tl.store(dq_scale_ptr + at * batch + m, dq_scale, mask=rows & (tile == 0))
                 sum_b13 += dq
             back_scale = (dq_scale + lost(ok))[None, :]
-            dy = product(w13, full, nil, PRECISION, CHUNKS, FLIP) * back_scale + share * g
-            dh, du, largest, _, meeting, ok = _adjoint(
-                dy,
-                xhat2,
-                gamma2,
-                beta2,
-                slots2_ptr,
-                lp,
-                counter,
-                meeting,
-                ok,
-                limit,
-                rstd2,
-                tile,
-                group,
-                width2,
-                UP,
-                BM,
-                BN,
-                WORDS,
-                WARPS,
+            dy = product(w13, full, nil, L) * back_scale + share * g
+            dh, du, largest, _, meeting, ok = _hidden_dgrad(
+                dy, xhat2, gamma2, beta2, slots2_ptr, lp, meeting, ok, rstd2, place, width2, L
             )
             if KEEP:
                 sum_gamma2 += du * xhat2
                 sum_beta2 += du
                 sum_b2 += dh
             scale, inverse = _scale(largest, SCALED)
-            mine, full, meeting, ok = _publish(
-                dh,
-                inverse,
-                board2_ptr,
-                counter,
-                meeting,
-                ok,
-                limit,
-                tile,
-                group,
-                UP,
-                KP,
-                BM,
-                BN,
-                DTYPE,
-                PRECISION,
-                CHUNKS,
-                FLIP,
-                WORDS,
-            )
+            mine, full, meeting, ok = _publish(dh, inverse, board2_ptr, meeting, ok, place, L)
             if KEEP:
                 tl.store(dh2_ptr + at * size + offs, mine, mask=mask)
                 if SCALED:
                     tl.store(dh2_scale_ptr + at * batch + m, scale, mask=rows & (tile == 0))
             back_scale = (scale + lost(ok))[None, :]
-            dy = product(w2, full, nil, PRECISION, CHUNKS, FLIP) * back_scale
+            dy = product(w2, full, nil, L) * back_scale
             base = lp + late
-            dh, du, largest, largest_base, meeting, ok = _adjoint(
-                dy,
-                xhat1,
-                gamma1,
-                beta1,
-                slots1_ptr,
-                base,
-                counter,
-                meeting,
-                ok,
-                limit,
-                rstd1,
-                tile,
-                group,
-                width1,
-                UP,
-                BM,
-                BN,
-                WORDS,
-                WARPS,
+            dh, du, largest, largest_base, meeting, ok = _hidden_dgrad(
+                dy, xhat1, gamma1, beta1, slots1_ptr, base, meeting, ok, rstd1, place, width1, L
             )
             if KEEP:
                 sum_gamma1 += du * xhat1

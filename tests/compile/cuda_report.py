@@ -1,6 +1,6 @@
 """What the CUDA C++ kernels use on each GPU: the second table of ``docs/kernels.md``.
 
-``python -m pwm_fast.kernels.cuda_report`` reads it from the built extension and writes the table;
+``python -m tests.compile.cuda_report`` reads it from the built extension and writes the table;
 ``--check`` only compares it. No GPU is needed, but nvcc was when the extension was built.
 """
 
@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from pwm_fast.kernels.aot import run_tool
-from pwm_fast.kernels.report import store, stored
+from tests.compile.aot import run_tool
+from tests.compile.report import store, stored
 
 SECTION = "cuda"
 
@@ -114,7 +114,7 @@ def compiler() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the table; 1 if a kernel spills, the table differs or there is no CUDA."""
     parser = argparse.ArgumentParser(
-        prog="python -m pwm_fast.kernels.cuda_report", description=__doc__
+        prog="python -m tests.compile.cuda_report", description=__doc__
     )
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     parser.add_argument("--page", type=Path, default=Path("docs/kernels.md"))
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not stored(args.page, SECTION).startswith(f"{compiler()}:"):
         print(f"not compared: the table is of another compiler than {compiler()}")
     elif stored(args.page, SECTION).rstrip() != text:
-        bad.append(f"{args.page} differs: run python -m pwm_fast.kernels.cuda_report")
+        bad.append(f"{args.page} differs: run python -m tests.compile.cuda_report")
     for line in bad:
         print(line, file=sys.stderr)
     return 1 if bad else 0

@@ -1,4 +1,4 @@
-"""Ahead-of-time cases of the fused products: all that a plan may launch them with.
+"""Ahead-of-time cases of the fused GEMMs: all that a plan may launch them with.
 
 Tiles come from :func:`pwm_fast.kernels.plan.candidates`, as on a device.
 """
@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from pwm_fast.kernels.aot import SHARED_LIMIT, Case
-from pwm_fast.kernels.plan import Limits, Plan, Product, candidates
-from pwm_fast.kernels.tile_launch import POINTER_TYPES, constants_of
+from pwm_fast.kernels.gemm_tile import POINTER_TYPES, constants_of
+from pwm_fast.kernels.plan import GemmPlan, GemmShape, Limits, candidates
+from tests.compile.aot import SHARED_LIMIT, Case
 
-#: Operands in which products are fused, by the name of their precision; ``exact`` ones are not.
+#: Operands in which GEMMs are fused, by the name of their precision; ``exact`` ones are not.
 OPERANDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 
 #: Tiles of the cases that are compiled of some only: bf16 differs from fp16 in its type alone.
 SOME = ((16, 512), (64, 128), (32, 256))
 
 #: Bytes that an epilogue may spill: up to 24 registers at its fullest, once a tile; the loop of the
-#: product is free of them.
+#: GEMM is free of them.
 SPILL = 96
 
 _NARROW = frozenset({"x", "w", "y", "xhat", "u", "dy", "dx", "operand"})
@@ -58,14 +58,14 @@ def tile_cases(
         constants: values of further compile-time arguments.
         unaligned: see :class:`Case`.
     """
-    found: dict[tuple[int, int, int], tuple[Plan, Product]] = {}
+    found: dict[tuple[int, int, int], tuple[GemmPlan, GemmShape]] = {}
     for n, k in sizes:
-        product = Product(kernel, 1 << 16, n, k, element=OPERANDS[operand].itemsize)
+        gemm = GemmShape(kernel, 1 << 16, n, k, element=OPERANDS[operand].itemsize)
         for arch, shared in SHARED_LIMIT.items():
-            for plan in candidates(product, Limits(1 << 10, shared)):
+            for plan in candidates(gemm, Limits(1 << 10, shared)):
                 if tiles is None or (plan.block_m, plan.block_n) in tiles:
-                    found[arch, plan.block_m, plan.block_n] = plan, product
-    same: dict[tuple[Plan, Product], list[int]] = {}
+                    found[arch, plan.block_m, plan.block_n] = plan, gemm
+    same: dict[tuple[GemmPlan, GemmShape], list[int]] = {}
     for (arch, _, _), launched in found.items():
         same.setdefault(launched, []).append(arch)
     given = {**(constants or {}), **dict.fromkeys(absent)}
@@ -74,7 +74,7 @@ def tile_cases(
     )
     return [
         Case(
-            f"{name} {plan.name} of {product.n}, K {product.k}, {operand}",
+            f"{name} {plan.name} of {gemm.n}, K {gemm.k}, {operand}",
             fn,
             {a: "constexpr" if a in values else _type(a, pointers) for a in fn.arg_names},
             values,
@@ -87,8 +87,8 @@ def tile_cases(
             max_spill=max_spill,
             archs=tuple(archs),
         )
-        for (plan, product), archs in same.items()
-        for values in [_values(fn, plan, product, given)]
+        for (plan, gemm), archs in same.items()
+        for values in [_values(fn, plan, gemm, given)]
     ]
 
 
@@ -99,9 +99,9 @@ def absent_scales(operand: str, wide: bool) -> tuple[str, ...]:
     return ("dx_scale",) if wide else ()
 
 
-def _values(fn: Any, plan: Plan, product: Product, given: Mapping[str, Any]) -> dict[str, Any]:
+def _values(fn: Any, plan: GemmPlan, gemm: GemmShape, given: Mapping[str, Any]) -> dict[str, Any]:
     """Of the compile-time arguments, and None for those that are not passed."""
-    values = constants_of(product.kernel, plan, product.n, product.k, product.input_precision)
+    values = constants_of(gemm.kernel, plan, gemm.n, gemm.k, gemm.input_precision)
     values |= {"PHASE": 0, **given}
     if not plan.synced:
         values |= {"slots": None, "counters": None}

@@ -25,11 +25,12 @@ import triton.language as tl
 from bench import launches
 from bench.fake_cuda import FakeCuda
 from pwm_fast import config
-from pwm_fast.kernels import report, rollout
-from pwm_fast.kernels.aot import SHARED_LIMIT, Case
-from pwm_fast.kernels.plan import TILES, Limits, Product, plan
-from pwm_fast.kernels.tile_cases import OPERANDS
-from pwm_fast.kernels.tile_launch import POINTER_TYPES, constants_of
+from pwm_fast.kernels import rollout
+from pwm_fast.kernels.gemm_tile import POINTER_TYPES, constants_of
+from pwm_fast.kernels.plan import TILES, GemmShape, Limits, plan
+from tests.compile import report
+from tests.compile.aot import SHARED_LIMIT, Case
+from tests.compile.gemm_cases import OPERANDS
 
 SMS = {80: 108, 90: 132, 100: 148}  # of an A100, an H200 and a B200
 ROWS = (1, 16, 100, 128, 512, 1000, 2048, 16384)
@@ -113,7 +114,7 @@ def planned(kernel: str, operand: str, arch: int) -> Iterator[Launch]:
     limits = Limits(SMS[arch], SHARED_LIMIT[arch])
     seen = set()
     for rows, n, k in itertools.product(ROWS, WIDTHS, WIDTHS):
-        product = Product(kernel, rows, n, k, element=OPERANDS[operand].itemsize)
+        product = GemmShape(kernel, rows, n, k, element=OPERANDS[operand].itemsize)
         found = plan(product, limits)
         if found is None:
             continue
@@ -142,7 +143,7 @@ def test_every_layout_of_published_rollouts_is_compiled_ahead(
     padded: int, dtype: torch.dtype, arch: int
 ) -> None:
     device = SMS[arch], SHARED_LIMIT[arch]
-    planned = {rollout.plan(batch, padded, dtype, *device) for batch in ROWS}
+    planned = {rollout.choose_layout(batch, padded, dtype, *device) for batch in ROWS}
     tiles = {(p.bm, p.bn) for p in planned if not isinstance(p, str)}
     # Two slices of 1024 features in float32 are more than a multiprocessor holds.
     assert tiles or (padded, dtype) == (1024, torch.float32)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast.backends import select, triton_support
-from pwm_fast.fused import packs
+from pwm_fast.fused import weight_cache
 
 
 class GuardedAdam:
@@ -91,7 +91,7 @@ class GuardedAdam:
             p.grad = torch.zeros_like(p) if g is None else _laid_out_as(p, g)
         norm = self._triton_step(loss) if self._takes_triton() else self._torch_step(loss)
         if self.params[0].device.type != "cpu":
-            packs.invalidate(self.params)  # neither bumps version counters
+            weight_cache.invalidate(self.params)  # neither bumps version counters
         if not self.keep_gradients:
             for p in self.params:
                 p.grad = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pwm_fast.backends.precision import BY_NAME
 from pwm_fast.backends.specs import DynamicsSpec, LayerSpec, encode_dynamics, encode_layers
-from pwm_fast.fused import algebra, packs
+from pwm_fast.fused import algebra, weight_cache
 from pwm_fast.fused.gemm import fp32_products
 from pwm_fast.ops import (  # noqa: F401  register the operators
     batching,
@@ -58,7 +58,7 @@ def without_width(inputs: Sequence[Tensor], layers: Sequence[Layer] = ()) -> str
 
 def _savable(save: bool, *tensors: Tensor | None) -> Any:
     """The tensors; with ``save``, copies of those that autograd refuses to keep."""
-    if not save or packs.hidden():
+    if not save or weight_cache.hidden():
         return tensors
     return tuple(x.clone() if x is not None and x.is_inference() else x for x in tensors)
 
@@ -132,14 +132,14 @@ def centred(backend: str, layers: Sequence[Layer]) -> tuple[list[Layer], list[in
         packed, copies = torch.ops.pwm_fast.centred(list(flat), spec, pad, backend)
         weights = (x for x in packed if x.dim() == 2)
         for weight, copy in zip(weights, copies, strict=bool(copies)):
-            packs.attach(weight, copy)
+            weight_cache.attach(weight, copy)
         return (*packed, *copies)
 
     (wgrad,) = needs_grad(tensors)
     kind = ("centred", spec, pad, backend)
     # Who watches operators, to write them down, must see what a pack is made of.
     anew = wgrad or watched()
-    made = make(*_savable(wgrad, *tensors)) if anew else packs.kept(kind, tensors, make)
+    made = make(*_savable(wgrad, *tensors)) if anew else weight_cache.kept(kind, tensors, make)
     flat = list(made)
     result, widths = [], []
     for p in layers:
@@ -257,7 +257,7 @@ def _narrow_fold_products(operand: torch.dtype, w_z: Tensor, *head: Tensor) -> t
     """The same in float32, where products round ``W1z W3`` to ``operand``."""
     with fp32_products(False, w_z):
         products = [w_z @ x for x in head]
-    packs.attach(products[0], products[0].detach().to(operand))
+    weight_cache.attach(products[0], products[0].detach().to(operand))
     return tuple(products)
 
 
@@ -285,7 +285,7 @@ def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
     """
     if watched() and not wgrad:  # who writes operators down must see the weights themselves
         return list(layers)
-    flat = iter(packs.snapshot(tuple(layer_tensors(layers)), wgrad))
+    flat = iter(weight_cache.snapshot(tuple(layer_tensors(layers)), wgrad))
     copies = []
     for p in layers:
         weight, bias, gamma, beta = (None if x is None else next(flat) for x in p[:4])
@@ -348,7 +348,7 @@ def pack(
         if _narrow(backend) and operand is not None:
             make = partial(_narrow_fold_products, operand)
         anew = wgrad or watched()
-        params += make(*products) if anew else packs.kept(("fold", operand), products, make)
+        params += make(*products) if anew else weight_cache.kept(("fold", operand), products, make)
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias.contiguous())

@@ -18,10 +18,10 @@ from pwm_fast.fused.gemm import (
     takes_narrow,
     weight_grad,
 )
-from pwm_fast.fused.packs import one_call
 from pwm_fast.fused.policy import Policy
 from pwm_fast.fused.rollout import Dynamics, DynamicsGrads, DynamicsWeights
 from pwm_fast.fused.stack import LayerGrads, Stack, saved_buffers
+from pwm_fast.fused.weight_cache import one_call
 
 # --- MLP ----------------------------------------------------------------------------------------
 

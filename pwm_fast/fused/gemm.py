@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pwm_fast.backends.base import Kernels
-from pwm_fast.fused import packs
+from pwm_fast.fused import weight_cache
 
 VARIABLE = "PWM_FAST_GEMM"
 CHOICES = ("auto", "torch", "onednn")
@@ -166,7 +166,7 @@ class Gemm:
             operator = torch.ops.mkldnn._reorder_linear_weight
             return tuple(operator(part.contiguous(), rows) for part in parts)
 
-        packed: tuple[Tensor, ...] = packs.kept(
+        packed: tuple[Tensor, ...] = weight_cache.kept(
             ("onednn", rows, transposed), (self.weight,), reorder
         )
         self._reordered[transposed] = packed
@@ -225,7 +225,7 @@ class Gemm:
 
 def operand_copy(weight: Tensor, operand: torch.dtype) -> Tensor:
     """The weight rounded to a product's operand."""
-    copy = packs.attached(weight, operand)
+    copy = weight_cache.attached(weight, operand)
     if copy is not None:
         return copy
     return _kept_copy(("operand", operand), weight, lambda w: w.to(operand))
@@ -236,7 +236,7 @@ def _kept_copy(
 ) -> Tensor:
     if weight.is_cpu and weight.numel() <= _SMALL:
         return make(weight)
-    copy: Tensor = packs.kept(kind, (weight,), make)
+    copy: Tensor = weight_cache.kept(kind, (weight,), make)
     return copy
 
 
@@ -251,8 +251,8 @@ def round_together(kernels: Kernels, weights: Sequence[Tensor]) -> None:
         torch._foreach_copy_(copies, list(some))
         return copies
 
-    own = [w for w in weights if packs.attached(w, operand) is None]
-    packs.keep_each(("operand", operand), own, make)
+    own = [w for w in weights if weight_cache.attached(w, operand) is None]
+    weight_cache.keep_each(("operand", operand), own, make)
 
 
 @contextmanager

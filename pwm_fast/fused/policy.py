@@ -15,10 +15,10 @@ from torch import Tensor
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.fused_gemm import FusedPolicy, products_of
 from pwm_fast.backends.specs import LayerParams, LayerSpec
-from pwm_fast.fused import packs
+from pwm_fast.fused import weight_cache
 from pwm_fast.fused.gemm import Gemm, fp32_products, round_together
+from pwm_fast.fused.gemm_axpby import Update
 from pwm_fast.fused.stack import Stack
-from pwm_fast.fused.updates import Update
 
 
 class Policy:
@@ -126,5 +126,5 @@ def _carried(w: Tensor, w3: Tensor, b3: Tensor | None) -> tuple[Tensor, Tensor |
             return tuple(w @ x for x in head)
 
     tensors = (w, w3) if b3 is None else (w, w3, b3)
-    weight, *bias = packs.kept(("carried policy",), tensors, make)
+    weight, *bias = weight_cache.kept(("carried policy",), tensors, make)
     return weight, bias[0] if bias else None

@@ -20,8 +20,8 @@ from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.specs import DynamicsSpec, LayerParams
 from pwm_fast.fused.architecture import Sizes, persistent_plan
 from pwm_fast.fused.gemm import Gemm, takes_narrow, weight_grad
+from pwm_fast.fused.gemm_axpby import Update
 from pwm_fast.fused.stack import LayerGrads, Stack, saved_buffers
-from pwm_fast.fused.updates import Update
 
 if TYPE_CHECKING:
     from pwm_fast.fused.persistent import Persistent

@@ -1,4 +1,4 @@
-"""The operator that packs layers: see :mod:`pwm_fast.fused.centring`.
+"""The operator that packs layers: see :mod:`pwm_fast.fused.centre`.
 
 See :mod:`pwm_fast.ops.library` for the conventions.
 """
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.specs import decode_layers
-from pwm_fast.fused import centring
+from pwm_fast.fused import centre
 from pwm_fast.ops.library import define, filled, first_order_only, kernels, register_gradient
 
 
 def _pack(
     tensors: list[Tensor], spec: str, pad: bool, backend: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    return centring.pack(kernels(backend), decode_layers(spec), tensors, pad)
+    return centre.pack(kernels(backend), decode_layers(spec), tensors, pad)
 
 
 def _pack_fake(
     tensors: list[Tensor], spec: str, pad: bool, backend: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    return centring.empty(kernels(backend), decode_layers(spec), tensors, pad)
+    return centre.empty(kernels(backend), decode_layers(spec), tensors, pad)
 
 
 define(
@@ -38,7 +38,7 @@ define(
 def _pack_backward(
     grads: list[Tensor | None], tensors: list[Tensor], spec: str, backend: str
 ) -> list[Tensor]:
-    found = centring.pack_grads(kernels(backend), decode_layers(spec), grads, tensors)
+    found = centre.pack_grads(kernels(backend), decode_layers(spec), grads, tensors)
     return filled(found, tensors[0])
 
 

@@ -16,7 +16,9 @@ from pwm_fast.backends.base import Kernels, TorchKernels
 from pwm_fast.backends.precision import EXACT
 from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec
 from pwm_fast.backends.triton import TritonKernels
-from pwm_fast.fused.rollout import Dynamics, DynamicsWeights
+from pwm_fast.fused.dynamics import Dynamics, DynamicsWeights
+from pwm_fast.fused.folded import Folded
+from pwm_fast.fused.persistent import Persistent
 from pwm_fast.kernels.rollout import Plan
 
 LATENT = 64
@@ -126,10 +128,12 @@ class RolloutWorkload:
     def _halves(
         self, kernels: Kernels, weights: DynamicsWeights, dtype: torch.dtype, plan: Plan | None
     ) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
-        dynamics = Dynamics(
-            kernels, self.spec, weights, self.horizon, self.batch, save=True, wgrad=False
-        )
-        dynamics.persistent = None if plan is None else dynamics.persistent_on(plan)
+        shape = (kernels, self.spec, weights, self.horizon, self.batch)
+        dynamics: Dynamics
+        if plan is None:
+            dynamics = Folded(*shape, save=True, wgrad=False)
+        else:
+            dynamics = Persistent(*shape, save=True, wgrad=False, plan=plan)
         z = self.z0.new_empty(self.horizon + 1, self.batch, LATENT, dtype=dtype)
         c, gradient = self.c.to(dtype), self.dz.to(dtype)
 

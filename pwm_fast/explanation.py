@@ -20,10 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pwm_fast import ops
 from pwm_fast.backends import select
-from pwm_fast.backends.precision import BY_NAME
 from pwm_fast.backends.specs import decode_dynamics
-from pwm_fast.fused.architecture import Candidate, candidates
-from pwm_fast.ops.library import dynamics_sizes
+from pwm_fast.fused.rollout import Candidate, candidates
+from pwm_fast.ops.library import dynamics_sizes, kernels
 
 
 @dataclass(frozen=True)
@@ -279,10 +278,9 @@ class _Trace(TorchDispatchMode):
         if "w_z" in told:
             spec = decode_dynamics(told["spec"])
             self.fold = spec.fold if spec.method != "map" else None
-            name, _, mode = told["backend"].partition("+")
             z0 = told["z0"]
             sizes = dynamics_sizes(spec, told["w_z"], told["params"], z0.shape[0])
-            found = candidates(name, BY_NAME[mode or "exact"], spec, sizes, z0.device)
+            found = candidates(kernels(told["backend"]), spec, sizes, z0.device)
             self.architecture = tuple(found)
         facts = []
         for flag, whose in (("wgrad", "parameters"), ("actor_wgrad", "the policy's parameters")):

@@ -20,7 +20,8 @@ centred weight's product makes up for.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from pwm_fast.backends.dtypes import widen
 from pwm_fast.backends.pointwise import mish
 from pwm_fast.backends.precision import EXACT, Precision
 
+if TYPE_CHECKING:
+    from pwm_fast.backends.fused_gemm import FusedGemms
+
 
 class Kernels(Protocol):
     """What a device provides.
@@ -36,10 +40,23 @@ class Kernels(Protocol):
     Attributes:
         name: the backend's.
         precision: what the operands of products are rounded to.
+        gemms: GEMMs fused with what surrounds them, or None.
+        centre: packs a layer in one launch (:func:`pwm_fast.kernels.centre.centre`), or None.
+        scaled_rows: scales rows in one launch (:func:`pwm_fast.kernels.axpby.scaled_rows`), or
+            None.
+        wgrad_16bit: weight gradients take 16-bit operands on every device, not on a GPU alone.
+        cast_at_once: casting is a launch, so that many vectors are cast as one tensor.
+        persistent: there are persistent rollout kernels (:mod:`pwm_fast.kernels.rollout`).
     """
 
     name: str
     precision: Precision
+    gemms: FusedGemms | None
+    centre: Callable[..., None] | None
+    scaled_rows: Callable[..., None] | None
+    wgrad_16bit: bool
+    cast_at_once: bool
+    persistent: bool
 
     def norm_act_fwd(
         self,
@@ -181,7 +198,18 @@ def _write(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
     out.copy_(x)
 
 
-class TorchKernels:
+class PlainKernels:
+    """Kernels without the optional parts of :class:`Kernels`; those of a CPU build on it."""
+
+    gemms: FusedGemms | None = None
+    centre: Callable[..., None] | None = None
+    scaled_rows: Callable[..., None] | None = None
+    wgrad_16bit = False
+    cast_at_once = False
+    persistent = False
+
+
+class TorchKernels(PlainKernels):
     """The kernels in plain PyTorch: any device, any floating dtype; the truth for the others."""
 
     name = "torch"

@@ -1,4 +1,4 @@
-"""The element kernels in Triton (:mod:`pwm_fast.kernels`): float32 tensors on a CUDA GPU.
+"""The elementwise kernels in Triton (:mod:`pwm_fast.kernels`): float32 tensors on a CUDA GPU.
 
 This module imports triton: :mod:`pwm_fast.backends.triton_support` says before whether it can.
 
@@ -8,11 +8,14 @@ too slowly for anything but tests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.fused_gemm import FusedGemms
 from pwm_fast.backends.precision import EXACT, Precision
-from pwm_fast.backends.triton_gemm import TritonProducts
+from pwm_fast.backends.triton_gemm import TritonGemms
 from pwm_fast.kernels import act_norm, axpby, centre, norm_act, simnorm, two_hot
 
 
@@ -20,16 +23,19 @@ class TritonKernels:
     """See :class:`pwm_fast.backends.base.Kernels`."""
 
     name = "triton"
+    wgrad_16bit = True
+    cast_at_once = True
+    persistent = True
 
     def __init__(self, precision: Precision = EXACT) -> None:
         self.precision = precision
-        self.products = TritonProducts(precision)
+        self.gemms: FusedGemms | None = TritonGemms(precision)
         self.act_norm_fwd = act_norm.act_norm_fwd
         self.act_norm_bwd = act_norm.act_norm_bwd
         self.axpby = axpby.axpby
         self.to_operand = axpby.to_operand
-        self.scaled_rows = axpby.scaled_rows
-        self.centre = centre.centre
+        self.scaled_rows: Callable[..., None] | None = axpby.scaled_rows
+        self.centre: Callable[..., None] | None = centre.centre
         self.simnorm_fwd = simnorm.simnorm_fwd
         self.two_hot_decode_fwd = two_hot.two_hot_decode_fwd
         self.two_hot_ce_fwd = two_hot.two_hot_ce_fwd

@@ -17,7 +17,7 @@ from torch import Tensor
 from pwm_fast.backends.precision import BY_NAME
 from pwm_fast.backends.specs import DynamicsSpec, LayerSpec, encode_dynamics, encode_layers
 from pwm_fast.fused import algebra, weight_cache
-from pwm_fast.fused.gemm import fp32_products
+from pwm_fast.fused.gemm import fp32_mode
 from pwm_fast.ops import (  # noqa: F401  register the operators
     batching,
     library_returns,
@@ -255,7 +255,7 @@ def _fold_products(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
 
 def _narrow_fold_products(operand: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
     """The same in float32, where products round ``W1z W3`` to ``operand``."""
-    with fp32_products(False, w_z):
+    with fp32_mode(False, w_z):
         products = [w_z @ x for x in head]
     weight_cache.attach(products[0], products[0].detach().to(operand))
     return tuple(products)

@@ -20,11 +20,12 @@ from torch.utils import _pytree as pytree
 from pwm_fast.backends.base import Kernels, TorchKernels
 from pwm_fast.backends.precision import BY_NAME
 from pwm_fast.backends.specs import DynamicsSpec, LayerSpec, decode_dynamics, decode_layers
-from pwm_fast.fused import functional
-from pwm_fast.fused.architecture import Sizes
-from pwm_fast.fused.gemm import takes_narrow
-from pwm_fast.fused.rollout import dynamics_saved_buffers
-from pwm_fast.fused.stack import saved_buffers
+from pwm_fast.fused.dynamics import dynamics_saved_buffers
+from pwm_fast.fused.imagine import imagine_backward, imagine_forward
+from pwm_fast.fused.mlp import mlp_forward, saved_buffers
+from pwm_fast.fused.mlp_backward import mlp_backward
+from pwm_fast.fused.rollout import Sizes, rollout_backward, rollout_forward
+from pwm_fast.fused.wgrad import takes_16bit
 
 _LIB = torch.library.Library("pwm_fast", "DEF")
 IMPLEMENTATIONS: dict[str, Any] = {}  # what runs inside each operator, for looking into it
@@ -158,9 +159,7 @@ def _empty(like: Tensor, buffers: Sequence[tuple[tuple[int, ...], torch.dtype]])
 def _mlp(
     inputs: list[Tensor], params: list[Tensor], spec: str, backend: str, save: bool, wgrad: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    return functional.mlp_forward(
-        kernels(backend), decode_layers(spec), inputs, params, save, wgrad
-    )
+    return mlp_forward(kernels(backend), decode_layers(spec), inputs, params, save, wgrad)
 
 
 def _widths(specs: Sequence[LayerSpec], params: Sequence[Tensor]) -> list[int]:
@@ -202,7 +201,7 @@ def _mlp_backward(
     backend: str,
     wgrad: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    dinputs, dparams = functional.mlp_backward(
+    dinputs, dparams = mlp_backward(
         kernels(backend), decode_layers(spec), dy, inputs, params, saved, needs, wgrad
     )
     return filled(dinputs, dy), filled(dparams, dy)
@@ -335,7 +334,7 @@ def _rollout(
     save: bool,
     wgrad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    return functional.rollout_forward(
+    return rollout_forward(
         kernels(backend), decode_dynamics(spec), z0, c, w_z, w_tau, params, save, wgrad
     )
 
@@ -353,14 +352,14 @@ def _dynamics_buffers(
     first, *others = spec.layers
     widths = [w_z.shape[0], *_widths(others, params[2 if first.norm else 0 :])]
     operand = operand_dtype(backend, w_z.dtype)
-    narrow = takes_narrow(kernels(backend), w_z)
+    narrow = takes_16bit(kernels(backend), w_z)
     return dynamics_saved_buffers(
         spec, widths, w_z.shape[1], horizon, batch, save, wgrad, operand, w_z.dtype, narrow
     )
 
 
 def dynamics_sizes(spec: DynamicsSpec, w_z: Tensor, params: Sequence[Tensor], batch: int) -> Sizes:
-    """What the choice of an architecture looks at, from an operator's arguments."""
+    """What the choice of a rollout's way looks at, from an operator's arguments."""
     first, *others = spec.layers
     widths = [w_z.shape[0], *_widths(others, params[2 if first.norm else 0 :])]
     return Sizes(batch, widths[0], widths[-2] if spec.fold else widths[-1])
@@ -404,7 +403,7 @@ def _rollout_backward(
     backend: str,
     wgrad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    grads, flat = functional.rollout_backward(
+    grads, flat = rollout_backward(
         kernels(backend),
         decode_dynamics(spec),
         dz.contiguous(),
@@ -516,7 +515,7 @@ def _imagine(
     wgrad: bool,
     actor_wgrad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return functional.imagine_forward(
+    return imagine_forward(
         kernels(backend),
         decode_dynamics(spec),
         decode_layers(actor_spec),
@@ -599,7 +598,7 @@ def _imagine_backward(
     wgrad: bool,
     actor_wgrad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, list[Tensor]]:
-    grads, flat, dw_a, dstd, dactor = functional.imagine_backward(
+    grads, flat, dw_a, dstd, dactor = imagine_backward(
         kernels(backend),
         decode_dynamics(spec),
         decode_layers(actor_spec),

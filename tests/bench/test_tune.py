@@ -192,14 +192,15 @@ def test_rows_in_place_of_those_that_agents_have() -> None:
 def test_what_an_agent_asks_for_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most often first, whatever float32 operands would be multiplied in."""
     triton = pytest.importorskip("pwm_fast.backends.triton")
+    from pwm_fast.backends.fused_gemm import GemmShape
     from pwm_fast.backends.precision import FAST
     from pwm_fast.kernels import rollout
 
     def count(*args: object) -> None:
-        own = triton.TritonKernels(FAST).products
+        own = triton.TritonKernels(FAST).gemms
         for rows in (64, 64, 32):
-            own.update(rows, 48, 16, torch.float16, torch.device("cpu"))
-        own.backward(6, 40, 24, torch.float16, torch.device("cpu"), order="act_norm", members=3)
+            own.gemm_axpby(GemmShape(rows, 48, 16, torch.float16, torch.device("cpu")))
+        own.backward(GemmShape(6, 40, 24, torch.float16, torch.device("cpu"), 3), "act_norm")
         rollout.plan(64, 512, torch.float16, *FITTING, {})
 
     monkeypatch.setattr(launches, "count", count)

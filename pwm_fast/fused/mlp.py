@@ -32,6 +32,9 @@ class Saved(NamedTuple):
     rstd: Tensor | None
 
 
+_NOTHING = Saved(None, None, None)
+
+
 class FusedMLP:
     """``layers`` on R rows at a time, E evaluations whose intermediate results are kept.
 
@@ -91,7 +94,11 @@ class FusedMLP:
     def saved_of(self, layer: int, e: int) -> Saved:
         """What evaluation ``e`` keeps of a layer beside its output."""
         slots, saved = self._slots[layer], self.saved
-        return Saved(*[saved[slots[name]][e] if name in slots else None for name in Saved._fields])
+        if "hat" not in slots:
+            return _NOTHING
+        mean = saved[slots["mean"]][e] if "mean" in slots else None
+        rstd = saved[slots["rstd"]][e] if "rstd" in slots else None
+        return Saved(saved[slots["hat"]][e], mean, rstd)
 
     def output_of(self, layer: int, e: int) -> Tensor | None:
         """The output of a layer that evaluation ``e`` keeps, if it does."""

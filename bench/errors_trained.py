@@ -22,7 +22,7 @@ from bench import environment
 from bench.errors import write_docs
 from pwm_fast import ops
 from pwm_fast.backends import select
-from pwm_fast.fused import functional, gemm, rollout, stack
+from pwm_fast.fused import folded, imagine, layered, mlp_backward, wgrad
 
 MARKS = ("<!-- trained:begin -->", "<!-- trained:end -->")
 DOCS = environment.ROOT / "docs" / "performance.md"
@@ -76,8 +76,8 @@ def as_on_a_gpu() -> Iterator[None]:
     """Weight gradients of operands that are rounded, with the factors that a GPU gives them."""
 
     with ExitStack() as patches:
-        for module in (functional, rollout, stack):
-            narrow = mock.patch.object(module, "weight_grad", gemm.narrow_weight_grad)
+        for module in (folded, imagine, layered, mlp_backward):
+            narrow = mock.patch.object(module, "weight_grad", wgrad.weight_grad_16bit)
             patches.enter_context(narrow)
         yield
 

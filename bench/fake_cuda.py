@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pwm_fast.fused import packs
+from pwm_fast.fused import weight_cache
 
 DEVICE = torch.device("cuda:0")
 PROPERTIES = SimpleNamespace(
@@ -244,7 +244,7 @@ def _patches() -> list[Any]:
             "_get_foreach_kernels_supported_devices",
             lambda: ["cuda", "meta"],
         ),
-        mock.patch.object(packs, "_PLAIN", (*packs._PLAIN, FakeTensor)),
+        mock.patch.object(weight_cache, "_PLAIN", (*weight_cache._PLAIN, FakeTensor)),
         mock.patch.object(torch.cuda, "get_device_properties", properties),
         mock.patch.object(torch.cuda, "get_device_capability", mock.Mock(return_value=(9, 0))),
         mock.patch.object(torch.cuda, "get_device_name", mock.Mock(return_value=PROPERTIES.name)),

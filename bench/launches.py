@@ -29,7 +29,7 @@ from pwm_fast.config import (
     ModelLearningConfig,
     WorldModelConfig,
 )
-from pwm_fast.fused import packs
+from pwm_fast.fused import weight_cache
 from pwm_fast.replay import Windows
 
 OBS, ACTION = 37, 8  # the Ant's
@@ -103,7 +103,7 @@ def count(
             if name != "rollout":
                 step()  # makes Adam's state
             cuda.launches = Counter()
-            with packs.capturing():  # as in CudaGraphs
+            with weight_cache.capturing():  # as in CudaGraphs
                 step()
             result[name] = Counter(cuda.launches)
     return result

@@ -1,7 +1,7 @@
 """What it costs to compare packs with their weights: ``python -m bench.packs``.
 
 On a CPU an operation compares a checksum of the weights before it takes packed copies of them
-(pwm_fast/fused/packs.py). Calls with and without the comparison take turns in one process.
+(pwm_fast/fused/weight_cache.py). Calls with and without the comparison take turns in one process.
 Writes ``bench/results/packs_cpu.json`` and, with ``--docs``, the table in docs/ops.md.
 """
 
@@ -22,7 +22,7 @@ from bench.errors import DOCS, publish
 from bench.measure import CpuClock, Effort, race
 from pwm_fast import ops
 from pwm_fast.backends import select
-from pwm_fast.fused import packs
+from pwm_fast.fused import weight_cache
 from pwm_fast.fused.fingerprint import fingerprint
 from pwm_fast.ops import Layer
 
@@ -80,11 +80,11 @@ def asking(answer: Fingerprint, call: Callable[[], object]) -> Callable[[], obje
     """The call, to which this says whether weights are what they were."""
 
     def run() -> object:
-        vars(packs)["fingerprint"] = answer
+        vars(weight_cache)["fingerprint"] = answer
         try:
             return call()
         finally:
-            vars(packs)["fingerprint"] = fingerprint
+            vars(weight_cache)["fingerprint"] = fingerprint
 
     return run
 

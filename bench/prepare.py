@@ -103,7 +103,7 @@ def _rollout(stage: str, model: str, batch: int, provider: str) -> Work:
 def _imagine(cuda: Any, model: str, batch: int, provider: str) -> None:
     from bench.fake_cuda import DEVICE
     from pwm_fast.agent import PWM
-    from pwm_fast.fused import packs
+    from pwm_fast.fused import weight_cache
 
     alg = alg_config(f"{model}_flow", matrix.SUBSTEPS[0])
     with cuda, torch.device(DEVICE), backend(provider, DEVICE):
@@ -111,7 +111,7 @@ def _imagine(cuda: Any, model: str, batch: int, provider: str) -> None:
         z = torch.randn(batch, alg.world_model.latent_dim)
         noise = torch.randn(HORIZON, batch, ACTION)
         rollouts.imagined(agent, z, noise, True)
-        with packs.capturing():  # as in a CUDA graph
+        with weight_cache.capturing():  # as in a CUDA graph
             rollouts.imagined(agent, z, noise, True)
 
 

@@ -1,6 +1,6 @@
 """What the tuner runs of a fused product: every plan, and the plain product with its kernel.
 
-Each call does what :class:`pwm_fast.fused.stack.Stack` does for one layer, on operands in the
+Each call does what :class:`pwm_fast.fused.mlp.FusedMLP` does for one layer, on operands in the
 products' dtype, and is compared with float64 before it is timed.
 """
 
@@ -61,7 +61,7 @@ class Workload(ABC):
         ]  # gamma, beta, bias
         self.prepare()
         self.gemm = Gemm(self.kernels, self.weight, self.rows)
-        self.narrow = self.gemm.operand_weight()
+        self.narrow = self.gemm.cast_weight()
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Random float32."""
@@ -145,7 +145,7 @@ class NormActForward(Workload):
 
     def plain(self) -> Callable[[], Any]:
         def call() -> None:
-            h = self.gemm(self.x, wide=False)
+            h = self.gemm(self.x, fp32=False)
             self.kernels.norm_act_fwd(h, self.out, self.hat, self.rstd, **self.options)
 
         return call
@@ -183,7 +183,7 @@ class NormActBackward(Workload):
 
     def plain(self) -> Callable[[], Any]:
         def call() -> None:
-            dm, scale = self.gemm.scaled_dgrad(self.x, 0, self.x_scale, wide=False)
+            dm, scale = self.gemm.scaled_dgrad(self.x, 0, self.x_scale, fp32=False)
             scales = {"dy_scale": scale, "dx_scale": self.scale}
             extra = {"y": None, "group": 8, **self.options, **scales}
             self.kernels.norm_act_bwd(dm, self.out, self.hat, self.rstd, **extra)
@@ -218,7 +218,7 @@ class ActNormForward(Workload):
 
     def plain(self) -> Callable[[], Any]:
         def call() -> None:
-            h = self.gemm(self.x, self.members, wide=False)
+            h = self.gemm(self.x, self.members, fp32=False)
             results = (self.out, self.u, self.mean, self.rstd)
             own = self.product.rows if self.members else 0
             self.kernels.act_norm_fwd(h, *results, **self.options, rows_per_member=own)
@@ -273,7 +273,7 @@ class ActNormBackward(Workload):
         own = self.product.rows if self.members else 0
 
         def call() -> None:
-            d, scale = self.gemm.scaled_dgrad(self.x, self.members, self.x_scale, wide=False)
+            d, scale = self.gemm.scaled_dgrad(self.x, self.members, self.x_scale, fp32=False)
             scales = {"dy_scale": scale, "dx_scale": self.scale}
             extra = {**self.options, **self.grads, **scales, "rows_per_member": own}
             self.kernels.act_norm_bwd(d, self.out, self.u, self.mean, self.rstd, **extra)

@@ -17,7 +17,9 @@ from pwm_fast.backends.precision import EXACT
 from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec
 from pwm_fast.backends.torch import TorchKernels
 from pwm_fast.backends.triton import TritonKernels
-from pwm_fast.fused.rollout import Dynamics, DynamicsWeights
+from pwm_fast.fused.dynamics import Dynamics, DynamicsWeights
+from pwm_fast.fused.folded import Folded
+from pwm_fast.fused.persistent import Persistent
 from pwm_fast.kernels.rollout import RolloutLayout
 
 LATENT = 64
@@ -137,10 +139,12 @@ class RolloutWorkload:
         dtype: torch.dtype,
         plan: RolloutLayout | None,
     ) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
-        dynamics = Dynamics(
-            kernels, self.spec, weights, self.horizon, self.batch, save=True, wgrad=False
-        )
-        dynamics.persistent = None if plan is None else dynamics.persistent_on(plan)
+        shape = (kernels, self.spec, weights, self.horizon, self.batch)
+        dynamics: Dynamics
+        if plan is None:
+            dynamics = Folded(*shape, save=True, wgrad=False)
+        else:
+            dynamics = Persistent(*shape, save=True, wgrad=False, plan=plan)
         z = self.z0.new_empty(self.horizon + 1, self.batch, LATENT, dtype=dtype)
         c, gradient = self.c.to(dtype), self.dz.to(dtype)
 

@@ -20,10 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pwm_fast import ops
 from pwm_fast.backends import select
-from pwm_fast.backends.precision import BY_NAME
 from pwm_fast.backends.specs import decode_dynamics
 from pwm_fast.backends.transforms import STANDS_FOR
-from pwm_fast.fused.architecture import Candidate, candidates
+from pwm_fast.fused.rollout import Candidate, candidates
 from pwm_fast.ops.rollout_operators import dynamics_sizes
 
 
@@ -280,7 +279,8 @@ class _Trace(TorchDispatchMode):
             self.fold = spec.fold if spec.method != "map" else None
             z0 = told["z0"]
             sizes = dynamics_sizes(spec, told["w_z"], told["params"], z0.shape[0])
-            found = candidates(told["backend"], BY_NAME[told["precision"]], spec, sizes, z0.device)
+            kernels = select.kernels("gemm", told["backend"], told["precision"])
+            found = candidates(kernels, spec, sizes, z0.device)
             self.architecture = tuple(found)
         facts = []
         for flag, whose in (("wgrad", "parameters"), ("actor_wgrad", "the policy's parameters")):

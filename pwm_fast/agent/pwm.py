@@ -18,7 +18,7 @@ from pwm_fast.agent.normalizers import RunningMeanStd
 from pwm_fast.agent.optim import GuardedAdam
 from pwm_fast.backends import select
 from pwm_fast.config import AlgConfig
-from pwm_fast.fused import packs
+from pwm_fast.fused import weight_cache
 from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
 from pwm_fast.replay import Windows
 
@@ -149,7 +149,7 @@ class PWM:
             yield
             return
         networks = (self.world_model, self.actor, self.critic)
-        with packs.keeping(p for network in networks for p in network.parameters()):
+        with weight_cache.keeping(p for network in networks for p in network.parameters()):
             yield
 
     # --- acting ---------------------------------------------------------------------------------

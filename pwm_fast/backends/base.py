@@ -20,8 +20,8 @@ centred weight's product makes up for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from torch import Tensor
 from pwm_fast.backends.dtypes import autocasts
 from pwm_fast.backends.precision import Precision
 from pwm_fast.backends.transforms import forward_mode, subclass, transform
+
+if TYPE_CHECKING:
+    from pwm_fast.backends.fused_gemm import FusedGemms
 
 #: What a backend may have kernels for. An operation belongs to one of them:
 #: ``gemm``: networks and rollouts; ``rows``: one row at a time; ``returns``: scans over time;
@@ -121,10 +124,23 @@ class Kernels(Protocol):
     Attributes:
         name: the backend's.
         precision: what the operands of products are rounded to.
+        gemms: GEMMs fused with what surrounds them, or None.
+        centre: packs a layer in one launch (:func:`pwm_fast.kernels.centre.centre`), or None.
+        scaled_rows: scales rows in one launch (:func:`pwm_fast.kernels.axpby.scaled_rows`), or
+            None.
+        wgrad_16bit: weight gradients take 16-bit operands on every device, not on a GPU alone.
+        cast_at_once: casting is a launch, so that many vectors are cast as one tensor.
+        persistent: there are persistent rollout kernels (:mod:`pwm_fast.kernels.rollout`).
     """
 
     name: str
     precision: Precision
+    gemms: FusedGemms | None
+    centre: Callable[..., None] | None
+    scaled_rows: Callable[..., None] | None
+    wgrad_16bit: bool
+    cast_at_once: bool
+    persistent: bool
 
     def norm_act_fwd(
         self,
@@ -234,3 +250,14 @@ class Kernels(Protocol):
         What fp16 cannot hold becomes infinite: the loss or a gradient is then not finite, which
         whoever takes the step looks at (:class:`pwm_fast.agent.optim.GuardedAdam`).
         """
+
+
+class PlainKernels:
+    """Kernels without the optional parts of :class:`Kernels`; those of a CPU build on it."""
+
+    gemms: FusedGemms | None = None
+    centre: Callable[..., None] | None = None
+    scaled_rows: Callable[..., None] | None = None
+    wgrad_16bit = False
+    cast_at_once = False
+    persistent = False

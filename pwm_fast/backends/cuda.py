@@ -11,13 +11,14 @@ from torch import Tensor
 from pwm_fast.backends import native
 from pwm_fast.backends.base import Backend, Call, fused_why_not, one_device
 from pwm_fast.backends.precision import Precision
+from pwm_fast.backends.transforms import constant_result
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 DTYPES = tuple(_TYPES)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def why_not(device: int) -> str | None:
     """Why the kernels cannot run on CUDA device ``device``; None if they can."""
     if native.why_missing() is not None:

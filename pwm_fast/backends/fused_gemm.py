@@ -1,21 +1,42 @@
-"""Products that a kernel set fuses with the norm and activation around them, where it has them."""
+"""GEMMs that kernels fuse with the norm and activation around them, where they have such.
+
+The calls are declared here alone: what implements them passes its arguments on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from pwm_fast.backends.base import Kernels
 
 if TYPE_CHECKING:
     from pwm_fast.backends.specs import LayerParams, LayerSpec
 
 
+class GemmCall(NamedTuple):
+    """Of ``[rows, k]`` operands and ``[rows, n]`` results.
+
+    Attributes:
+        rows: those of all members.
+        n: columns of the result.
+        k: columns of the operand.
+        dtype: the compute dtype.
+        device: of the tensors.
+        members: of an ensemble, else 0.
+    """
+
+    rows: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    device: torch.device
+    members: int = 0
+
+
 class FusedForward(Protocol):
-    """One layer's product, norm and activation, at one shape.
+    """One layer's GEMM, norm and activation, at one shape.
 
     Of an ensemble ``weight`` is ``[E, N, K]``, other parameters ``[E, N]``; rows are those of all
     members one after another.
@@ -46,7 +67,7 @@ class FusedForward(Protocol):
 
 
 class FusedBackward(Protocol):
-    """The product with one layer's adjoint, and the gradient of the norm below, at one shape.
+    """One layer's dgrad GEMM, and the gradient of the norm below, at one shape.
 
     Attributes:
         blocks: row blocks that ``sums`` has, a member.
@@ -82,8 +103,8 @@ class FusedBackward(Protocol):
         """
 
 
-class FusedUpdate(Protocol):
-    """A product that ends in a step of the state or of its adjoint, at one shape."""
+class FusedGemmAxpby(Protocol):
+    """A GEMM that ends in a step of the state or of its gradient, at one shape."""
 
     def __call__(
         self,
@@ -103,12 +124,12 @@ class FusedUpdate(Protocol):
         """``out = z + c1 k1 + c2 p`` with ``p = x_scale x weight^T + bias``; ``out`` may be ``z``.
 
         ``raw`` and ``operand`` are written where they are given: ``p`` itself, and ``out`` in the
-        operands' dtype.
+        compute dtype.
         """
 
 
 class FusedPolicy(Protocol):
-    """What follows a policy's first product, up to the next macro step's term, at one shape."""
+    """What follows a policy's first GEMM, up to the next macro step's term, at one shape."""
 
     def __call__(
         self,
@@ -128,10 +149,10 @@ class FusedPolicy(Protocol):
         """``action = tanh(mu + std noise)`` and ``c = base + action w_a^T``.
 
         Args:
-            h: ``[R, N]``, the first layer's product.
+            h: ``[R, N]``, the first layer's GEMM.
             params: of all layers, the last one the head.
-            weights: theirs in the operands' dtype; the first one's is not read.
-            outputs: ``[R, N]`` a hidden layer, written: what the next product takes.
+            weights: theirs in the compute dtype; the first one's is not read.
+            outputs: ``[R, N]`` a hidden layer, written: what the next GEMM takes.
             kept: of each hidden layer ``u [R, N]``, ``mean [R]`` and ``rstd [R]``, written for a
                 backward pass, or None.
             std: ``[A]``.
@@ -143,45 +164,22 @@ class FusedPolicy(Protocol):
         """
 
 
-class Products(Protocol):
-    """What a kernel set has as its attribute ``products``."""
+class FusedGemms(Protocol):
+    """See :attr:`pwm_fast.backends.base.Kernels.gemms`.
 
-    def forward(
-        self,
-        rows: int,
-        n: int,
-        k: int,
-        operand: torch.dtype,
-        device: torch.device,
-        *,
-        order: str = "norm_act",
-        members: int = 0,
-    ) -> FusedForward | None:
-        """For ``[rows, k] [n, k]^T``; None where plain product and element kernel are better.
+    Each method gives a launch for one shape, or None where a plain GEMM and an elementwise kernel
+    are better. It serves launches that follow one another on one stream. ``order`` is that of
+    :class:`pwm_fast.backends.specs.LayerSpec`.
+    """
 
-        ``rows`` are those of all ``members``, 0 without an ensemble; ``order`` is that of
-        :class:`pwm_fast.backends.specs.LayerSpec`.
+    def forward(self, shape: GemmCall, order: str) -> FusedForward | None:
+        """For ``[rows, k] [n, k]^T``."""
 
-        One object serves launches that follow one another on one stream.
-        """
+    def backward(self, shape: GemmCall, order: str) -> FusedBackward | None:
+        """For ``[rows, k] [k, n]``."""
 
-    def backward(
-        self,
-        rows: int,
-        n: int,
-        k: int,
-        operand: torch.dtype,
-        device: torch.device,
-        *,
-        order: str = "norm_act",
-        members: int = 0,
-    ) -> FusedBackward | None:
-        """For ``[rows, k] [k, n]``; likewise."""
-
-    def update(
-        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
-    ) -> FusedUpdate | None:
-        """For ``[rows, k] [n, k]^T``, the weight in either order; likewise."""
+    def gemm_axpby(self, shape: GemmCall) -> FusedGemmAxpby | None:
+        """For ``[rows, k] [n, k]^T``, the weight in either order."""
 
     def policy(
         self,
@@ -191,9 +189,4 @@ class Products(Protocol):
         operand: torch.dtype | None,
         device: torch.device,
     ) -> FusedPolicy | None:
-        """For a policy of these layers, ``operand`` None where products take the state's dtype."""
-
-
-def products_of(kernels: Kernels) -> Products | None:
-    """The fused products of a kernel set, None where it has none."""
-    return getattr(kernels, "products", None)
+        """For a policy of these layers; ``operand`` is None where GEMMs take the state's dtype."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast.backends.base import Backend, Call, fused_why_not
+from pwm_fast.backends.base import Backend, Call, PlainKernels, fused_why_not
 from pwm_fast.backends.esnr import TorchEsnr
 from pwm_fast.backends.precision import EXACT, Precision
 
@@ -78,7 +78,7 @@ def _type(x: Tensor | None) -> int:
     return _FP32 if x is None else _TYPES[x.dtype]
 
 
-class NativeKernels:
+class NativeKernels(PlainKernels):
     """See :class:`pwm_fast.backends.base.Kernels`; row-wise tensors are contiguous."""
 
     name = "native"

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: Attribute of a fake tensor: the class of the tensor that it stands for.
 STANDS_FOR = "_pwm_fast_stands_for"
 
 #: Any other class may be a tracer's, without values.
 PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def constant_result(function: F) -> F:
+    """What ``torch.compiler.assume_constant_result`` does, which would import the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def transformed() -> bool:

@@ -1,4 +1,4 @@
-"""The element kernels in Triton (:mod:`pwm_fast.kernels`): float32 tensors on a CUDA GPU.
+"""The elementwise kernels in Triton (:mod:`pwm_fast.kernels`): float32 tensors on a CUDA GPU.
 
 This module imports triton: :mod:`pwm_fast.backends.triton_support` says before whether it can.
 
@@ -8,8 +8,9 @@ too slowly for anything but tests.
 
 from __future__ import annotations
 
+from pwm_fast.backends.fused_gemm import FusedGemms
 from pwm_fast.backends.precision import EXACT, Precision
-from pwm_fast.backends.triton_gemm import TritonProducts
+from pwm_fast.backends.triton_gemm import TritonGemms
 from pwm_fast.kernels import act_norm, axpby, centre, norm_act, simnorm, two_hot
 
 
@@ -17,6 +18,9 @@ class TritonKernels:
     """See :class:`pwm_fast.backends.base.Kernels`."""
 
     name = "triton"
+    wgrad_16bit = True
+    cast_at_once = True
+    persistent = True
 
     norm_act_fwd = staticmethod(norm_act.norm_act_fwd)
     norm_act_bwd = staticmethod(norm_act.norm_act_bwd)
@@ -35,4 +39,4 @@ class TritonKernels:
 
     def __init__(self, precision: Precision = EXACT) -> None:
         self.precision = precision
-        self.products = TritonProducts(precision)
+        self.gemms: FusedGemms | None = TritonGemms(precision)

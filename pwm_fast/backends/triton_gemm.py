@@ -1,4 +1,4 @@
-"""Fused products in Triton. Imports triton.
+"""Fused GEMMs in Triton. Imports triton.
 
 Kernels are :mod:`pwm_fast.kernels.linear_norm_act`, ``linear_act_norm``, ``linear_axpby`` and
 ``policy``.
@@ -6,13 +6,19 @@ Kernels are :mod:`pwm_fast.kernels.linear_norm_act`, ``linear_act_norm``, ``line
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pwm_fast.backends.fused_gemm import FusedBackward, FusedForward, FusedPolicy, FusedUpdate
+from pwm_fast.backends.fused_gemm import (
+    FusedBackward,
+    FusedForward,
+    FusedGemmAxpby,
+    FusedPolicy,
+    GemmCall,
+)
 from pwm_fast.backends.precision import EXACT, Precision
 from pwm_fast.backends.specs import LayerParams, LayerSpec
 from pwm_fast.kernels import linear_act_norm, linear_axpby, linear_norm_act, policy
@@ -29,53 +35,31 @@ from pwm_fast.kernels.plan import (
 _OPERANDS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class TritonProducts:
-    """See :class:`pwm_fast.backends.fused_gemm.Products`.
+class TritonGemms:
+    """See :class:`pwm_fast.backends.fused_gemm.FusedGemms`.
 
     Args:
-        precision: of products of float32 operands.
+        precision: of GEMMs of float32 operands.
     """
 
     def __init__(self, precision: Precision = EXACT) -> None:
         self.input_precision = "tf32" if precision.tf32 else "ieee"
 
-    def forward(
-        self,
-        rows: int,
-        n: int,
-        k: int,
-        operand: torch.dtype,
-        device: torch.device,
-        *,
-        order: str = "norm_act",
-        members: int = 0,
-    ) -> FusedForward | None:
-        """See :class:`pwm_fast.backends.fused_gemm.Products`."""
-        if members and order == "norm_act":
+    def forward(self, shape: GemmCall, order: str) -> FusedForward | None:
+        """See :class:`pwm_fast.backends.fused_gemm.FusedGemms`."""
+        if shape.members and order == "norm_act":
             return None
-        return self._fused(f"linear_{order}_fwd", rows, n, k, operand, device, members)
+        return self._fused(f"linear_{order}_fwd", shape)
 
-    def backward(
-        self,
-        rows: int,
-        n: int,
-        k: int,
-        operand: torch.dtype,
-        device: torch.device,
-        *,
-        order: str = "norm_act",
-        members: int = 0,
-    ) -> FusedBackward | None:
-        """See :class:`pwm_fast.backends.fused_gemm.Products`."""
-        if members and order == "norm_act":
+    def backward(self, shape: GemmCall, order: str) -> FusedBackward | None:
+        """See :class:`pwm_fast.backends.fused_gemm.FusedGemms`."""
+        if shape.members and order == "norm_act":
             return None
-        return self._fused(f"linear_{order}_bwd", rows, n, k, operand, device, members)
+        return self._fused(f"linear_{order}_bwd", shape)
 
-    def update(
-        self, rows: int, n: int, k: int, operand: torch.dtype, device: torch.device
-    ) -> FusedUpdate | None:
-        """See :class:`pwm_fast.backends.fused_gemm.Products`."""
-        return self._fused("linear_axpby", rows, n, k, operand, device)
+    def gemm_axpby(self, shape: GemmCall) -> FusedGemmAxpby | None:
+        """See :class:`pwm_fast.backends.fused_gemm.FusedGemms`."""
+        return self._fused("linear_axpby", shape)
 
     def policy(
         self,
@@ -85,7 +69,7 @@ class TritonProducts:
         operand: torch.dtype | None,
         device: torch.device,
     ) -> FusedPolicy | None:
-        """See :class:`pwm_fast.backends.fused_gemm.Products`."""
+        """See :class:`pwm_fast.backends.fused_gemm.FusedGemms`."""
         *hidden, head = specs
         if operand is None or rows == 0 or not head.plain or not fusion_wanted():
             return None
@@ -97,27 +81,17 @@ class TritonProducts:
             return None
         return _Policy(hidden, policy.rows_of(rows, limits.sms))
 
-    def _fused(
-        self,
-        kernel: str,
-        rows: int,
-        n: int,
-        k: int,
-        operand: torch.dtype,
-        device: torch.device,
-        members: int = 0,
-    ) -> Any:
-        """Of :data:`FUSED`, or None; ``rows`` are those of all members."""
-        if operand not in _OPERANDS:
+    def _fused(self, kernel: str, shape: GemmCall) -> Any:
+        """Of :data:`FUSED`, or None."""
+        if shape.dtype not in _OPERANDS:
             return None
-        count = max(members, 1)
-        product = GemmShape(
-            kernel, rows // count, n, k, count, operand.itemsize, self.input_precision
-        )
+        rows, n, k, dtype, device, members = shape
+        count, precision = max(members, 1), self.input_precision
+        product = GemmShape(kernel, rows // count, n, k, count, dtype.itemsize, precision)
         plan = device_plan(product, device)
         if plan is None:
             return None
-        return FUSED[kernel](plan, rows, device, self.input_precision, members)
+        return FUSED[kernel](plan, rows, device, precision, members)
 
 
 class _Fused:
@@ -139,155 +113,60 @@ class _Fused:
         input_precision: str,
         members: int = 0,
     ) -> None:
-        self.plan, self.input_precision = plan, input_precision
+        self.plan, self.precision = plan, {"input_precision": input_precision}
         self.exchange = (
             Exchange(plan, rows, linear_norm_act.PLANES, device) if plan.synced else None
         )
         self.blocks = -(-(rows // max(members, 1)) // plan.block_m)
 
 
-# What they are called with is said by FusedForward and FusedBackward; here is what differs.
+# Their calls are declared in FusedForward, FusedBackward and FusedGemmAxpby; the kernels' own
+# functions take the same arguments but for what is said here.
 
 
-class _Forward(_Fused):
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        y: Tensor,
-        xhat: Tensor | None,
-        rstd: Tensor | None,
-        *,
-        mean: Tensor | None = None,
-        **options: Any,
-    ) -> None:
-        linear_norm_act.linear_norm_act_fwd(
-            x,
-            weight,
-            y,
-            xhat,
-            rstd,
-            plan=self.plan,
-            exchange=self.exchange,
-            input_precision=self.input_precision,
-            **options,
-        )
+class _NormActForward(_Fused):
+    def __call__(self, *tensors: Any, mean: None = None, **options: Any) -> None:
+        launch: Callable[..., None] = linear_norm_act.linear_norm_act_fwd
+        launch(*tensors, **options, plan=self.plan, exchange=self.exchange, **self.precision)
 
 
-class _Backward(_Fused):
-    def __call__(
-        self,
-        dy: Tensor,
-        weight: Tensor,
-        dx: Tensor,
-        xhat: Tensor,
-        rstd: Tensor,
-        *,
-        mean: Tensor | None = None,
-        **options: Any,
-    ) -> None:
-        linear_norm_act.linear_norm_act_bwd(
-            dy,
-            weight,
-            dx,
-            xhat,
-            rstd,
-            plan=self.plan,
-            exchange=self.exchange,
-            input_precision=self.input_precision,
-            **options,
-        )
+class _NormActBackward(_Fused):
+    def __call__(self, *tensors: Any, mean: None = None, **options: Any) -> None:
+        launch: Callable[..., None] = linear_norm_act.linear_norm_act_bwd
+        launch(*tensors, **options, plan=self.plan, exchange=self.exchange, **self.precision)
 
 
 class _ActNormForward(_Fused):
     def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        y: Tensor,
-        xhat: Tensor | None,
-        rstd: Tensor | None,
-        *,
-        group: int,
-        width: int,
-        mean: Tensor | None = None,
-        **options: Any,
+        self, *tensors: Any, mean: Tensor | None = None, group: int, width: int, **options: Any
     ) -> None:
-        linear_act_norm.linear_act_norm_fwd(
-            x,
-            weight,
-            y,
-            xhat,
-            mean,
-            rstd,
-            plan=self.plan,
-            input_precision=self.input_precision,
-            **options,
-        )
+        *others, rstd = tensors
+        launch: Callable[..., None] = linear_act_norm.linear_act_norm_fwd
+        launch(*others, mean, rstd, **options, plan=self.plan, **self.precision)
 
 
 class _ActNormBackward(_Fused):
     def __call__(
         self,
-        dy: Tensor,
-        weight: Tensor,
-        dx: Tensor,
-        xhat: Tensor,
-        rstd: Tensor,
-        *,
+        *tensors: Any,
+        mean: Tensor | None = None,
         beta: Tensor,
         width: int,
-        mean: Tensor | None = None,
-        add: Tensor | None = None,
+        add: None = None,
         add_factor: float = 1.0,
         **options: Any,
     ) -> None:
         assert mean is not None and add is None
-        linear_act_norm.linear_act_norm_bwd(
-            dy,
-            weight,
-            dx,
-            xhat,
-            mean,
-            rstd,
-            plan=self.plan,
-            input_precision=self.input_precision,
-            **options,
-        )
+        *others, rstd = tensors
+        launch: Callable[..., None] = linear_act_norm.linear_act_norm_bwd
+        launch(*others, mean, rstd, **options, plan=self.plan, **self.precision)
 
 
-class _Update(_Fused):
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        z: Tensor,
-        k1: Tensor | None,
-        out: Tensor,
-        c1: float,
-        c2: float,
-        *,
-        bias: Tensor | None,
-        x_scale: Tensor | None,
-        raw: Tensor | None,
-        operand: Tensor | None,
-    ) -> None:
-        linear_axpby.linear_axpby(
-            x,
-            weight,
-            z,
-            k1,
-            out,
-            1.0,
-            c1,
-            c2,
-            plan=self.plan,
-            bias=bias,
-            x_scale=x_scale,
-            raw=raw,
-            operand=operand,
-            input_precision=self.input_precision,
-        )
+class _GemmAxpby(_Fused):
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        *tensors, c1, c2 = arguments
+        launch: Callable[..., None] = linear_axpby.linear_axpby
+        launch(*tensors, 1.0, c1, c2, **options, plan=self.plan, **self.precision)
 
 
 class _Policy:
@@ -323,9 +202,9 @@ class _Policy:
 
 #: What runs a plan, by kernel.
 FUSED: dict[str, type[_Fused]] = {
-    "linear_norm_act_fwd": _Forward,
-    "linear_norm_act_bwd": _Backward,
+    "linear_norm_act_fwd": _NormActForward,
+    "linear_norm_act_bwd": _NormActBackward,
     "linear_act_norm_fwd": _ActNormForward,
     "linear_act_norm_bwd": _ActNormBackward,
-    "linear_axpby": _Update,
+    "linear_axpby": _GemmAxpby,
 }

@@ -12,13 +12,14 @@ import torch
 
 from pwm_fast.backends.base import Backend, Call, fused_why_not, one_device
 from pwm_fast.backends.precision import Precision
+from pwm_fast.backends.transforms import constant_result
 
 _CAPABILITY = (8, 0)
 _MODULES = {"returns": "returns", "optimizer": "adam"}  # of kernels/, by family
 _REDUCED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def why_not(device: str) -> str | None:
     """Why Triton's kernels cannot run on a device, as ``"cuda:1"``; None if they can."""
     kind = device.partition(":")[0]

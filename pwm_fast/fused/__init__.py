@@ -1,1 +1,1 @@
-"""The algebra of rollouts with hand-written backward passes, on exchangeable element kernels."""
+"""Hand-written forward and backward passes, on exchangeable elementwise kernels and GEMMs."""

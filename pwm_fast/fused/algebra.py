@@ -15,7 +15,7 @@ class Algebra(NamedTuple):
     """Which identities are used; None leaves it to where they pay (docs/performance.md).
 
     Attributes:
-        hoist: run a rollout as one operator: what the first product has of action, task and flow
+        hoist: run a rollout as one operator: what the first GEMM has of action, task and flow
             time once a macro step, weight gradients once over all steps. Without it every
             evaluation is an MLP of its own.
         fold: carry ``W1z z`` through the substeps where the velocity head is linear; also an

@@ -8,7 +8,7 @@ All functions are differentiable, take any floating dtype and import nothing but
 """
 
 from pwm_fast.fused.algebra import algebra
-from pwm_fast.fused.packs import invalidate
+from pwm_fast.fused.weight_cache import invalidate
 from pwm_fast.ops.esnr import EsnrAccumulator, RunningEsnr, esnr
 from pwm_fast.ops.integration import flow_interpolate, flow_step, integrate, velocity_field
 from pwm_fast.ops.mlp import linear_act_norm, linear_norm_act, mlp

@@ -13,8 +13,8 @@ from torch import Tensor
 from pwm_fast.backends.base import Call, Kernels
 from pwm_fast.backends.select import Choice, declare, select
 from pwm_fast.backends.specs import LayerSpec, decode_layers, encode_layers
-from pwm_fast.fused import functional
-from pwm_fast.fused.stack import saved_buffers
+from pwm_fast.fused.mlp import mlp_forward, saved_buffers
+from pwm_fast.fused.mlp_backward import mlp_backward
 from pwm_fast.ops import _checks, batching
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.norm_act import activate, layer_norm
@@ -38,7 +38,7 @@ class _Mlp(Operator):
     def forward(
         k: Kernels, inputs: list[Tensor], params: list[Tensor], spec: str, save: bool, wgrad: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        return functional.mlp_forward(k, decode_layers(spec), inputs, params, save, wgrad)
+        return mlp_forward(k, decode_layers(spec), inputs, params, save, wgrad)
 
     @staticmethod
     def backward(
@@ -51,7 +51,7 @@ class _Mlp(Operator):
         spec: str,
         wgrad: bool,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        dinputs, dparams = functional.mlp_backward(
+        dinputs, dparams = mlp_backward(
             k, decode_layers(spec), dy, inputs, params, saved, needs, wgrad
         )
         return filled(dinputs, dy), filled(dparams, dy)

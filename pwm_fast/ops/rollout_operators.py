@@ -16,11 +16,11 @@ from pwm_fast.backends.specs import (
     decode_layers,
     encode_layers,
 )
-from pwm_fast.fused import functional
-from pwm_fast.fused.architecture import Sizes
-from pwm_fast.fused.gemm import takes_narrow
-from pwm_fast.fused.rollout import dynamics_saved_buffers
-from pwm_fast.fused.stack import saved_buffers
+from pwm_fast.fused.dynamics import dynamics_saved_buffers
+from pwm_fast.fused.imagine import imagine_backward, imagine_forward
+from pwm_fast.fused.mlp import saved_buffers
+from pwm_fast.fused.rollout import Sizes, rollout_backward, rollout_forward
+from pwm_fast.fused.wgrad import takes_16bit
 from pwm_fast.ops.mlp import run_mlp, widths_of
 from pwm_fast.ops.operator import Operator, as_rows, empty, filled
 from pwm_fast.ops.types import Layer
@@ -46,9 +46,7 @@ class _Rollout(Operator):
         save: bool,
         wgrad: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        return functional.rollout_forward(
-            k, decode_dynamics(spec), z0, c, w_z, w_tau, params, save, wgrad
-        )
+        return rollout_forward(k, decode_dynamics(spec), z0, c, w_z, w_tau, params, save, wgrad)
 
     @staticmethod
     def backward(
@@ -62,7 +60,7 @@ class _Rollout(Operator):
         spec: str,
         wgrad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        grads, dparams = functional.rollout_backward(
+        grads, dparams = rollout_backward(
             k, decode_dynamics(spec), dz.contiguous(), z0, w_z, w_tau, params, saved, wgrad
         )
         dw_z, dw_tau = filled((grads.w_z, grads.w_tau), dz)
@@ -135,7 +133,7 @@ class _Imagine(Operator):
         wgrad: bool,
         actor_wgrad: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        return functional.imagine_forward(
+        return imagine_forward(
             k,
             decode_dynamics(spec),
             decode_layers(actor_spec),
@@ -175,7 +173,7 @@ class _Imagine(Operator):
         wgrad: bool,
         actor_wgrad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], Tensor, list[Tensor]]:
-        grads, dparams, dw_a, dstd, dactor = functional.imagine_backward(
+        grads, dparams, dw_a, dstd, dactor = imagine_backward(
             k,
             decode_dynamics(spec),
             decode_layers(actor_spec),
@@ -281,7 +279,7 @@ def _buffers(
     save: bool,
     wgrad: bool,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    operand, narrow = k.precision.dtype(w_z.dtype), takes_narrow(k, w_z)
+    operand, narrow = k.precision.dtype(w_z.dtype), takes_16bit(k, w_z)
     widths = _widths(spec, w_z, params)
     return dynamics_saved_buffers(
         spec, widths, w_z.shape[1], horizon, batch, save, wgrad, operand, w_z.dtype, narrow

@@ -2,7 +2,7 @@
 
 Packing happens in differentiable PyTorch, and autograd carries the gradients of what is packed back
 to the parameters as the user keeps them. Of weights that need no gradient the packed copies are
-kept until they change (:mod:`pwm_fast.fused.packs`).
+kept until they change (:mod:`pwm_fast.fused.weight_cache`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pwm_fast.backends.specs import (
     encode_layers,
 )
 from pwm_fast.backends.transforms import compiled_or_mapped, watched
-from pwm_fast.fused import algebra, centring, packs
-from pwm_fast.fused.gemm import fp32_products
+from pwm_fast.fused import algebra, centre, weight_cache
+from pwm_fast.fused.gemm import fp32_mode
 from pwm_fast.ops.coverage import can_fold, layer_tensors
 from pwm_fast.ops.operator import Operator, filled, require_grad, savable
 from pwm_fast.ops.types import Layer
 
 
 class _Centre(Operator):
-    """Layers centred and padded, and 16-bit copies of their weights: see ``fused/centring.py``."""
+    """Layers centred and padded, and 16-bit copies of their weights: see ``fused/centre.py``."""
 
     name, family, outputs, results = "centred", "gemm", ("packed", "copies"), 2
     grads, eager = ("tensors",), False
@@ -41,20 +41,20 @@ class _Centre(Operator):
     def forward(
         k: Kernels, tensors: list[Tensor], spec: str, pad: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        return centring.pack(k, decode_layers(spec), tensors, pad)
+        return centre.pack(k, decode_layers(spec), tensors, pad)
 
     @staticmethod
     def backward(
         k: Kernels, dpacked: list[Tensor | None], tensors: list[Tensor], spec: str
     ) -> list[Tensor]:
-        grads = centring.pack_grads(k, decode_layers(spec), dpacked, tensors)
+        grads = centre.pack_grads(k, decode_layers(spec), dpacked, tensors)
         return filled(grads, tensors[0])
 
     @classmethod
     def fake(
         cls, k: Kernels, tensors: list[Tensor], spec: str, pad: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        return centring.empty(k, decode_layers(spec), tensors, pad)
+        return centre.empty(k, decode_layers(spec), tensors, pad)
 
     @classmethod
     def fake_backward(
@@ -126,14 +126,14 @@ def centred(choice: Choice, layers: Sequence[Layer]) -> tuple[list[Layer], list[
         packed, copies = _centre(list(tensors), spec, pad, choice=choice)
         weights = (x for x in packed if x.dim() == 2)
         for weight, copy in zip(weights, copies, strict=bool(copies)):
-            packs.attach(weight, copy)
+            weight_cache.attach(weight, copy)
         return (*packed, *copies)
 
     wgrad = require_grad(tensors)
     kind = ("centred", spec, pad, choice.name, choice.precision)
     # Who watches operators, to write them down, must see what a pack is made of.
     anew = wgrad or watched()
-    made = make(*_kept_alive(wgrad, *tensors)) if anew else packs.kept(kind, tensors, make)
+    made = make(*_kept_alive(wgrad, *tensors)) if anew else weight_cache.kept(kind, tensors, make)
     rest = list(made)
     result, widths = [], []
     for p in layers:
@@ -178,9 +178,9 @@ def _fold_products(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
 
 def _narrow_fold_products(operand: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
     """The same in float32, where products round ``W1z W3`` to ``operand``."""
-    with fp32_products(False, w_z):
+    with fp32_mode(False, w_z):
         products = [w_z @ x for x in head]
-    packs.attach(products[0], products[0].detach().to(operand))
+    weight_cache.attach(products[0], products[0].detach().to(operand))
     return tuple(products)
 
 
@@ -205,7 +205,7 @@ def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
     """
     if watched() and not wgrad:  # who writes operators down must see the weights themselves
         return list(layers)
-    flat = iter(packs.snapshot(tuple(layer_tensors(layers)), wgrad))
+    flat = iter(weight_cache.snapshot(tuple(layer_tensors(layers)), wgrad))
     copies = []
     for p in layers:
         weight, bias, gamma, beta = (None if x is None else next(flat) for x in p[:4])
@@ -268,7 +268,7 @@ def pack(
         if choice.for_tensor_cores and operand is not None:
             make = partial(_narrow_fold_products, operand)
         anew = wgrad or watched()
-        params += make(*products) if anew else packs.kept(("fold", operand), products, make)
+        params += make(*products) if anew else weight_cache.kept(("fold", operand), products, make)
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias.contiguous())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pwm_fast.agent import PWM
 from pwm_fast.agent.graphs import WARM_UP, CapturedUpdate, CudaGraphs, Update
-from pwm_fast.fused.packs import kept
+from pwm_fast.fused.weight_cache import kept
 from pwm_fast.memory import OutOfMemory
 from tests.agent.agents import AGENTS, changed, make_agent, make_obs, make_windows, snapshot
 from tests.agent.no_sync import HostSyncError

@@ -12,7 +12,7 @@ from bench.errors import DOCS
 from bench.measure import Effort
 from pwm_fast import ops
 from pwm_fast.backends import native, select
-from pwm_fast.fused import packs as store
+from pwm_fast.fused import weight_cache as store
 from pwm_fast.fused.fingerprint import fingerprint
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason="not built")

@@ -14,7 +14,7 @@ import torch
 from bench import launches, predictions, products, tune, tune_compile, tune_report
 from bench.tune import Log, Options, Problem
 from pwm_fast.kernels import cost, tuning
-from pwm_fast.kernels.plan import GemmShape, Limits, gemm_shape, plan
+from pwm_fast.kernels.plan import GemmCall, Limits, gemm_shape, plan
 from tests.bench import fake_compiling
 from tests.bench.synthetic import FACTS
 
@@ -192,22 +192,23 @@ def test_rows_in_place_of_those_that_agents_have() -> None:
 def test_what_an_agent_asks_for_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most often first, whatever float32 operands would be multiplied in."""
     triton = pytest.importorskip("pwm_fast.backends.triton")
+    from pwm_fast.backends.fused_gemm import GemmCall
     from pwm_fast.backends.precision import FAST
     from pwm_fast.kernels import rollout
 
     def count(*args: object) -> None:
-        own = triton.TritonKernels(FAST).products
+        own = triton.TritonKernels(FAST).gemms
         for rows in (64, 64, 32):
-            own.update(rows, 48, 16, torch.float16, torch.device("cpu"))
-        own.backward(6, 40, 24, torch.float16, torch.device("cpu"), order="act_norm", members=3)
+            own.gemm_axpby(GemmCall(rows, 48, 16, torch.float16, torch.device("cpu")))
+        own.backward(GemmCall(6, 40, 24, torch.float16, torch.device("cpu"), 3), "act_norm")
         rollout.choose_layout(64, 512, torch.float16, *FITTING, {})
 
     monkeypatch.setattr(launches, "count", count)
     asked = products.record(launches.small())
     assert asked.products == [
-        GemmShape("linear_axpby", 64, 48, 16),
-        GemmShape("linear_act_norm_bwd", 2, 40, 24, 3),
-        GemmShape("linear_axpby", 32, 48, 16),
+        GemmCall("linear_axpby", 64, 48, 16),
+        GemmCall("linear_act_norm_bwd", 2, 40, 24, 3),
+        GemmCall("linear_axpby", 32, 48, 16),
     ]
     assert asked.rollouts == [products.Rollout(64, 512)]
 
@@ -294,7 +295,7 @@ def test_a_run_but_for_the_gpu(
     measured: list[str] = []
 
     class Workload:
-        def __init__(self, product: GemmShape, device: torch.device) -> None:
+        def __init__(self, product: GemmCall, device: torch.device) -> None:
             self.product = product
 
         def call(self, chosen: Any) -> Callable[[], float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast import ops
-from pwm_fast.fused import algebra, packs
+from pwm_fast.fused import algebra, weight_cache
 from pwm_fast.kernels import centre
 from pwm_fast.ops import weights
 from tests.helpers import choice, random_layer
@@ -122,13 +122,13 @@ def test_copies(device: str) -> None:
     weight = packed[0].weight
     assert weight.shape == (64, 11) and weight.stride(0) % 8 == 0
     for x in (weight, weight[:, 3:9], weight[:, 10], weight[:, :4].t()):
-        copy = packs.attached(x, FP16)
+        copy = weight_cache.attached(x, FP16)
         assert copy is not None and torch.equal(copy, x.half())
-    assert packs.attached(weight, torch.bfloat16) is None
-    assert packs.attached(user[0].weight, FP16) is None
+    assert weight_cache.attached(weight, torch.bfloat16) is None
+    assert weight_cache.attached(user[0].weight, FP16) is None
     with torch.no_grad():
         weight.add_(1.0)
-    assert packs.attached(weight, FP16) is None
+    assert weight_cache.attached(weight, FP16) is None
 
 
 def test_missing_gradients(device: str) -> None:

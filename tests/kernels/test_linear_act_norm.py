@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 from pwm_fast.backends.precision import EXACT, FAST, Precision
 from pwm_fast.backends.specs import LayerParams, LayerSpec
 from pwm_fast.backends.torch import TorchKernels
-from pwm_fast.backends.triton_gemm import TritonProducts
-from pwm_fast.fused.stack import Stack
+from pwm_fast.backends.triton_gemm import TritonGemms
+from pwm_fast.fused.mlp import FusedMLP
+from pwm_fast.fused.mlp_backward import MLPBackward
 from pwm_fast.kernels.linear_act_norm import linear_act_norm_bwd, linear_act_norm_fwd
 from pwm_fast.kernels.plan import GemmPlan, GemmShape, Limits, candidates, make_plan, plan
 from tests.helpers import assert_2x
@@ -269,15 +270,15 @@ def test_errors() -> None:
         layer.forward(tiles(21), "mish")
 
 
-# --- in a stack ------------------------------------------------------------------------------
+# --- in an MLP ------------------------------------------------------------------------------
 
 
 class Fusing(TorchKernels):
-    """PyTorch's element kernels, and Triton's fused products."""
+    """PyTorch's elementwise kernels, and Triton's fused GEMMs."""
 
     def __init__(self, precision: Precision) -> None:
         super().__init__(precision)
-        self.products = TritonProducts(precision)
+        self.gemms = TritonGemms(precision)
 
 
 ROWS = 19  # of a member
@@ -287,24 +288,24 @@ def run(
     kernels: TorchKernels, specs: list[LayerSpec], params: list[LayerParams], inputs: list[Tensor]
 ) -> list[Tensor]:
     h, dy, x = inputs
-    stack = Stack(kernels, specs, params, 1, h.shape[1], save=True, wgrad=True)
-    results = [stack.forward(0, h[0].clone())]
-    stack.start_backward(keep_first=True)
-    dx, scale = stack.backward(0, dy[0].clone())
+    mlp = FusedMLP(kernels, specs, params, 1, h.shape[1], save=True, wgrad=True)
+    results = [mlp.forward(0, h[0].clone())]
+    backward = MLPBackward(mlp, keep_first=True)
+    dx, scale = backward.backward(0, dy[0].clone())
     assert scale is None  # it is float32 where a CPU stands in
     results.append(dx.clone())
-    for grads in stack.param_grads(x):
+    for grads in backward.param_grads(x):
         results += [g for g in grads if g is not None]
     fusing = isinstance(kernels, Fusing)
-    assert [i for i, f in stack._fused_forward.items() if f] == ([1, 2] if fusing else [])
-    assert sorted(i for i, f in stack._fused_backward.items() if f) == ([1, 2, 3] if fusing else [])
+    assert [i for i, f in mlp._fused.items() if f] == ([1, 2] if fusing else [])
+    assert sorted(i for i, f in backward._fused.items() if f) == ([1, 2, 3] if fusing else [])
     return results
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("precision", [EXACT, FAST], ids=lambda p: p.name)
 @pytest.mark.parametrize("members", [0, 1, 3])
-def test_a_stack_with_fused_products(members: int, precision: Precision) -> None:
+def test_an_mlp_with_fused_gemms(members: int, precision: Precision) -> None:
     sizes, lead = [24, 21, 17, 5], (members,) if members else ()
     specs, params = [], []
     for i, n in enumerate(sizes):

@@ -14,10 +14,14 @@ pytest.importorskip("triton")
 
 from pwm_fast import ops
 from pwm_fast.backends import select
+from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.precision import EXACT, FAST
 from pwm_fast.backends.specs import DynamicsSpec, LayerSpec
-from pwm_fast.fused import architecture, persistent
-from pwm_fast.fused.architecture import Sizes, candidates
+from pwm_fast.backends.torch import TorchKernels
+from pwm_fast.backends.triton import TritonKernels
+from pwm_fast.fused import persistent
+from pwm_fast.fused import rollout as fused_rollout
+from pwm_fast.fused.rollout import Sizes, candidates
 from pwm_fast.kernels import rollout
 from pwm_fast.kernels.launch import INTERPRETING
 from pwm_fast.kernels.rollout_plan import EXCHANGES
@@ -129,7 +133,7 @@ def test_as_right_as_layer_by_layer(
     with select.precision("fast"), ops.algebra(centre=True, pad=True):
         ours = _rollout(torch.float32, wgrad, method)
         assert launches == ["rollout_forward", "rollout_backward"]
-        monkeypatch.setenv(architecture.VARIABLE, "layers")
+        monkeypatch.setenv(fused_rollout.VARIABLE, "layers")
         layers = _rollout(torch.float32, wgrad, method)
         assert len(launches) == 2
     assert_2x(ours[0], layers[0], truth[0], "z")
@@ -158,29 +162,29 @@ _SIZES = Sizes(128, 512, 512)
 def _reasons(
     spec: DynamicsSpec = _SPEC,
     sizes: Sizes = _SIZES,
-    backend: str = "triton",
-    precision: object = FAST,
+    kernels: Kernels | None = None,
 ) -> dict[str, str | None]:
-    found = candidates(backend, precision, spec, sizes, torch.device("cuda"))  # type: ignore[arg-type]
+    kernels = TritonKernels(FAST) if kernels is None else kernels
+    found = candidates(kernels, spec, sizes, torch.device("cuda"))
     return {c.name: c.reason for c in found}
 
 
 def test_every_way_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "_limits", lambda index: (132, 227 * 1024))
-    monkeypatch.setattr(architecture, "_tuned", lambda index: None)
+    monkeypatch.setattr(fused_rollout, "_limits", lambda index: (132, 227 * 1024))
+    monkeypatch.setattr(fused_rollout, "_tuned", lambda index: None)
     found = _reasons()
     assert list(found) == ["cluster", "persistent", "layers"]
     assert "not built" in str(found["cluster"])
     assert found["persistent"] is None and found["layers"] is None
     for match, changed in (
-        ("backend triton", {"backend": "native"}),
+        ("backend triton", {"kernels": TorchKernels(FAST)}),
         ("not folded", {"spec": replace(_SPEC, fold=False)}),
         ("two hidden layers", {"spec": replace(_SPEC, layers=(_HIDDEN, _HEAD))}),
         ("Mish", {"spec": replace(_SPEC, layers=(replace(_HIDDEN, act="none"), _HIDDEN, _HEAD))}),
         ("centred", {"spec": replace(_SPEC, layers=(replace(_HIDDEN, width=0),) * 2 + (_HEAD,))}),
         ("same multiple", {"sizes": Sizes(128, 512, 256)}),
         ("multiple of 64", {"sizes": Sizes(128, 510, 510)}),
-        ("tensor cores", {"precision": EXACT}),
+        ("tensor cores", {"kernels": TritonKernels(EXACT)}),
         ("multiprocessors", {"sizes": Sizes(16384, 512, 512)}),
     ):
         found = _reasons(**changed)  # type: ignore[arg-type]
@@ -189,10 +193,10 @@ def test_every_way_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_environment_rules_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "_limits", lambda index: (132, 227 * 1024))
-    monkeypatch.setattr(architecture, "_tuned", lambda index: None)
-    monkeypatch.setenv(architecture.VARIABLE, "layers")
+    monkeypatch.setattr(fused_rollout, "_limits", lambda index: (132, 227 * 1024))
+    monkeypatch.setattr(fused_rollout, "_tuned", lambda index: None)
+    monkeypatch.setenv(fused_rollout.VARIABLE, "layers")
     assert "is layers" in str(_reasons()["persistent"])
-    monkeypatch.setenv(architecture.VARIABLE, "fast")
+    monkeypatch.setenv(fused_rollout.VARIABLE, "fast")
     with pytest.raises(ValueError, match="PWM_FAST_ARCHITECTURE"):
         _reasons()

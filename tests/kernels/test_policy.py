@@ -219,7 +219,7 @@ def test_shared_memory_of_small_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(why) == "its products take 139264 bytes of shared memory, the device has 101376"
     small = "small GPU", Limits(128, 99 * 1024)
     monkeypatch.setattr(triton_gemm, "device_limits", lambda device: small)
-    products, device = triton_gemm.TritonProducts(), torch.device("cuda")
+    products, device = triton_gemm.TritonGemms(), torch.device("cuda")
     hidden = LayerSpec("act_norm", "mish", True, True, 8, 1e-5)
     specs = [hidden, hidden, replace(hidden, act="none", norm=False)]
     assert products.policy(specs, [512, 256, 8], 128, F16, device) is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 import pwm_fast
 from pwm_fast import ops
 from pwm_fast.backends import native
-from pwm_fast.fused import fingerprint, gemm, packs
+from pwm_fast.fused import fingerprint, gemm, weight_cache
 from tests.helpers import random_layer, tensors_of, with_tensors
 from tests.ops.writers import WRITERS, Writer, from_another_process, mapped
 
@@ -129,7 +129,7 @@ def result(call: Callable[[Net, Tensor], Tensor], net: Net, z: Tensor) -> list[T
 @contextmanager
 def without_packs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(packs.VARIABLE, "0")
+        patch.setenv(weight_cache.VARIABLE, "0")
         yield
 
 
@@ -389,9 +389,9 @@ def test_a_pack_made_while_somebody_writes_is_not_kept() -> None:
         w.data.mul_(3.0)
         return w + 1.0
 
-    packs.kept(("test",), (x,), disturbed)
+    weight_cache.kept(("test",), (x,), disturbed)
     x.data.copy_(old)
-    assert torch.equal(packs.kept(("test",), (x,), lambda w: w + 1.0), old + 1.0)
+    assert torch.equal(weight_cache.kept(("test",), (x,), lambda w: w + 1.0), old + 1.0)
 
 
 @pytest.mark.parametrize("missing", [False, True])

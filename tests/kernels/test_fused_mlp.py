@@ -1,4 +1,4 @@
-"""A stack gives the same with fused products as with plain products and element kernels."""
+"""An MLP gives the same with fused GEMMs as with plain GEMMs and elementwise kernels."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ pytest.importorskip("triton")
 from pwm_fast.backends.precision import EXACT, FAST, Precision
 from pwm_fast.backends.specs import LayerParams, LayerSpec
 from pwm_fast.backends.torch import TorchKernels
-from pwm_fast.backends.triton_gemm import TritonProducts
-from pwm_fast.fused.stack import Stack
+from pwm_fast.backends.triton_gemm import TritonGemms
+from pwm_fast.fused.mlp import FusedMLP
+from pwm_fast.fused.mlp_backward import MLPBackward
 
 ROWS, EVALS = 21, 2
 
 
 class Fusing(TorchKernels):
-    """PyTorch's element kernels, and Triton's fused products."""
+    """PyTorch's elementwise kernels, and Triton's fused GEMMs."""
 
     def __init__(self, precision: Precision) -> None:
         super().__init__(precision)
-        self.products = TritonProducts(precision)
+        self.gemms = TritonGemms(precision)
 
 
 def layers(width: int) -> tuple[list[LayerSpec], list[LayerParams]]:
@@ -52,23 +53,23 @@ def run(
     kernels: TorchKernels, specs: list[LayerSpec], params: list[LayerParams], inputs: list[Tensor]
 ) -> list[Tensor]:
     h, dy, x = inputs
-    stack = Stack(kernels, specs, params, EVALS, ROWS, save=True, wgrad=True)
-    results = [stack.forward(e, h[e].clone()) for e in range(EVALS)]
-    stack.start_backward(keep_first=True)
+    mlp = FusedMLP(kernels, specs, params, EVALS, ROWS, save=True, wgrad=True)
+    results = [mlp.forward(e, h[e].clone()) for e in range(EVALS)]
+    backward = MLPBackward(mlp, keep_first=True)
     for e in range(EVALS):
-        dx, scale = stack.backward(e, dy[e].clone())
+        dx, scale = backward.backward(e, dy[e].clone())
         assert scale is None  # it is float32 where a CPU stands in
         results.append(dx.clone())
-    for grads in stack.param_grads(x):
+    for grads in backward.param_grads(x):
         results += [g for g in grads if g is not None]
-    assert isinstance(kernels, Fusing) == any(stack._fused_backward.values())
+    assert isinstance(kernels, Fusing) == any(backward._fused.values())
     return results
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("precision", [EXACT, FAST], ids=lambda p: p.name)
 @pytest.mark.parametrize("last", [0, 1], ids=["simnorm", "plain"])
-def test_a_stack_with_fused_products(precision: Precision, last: int) -> None:
+def test_an_mlp_with_fused_gemms(precision: Precision, last: int) -> None:
     specs, params = layers(last)
     inputs = [torch.randn(EVALS, ROWS, n) for n in (24, 16, 8)]
     ours = run(Fusing(precision), specs, params, inputs)

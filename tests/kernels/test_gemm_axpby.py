@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from pwm_fast import ops
 from pwm_fast.backends import select
-from pwm_fast.fused import architecture
+from pwm_fast.fused import rollout as fused_rollout
 from pwm_fast.kernels import linear_axpby, linear_norm_act, plan
 from tests.helpers import assert_2x, random_layer
 from tests.kernels.harness import on_devices
@@ -92,7 +92,7 @@ def check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Counter[str]:
     """Fused and not against float64; what the fused one launched."""
-    monkeypatch.setenv(architecture.VARIABLE, "layers")
+    monkeypatch.setenv(fused_rollout.VARIABLE, "layers")
     with select.backend("reference"):
         truth = rollout(sizes, torch.float64, method, fold)
     seen = launched(monkeypatch)

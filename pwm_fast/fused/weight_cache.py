@@ -1,4 +1,4 @@
-"""Copies of weights in the form that products want, kept while the weights stay as they are.
+"""Copies of weights in the form that GEMMs want, kept while the weights stay as they are.
 
 A pack (a folded, centred, padded, 16-bit or reordered copy) must never stand for weights that have
 changed, and nobody can be relied on to say that they have: writes through ``.data``, NumPy, shared

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.fake_cuda import DEVICE, FakeCuda
 from pwm_fast import ops
-from pwm_fast.fused import packs
+from pwm_fast.fused import weight_cache
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ class Counted:
 
 
 def double(x: Tensor, make: Counted) -> Tensor:
-    return packs.kept(("double",), (x,), make)
+    return weight_cache.kept(("double",), (x,), make)
 
 
 def in_place(x: Tensor) -> None:
@@ -112,15 +112,15 @@ def test_nothing_outlives_the_weights() -> None:
         del x
         gc.collect()
     double(torch.randn(3), make)
-    assert len(packs._store) == 1
+    assert len(weight_cache._store) == 1
 
 
 def test_the_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packs, "LIMIT", 4)
+    monkeypatch.setattr(weight_cache, "LIMIT", 4)
     tensors, make = [torch.randn(3) for _ in range(6)], Counted()
     for x in tensors:
         double(x, make)
-    assert len(packs._store) == 4
+    assert len(weight_cache._store) == 4
     double(tensors[-1], make)
     assert make.calls == 6
     double(tensors[0], make)
@@ -129,11 +129,11 @@ def test_the_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
     x, make = torch.randn(3), Counted()
-    monkeypatch.setenv(packs.VARIABLE, "0")
+    monkeypatch.setenv(weight_cache.VARIABLE, "0")
     double(x, make)
     double(x, make)
     assert make.calls == 2
-    monkeypatch.setenv(packs.VARIABLE, "yes")
+    monkeypatch.setenv(weight_cache.VARIABLE, "yes")
     with pytest.raises(ValueError, match="PWM_FAST_PACKS must be 0 or 1, got 'yes'"):
         double(x, make)
 
@@ -152,11 +152,11 @@ def test_tensors_without_a_counter_are_kept_by_their_bytes() -> None:
 def test_packs_of_old_values_go_when_the_first_new_one_comes() -> None:
     x, make = torch.randn(3), Counted()
     for kind in range(5):
-        packs.kept((kind,), (x,), make)
-    assert len(packs._store) == 5
+        weight_cache.kept((kind,), (x,), make)
+    assert len(weight_cache._store) == 5
     x.data.add_(1.0)
-    packs.kept((2,), (x,), make)
-    assert len(packs._store) == 1
+    weight_cache.kept((2,), (x,), make)
+    assert len(weight_cache._store) == 1
 
 
 def test_equal_bytes_keep_a_pack() -> None:
@@ -171,33 +171,37 @@ def test_equal_bytes_keep_a_pack() -> None:
 
 def test_a_pack_is_looked_for_once_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
-    original = packs.fingerprint
-    monkeypatch.setattr(packs, "fingerprint", lambda x: (looks.append(len(x)), original(x))[1])
+    original = weight_cache.fingerprint
+    monkeypatch.setattr(
+        weight_cache, "fingerprint", lambda x: (looks.append(len(x)), original(x))[1]
+    )
     x, make = torch.randn(3), Counted()
 
-    @packs.one_call
+    @weight_cache.one_call
     def call() -> list[Tensor]:
-        packs.keep_each(("double",), [x], lambda *some: [2.0 * t for t in some])
+        weight_cache.keep_each(("double",), [x], lambda *some: [2.0 * t for t in some])
         return [double(x, make) for _ in range(5)]
 
     first = call()
     assert make.calls == 0 and looks == [1, 1]  # before and after it was made
     assert call()[0] is first[0] and looks == [1, 1, 1]
-    monkeypatch.setenv(packs.VARIABLE, "0")
+    monkeypatch.setenv(weight_cache.VARIABLE, "0")
     assert all(y is not first[0] for y in call()) and make.calls == 0 and len(looks) == 3
 
 
 def test_packs_of_packs_need_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
     x, first, second = torch.randn(3), Counted(), Counted()
     pack = double(x, first)
-    monkeypatch.setattr(packs, "fingerprint", lambda x: () if not x else pytest.fail("a look"))
+    monkeypatch.setattr(
+        weight_cache, "fingerprint", lambda x: () if not x else pytest.fail("a look")
+    )
     assert double(pack, second) is double(pack, second) and second.calls == 1
 
 
 def test_what_is_handed_back_is_nobodys_own() -> None:
     """A pack that is the weight itself changes with it."""
     x = torch.randn(3)
-    alias = packs.kept(("float",), (x,), lambda w: w.float())
+    alias = weight_cache.kept(("float",), (x,), lambda w: w.float())
     assert alias is x
     make = Counted()
     double(alias, make)
@@ -212,7 +216,7 @@ def test_nothing_is_kept_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> No
         is_cuda = True
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(packs, "_PLAIN", (*packs._PLAIN, OnCuda))
+    monkeypatch.setattr(weight_cache, "_PLAIN", (*weight_cache._PLAIN, OnCuda))
     x, make = torch.randn(3).as_subclass(OnCuda), Counted()
     double(x, make)
     double(x, make)
@@ -262,9 +266,9 @@ def test_packs_are_made_together_where_they_are_missing() -> None:
         made.append(some)
         return [2.0 * t for t in some]
 
-    packs.keep_each(("double",), [x, y, z], make_all)
+    weight_cache.keep_each(("double",), [x, y, z], make_all)
     assert len(made) == 1 and made[0][0] is x and made[0][1] is z
-    packs.keep_each(("double",), [x, y, z], make_all)
+    weight_cache.keep_each(("double",), [x, y, z], make_all)
     assert len(made) == 1
     for t in (x, y, z):
         assert torch.equal(double(t, make), 2.0 * t)
@@ -282,9 +286,9 @@ def test_a_capture_makes_packs_of_its_own_once() -> None:
             double(x, make)
         assert make.calls == 2
         for n in (3, 4):  # two captures
-            with packs.capturing():
+            with weight_cache.capturing():
                 double(x, make)
-                packs.keep_each(("double",), [x], lambda *_: pytest.fail("there is one"))
+                weight_cache.keep_each(("double",), [x], lambda *_: pytest.fail("there is one"))
                 double(x, make)
                 assert make.calls == 2 * n - 3
                 ops.invalidate()
@@ -305,9 +309,9 @@ def test_on_a_gpu_packs_last_where_the_writer_tells(monkeypatch: pytest.MonkeyPa
         for _ in range(2):
             double(x, make)
         assert make.calls == 2
-        packs.one_call(lambda: [double(x, make) for _ in range(3)])()
+        weight_cache.one_call(lambda: [double(x, make) for _ in range(3)])()
         assert make.calls == 3
-        with packs.keeping([x]):
+        with weight_cache.keeping([x]):
             for _ in range(2):
                 double(x, make)
             assert make.calls == 4
@@ -317,7 +321,7 @@ def test_on_a_gpu_packs_last_where_the_writer_tells(monkeypatch: pytest.MonkeyPa
             in_place(x)
             double(x, make)
             assert make.calls == 7
-            with packs.keeping([x, y]):
+            with weight_cache.keeping([x, y]):
                 double(y, make)
                 double(y, make)
             assert make.calls == 8

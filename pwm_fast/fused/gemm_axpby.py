@@ -1,38 +1,39 @@
-"""Products that end in a step of the state or of its adjoint."""
+"""GEMMs that end in a step of the state or of its gradient."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from pwm_fast.backends.fused_gemm import products_of
+from pwm_fast.backends.fused_gemm import GemmCall
 from pwm_fast.fused.gemm import Gemm
 
 
-class Update:
-    """``out = z + c1 k1 + c2 p`` with ``p = x W^T + bias``, or ``p = x W`` of an adjoint ``x``.
+class GemmAxpby:
+    """``out = z + c1 k1 + c2 p`` with ``p = x W^T + bias``, or ``p = x W`` of a gradient ``x``.
 
-    One kernel where the kernel set has one for these sizes; else a product and an element kernel.
+    One kernel where the kernels have one for these sizes; else a GEMM and an elementwise kernel.
 
     Args:
-        gemm: the product.
+        gemm: the GEMM.
         rows: of ``x``.
         bias: ``[N]`` or None.
-        adjoint: the product is the one towards the input; its operand has factors a row where the
-            precision says so.
+        dgrad: the GEMM is the one towards the input; ``x`` has row scales where the precision
+            says so.
     """
 
     def __init__(
-        self, gemm: Gemm, rows: int, bias: Tensor | None = None, *, adjoint: bool = False
+        self, gemm: Gemm, rows: int, bias: Tensor | None = None, *, dgrad: bool = False
     ) -> None:
-        self.gemm, self.bias, self.adjoint = gemm, bias, adjoint
+        self.gemm, self.bias, self.dgrad = gemm, bias, dgrad
         n, k = gemm.weight.shape
-        if adjoint:
+        if dgrad:
             n, k = k, n
-        products, weight = products_of(gemm.kernels), gemm.weight
+        gemms, weight = gemm.kernels.gemms, gemm.weight
         self.fused = None
-        if products is not None:
-            operand = gemm.precision.dtype(weight.dtype)
-            self.fused = products.update(rows, n, k, operand, weight.device)
+        if gemms is not None:
+            compute_dtype = gemm.precision.dtype(weight.dtype)
+            shape = GemmCall(rows, n, k, compute_dtype, weight.device)
+            self.fused = gemms.gemm_axpby(shape)
 
     def __call__(
         self,
@@ -50,24 +51,24 @@ class Update:
         """Write ``out [R, N]``, which may be ``z`` or ``k1``; ``p`` is returned if ``keep``.
 
         Args:
-            x: ``[R, K]``, in the state's or the operands' dtype.
+            x: ``[R, K]``, in the state's or the compute dtype.
             z: ``[R, N]``.
             out: ``[R, N]``, written.
-            c2: factor of the product.
+            c2: factor of the GEMM.
             k1: ``[R, N]`` or None.
             c1: its factor.
-            keep: return the product, for a later step.
-            operand: ``[R, N]`` in the operands' dtype or None, written: ``out`` for a product.
-            scale: factors of the rows of an adjoint ``x`` that is an operand already, or None.
+            keep: return the GEMM, for a later step.
+            operand: ``[R, N]`` in the compute dtype or None, written: ``out`` for a GEMM.
+            scale: row scales of a gradient ``x`` in the compute dtype, or None.
         """
         gemm = self.gemm
         if self.fused is not None:
-            x, scale = gemm.operand(x, scale, scaled=self.adjoint and gemm.precision.scaled)
-            weight = gemm.operand_weight()
+            x, scale = gemm.cast(x, scale, scaled=self.dgrad and gemm.precision.scaled)
+            weight = gemm.cast_weight()
             raw = z.new_empty(z.shape) if keep else None
             self.fused(
                 x,
-                weight.t() if self.adjoint else weight,
+                weight.t() if self.dgrad else weight,
                 z,
                 k1,
                 out,
@@ -79,7 +80,7 @@ class Update:
                 operand=operand,
             )
             return raw
-        p = gemm.scaled_dgrad(x, 0, scale, wide=True)[0] if self.adjoint else gemm(x)
+        p = gemm.scaled_dgrad(x, 0, scale, fp32=True)[0] if self.dgrad else gemm(x)
         if self.bias is not None:
             p.add_(self.bias)
         if k1 is None:

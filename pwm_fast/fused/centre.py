@@ -1,7 +1,7 @@
 """Layers packed for tensor cores: centred, padded, with 16-bit copies; and their gradients.
 
-A kernel set may have a method ``centre`` for it (:func:`pwm_fast.kernels.centre.centre`), which
-packs a layer in one launch; else PyTorch does it.
+Kernels whose ``centre`` is not None (:func:`pwm_fast.kernels.centre.centre`) pack a layer in one
+launch; else PyTorch does it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def empty(
         assert weight is not None
         n, k = weight.shape
         rows, columns = n + padding(spec, n, pad), k + before
-        operand = kernels.precision.operand if hasattr(kernels, "centre") else None
+        operand = None if kernels.centre is None else kernels.precision.operand
         stride = columns if operand is None else -(-columns // ALIGNED) * ALIGNED
         packed.append(weight.new_empty(rows, stride)[:, :columns])
         packed += [x.new_empty(rows) for x in vectors if x is not None]
@@ -95,7 +95,7 @@ def _copy(kernels: Kernels, layer: Parts, out: Parts, centred: bool, copy: Tenso
     """``out``: the layer without means where ``centred``, zeros where it has nothing."""
     if all(x is None for x in out):
         return
-    centre = getattr(kernels, "centre", None)
+    centre = kernels.centre
     if centre is not None:
         layer = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in layer]
         centre(layer, out, centred=centred, operand=copy)

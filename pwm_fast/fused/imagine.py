@@ -1,0 +1,137 @@
+"""Imagination: a Gaussian policy acting in the dynamics, and the gradients of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.specs import DynamicsSpec, LayerSpec, split_params
+from pwm_fast.fused.dynamics import DynamicsGrads, dynamics_weights, flat_grads
+from pwm_fast.fused.gemm import Gemm
+from pwm_fast.fused.mlp import FusedMLP, saved_buffers
+from pwm_fast.fused.mlp_backward import MLPBackward, flatten_grads
+from pwm_fast.fused.policy import Policy
+from pwm_fast.fused.rollout import dynamics
+from pwm_fast.fused.weight_cache import one_call
+from pwm_fast.fused.wgrad import weight_grad
+
+
+@one_call
+def imagine_forward(
+    kernels: Kernels,
+    spec: DynamicsSpec,
+    actor_specs: Sequence[LayerSpec],
+    z0: Tensor,
+    noise: Tensor,
+    base: Tensor,
+    w_a: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: Sequence[Tensor],
+    std: Tensor,
+    actor: Sequence[Tensor],
+    save: bool,
+    wgrad: bool,
+    actor_wgrad: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Latents ``[H+1, B, D]`` and actions ``[H, B, A]`` of a policy acting in the dynamics.
+
+    ``base [1 or B, U]`` is what the first GEMM has beside latent, action and flow time.
+    """
+    horizon, batch, width = noise.shape
+    weights = dynamics_weights(spec, w_z, w_tau, params)
+    way = dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
+    policy = Policy(
+        kernels,
+        actor_specs,
+        split_params(actor_specs, actor),
+        std=std,
+        noise=noise,
+        base=base,
+        w_a=w_a,
+        head=weights.head if way.carries_policy else None,
+        save=save,
+        wgrad=actor_wgrad,
+    )
+    z = z0.new_empty(horizon + 1, *z0.shape)
+    action = z0.new_empty(horizon, batch, width)
+    z[0] = z0
+    way.imagine(policy, z, action)
+    return z, action, [*way.saved(), *policy.mlp.saved] if save else []
+
+
+@one_call
+def imagine_backward(
+    kernels: Kernels,
+    spec: DynamicsSpec,
+    actor_specs: Sequence[LayerSpec],
+    dz: Tensor,
+    daction: Tensor,
+    z: Tensor,
+    action: Tensor,
+    noise: Tensor,
+    w_a: Tensor,
+    w_z: Tensor,
+    w_tau: Tensor | None,
+    params: Sequence[Tensor],
+    std: Tensor,
+    actor: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    detach: bool,
+    wgrad: bool,
+    actor_wgrad: bool,
+) -> tuple[DynamicsGrads, list[Tensor | None], Tensor, Tensor, list[Tensor | None]]:
+    """Gradients: dynamics', its flat parameters', ``w_a``'s, ``std``'s, and the actor's."""
+    horizon, batch = noise.shape[:2]
+    weights = dynamics_weights(spec, w_z, w_tau, params)
+    layers = split_params(actor_specs, actor)
+    own = _count_actor_buffers(actor_specs, actor_wgrad)
+    kept, actor_kept = saved[: len(saved) - own], saved[len(saved) - own :]
+    way = dynamics(kernels, spec, weights, horizon, batch, save=True, wgrad=wgrad, saved=kept)
+    way.start_backward()
+    # A detached policy passes nothing on to the latents: all its steps are one batch.
+    evals, rows = (1, horizon * batch) if detach else (horizon, batch)
+    mlp = FusedMLP(
+        kernels,
+        actor_specs,
+        layers,
+        evals,
+        rows,
+        save=True,
+        wgrad=actor_wgrad,
+        saved=[b.view(evals, rows, *b.shape[2:]) for b in actor_kept],
+    )
+    policy = MLPBackward(mlp, keep_first=False)
+    first = Gemm(kernels, layers[0].weight, rows)
+    slope = 1.0 - action * action
+    dmu = torch.empty_like(action)
+    if detach:
+        grad = way.rollout_backward(dz)
+    else:
+        grad = dz[horizon]
+        for t in range(horizon - 1, -1, -1):
+            grad = way.step_backward(t, grad) + dz[t]
+            da = torch.addmm(daction[t], way.c_grad(t), w_a)
+            torch.mul(da, slope[t], out=dmu[t])
+            dh, scale = policy.backward(t, dmu[t].clone())
+            grad += first.scaled_dgrad(dh, 0, scale, fp32=True)[0]
+    grads = way.finish_backward(grad, z[0])
+    if detach:
+        da = torch.addmm(daction.flatten(0, 1), grads.c.flatten(0, 1), w_a)
+        torch.mul(da, slope.flatten(0, 1), out=dmu.flatten(0, 1))
+        policy.backward(0, dmu.flatten(0, 1).clone())
+    dstd = (dmu * noise).sum((0, 1))
+    dw_a = weight_grad(kernels, grads.c.flatten(0, 1), action.flatten(0, 1))
+    dactor: list[Tensor | None] = [None] * len(actor)
+    if actor_wgrad:
+        states = z[:-1].reshape(evals, rows, z.shape[-1])
+        dactor = flatten_grads(actor_specs, policy.param_grads(states))
+    return grads, flat_grads(spec, grads, len(params)), dw_a, dstd, dactor
+
+
+def _count_actor_buffers(specs: Sequence[LayerSpec], wgrad: bool) -> int:
+    f32 = torch.float32
+    return len(saved_buffers(specs, [1] * len(specs), 1, 1, True, wgrad, f32, f32))

@@ -37,7 +37,10 @@ KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "
 
 SOURCES = {  # object -> its source and compiler flags of its own
     f"{name}.o": (f"csrc/{name}.cpp", [f"-DPWM_FAST_X86={int(X86)}"])
-    for name in ("module", "bind_cpu", "bind_cuda", "cpu_features", "esnr_plan", "parallel")
+    for name in (
+        *("module", "bind_cpu", "bind_cuda", "arguments", "checks"),
+        *("cpu_features", "esnr_plan", "parallel"),
+    )
 }
 # No fused multiply-adds but those that are written: its results are a GPU's to the bit.
 SOURCES["esnr_emulation.o"] = ("csrc/esnr_emulation.cpp", ["-ffp-contract=off"])
@@ -273,7 +276,7 @@ extension = Extension(
         "csrc/no_cuda.cpp",
         *(
             file
-            for kind in ("h", "cu", "cuh")
+            for kind in ("h", "def", "cu", "cuh")
             for file in glob.glob(f"csrc/**/*.{kind}", recursive=True)
         ),
     ],

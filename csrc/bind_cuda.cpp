@@ -57,9 +57,9 @@ EsnrCall checked(EsnrCall call, Size words) {
   return call;
 }
 
-EsnrCall moments(Address grads, Address sizes, Size type, Address signal, Address noise, Size m,
+EsnrCall moments(Address rows, Address sizes, Size type, Address signal, Address noise, Size m,
                  Size tensors, Address workspace, Size words) {
-  return checked({Task::moments, type, m, tensors, at<const Size>(grads), at<const Size>(sizes),
+  return checked({Task::moments, type, m, tensors, at<const Size>(rows), at<const Size>(sizes),
                   nullptr, at<double>(signal), at<double>(noise), at<Size>(workspace)},
                  words);
 }
@@ -78,9 +78,9 @@ EsnrCall result(Address rows, Address sizes, Size type, Address squares, Address
                  words);
 }
 
-void cuda_esnr(Address grads, Address sizes, Size type, Address signal, Address noise, Size m,
+void cuda_esnr(Address rows, Address sizes, Size type, Address signal, Address noise, Size m,
                Size tensors, Address workspace, Size words, int device, Address stream) {
-  esnr_launch(moments(grads, sizes, type, signal, noise, m, tensors, workspace, words), device,
+  esnr_launch(moments(rows, sizes, type, signal, noise, m, tensors, workspace, words), device,
               stream);
 }
 
@@ -96,9 +96,9 @@ void cuda_esnr_result(Address rows, Address sizes, Size type, Address squares, A
               device, stream);
 }
 
-void emulated_esnr(Address grads, Address sizes, Size type, Address signal, Address noise, Size m,
+void emulated_esnr(Address rows, Address sizes, Size type, Address signal, Address noise, Size m,
                    Size tensors, Address workspace, Size words, std::uint64_t order) {
-  esnr_emulate(moments(grads, sizes, type, signal, noise, m, tensors, workspace, words), order);
+  esnr_emulate(moments(rows, sizes, type, signal, noise, m, tensors, workspace, words), order);
 }
 
 void emulated_esnr_update(Address rows, Address sizes, Size type, Address squares, Size tensors,
@@ -129,7 +129,7 @@ void bind_cuda(py::module_& m) {
   m.def("esnr_workspace_words", &workspace_words, arg("sizes"), arg("tensors"), arg("rows"),
         "64-bit words of workspace for the ESNR kernels on a GPU.");
   m.def("cuda_esnr", &cuda_esnr, "Signal and noise of m samples of tensors on a GPU.",
-        arg("grads"), arg("sizes"), arg("type"), arg("signal"), arg("noise"), arg("m"),
+        arg("rows"), arg("sizes"), arg("type"), arg("signal"), arg("noise"), arg("m"),
         arg("tensors"), arg("workspace"), arg("words"), arg("device"), arg("stream"));
   m.def("cuda_esnr_update", &cuda_esnr_update, "Takes one sample into a streamed estimate.",
         arg("rows"), arg("sizes"), arg("type"), arg("squares"), arg("tensors"), arg("workspace"),
@@ -138,7 +138,7 @@ void bind_cuda(py::module_& m) {
         arg("rows"), arg("sizes"), arg("type"), arg("squares"), arg("signal"), arg("noise"),
         arg("m"), arg("tensors"), arg("workspace"), arg("words"), arg("device"), arg("stream"));
   m.def("emulated_esnr", &emulated_esnr, "cuda_esnr on the CPU, its blocks in some order.",
-        arg("grads"), arg("sizes"), arg("type"), arg("signal"), arg("noise"), arg("m"),
+        arg("rows"), arg("sizes"), arg("type"), arg("signal"), arg("noise"), arg("m"),
         arg("tensors"), arg("workspace"), arg("words"), arg("order"));
   m.def("emulated_esnr_update", &emulated_esnr_update, "cuda_esnr_update on the CPU.", arg("rows"),
         arg("sizes"), arg("type"), arg("squares"), arg("tensors"), arg("workspace"), arg("words"),

@@ -15,10 +15,10 @@ struct Parameters {  // of one member
 // u = x + bias and m = act(u); m into scratch memory, or into y where no LayerNorm follows.
 template <class X, class U, class Y, bool MISH, bool NORM>
 Moments activate(const ActNormFwd& a, const Parameters& parameters, int64_t r, float* m) {
-  const int64_t n = a.n;
-  const X* x = static_cast<const X*>(a.x) + r * a.ld_x;
-  Y* y = static_cast<Y*>(a.y) + r * a.ld_y;
-  U* u = static_cast<U*>(a.u);
+  const int64_t n = a.x.cols;
+  const X* x = row<const X>(a.x, r);
+  Y* y = row<Y>(a.y, r);
+  U* u = numbers<U>(a.u);
   if constexpr (!same<U, NotSaved>) u += r * n;
   vf sums[2] = {};
   each_vector<2>(n, [&](auto kind, int64_t i, auto k) PWM_FAST_INLINE_LAMBDA {
@@ -42,23 +42,23 @@ Activate choose_activate(const ActNormFwd& a) {
   Activate chosen = nullptr;
   const auto choose = [&](auto* u) {
     using U = Pointee<decltype(u)>;
-    with_type(a.x_type, [&](auto* x) {
+    with_type(a.x.type, [&](auto* x) {
       using X = Pointee<decltype(x)>;
       with_flag(a.act == act_mish, [&](auto mish) {
-        if (a.gamma != nullptr) {
+        if (a.gamma.data != nullptr) {
           chosen = activate<X, U, float, mish.value, true>;
         } else {
-          with_type(a.y_type, [&](auto* y) {
+          with_type(a.y.type, [&](auto* y) {
             chosen = activate<X, U, Pointee<decltype(y)>, mish.value, false>;
           });
         }
       });
     });
   };
-  if (a.u == nullptr) {
+  if (a.u.data == nullptr) {
     choose(static_cast<NotSaved*>(nullptr));
   } else {
-    with_type(a.u_type, choose);
+    with_type(a.u.type, choose);
   }
   return chosen;
 }
@@ -66,8 +66,8 @@ Activate choose_activate(const ActNormFwd& a) {
 template <class Y>
 void normalize(const ActNormFwd& a, const Parameters& parameters, Moments s, int64_t r,
                const float* m) {
-  const int64_t n = a.n;
-  Y* y = static_cast<Y*>(a.y) + r * a.ld_y;
+  const int64_t n = a.x.cols;
+  Y* y = row<Y>(a.y, r);
   each_vector<2>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
     vf value = (load(m + i) - s.mean) * s.rstd * parameters.gamma.at(kind, i);
     if (parameters.beta.p != nullptr) value += parameters.beta.at(kind, i);
@@ -83,10 +83,10 @@ struct Means {
 template <class DY, class U, bool MISH, bool NORM, bool SUMS>
 Means slope(const ActNormBwd& a, const Shared& gamma, int64_t r, float* xhat, float* slopes,
             float* sums) {
-  const int64_t n = a.n;
-  const DY* dy = static_cast<const DY*>(a.dy) + r * a.ld_dy;
-  const U* u = static_cast<const U*>(a.u) + r * n;
-  const float mean = NORM ? a.mean[r] : 0.0f, rstd = NORM ? a.rstd[r] : 1.0f;
+  const int64_t n = a.dy.cols;
+  const DY* dy = row<const DY>(a.dy, r);
+  const U* u = numbers<const U>(a.u) + r * n;
+  const float mean = NORM ? numbers(a.mean)[r] : 0.0f, rstd = NORM ? numbers(a.rstd)[r] : 1.0f;
   vf total[2] = {}, total_xhat[2] = {};
   each_vector<2>(n, [&](auto kind, int64_t i, auto k) PWM_FAST_INLINE_LAMBDA {
     vf value = load_row(kind, u, i, n);
@@ -115,12 +115,12 @@ using Slope = Means (*)(const ActNormBwd&, const Shared&, int64_t, float*, float
 
 Slope choose_slope(const ActNormBwd& a, bool sums) {
   Slope chosen = nullptr;
-  with_type(a.dy_type, [&](auto* dy) {
+  with_type(a.dy.type, [&](auto* dy) {
     using DY = Pointee<decltype(dy)>;
-    with_type(a.u_type, [&](auto* u) {
+    with_type(a.u.type, [&](auto* u) {
       using U = Pointee<decltype(u)>;
       with_flag(a.act == act_mish, [&](auto mish) {
-        if (a.gamma == nullptr) {
+        if (a.gamma.data == nullptr) {
           chosen = slope<DY, U, mish.value, false, false>;
         } else {
           with_flag(sums, [&](auto wanted) {
@@ -137,10 +137,10 @@ Slope choose_slope(const ActNormBwd& a, bool sums) {
 template <class DY, class DX, bool MISH, bool NORM, bool SUMS>
 void project(const ActNormBwd& a, const Shared& gamma, Means m, int64_t r, const float* xhat,
              const float* slopes, float* sums) {
-  const int64_t n = a.n;
-  const DY* dy = static_cast<const DY*>(a.dy) + r * a.ld_dy;
-  DX* dx = static_cast<DX*>(a.dx) + r * a.ld_dx;
-  const float rstd = NORM ? a.rstd[r] : 1.0f;
+  const int64_t n = a.dy.cols;
+  const DY* dy = row<const DY>(a.dy, r);
+  DX* dx = row<DX>(a.dx, r);
+  const float rstd = NORM ? numbers(a.rstd)[r] : 1.0f;
   each_vector<2>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
     vf d = load_row(kind, dy, i, n);
     if constexpr (NORM) {
@@ -156,12 +156,12 @@ using Project = void (*)(const ActNormBwd&, const Shared&, Means, int64_t, const
 
 Project choose_project(const ActNormBwd& a, bool sums) {
   Project chosen = nullptr;
-  with_type(a.dy_type, [&](auto* dy) {
+  with_type(a.dy.type, [&](auto* dy) {
     using DY = Pointee<decltype(dy)>;
-    with_type(a.dx_type, [&](auto* dx) {
+    with_type(a.dx.type, [&](auto* dx) {
       using DX = Pointee<decltype(dx)>;
       with_flag(a.act == act_mish, [&](auto mish) {
-        with_flag(a.gamma != nullptr, [&](auto norm) {
+        with_flag(a.gamma.data != nullptr, [&](auto norm) {
           with_flag(sums, [&](auto wanted) {
             chosen = project<DY, DX, mish.value, norm.value, wanted.value>;
           });
@@ -172,52 +172,55 @@ Project choose_project(const ActNormBwd& a, bool sums) {
   return chosen;
 }
 
-const float* of_member(const float* parameter, int64_t member, int64_t n) {
-  return parameter == nullptr ? nullptr : parameter + member * n;
+Shared of_member(const View& parameter, int64_t member, int64_t n) {
+  const float* first = numbers(parameter);
+  return Shared(first == nullptr ? nullptr : first + member * n, n);
 }
 
 }  // namespace
 
 void act_norm_fwd(const ActNormFwd& a) {
-  const Blocks blocks(a.rows, a.rows_per_member);
-  const int64_t threads = useful_threads(a.threads, a.rows, a.rows * a.n);
-  const Floats scratch(threads * padded(a.n));
+  const int64_t rows = a.x.rows, n = a.x.cols;
+  const Blocks blocks(rows, a.rows_per_member);
+  const int64_t threads = useful_threads(a.threads, rows, rows * n);
+  const Floats scratch(threads * padded(n));
   const Activate activate_row = choose_activate(a);
-  const auto normalize_row = a.y_type == bfloat16 ? normalize<bf16> : normalize<float>;
-  in_parallel(threads, a.rows, [&](int64_t thread, int64_t begin, int64_t end) {
-    float* const m = scratch.at(thread * padded(a.n));
+  const auto normalize_row = a.y.type == bfloat16 ? normalize<bf16> : normalize<float>;
+  in_parallel(threads, rows, [&](int64_t thread, int64_t begin, int64_t end) {
+    float* const m = scratch.at(thread * padded(n));
     while (begin < end) {
       const int64_t member = begin / blocks.per_member;
       const int64_t stop = smaller(end, (member + 1) * blocks.per_member);
-      const Parameters parameters = {Shared(of_member(a.bias, member, a.n), a.n),
-                                     Shared(of_member(a.gamma, member, a.n), a.n),
-                                     Shared(of_member(a.beta, member, a.n), a.n)};
+      const Parameters parameters = {of_member(a.bias, member, n),
+                                     of_member(a.gamma, member, n),
+                                     of_member(a.beta, member, n)};
       for (; begin < stop; ++begin) {
         const Moments s = activate_row(a, parameters, begin, m);
-        if (a.gamma == nullptr) continue;
+        if (a.gamma.data == nullptr) continue;
         normalize_row(a, parameters, s, begin, m);
-        if (a.mean != nullptr) a.mean[begin] = s.mean;
-        if (a.rstd != nullptr) a.rstd[begin] = s.rstd;
+        if (a.mean.data != nullptr) numbers(a.mean)[begin] = s.mean;
+        if (a.rstd.data != nullptr) numbers(a.rstd)[begin] = s.rstd;
       }
     }
   });
 }
 
 void act_norm_bwd(const ActNormBwd& a) {
-  const Blocks blocks(a.rows, a.rows_per_member);
-  const int64_t threads = useful_threads(a.threads, blocks.count, a.rows * a.n);
-  const Floats scratch(2 * threads * padded(a.n));
+  const int64_t rows = a.dy.rows, n = a.dy.cols;
+  const Blocks blocks(rows, a.rows_per_member);
+  const int64_t threads = useful_threads(a.threads, blocks.count, rows * n);
+  const Floats scratch(2 * threads * padded(n));
   // Without LayerNorm there is nothing to sum for its parameters.
-  const bool norm = a.gamma != nullptr;
-  const ParameterSums sums({norm ? a.dgamma : nullptr, norm ? a.dbeta : nullptr, a.dbias}, blocks,
-                           a.n, threads);
+  const bool norm = a.gamma.data != nullptr;
+  const ParameterSums sums({norm ? &a.dgamma : nullptr, norm ? &a.dbeta : nullptr, &a.dbias}, blocks,
+                           n, threads);
   const Slope slope_row = choose_slope(a, sums.wanted());
   const Project project_row = choose_project(a, sums.wanted());
   in_parallel(threads, blocks.count, [&](int64_t thread, int64_t begin, int64_t end) {
-    float* const xhat = scratch.at(2 * thread * padded(a.n));
-    float* const slopes = xhat + padded(a.n);
+    float* const xhat = scratch.at(2 * thread * padded(n));
+    float* const slopes = xhat + padded(n);
     for (int64_t block = begin; block < end; ++block) {
-      const Shared gamma(of_member(a.gamma, blocks.member(block), a.n), a.n);
+      const Shared gamma = of_member(a.gamma, blocks.member(block), n);
       float* const block_sums = sums.start(block);
       for (int64_t r = blocks.begin(block); r < blocks.end(block); ++r) {
         const Means m = slope_row(a, gamma, r, xhat, slopes, block_sums);

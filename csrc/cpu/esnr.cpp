@@ -102,40 +102,43 @@ int64_t blocks_of(int64_t size) { return (size + block_size - 1) / block_size; }
 }  // namespace
 
 void esnr(const Esnr& a) {
+  const int64_t* const sizes = numbers<int64_t>(a.sizes);
+  const int64_t* const grads = numbers<int64_t>(a.grads);
+  const int64_t m = a.grads.rows, tensors = a.grads.cols;
   int64_t blocks = 0, elements = 0;
-  for (int64_t t = 0; t < a.tensors; ++t) {
-    blocks += blocks_of(a.sizes[t]);
-    elements += a.sizes[t];
+  for (int64_t t = 0; t < tensors; ++t) {
+    blocks += blocks_of(sizes[t]);
+    elements += sizes[t];
   }
-  const int64_t threads = useful_threads(a.threads, blocks, elements * a.m);
-  const OfBlock of = of_block_by_rest[a.m % chunk];
+  const int64_t threads = useful_threads(a.threads, blocks, elements * m);
+  const OfBlock of = of_block_by_rest[m % chunk];
   const Memory<double> sums(2 * blocks);
-  const Memory<const float*> samples(threads * a.m);
+  const Memory<const float*> samples(threads * m);
   in_parallel(threads, blocks, [&](int64_t thread, int64_t begin, int64_t end) {
-    const float** const pointers = samples.at(thread * a.m);
+    const float** const pointers = samples.at(thread * m);
     int64_t first = 0;  // block of tensor t
-    for (int64_t t = 0; t < a.tensors && first < end; ++t) {
-      const int64_t next = first + blocks_of(a.sizes[t]);
+    for (int64_t t = 0; t < tensors && first < end; ++t) {
+      const int64_t next = first + blocks_of(sizes[t]);
       for (int64_t block = begin > first ? begin : first; block < smaller(end, next); ++block) {
         const int64_t start = (block - first) * block_size;
-        for (int64_t s = 0; s < a.m; ++s) {
-          pointers[s] = reinterpret_cast<const float*>(a.grads[s * a.tensors + t]) + start;
+        for (int64_t s = 0; s < m; ++s) {
+          pointers[s] = reinterpret_cast<const float*>(grads[s * tensors + t]) + start;
         }
-        of(pointers, a.m, smaller(block_size, a.sizes[t] - start), sums.at(2 * block),
+        of(pointers, m, smaller(block_size, sizes[t] - start), sums.at(2 * block),
            sums.at(2 * block + 1));
       }
       first = next;
     }
   });
   int64_t block = 0;
-  for (int64_t t = 0; t < a.tensors; ++t) {
+  for (int64_t t = 0; t < tensors; ++t) {
     double signal = 0.0, noise = 0.0;
-    for (const int64_t stop = block + blocks_of(a.sizes[t]); block < stop; ++block) {
+    for (const int64_t stop = block + blocks_of(sizes[t]); block < stop; ++block) {
       signal += *sums.at(2 * block);
       noise += *sums.at(2 * block + 1);
     }
-    a.signal[t] = signal;
-    a.noise[t] = noise / double(a.m);
+    numbers<double>(a.signal)[t] = signal;
+    numbers<double>(a.noise)[t] = noise / double(m);
   }
 }
 

@@ -29,10 +29,10 @@ struct Added {
 // v of one row into scratch memory, with zeros behind it; returns its moments.
 template <class X, bool BIAS, bool ADD, bool TAU>
 Moments gather(const NormActFwd& a, const Added& added, int64_t r, float* v) {
-  const int64_t n = a.n;
-  const X* x = static_cast<const X*>(a.x) + r * a.ld_x;
-  const float* add = ADD ? a.add + r % a.add_rows * a.ld_add : nullptr;
-  const float tau = TAU ? a.tau[r * a.tau_stride] : 0.0f;
+  const int64_t n = a.x.cols;
+  const X* x = row<const X>(a.x, r);
+  const float* add = ADD ? row<const float>(a.add, r % a.add.rows) : nullptr;
+  const float tau = TAU ? numbers(a.tau)[a.tau.rows * a.tau.cols == 1 ? 0 : r] : 0.0f;
   vf sums[4] = {};
   each_vector<4>(n, [&](auto kind, int64_t i, auto k) PWM_FAST_INLINE_LAMBDA {
     vf value = load_row(kind, x, i, n);
@@ -48,11 +48,11 @@ using Gather = Moments (*)(const NormActFwd&, const Added&, int64_t, float*);
 
 Gather choose_gather(const NormActFwd& a) {
   Gather chosen = nullptr;
-  with_type(a.x_type, [&](auto* x) {
+  with_type(a.x.type, [&](auto* x) {
     using X = Pointee<decltype(x)>;
-    with_flag(a.bias != nullptr, [&](auto bias) {
-      with_flag(a.add != nullptr, [&](auto add) {
-        with_flag(a.tau != nullptr && a.w_tau != nullptr, [&](auto tau) {
+    with_flag(a.bias.data != nullptr, [&](auto bias) {
+      with_flag(a.add.data != nullptr, [&](auto add) {
+        with_flag(a.tau.data != nullptr && a.w_tau.data != nullptr, [&](auto tau) {
           chosen = gather<X, bias.value, add.value, tau.value>;
         });
       });
@@ -65,10 +65,10 @@ Gather choose_gather(const NormActFwd& a) {
 template <class XHat, class Y, Act ACT>
 void normalize(const NormActFwd& a, const Shared& gamma, const Shared& beta, Moments m, int64_t r,
                float* v) {
-  const int64_t n = a.n;
-  XHat* xhat = static_cast<XHat*>(a.xhat);
+  const int64_t n = a.x.cols;
+  XHat* xhat = numbers<XHat>(a.xhat);
   if constexpr (!same<XHat, NotSaved>) xhat += r * n;
-  Y* y = static_cast<Y*>(a.y) + r * a.ld_y;
+  Y* y = row<Y>(a.y, r);
   each_vector<ACT == act_mish ? 1 : 2>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
     const vf h = (load(v + i) - m.mean) * m.rstd;
     if constexpr (!same<XHat, NotSaved>) store_row(kind, xhat, i, n, h);
@@ -91,17 +91,17 @@ Normalize choose_normalize(const NormActFwd& a) {
   Normalize chosen = nullptr;
   const auto choose = [&](auto* xhat) {
     using XHat = Pointee<decltype(xhat)>;
-    with_type(a.y_type, [&](auto* y) {
+    with_type(a.y.type, [&](auto* y) {
       using Y = Pointee<decltype(y)>;
       chosen = a.act == act_mish      ? normalize<XHat, Y, act_mish>
                : a.act == act_simnorm ? normalize<XHat, Y, act_simnorm>
                                       : normalize<XHat, Y, act_none>;
     });
   };
-  if (a.xhat == nullptr) {
+  if (a.xhat.data == nullptr) {
     choose(static_cast<NotSaved*>(nullptr));
   } else {
-    with_type(a.xhat_type, choose);
+    with_type(a.xhat.type, choose);
   }
   return chosen;
 }
@@ -109,20 +109,20 @@ Normalize choose_normalize(const NormActFwd& a) {
 // du of SimNorm, in fp32.
 template <class DY, class Y>
 void simnorm_slope(const NormActBwd& a, int64_t r, float* du, float* y_row) {
-  const DY* dy = static_cast<const DY*>(a.dy) + r * a.ld_dy;
-  const Y* y = static_cast<const Y*>(a.y) + r * a.ld_y;
-  each_vector<2>(a.n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
-    store(du + i, load_row(kind, dy, i, a.n));
-    store(y_row + i, load_row(kind, y, i, a.n));
+  const DY* dy = row<const DY>(a.dy, r);
+  const Y* y = row<const Y>(a.y, r);
+  each_vector<2>(a.dy.cols, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
+    store(du + i, load_row(kind, dy, i, a.dy.cols));
+    store(y_row + i, load_row(kind, y, i, a.dy.cols));
   });
-  softmax_groups_bwd(du, y_row, du, a.n, a.group);
+  softmax_groups_bwd(du, y_row, du, a.dy.cols, a.group);
 }
 using SimNormSlope = void (*)(const NormActBwd&, int64_t, float*, float*);
 
 SimNormSlope choose_simnorm_slope(const NormActBwd& a) {
   SimNormSlope chosen = nullptr;
-  with_type(a.dy_type, [&](auto* dy) {
-    with_type(a.y_type, [&](auto* y) {
+  with_type(a.dy.type, [&](auto* dy) {
+    with_type(a.y.type, [&](auto* y) {
       chosen = simnorm_slope<Pointee<decltype(dy)>, Pointee<decltype(y)>>;
     });
   });
@@ -141,9 +141,9 @@ struct Means {
 template <class DY, class XHat, bool MISH, bool SUMS>
 Means slope(const NormActBwd& a, const Affine& affine, const void* dy_row, int64_t r, float* g,
             float* sums) {
-  const int64_t n = a.n;
+  const int64_t n = a.dy.cols;
   const DY* dy = static_cast<const DY*>(dy_row);
-  const XHat* xhat = static_cast<const XHat*>(a.xhat) + r * n;
+  const XHat* xhat = numbers<const XHat>(a.xhat) + r * n;
   vf total[2] = {}, total_xhat[2] = {};
   each_vector<2>(n, [&](auto kind, int64_t i, auto k) PWM_FAST_INLINE_LAMBDA {
     const vf h = load_row(kind, xhat, i, n);
@@ -165,8 +165,8 @@ using Slope = Means (*)(const NormActBwd&, const Affine&, const void*, int64_t, 
 
 Slope choose_slope(const NormActBwd& a, bool sums) {
   Slope chosen = nullptr;
-  with_type(a.act == act_simnorm ? int64_t(fp32) : a.dy_type, [&](auto* dy) {
-    with_type(a.xhat_type, [&](auto* xhat) {
+  with_type(a.act == act_simnorm ? int64_t(fp32) : a.dy.type, [&](auto* dy) {
+    with_type(a.xhat.type, [&](auto* xhat) {
       with_flag(a.act == act_mish, [&](auto mish) {
         with_flag(sums, [&](auto wanted) {
           chosen =
@@ -181,10 +181,10 @@ Slope choose_slope(const NormActBwd& a, bool sums) {
 // dx = rstd (g - mean(g) - xhat mean(g xhat)), and its sum.
 template <class XHat, class DX, bool SUMS>
 void project(const NormActBwd& a, Means m, int64_t r, const float* g, float* sums) {
-  const int64_t n = a.n;
-  const XHat* xhat = static_cast<const XHat*>(a.xhat) + r * n;
-  DX* dx = static_cast<DX*>(a.dx) + r * a.ld_dx;
-  const float rstd = a.rstd[r];
+  const int64_t n = a.dy.cols;
+  const XHat* xhat = numbers<const XHat>(a.xhat) + r * n;
+  DX* dx = row<DX>(a.dx, r);
+  const float rstd = numbers(a.rstd)[r];
   each_vector<2>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
     const vf d = (load(g + i) - m.g - load_row(kind, xhat, i, n) * m.g_xhat) * rstd;
     store_row(kind, dx, i, n, d);
@@ -195,8 +195,8 @@ using Project = void (*)(const NormActBwd&, Means, int64_t, const float*, float*
 
 Project choose_project(const NormActBwd& a, bool sums) {
   Project chosen = nullptr;
-  with_type(a.xhat_type, [&](auto* xhat) {
-    with_type(a.dx_type, [&](auto* dx) {
+  with_type(a.xhat.type, [&](auto* xhat) {
+    with_type(a.dx.type, [&](auto* dx) {
       with_flag(sums, [&](auto wanted) {
         chosen = project<Pointee<decltype(xhat)>, Pointee<decltype(dx)>, wanted.value>;
       });
@@ -208,50 +208,52 @@ Project choose_project(const NormActBwd& a, bool sums) {
 }  // namespace
 
 void norm_act_fwd(const NormActFwd& a) {
-  const int64_t threads = useful_threads(a.threads, a.rows, a.rows * a.n);
-  const bool defaults = a.gamma == nullptr || a.beta == nullptr;
-  const Floats scratch((threads + (defaults ? 2 : 0)) * padded(a.n));
-  const float *gamma_row = a.gamma, *beta_row = a.beta;
-  if (defaults) fill_defaults(scratch.at(threads * padded(a.n)), a.n, gamma_row, beta_row);
-  const Added added = {Shared(a.bias, a.n), Shared(a.w_tau, a.n)};
-  const Shared gamma(gamma_row, a.n), beta(beta_row, a.n);
+  const int64_t rows = a.x.rows, n = a.x.cols;
+  const int64_t threads = useful_threads(a.threads, rows, rows * n);
+  const bool defaults = a.gamma.data == nullptr || a.beta.data == nullptr;
+  const Floats scratch((threads + (defaults ? 2 : 0)) * padded(n));
+  const float *gamma_row = numbers(a.gamma), *beta_row = numbers(a.beta);
+  if (defaults) fill_defaults(scratch.at(threads * padded(n)), n, gamma_row, beta_row);
+  const Added added = {Shared(numbers(a.bias), n), Shared(numbers(a.w_tau), n)};
+  const Shared gamma(gamma_row, n), beta(beta_row, n);
   const Gather gather_row = choose_gather(a);
   const Normalize normalize_row = choose_normalize(a);
-  in_parallel(threads, a.rows, [&](int64_t thread, int64_t begin, int64_t end) {
-    float* const v = scratch.at(thread * padded(a.n));
+  in_parallel(threads, rows, [&](int64_t thread, int64_t begin, int64_t end) {
+    float* const v = scratch.at(thread * padded(n));
     for (int64_t r = begin; r < end; ++r) {
       const Moments m = gather_row(a, added, r, v);
       normalize_row(a, gamma, beta, m, r, v);
-      if (a.rstd != nullptr) a.rstd[r] = m.rstd;
+      if (a.rstd.data != nullptr) numbers(a.rstd)[r] = m.rstd;
     }
   });
 }
 
 void norm_act_bwd(const NormActBwd& a) {
-  const Blocks blocks(a.rows, 0);
-  const int64_t threads = useful_threads(a.threads, blocks.count, a.rows * a.n);
-  const bool defaults = a.gamma == nullptr || a.beta == nullptr;
-  const Floats scratch((2 * threads + (defaults ? 2 : 0)) * padded(a.n));
-  const float *gamma_row = a.gamma, *beta_row = a.beta;
-  if (defaults) fill_defaults(scratch.at(2 * threads * padded(a.n)), a.n, gamma_row, beta_row);
-  const Affine affine = {Shared(gamma_row, a.n), Shared(beta_row, a.n)};
-  const ParameterSums sums({a.dgamma, a.dbeta, a.dbias}, blocks, a.n, threads);
+  const int64_t rows = a.dy.rows, n = a.dy.cols;
+  const Blocks blocks(rows, 0);
+  const int64_t threads = useful_threads(a.threads, blocks.count, rows * n);
+  const bool defaults = a.gamma.data == nullptr || a.beta.data == nullptr;
+  const Floats scratch((2 * threads + (defaults ? 2 : 0)) * padded(n));
+  const float *gamma_row = numbers(a.gamma), *beta_row = numbers(a.beta);
+  if (defaults) fill_defaults(scratch.at(2 * threads * padded(n)), n, gamma_row, beta_row);
+  const Affine affine = {Shared(gamma_row, n), Shared(beta_row, n)};
+  const ParameterSums sums({&a.dgamma, &a.dbeta, &a.dbias}, blocks, n, threads);
   const SimNormSlope simnorm_row = choose_simnorm_slope(a);
   const Slope slope_row = choose_slope(a, sums.wanted());
   const Project project_row = choose_project(a, sums.wanted());
-  const int64_t dy_bytes = a.dy_type == bfloat16 ? 2 : 4;
+  const int64_t dy_bytes = a.dy.type == bfloat16 ? 2 : 4;
   in_parallel(threads, blocks.count, [&](int64_t thread, int64_t begin, int64_t end) {
-    float* const g = scratch.at(2 * thread * padded(a.n));
+    float* const g = scratch.at(2 * thread * padded(n));
     for (int64_t block = begin; block < end; ++block) {
       float* const block_sums = sums.start(block);
       for (int64_t r = blocks.begin(block); r < blocks.end(block); ++r) {
-        const void* dy = static_cast<const char*>(a.dy) + r * a.ld_dy * dy_bytes;
+        const void* dy = static_cast<const char*>(a.dy.data) + r * a.dy.stride * dy_bytes;
         if (a.act == act_simnorm) {
-          simnorm_row(a, r, g, g + padded(a.n));
+          simnorm_row(a, r, g, g + padded(n));
           dy = g;
         }
         Means m = slope_row(a, affine, dy, r, g, block_sums);
-        if (a.width > 0) m = {0.0f, m.g_xhat * (float(a.n) / float(a.width))};
+        if (a.width > 0) m = {0.0f, m.g_xhat * (float(n) / float(a.width))};
         project_row(a, m, r, g, block_sums);
       }
       sums.done(block);

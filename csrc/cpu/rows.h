@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../parallel.h"
-#include "kernels.h"
+#include "view.h"
 #include "simd.h"
 
 namespace pwm_fast {
@@ -45,6 +45,15 @@ PWM_FAST_INLINE void with_flag(bool flag, F f) {
   } else {
     f(Constant<false>{});
   }
+}
+
+template <class T>
+PWM_FAST_INLINE T* row(const View& x, int64_t r) {
+  return static_cast<T*>(x.data) + r * x.stride;
+}
+template <class T = float>
+PWM_FAST_INLINE T* numbers(const View& x) {
+  return static_cast<T*>(x.data);
 }
 
 template <class T>
@@ -102,14 +111,14 @@ class ParameterSums {
   static constexpr int kinds = 3;
 
   // One thread adds a block as soon as it is done; several leave them for finish().
-  ParameterSums(double* const (&totals)[kinds], const Blocks& blocks, int64_t n, int64_t threads)
+  ParameterSums(const View* const (&totals)[kinds], const Blocks& blocks, int64_t n,
+                int64_t threads)
       : blocks_(blocks),
         n_(n),
-        wanted_(totals[0] != nullptr || totals[1] != nullptr || totals[2] != nullptr),
+        totals_{of(totals[0]), of(totals[1]), of(totals[2])},
+        wanted_(totals_[0] != nullptr || totals_[1] != nullptr || totals_[2] != nullptr),
         kept_(threads > 1),
-        memory_(!wanted_ ? 0 : kinds * padded(n) * (kept_ ? blocks.count : 1)) {
-    for (int kind = 0; kind < kinds; ++kind) totals_[kind] = totals[kind];
-  }
+        memory_(!wanted_ ? 0 : kinds * padded(n) * (kept_ ? blocks.count : 1)) {}
 
   bool wanted() const { return wanted_; }
 
@@ -132,6 +141,9 @@ class ParameterSums {
   }
 
  private:
+  static double* of(const View* total) {
+    return total == nullptr ? nullptr : numbers<double>(*total);
+  }
   float* of_block(int64_t block) const {
     return memory_.at(kept_ ? block * kinds * padded(n_) : 0);
   }
@@ -146,9 +158,9 @@ class ParameterSums {
 
   const Blocks& blocks_;
   int64_t n_;
+  double* totals_[kinds];
   bool wanted_, kept_;
   Floats memory_;
-  double* totals_[kinds];
 };
 
 }  // namespace

@@ -10,6 +10,15 @@ namespace {
 double symlog(double x) { return x < 0.0 ? -__builtin_log1p(-x) : __builtin_log1p(x); }
 double symexp(double x) { return x < 0.0 ? -__builtin_expm1(-x) : __builtin_expm1(x); }
 
+struct Bins {
+  int64_t count;
+  double vmin, vmax;
+};
+template <class Arguments>
+Bins bins_of(const Arguments& a) {
+  return {a.logits.cols, a.vmin, a.vmax};
+}
+
 double centre(const Bins& bins, int64_t i) {
   return bins.vmin + (bins.vmax - bins.vmin) * (double(i) / double(bins.count - 1));
 }
@@ -69,9 +78,9 @@ double probabilities(const X* logits, int64_t n, float lse, float* p) {
 
 template <class X>
 void decode_rows(const TwoHotDecodeFwd& a, const float* centres, int64_t begin, int64_t end) {
-  const int64_t n = a.bins.count;
+  const int64_t n = a.logits.cols;
   for (int64_t r = begin; r < end; ++r) {
-    const X* logits = static_cast<const X*>(a.logits) + r * a.ld;
+    const X* logits = row<const X>(a.logits, r);
     const float top = largest(logits, n);
     vd total = {}, moment = {};  // in fp64, as symexp multiplies the error of the mean
     each_vector<1>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
@@ -82,23 +91,23 @@ void decode_rows(const TwoHotDecodeFwd& a, const float* centres, int64_t begin, 
     });
     const double s = sum(total);
     const double mean = sum(moment) / s;
-    a.value[r] = float(a.transform ? symexp(mean) : mean);
-    if (a.mean != nullptr) a.mean[r] = float(mean);
-    if (a.lse != nullptr) a.lse[r] = float(double(top) + __builtin_log(s));
+    numbers(a.value)[r] = float(a.transform ? symexp(mean) : mean);
+    if (a.mean.data != nullptr) numbers(a.mean)[r] = float(mean);
+    if (a.lse.data != nullptr) numbers(a.lse)[r] = float(double(top) + __builtin_log(s));
   }
 }
 
 template <class X>
 void decode_grad_rows(const TwoHotDecodeBwd& a, const float* centres, float* p, int64_t begin,
                       int64_t end) {
-  const int64_t n = a.bins.count;
+  const int64_t n = a.logits.cols;
   for (int64_t r = begin; r < end; ++r) {
-    const X* logits = static_cast<const X*>(a.logits) + r * a.ld;
-    X* dlogits = static_cast<X*>(a.dlogits) + r * a.ld_d;
-    const double factor = probabilities(logits, n, a.lse[r], p);
-    const float mean = a.mean[r];
+    const X* logits = row<const X>(a.logits, r);
+    X* dlogits = row<X>(a.dlogits, r);
+    const double factor = probabilities(logits, n, numbers(a.lse)[r], p);
+    const float mean = numbers(a.mean)[r];
     const double slope = a.transform ? __builtin_exp(__builtin_fabs(double(mean))) : 1.0;
-    const float scale = float(factor * double(a.dvalue[r]) * slope);
+    const float scale = float(factor * double(numbers(a.dvalue)[r]) * slope);
     each_vector<2>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
       store_row(kind, dlogits, i, n, load(p + i) * (load(centres + i) - mean) * scale);
     });
@@ -107,9 +116,9 @@ void decode_grad_rows(const TwoHotDecodeBwd& a, const float* centres, float* p, 
 
 template <class X>
 void ce_rows(const TwoHotCeFwd& a, int64_t begin, int64_t end) {
-  const int64_t n = a.bins.count;
+  const int64_t n = a.logits.cols;
   for (int64_t r = begin; r < end; ++r) {
-    const X* logits = static_cast<const X*>(a.logits) + r * a.ld;
+    const X* logits = row<const X>(a.logits, r);
     const float top = largest(logits, n);
     vd total = {};
     each_vector<1>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
@@ -117,26 +126,26 @@ void ce_rows(const TwoHotCeFwd& a, int64_t begin, int64_t end) {
       total += __builtin_convertvector(e, vd);
     });
     const double log_sum = __builtin_log(sum(total));
-    const TwoHot t = encode(double(a.x[r]), a.bins, a.transform);
+    const TwoHot t = encode(double(numbers(a.x)[r]), bins_of(a), a.transform);
     const double lower = double(widen(logits[t.lower])) - double(top);
     const double upper = double(widen(logits[t.lower + 1])) - double(top);
-    a.loss[r] = float(log_sum - weighted(1.0 - t.upper, lower) - weighted(t.upper, upper));
-    if (a.lse != nullptr) a.lse[r] = float(double(top) + log_sum);
+    numbers(a.loss)[r] = float(log_sum - weighted(1.0 - t.upper, lower) - weighted(t.upper, upper));
+    if (a.lse.data != nullptr) numbers(a.lse)[r] = float(double(top) + log_sum);
   }
 }
 
 template <class X>
 void ce_grad_rows(const TwoHotCeBwd& a, float* p, int64_t begin, int64_t end) {
-  const int64_t n = a.bins.count;
+  const int64_t n = a.logits.cols;
   for (int64_t r = begin; r < end; ++r) {
-    const X* logits = static_cast<const X*>(a.logits) + r * a.ld;
-    X* dlogits = static_cast<X*>(a.dlogits) + r * a.ld_d;
-    const double factor = probabilities(logits, n, a.lse[r], p);
-    const TwoHot t = encode(double(a.x[r]), a.bins, a.transform);
+    const X* logits = row<const X>(a.logits, r);
+    X* dlogits = row<X>(a.dlogits, r);
+    const double factor = probabilities(logits, n, numbers(a.lse)[r], p);
+    const TwoHot t = encode(double(numbers(a.x)[r]), bins_of(a), a.transform);
     p[t.lower] = float(double(p[t.lower]) - (1.0 - t.upper) / factor);
     p[t.lower + 1] = float(double(p[t.lower + 1]) - t.upper / factor);
     // A NaN target makes all of the row NaN.
-    const float scale = float(t.upper == t.upper ? factor * double(a.dloss[r]) : t.upper);
+    const float scale = float(t.upper == t.upper ? factor * double(numbers(a.dloss)[r]) : t.upper);
     each_vector<2>(n, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
       store_row(kind, dlogits, i, n, load(p + i) * scale);
     });
@@ -153,41 +162,41 @@ void fill_centres(const Bins& bins, float* centres) {
 }  // namespace
 
 void two_hot_decode_fwd(const TwoHotDecodeFwd& a) {
-  const int64_t threads = useful_threads(a.threads, a.rows, a.rows * a.bins.count);
-  const Floats centres(padded(a.bins.count));
-  fill_centres(a.bins, centres.at(0));
-  in_parallel(threads, a.rows, [&](int64_t, int64_t begin, int64_t end) {
-    with_type(a.x_type, [&](auto* x) {
+  const int64_t threads = useful_threads(a.threads, a.logits.rows, a.logits.rows * a.logits.cols);
+  const Floats centres(padded(a.logits.cols));
+  fill_centres(bins_of(a), centres.at(0));
+  in_parallel(threads, a.logits.rows, [&](int64_t, int64_t begin, int64_t end) {
+    with_type(a.logits.type, [&](auto* x) {
       decode_rows<Pointee<decltype(x)>>(a, centres.at(0), begin, end);
     });
   });
 }
 
 void two_hot_decode_bwd(const TwoHotDecodeBwd& a) {
-  const int64_t threads = useful_threads(a.threads, a.rows, a.rows * a.bins.count);
-  const Floats centres(padded(a.bins.count)), scratch(threads * padded(a.bins.count));
-  fill_centres(a.bins, centres.at(0));
-  in_parallel(threads, a.rows, [&](int64_t thread, int64_t begin, int64_t end) {
-    float* const p = scratch.at(thread * padded(a.bins.count));
-    with_type(a.x_type, [&](auto* x) {
+  const int64_t threads = useful_threads(a.threads, a.logits.rows, a.logits.rows * a.logits.cols);
+  const Floats centres(padded(a.logits.cols)), scratch(threads * padded(a.logits.cols));
+  fill_centres(bins_of(a), centres.at(0));
+  in_parallel(threads, a.logits.rows, [&](int64_t thread, int64_t begin, int64_t end) {
+    float* const p = scratch.at(thread * padded(a.logits.cols));
+    with_type(a.logits.type, [&](auto* x) {
       decode_grad_rows<Pointee<decltype(x)>>(a, centres.at(0), p, begin, end);
     });
   });
 }
 
 void two_hot_ce_fwd(const TwoHotCeFwd& a) {
-  const int64_t threads = useful_threads(a.threads, a.rows, a.rows * a.bins.count);
-  in_parallel(threads, a.rows, [&](int64_t, int64_t begin, int64_t end) {
-    with_type(a.x_type, [&](auto* x) { ce_rows<Pointee<decltype(x)>>(a, begin, end); });
+  const int64_t threads = useful_threads(a.threads, a.logits.rows, a.logits.rows * a.logits.cols);
+  in_parallel(threads, a.logits.rows, [&](int64_t, int64_t begin, int64_t end) {
+    with_type(a.logits.type, [&](auto* x) { ce_rows<Pointee<decltype(x)>>(a, begin, end); });
   });
 }
 
 void two_hot_ce_bwd(const TwoHotCeBwd& a) {
-  const int64_t threads = useful_threads(a.threads, a.rows, a.rows * a.bins.count);
-  const Floats scratch(threads * padded(a.bins.count));
-  in_parallel(threads, a.rows, [&](int64_t thread, int64_t begin, int64_t end) {
-    with_type(a.x_type, [&](auto* x) {
-      ce_grad_rows<Pointee<decltype(x)>>(a, scratch.at(thread * padded(a.bins.count)), begin, end);
+  const int64_t threads = useful_threads(a.threads, a.logits.rows, a.logits.rows * a.logits.cols);
+  const Floats scratch(threads * padded(a.logits.cols));
+  in_parallel(threads, a.logits.rows, [&](int64_t thread, int64_t begin, int64_t end) {
+    with_type(a.logits.type, [&](auto* x) {
+      ce_grad_rows<Pointee<decltype(x)>>(a, scratch.at(thread * padded(a.logits.cols)), begin, end);
     });
   });
 }

@@ -46,7 +46,7 @@ class CudaEsnr:
         count = len(grads) // samples
         whole = [g.contiguous() for g in grads]  # named: alive until the launches are made
         signal, noise = _results(count, whole[0].device)
-        self._call("", whole, count, samples, signal, noise, samples)
+        self._call("", whole, samples, signal=signal, noise=noise, m=samples)
         return signal, noise
 
     def update(
@@ -58,39 +58,39 @@ class CudaEsnr:
     ) -> None:
         """See :class:`EsnrKernels`."""
         whole = [g.contiguous() for g in grads]
-        self._call("_update", [*whole, *origins, *sums], len(whole), 3, squares)
+        self._call("_update", [*whole, *origins, *sums], 3, squares=squares)
 
     def result(
         self, origins: Sequence[Tensor], sums: Sequence[Tensor], squares: Tensor, samples: int
     ) -> tuple[Tensor, Tensor]:
         """See :class:`EsnrKernels`."""
         signal, noise = _results(len(origins), squares.device)
-        self._call("_result", [*origins, *sums], len(origins), 2, squares, signal, noise, samples)
+        results = {"signal": signal, "noise": noise}
+        self._call("_result", [*origins, *sums], 2, squares=squares, m=samples, **results)
         return signal, noise
 
-    def _call(
-        self, name: str, tensors: Sequence[Tensor], count: int, rows: int, *rest: Tensor | int
-    ) -> None:
-        """Run a kernel on ``rows`` rows of ``count`` tensors each."""
-        first = tensors[0]
+    def _call(self, task: str, tensors: Sequence[Tensor], rows: int, **rest: Tensor | int) -> None:
+        """Run a kernel on ``rows`` rows of as many tensors each; ``rest`` are its own arguments."""
+        first, count = tensors[0], len(tensors) // rows
         addresses = native.words(x.data_ptr() for x in tensors)
         sizes = native.words(x.numel() for x in tensors[:count])
         words = self._c.esnr_workspace_words(sizes.data_ptr(), count, rows)
         workspace = torch.empty(words, dtype=torch.int64, device=first.device)
-        getattr(self._c, self._prefix + name)(
-            addresses.data_ptr(),
-            sizes.data_ptr(),
-            _TYPES[first.dtype],
-            *(x.data_ptr() if isinstance(x, Tensor) else x for x in rest),
-            count,
-            workspace.data_ptr(),
-            words,
-            *self._where(first.device),
+        getattr(self._c, self._prefix + task)(
+            rows=addresses.data_ptr(),
+            sizes=sizes.data_ptr(),
+            type=_TYPES[first.dtype],
+            **{k: x.data_ptr() if isinstance(x, Tensor) else x for k, x in rest.items()},
+            tensors=count,
+            workspace=workspace.data_ptr(),
+            words=words,
+            **self._where(first.device),
         )
 
-    def _where(self, device: torch.device) -> tuple[Any, ...]:
-        """The last arguments of a call: device and stream."""
-        return device.index, torch.cuda.current_stream(device).cuda_stream
+    def _where(self, device: torch.device) -> dict[str, Any]:
+        """Device and stream of a call."""
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return {"device": device.index, "stream": stream}
 
 
 def _results(count: int, device: torch.device) -> tuple[Tensor, Tensor]:

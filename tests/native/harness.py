@@ -14,8 +14,7 @@ _C = pytest.importorskip("pwm_fast._C", reason="the native extension is not buil
 
 WIDTHS = (1, 7, 8, 64, 510, 617, 777, 1788)
 BATCHES = (0, 1, 199)
-CODES = {torch.float32: 0, torch.bfloat16: 1}
-ACTS = {"none": 0, "mish": 1, "simnorm": 2}
+ACTS = ("none", "mish", "simnorm")
 
 _POISON = {  # NaNs that no arithmetic makes
     torch.float32: (torch.int32, 0x7FC0DEAD),
@@ -38,8 +37,6 @@ class Rows:
         self.tensor = inner.view(dtype).view(rows, n + gap)[:, :n]
         self._inside = torch.zeros_like(self._bits, dtype=torch.bool)
         self._inside[_GUARD : _GUARD + rows * (n + gap)].view(rows, n + gap)[:, :n] = True
-        self.code = CODES.get(dtype, -1)
-        self.ld = n + gap
 
     @classmethod
     def of(cls, values: Tensor, dtype: torch.dtype = torch.float32, gap: int = 3) -> Rows:
@@ -48,28 +45,20 @@ class Rows:
         made.tensor.copy_(values)
         return made
 
-    @property
-    def address(self) -> int:
-        """Of the first row."""
-        return self.tensor.data_ptr()
-
-    @property
-    def span(self) -> tuple[int, int, int]:
-        """Address, row stride and type code, as the kernels take them."""
-        return self.address, self.ld, self.code
-
     def written(self) -> Tensor:
         """The rows, after a check that nothing beside them was written."""
         assert (self._bits[~self._inside] == self._poison).all(), "written past a row"
         return self.tensor
 
 
-def vector(values: Tensor | None) -> tuple[Rows | None, int]:
-    """A parameter in poisoned memory and its address; 0 for None."""
-    if values is None:
-        return None, 0
-    row = Rows.of(values.reshape(1, -1), gap=0)
-    return row, row.address
+def parameters(given: Values, *names: str) -> dict[str, Tensor | None]:
+    """Those parameters in poisoned memory; None for one that is not given."""
+    return {
+        name: Rows.of(given[name].reshape(1, -1), gap=0).tensor.view(given[name].shape)
+        if name in given
+        else None
+        for name in names
+    }
 
 
 def check(

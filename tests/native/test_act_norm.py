@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.native.harness import _C, ACTS, BATCHES, WIDTHS, Rows, Values, activate, check, vector
+from tests.native.harness import (
+    _C,
+    BATCHES,
+    WIDTHS,
+    Rows,
+    Values,
+    activate,
+    check,
+    parameters,
+)
 
 EPS = 1e-5
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -63,23 +72,16 @@ def forward(
     x = Rows.of(given["x"], types[0])
     y, u = x if in_place else Rows(rows, n, types[1], 4), Rows(rows, n, types[2], 0)
     mean, rstd = Rows(rows, 1, gap=0), Rows(rows, 1, gap=0)
-    kept, address = {}, {}
-    for name in ("bias", "gamma", "beta"):
-        kept[name], address[name] = vector(given.get(name))
+    saved = {"u": u.tensor, "mean": mean.tensor, "rstd": rstd.tensor} if save else {}
     _C.act_norm_fwd(
-        *x.span,
-        *address.values(),
-        *y.span,
-        u.address if save else 0,
-        u.code,
-        mean.address if save else 0,
-        rstd.address if save else 0,
-        rows,
-        n,
-        ACTS[act],
-        rows_per_member,
-        EPS,
-        threads,
+        x=x.tensor,
+        y=y.tensor,
+        **saved,
+        **parameters(given, "bias", "gamma", "beta"),
+        act=act,
+        eps=EPS,
+        rows_per_member=rows_per_member,
+        threads=threads,
     )
     result = {"y": y.written()}
     if save:
@@ -107,21 +109,15 @@ def backward(
     names = ("dgamma", "dbeta", "dbias") if wanted else ()
     before = {name: torch.randn(members, n, dtype=torch.float64) for name in names}
     sums = {name: Rows.of(value, torch.float64, 0) for name, value in before.items()}
-    kept, address = {}, {}
-    for name in ("mean", "rstd", "gamma"):
-        kept[name], address[name] = vector(given.get(name))
     _C.act_norm_bwd(
-        *dy.span,
-        u.address,
-        u.code,
-        *address.values(),
-        *dx.span,
-        *(sums[name].address if name in sums else 0 for name in ("dgamma", "dbeta", "dbias")),
-        rows,
-        n,
-        ACTS[act],
-        rows_per_member,
-        threads,
+        dy=dy.tensor,
+        dx=dx.tensor,
+        u=u.tensor,
+        **parameters(given, "mean", "rstd", "gamma"),
+        act=act,
+        rows_per_member=rows_per_member,
+        **{name: each.tensor for name, each in sums.items()},
+        threads=threads,
     )
     return {"dx": dx.written()} | {name: sums[name].written() - before[name] for name in names}
 

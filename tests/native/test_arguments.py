@@ -1,121 +1,289 @@
-"""Wrong codes and sizes raise ValueError that names the argument; nothing is read or written."""
+"""Wrong arguments raise an error that names them; nothing is read or written."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+import pwm_fast
 from tests.native.harness import _C
 
-
-def named(names: str) -> dict[str, float]:
-    """All 0: absent, fp32, none."""
-    return dict.fromkeys(names.split(), 0)
-
-
-GOOD = {
-    "norm_act_fwd": named(
-        "x ld_x x_type add ld_add add_rows tau tau_stride w_tau bias gamma beta y ld_y y_type "
-        "xhat xhat_type rstd rows n act group eps threads"
-    ),
-    "norm_act_bwd": named(
-        "dy ld_dy dy_type xhat xhat_type rstd gamma beta y ld_y y_type dx ld_dx dx_type dgamma "
-        "dbeta dbias rows n act group threads"
-    ),
-    "act_norm_fwd": named(
-        "x ld_x x_type bias gamma beta y ld_y y_type u u_type mean rstd rows n act "
-        "rows_per_member eps threads"
-    ),
-    "act_norm_bwd": named(
-        "dy ld_dy dy_type u u_type mean rstd gamma dx ld_dx dx_type dgamma dbeta dbias rows n "
-        "act rows_per_member threads"
-    ),
-    "simnorm_fwd": named("x ld_x y ld_y rows n group threads"),
-    "simnorm_bwd": named("dy ld_dy y ld_y dx ld_dx rows n group threads"),
-    "two_hot_decode_fwd": named(
-        "logits ld x_type value mean lse rows bins vmin vmax transform threads"
-    ),
-    "two_hot_decode_bwd": named(
-        "dvalue logits ld x_type mean lse dlogits ld_d rows bins vmin vmax transform threads"
-    ),
-    "two_hot_ce_fwd": named("logits ld x_type x loss lse rows bins vmin vmax transform threads"),
-    "two_hot_ce_bwd": named(
-        "dloss logits ld x_type x lse dlogits ld_d rows bins vmin vmax transform threads"
-    ),
-    "axpby": named("z k1 k2 out c1 c2 n threads"),
-    "esnr": named("grads sizes signal noise m tensors threads"),
+N = 8
+ROWS = {  # kernel -> its matrices [rows, N], vectors [rows] and vectors [N]
+    "norm_act_fwd": ("x y xhat add", "rstd tau", "gamma beta bias w_tau"),
+    "norm_act_bwd": ("dy dx xhat y", "rstd", "gamma beta dgamma dbeta dbias"),
+    "act_norm_fwd": ("x y u", "mean rstd", "bias gamma beta"),
+    "act_norm_bwd": ("dy dx u", "mean rstd", "gamma dgamma dbeta dbias"),
+    "simnorm_fwd": ("x y", "", ""),
+    "simnorm_bwd": ("dy y dx", "", ""),
+    "two_hot_decode_fwd": ("logits", "value mean lse", ""),
+    "two_hot_decode_bwd": ("logits dlogits", "dvalue mean lse", ""),
+    "two_hot_ce_fwd": ("logits", "x loss lse", ""),
+    "two_hot_ce_bwd": ("logits dlogits", "dloss x lse", ""),
 }
-for _arguments in GOOD.values():
-    for _name in _arguments:
-        if _name.startswith("ld"):
-            _arguments[_name] = 8
-    _known = {"n": 8, "bins": 8, "group": 4, "m": 1, "threads": 1, "vmax": 1.0, "eps": 1e-5}
-    _arguments.update({name: value for name, value in _known.items() if name in _arguments})
-GOOD["axpby"]["n"] = 0
+NUMBERS = {
+    "act": "mish",
+    "group": 4,
+    "eps": 1e-5,
+    "width": 0,
+    "rows_per_member": 0,
+    "vmin": 0.0,
+    "vmax": 1.0,
+    "transform": False,
+    "threads": 1,
+}
+FP32_ALONE = ("add", "rstd", "tau", "gamma", "beta", "bias", "w_tau", "mean", "lse", "value")
 
-WRONG = {  # argument -> values, and what the message says is right
-    "x_type": ([-1, 2], "0 (fp32) or 1 (bf16)"),
-    "y_type": ([-1, 2], "0 (fp32) or 1 (bf16)"),
-    "dy_type": ([2], "0 (fp32) or 1 (bf16)"),
-    "dx_type": ([2], "0 (fp32) or 1 (bf16)"),
-    "u_type": ([2], "0 (fp32) or 1 (bf16)"),
-    "xhat_type": ([2], "0 (fp32) or 1 (bf16)"),
-    "rows": ([-1], "at least 0"),
-    "n": ([-1], "at least "),
-    "bins": ([1, 0], "at least 2"),
+
+def sums(name: str) -> bool:
+    return name in ("dgamma", "dbeta", "dbias")
+
+
+def good(kernel: str, rows: int = 2) -> dict[str, Any]:
+    """Arguments that are right."""
+    if kernel == "axpby":
+        return {name: torch.zeros(rows, N) for name in ("z", "k1", "k2", "out")} | {
+            "c1": 1.0,
+            "c2": 1.0,
+            "threads": 1,
+        }
+    if kernel == "esnr":
+        grads = [torch.zeros(rows) for _ in range(6)]
+        tables = {
+            "grads": torch.tensor([g.data_ptr() for g in grads]).view(2, 3),
+            "sizes": torch.full((3,), rows),
+        }
+        return tables | {k: torch.zeros(3).double() for k in ("signal", "noise")} | {"threads": 1}
+    matrices, by_row, by_column = (names.split() for names in ROWS[kernel])
+    tensors = {name: torch.zeros(rows, N) for name in matrices}
+    tensors |= {name: torch.zeros(rows) for name in by_row}
+    tensors |= {
+        name: torch.zeros(N, dtype=torch.float64 if sums(name) else torch.float32)
+        for name in by_column
+    }
+    if "add" in tensors:
+        tensors["add"] = torch.zeros(1, N)
+    names = inspect.signature(getattr(_C, kernel)).parameters
+    return tensors | {name: value for name, value in NUMBERS.items() if name in names}
+
+
+KERNELS = (*ROWS, "axpby", "esnr")
+TENSORS = [(k, a) for k in KERNELS for a, value in good(k).items() if isinstance(value, Tensor)]
+WRONG: dict[str, tuple[list[Any], str]] = {  # argument -> values, and what the message says
     "threads": ([0, -3], "at least 1"),
-    "act": ([-1, 3], "0 (none)"),
+    "act": (["", "relu"], "none, mish or simnorm"),
+    "width": ([-1, 9], "from 0 to n = 8"),
     "rows_per_member": ([-1], "at least 0"),
-    "m": ([0], "at least 1"),
-    "tensors": ([-1], "at least 0"),
 }
-CASES = [(k, a, v) for k, good in GOOD.items() for a in good for v in WRONG.get(a, ([], ""))[0]]
+CASES = [(k, a, v) for k in KERNELS for a in good(k) for v in WRONG.get(a, ([], ""))[0]]
 
 
-@pytest.mark.parametrize("kernel", GOOD)
-def test_rows_of_nothing(kernel: str) -> None:
-    """No row, no element: all arguments are right, and no address is used."""
-    getattr(_C, kernel)(**GOOD[kernel])
-    getattr(_C, kernel)(*GOOD[kernel].values())
+def fails(kernel: str, error: type[Exception], message: str, **changes: Any) -> None:
+    """The call fails so, and has written nothing."""
+    given = good(kernel) | changes
+    before = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor) and x.is_cpu}
+    with pytest.raises(error, match=re.escape(message)):
+        getattr(_C, kernel)(**given)
+    for name, x in before.items():
+        assert torch.equal(given[name], x), name
+
+
+def test_all_kernels_are_here() -> None:
+    assert set(KERNELS) == set(_C.KERNELS)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("rows", [0, 2])
+def test_right_arguments(kernel: str, rows: int) -> None:
+    """By name and by position; of no rows too."""
+    function, given = getattr(_C, kernel), good(kernel, rows)
+    function(**given)
+    function(**{"".join([*name]): value for name, value in given.items()})  # not interned
+    names = inspect.signature(function).parameters
+    function(*(given.get(name) for name in names))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_declared_as_it_is(kernel: str) -> None:
+    """``_C.pyi`` has the names, their order, and which need not be given."""
+    stub = ast.parse((Path(pwm_fast.__file__).parent / "_C.pyi").read_text())
+    declared = next(n for n in stub.body if isinstance(n, ast.FunctionDef) and n.name == kernel)
+    source = f"def {kernel}{inspect.signature(getattr(_C, kernel))}: ..."
+    found = ast.parse(source).body[0]
+    assert isinstance(found, ast.FunctionDef)
+    for argument in ast.walk(declared.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    assert ast.unparse(declared.args) == ast.unparse(found.args)
 
 
 @pytest.mark.parametrize(("kernel", "argument", "value"), CASES)
-def test_wrong_argument(kernel: str, argument: str, value: int) -> None:
+def test_wrong_argument(kernel: str, argument: str, value: Any) -> None:
     expected = f"{argument} must be {WRONG[argument][1]}"
-    with pytest.raises(ValueError, match=re.escape(expected)) as error:
-        getattr(_C, kernel)(**GOOD[kernel] | {argument: value})
-    assert str(value) in str(error.value)
+    fails(kernel, ValueError, expected, **{argument: value})
+    fails(kernel, ValueError, f", got {value}", **{argument: value})
 
 
-@pytest.mark.parametrize("kernel", [k for k in GOOD if "rows" in GOOD[k]])
+@pytest.mark.parametrize(("kernel", "argument"), TENSORS)
+def test_wrong_tensor(kernel: str, argument: str) -> None:
+    """Of another size, dtype, stride, device, or none."""
+    right = good(kernel)[argument]
+    assert isinstance(right, Tensor)
+    longer = torch.zeros(right.numel() + 1, dtype=right.dtype)
+    if right.dim() == 2:
+        longer = torch.zeros(right.shape[0], right.shape[1] + 1, dtype=right.dtype)
+    first = next(iter(good(kernel)))  # the others are measured against it
+    if argument not in (first, "logits"):
+        with pytest.raises(ValueError, match="must be "):
+            getattr(_C, kernel)(**good(kernel) | {argument: longer})
+    for dtype in (torch.float16, torch.int32, torch.bool):
+        fails(kernel, ValueError, f"{argument} must be ", **{argument: right.to(dtype)})
+    meta = torch.empty_like(right, device="meta")
+    with pytest.raises((ValueError, RuntimeError, BufferError)):
+        getattr(_C, kernel)(**good(kernel) | {argument: meta})
+    every_other = torch.zeros(*right.shape[:-1], 2 * right.shape[-1], dtype=right.dtype)[..., ::2]
+    fails(
+        kernel,
+        ValueError,
+        f"{argument} must be a tensor whose last stride is 1, got 2",
+        **{argument: every_other},
+    )
+    for value in (right.numpy(), right.data_ptr(), "x"):
+        fails(kernel, TypeError, f"{argument} must be a tensor", **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "argument"), [c for c in TENSORS if c[1] in FP32_ALONE or sums(c[1])]
+)
+def test_wrong_precision(kernel: str, argument: str) -> None:
+    wanted = "float64" if sums(argument) else "float32"
+    for dtype in {torch.bfloat16, torch.float32, torch.float64} - {getattr(torch, wanted)}:
+        wrong = good(kernel)[argument].to(dtype)
+        fails(kernel, ValueError, f"{argument} must be {wanted}, got ", **{argument: wrong})
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_arguments_that_do_not_belong(kernel: str) -> None:
+    function, given = getattr(_C, kernel), good(kernel)
+    fails(kernel, TypeError, f"{kernel}() has no argument 'scale'", scale=1)
+    first = next(iter(inspect.signature(function).parameters))
+    with pytest.raises(TypeError, match=f"got '{first}' twice"):
+        function(given[first], **given)
+    names = inspect.signature(function).parameters
+    with pytest.raises(TypeError, match=f"takes {len(names)} arguments, got {len(names) + 1}"):
+        function(*(given.get(name) for name in names), 1)
+    rest = {name: value for name, value in given.items() if name != first}
+    with pytest.raises(TypeError, match=f"lacks the argument '{first}'"):
+        function(**rest)
+    fails(kernel, TypeError, f"{first} must be a tensor, got None", **{first: None})
+
+
+@pytest.mark.parametrize("kernel", ROWS)
 def test_overlapping_rows(kernel: str) -> None:
-    for name in GOOD[kernel]:
-        if not name.startswith("ld") or name == "ld_add":
-            continue
-        arguments = GOOD[kernel] | {"rows": 2, name: 7}
-        if kernel == "norm_act_bwd":
-            arguments["act"] = 2  # else y is not read
-        with pytest.raises(ValueError, match=f"{name} must be at least 8, got 7"):
-            getattr(_C, kernel)(**arguments)
+    saved = ("xhat", "u", "add")  # "xhat" and "u" are contiguous
+    for name in ROWS[kernel][0].split():
+        near = torch.zeros(N + 7).as_strided((2, N), (7, 1))
+        act = {"act": "simnorm"} if kernel == "norm_act_bwd" else {}  # else y is not read
+        message = f"the row stride of {name} must be at least 8, got 7"
+        if name in saved[:2]:
+            message = f"{name} must be contiguous, got rows of 8 that are 7 apart"
+        fails(kernel, ValueError, message, **{name: near}, **act)
+
+
+@pytest.mark.parametrize("kernel", ["norm_act_fwd", "norm_act_bwd"])
+@pytest.mark.parametrize("name", ["xhat"])
+def test_saved_rows_with_gaps(kernel: str, name: str) -> None:
+    apart = torch.zeros(2, N + 3)[:, :N]
+    message = f"{name} must be contiguous, got rows of 8 that are 11 apart"
+    fails(kernel, ValueError, message, **{name: apart})
+
+
+def test_leading_dimensions_are_rows() -> None:
+    x, y, flat = torch.randn(2, 3, N), torch.zeros(2, 3, N), torch.zeros(6, N)
+    _C.simnorm_fwd(x=x, y=y, group=4)
+    _C.simnorm_fwd(x=x.view(6, N), y=flat, group=4)
+    assert torch.equal(y.view(6, N), flat)
+    with pytest.raises(ValueError, match="x must be a tensor whose rows are equally far apart"):
+        _C.simnorm_fwd(x=torch.randn(3, 2, N).transpose(0, 1), y=y, group=4)
+
+
+def test_parameters_that_need_a_gradient() -> None:
+    gamma = torch.nn.Parameter(torch.ones(N))
+    given = good("norm_act_fwd") | {"gamma": gamma, "beta": gamma}
+    _C.norm_act_fwd(**given)
 
 
 def test_wrong_group() -> None:
     for kernel in ("simnorm_fwd", "simnorm_bwd", "norm_act_fwd", "norm_act_bwd"):
-        arguments = dict(GOOD[kernel])
-        if "act" in arguments:
-            arguments["act"] = 2
+        act = {"act": "simnorm"} if "act" in good(kernel) else {}
         for group in (0, -1, 3, 16):
-            with pytest.raises(ValueError, match=f"group must be a divisor of n = 8, got {group}"):
-                getattr(_C, kernel)(**arguments | {"group": group})
+            message = f"group must be a divisor of n = 8, got {group}"
+            fails(kernel, ValueError, message, group=group, **act)
+    for kernel in ("act_norm_fwd", "act_norm_bwd"):
+        fails(kernel, ValueError, "act must be none or mish, got simnorm", act="simnorm")
 
 
-def test_wrong_range_of_bins() -> None:
+def test_simnorm_needs_its_result() -> None:
+    fails("norm_act_bwd", ValueError, "y must be a tensor here, got None", act="simnorm", y=None)
+
+
+def test_scales_belong_to_others() -> None:
+    for kernel in ("norm_act_bwd", "act_norm_bwd"):
+        for name in ("dy_scale", "dx_scale"):
+            fails(kernel, ValueError, f"{name} must be None", **{name: torch.ones(2)})
+
+
+def test_too_few_members() -> None:
+    per_member = {"rows_per_member": 1}
+    parameters = {name: torch.zeros(2, N) for name in ("bias", "gamma", "beta")}
+    _C.act_norm_fwd(**good("act_norm_fwd") | parameters | per_member)
+    for name in parameters:
+        one = {name: torch.zeros(1, N)}
+        message = f"{name} must be [2, 8], got [1, 8]"
+        fails("act_norm_fwd", ValueError, message, **parameters | per_member | one)
+
+
+def test_wrong_bins() -> None:
     for vmin, vmax in ((1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0)):
-        with pytest.raises(ValueError, match="vmin must be below vmax"):
-            _C.two_hot_ce_fwd(**GOOD["two_hot_ce_fwd"] | {"vmin": vmin, "vmax": vmax})
+        for kernel in (k for k in KERNELS if k.startswith("two_hot")):
+            fails(kernel, ValueError, "vmin must be below vmax", vmin=vmin, vmax=vmax)
+    for bins in (0, 1):
+        for kernel in (k for k in KERNELS if k.startswith("two_hot")):
+            message = f"the bins of logits must be at least 2, got {bins}"
+            fails(kernel, ValueError, message, logits=torch.zeros(2, bins))
+
+
+def test_no_columns() -> None:
+    empty = torch.zeros(2, 0)
+    message = "the columns of x must be at least 1, got 0"
+    fails("simnorm_fwd", ValueError, message, x=empty, y=empty)
 
 
 def test_wrong_added_rows() -> None:
-    with pytest.raises(ValueError, match="add_rows must be at least 1, got 0"):
-        _C.norm_act_fwd(**GOOD["norm_act_fwd"] | {"add": 64})
+    message = "the rows of add must be at least 1, got 0"
+    fails("norm_act_fwd", ValueError, message, add=torch.zeros(0, N))
+
+
+def test_wrong_tables_of_esnr() -> None:
+    fails("esnr", ValueError, "sizes must be at least 0, got -1", sizes=torch.tensor([1, -1, 1]))
+    none = torch.zeros(0, 3, dtype=torch.int64)
+    fails("esnr", ValueError, "the rows of grads must be at least 1, got 0", grads=none)
+
+
+def test_threads_are_asked_for() -> None:
+    """Without a number, the kernels take what their function says."""
+    x = torch.zeros(2, N)
+    try:
+        _C.set_thread_count(lambda: 0)
+        with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+            _C.simnorm_fwd(x=x, y=x, group=4)
+    finally:
+        _C.set_thread_count(torch.get_num_threads)
+    _C.simnorm_fwd(x=x, y=x, group=4)

@@ -140,7 +140,7 @@ def test_what_lies_between_rows_does_not_count(n: int) -> None:
     sums = set()
     for gap in (1, 7):
         rows = Rows.of(a, gap=gap)
-        piece = [rows.address, 33, 4 * n, 4 * rows.ld]
+        piece = [rows.tensor.data_ptr(), 33, 4 * n, 4 * rows.tensor.stride(0)]
         first = _C.checksum(piece, 1)
         rows.tensor[32, n - 1] += 1.0
         assert _C.checksum(piece, 1) != first

@@ -35,9 +35,9 @@ class Emulated(CudaEsnr):
         super().__init__()
         self.order = order
 
-    def _where(self, device: torch.device) -> tuple[Any, ...]:
+    def _where(self, device: torch.device) -> dict[str, Any]:
         assert device.type == "cpu"
-        return (self.order,)
+        return {"order": self.order}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -173,7 +173,7 @@ WRONG |= {"words": (0, "at least 1")}
 def test_wrong_arguments_are_named(name: str, call: str) -> None:
     value, expected = WRONG[name]
     where = {"order": 0} if call == "emulated_esnr" else {"device": 0, "stream": 0}
-    addresses = dict.fromkeys(("grads", "sizes", "signal", "noise", "workspace"), 0)
+    addresses = dict.fromkeys(("rows", "sizes", "signal", "noise", "workspace"), 0)
     memory = torch.zeros(4, dtype=torch.int64)
     addresses["workspace"] = memory.data_ptr()
     _C.emulated_esnr(**addresses, **GOOD, order=0)  # nothing to do: no error

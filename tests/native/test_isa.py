@@ -89,6 +89,8 @@ def test_chosen_by_the_cpu(cpu: str, isa: str) -> None:
 
 
 def test_unknown_isa_is_an_error_of_the_first_call() -> None:
-    code = "from pwm_fast import _C; _C.axpby(0, 0, 0, 0, 1.0, 1.0, 0, 1)"
+    code = (
+        "import torch; from pwm_fast import _C; x = torch.empty(0); _C.axpby(x, x, x, x, 1.0, 1.0)"
+    )
     done = run([sys.executable, "-c", code], "sse9")
     assert "ValueError: PWM_FAST_ISA=sse9 is unknown: use generic, avx2 or avx512" in done.stderr

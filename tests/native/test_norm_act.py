@@ -17,7 +17,7 @@ from tests.native.harness import (
     activate,
     check,
     group_of,
-    vector,
+    parameters,
 )
 
 EPS = 1e-5
@@ -73,26 +73,17 @@ def forward(
     y, xhat = Rows(rows, n, types[1], gap), Rows(rows, n, types[2], 0)
     rstd = Rows(rows, 1, gap=0)
     add = Rows.of(given["add"], gap=2) if "add" in given else None
-    kept, address = {}, {}
-    for name in ("tau", "w_tau", "bias", "gamma", "beta"):
-        kept[name], address[name] = vector(given.get(name))
     _C.norm_act_fwd(
-        *x.span,
-        *(add.span[:2] if add else (0, 0)),
-        add.tensor.shape[0] if add else 0,
-        address["tau"],
-        int("tau" in given and given["tau"].numel() > 1),
-        *(address[name] for name in ("w_tau", "bias", "gamma", "beta")),
-        *y.span,
-        xhat.address if save else 0,
-        xhat.code,
-        rstd.address if save else 0,
-        rows,
-        n,
-        ACTS[act],
-        group,
-        EPS,
-        threads,
+        x=x.tensor,
+        y=y.tensor,
+        xhat=xhat.tensor if save else None,
+        rstd=rstd.tensor if save else None,
+        add=add.tensor if add else None,
+        **parameters(given, "tau", "w_tau", "bias", "gamma", "beta"),
+        act=act,
+        group=group,
+        eps=EPS,
+        threads=threads,
     )
     result = {"y": y.written()}
     if save:
@@ -148,13 +139,8 @@ def test_forward_in_place(act: str, dtype: torch.dtype) -> None:
     given = inputs(5, 70, ("add", "tau", "w_tau"))
     apart = forward(given, act, 7, types=(dtype, dtype, FP32), save=False)["y"]
     x = Rows.of(given["x"], dtype)
-    (_bias, bias), (_gamma, gamma), (_beta, beta) = (
-        vector(given[k]) for k in ("bias", "gamma", "beta")
-    )
-    none = (0, 0, 0, 0, 0, 0)
-    _C.norm_act_fwd(
-        *x.span, *none, bias, gamma, beta, *x.span, 0, 0, 0, 5, 70, ACTS[act], 7, EPS, 1
-    )
+    affine = parameters(given, "bias", "gamma", "beta")
+    _C.norm_act_fwd(x=x.tensor, y=x.tensor, **affine, act=act, group=7, eps=EPS, threads=1)
     assert torch.equal(x.written(), apart)
 
 
@@ -243,22 +229,16 @@ def backward(
     dx = dy if in_place else Rows(rows, n, types[3], 5)
     before = {name: torch.randn(1, n, dtype=torch.float64) for name in wanted}
     sums = {name: Rows.of(value, torch.float64, 0) for name, value in before.items()}
-    kept, address = {}, {}
-    for name in ("rstd", "gamma", "beta"):
-        kept[name], address[name] = vector(given.get(name))
     _C.norm_act_bwd(
-        *dy.span,
-        xhat.address,
-        xhat.code,
-        *(address[name] for name in ("rstd", "gamma", "beta")),
-        *(y.span if y else (0, 0, 0)),
-        *dx.span,
-        *(sums[name].address if name in sums else 0 for name in ("dgamma", "dbeta", "dbias")),
-        rows,
-        n,
-        ACTS[act],
-        group,
-        threads,
+        dy=dy.tensor,
+        dx=dx.tensor,
+        xhat=xhat.tensor,
+        **parameters(given, "rstd", "gamma", "beta"),
+        y=y.tensor if y else None,
+        act=act,
+        group=group,
+        **{name: rows.tensor for name, rows in sums.items()},
+        threads=threads,
     )
     added = {name: (sums[name].written() - before[name])[0] for name in wanted}
     return {"dx": dx.written(), **added}

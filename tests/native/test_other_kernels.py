@@ -19,9 +19,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def simnorm(given: Values, group: int, threads: int = 1) -> Values:
     rows, n = given["x"].shape
     x, y = Rows.of(given["x"]), Rows(rows, n, gap=1)
-    _C.simnorm_fwd(*x.span[:2], *y.span[:2], rows, n, group, threads)
+    _C.simnorm_fwd(x=x.tensor, y=y.tensor, group=group, threads=threads)
     dy, dx = Rows.of(given["dy"]), Rows(rows, n, gap=2)
-    _C.simnorm_bwd(*dy.span[:2], *y.span[:2], *dx.span[:2], rows, n, group, threads)
+    _C.simnorm_bwd(dy=dy.tensor, y=y.tensor, dx=dx.tensor, group=group, threads=threads)
     return {"y": y.written(), "dx": dx.written()}
 
 
@@ -79,16 +79,17 @@ def two_hot(
     x, dvalue = Rows.of(given["x"][:, None], gap=0), Rows.of(given["dvalue"][:, None], gap=0)
     value, mean, lse, loss, lse2 = (Rows(rows, 1, gap=0) for _ in range(5))
     d_decode, d_ce = Rows(rows, bins, dtype, 2), Rows(rows, bins, dtype, 2)
-    rest = (rows, bins, vmin, vmax, transform, threads)
-    _C.two_hot_decode_fwd(*logits.span, value.address, mean.address, lse.address, *rest)
-    _C.two_hot_decode_bwd(
-        dvalue.address, *logits.span, mean.address, lse.address, *d_decode.span[:2], *rest
-    )
-    _C.two_hot_ce_fwd(*logits.span, x.address, loss.address, lse2.address, *rest)
-    _C.two_hot_ce_bwd(dvalue.address, *logits.span, x.address, lse2.address, *d_ce.span[:2], *rest)
+    options = {"vmin": vmin, "vmax": vmax, "transform": transform, "threads": threads}
+    options["logits"] = logits.tensor
+    saved = {"mean": mean.tensor, "lse": lse.tensor}
+    _C.two_hot_decode_fwd(value=value.tensor, **saved, **options)
+    _C.two_hot_decode_bwd(dvalue=dvalue.tensor, dlogits=d_decode.tensor, **saved, **options)
+    target = {"x": x.tensor, "lse": lse2.tensor}
+    _C.two_hot_ce_fwd(loss=loss.tensor, **target, **options)
+    _C.two_hot_ce_bwd(dloss=dvalue.tensor, dlogits=d_ce.tensor, **target, **options)
     assert torch.equal(lse.written().nan_to_num(), lse2.written().nan_to_num())
     only = Rows(rows, 1, gap=0)
-    _C.two_hot_decode_fwd(*logits.span, only.address, 0, 0, *rest)
+    _C.two_hot_decode_fwd(value=only.tensor, mean=None, lse=None, **options)
     assert torch.equal(only.written().nan_to_num(), value.tensor.nan_to_num())
     return {
         "value": value.written()[:, 0],
@@ -188,9 +189,8 @@ def test_two_hot_nan_and_masked_logits() -> None:
 def axpby(given: Values, threads: int = 1) -> Tensor:
     rows = {name: Rows.of(value[None], gap=0) for name, value in given.items()}
     out = Rows(1, given["z"].numel(), gap=0)
-    k2 = rows["k2"].address if "k2" in rows else 0
-    n = given["z"].numel()
-    _C.axpby(rows["z"].address, rows["k1"].address, k2, out.address, 0.125, 0.7, n, threads)
+    tensors = {"k2": None} | {name: row.tensor for name, row in rows.items()}
+    _C.axpby(**tensors, out=out.tensor, c1=0.125, c2=0.7, threads=threads)
     return out.written()[0]
 
 
@@ -210,8 +210,8 @@ def test_axpby(n: int, two: bool) -> None:
 def test_axpby_in_place(target: int) -> None:
     tensors = [torch.randn(1000) for _ in range(3)]
     expected = axpby(dict(zip(("z", "k1", "k2"), tensors, strict=True)))
-    z, k1, k2 = (t.data_ptr() for t in tensors)
-    _C.axpby(z, k1, k2, tensors[target].data_ptr(), 0.125, 0.7, 1000, 1)
+    z, k1, k2 = tensors
+    _C.axpby(z=z, k1=k1, k2=k2, out=tensors[target], c1=0.125, c2=0.7, threads=1)
     assert torch.equal(tensors[target], expected)
 
 
@@ -222,19 +222,11 @@ SIZES = (1, 7, 4096, 4097, 0, 9999)
 
 def esnr(grads: list[list[Tensor]], threads: int = 1) -> tuple[Tensor, Tensor]:
     rows = [[Rows.of(g[None], gap=0) for g in sample] for sample in grads]
-    addresses = torch.tensor([[row.address for row in sample] for sample in rows])
+    addresses = torch.tensor([[row.tensor.data_ptr() for row in sample] for sample in rows])
     sizes = torch.tensor([g.numel() for g in grads[0]])
-    tensors = len(sizes)
-    signal, noise = (Rows(1, tensors, torch.float64, 0) for _ in range(2))
-    _C.esnr(
-        addresses.data_ptr(),
-        sizes.data_ptr(),
-        signal.address,
-        noise.address,
-        len(grads),
-        tensors,
-        threads,
-    )
+    signal, noise = (Rows(1, len(sizes), torch.float64, 0) for _ in range(2))
+    results = {"signal": signal.tensor, "noise": noise.tensor}
+    _C.esnr(grads=addresses, sizes=sizes, **results, threads=threads)
     return signal.written()[0], noise.written()[0]
 
 

@@ -141,9 +141,7 @@ def run_in_new_process(threads: int, code: str) -> None:
         y = torch.empty_like(x)
 
         def call(threads):
-            row = (0,) * 9
-            _C.norm_act_fwd(x.data_ptr(), 512, 0, *row, y.data_ptr(), 512, 0, 0, 0, 0, 512, 512,
-                            1, 1, 1e-5, threads)
+            _C.norm_act_fwd(x=x, y=y, act="mish", group=1, eps=1e-5, threads=threads)
 
         OPENMP = openmp_paths()
         torch.set_num_threads(int(sys.argv[1]))  # starts those of other pools too
@@ -204,7 +202,7 @@ def test_small_work_stays_on_one_thread() -> None:
         """
         assert _C.set_openmp(OPENMP[0])
         z = torch.zeros(8000)
-        _C.axpby(z.data_ptr(), z.data_ptr(), 0, z.data_ptr(), 1.0, 0.0, 8000, 2)
+        _C.axpby(z=z, k1=z, k2=None, out=z, c1=1.0, c2=0.0, threads=2)
         assert count() == before
         """,
     )
@@ -223,11 +221,9 @@ def test_python_threads_at_once() -> None:
         outputs = [torch.empty_like(x) for _ in range(8)]
 
         def work(out):
-            row = (0,) * 9
             for _ in range(20):
                 out.zero_()
-                _C.norm_act_fwd(x.data_ptr(), 512, 0, *row, out.data_ptr(), 512, 0, 0, 0, 0, 512,
-                                512, 1, 1, 1e-5, 2)
+                _C.norm_act_fwd(x=x, y=out, act="mish", group=1, eps=1e-5, threads=2)
                 assert torch.equal(out, expected)
 
         with ThreadPoolExecutor(4) as pool:

@@ -45,8 +45,8 @@ def title(plan: Any) -> str:
 def workload(device: torch.device, dry: bool) -> Any:
     """Random operands; on a CPU of a small rollout in plain PyTorch."""
     from bench.tune_rollout import RolloutWorkload
-    from pwm_fast.backends.base import TorchKernels
     from pwm_fast.backends.precision import EXACT
+    from pwm_fast.backends.torch import TorchKernels
 
     if device.type != "cuda":
         return RolloutWorkload(5, 64, RATE, device, 2, SUBSTEPS, TorchKernels(EXACT))

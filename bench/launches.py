@@ -133,7 +133,7 @@ def fake_windows(config: AlgConfig) -> Windows:
 def providers() -> list[tuple[str, str]]:
     """Backends and precisions that can run on a GPU: plain PyTorch, its fused algebra, kernels."""
     found = [("reference", "exact"), ("torch", "exact"), ("torch", "fast")]
-    names = {backend.name for backend in select.OPERATIONS["imagine"]}
+    names = {backend.name for backend in select.OPERATIONS["imagine"].backends}
     return [*found, *([("triton", "exact"), ("triton", "fast")] if "triton" in names else [])]
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bench.tune_products import EPS, PRECISIONS, Wrong
-from pwm_fast.backends.base import Kernels, TorchKernels
+from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.precision import EXACT
 from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec
+from pwm_fast.backends.torch import TorchKernels
 from pwm_fast.backends.triton import TritonKernels
 from pwm_fast.fused.rollout import Dynamics, DynamicsWeights
 from pwm_fast.kernels.rollout import Plan

@@ -22,8 +22,9 @@ from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.backends.precision import BY_NAME
 from pwm_fast.backends.specs import decode_dynamics
+from pwm_fast.backends.transforms import STANDS_FOR
 from pwm_fast.fused.architecture import Candidate, candidates
-from pwm_fast.ops.library import dynamics_sizes
+from pwm_fast.ops.rollout_operators import dynamics_sizes
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,8 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
 
     def observe(operation: str, asked: str, taken: str | None, call: select.Call) -> None:
         verdicts = tuple(
-            Verdict(choice.name, choice.reason, backend.automatic)
-            for choice, backend in zip(
-                select.verdicts(operation, call), select.OPERATIONS[operation], strict=True
-            )
+            Verdict(v.backend.name, v.reason, v.backend.automatic)
+            for v in select.verdicts(operation, call)
         )
         selections[Selection(operation, asked, taken, verdicts)] = None
 
@@ -182,7 +181,7 @@ def _fake(mode: FakeTensorMode, x: Tensor) -> Tensor:
     tangent = None if forward_ad._current_level < 0 else forward_ad.unpack_dual(x).tangent
     if tangent is None:
         fake = mode.from_tensor(x)
-        setattr(fake, select.STANDS_FOR, type(x))
+        setattr(fake, STANDS_FOR, type(x))
         return fake
     return forward_ad.make_dual(mode.from_tensor(x.detach()), mode.from_tensor(tangent.detach()))
 
@@ -279,17 +278,16 @@ class _Trace(TorchDispatchMode):
         if "w_z" in told:
             spec = decode_dynamics(told["spec"])
             self.fold = spec.fold if spec.method != "map" else None
-            name, _, mode = told["backend"].partition("+")
             z0 = told["z0"]
             sizes = dynamics_sizes(spec, told["w_z"], told["params"], z0.shape[0])
-            found = candidates(name, BY_NAME[mode or "exact"], spec, sizes, z0.device)
+            found = candidates(told["backend"], BY_NAME[told["precision"]], spec, sizes, z0.device)
             self.architecture = tuple(found)
         facts = []
         for flag, whose in (("wgrad", "parameters"), ("actor_wgrad", "the policy's parameters")):
             if flag in told:
                 facts.append(f"gradients of {whose}: {'yes' if told[flag] else 'no'}")
-        _, _, precision = str(told.get("backend", "")).partition("+")
-        if precision:
+        precision = told["precision"]
+        if precision != "exact":
             facts.append(f"precision: {precision}")
         if "save" in told:
             facts.append(f"kept for a backward pass: {'yes' if told['save'] else 'nothing'}")

@@ -170,6 +170,7 @@ def _operations() -> dict[str, str]:
     """Which backends run each operation on a float32 tensor, on the CPU and on the first GPU."""
     try:
         torch = import_module("torch")
+        from pwm_fast import ops  # noqa: F401  declares its operations
         from pwm_fast.backends import select
     except Exception:  # said where the devices are listed
         return {}
@@ -179,15 +180,14 @@ def _operations() -> dict[str, str]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         rows[f"on {device}, float32"] = _cells(names)
         call = select.Call([torch.zeros(1, device=device)])
-        for operation, backends in select.OPERATIONS.items():
+        for operation in select.OPERATIONS:
             cells = dict.fromkeys(names, "-")
             taken = False
-            verdicts = select.verdicts(operation, call)
-            for backend, verdict in zip(backends, verdicts, strict=True):
-                if verdict.reason is not None:
-                    if verdict.reason not in reasons:
-                        reasons.append(verdict.reason)
-                    cells[backend.name] = f"no [{reasons.index(verdict.reason) + 1}]"
+            for backend, reason in select.verdicts(operation, call):
+                if reason is not None:
+                    if reason not in reasons:
+                        reasons.append(reason)
+                    cells[backend.name] = f"no [{reasons.index(reason) + 1}]"
                 elif backend.automatic and not taken:
                     cells[backend.name], taken = "auto", True
                 else:

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.precision import BY_NAME
+from pwm_fast.backends.select import BACKENDS, Choice
 from pwm_fast.ops import Activation, Layer
 
 PARAMETERS = ("weight", "bias", "ln_weight", "ln_bias")
+
+
+def choice(backend: str, precision: str = "exact") -> Choice:
+    """A backend and a precision, as a call would choose them."""
+    return Choice(BACKENDS[backend], BY_NAME[precision])
 
 
 def random_layer(

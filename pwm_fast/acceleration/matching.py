@@ -14,9 +14,8 @@ from torch.nn.utils import parametrize
 
 from pwm_fast import ops
 from pwm_fast.acceleration.stack import Path, Plan, Step, Watched, assemble, forward_of
-from pwm_fast.fused import calls
 from pwm_fast.hooks import hooked
-from pwm_fast.ops import Activation, Order
+from pwm_fast.ops import Activation, Order, coverage
 from pwm_fast.ops.types import ORDERS
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -81,7 +80,7 @@ def match(stack: nn.Sequential) -> Plan:
     if all(s.norm is None and s.act == "none" for s in steps):
         raise Mismatch("there is nothing to fuse: no LayerNorm and no activation")
     plan = Plan(order, tuple(steps), tuple(_watch(stack)))
-    reason = calls.unsupported(assemble(stack, plan).layers(), order)
+    reason = coverage.unsupported(assemble(stack, plan).layers(), order)
     if reason is not None:
         raise Mismatch(f"no operation covers it: {reason}")
     return plan

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pwm_fast import ops
 from pwm_fast.models import GaussianActor, LatentModel
-from pwm_fast.ops import heads
+from pwm_fast.ops import returns
 
 
 class Rollout(NamedTuple):
@@ -71,7 +71,7 @@ def discounted_return(rollout: Rollout, last_value: Tensor, gamma: float) -> Ten
     With a termination head the product of the steps' continuation probabilities multiplies the
     discount.
     """
-    return heads.discounted_return(rollout.reward, last_value, gamma, rollout.continues)
+    return returns.discounted_return(rollout.reward, last_value, gamma, rollout.continues)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pwm_fast import ops
 from pwm_fast.backends.dtypes import widen
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
-from pwm_fast.ops.reference.discounting import discounted
+from pwm_fast.ops.returns import discounted
 
 
 class WorldModelLoss(NamedTuple):

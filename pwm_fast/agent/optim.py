@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.backends import select, triton_support
 from pwm_fast.fused import packs
+from pwm_fast.ops.adam import step_kernels, total_norm
 
 
 class GuardedAdam:
@@ -89,7 +89,8 @@ class GuardedAdam:
         """
         for p, g in zip(self.params, grads, strict=True):
             p.grad = torch.zeros_like(p) if g is None else _laid_out_as(p, g)
-        norm = self._triton_step(loss) if self._takes_triton() else self._torch_step(loss)
+        kernels = step_kernels(self.params)
+        norm = self._torch_step(loss) if kernels is None else self._kernel_step(kernels, loss)
         if self.params[0].device.type != "cpu":
             packs.invalidate(self.params)  # neither bumps version counters
         if not self.keep_gradients:
@@ -110,23 +111,12 @@ class GuardedAdam:
         self.skipped_in_a_row.add_(1).mul_(bad)
         return norm.to(grads[0].dtype)
 
-    def _takes_triton(self) -> bool:
-        """Where the operations take Triton's kernels, so does the step."""
-        backend, device = select.requested(), self.params[0].device
-        if backend != "triton" and (backend != "auto" or device.type != "cuda"):
-            return False
-        if any(p.dtype != torch.float32 or not p.is_contiguous() for p in self.params):
-            return False
-        return triton_support.why_not(str(device)) is None
-
-    def _triton_step(self, loss: Tensor) -> Tensor:
-        from pwm_fast.kernels.adam import Group, guarded_step
-
+    def _kernel_step(self, step: Any, loss: Tensor) -> Tensor:
         state, groups = self.adam.state, []
         for group, steps in zip(self.adam.param_groups, self._step_counts(), strict=True):
             params = group["params"]
             groups.append(
-                Group(
+                step.Group(
                     params,
                     [p.grad for p in params],
                     [state[p]["exp_avg"] for p in params],
@@ -135,7 +125,7 @@ class GuardedAdam:
                     group["lr"].float(),  # itself, but on a CPU
                 )
             )
-        norm = guarded_step(
+        return step.guarded_step(
             groups,
             self._options,
             loss.detach(),
@@ -143,7 +133,6 @@ class GuardedAdam:
             self.skipped_in_a_row,
             keep=self.keep_gradients,
         )
-        return norm
 
     def _step_counts(self) -> list[Tensor]:
         """Step counts of each group in one tensor; Adam's state has views of its entries."""
@@ -223,39 +212,6 @@ class GuardedAdam:
         self._steps = None  # what was loaded has counts of its own
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
-
-
-def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients together, float64, at any scale.
-
-    In float32 squares overflow where an entry is 1.9e19, and are lost below 1e-19; in float64 at
-    1.4e154 and 1e-162.
-    """
-    if _takes_native(grads):
-        from pwm_fast.backends.native import NativeEsnr
-
-        # A single sample's signal is its sum of squares: in float64 as fast as PyTorch's float32.
-        return NativeEsnr().moments(grads, 1)[0].sum().sqrt()
-    if all(g.dtype != torch.float64 for g in grads):
-        norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float64)
-        return torch.linalg.vector_norm(torch.stack(norms))
-    wide = [g.double() for g in grads if g.numel()]
-    if not wide:
-        return grads[0].new_zeros(())
-    largest = torch.stack(torch._foreach_norm(wide, math.inf)).amax()
-    scale = torch.where((largest > 0.0) & (largest < math.inf), largest, 1.0)
-    norms = torch._foreach_norm(torch._foreach_div(wide, scale), 2.0)
-    return scale * torch.linalg.vector_norm(torch.stack(norms))
-
-
-def _takes_native(grads: Sequence[Tensor]) -> bool:
-    if select.requested() not in ("auto", "native"):
-        return False
-    if any(g.device.type != "cpu" or g.dtype != torch.float32 for g in grads):
-        return False
-    from pwm_fast.backends.native import why_missing
-
-    return why_missing() is None
 
 
 def _is_scalar(value: Any) -> bool:

@@ -381,10 +381,10 @@ class PWM:
         """Inside, note in which precision products run."""
 
         def note(operation: str, asked: str, taken: str | None, call: select.Call) -> None:
-            for backend in select.OPERATIONS[operation]:
-                if operation in select.PRODUCTS and backend.name == taken:
-                    own = call.precision == "auto"
-                    self._used.add(backend.precision if own else call.precision)
+            found = select.OPERATIONS[operation]
+            if found.family == "gemm" and taken is not None:
+                backend = select.BACKENDS[taken]
+                self._used.add(select.precision_of(backend, found, call).name)
 
         with select.observed(note):
             yield

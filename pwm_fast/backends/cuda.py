@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends import native
+from pwm_fast.backends.base import Backend, Call, fused_why_not, one_device
+from pwm_fast.backends.precision import Precision
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -93,3 +95,24 @@ class CudaEsnr:
 def _results(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     signal, noise = torch.empty(2, count, dtype=torch.float64, device=device).unbind()
     return signal, noise
+
+
+class Cuda(Backend):
+    """CUDA C++: reductions on a GPU."""
+
+    name = "cuda"
+    families = frozenset({"reduction", "stream"})
+
+    def why_not(self, family: str, call: Call) -> str | None:
+        """See :class:`Backend`."""
+        first = call.tensors[0]
+        if first.device.type != "cuda":
+            return f"the tensors are on {first.device}; it runs on CUDA GPUs"
+        reason = one_device(call)
+        if reason is None and first.dtype not in DTYPES:
+            reason = f"the tensors are {first.dtype}; it takes float32, float16 and bfloat16"
+        return reason or fused_why_not(call) or why_not(first.device.index or 0)
+
+    def kernels(self, family: str, precision: Precision) -> CudaEsnr:
+        """See :class:`Backend`."""
+        return CudaEsnr()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.base import Backend, Call, fused_why_not
 from pwm_fast.backends.esnr import TorchEsnr
 from pwm_fast.backends.precision import EXACT, Precision
 
@@ -460,3 +461,26 @@ class NativeEsnr(TorchEsnr):
             torch.get_num_threads(),
         )
         return signal, noise
+
+
+class Native(Backend):
+    """C++ on the CPU: float32."""
+
+    name = "native"
+    families = frozenset({"gemm", "rows", "reduction"})
+    runs_all = True
+
+    def why_not(self, family: str, call: Call) -> str | None:
+        """See :class:`Backend`."""
+        first = call.tensors[0]
+        if first.device.type != "cpu":
+            return f"the tensors are on {first.device}; it runs on the CPU"
+        if first.dtype != torch.float32:
+            return f"the tensors are {first.dtype}; it computes in float32"
+        if call.precision not in ("auto", "exact", "bf16"):
+            return f"precision {call.precision!r} is asked for; it has exact and bf16"
+        return why_missing() or fused_why_not(call)
+
+    def kernels(self, family: str, precision: Precision) -> NativeKernels | NativeEsnr:
+        """See :class:`Backend`."""
+        return NativeEsnr() if family == "reduction" else NativeKernels(precision)

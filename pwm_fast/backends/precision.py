@@ -11,7 +11,7 @@ class Precision(NamedTuple):
     """A mode. State, LayerNorm, sums, losses and accumulators are float32 in all of them.
 
     Attributes:
-        name: of :data:`pwm_fast.backends.select.PRECISIONS`.
+        name: of :data:`BY_NAME`.
         operand: dtype of products' operands; None for the state's own.
         scaled: adjoints have a factor a row (see :mod:`pwm_fast.backends.base`).
         tf32: float32 products may round their operands to tf32 (CUDA).
@@ -32,3 +32,4 @@ TF32 = Precision("tf32", tf32=True)
 BF16 = Precision("bf16", torch.bfloat16)
 FAST = Precision("fast", torch.float16, scaled=True)
 BY_NAME = {p.name: p for p in (EXACT, TF32, BF16, FAST)}
+NAMES = ("auto", *BY_NAME)  # what users ask for

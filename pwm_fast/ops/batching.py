@@ -2,8 +2,6 @@
 
 Where only what varies by row is mapped over, the mapped axis joins the rows of one call. Where the
 parameters of an ``act_norm`` MLP are, they are an ensemble. All else is a loop over that axis.
-Inside vmap no tensor shows whether it requires a gradient, so what to keep for a backward pass is
-decided here.
 """
 
 from __future__ import annotations
@@ -14,15 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
-from pwm_fast.backends.specs import decode_layers
-from pwm_fast.ops import (  # noqa: F401  they define
-    library,
-    library_centring,
-    library_esnr,
-    library_rows,
-)
-from pwm_fast.ops.library import needs_grad, no_gradient, register_vmap
 
 Update = Callable[[list[Any]], list[Any]]
 
@@ -83,53 +72,55 @@ def _read(result: Any, read: int) -> Any:
     return tuple(x if i < read else [] if isinstance(x, list) else x for i, x in enumerate(result))
 
 
-def _mapped(dims: Any) -> bool:
+def is_mapped(dims: Any) -> bool:
+    """Whether one of the axes of an argument is the mapped one."""
     return any(d is not None for d in (dims if isinstance(dims, (list, tuple)) else (dims,)))
 
 
-def _register(
-    name: str,
+def rule(
+    operator: Any,
     rows: Mapping[int, int] | None = None,
     outputs: Sequence[int] = (),
     *,
     update: Update = _unchanged,
     members: Callable[[Sequence[Any]], int] = lambda args: 1,
     broadcast: int | None = None,
-    ensemble: Callable[..., Any] | None = None,
-) -> None:
-    """Register an operator's rule.
+    ensemble: Callable[[int, Sequence[Any], Sequence[Any]], Any] = lambda *_: None,
+) -> Callable[..., tuple[Any, Any]]:
+    """What ``torch.library.register_vmap`` takes for an operator.
 
     Args:
-        name: of the operator.
+        operator: what is mapped.
         rows: arguments (tensors or lists of them) that vary by row, each with its axis of rows.
         outputs: axes of rows of the outputs; further ones are buffers that callers do not read.
         update: decides anew what is kept for a backward pass.
         members: how many times the outputs' rows are those of the arguments.
         broadcast: the argument whose only row may stand for all.
-        ensemble: another way to map, or None where it does not apply.
+        ensemble: arguments of one call whose rows are the mapped axis and what it was, or None.
     """
-    operator = getattr(torch.ops.pwm_fast, name).default
     rows = rows or {}
 
-    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    def mapped(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
-        if ensemble is not None:
-            done = ensemble(operator, size, in_dims, args)
-            if done is not None:
-                return done
-        if not rows or any(_mapped(d) for i, d in enumerate(in_dims) if i not in rows):
+        together = ensemble(size, in_dims, args)
+        if together is not None:
+            y, *kept = operator(*update(together))
+            return (y.unflatten(0, (size, -1)), *([] for _ in kept)), (0, *([] for _ in kept))
+        if not rows or any(is_mapped(d) for i, d in enumerate(in_dims) if i not in rows):
             return _loop(operator, size, in_dims, args, update, len(outputs))
         folded = list(args)
         count = -1
         for i, axis in rows.items():
+            if args[i] is None:
+                continue
             listed = isinstance(args[i], (list, tuple))
             tensors = args[i] if listed else [args[i]]
-            dims = in_dims[i] if _mapped(in_dims[i]) else [None] * len(tensors)
+            dims = in_dims[i] if is_mapped(in_dims[i]) else [None] * len(tensors)
             dims = dims if isinstance(dims, (list, tuple)) else [dims]
             if count < 0:
                 x, d = tensors[0], dims[0]
                 count = x.shape[axis + (d is not None and d % x.dim() <= axis)]
-            if i == broadcast and not _mapped(dims) and tensors[0].shape[axis] == 1:
+            if i == broadcast and not is_mapped(dims) and tensors[0].shape[axis] == 1:
                 continue
             new = [_fold(x, d, size, axis, count) for x, d in zip(tensors, dims, strict=True)]
             folded[i] = new if listed else new[0]
@@ -146,113 +137,4 @@ def _register(
             out_dims.append([] if isinstance(y, list) else None)
         return (unfolded[0], 0) if single else (tuple(unfolded), tuple(out_dims))
 
-    register_vmap(name, rule)
-
-
-# --- MLP ----------------------------------------------------------------------------------------
-
-
-def _update_mlp(args: list[Any]) -> list[Any]:
-    inputs, params, spec, backend, _, _ = args
-    igrad, wgrad = needs_grad(inputs, params)
-    return [inputs, params, spec, backend, igrad or wgrad, wgrad]
-
-
-def _members(args: Sequence[Any]) -> int:
-    weight = args[1][0]
-    return weight.shape[0] if weight.dim() == 3 else 1
-
-
-def _ensemble(operator: Any, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
-    """Parameters mapped over and inputs shared: the members of an ensemble."""
-    inputs, params, spec, backend, *_ = args
-    orders = {layer.order for layer in decode_layers(spec)}
-    if _mapped(in_dims[0]) or not _mapped(in_dims[1]) or orders != {"act_norm"}:
-        return None
-    first = params[0].dim() - (in_dims[1][0] is not None)
-    if first == 3 or inputs[0].shape[0] == 0:
-        return None
-    stacked = [
-        p.expand(size, *p.shape) if d is None else p.movedim(d, 0)
-        for p, d in zip(params, in_dims[1], strict=True)
-    ]
-    stacked = [p.contiguous() if p.dim() == 2 else p for p in stacked]  # kernels index vectors
-    y, _ = operator(*_update_mlp([inputs, stacked, spec, backend, False, False]))
-    return (y.unflatten(0, (size, -1)), []), (0, [])
-
-
-_register("mlp", {0: 0}, (0,), update=_update_mlp, members=_members, ensemble=_ensemble)
-
-
-# --- rollouts -----------------------------------------------------------------------------------
-
-
-def _update_rollout(args: list[Any]) -> list[Any]:
-    z0, c, w_z, w_tau, params, spec, backend, _, _ = args
-    tau = () if w_tau is None else (w_tau,)
-    grad, wgrad = needs_grad((z0, c), (w_z, *params, *tau))
-    return [z0.contiguous(), c, w_z, w_tau, params, spec, backend, grad or wgrad, wgrad]
-
-
-def _update_imagine(args: list[Any]) -> list[Any]:
-    z0, noise, base, w_a, w_z, w_tau, params, std, actor, *constants = args
-    if needs_grad([noise])[0]:
-        raise no_gradient("imagine", "noise")
-    tau = () if w_tau is None else (w_tau,)
-    grad, wgrad, agrad = needs_grad((z0, base, w_a, std), (w_z, *params, *tau), actor)
-    constants[-3:] = grad or wgrad or agrad, wgrad, agrad
-    z0, noise = z0.contiguous(), noise.contiguous()
-    return [z0, noise, base, w_a, w_z, w_tau, params, std, actor, *constants]
-
-
-_register("rollout", {0: 0, 1: 1}, (1,), update=_update_rollout)
-_register("imagine", {0: 0, 1: 1, 2: 0}, (1, 1), update=_update_imagine, broadcast=2)
-
-
-# --- row-wise operators -------------------------------------------------------------------------
-
-
-def _update_layer_norm_act(args: list[Any]) -> list[Any]:
-    x, weight, bias, *constants, _ = args
-    (save,) = needs_grad((x, weight, bias))
-    return [x.contiguous(), weight.contiguous(), bias.contiguous(), *constants, save]
-
-
-def _contiguous(args: list[Any]) -> list[Any]:
-    return [x.contiguous() if isinstance(x, Tensor) else x for x in args]
-
-
-def _without_gradient(name: str, argument: int) -> Update:
-    """Refuse an argument that requires a gradient: the public operation could not see it do so."""
-
-    def update(args: list[Any]) -> list[Any]:
-        x = args[argument]
-        if needs_grad(x if isinstance(x, list) else [x])[0]:
-            raise no_gradient(f"{name} under vmap", f"argument {argument}")
-        return _contiguous(args)
-
-    return update
-
-
-_register("layer_norm_act", {0: 0}, (0,), update=_update_layer_norm_act)
-_register("simnorm", {0: 0}, (0,), update=_contiguous)
-_register("two_hot_decode", {0: 0}, (0, 0, 0), update=_contiguous)
-_register(
-    "two_hot_cross_entropy",
-    {0: 0, 1: 0},
-    (0, 0),
-    update=_without_gradient("two_hot_cross_entropy", 1),
-)
-_register("esnr", update=_without_gradient("esnr", 0))
-for _name in (
-    "centred",
-    "centred_backward",
-    "mlp_backward",
-    "rollout_backward",
-    "imagine_backward",
-    "layer_norm_act_backward",
-    "simnorm_backward",
-    "two_hot_decode_backward",
-    "two_hot_cross_entropy_backward",
-):
-    _register(_name)
+    return mapped

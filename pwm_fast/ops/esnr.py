@@ -3,15 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pwm_fast.backends import select
+from pwm_fast.backends.base import Call
 from pwm_fast.backends.esnr import TorchEsnr, moments
-from pwm_fast.ops import _checks, library_esnr  # noqa: F401  registers the operators
-from pwm_fast.ops.reference import esnr as reference
+from pwm_fast.backends.select import check_has, declare, select
+from pwm_fast.backends.transforms import derived
+from pwm_fast.ops import _checks
+from pwm_fast.ops.operator import Operator
 from pwm_fast.ops.types import ESNR
+
+declare("esnr", "reduction")
+declare("esnr_update", "stream")
+
+
+class _Esnr(Operator):
+    """Signal and noise of each tensor, float64; ``grads`` holds sample after sample."""
+
+    name, family, outputs, results = "esnr", "reduction", ("signal", "noise"), 2
+    refused, contiguous = ("grads",), ("grads",)
+
+    @staticmethod
+    def forward(k: Any, grads: list[Tensor], samples: int) -> tuple[Tensor, Tensor]:
+        return k.moments(grads, samples)
+
+    @classmethod
+    def fake(cls, k: Any, grads: list[Tensor], samples: int) -> tuple[Tensor, Tensor]:
+        tensors = len(grads) // samples
+        signal, noise = grads[0].new_empty(2, tensors, dtype=torch.float64).unbind()
+        return signal, noise
+
+
+class _Update(Operator):
+    """Take a sample into a streamed estimate: see :class:`pwm_fast.backends.esnr.EsnrKernels`."""
+
+    name, family, outputs = "esnr_update", "stream", ()
+    mutates = ("sums", "squares")
+
+    @staticmethod
+    def forward(
+        k: Any, grads: list[Tensor], origins: list[Tensor], sums: list[Tensor], squares: Tensor
+    ) -> None:
+        k.update(grads, origins, sums, squares)
+
+
+class _Result(Operator):
+    """Signal and noise of a streamed estimate."""
+
+    name, family, outputs, results = "esnr_result", "stream", ("signal", "noise"), 2
+
+    @staticmethod
+    def forward(
+        k: Any, origins: list[Tensor], sums: list[Tensor], squares: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        return k.result(origins, sums, squares, samples)
+
+    @classmethod
+    def fake(
+        cls, k: Any, origins: list[Tensor], sums: list[Tensor], squares: Tensor, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(squares), torch.empty_like(squares)
+
+
+_esnr, _update, _result = _Esnr(), _Update(), _Result()
 
 
 def esnr(
@@ -77,12 +134,12 @@ def esnr(
     flat = [g for sample in samples for g in sample]
     needed = torch.is_grad_enabled() and any(g.requires_grad for g in flat)
     reason = "a gradient of the ratio is asked for" if needed else None
-    chosen = select.select("esnr", backend, select.Call(flat, reason))
-    if chosen == "reference":
+    choice = select("esnr", backend, Call(flat, reason))
+    if choice.is_reference:
         signal, noise = moments(samples)
     else:
-        signal, noise = torch.ops.pwm_fast.esnr(flat, len(samples), chosen)
-    return reference.summarize(signal, noise, len(samples), eps, debias)
+        signal, noise = _esnr(flat, len(samples), choice=choice)
+    return _summarize(signal, noise, len(samples), eps, debias)
 
 
 class EsnrAccumulator:
@@ -102,7 +159,7 @@ class EsnrAccumulator:
     """
 
     def __init__(self, *, eps: float = 1e-10, backend: str | None = None) -> None:
-        select.check_has("esnr_update", backend)
+        check_has("esnr_update", backend)
         self.eps, self.backend = eps, backend
         self.reset()
 
@@ -129,7 +186,7 @@ class EsnrAccumulator:
             raise ValueError("grads must hold at least one gradient tensor, got none")
         for j, g in enumerate(grads):
             _checks.floating(f"grads[{j}]", g)
-        if select.transformed(grads):
+        if derived(grads):
             raise RuntimeError(
                 "EsnrAccumulator keeps no derivatives: update it outside of forward-mode "
                 "differentiation and torch.func transforms, or use ops.esnr"
@@ -145,13 +202,12 @@ class EsnrAccumulator:
                 raise ValueError(
                     f"grads must have the first sample's shapes {wanted}, got {shapes}"
                 )
-            call = select.Call([*grads, *self._origin])
-            chosen = select.select("esnr_update", self.backend, call)
+            choice = select("esnr_update", self.backend, Call([*grads, *self._origin]))
             state = (list(grads), self._origin, self._sum, self._squares)
-            if chosen == "reference":
+            if choice.is_reference:
                 TorchEsnr().update(*state)
             else:
-                torch.ops.pwm_fast.esnr_update(*state, chosen)
+                _update(*state, choice=choice)
         self.samples += 1
 
     def mean(self) -> list[Tensor]:
@@ -176,13 +232,13 @@ class EsnrAccumulator:
         """
         if self.samples < 2:
             raise ValueError(f"ESNR needs at least 2 samples, got {self.samples}")
-        chosen = select.select("esnr_update", self.backend, select.Call(self._origin))
+        choice = select("esnr_update", self.backend, Call(self._origin))
         state = (self._origin, self._sum, self._squares, self.samples)
-        if chosen == "reference":
+        if choice.is_reference:
             signal, noise = TorchEsnr().result(*state)
         else:
-            signal, noise = torch.ops.pwm_fast.esnr_result(*state, chosen)
-        return reference.summarize(signal, noise, self.samples, self.eps, debias)
+            signal, noise = _result(*state, choice=choice)
+        return _summarize(signal, noise, self.samples, self.eps, debias)
 
 
 class RunningEsnr:
@@ -220,6 +276,24 @@ class RunningEsnr:
         self._signal = old * self._signal + torch.where(sound, new * signal, 0.0)
         self._noise = old * self._noise + torch.where(sound, new * noise, 0.0)
         self._weight = old * self._weight + new
-        return reference.summarize(
+        return _summarize(
             self._signal / self._weight, self._noise / self._weight, 1, self.eps, False
         )
+
+
+def _summarize(signal: Tensor, noise: Tensor, samples: int, eps: float, debias: bool) -> ESNR:
+    """The result of tensors' signals and noises ``[T]``."""
+    total_signal, total_noise = signal.sum(), noise.sum()
+    if debias:
+        signal = (signal - noise / samples).clamp_min(0.0)
+        total_signal = (total_signal - total_noise / samples).clamp_min(0.0)
+    ratio = total_signal / total_noise.clamp_min(eps)
+    return ESNR(
+        total_signal,
+        total_noise,
+        ratio,
+        10.0 * torch.log10(ratio),
+        signal / noise.clamp_min(eps),
+        signal,
+        noise,
+    )

@@ -7,12 +7,15 @@ from functools import partial
 
 from torch import Tensor
 
-from pwm_fast.backends import select
-from pwm_fast.fused import algebra, calls
-from pwm_fast.ops import _checks
-from pwm_fast.ops.layers import mlp
+from pwm_fast.backends.base import Call
+from pwm_fast.backends.select import declare, select
+from pwm_fast.fused import algebra
+from pwm_fast.ops import _checks, rollout_operators
+from pwm_fast.ops.coverage import can_fold, layer_tensors, unsupported_dynamics, without_width
+from pwm_fast.ops.mlp import fused_mlp, mlp
 from pwm_fast.ops.reference import integration as reference
 from pwm_fast.ops.types import Layer, Method, VelocityFn
+from pwm_fast.ops.weights import pack
 
 
 def integrate(
@@ -79,6 +82,9 @@ def velocity_field(
     return mlp((z, a, column) if task is None else (z, a, column, task), net, backend=backend)
 
 
+declare("flow_step", "gemm")
+
+
 def flow_step(
     z: Tensor,
     a: Tensor,
@@ -113,19 +119,19 @@ def flow_step(
     _check_field(z, a, net, task)
     _checks.positive_int("substeps", substeps)
     _checks.method(method)
-    if fold and not calls.can_fold(net):
+    if fold and not can_fold(net):
         raise ValueError("fold needs a linear last layer behind at least one hidden layer")
     inputs = [z, a, *(() if task is None else (task,))]
-    reason = calls.unsupported_dynamics(net) or calls.without_width(inputs, net)
-    call = select.Call([*inputs, *calls.layer_tensors(net)], reason)
-    name = select.select("flow_step", backend, call)
-    if name == "reference":
+    reason = unsupported_dynamics(net) or without_width(inputs, net)
+    call = Call([*inputs, *layer_tensors(net)], reason)
+    choice = select("flow_step", backend, call)
+    if choice.is_reference:
         return reference.flow_step(z, a, net, substeps, method, task)
     if not algebra.in_force().hoist:
-        return reference.flow_step(z, a, net, substeps, method, task, partial(calls.mlp, name))
+        return reference.flow_step(z, a, net, substeps, method, task, partial(fused_mlp, choice))
     width, action = z.shape[-1], a.shape[-1]
-    packed = calls.pack(
-        name,
+    packed = pack(
+        choice,
         net,
         method,
         substeps,
@@ -136,7 +142,9 @@ def flow_step(
     )
     n = z.numel() // width
     embedding = None if task is None else task.reshape(n, task.shape[-1])
-    following = calls.rollout(name, packed, z.reshape(n, width), a.reshape(1, n, action), embedding)
+    following = rollout_operators.rollout(
+        choice, packed, z.reshape(n, width), a.reshape(1, n, action), embedding
+    )
     return following[1].view(z.shape)
 
 

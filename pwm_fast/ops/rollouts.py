@@ -8,13 +8,25 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pwm_fast.backends import select
-from pwm_fast.fused import algebra, calls
-from pwm_fast.ops import _checks
-from pwm_fast.ops.heads import two_hot_decode
-from pwm_fast.ops.layers import mlp
+from pwm_fast.backends.base import Call
+from pwm_fast.backends.select import Choice, declare, for_part, select
+from pwm_fast.fused import algebra
+from pwm_fast.ops import _checks, rollout_operators
+from pwm_fast.ops.coverage import (
+    can_fold,
+    layer_tensors,
+    unsupported,
+    unsupported_dynamics,
+    without_width,
+)
+from pwm_fast.ops.mlp import fused_mlp, mlp
 from pwm_fast.ops.reference import rollouts as reference
+from pwm_fast.ops.two_hot import two_hot_decode
 from pwm_fast.ops.types import Dynamics, Flow, Heads, ImaginedRollout, Layer, Policy
+from pwm_fast.ops.weights import Packed, pack
+
+declare("latent_rollout", "gemm")
+declare("imagine", "gemm")
 
 
 def latent_rollout(
@@ -46,12 +58,13 @@ def latent_rollout(
     _check_rows("z0", z0)
     _check_steps("action", action, z0)
     _check_dynamics(dynamics, z0, action.shape[-1], task)
-    name = select.select("latent_rollout", backend, _call(dynamics, [z0, action], task))
-    if name == "reference":
+    choice = select("latent_rollout", backend, _call(dynamics, [z0, action], task))
+    if choice.is_reference:
         return reference.latent_rollout(z0, action, dynamics, task)
     if not algebra.in_force().hoist:
-        return reference.latent_rollout(z0, action, dynamics, task, partial(calls.mlp, name))
-    return calls.rollout(name, _pack(name, dynamics, z0, action.shape[-1], task), z0, action, task)
+        return reference.latent_rollout(z0, action, dynamics, task, partial(fused_mlp, choice))
+    packed = _pack(choice, dynamics, z0, action.shape[-1], task)
+    return rollout_operators.rollout(choice, packed, z0, action, task)
 
 
 def imagine(
@@ -105,21 +118,23 @@ def imagine(
     if outputs != width:
         raise ValueError(f"policy.layers has output width {outputs}, but noise has {width}")
 
-    call = _call(dynamics, [z0, noise, policy.std, *calls.layer_tensors(policy.layers)], task)
+    call = _call(dynamics, [z0, noise, policy.std, *layer_tensors(policy.layers)], task)
     if call.unsupported is None:
-        reason = calls.unsupported(policy.layers, "act_norm")
-        call = call._replace(unsupported=reason or calls.without_width([], policy.layers))
+        reason = unsupported(policy.layers, "act_norm")
+        call = call._replace(unsupported=reason or without_width([], policy.layers))
     if call.unsupported is None and noise.requires_grad:
         call = call._replace(unsupported="a gradient towards noise is asked for")
-    name = select.select("imagine", backend, call)
-    if name == "reference":
+    choice = select("imagine", backend, call)
+    if choice.is_reference:
         z, action = reference.imagine(z0, noise, policy, dynamics, task, detach)
     elif not algebra.in_force().hoist:
-        run = partial(calls.mlp, name)
+        run = partial(fused_mlp, choice)
         z, action = reference.imagine(z0, noise, policy, dynamics, task, detach, run)
     else:
-        packed = _pack(name, dynamics, z0, width, task)
-        z, action = calls.imagine(name, packed, z0, noise, policy.layers, policy.std, task, detach)
+        packed = _pack(choice, dynamics, z0, width, task)
+        z, action = rollout_operators.imagine(
+            choice, packed, z0, noise, policy.layers, policy.std, task, detach
+        )
 
     steps = noise.shape[0]
     embedding = () if task is None else (task.expand(steps, *task.shape),)
@@ -140,7 +155,7 @@ def imagine(
             heads.vmin,
             heads.vmax,
             transform=heads.symlog,
-            backend=select.for_part("two_hot_decode", backend),
+            backend=for_part("two_hot_decode", backend),
         )
     continues = value = None
     if heads.termination is not None:
@@ -156,23 +171,23 @@ def imagine(
     return ImaginedRollout(z, action, reward, continues, value)
 
 
-def _call(dynamics: Dynamics, tensors: list[Tensor], task: Tensor | None) -> select.Call:
-    reason = calls.unsupported_dynamics(dynamics.net)
+def _call(dynamics: Dynamics, tensors: list[Tensor], task: Tensor | None) -> Call:
+    reason = unsupported_dynamics(dynamics.net)
     if reason is None:
         inputs = tensors[:2] if task is None else [*tensors[:2], task]
-        reason = calls.without_width(inputs, dynamics.net)
+        reason = without_width(inputs, dynamics.net)
     if isinstance(dynamics, Flow) and dynamics.project:
         reason = "latents are projected onto the simplices after every macro step"
-    tensors = [*tensors, *calls.layer_tensors(dynamics.net)]
-    return select.Call(tensors if task is None else [*tensors, task], reason)
+    tensors = [*tensors, *layer_tensors(dynamics.net)]
+    return Call(tensors if task is None else [*tensors, task], reason)
 
 
 def _pack(
-    backend: str, dynamics: Dynamics, z: Tensor, action: int, task: Tensor | None
-) -> calls.Packed:
+    choice: Choice, dynamics: Dynamics, z: Tensor, action: int, task: Tensor | None
+) -> Packed:
     flow = dynamics if isinstance(dynamics, Flow) else None
-    return calls.pack(
-        backend,
+    return pack(
+        choice,
         dynamics.net,
         "map" if flow is None else flow.method,
         1 if flow is None else flow.substeps,
@@ -215,7 +230,7 @@ def _check_dynamics(dynamics: Dynamics, z: Tensor, action: int, task: Tensor | N
         _checks.method(dynamics.method)
         if dynamics.project:
             _checks.simnorm_width("z0", z.shape[-1], "the projection's group width", 8)
-        if dynamics.fold and not calls.can_fold(dynamics.net):
+        if dynamics.fold and not can_fold(dynamics.net):
             raise ValueError(
                 "dynamics.fold needs a linear last layer behind at least one hidden layer"
             )

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.backends import select
 from pwm_fast.backends.dtypes import common_dtype, full_precision, wide_dtype
+from pwm_fast.backends.select import for_part
 from pwm_fast.ops import _checks
-from pwm_fast.ops.heads import two_hot_cross_entropy
 from pwm_fast.ops.integration import flow_interpolate, velocity_field
-from pwm_fast.ops.layers import mlp
+from pwm_fast.ops.mlp import mlp
 from pwm_fast.ops.rollouts import latent_rollout
+from pwm_fast.ops.two_hot import two_hot_cross_entropy
 from pwm_fast.ops.types import STARTS, Dynamics, Flow, Heads, Layer, Start, WindowLoss
 
 
@@ -145,7 +145,7 @@ def world_model_loss(
                 heads.vmin,
                 heads.vmax,
                 transform=heads.symlog,
-                backend=select.for_part("two_hot_cross_entropy", backend),
+                backend=for_part("two_hot_cross_entropy", backend),
             )
         termination = None
         if ending is not None and terminated is not None:
@@ -160,7 +160,7 @@ def world_model_loss(
 def _check(
     obs: Tensor, action: Tensor, reward: Tensor, gamma: float, start: Start, start_noise: float
 ) -> tuple[int, int]:
-    """Horizon and batch of a window, after a look at what no other operation checks."""
+    """Horizon and batch of a window, after a look at what no other operation _checks."""
     for name, x, axes in (("obs", obs, 3), ("action", action, 3), ("reward", reward, 2)):
         _checks.floating(name, x)
         if x.dim() != axes:

@@ -11,9 +11,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pwm_fast import ops
-from pwm_fast.fused import algebra, calls, packs
+from pwm_fast.fused import algebra, packs
 from pwm_fast.kernels import centre
-from tests.helpers import random_layer
+from pwm_fast.ops import weights
+from tests.helpers import choice, random_layer
 from tests.kernels.harness import DEVICES, Rows, Values, check
 
 FP16, FP32 = torch.float16, torch.float32
@@ -101,8 +102,8 @@ def test_operator(device: str, pad: bool) -> None:
     """As the same packing in PyTorch, with its gradients."""
     user = layers(device)
     with ops.algebra(centre=True, pad=pad):
-        ours, widths = calls.centred("triton+fast", user)
-        theirs, same = calls.centred("torch+fast", user)
+        ours, widths = weights.centred(choice("triton", "fast"), user)
+        theirs, same = weights.centred(choice("torch", "fast"), user)
     assert widths == same
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in flat(ours)]
@@ -117,7 +118,7 @@ def test_copies(device: str) -> None:
     """A pack and its views have the rounded copy made with it, while they stay as they are."""
     user = layers(device)
     with ops.algebra(centre=True, pad=True):
-        packed, _ = calls.centred("triton+fast", user)
+        packed, _ = weights.centred(choice("triton", "fast"), user)
     weight = packed[0].weight
     assert weight.shape == (64, 11) and weight.stride(0) % 8 == 0
     for x in (weight, weight[:, 3:9], weight[:, 10], weight[:, :4].t()):
@@ -134,7 +135,7 @@ def test_missing_gradients(device: str) -> None:
     """Nothing reaches what nothing came from; the padding's gradients are dropped."""
     user = layers(device)
     with ops.algebra(centre=True, pad=True):
-        packed, _ = calls.centred("triton+fast", user)
+        packed, _ = weights.centred(choice("triton", "fast"), user)
     first = packed[0]
     assert first.bias is not None and first.bias.shape[0] % algebra.PAD_TO == 0
     grads = torch.autograd.grad(

@@ -8,9 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from pwm_fast.backends.base import TorchKernels
 from pwm_fast.backends.precision import EXACT, FAST, Precision
 from pwm_fast.backends.specs import LayerParams, LayerSpec
+from pwm_fast.backends.torch import TorchKernels
 from pwm_fast.backends.triton_gemm import TritonProducts
 from pwm_fast.fused.stack import Stack
 from pwm_fast.kernels.linear_act_norm import linear_act_norm_bwd, linear_act_norm_fwd

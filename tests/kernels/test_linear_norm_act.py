@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from pwm_fast.backends.base import TorchKernels
+from pwm_fast.backends.torch import TorchKernels
 from pwm_fast.kernels.linear_norm_act import (
     PLANES,
     linear_norm_act_bwd,

@@ -114,10 +114,10 @@ def test_opcheck() -> None:
     x = torch.randn(3, 16, requires_grad=True)
     vector = torch.rand(16)
     operators = torch.ops.pwm_fast
-    opcheck(operators.layer_norm_act, (x, vector, vector, "mish", 8, 1e-5, "triton", True))
-    opcheck(operators.simnorm, (x, 8, "triton"))
-    opcheck(operators.two_hot_decode, (x, -10.0, 10.0, True, "triton"))
-    opcheck(operators.two_hot_cross_entropy, (x, vector[:3], -10.0, 10.0, True, "triton"))
+    opcheck(operators.layer_norm_act, (x, vector, vector, "mish", 8, 1e-5, True, "triton", "exact"))
+    opcheck(operators.simnorm, (x, 8, "triton", "exact"))
+    opcheck(operators.two_hot_decode, (x, -10.0, 10.0, True, "triton", "exact"))
+    opcheck(operators.two_hot_cross_entropy, (x, vector[:3], -10.0, 10.0, True, "triton", "exact"))
 
 
 @pytest.mark.interpreted

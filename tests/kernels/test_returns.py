@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from pwm_fast import ops
 from pwm_fast.backends import select
-from pwm_fast.ops.heads import discounted_return
+from pwm_fast.ops.returns import discounted_return
 from tests.helpers import assert_2x
 from tests.kernels.harness import DEVICES
 
@@ -96,7 +96,7 @@ def test_operator(device: str) -> None:
     r, v = (torch.randn(n, 7, device=device, requires_grad=True) for n in (3, 4))
     c = torch.rand(3, 7, device=device, requires_grad=True)
     for args in ((r, v, c, 0.9, 0.5), (r, v, None, 0.9, 0.5), (r, v[3:].detach(), c, 0.9, 1.0)):
-        opcheck(torch.ops.pwm_fast.td_lambda.default, args)
+        opcheck(torch.ops.pwm_fast.td_lambda.default, (*args, "triton", "exact"))
     strided = torch.randn(7, 3, device=device).t()
     shared = torch.randn(1, 7, device=device).expand(4, 7)
     ours = ops.td_lambda(strided, shared, backend="triton")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast.backends.base import TorchKernels
 from pwm_fast.backends.native import NativeKernels, why_missing
+from pwm_fast.backends.torch import TorchKernels
 from tests.helpers import assert_2x
 
 if why_missing() is not None:

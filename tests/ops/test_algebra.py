@@ -12,8 +12,9 @@ from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.backends.native import why_missing
 from pwm_fast.backends.specs import decode_dynamics
-from pwm_fast.fused import algebra, calls
-from tests.helpers import random_layer
+from pwm_fast.fused import algebra
+from pwm_fast.ops import weights
+from tests.helpers import choice, random_layer
 from tests.ops.contract import CASES, ROLLOUTS, Case, check
 
 DEFAULT: dict[str, bool] = {}
@@ -82,7 +83,7 @@ def test_centred_layers(width: int, pad: bool) -> None:
         random_layer(24, 5, norm=False),
     ]
     with ops.algebra(centre=True, pad=pad):
-        packed, widths = calls.centred("torch", layers)
+        packed, widths = weights.centred(choice("torch"), layers)
     assert widths == [width, width, 24, 0]
     padded = -(-width // algebra.PAD_TO) * algebra.PAD_TO if pad else width
     assert [tuple(p.weight.shape) for p in packed] == [
@@ -122,7 +123,7 @@ def test_what_is_folded_by_default(backend: str, frozen: bool, trained: bool) ->
 
     def folded(layers: list[ops.Layer]) -> bool:
         with ops.algebra(centre=False):  # which takes a kernel
-            packed = calls.pack(backend, layers, "heun", 2, latent, action)
+            packed = weights.pack(choice(*backend.split("+")), layers, "heun", 2, latent, action)
         return decode_dynamics(packed.spec).fold
 
     for grad, expected in ((False, frozen), (True, trained)):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pwm_fast
 from pwm_fast import info, ops
 from pwm_fast.backends import native, select
-from pwm_fast.ops.heads import discounted_return
+from pwm_fast.ops.returns import discounted_return
 from tests.helpers import random_layer, tensors_of
 
 needs_native = pytest.mark.skipif(
@@ -30,19 +30,15 @@ def layers(dtype: torch.dtype = torch.float32) -> list[ops.Layer]:
     ]
 
 
-def ran(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], operation: str = "mlp") -> str:
+def ran(call: Callable[[], object], operation: str = "mlp") -> str | None:
     """The backend that a call chose."""
-    chosen = []
-    original = select.select
+    chosen: list[str | None] = []
 
-    def spied(name: str, argument: str | None, described: select.Call) -> str:
-        result = original(name, argument, described)
+    def note(name: str, asked: str, taken: str | None, described: select.Call) -> None:
         if name == operation:
-            chosen.append(result)
-        return result
+            chosen.append(taken)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(select, "select", spied)
+    with select.observed(note):
         call()
     assert len(chosen) == 1
     return chosen[0]
@@ -52,18 +48,18 @@ def ran(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], operation: 
 def test_order_of_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     x, net = torch.randn(3, 6), layers()
     monkeypatch.delenv(select.VARIABLE, raising=False)
-    assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "native"
+    assert ran(lambda: ops.mlp([x], net)) == "native"
     monkeypatch.setenv(select.VARIABLE, "reference")
-    assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "reference"
+    assert ran(lambda: ops.mlp([x], net)) == "reference"
     with select.backend("torch"):
-        assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "torch"
+        assert ran(lambda: ops.mlp([x], net)) == "torch"
         with select.backend("auto"):
-            assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "native"
-        assert ran(monkeypatch, lambda: ops.mlp([x], net, backend="native")) == "native"
-        assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "torch"
-    assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "reference"
+            assert ran(lambda: ops.mlp([x], net)) == "native"
+        assert ran(lambda: ops.mlp([x], net, backend="native")) == "native"
+        assert ran(lambda: ops.mlp([x], net)) == "torch"
+    assert ran(lambda: ops.mlp([x], net)) == "reference"
     monkeypatch.setenv(select.VARIABLE, "")
-    assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "native"
+    assert ran(lambda: ops.mlp([x], net)) == "native"
 
 
 def test_context_ends_with_an_error() -> None:
@@ -133,17 +129,17 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """auto goes on with the reference; who asks for native is told."""
     monkeypatch.setattr(native, "_MISSING", "the native extension does not load (gone)")
     x, net = torch.randn(3, 6), layers()
-    assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "reference"
+    assert ran(lambda: ops.mlp([x], net)) == "reference"
     with pytest.raises(select.BackendError, match=r"does not load \(gone\)"):
         ops.mlp([x], net, backend="native")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_is_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_is_the_reference(dtype: torch.dtype) -> None:
     """Under autocast products are of its dtype; values and gradients are those of PyTorch."""
     x, net = torch.randn(5, 6, requires_grad=True), layers()
     with torch.autocast("cpu", dtype):
-        assert ran(monkeypatch, lambda: ops.mlp([x], net)) == "reference"
+        assert ran(lambda: ops.mlp([x], net)) == "reference"
         y = ops.mlp([x], net)
         first, last = net
         h = torch.nn.functional.linear(x, first.weight, first.bias)
@@ -176,7 +172,7 @@ TWICE: dict[str, Callable[[Tensor, str], Tensor]] = {
 @pytest.mark.parametrize("name", TWICE)
 def test_differentiating_twice(name: str) -> None:
     """A first-order operator refuses; the reference does it."""
-    has = [b.name for b in select.OPERATIONS[name]]
+    has = [b.name for b in select.OPERATIONS[name].backends]
     for backend, dtype in (("native", torch.float32), ("torch", torch.float64)):
         if backend not in has or (backend == "native" and native.why_missing() is not None):
             continue
@@ -269,7 +265,7 @@ def choices_of(call: Callable[[], object]) -> tuple[list[tuple[str, str, str | N
 @pytest.mark.parametrize("operation", CALLS)
 def test_an_argument_is_taken_or_refused(operation: str, backend: str) -> None:
     """Nothing runs under another's name, and what refuses lists what there is."""
-    has = [b.name for b in select.OPERATIONS[operation]]
+    has = [b.name for b in select.OPERATIONS[operation].backends]
     try:
         said, kernels = choices_of(lambda: CALLS[operation](backend))
     except select.BackendError as error:
@@ -283,7 +279,7 @@ def test_an_argument_is_taken_or_refused(operation: str, backend: str) -> None:
     assert (operation, backend, backend) in said
     # Parts of the operation that have no such backend are on the reference, and say that.
     for part, asked, taken in said:
-        there = [b.name for b in select.OPERATIONS[part]]
+        there = [b.name for b in select.OPERATIONS[part].backends]
         assert asked == taken == (backend if backend in there else "reference")
     assert {name.partition("+")[0] for name in kernels} == {backend} - {"reference"}
 
@@ -297,7 +293,7 @@ def test_a_context_for_a_whole_program(
     """native and torch: what has no such backend runs on the reference, and is reported as that."""
     if way == "environment":
         monkeypatch.setenv(select.VARIABLE, backend)
-    has = [b.name for b in select.OPERATIONS[operation]]
+    has = [b.name for b in select.OPERATIONS[operation].backends]
     context = select.backend(backend) if way == "context" else nullcontext()
     call = select.Call([torch.zeros(1)])
     with context:
@@ -364,7 +360,7 @@ def test_info_lists_what_there_is() -> None:
     """A dash where an operation has no such backend."""
     rows = info.report()
     names = [n for n in select.NAMES if n != "auto"]
-    for operation, backends in select.OPERATIONS.items():
+    for operation, declared in select.OPERATIONS.items():
         cells = dict(zip(names, re.split(" {2,}", rows[f"  {operation}"]), strict=True))
-        has = {b.name for b in backends}
+        has = {b.name for b in declared.backends}
         assert {n for n in names if cells[n] == "-"} == set(names) - has

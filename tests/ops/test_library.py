@@ -134,8 +134,8 @@ def call_esnr_accumulator(backend: str, dtype: torch.dtype) -> Tensor:
     squares = torch.zeros(2, dtype=torch.float64)
     for _ in range(3):
         grads = [normal(5, 3, dtype=dtype), normal(2, dtype=dtype)]
-        torch.ops.pwm_fast.esnr_update(grads, origins, sums, squares, "torch")
-    signal, noise = torch.ops.pwm_fast.esnr_result(origins, sums, squares, 4, "torch")
+        torch.ops.pwm_fast.esnr_update(grads, origins, sums, squares, "torch", "exact")
+    signal, noise = torch.ops.pwm_fast.esnr_result(origins, sums, squares, 4, "torch", "exact")
     return (signal / noise).sum().requires_grad_() * 1.0
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 import pwm_fast
 from pwm_fast import ops
 from pwm_fast.backends import select
-from pwm_fast.backends.base import TorchKernels, row_scale
 from pwm_fast.backends.native import why_missing
 from pwm_fast.backends.precision import FAST
+from pwm_fast.backends.torch import TorchKernels, row_scale
 from pwm_fast.fused import gemm
 from tests.helpers import random_layer
 from tests.ops.contract import CASES, ROLLOUTS, Case, check_precision, values_and_gradients

@@ -17,7 +17,7 @@ from pwm_fast import ops
 from pwm_fast.agent.normalizers import RunningMeanStd
 from pwm_fast.backends import select
 from pwm_fast.ops import Layer
-from pwm_fast.ops.heads import discounted_return
+from pwm_fast.ops.returns import discounted_return
 
 HALVES = (torch.bfloat16, torch.float16)
 AUTOCAST = (None, torch.bfloat16, torch.float16)

@@ -25,7 +25,7 @@ import pwm_fast
 from pwm_fast import ops
 from pwm_fast.backends import native, select
 from pwm_fast.ops import Layer
-from pwm_fast.ops.heads import discounted_return
+from pwm_fast.ops.returns import discounted_return
 
 pytestmark = pytest.mark.slow
 Function = Callable[[Tensor], Tensor]

@@ -156,7 +156,7 @@ def runs() -> list:
     return [
         pytest.param(case, backend, what(case), id=f"{name}-{backend}-{label}")
         for name, case in CASES.items()
-        for backend in (b.name for b in select.OPERATIONS[case.operation][:-1])
+        for backend in (b.name for b in select.OPERATIONS[case.operation].backends[:-1])
         if backend != "triton"  # its operators are the same (tests/kernels/test_operators.py)
         for label, what in MAPS.items()
         if what(case)
@@ -271,7 +271,7 @@ def test_nested_vmap() -> None:
 def test_batched_backward(name: str) -> None:
     """Several gradients at a time, as vectorised Jacobians take them."""
     case = CASES[name]
-    has = [b.name for b in select.OPERATIONS[case.operation]]
+    has = [b.name for b in select.OPERATIONS[case.operation].backends]
     backend = usable("torch" if "torch" in has else "native")
     values, _ = prepare(case, DTYPES[backend], set(), 0)
     output, inputs = case.call(values, backend), leaves(values)

@@ -14,7 +14,7 @@ from pwm_fast.backends import select
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.diagnostics.windows import draw_windows
 from pwm_fast.ops import window
-from pwm_fast.ops.heads import discounted_return
+from pwm_fast.ops.returns import discounted_return
 from pwm_fast.replay import Episode
 
 GAMMA = 0.9

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
-from pwm_fast.ops.reference.layers import RunNet, run_net
+from pwm_fast.ops.mlp import RunNet
+from pwm_fast.ops.mlp import reference_mlp as run_net
 from pwm_fast.ops.types import Layer, Method, VelocityFn
 
 

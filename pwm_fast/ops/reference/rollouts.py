@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
+from pwm_fast.ops.mlp import RunNet
+from pwm_fast.ops.mlp import reference_mlp as run_net
 from pwm_fast.ops.reference.integration import flow_step
-from pwm_fast.ops.reference.layers import RunNet, project_simplex, run_net
+from pwm_fast.ops.simnorm import project_simplex
 from pwm_fast.ops.types import Dynamics, Flow, Policy
 
 

@@ -1,0 +1,57 @@
+"""What a guarded step of Adam needs: the gradients' norm, and the whole step where kernels have it.
+
+:class:`pwm_fast.agent.optim.GuardedAdam` keeps the state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pwm_fast.backends.base import Call
+from pwm_fast.backends.select import declare, kernels, requested, serving
+
+declare("adam", "optimizer")
+
+
+def step_kernels(params: Sequence[Tensor]) -> Any:
+    """The module with ``Group`` and ``guarded_step`` for these parameters, None where none serves.
+
+    It clips, checks and steps in two launches; parameters are float32 and contiguous on a GPU.
+    """
+    # In the interpreter, on a CPU, only where it is asked for.
+    if params[0].device.type == "cpu" and requested() == "auto":
+        return None
+    if any(p.dtype != torch.float32 or not p.is_contiguous() for p in params):
+        return None
+    backend = serving("adam", Call(params))
+    return None if backend.is_reference else kernels("optimizer", backend.name, "exact")
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, float64, at any scale.
+
+    In float32 squares overflow where an entry is 1.9e19, and are lost below 1e-19; in float64 at
+    1.4e154 and 1e-162.
+    """
+    if all(g.device.type == "cpu" for g in grads):
+        backend = serving("esnr", Call(grads))
+        if not backend.is_reference:
+            # A single sample's signal is its sum of squares: in float64 as fast as PyTorch's
+            # float32.
+            moments = kernels("reduction", backend.name, "exact").moments
+            return moments(grads, 1)[0].sum().sqrt()
+    if all(g.dtype != torch.float64 for g in grads):
+        norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float64)
+        return torch.linalg.vector_norm(torch.stack(norms))
+    wide = [g.double() for g in grads if g.numel()]
+    if not wide:
+        return grads[0].new_zeros(())
+    largest = torch.stack(torch._foreach_norm(wide, math.inf)).amax()
+    scale = torch.where((largest > 0.0) & (largest < math.inf), largest, 1.0)
+    norms = torch._foreach_norm(torch._foreach_div(wide, scale), 2.0)
+    return scale * torch.linalg.vector_norm(torch.stack(norms))

@@ -1,0 +1,284 @@
+"""Weights as the fused passes take them: centred, padded, split by inputs, folded.
+
+Packing happens in differentiable PyTorch, and autograd carries the gradients of what is packed back
+to the parameters as the user keeps them. Of weights that need no gradient the packed copies are
+kept until they change (:mod:`pwm_fast.fused.packs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.select import Choice
+from pwm_fast.backends.specs import (
+    DynamicsSpec,
+    LayerSpec,
+    decode_layers,
+    encode_dynamics,
+    encode_layers,
+)
+from pwm_fast.backends.transforms import compiled_or_mapped, watched
+from pwm_fast.fused import algebra, centring, packs
+from pwm_fast.fused.gemm import fp32_products
+from pwm_fast.ops.coverage import can_fold, layer_tensors
+from pwm_fast.ops.operator import Operator, filled, require_grad, savable
+from pwm_fast.ops.types import Layer
+
+
+class _Centre(Operator):
+    """Layers centred and padded, and 16-bit copies of their weights: see ``fused/centring.py``."""
+
+    name, family, outputs, results = "centred", "gemm", ("packed", "copies"), 2
+    grads, eager = ("tensors",), False
+
+    @staticmethod
+    def forward(
+        k: Kernels, tensors: list[Tensor], spec: str, pad: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return centring.pack(k, decode_layers(spec), tensors, pad)
+
+    @staticmethod
+    def backward(
+        k: Kernels, dpacked: list[Tensor | None], tensors: list[Tensor], spec: str
+    ) -> list[Tensor]:
+        grads = centring.pack_grads(k, decode_layers(spec), dpacked, tensors)
+        return filled(grads, tensors[0])
+
+    @classmethod
+    def fake(
+        cls, k: Kernels, tensors: list[Tensor], spec: str, pad: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return centring.empty(k, decode_layers(spec), tensors, pad)
+
+    @classmethod
+    def fake_backward(
+        cls, k: Kernels, dpacked: list[Tensor | None], tensors: list[Tensor], spec: str
+    ) -> list[Tensor]:
+        return [
+            x.new_empty((0,) if g is None else x.shape)
+            for g, x in zip(dpacked, tensors, strict=True)
+        ]
+
+
+_centre = _Centre()
+
+
+def flat(layers: Sequence[Layer]) -> list[Tensor]:
+    """All tensors of some layers, vectors contiguous: the kernels index them."""
+    tensors = []
+    for p in layers:
+        tensors.append(p.weight)
+        tensors += [t.contiguous() for t in p[1:4] if t is not None]
+    return tensors
+
+
+def specs_of(
+    layers: Sequence[Layer], order: str = "norm_act", widths: Sequence[int] | None = None
+) -> tuple[LayerSpec, ...]:
+    """What the layers do; ``widths`` are those of :func:`centred`."""
+    return tuple(
+        LayerSpec(
+            order,
+            p.act,
+            p.bias is not None,
+            p.ln_weight is not None,
+            p.simnorm_dim,
+            p.eps,
+            width,
+        )
+        for p, width in zip(layers, widths or [0] * len(layers), strict=True)
+    )
+
+
+def _switches(choice: Choice) -> tuple[bool, bool]:
+    """Whether to centre and whether to pad.
+
+    For tensor cores' 16-bit operands, whose rows must be aligned; on a CPU the copies cost more
+    than they spare.
+    """
+    switches = algebra.in_force()
+    pays = choice.for_tensor_cores
+    pad = (pays and switches.centre is not False) if switches.pad is None else switches.pad
+    centre = (pays or pad) if switches.centre is None else switches.centre
+    return centre, pad
+
+
+def centred(choice: Choice, layers: Sequence[Layer]) -> tuple[list[Layer], list[int]]:
+    """Layers whose weights are centred and padded where that is switched on, and their widths.
+
+    A width is that of the user's layer where its copy is centred, else 0. Only a LayerNorm takes
+    the mean away again, so only layers with one are centred; SimNorm's groups leave no room for
+    padding.
+    """
+    centre, pad = _switches(choice)
+    if not centre or not any(p.ln_weight is not None for p in layers):
+        return list(layers), [0] * len(layers)
+    tensors = tuple(layer_tensors(layers))
+    spec = encode_layers(specs_of(layers))
+
+    def make(*tensors: Tensor) -> tuple[Tensor, ...]:
+        packed, copies = _centre(list(tensors), spec, pad, choice=choice)
+        weights = (x for x in packed if x.dim() == 2)
+        for weight, copy in zip(weights, copies, strict=bool(copies)):
+            packs.attach(weight, copy)
+        return (*packed, *copies)
+
+    wgrad = require_grad(tensors)
+    kind = ("centred", spec, pad, choice.name, choice.precision)
+    # Who watches operators, to write them down, must see what a pack is made of.
+    anew = wgrad or watched()
+    made = make(*_kept_alive(wgrad, *tensors)) if anew else packs.kept(kind, tensors, make)
+    rest = list(made)
+    result, widths = [], []
+    for p in layers:
+        weight = rest.pop(0)
+        bias = None if p.bias is None else rest.pop(0)
+        norm = p.ln_weight is not None
+        gamma, beta = (rest.pop(0), rest.pop(0)) if norm else (None, None)
+        result.append(p._replace(weight=weight, bias=bias, ln_weight=gamma, ln_bias=beta))
+        widths.append(p.weight.shape[0] if norm else 0)
+    return result, widths
+
+
+def _kept_alive(save: bool, *tensors: Tensor) -> Sequence[Tensor]:
+    """The tensors; with ``save``, copies of those that autograd refuses to keep."""
+    if not save or compiled_or_mapped():
+        return tensors
+    return [savable(x) for x in tensors]
+
+
+class Packed(NamedTuple):
+    """A dynamics network as the rollout operators take it."""
+
+    spec: str
+    w_z: Tensor
+    w_a: Tensor
+    w_tau: Tensor | None
+    w_task: Tensor | None
+    bias: Tensor | None
+    params: list[Tensor]
+
+
+def fold_pays(hidden: int, latent: int) -> bool:
+    """Fold replaces ``2 D U`` products an evaluation by ``U^2``: worth it where U is below 2 D."""
+    return hidden < 1.8 * latent
+
+
+def _fold_products(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
+    """``W1z W3`` and ``W1z b3``, in float64: their rounding would enter every evaluation."""
+    wide = w_z.double()
+    return tuple((wide @ x.double()).to(w_z.dtype) for x in head)
+
+
+def _narrow_fold_products(operand: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
+    """The same in float32, where products round ``W1z W3`` to ``operand``."""
+    with fp32_products(False, w_z):
+        products = [w_z @ x for x in head]
+    packs.attach(products[0], products[0].detach().to(operand))
+    return tuple(products)
+
+
+def _folds(
+    choice: Choice, net: Sequence[Layer], pays: bool, wgrad: bool, asked: bool | None
+) -> bool:
+    """Whether to fold: as it is asked for, else where it ``pays`` by the widths."""
+    if asked is None:
+        asked = algebra.in_force().fold
+    if asked is None or (asked and not can_fold(net)):
+        # With weight gradients the fold's own products eat most of what it spares on a CPU, and its
+        # rounding nearly doubles the float32 error of the last layer's gradient; that of 16-bit
+        # operands hides it, and what is folded runs in one launch (docs/performance.md).
+        asked = (choice.for_tensor_cores or not wgrad) and pays and can_fold(net)
+    return asked
+
+
+def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
+    """Copies of layers, that a backward pass finds as the fold's products were made of them.
+
+    Else weights that somebody writes to after the forward pass would meet products of older ones.
+    """
+    if watched() and not wgrad:  # who writes operators down must see the weights themselves
+        return list(layers)
+    flat = iter(packs.snapshot(tuple(layer_tensors(layers)), wgrad))
+    copies = []
+    for p in layers:
+        weight, bias, gamma, beta = (None if x is None else next(flat) for x in p[:4])
+        assert weight is not None
+        copies.append(p._replace(weight=weight, bias=bias, ln_weight=gamma, ln_bias=beta))
+    return copies
+
+
+def pack(
+    choice: Choice,
+    net: Sequence[Layer],
+    method: str,
+    substeps: int,
+    latent: int,
+    action: int,
+    *,
+    task: int = 0,
+    task_first: bool = False,
+    fold: bool | None = None,
+) -> Packed:
+    """Split the first weight by inputs and, where it pays, fold the head.
+
+    Args:
+        choice: what it is for.
+        net: layers; the first takes ``[z, a, tau, task]`` of a flow, ``[z, task, a]`` of a map.
+        method: ``"heun"``, ``"euler"`` or ``"map"``.
+        substeps: K.
+        latent: D.
+        action: A.
+        task: E.
+        task_first: the task embedding stands before the action.
+        fold: fold or not; None where it pays.
+    """
+    flow = method != "map"
+    wgrad = require_grad(layer_tensors(net))
+    hidden = net[0].weight.shape[0]
+    net, rms = centred(choice, net)
+    fold = flow and _folds(choice, net, fold_pays(hidden, latent), wgrad, fold)
+    if fold and not any(rms):  # what is centred is a copy
+        net = _snapshot(net, wgrad)
+    first, *others = net
+    widths = [latent, task, action] if task_first else [latent, action, int(flow), task]
+    parts = list(first.weight.split(widths, 1))
+    if task_first:
+        w_z, w_task, w_a = parts
+        w_tau = None
+    else:
+        w_z, w_a, tau, w_task = parts
+        w_tau = tau.squeeze(1) if flow else None
+    norm = [first.ln_weight, first.ln_bias]
+    params = [t.contiguous() for t in norm if t is not None]
+    if not fold:
+        params += flat(others)
+    else:
+        head = others[-1]
+        params += flat(others[:-1])
+        products = (w_z, head.weight, *(() if head.bias is None else (head.bias,)))
+        make: Callable[..., tuple[Tensor, ...]] = _fold_products
+        operand = choice.precision.operand
+        if choice.for_tensor_cores and operand is not None:
+            make = partial(_narrow_fold_products, operand)
+        anew = wgrad or watched()
+        params += make(*products) if anew else packs.kept(("fold", operand), products, make)
+        params.append(head.weight)
+        if head.bias is not None:
+            params.append(head.bias.contiguous())
+    spec = DynamicsSpec(specs_of(net, widths=rms), method, substeps, fold)
+    return Packed(
+        encode_dynamics(spec),
+        w_z,
+        w_a,
+        None if w_tau is None else w_tau.contiguous(),
+        w_task if task else None,
+        first.bias,
+        params,
+    )

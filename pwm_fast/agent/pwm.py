@@ -57,12 +57,6 @@ class PWM:
         precision: str = "auto",
         recorder: Recorder | None = None,
     ) -> None:
-        if config.world_model.kind == "flow" and config.model_learning.tau_sampling == "midpoint":
-            warnings.warn(
-                "alg.model_learning.tau_sampling=midpoint trains the velocity at tau = 0.5 alone, "
-                "but the integrator also evaluates it elsewhere (Heun at 0 and 1): an ablation",
-                stacklevel=2,
-            )
         if precision not in select.PRECISIONS:
             raise ValueError(
                 f"precision must be one of {', '.join(select.PRECISIONS)}, got {precision!r}"
@@ -75,6 +69,8 @@ class PWM:
         self.world_model = make_world_model(
             obs_dim, action_dim, config.world_model, can_terminate
         ).to(self.device)
+        for caution in self.world_model.cautions(config.model_learning):
+            warnings.warn(caution, stacklevel=2)
         self.actor = GaussianActor(
             config.world_model.latent_dim,
             action_dim,

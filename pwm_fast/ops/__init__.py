@@ -9,7 +9,7 @@ All functions are differentiable, take any floating dtype and import nothing but
 
 from pwm_fast.fused.algebra import algebra
 from pwm_fast.fused.packs import invalidate
-from pwm_fast.ops.dynamics import Dynamics, FusedStep, LatentMap, LatentMLP, Transitions
+from pwm_fast.ops.dynamics import Dynamics, LatentMap, LatentMLP
 from pwm_fast.ops.esnr import EsnrAccumulator, RunningEsnr, esnr
 from pwm_fast.ops.flow import Flow, flow_interpolate, flow_step, integrate, velocity_field
 from pwm_fast.ops.imagine import imagine
@@ -38,7 +38,6 @@ __all__ = [
     "Dynamics",
     "EsnrAccumulator",
     "Flow",
-    "FusedStep",
     "Heads",
     "ImaginedRollout",
     "LatentMLP",
@@ -49,7 +48,6 @@ __all__ = [
     "Policy",
     "RunningEsnr",
     "Start",
-    "Transitions",
     "WindowLoss",
     "algebra",
     "esnr",

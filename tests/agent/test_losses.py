@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast import ops
-from pwm_fast.agent.losses import WorldModelLoss, world_model_loss
+from pwm_fast.agent.losses import WeightedLoss, weighted_loss
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
 from pwm_fast.ops import flow as flow_module
@@ -107,8 +107,8 @@ def slow_loss(
 
 def fast_loss(
     model: LatentModel, d: Data, config: ModelLearningConfig, task: Tensor | None = None
-) -> WorldModelLoss:
-    return world_model_loss(model, *d.windows(), config, gamma=GAMMA, task=task, tau=d.tau)
+) -> WeightedLoss:
+    return weighted_loss(model, *d.windows(), config, gamma=GAMMA, task=task, tau=d.tau)
 
 
 def gradients(loss: Tensor, model: LatentModel) -> dict[str, Tensor]:
@@ -277,7 +277,7 @@ def recorded_tau(model: LatentModel, config: ModelLearningConfig, d: Data) -> Te
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow_module, "velocity_field", velocity)
-        world_model_loss(model, *d.windows(), config, gamma=GAMMA)
+        weighted_loss(model, *d.windows(), config, gamma=GAMMA)
     assert len(seen) == 1
     return seen[0]
 

@@ -209,7 +209,7 @@ def test_a_loss_without_weight_is_left_out(
     config = ModelLearningConfig(**{f"{part}_coef": 0.0})
     model = small_model(True, kind="mlp")
     flat = normal(1, 2)
-    total = losses.world_model_loss(
+    total = losses.weighted_loss(
         model, normal(2, 2, OBS), normal(1, 2, ACTION), flat, flat, config, gamma=0.9
     ).total
     assert total.isfinite()

@@ -137,7 +137,7 @@ def _compared(cuda: Any, provider: str) -> None:
     """The updates that an epoch's check compares with float64 (:mod:`bench.cases.updates`)."""
     from bench.fake_cuda import DEVICE
     from pwm_fast.agent import PWM
-    from pwm_fast.agent.imagination import Rollout
+    from pwm_fast.ops import ImaginedRollout
     from pwm_fast.replay import Windows
 
     alg = alg_config("5M_flow")
@@ -151,7 +151,7 @@ def _compared(cuda: Any, provider: str) -> None:
         obs, action = torch.randn(HORIZON + 1, rows, OBS), torch.randn(HORIZON, rows, ACTION)
         agent.update_world_model(Windows(obs, action, *torch.zeros(2, HORIZON, rows)))
         z = torch.randn(HORIZON + 1, batch, alg.world_model.latent_dim)
-        agent._update_critic(Rollout(z, z.new_empty(0), torch.randn(HORIZON, batch), None))
+        agent._update_critic(ImaginedRollout(z, z.new_empty(0), torch.randn(HORIZON, batch)))
 
 
 def _constants(cuda: Any) -> None:

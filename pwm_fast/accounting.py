@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pwm_fast.agent.imagination import discounted_return, frozen, imagine
-from pwm_fast.agent.losses import world_model_loss
+from pwm_fast.agent.imagination import frozen, imagine
+from pwm_fast.agent.losses import weighted_loss
 from pwm_fast.config import AlgConfig, WorldModelConfig
 from pwm_fast.envs import VectorEnv
 from pwm_fast.models import CriticEnsemble, GaussianActor, LatentModel, make_world_model
+from pwm_fast.ops.extend import discounted_return
 
 META = torch.device("meta")
 
@@ -188,7 +189,7 @@ class _Work:
 
     def model_loss(self) -> Tensor:
         batch, horizon = self.config.model_learning.batch_size, self.horizon
-        return world_model_loss(
+        return weighted_loss(
             self.model,
             self._obs(horizon + 1, batch),
             self._action(horizon, batch),
@@ -210,7 +211,8 @@ class _Work:
             symlog_rewards=self.config.symlog_rewards,
         )
         value = self.critic.minimum(rollout.z[-1])
-        return -discounted_return(rollout, value, self.config.gamma).mean()
+        returns = discounted_return(rollout.reward, value, self.config.gamma, rollout.continues)
+        return -returns.mean()
 
     def critic_targets(self) -> Tensor:
         return self.critic.minimum(torch.empty(self.horizon + 1, self.rollouts, self.latent_dim))

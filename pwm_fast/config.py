@@ -159,12 +159,23 @@ def _adam(prefix: str, config: Any) -> None:
     _require(ok, f"{prefix}.betas", list(config.betas), "two numbers in [0, 1)")
 
 
+#: Kinds of world models that were registered (:func:`pwm_fast.models.register`).
+WORLD_MODELS: set[str] = set()
+
+
+def world_model_kinds() -> tuple[str, ...]:
+    """Kinds of world models: those registered, and a file ``models/<kind>_dynamics.py`` each."""
+    folder = Path(__file__).parent / "models"
+    shipped = {path.name.removesuffix("_dynamics.py") for path in folder.glob("*_dynamics.py")}
+    return tuple(sorted(shipped | WORLD_MODELS))
+
+
 @dataclass
 class WorldModelConfig:
     """Networks of the world model.
 
     Attributes:
-        kind: ``mlp`` (PWM's baseline) or ``flow``.
+        kind: ``mlp`` (PWM's baseline), ``flow``, or another of :func:`world_model_kinds`.
         latent_dim: D, a multiple of 8 (the SimNorm groups).
         units: hidden widths of the dynamics, or of the velocity field.
         encoder_units: hidden widths of the encoder.
@@ -200,7 +211,7 @@ class WorldModelConfig:
 
     def __post_init__(self) -> None:
         key = "alg.world_model"
-        _one_of(f"{key}.kind", self.kind, ("mlp", "flow"))
+        _one_of(f"{key}.kind", self.kind, world_model_kinds())
         _one_of(f"{key}.head", self.head, ("linear", "simnorm"))
         _one_of(f"{key}.integrator", self.integrator, ("heun", "euler"))
         _positive(key, self, "latent_dim", "num_tasks", most=WIDTH)

@@ -16,8 +16,9 @@ from bench.measure import Effort, available_memory, graphed
 from bench.sizes import ACTION, HORIZON, alg_config, make_agent
 from pwm_fast import ops
 from pwm_fast.agent import PWM
-from pwm_fast.agent.imagination import discounted_return, frozen
+from pwm_fast.agent.imagination import frozen
 from pwm_fast.config import AlgConfig
+from pwm_fast.ops.extend import discounted_return
 
 TITLE = "imagined rollout"
 PART = {"cpu": 512, "cuda": 2048}  # rows at a time of the truth, at most
@@ -105,7 +106,7 @@ def imagined(
             last_value_only=True,
         )
         assert r.value is not None
-        total = discounted_return(r, r.value, config.gamma)  # type: ignore[arg-type]
+        total = discounted_return(r.reward, r.value, config.gamma, r.continues)  # type: ignore[arg-type]
         if not gradient:
             return r, []
         return r, list(torch.autograd.grad(-total.mean(), list(agent.actor.parameters())))

@@ -15,8 +15,8 @@ from bench.gate import Outputs
 from bench.measure import Effort
 from bench.sizes import HORIZON, alg_config, make_agent, make_windows
 from pwm_fast.agent import PWM
-from pwm_fast.agent.imagination import Rollout
 from pwm_fast.config import AlgConfig
+from pwm_fast.ops import ImaginedRollout
 
 WORLD_MODEL = "world-model update"
 CRITIC = "critic updates (8 passes of 4 minibatches)"
@@ -185,7 +185,7 @@ def build_critic(
         own, single = copy.deepcopy(agent), copy.deepcopy(agent)
         single.config = once
         single.optimizers["critic"].keep_gradients = True
-        imagined = Rollout(z, z.new_empty(0), reward, None)
+        imagined = ImaginedRollout(z, z.new_empty(0), reward)
 
         def call(of: PWM = own) -> None:
             with providers.backend(name, device):

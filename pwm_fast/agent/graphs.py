@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pwm_fast.fused.weight_cache import capturing, invalidate
+from pwm_fast.ops import invalidate
+from pwm_fast.ops.extend import capturing
 from pwm_fast.recording import recording
 
 T = TypeVar("T")
@@ -197,7 +198,7 @@ class CapturedUpdate:
             torch._foreach_copy_(recording.copies, [x for x in inputs if x is not None])
         recording.replay()
         self.replayed += 1
-        invalidate()  # inside `weight_cache.keeping`: PyTorch does not know of the change
+        invalidate()  # parameters changed without PyTorch's knowledge, inside `keeping`
         if recording.values is None:
             return Update({}, recording.handed, recording.gradients)
         metrics = dict(zip(recording.names, recording.values.clone().unbind(), strict=True))

@@ -4,29 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from pwm_fast import ops
 from pwm_fast.models import GaussianActor, LatentModel
-from pwm_fast.ops import returns
-
-
-class Rollout(NamedTuple):
-    """An imagined rollout of H macro steps, time first.
-
-    Attributes:
-        z: latents ``[H+1, B, D]``.
-        action: ``[H, B, A]``.
-        reward: ``[H, B]``, in the environment's units (a scalar head: as it was trained).
-        continues: ``[H, B]``: probability that step t does not terminate; None without that head.
-    """
-
-    z: Tensor
-    action: Tensor
-    reward: Tensor
-    continues: Tensor | None
 
 
 def imagine(
@@ -38,7 +20,7 @@ def imagine(
     detach: bool = True,
     task: Tensor | None = None,
     symlog_rewards: bool = False,
-) -> Rollout:
+) -> ops.ImaginedRollout:
     """Roll the policy out in the world model, differentiably.
 
     Only policy and dynamics are sequential; reward and termination run once over all steps.
@@ -51,9 +33,13 @@ def imagine(
         detach: the policy sees latents without their gradient.
         task: task numbers ``[B]``, or None.
         symlog_rewards: leave the rewards of a two-hot head in symlog space.
+
+    Returns:
+        The rollout, without values; rewards are in the environment's units (a scalar head: as it
+        was trained).
     """
     embedding = model.embed(task, z)
-    rollout = ops.imagine(
+    return ops.imagine(
         z,
         actor.policy(),
         model.dynamics(),
@@ -62,16 +48,6 @@ def imagine(
         detach=detach,
         task=embedding[0] if embedding else None,
     )
-    return Rollout(rollout.z, rollout.action, rollout.reward, rollout.continues)
-
-
-def discounted_return(rollout: Rollout, last_value: Tensor, gamma: float) -> Tensor:
-    """``sum_t gamma^t r_t + gamma^H V(z_H)`` of each rollout, ``[B]``.
-
-    With a termination head the product of the steps' continuation probabilities multiplies the
-    discount.
-    """
-    return returns.discounted_return(rollout.reward, last_value, gamma, rollout.continues)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""World-model losses over a window of replayed steps."""
+"""The world-model loss of the agent: the parts of the operation, weighted as configured."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from pwm_fast import ops
-from pwm_fast.backends.dtypes import widen
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
-from pwm_fast.ops.returns import discounted
+from pwm_fast.ops.extend import discounted, widen
 
 
-class WorldModelLoss(NamedTuple):
+class WeightedLoss(NamedTuple):
     """Scalars on the device: the total and its unweighted parts, as they stand in the total.
 
     Attributes:
@@ -24,6 +23,7 @@ class WorldModelLoss(NamedTuple):
         termination: termination loss; 0 without that head.
         latent_std: spread of the target latents over the batch, mean over their entries. Near 0 the
             encoder has collapsed.
+        metrics: the above as they are logged, of the parts that the model has.
     """
 
     total: Tensor
@@ -31,9 +31,10 @@ class WorldModelLoss(NamedTuple):
     reward: Tensor
     termination: Tensor
     latent_std: Tensor
+    metrics: dict[str, Tensor]
 
 
-def world_model_loss(
+def weighted_loss(
     model: LatentModel,
     obs: Tensor,
     action: Tensor,
@@ -44,7 +45,7 @@ def world_model_loss(
     gamma: float,
     task: Tensor | None = None,
     tau: Tensor | None = None,
-) -> WorldModelLoss:
+) -> WeightedLoss:
     """Loss of one batch of windows: the parts of :func:`pwm_fast.ops.world_model_loss`, weighted.
 
     Args:
@@ -82,12 +83,13 @@ def world_model_loss(
     reward_loss = loss.reward / action.shape[0] if config.mean_reward_loss else loss.reward
     total = discounted(config.dynamics_coef, loss.dynamics)
     total = total + discounted(config.reward_coef, reward_loss)
-    termination = torch.zeros_like(total)
+    parts = {"dynamics": loss.dynamics.detach(), "reward": reward_loss.detach()}
     if loss.termination is not None:
-        termination = loss.termination
-        total = total + discounted(config.termination_coef, termination)
+        total = total + discounted(config.termination_coef, loss.termination)
+        parts["termination"] = loss.termination.detach()
     with torch.no_grad():
         latent_std = widen(loss.target).flatten(0, 1).std(0, correction=0).mean()
-    return WorldModelLoss(
-        total, loss.dynamics.detach(), reward_loss.detach(), termination.detach(), latent_std
-    )
+    metrics = {"wm_loss": total.detach(), **{f"{name}_loss": x for name, x in parts.items()}}
+    metrics["latent_std"] = latent_std
+    termination = parts.get("termination", torch.zeros_like(parts["reward"]))
+    return WeightedLoss(total, parts["dynamics"], parts["reward"], termination, latent_std, metrics)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.backends.dtypes import widen
+from pwm_fast.ops.extend import widen
 
 
 class RunningMeanStd(nn.Module):

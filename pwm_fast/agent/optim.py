@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.fused import weight_cache
+from pwm_fast.ops import invalidate
 from pwm_fast.ops.adam import step_kernels, total_norm
 
 
@@ -92,7 +92,7 @@ class GuardedAdam:
         kernels = step_kernels(self.params)
         norm = self._torch_step(loss) if kernels is None else self._kernel_step(kernels, loss)
         if self.params[0].device.type != "cpu":
-            weight_cache.invalidate(self.params)  # neither bumps version counters
+            invalidate(self.params)  # neither bumps version counters
         if not self.keep_gradients:
             for p in self.params:
                 p.grad = None

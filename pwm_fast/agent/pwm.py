@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from pwm_fast import memory, ops
 from pwm_fast.agent.graphs import CapturedUpdate, CudaGraphs, Recorder, Update
-from pwm_fast.agent.imagination import Rollout, discounted_return, frozen, imagine
-from pwm_fast.agent.losses import world_model_loss
+from pwm_fast.agent.imagination import frozen, imagine
+from pwm_fast.agent.losses import weighted_loss
 from pwm_fast.agent.normalizers import RunningMeanStd
 from pwm_fast.agent.optim import GuardedAdam
-from pwm_fast.backends import select
+from pwm_fast.agent.state import OPTIMIZER_KEYS, check, not_finite
 from pwm_fast.config import AlgConfig
-from pwm_fast.fused import weight_cache
 from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
+from pwm_fast.ops import ImaginedRollout, extend
 from pwm_fast.replay import Windows
 
 Metrics = dict[str, Tensor]
@@ -41,7 +41,7 @@ class PWM:
         can_terminate: the task can end in a terminal state, so the model learns where.
         device: where everything lives.
         graphs: replay the updates from CUDA graphs; None is on CUDA alone.
-        precision: of matrix products, of :data:`pwm_fast.backends.select.PRECISIONS`.
+        precision: of matrix products, of :data:`pwm_fast.ops.extend.PRECISIONS`.
         recorder: records the graphs, for a device without them.
     """
 
@@ -57,15 +57,9 @@ class PWM:
         precision: str = "auto",
         recorder: Recorder | None = None,
     ) -> None:
-        if config.world_model.kind == "flow" and config.model_learning.tau_sampling == "midpoint":
-            warnings.warn(
-                "alg.model_learning.tau_sampling=midpoint trains the velocity at tau = 0.5 alone, "
-                "but the integrator also evaluates it elsewhere (Heun at 0 and 1): an ablation",
-                stacklevel=2,
-            )
-        if precision not in select.PRECISIONS:
+        if precision not in extend.PRECISIONS:
             raise ValueError(
-                f"precision must be one of {', '.join(select.PRECISIONS)}, got {precision!r}"
+                f"precision must be one of {', '.join(extend.PRECISIONS)}, got {precision!r}"
             )
         self.config = config
         self.device = torch.device(device)
@@ -75,6 +69,8 @@ class PWM:
         self.world_model = make_world_model(
             obs_dim, action_dim, config.world_model, can_terminate
         ).to(self.device)
+        for caution in self.world_model.cautions(config.model_learning):
+            warnings.warn(caution, stacklevel=2)
         self.actor = GaussianActor(
             config.world_model.latent_dim,
             action_dim,
@@ -149,7 +145,7 @@ class PWM:
             yield
             return
         networks = (self.world_model, self.actor, self.critic)
-        with weight_cache.keeping(p for network in networks for p in network.parameters()):
+        with extend.keeping(p for network in networks for p in network.parameters()):
             yield
 
     # --- acting ---------------------------------------------------------------------------------
@@ -158,7 +154,7 @@ class PWM:
     def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
         """Actions ``[N, A]`` for observations ``[N, O]``; sampled unless ``deterministic``."""
         obs = obs.to(self.device)
-        with select.precision(self.precision), self.keeping():
+        with extend.precision(self.precision), self.keeping():
             z = self._encode(obs, self._task(obs.shape[0]))
             noise = None if deterministic else self._noise(obs.shape[0])
             return self.actor(z, noise)
@@ -170,11 +166,11 @@ class PWM:
         Waits for the device; no random numbers are drawn.
         """
         states = {k: self._modules()[k].state_dict() for k in ("obs_rms", "world_model", "actor")}
-        problems = [p for k, state in states.items() for p in _not_finite(k, state)]
+        problems = [p for k, state in states.items() for p in not_finite(k, state)]
         if problems:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             return ", ".join(problems[:3]) + more
-        with select.precision(self.precision), self.keeping():
+        with extend.precision(self.precision), self.keeping():
             obs = obs.to(self.device)
             z = self._encode(obs, self._task(len(obs)))
             for name, value in (("observations", obs), ("latents", z), ("actions", self.actor(z))):
@@ -232,12 +228,12 @@ class PWM:
 
     def _run(self, name: str, function: Callable[..., Update], *inputs: Tensor | None) -> Update:
         """An update, from its graph where it is recorded."""
-        with select.precision(self.precision), self.keeping():
+        with extend.precision(self.precision), self.keeping():
             captured = self._updates.get(name)
             if captured is None or self._is_captured():
                 return function(*inputs)
             optimizer = self.optimizers[name]
-            key = (self.precision, select.requested(), optimizer.keep_gradients)
+            key = (self.precision, extend.requested(), optimizer.keep_gradients)
             result = captured(*inputs, key=key)
             for p, gradient in zip(optimizer.params, result.gradients, strict=False):
                 p.grad = gradient  # a replay does not do what Python did
@@ -256,8 +252,8 @@ class PWM:
             reward = self.reward_rms.normalize(
                 reward, self.config.reward_clip, centre=self.config.centre_rewards
             )
-        with self._watched():
-            loss = world_model_loss(
+        with extend.precisions_used(self._used):
+            loss = weighted_loss(
                 self.world_model,
                 self._normalize(obs),
                 action,
@@ -268,19 +264,11 @@ class PWM:
                 task=self._task(action.shape[1]),
             )
         norm = self.optimizers["wm"].step(loss.total)
-        metrics = {
-            "wm_loss": loss.total.detach(),
-            "dynamics_loss": loss.dynamics,
-            "reward_loss": loss.reward,
-            "wm_grad_norm": norm,
-            "latent_std": loss.latent_std,
-        }
-        if self.world_model._termination is not None:
-            metrics["termination_loss"] = loss.termination
+        metrics = {**loss.metrics, "wm_grad_norm": norm}
         return Update(metrics, gradients=self._kept("wm"))
 
     def _actor_update(self, obs: Tensor) -> Update:
-        with frozen(self.world_model, self.critic), self._watched():
+        with frozen(self.world_model, self.critic), extend.precisions_used(self._used):
             rollout, returns = self._imagine(obs)
             self.return_rms.update(returns)
             loss = self._actor_loss(returns)
@@ -295,7 +283,7 @@ class PWM:
         return Update(metrics, handed, self._kept("actor"))
 
     def _critic_update(self, *rollout: Tensor) -> Update:
-        metrics = self._update_critic(Rollout(*rollout))
+        metrics = self._update_critic(ImaginedRollout(*rollout))
         return Update(metrics, gradients=self._kept("critic"))
 
     def actor_esnr(self, obs: Tensor, samples: int) -> Metrics:
@@ -332,7 +320,7 @@ class PWM:
         what = f"the actor's gradients on {samples} times {size} rollouts"
         with (
             memory.explained(what, "alg.actor.batch_size", self.device),
-            select.precision(self.precision),
+            extend.precision(self.precision),
             self.keeping(),
             frozen(self.world_model, self.critic),
         ):
@@ -376,19 +364,6 @@ class PWM:
         for update in self._updates.values():
             update.forget()
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Inside, note in which precision products run."""
-
-        def note(operation: str, asked: str, taken: str | None, call: select.Call) -> None:
-            found = select.OPERATIONS[operation]
-            if found.family == "gemm" and taken is not None:
-                backend = select.BACKENDS[taken]
-                self._used.add(select.precision_of(backend, found, call).name)
-
-        with select.observed(note):
-            yield
-
     def gradients(self) -> Metrics:
         """Clipped gradients of the last updates, of optimisers whose ``keep_gradients`` is set."""
         return {
@@ -404,7 +379,7 @@ class PWM:
         """Parameters, statistics, optimisers; under published PWM files' keys where these exist."""
         state: dict[str, Any] = {k: m.state_dict() for k, m in self._modules().items()}
         for name, optimizer in self.optimizers.items():
-            state[_OPTIMIZER_KEYS[name]] = optimizer.state_dict()
+            state[OPTIMIZER_KEYS[name]] = optimizer.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, optimizers: bool = True) -> None:
@@ -415,25 +390,12 @@ class PWM:
                 optimiser's state is not of these parameters; nothing was changed.
         """
         modules = self._modules()
-        problems = []
-        for key, module in modules.items():
-            problems += _mismatches(key, module.state_dict(), state.get(key))
-        if optimizers:
-            problems += [f"{k} is missing" for k in _OPTIMIZER_KEYS.values() if k not in state]
-        _refuse("the saved agent is of another architecture", problems)
-        for key in modules:
-            problems += _not_finite(key, state[key])
-        if optimizers:
-            for name, optimizer in self.optimizers.items():
-                problems += optimizer.mismatches(
-                    _OPTIMIZER_KEYS[name], state[_OPTIMIZER_KEYS[name]]
-                )
-        _refuse("the saved agent cannot be used", problems)
+        check(state, modules, self.optimizers if optimizers else {})
         for key, module in modules.items():
             module.load_state_dict(state[key])
         if optimizers:
             for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(state[_OPTIMIZER_KEYS[name]])
+                optimizer.load_state_dict(state[OPTIMIZER_KEYS[name]])
         for update in self._updates.values():
             update.forget()  # the moments are other tensors now
 
@@ -455,7 +417,7 @@ class PWM:
     def _encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
         return self.world_model.encode(self._normalize(obs), task)
 
-    def _imagine(self, obs: Tensor, horizon: int | None = None) -> tuple[Rollout, Tensor]:
+    def _imagine(self, obs: Tensor, horizon: int | None = None) -> tuple[ImaginedRollout, Tensor]:
         steps = self.config.imagined_steps if horizon is None else horizon
         task = self._task(obs.shape[0])
         rollout = imagine(
@@ -471,7 +433,10 @@ class PWM:
         value = self.critic.minimum(rollout.z[-1])
         if self.config.value_delay:
             value = value * self.config.gamma**self.config.value_delay
-        return rollout, discounted_return(rollout, value, self.config.gamma)
+        returns = extend.discounted_return(
+            rollout.reward, value, self.config.gamma, rollout.continues
+        )
+        return rollout, returns
 
     def _actor_loss(self, returns: Tensor) -> Tensor:
         loss = -returns.mean()
@@ -479,7 +444,7 @@ class PWM:
             return loss
         return loss / self.return_rms.scale(dtype=loss.dtype)
 
-    def _update_critic(self, rollout: Rollout) -> Metrics:
+    def _update_critic(self, rollout: ImaginedRollout) -> Metrics:
         config = self.config.critic
         with torch.no_grad():
             z = rollout.z.detach()
@@ -526,40 +491,3 @@ class PWM:
         return loss, optimizer.apply(
             loss, torch.autograd.grad(values, optimizer.params, gradient, allow_unused=True)
         )
-
-
-_OPTIMIZER_KEYS = {"wm": "world_model_opt", "actor": "actor_opt", "critic": "critic_opt"}
-
-
-def _refuse(what: str, problems: list[str]) -> None:
-    """Raise ValueError with the first few problems, if there are any."""
-    if problems:
-        shown = "; ".join(problems[:4])
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{what}: {shown}{more}")
-
-
-def _mismatches(name: str, own: dict[str, Tensor], saved: dict[str, Tensor] | None) -> list[str]:
-    if saved is None:
-        return [f"{name} is missing"]
-    if not isinstance(saved, Mapping):
-        return [f"{name} is a {type(saved).__name__} instead of tensors by their names"]
-    problems = [f"{name}.{k} is missing" for k in own if k not in saved]
-    problems += [f"{name}.{k} is unknown" for k in saved if k not in own]
-    for k in own:
-        theirs = saved.get(k, own[k])
-        if not isinstance(theirs, Tensor):
-            problems.append(f"{name}.{k} is a {type(theirs).__name__} instead of a tensor")
-        elif theirs.shape != own[k].shape:
-            problems.append(f"{name}.{k} is {list(theirs.shape)} instead of {list(own[k].shape)}")
-        elif theirs.is_floating_point() != own[k].is_floating_point():
-            problems.append(f"{name}.{k} is {theirs.dtype} instead of {own[k].dtype}")
-    return problems
-
-
-def _not_finite(name: str, saved: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"{name}.{k} has {int((~t.isfinite()).sum())} NaN or infinite values of {t.numel()}"
-        for k, t in saved.items()
-        if not bool(t.isfinite().all())
-    ]

@@ -2,13 +2,10 @@
 
 from pwm_fast.models.actor import GaussianActor
 from pwm_fast.models.critic import Critic, CriticEnsemble
+from pwm_fast.models.flow_dynamics import FlowWorldModel
 from pwm_fast.models.layers import MLP, NormedLinear, mlp
-from pwm_fast.models.world_model import (
-    FlowWorldModel,
-    LatentModel,
-    WorldModel,
-    make_world_model,
-)
+from pwm_fast.models.mlp_dynamics import WorldModel
+from pwm_fast.models.world_model import LatentModel, make_world_model, register
 
 __all__ = [
     "MLP",
@@ -21,4 +18,5 @@ __all__ = [
     "WorldModel",
     "make_world_model",
     "mlp",
+    "register",
 ]

@@ -16,7 +16,7 @@ from pwm_fast.models.layers import (
     act_norm_mlp,
     run_act_norm,
 )
-from pwm_fast.ops.reference.rollouts import squashed
+from pwm_fast.ops.extend import squashed
 
 INITS = ("orthogonal", "torch")
 

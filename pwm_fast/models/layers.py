@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from pwm_fast import ops
 from pwm_fast.hooks import hooked, hooked_everywhere, why_not_itself
-from pwm_fast.ops import Activation, Layer
-from pwm_fast.ops.types import Order
+from pwm_fast.ops import Activation, Layer, Order
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 

@@ -1,15 +1,22 @@
-"""The baseline world model and what every world model shares: encoder, reward, termination."""
+"""What every world model shares: encoder, reward and termination heads around a transition.
+
+A kind of dynamics is a file ``<kind>_dynamics.py`` here, which says :func:`register` of its class.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pwm_fast import config as configuration
 from pwm_fast import ops
-from pwm_fast.config import WorldModelConfig
-from pwm_fast.models.layers import init_world_model_, mlp, runs_as_one
+from pwm_fast.config import ModelLearningConfig, WorldModelConfig
+from pwm_fast.models.layers import MLP, init_world_model_, mlp, runs_as_one
 
 
 class LatentModel(nn.Module, ABC):
@@ -64,24 +71,40 @@ class LatentModel(nn.Module, ABC):
         """Initialise the transition where it departs from the common initialisation."""
 
     @abstractmethod
+    def _transition(self) -> MLP:
+        """The transition's network."""
+
+    @abstractmethod
+    def _dynamics_of(self, layers: Sequence[ops.Layer]) -> ops.Dynamics:
+        """The transition with those layers of its network, as the operations take it."""
+
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Next latents ``[..., D]`` of latents ``[..., D]`` and actions ``[..., A]``."""
+        net, embedding = self._transition(), self.embed(task, z)
+
+        def run(inputs: Sequence[Tensor], layers: Sequence[ops.Layer], order: ops.Order) -> Tensor:
+            found = net(*inputs)
+            assert isinstance(found, Tensor)
+            return found
+
+        step = self._dynamics_of(()).step
+        return step(z, a, embedding[0] if embedding else None, z.dtype, run)
+
+    def cautions(self, learning: ModelLearningConfig) -> list[str]:
+        """What to warn of where the model is trained in that way."""
+        return []
 
     def encoder_layers(self) -> tuple[ops.Layer, ...]:
         """The encoder's parameters as the operations take them; raises as :meth:`dynamics`."""
         return self._encoder.layers()
 
-    @abstractmethod
-    def _transition(self) -> nn.Module:
-        """The transition's network."""
-
-    @abstractmethod
     def dynamics(self) -> ops.Dynamics:
         """The transition's parameters as the operations take them.
 
         Raises:
             Skipped: whole operations would skip what a module does (a hook, a Dropout).
         """
+        return self._dynamics_of(self._transition().layers())
 
     def heads(self, *, symlog_rewards: bool = False) -> ops.Heads:
         """The reward and termination heads as the operations take them.
@@ -180,112 +203,29 @@ class LatentModel(nn.Module, ABC):
         return counts
 
 
-class WorldModel(LatentModel):
-    """PWM's baseline: ``z' = F(z, task, a)``, an MLP that ends in SimNorm (arXiv 2407.02466)."""
-
-    def _build_transition(self, pair_dim: int) -> None:
-        self._dynamics = mlp(pair_dim, self.config.units, self.config.latent_dim, last="simnorm")
-
-    def _transition(self) -> nn.Module:
-        return self._dynamics
-
-    def dynamics(self) -> ops.LatentMap:
-        """The transition's parameters as the operations take them."""
-        return ops.LatentMap(self._dynamics.layers())
-
-    def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
-        """Next latents ``[..., D]`` of latents ``[..., D]`` and actions ``[..., A]``."""
-        return self._dynamics(z, *self.embed(task, z), a)
+Model = TypeVar("Model", bound=type[LatentModel])
+_KINDS: dict[str, type[LatentModel]] = {}
 
 
-class FlowWorldModel(LatentModel):
-    """Flow dynamics: the latent moves along a velocity field ``v(z, a, tau, task)``, tau in [0, 1].
+def register(kind: str) -> Callable[[Model], Model]:
+    """Decorate a subclass of :class:`LatentModel`: ``alg.world_model.kind`` can name it.
 
-    The head ``config.head`` is ``"linear"``, or ``"simnorm"``, which cannot represent the
-    flow-matching target (``docs/simnorm_head.md``) and is kept to read published checkpoints.
+    A file ``pwm_fast/models/<kind>_dynamics.py`` is found by itself. A class elsewhere counts from
+    the moment its module is imported.
     """
 
-    def _build_transition(self, pair_dim: int) -> None:
-        last = None if self.config.head == "linear" else "simnorm"
-        self._velocity = mlp(
-            pair_dim + 1,
-            self.config.units,
-            self.config.latent_dim,
-            last=last,  # type: ignore[arg-type]
-        )
+    def note(model: Model) -> Model:
+        _KINDS[kind] = model
+        configuration.WORLD_MODELS.add(kind)
+        return model
 
-    def _init_transition(self) -> None:
-        if self.config.zero_velocity and self.config.head == "linear":
-            nn.init.zeros_(self._last_weight(self._velocity))
-
-    def _transition(self) -> nn.Module:
-        return self._velocity
-
-    def dynamics(self) -> ops.Flow:
-        """The transition's parameters as the operations take them."""
-        return ops.Flow(
-            self._velocity.layers(),
-            self.config.substeps,
-            self.config.integrator,  # type: ignore[arg-type]
-            self.config.project,
-        )
-
-    def velocity(
-        self, z: Tensor, a: Tensor, tau: Tensor | float, task: Tensor | None = None
-    ) -> Tensor:
-        """Velocities ``[..., D]`` at latents ``[..., D]`` and flow times in [0, 1].
-
-        Args:
-            z: latents.
-            a: actions ``[..., A]``.
-            tau: a scalar, ``[...]`` or ``[..., 1]``.
-            task: task numbers, or None.
-        """
-        if not isinstance(tau, Tensor):
-            tau = torch.full((), tau, dtype=z.dtype, device=z.device)
-        embedding = self.embed(task, z)
-        if not runs_as_one(self._velocity):
-            return self._velocity(z, a, self._column(tau, z), *embedding)
-        return ops.velocity_field(
-            z, a, tau, self._velocity.layers(), task=embedding[0] if embedding else None
-        )
-
-    @staticmethod
-    def _column(tau: Tensor | float, z: Tensor) -> Tensor:
-        """Flow times as the input ``[..., 1]`` beside latents ``[..., D]``."""
-        if not isinstance(tau, Tensor) or tau.dim() == 0:
-            return z.new_ones((*z.shape[:-1], 1)) * tau
-        return (tau if tau.dim() == z.dim() else tau.unsqueeze(-1)).to(z.dtype)
-
-    def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
-        """Next latents ``[..., D]``: the velocity field integrated from tau = 0 to 1."""
-        embedding = self.embed(task, z)
-        if not runs_as_one(self._velocity):
-
-            def velocity(z: Tensor, tau: float) -> Tensor:
-                return self._velocity(z, a, self._column(tau, z), *embedding)
-
-            z = ops.integrate(
-                velocity,
-                z,
-                self.config.substeps,
-                self.config.integrator,  # type: ignore[arg-type]
-            )
-            return ops.project_simplex(z) if self.config.project else z
-        z = ops.flow_step(
-            z,
-            a,
-            self._velocity.layers(),
-            self.config.substeps,
-            self.config.integrator,  # type: ignore[arg-type]
-            task=embedding[0] if embedding else None,
-        )
-        return ops.project_simplex(z) if self.config.project else z
+    return note
 
 
 def make_world_model(
     obs_dim: int, action_dim: int, config: WorldModelConfig, can_terminate: bool = False
 ) -> LatentModel:
-    """The world model that ``config.kind`` names: ``"mlp"`` (baseline) or ``"flow"``."""
-    kind = FlowWorldModel if config.kind == "flow" else WorldModel
-    return kind(obs_dim, action_dim, config, can_terminate)
+    """The world model that ``config.kind`` names: ``"mlp"`` (baseline), ``"flow"``, or another."""
+    if config.kind not in _KINDS:
+        import_module(f"pwm_fast.models.{config.kind}_dynamics")
+    return _KINDS[config.kind](obs_dim, action_dim, config, can_terminate)

@@ -9,31 +9,28 @@ All functions are differentiable, take any floating dtype and import nothing but
 
 from pwm_fast.fused.algebra import algebra
 from pwm_fast.fused.weight_cache import invalidate
+from pwm_fast.ops.dynamics import Dynamics, LatentMap, LatentMLP
 from pwm_fast.ops.esnr import EsnrAccumulator, RunningEsnr, esnr
-from pwm_fast.ops.integration import flow_interpolate, flow_step, integrate, velocity_field
+from pwm_fast.ops.flow import Flow, flow_interpolate, flow_step, integrate, velocity_field
+from pwm_fast.ops.imagine import imagine
 from pwm_fast.ops.mlp import linear_act_norm, linear_norm_act, mlp
 from pwm_fast.ops.norm_act import layer_norm_act
 from pwm_fast.ops.pointwise import mish, symexp, symlog
 from pwm_fast.ops.returns import td_lambda
-from pwm_fast.ops.rollouts import imagine, latent_rollout
+from pwm_fast.ops.rollout import latent_rollout
 from pwm_fast.ops.simnorm import project_simplex, simnorm
 from pwm_fast.ops.two_hot import two_hot_cross_entropy, two_hot_decode, two_hot_encode
 from pwm_fast.ops.types import (
     ESNR,
     Activation,
-    Dynamics,
-    Flow,
     Heads,
     ImaginedRollout,
-    LatentMap,
     Layer,
     Method,
     Order,
     Policy,
-    Start,
-    WindowLoss,
 )
-from pwm_fast.ops.window import world_model_loss
+from pwm_fast.ops.world_model_loss import Start, WindowLoss, world_model_loss
 
 __all__ = [
     "ESNR",
@@ -43,6 +40,7 @@ __all__ = [
     "Flow",
     "Heads",
     "ImaginedRollout",
+    "LatentMLP",
     "LatentMap",
     "Layer",
     "Method",

@@ -10,13 +10,11 @@ from torch import Tensor
 Activation = Literal["none", "mish", "simnorm"]
 Method = Literal["heun", "euler"]
 Order = Literal["norm_act", "act_norm"]
-Start = Literal["rollout", "teacher"]
 VelocityFn = Callable[[Tensor, float], Tensor]
 
 ACTIVATIONS: tuple[Activation, ...] = ("none", "mish", "simnorm")
 METHODS: tuple[Method, ...] = ("heun", "euler")
 ORDERS: tuple[Order, ...] = ("norm_act", "act_norm")
-STARTS: tuple[Start, ...] = ("rollout", "teacher")
 
 
 class Layer(NamedTuple):
@@ -39,39 +37,6 @@ class Layer(NamedTuple):
     act: Activation = "none"
     simnorm_dim: int = 8
     eps: float = 1e-5
-
-
-class Flow(NamedTuple):
-    """Flow dynamics: the next latent is a velocity MLP's integral over tau in [0, 1].
-
-    Attributes:
-        net: layers of the velocity MLP; input ``[z, a, tau, task]``, output width D.
-        substeps: K, at least 1.
-        method: ``"heun"`` or ``"euler"``.
-        project: after every macro step clamp the latent at 0 and renormalise its groups of 8.
-        fold: carry the first layer's pre-activation through the substeps in place of the latent,
-            which spares a product an evaluation where the head is linear and the net is narrow;
-            None where it pays. The result is the same but for rounding.
-    """
-
-    net: Sequence[Layer]
-    substeps: int = 2
-    method: Method = "heun"
-    project: bool = False
-    fold: bool | None = None
-
-
-class LatentMap(NamedTuple):
-    """Dynamics in one step, as PWM's and TD-MPC2's: the next latent is an MLP's output.
-
-    Attributes:
-        net: layers of the MLP; input ``[z, task, a]``, output width D.
-    """
-
-    net: Sequence[Layer]
-
-
-Dynamics = Flow | LatentMap
 
 
 class Policy(NamedTuple):
@@ -123,24 +88,8 @@ class ImaginedRollout(NamedTuple):
     z: Tensor
     action: Tensor
     reward: Tensor
-    continues: Tensor | None
-    value: Tensor | None
-
-
-class WindowLoss(NamedTuple):
-    """Parts of a world-model loss, unweighted scalars.
-
-    Attributes:
-        dynamics: latent error, or flow-matching loss.
-        reward: reward loss.
-        termination: termination loss; None without that head.
-        target: the encoded successors ``[H, B, D]``, without gradient.
-    """
-
-    dynamics: Tensor
-    reward: Tensor
-    termination: Tensor | None
-    target: Tensor
+    continues: Tensor | None = None
+    value: Tensor | None = None
 
 
 class ESNR(NamedTuple):

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast import ops
-from pwm_fast.agent.imagination import Rollout, discounted_return, frozen, imagine
+from pwm_fast.agent.imagination import frozen, imagine
 from pwm_fast.models import GaussianActor
+from pwm_fast.ops import ImaginedRollout
+from pwm_fast.ops.extend import discounted_return
 from tests.models.builders import ACTION, SlowModel, normal, randomize_, same, simplex, small_model
 
 HORIZON, BATCH = 4, 3
@@ -93,8 +95,10 @@ def test_discounted_return(terminating: bool) -> None:
     gamma = 0.9
     reward, value = normal(HORIZON, BATCH), normal(BATCH)
     continues = torch.rand(HORIZON, BATCH, dtype=torch.float64) if terminating else None
-    rollout = Rollout(normal(HORIZON + 1, BATCH, 8), normal(HORIZON, BATCH, 2), reward, continues)
-    ours = discounted_return(rollout, value, gamma)
+    rollout = ImaginedRollout(
+        normal(HORIZON + 1, BATCH, 8), normal(HORIZON, BATCH, 2), reward, continues
+    )
+    ours = discounted_return(rollout.reward, value, gamma, rollout.continues)
     for b in range(BATCH):
         expected, alive = 0.0, 1.0
         for t in range(HORIZON):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pwm_fast import ops
-from pwm_fast.agent.losses import WorldModelLoss, world_model_loss
+from pwm_fast.agent.losses import WeightedLoss, weighted_loss
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
-from pwm_fast.ops import window
+from pwm_fast.ops import flow as flow_module
 from tests.models.builders import ACTION, OBS, SlowModel, normal, same, small_model
 
 HORIZON, BATCH, GAMMA = 4, 5, 0.9
@@ -107,8 +107,8 @@ def slow_loss(
 
 def fast_loss(
     model: LatentModel, d: Data, config: ModelLearningConfig, task: Tensor | None = None
-) -> WorldModelLoss:
-    return world_model_loss(model, *d.windows(), config, gamma=GAMMA, task=task, tau=d.tau)
+) -> WeightedLoss:
+    return weighted_loss(model, *d.windows(), config, gamma=GAMMA, task=task, tau=d.tau)
 
 
 def gradients(loss: Tensor, model: LatentModel) -> dict[str, Tensor]:
@@ -276,8 +276,8 @@ def recorded_tau(model: LatentModel, config: ModelLearningConfig, d: Data) -> Te
         return ops.velocity_field(z, a, tau, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window, "velocity_field", velocity)
-        world_model_loss(model, *d.windows(), config, gamma=GAMMA)
+        patch.setattr(flow_module, "velocity_field", velocity)
+        weighted_loss(model, *d.windows(), config, gamma=GAMMA)
     assert len(seen) == 1
     return seen[0]
 

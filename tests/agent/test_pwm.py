@@ -14,8 +14,10 @@ from torch import Tensor
 
 from pwm_fast import ops
 from pwm_fast.agent import PWM
-from pwm_fast.agent.imagination import Rollout, discounted_return, imagine
-from pwm_fast.agent.losses import world_model_loss
+from pwm_fast.agent.imagination import imagine
+from pwm_fast.agent.losses import weighted_loss
+from pwm_fast.ops import ImaginedRollout
+from pwm_fast.ops.extend import discounted_return
 from tests.agent.agents import (
     ACTION,
     AGENTS,
@@ -94,7 +96,7 @@ def test_world_model_update(name: str) -> None:
     config = agent.config
     before, others = snapshot(agent, "wm"), snapshot(agent, "actor", "critic")
     torch.manual_seed(4)
-    expected = world_model_loss(
+    expected = weighted_loss(
         agent.world_model,
         normalized(agent, windows.obs),
         windows.action,
@@ -327,7 +329,9 @@ def test_returns_are_divided_by_their_running_deviation() -> None:
         fixed_noise(agent, noise)
         rollout = imagine(agent.world_model, agent.actor, agent.world_model.encode(obs), noise)
         value = agent.critic(rollout.z[-1]).min(0).values
-        returns = discounted_return(rollout, value, agent.config.gamma).detach()
+        returns = discounted_return(
+            rollout.reward, value, agent.config.gamma, rollout.continues
+        ).detach()
         seen.append(returns.double().numpy())
         metrics = agent.update_policy(obs)
         scale = np.sqrt(np.concatenate(seen).var() + 1e-5)
@@ -358,11 +362,13 @@ def forward_view(rewards: Tensor, values: Tensor, c: Tensor, gamma: float, lam: 
     return torch.stack(targets)
 
 
-def random_rollout(agent: PWM, batch: int = 8, terminating: bool = True) -> Rollout:
+def random_rollout(agent: PWM, batch: int = 8, terminating: bool = True) -> ImaginedRollout:
     horizon, dim = agent.config.horizon, agent.world_model.latent_dim
     z = torch.randn(horizon + 1, batch, dim).unflatten(-1, (-1, 8)).softmax(-1).flatten(-2)
     continues = torch.rand(horizon, batch) if terminating else None
-    return Rollout(z, torch.zeros(horizon, batch, ACTION), torch.randn(horizon, batch), continues)
+    return ImaginedRollout(
+        z, torch.zeros(horizon, batch, ACTION), torch.randn(horizon, batch), continues
+    )
 
 
 @pytest.mark.parametrize("terminating", [True, False])
@@ -549,7 +555,9 @@ def test_actor_esnr(name: str) -> None:
             detach=agent.config.actor.detach,
         )
         value = agent.critic(rollout.z[-1]).min(0).values
-        loss = -discounted_return(rollout, value, agent.config.gamma).mean()
+        loss = -discounted_return(
+            rollout.reward, value, agent.config.gamma, rollout.continues
+        ).mean()
         samples.append(torch.autograd.grad(loss, list(params.values())))
     expected = ops.esnr(samples)
     same(metrics["esnr"], expected.ratio, rtol=1e-3)

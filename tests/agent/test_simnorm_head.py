@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast.agent.losses import WorldModelLoss, world_model_loss
+from pwm_fast.agent.losses import WeightedLoss, weighted_loss
 from pwm_fast.agent.optim import GuardedAdam
 from pwm_fast.config import ModelLearningConfig, WorldModelConfig
 from pwm_fast.models import FlowWorldModel, make_world_model
@@ -46,13 +46,11 @@ def pendulum(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
 
 def loss_of(
     model: FlowWorldModel, obs: Tensor, action: Tensor, reward: Tensor, **changes: object
-) -> WorldModelLoss:
+) -> WeightedLoss:
     config = ModelLearningConfig()
     for key, value in changes.items():
         setattr(config, key, value)
-    return world_model_loss(
-        model, obs, action, reward, torch.zeros_like(reward), config, gamma=GAMMA
-    )
+    return weighted_loss(model, obs, action, reward, torch.zeros_like(reward), config, gamma=GAMMA)
 
 
 def test_the_floor_is_1_30394() -> None:
@@ -113,7 +111,7 @@ def test_each_step_adds_1_to_every_group() -> None:
         z = model.next(z, torch.randn(4, 1, dtype=torch.float64))
 
 
-def train(head: str, updates: int = 80) -> list[WorldModelLoss]:
+def train(head: str, updates: int = 80) -> list[WeightedLoss]:
     """Losses of each update on the pendulum."""
     torch.manual_seed(0)
     model = make(head)

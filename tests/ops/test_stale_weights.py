@@ -252,7 +252,7 @@ def test_load_state_dict(assign: bool) -> None:
 @pytest.mark.parametrize("kind", ["flow", "mlp"])
 def test_world_model_loss(kind: str, precision: str) -> None:
     """A target network's loss: all of it is of the weights as they are."""
-    from pwm_fast.agent.losses import world_model_loss
+    from pwm_fast.agent.losses import weighted_loss
     from pwm_fast.config import ModelLearningConfig
     from tests.models.builders import ACTION, OBS, small_model
 
@@ -264,9 +264,7 @@ def test_world_model_loss(kind: str, precision: str) -> None:
 
     def loss() -> list[Tensor]:
         torch.manual_seed(1)
-        found = world_model_loss(
-            model, *windows, torch.zeros(H, B), ModelLearningConfig(), gamma=0.9
-        )
+        found = weighted_loss(model, *windows, torch.zeros(H, B), ModelLearningConfig(), gamma=0.9)
         grads = torch.autograd.grad(found.total, list(model.parameters()), allow_unused=True)
         return [found.total.detach(), *(g for g in grads if g is not None)]
 

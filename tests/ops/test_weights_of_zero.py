@@ -13,7 +13,6 @@ from pwm_fast.agent import losses
 from pwm_fast.backends import select
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.diagnostics.windows import draw_windows
-from pwm_fast.ops import window
 from pwm_fast.ops.returns import discounted_return
 from pwm_fast.replay import Episode
 
@@ -205,12 +204,12 @@ def test_a_loss_without_weight_is_left_out(
     found = {name: torch.tensor(2.0, requires_grad=True) for name in ("reward", "termination")}
     found["dynamics"] = torch.tensor(2.0, requires_grad=True)
     found[part] = torch.tensor(bad, requires_grad=True)
-    result = window.WindowLoss(**found, target=torch.zeros(1, 1, 8))
+    result = ops.WindowLoss(**found, target=torch.zeros(1, 1, 8))
     monkeypatch.setattr(losses.ops, "world_model_loss", lambda *_, **__: result)
     config = ModelLearningConfig(**{f"{part}_coef": 0.0})
     model = small_model(True, kind="mlp")
     flat = normal(1, 2)
-    total = losses.world_model_loss(
+    total = losses.weighted_loss(
         model, normal(2, 2, OBS), normal(1, 2, ACTION), flat, flat, config, gamma=0.9
     ).total
     assert total.isfinite()

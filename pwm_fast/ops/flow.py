@@ -1,21 +1,107 @@
-"""Public operations on velocity fields: evaluation, integration, the flow-matching path."""
+"""Flow dynamics: a velocity field, its integration over tau in [0, 1], the flow-matching path."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Call
+from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
 from pwm_fast.backends.select import declare, select
 from pwm_fast.fused import algebra
 from pwm_fast.ops import _checks, rollout_operators
 from pwm_fast.ops.coverage import can_fold, layer_tensors, unsupported_dynamics, without_width
-from pwm_fast.ops.mlp import fused_mlp, mlp
-from pwm_fast.ops.reference import integration as reference
+from pwm_fast.ops.dynamics import (
+    FusedStep,
+    Transitions,
+    check_net,
+    input_width,
+    squared_error,
+)
+from pwm_fast.ops.mlp import RunNet, fused_mlp, mlp
+from pwm_fast.ops.mlp import reference_mlp as run_net
+from pwm_fast.ops.simnorm import project_simplex
 from pwm_fast.ops.types import Layer, Method, VelocityFn
 from pwm_fast.ops.weights import pack
+
+
+class Flow(NamedTuple):
+    """Flow dynamics: the next latent is a velocity MLP's integral over tau in [0, 1].
+
+    Attributes:
+        net: layers of the velocity MLP; input ``[z, a, tau, task]``, output width D.
+        substeps: K, at least 1.
+        method: ``"heun"`` or ``"euler"``.
+        project: after every macro step clamp the latent at 0 and renormalise its groups of 8.
+        fold: carry the first layer's pre-activation through the substeps in place of the latent,
+            which spares a product an evaluation where the head is linear and the net is narrow;
+            None where it pays. The result is the same but for rounding.
+    """
+
+    net: Sequence[Layer]
+    substeps: int = 2
+    method: Method = "heun"
+    project: bool = False
+    fold: bool | None = None
+
+    @property
+    def learns_from_starts(self) -> bool:
+        """See :class:`pwm_fast.ops.Dynamics`."""
+        return True
+
+    def check(self, z: Tensor, action: int, task: Tensor | None) -> None:
+        """See :class:`pwm_fast.ops.Dynamics`."""
+        inputs = input_width(z, action, task) + 1
+        _checks.positive_int("dynamics.substeps", self.substeps)
+        _checks.method(self.method)
+        if self.project:
+            _checks.simnorm_width("z0", z.shape[-1], "the projection's group width", 8)
+        if self.fold and not can_fold(self.net):
+            raise ValueError(
+                "dynamics.fold needs a linear last layer behind at least one hidden layer"
+            )
+        check_net(self.net, inputs, z)
+
+    def step(
+        self, z: Tensor, a: Tensor, task: Tensor | None, dtype: torch.dtype, run: RunNet
+    ) -> Tensor:
+        """The velocity's integral, as wide as ``z``; see :class:`pwm_fast.ops.Dynamics`."""
+        z = _reference_step(z, a, self.net, self.substeps, self.method, task, run, dtype)
+        return project_simplex(z, 8) if self.project else z
+
+    def error(self, steps: Transitions) -> Tensor:
+        """Flow matching on the paths from ``z`` to ``target``.
+
+        At ``z_tau = (1 - tau) z + tau target`` the velocity is compared with ``target - z``; see
+        :class:`pwm_fast.ops.Dynamics`.
+        """
+        z, target, tau = steps.z, steps.target, steps.tau
+        if tau is None:
+            tau = torch.rand(z.shape[:2], dtype=z.dtype, device=z.device)
+        noise = steps.start_noise
+        origin = torch.add(z, torch.randn_like(z), alpha=noise) if noise else z
+        z_tau, wanted = flow_interpolate(origin.to(steps.dtype), target.to(steps.dtype), tau)
+        velocity = velocity_field(
+            z_tau.to(z.dtype),
+            steps.action,
+            tau,
+            self.net,
+            task=steps.task,
+            backend=steps.backend,
+        )
+        return squared_error(
+            velocity, wanted if steps.target_grad else wanted.detach(), steps.dtype
+        )
+
+    def fused(self) -> FusedStep | str:
+        """See :class:`pwm_fast.ops.Dynamics`."""
+        if self.project:
+            return "latents are projected onto the simplices after every macro step"
+        return FusedStep(self.net, self.method, self.substeps, fold=self.fold)
 
 
 def integrate(
@@ -45,7 +131,7 @@ def integrate(
     _checks.floating("z", z)
     _checks.positive_int("substeps", substeps)
     _checks.method(method)
-    return reference.integrate(velocity, z, substeps, method)
+    return _march(velocity, widen(z), substeps, method, z.dtype).to(z.dtype)
 
 
 def velocity_field(
@@ -126,9 +212,9 @@ def flow_step(
     call = Call([*inputs, *layer_tensors(net)], reason)
     choice = select("flow_step", backend, call)
     if choice.is_reference:
-        return reference.flow_step(z, a, net, substeps, method, task)
+        return _reference_step(z, a, net, substeps, method, task)
     if not algebra.in_force().hoist:
-        return reference.flow_step(z, a, net, substeps, method, task, partial(fused_mlp, choice))
+        return _reference_step(z, a, net, substeps, method, task, partial(fused_mlp, choice))
     width, action = z.shape[-1], a.shape[-1]
     packed = pack(
         choice,
@@ -170,7 +256,11 @@ def flow_interpolate(z0: Tensor, z1: Tensor, tau: Tensor) -> tuple[Tensor, Tenso
     if z0.shape != z1.shape:
         raise ValueError(f"z1 must be shaped as z0 {tuple(z0.shape)}, got {tuple(z1.shape)}")
     _checks.flow_time(tau, "z0", z0)
-    return reference.flow_interpolate(z0, z1, tau)
+    if tau.dim() < z0.dim():
+        tau = tau.unsqueeze(-1)
+    result, wide = common_dtype(z0, z1), wide_dtype(z0, z1)
+    start, end, time = z0.to(wide), z1.to(wide), tau.to(wide)
+    return ((1.0 - time) * start + time * end).to(result), (end - start).to(result)
 
 
 def _check_field(z: Tensor, a: Tensor, net: Sequence[Layer], task: Tensor | None) -> None:
@@ -183,3 +273,44 @@ def _check_field(z: Tensor, a: Tensor, net: Sequence[Layer], task: Tensor | None
     outputs = _checks.layers("net", net, inputs, z.device)
     if outputs != z.shape[-1]:
         raise ValueError(f"net has output width {outputs}, but the latent z has {z.shape[-1]}")
+
+
+def _march(
+    velocity: VelocityFn, state: Tensor, substeps: int, method: Method, dtype: torch.dtype
+) -> Tensor:
+    """The state in its own dtype, float32 at least; the velocity sees it in ``dtype``."""
+    dt = 1.0 / substeps
+    for k in range(substeps):
+        tau = k / substeps
+        k1 = velocity(state.to(dtype), tau).to(state.dtype)
+        if method == "euler":
+            state = state + dt * k1
+        else:
+            # The stage time is (k+1)/K, not tau + dt: the last stage is then at 1 exactly.
+            stage = (state + dt * k1).to(dtype)
+            k2 = velocity(stage, (k + 1) / substeps).to(state.dtype)
+            state = state + (0.5 * dt) * (k1 + k2)
+    return state
+
+
+def _reference_step(
+    z: Tensor,
+    a: Tensor,
+    net: Sequence[Layer],
+    substeps: int,
+    method: Method,
+    task: Tensor | None,
+    run: RunNet = run_net,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``z`` may be wider than ``dtype``, that of the network's inputs; the result is as wide."""
+    inputs = z.dtype if dtype is None else dtype
+
+    def velocity(state: Tensor, tau: float) -> Tensor:
+        time = torch.full((), tau, dtype=inputs, device=z.device)
+        column = time.expand(*state.shape[:-1], 1)
+        return run(
+            (state, a, column) if task is None else (state, a, column, task), net, "norm_act"
+        )
+
+    return _march(velocity, widen(z), substeps, method, inputs).to(z.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,31 @@ from torch import Tensor
 from pwm_fast.backends.dtypes import common_dtype, full_precision, wide_dtype
 from pwm_fast.backends.select import for_part
 from pwm_fast.ops import _checks
-from pwm_fast.ops.integration import flow_interpolate, velocity_field
+from pwm_fast.ops.dynamics import Dynamics, Transitions
 from pwm_fast.ops.mlp import mlp
-from pwm_fast.ops.rollouts import latent_rollout
+from pwm_fast.ops.rollout import latent_rollout
 from pwm_fast.ops.two_hot import two_hot_cross_entropy
-from pwm_fast.ops.types import STARTS, Dynamics, Flow, Heads, Layer, Start, WindowLoss
+from pwm_fast.ops.types import Heads, Layer
+
+Start = Literal["rollout", "teacher"]
+
+STARTS: tuple[Start, ...] = ("rollout", "teacher")
+
+
+class WindowLoss(NamedTuple):
+    """Parts of a world-model loss, unweighted scalars.
+
+    Attributes:
+        dynamics: latent error, or flow-matching loss.
+        reward: reward loss.
+        termination: termination loss; None without that head.
+        target: the encoded successors ``[H, B, D]``, without gradient.
+    """
+
+    dynamics: Tensor
+    reward: Tensor
+    termination: Tensor | None
+    target: Tensor
 
 
 def world_model_loss(
@@ -39,7 +60,7 @@ def world_model_loss(
 
     With ``e_t = stop_gradient(encode(obs_{t+1}))`` and the latent rollout ``z_0 = encode(obs_0)``,
     ``z_{t+1} = F(z_t, a_t)``, every part is ``sum_t gamma^t mean(...) / H``: of
-    ``(z_{t+1} - e_t)^2`` for a :class:`LatentMap`; of ``(v(z_tau, a_t, tau) - (e_t - z_t))^2`` at
+    ``(z_{t+1} - e_t)^2`` for a :class:`LatentMLP`; of ``(v(z_tau, a_t, tau) - (e_t - z_t))^2`` at
     ``z_tau = (1 - tau) z_t + tau e_t`` for a :class:`Flow`; of the reward's cross-entropy (a scalar
     head: squared error) and the termination's binary cross-entropy at ``z_t``. Only the latent
     rollout is sequential; all else runs once over H * B rows, and every weight gets its gradient
@@ -50,7 +71,7 @@ def world_model_loss(
         action: ``[H, B, A]``.
         reward: ``[H, B]``.
         encoder: layers on ``[obs, task]``, output width D.
-        dynamics: :class:`Flow` or :class:`LatentMap`.
+        dynamics: :class:`Flow`, :class:`LatentMLP` or others (:class:`Dynamics`).
         heads: reward and termination heads (values are not used).
         gamma: discount of later steps.
         terminated: ``[H, B]``, 1 where step t ended in a terminal state; needed with a termination
@@ -73,7 +94,7 @@ def world_model_loss(
 
     Source: PWM (arXiv 2407.02466), equation 3; Liu et al. 2022 (arXiv 2209.03003), equation 1.
     """
-    horizon, batch = _check(obs, action, reward, gamma, start, start_noise)
+    horizon = _check(obs, action, reward, gamma, start, start_noise)
     if heads.termination is not None and terminated is None:
         raise ValueError("terminated is needed to train the termination head, got None")
 
@@ -87,41 +108,34 @@ def world_model_loss(
         target = encode(obs[1:]).detach()  # forward-mode derivatives do not heed no_grad
     if target.shape[-1] == 0:
         raise ValueError("encoder has output width 0: there is no latent to predict")
-    flow = dynamics if isinstance(dynamics, Flow) else None
     following = None
-    if flow is not None and start == "teacher":
+    if dynamics.learns_from_starts and start == "teacher":
         z = encode(obs[:-1])
     else:
-        # A flow model learns from the starts of its steps alone: its last step leads nowhere.
-        steps = horizon - 1 if flow is not None else horizon
+        # Where the starts of steps are enough, the last step leads nowhere.
+        steps = horizon - 1 if dynamics.learns_from_starts else horizon
         first = encode(obs[:1]).squeeze(0)
         latents = latent_rollout(first, action[:steps], dynamics, task=task, backend=backend)
         z = latents[:horizon]
-        following = latents[1:]
+        if not dynamics.learns_from_starts:
+            following = latents[1:]
 
     embedding = repeated(horizon)
     result, wide = common_dtype(obs, action, reward), wide_dtype(obs, action, reward)
-
-    def squared(ours: Tensor, truth: Tensor) -> Tensor:
-        return (ours.to(wide) - truth.to(wide)).square()
-
-    if flow is None:
-        assert following is not None
-        error = squared(following, target).mean(-1)
-    else:
-        if tau is None:
-            tau = torch.rand(horizon, batch, dtype=z.dtype, device=z.device)
-        origin = torch.add(z, torch.randn_like(z), alpha=start_noise) if start_noise else z
-        z_tau, wanted = flow_interpolate(origin.to(wide), target.to(wide), tau)
-        velocity = velocity_field(
-            z_tau.to(z.dtype),
+    error = dynamics.error(
+        Transitions(
+            z,
             action,
+            following,
+            target,
+            embedding[0] if embedding else None,
+            wide,
             tau,
-            flow.net,
-            task=embedding[0] if embedding else None,
-            backend=backend,
+            start_noise,
+            target_grad,
+            backend,
         )
-        error = squared(velocity, wanted if target_grad else wanted.detach()).mean(-1)
+    )
 
     logits = mlp((z, *embedding, action), heads.reward, backend=backend).to(wide)
     ending = None
@@ -137,7 +151,7 @@ def world_model_loss(
             return ((discount[: len(values)] * values.mean(1)).sum() / horizon).to(result)
 
         if logits.shape[-1] == 1:
-            reward_error = squared(logits.squeeze(-1), reward)
+            reward_error = (logits.squeeze(-1) - reward.to(wide)).square()
         else:
             reward_error = two_hot_cross_entropy(
                 logits,
@@ -159,8 +173,8 @@ def world_model_loss(
 
 def _check(
     obs: Tensor, action: Tensor, reward: Tensor, gamma: float, start: Start, start_noise: float
-) -> tuple[int, int]:
-    """Horizon and batch of a window, after a look at what no other operation _checks."""
+) -> int:
+    """Horizon of a window, after a look at what no other operation checks."""
     for name, x, axes in (("obs", obs, 3), ("action", action, 3), ("reward", reward, 2)):
         _checks.floating(name, x)
         if x.dim() != axes:
@@ -181,4 +195,4 @@ def _check(
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
     if start_noise < 0.0:
         raise ValueError(f"start_noise must not be negative, got {start_noise}")
-    return horizon, batch
+    return horizon

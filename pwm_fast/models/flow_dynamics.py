@@ -1,0 +1,97 @@
+"""Flow dynamics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pwm_fast import ops
+from pwm_fast.config import ModelLearningConfig
+from pwm_fast.models.layers import MLP, mlp, runs_as_one
+from pwm_fast.models.world_model import LatentModel, register
+
+
+@register("flow")
+class FlowWorldModel(LatentModel):
+    """Flow dynamics: the latent moves along a velocity field ``v(z, a, tau, task)``, tau in [0, 1].
+
+    The head ``config.head`` is ``"linear"``, or ``"simnorm"``, which cannot represent the
+    flow-matching target (``docs/simnorm_head.md``) and is kept to read published checkpoints.
+    """
+
+    def _build_transition(self, pair_dim: int) -> None:
+        last = None if self.config.head == "linear" else "simnorm"
+        self._velocity = mlp(
+            pair_dim + 1,
+            self.config.units,
+            self.config.latent_dim,
+            last=last,  # type: ignore[arg-type]
+        )
+
+    def _init_transition(self) -> None:
+        if self.config.zero_velocity and self.config.head == "linear":
+            nn.init.zeros_(self._last_weight(self._velocity))
+
+    def _transition(self) -> MLP:
+        return self._velocity
+
+    def _dynamics_of(self, layers: Sequence[ops.Layer]) -> ops.Flow:
+        return ops.Flow(
+            layers,
+            self.config.substeps,
+            self.config.integrator,  # type: ignore[arg-type]
+            self.config.project,
+        )
+
+    def cautions(self, learning: ModelLearningConfig) -> list[str]:
+        """What to warn of where the model is trained in that way."""
+        if learning.tau_sampling != "midpoint":
+            return []
+        return [
+            "alg.model_learning.tau_sampling=midpoint trains the velocity at tau = 0.5 alone, "
+            "but the integrator also evaluates it elsewhere (Heun at 0 and 1): an ablation"
+        ]
+
+    def velocity(
+        self, z: Tensor, a: Tensor, tau: Tensor | float, task: Tensor | None = None
+    ) -> Tensor:
+        """Velocities ``[..., D]`` at latents ``[..., D]`` and flow times in [0, 1].
+
+        Args:
+            z: latents.
+            a: actions ``[..., A]``.
+            tau: a scalar, ``[...]`` or ``[..., 1]``.
+            task: task numbers, or None.
+        """
+        if not isinstance(tau, Tensor):
+            tau = torch.full((), tau, dtype=z.dtype, device=z.device)
+        embedding = self.embed(task, z)
+        if not runs_as_one(self._velocity):
+            return self._velocity(z, a, self._column(tau, z), *embedding)
+        return ops.velocity_field(
+            z, a, tau, self._velocity.layers(), task=embedding[0] if embedding else None
+        )
+
+    @staticmethod
+    def _column(tau: Tensor | float, z: Tensor) -> Tensor:
+        """Flow times as the input ``[..., 1]`` beside latents ``[..., D]``."""
+        if not isinstance(tau, Tensor) or tau.dim() == 0:
+            return z.new_ones((*z.shape[:-1], 1)) * tau
+        return (tau if tau.dim() == z.dim() else tau.unsqueeze(-1)).to(z.dtype)
+
+    def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
+        """Next latents ``[..., D]``: the velocity field integrated from tau = 0 to 1."""
+        if not runs_as_one(self._velocity):
+            return super().next(z, a, task)
+        embedding = self.embed(task, z)
+        z = ops.flow_step(
+            z,
+            a,
+            self._velocity.layers(),
+            self.config.substeps,
+            self.config.integrator,  # type: ignore[arg-type]
+            task=embedding[0] if embedding else None,
+        )
+        return ops.project_simplex(z) if self.config.project else z

@@ -1,0 +1,164 @@
+"""What rollouts and the world-model loss ask of latent dynamics, and dynamics of one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pwm_fast.ops import _checks
+from pwm_fast.ops.mlp import RunNet
+from pwm_fast.ops.types import Layer
+
+
+class FusedStep(NamedTuple):
+    """A macro step as the fused passes take it.
+
+    Attributes:
+        net: layers of the network that is evaluated, the first with a LayerNorm.
+        method: ``"heun"`` or ``"euler"`` integrate its output over tau in [0, 1], from an input
+            ``[z, a, tau, task]``; with ``"map"`` its output is the next latent.
+        substeps: K of the integration.
+        task_first: the task embedding stands before the action.
+        fold: see :class:`pwm_fast.ops.Flow`.
+    """
+
+    net: Sequence[Layer]
+    method: str = "map"
+    substeps: int = 1
+    task_first: bool = False
+    fold: bool | None = False
+
+
+class Transitions(NamedTuple):
+    """Steps that dynamics are to learn, time first.
+
+    Attributes:
+        z: latents ``[H, B, D]`` that the steps start from.
+        action: ``[H, B, A]``.
+        following: ``[H, B, D]``, what a rollout made of them; None for dynamics that learn from
+            the starts alone.
+        target: the encoded successors ``[H, B, D]``, without gradient.
+        task: task embeddings ``[H, B, E]``, or None.
+        dtype: what errors are computed in, float32 at least.
+        tau: flow times ``[H, B]`` in [0, 1], or None.
+        start_noise: standard deviation of noise on ``z``.
+        target_grad: let the gradient reach ``z`` through a target that depends on it.
+        backend: that was asked for.
+    """
+
+    z: Tensor
+    action: Tensor
+    following: Tensor | None
+    target: Tensor
+    task: Tensor | None
+    dtype: torch.dtype
+    tau: Tensor | None = None
+    start_noise: float = 0.0
+    target_grad: bool = True
+    backend: str | None = None
+
+
+class Dynamics(Protocol):
+    """Latent dynamics ``z' = F(z, a, task)``.
+
+    :class:`LatentMLP` and :class:`pwm_fast.ops.Flow` are two. Whatever has these parts runs in
+    :func:`pwm_fast.ops.latent_rollout`, :func:`pwm_fast.ops.imagine` and
+    :func:`pwm_fast.ops.world_model_loss`; a ``NamedTuple`` of layers and options is best, whose
+    tensors :func:`pwm_fast.explain` finds.
+    """
+
+    @property
+    def net(self) -> Sequence[Layer]:
+        """All layers that a step evaluates."""
+
+    @property
+    def learns_from_starts(self) -> bool:
+        """The loss needs the latents that steps start from, and not what the steps make of them."""
+
+    def check(self, z: Tensor, action: int, task: Tensor | None) -> None:
+        """Raise ValueError where layers or options do not fit ``z [B, D]`` and that action width.
+
+        :func:`check_net` does it for a network.
+        """
+
+    def step(
+        self, z: Tensor, a: Tensor, task: Tensor | None, dtype: torch.dtype, run: RunNet
+    ) -> Tensor:
+        """The next latents, in plain PyTorch.
+
+        Args:
+            z: latents ``[..., D]``, perhaps in a wider dtype than ``dtype``: what is carried from
+                step to step need not be rounded.
+            a: actions ``[..., A]``.
+            task: task embeddings ``[..., E]``, or None.
+            dtype: of the network's inputs.
+            run: evaluates a network, ``run(inputs, layers, "norm_act")``.
+        """
+
+    def error(self, steps: Transitions) -> Tensor:
+        """What is minimised at each step, ``[H, B]`` in ``steps.dtype``."""
+
+    def fused(self) -> FusedStep | str:
+        """The step for the fused passes, or why they do not cover it: then the reference runs."""
+
+
+def check_net(net: Sequence[Layer], inputs: int, z: Tensor) -> None:
+    """Raise ValueError if a network does not take ``inputs`` numbers to a latent as ``z``."""
+    outputs = _checks.layers("dynamics.net", net, inputs, z.device)
+    if outputs != z.shape[-1]:
+        raise ValueError(f"dynamics.net has output width {outputs}, but z0 has {z.shape[-1]}")
+
+
+def input_width(z: Tensor, action: int, task: Tensor | None) -> int:
+    """D + A + E, after a look at whether ``task`` fits ``z``."""
+    if task is None:
+        return z.shape[-1] + action
+    _checks.same_rows("task", task, "z0", z)
+    return z.shape[-1] + action + task.shape[-1]
+
+
+def squared_error(ours: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean squared error over the last axis."""
+    return (ours.to(dtype) - target.to(dtype)).square().mean(-1)
+
+
+class LatentMLP(NamedTuple):
+    """Dynamics in one evaluation, as PWM's and TD-MPC2's: the next latent is an MLP's output.
+
+    Attributes:
+        net: layers of the MLP; input ``[z, task, a]``, output width D.
+    """
+
+    net: Sequence[Layer]
+
+    @property
+    def learns_from_starts(self) -> bool:
+        """See :class:`Dynamics`."""
+        return False
+
+    def check(self, z: Tensor, action: int, task: Tensor | None) -> None:
+        """See :class:`Dynamics`."""
+        check_net(self.net, input_width(z, action, task), z)
+
+    def step(
+        self, z: Tensor, a: Tensor, task: Tensor | None, dtype: torch.dtype, run: RunNet
+    ) -> Tensor:
+        """See :class:`Dynamics`."""
+        x = z.to(dtype)
+        return run((x, a) if task is None else (x, task, a), self.net, "norm_act")
+
+    def error(self, steps: Transitions) -> Tensor:
+        """The squared error of the rolled-out latents; see :class:`Dynamics`."""
+        assert steps.following is not None
+        return squared_error(steps.following, steps.target, steps.dtype)
+
+    def fused(self) -> FusedStep:
+        """See :class:`Dynamics`."""
+        return FusedStep(self.net, task_first=True)
+
+
+#: The name of :class:`LatentMLP` in earlier versions; both are one class.
+LatentMap = LatentMLP

@@ -1,0 +1,66 @@
+"""For code that builds on the operations: dynamics of your own, and training loops.
+
+Dynamics of your own (:class:`pwm_fast.ops.Dynamics`) need :class:`Transitions`,
+:class:`FusedStep`, :data:`RunNet`, :func:`check_net`, :func:`input_width` and
+:func:`squared_error`.
+
+A training loop may set the :func:`precision` of matrix products, note with :func:`precisions_used`
+which ones ran, keep packed weights between updates (:func:`keeping`), and record CUDA graphs
+(:func:`capturing`). :func:`discounted_return`, :func:`discounted`, :func:`squashed`,
+:func:`full_precision` and :func:`widen` are formulas that losses and policies share with the
+operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pwm_fast.backends import select
+from pwm_fast.backends.base import Call
+from pwm_fast.backends.dtypes import full_precision, widen
+from pwm_fast.backends.select import PRECISIONS, precision, requested
+from pwm_fast.fused.weight_cache import capturing, keeping
+from pwm_fast.ops.dynamics import (
+    FusedStep,
+    Transitions,
+    check_net,
+    input_width,
+    squared_error,
+)
+from pwm_fast.ops.imagine import squashed
+from pwm_fast.ops.mlp import RunNet
+from pwm_fast.ops.returns import discounted, discounted_return
+
+__all__ = [
+    "PRECISIONS",
+    "FusedStep",
+    "RunNet",
+    "Transitions",
+    "capturing",
+    "check_net",
+    "discounted",
+    "discounted_return",
+    "full_precision",
+    "input_width",
+    "keeping",
+    "precision",
+    "precisions_used",
+    "requested",
+    "squared_error",
+    "squashed",
+    "widen",
+]
+
+
+@contextmanager
+def precisions_used(found: set[str]) -> Iterator[None]:
+    """Inside, add to ``found`` the precision that each matrix product runs in."""
+
+    def note(operation: str, asked: str, taken: str | None, call: Call) -> None:
+        op = select.OPERATIONS[operation]
+        if op.family == "gemm" and taken is not None:
+            found.add(select.precision_of(select.BACKENDS[taken], op, call).name)
+
+    with select.observed(note):
+        yield

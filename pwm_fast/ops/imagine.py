@@ -1,0 +1,176 @@
+"""A policy acting in a world model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
+from pwm_fast.backends.select import declare, for_part, select
+from pwm_fast.fused import algebra
+from pwm_fast.ops import _checks, rollout_operators
+from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
+from pwm_fast.ops.dynamics import Dynamics
+from pwm_fast.ops.mlp import RunNet, fused_mlp, mlp, reference_mlp
+from pwm_fast.ops.rollout import call_of, check_rows, check_steps, packed_step
+from pwm_fast.ops.two_hot import two_hot_decode
+from pwm_fast.ops.types import Heads, ImaginedRollout, Layer, Policy
+
+declare("imagine", "gemm")
+
+
+def imagine(
+    z0: Tensor,
+    policy: Policy,
+    dynamics: Dynamics,
+    heads: Heads,
+    *,
+    noise: Tensor,
+    detach: bool = True,
+    last_value_only: bool = False,
+    task: Tensor | None = None,
+    backend: str | None = None,
+) -> ImaginedRollout:
+    """A policy acting in a world model for H macro steps, with rewards, terminations and values.
+
+    ``a_t = tanh(mu(z_t) + std noise_t)``, ``z_{t+1} = F(z_t, a_t)``; only these are sequential. The
+    heads run once over all steps. Where the world model's parameters require no gradient, none of
+    theirs is computed.
+
+    Args:
+        z0: start latents ``[B, D]``.
+        policy: the Gaussian policy.
+        dynamics: :class:`Flow`, :class:`LatentMLP` or others (:class:`Dynamics`).
+        heads: reward, termination and value heads.
+        noise: standard normal ``[H, B, A]``; zeros act deterministically.
+        detach: the policy sees latents without their gradient (the dynamics still carry it), so
+            that its own backward pass is one batch.
+        last_value_only: value the last latents alone.
+        task: task embeddings ``[B, E]``, or None.
+        backend: see :mod:`pwm_fast.backends`.
+
+    Returns:
+        :class:`ImaginedRollout`, differentiable in ``z0``, ``task`` and all parameters.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
+
+    Source: PWM (arXiv 2407.02466), section 4; SHAC (arXiv 2204.07137).
+    """
+    check_rows("z0", z0)
+    check_steps("noise", noise, z0)
+    width = noise.shape[-1]
+    dynamics.check(z0, width, task)
+    _check_policy(policy, z0, width)
+    z, action = _roll_out(z0, policy, dynamics, noise, detach, task, backend)
+    steps = noise.shape[0]
+    embedding = () if task is None else (task.expand(steps, *task.shape),)
+    inputs = (z[:-1], *embedding, action)
+
+    def on_inputs(layers: Sequence[Layer]) -> Tensor:
+        return wide(_over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs))
+
+    def wide(x: Tensor) -> Tensor:  # autocast's products are 16 bits, what follows them is not
+        return x.to(torch.promote_types(x.dtype, z0.dtype))
+
+    logits = on_inputs(heads.reward)
+    if logits.shape[-1] == 1:
+        reward = logits.squeeze(-1)
+    else:
+        reward = two_hot_decode(
+            logits,
+            heads.vmin,
+            heads.vmax,
+            transform=heads.symlog,
+            backend=for_part("two_hot_decode", backend),
+        )
+    continues = value = None
+    if heads.termination is not None:
+        continues = torch.sigmoid(-on_inputs(heads.termination).squeeze(-1))
+    if heads.value is not None:
+        critics = heads.value
+
+        def value_of(states: Tensor) -> Tensor:
+            return mlp((states,), critics, order="act_norm", backend=backend)
+
+        members = value_of(z[-1]) if last_value_only else _over_steps(value_of, 1, z)
+        value = wide(members.squeeze(-1)).amin(0)
+    return ImaginedRollout(z, action, reward, continues, value)
+
+
+def _roll_out(
+    z0: Tensor,
+    policy: Policy,
+    dynamics: Dynamics,
+    noise: Tensor,
+    detach: bool,
+    task: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """What is sequential: latents ``[H+1, B, D]`` and actions ``[H, B, A]``."""
+    step = dynamics.fused()
+    tensors = [z0, noise, policy.std, *layer_tensors(policy.layers)]
+    call = call_of(dynamics, step, tensors, task)
+    if call.unsupported is None:
+        reason = unsupported(policy.layers, "act_norm")
+        call = call._replace(unsupported=reason or without_width([], policy.layers))
+    if call.unsupported is None and noise.requires_grad:
+        call = call._replace(unsupported="a gradient towards noise is asked for")
+    choice = select("imagine", backend, call)
+    if choice.is_reference or isinstance(step, str):
+        return _reference(z0, noise, policy, dynamics, task, detach)
+    if not algebra.in_force().hoist:
+        run = partial(fused_mlp, choice)
+        return _reference(z0, noise, policy, dynamics, task, detach, run)
+    packed = packed_step(choice, step, z0, noise.shape[-1], task)
+    return rollout_operators.imagine(
+        choice, packed, z0, noise, policy.layers, policy.std, task, detach
+    )
+
+
+def _reference(
+    z: Tensor,
+    noise: Tensor,
+    policy: Policy,
+    dynamics: Dynamics,
+    task: Tensor | None,
+    detach: bool,
+    run: RunNet = reference_mlp,
+) -> tuple[Tensor, Tensor]:
+    latents, actions, state = [z], [], widen(z)
+    for eps in noise.unbind(0):
+        seen = latents[-1]
+        mu = run((seen.detach() if detach else seen,), policy.layers, "act_norm")
+        a = squashed(mu, policy.std, eps)
+        state = dynamics.step(state, a, task, z.dtype, run)
+        actions.append(a)
+        latents.append(state.to(z.dtype))
+    return torch.stack(latents), torch.stack(actions) if actions else torch.empty_like(noise)
+
+
+def squashed(mu: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+    """A Gaussian policy's action, ``tanh(mu + std eps)``."""
+    wide = wide_dtype(mu, std, eps)
+    action = torch.tanh(mu.to(wide) + std.to(wide) * eps.to(wide))
+    return action.to(common_dtype(mu, std, eps))
+
+
+def _over_steps(head: Callable[..., Tensor], axis: int, *inputs: Tensor) -> Tensor:
+    """A head on inputs ``[T, B, .]``: on all steps as one batch, unless that is switched off."""
+    if algebra.in_force().batch_heads or inputs[0].shape[0] == 0:
+        return head(*inputs)
+    return torch.stack([head(*step) for step in zip(*inputs, strict=True)], axis)
+
+
+def _check_policy(policy: Policy, z0: Tensor, width: int) -> None:
+    _checks.floating("policy.std", policy.std)
+    if tuple(policy.std.shape) != (width,):
+        raise ValueError(f"policy.std must be [{width}], got {tuple(policy.std.shape)}")
+    outputs = _checks.layers("policy.layers", policy.layers, z0.shape[-1], z0.device)
+    if outputs != width:
+        raise ValueError(f"policy.layers has output width {outputs}, but noise has {width}")

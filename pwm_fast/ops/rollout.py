@@ -1,0 +1,122 @@
+"""Latents under given actions, and what every rollout needs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pwm_fast.backends.base import Call
+from pwm_fast.backends.dtypes import widen
+from pwm_fast.backends.select import Choice, declare, select
+from pwm_fast.fused import algebra
+from pwm_fast.ops import _checks, rollout_operators
+from pwm_fast.ops.coverage import layer_tensors, unsupported_dynamics, without_width
+from pwm_fast.ops.dynamics import Dynamics, FusedStep
+from pwm_fast.ops.mlp import RunNet, fused_mlp, reference_mlp
+from pwm_fast.ops.weights import Packed, pack
+
+declare("latent_rollout", "gemm")
+
+
+def latent_rollout(
+    z0: Tensor,
+    action: Tensor,
+    dynamics: Dynamics,
+    *,
+    task: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Latents under given actions: H macro steps of the dynamics.
+
+    Args:
+        z0: start latents ``[B, D]``.
+        action: actions ``[H, B, A]``, time first.
+        dynamics: :class:`Flow`, :class:`LatentMLP` or others (:class:`Dynamics`).
+        task: task embeddings ``[B, E]``, or None.
+        backend: see :mod:`pwm_fast.backends`.
+
+    Returns:
+        ``[H+1, B, D]``, the first being ``z0``; differentiable in ``z0``, ``action``, ``task`` and
+        all parameters. Weight gradients are formed once, over all steps and evaluations.
+
+    Raises:
+        TypeError: a tensor is not floating.
+        ValueError: shapes, devices or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
+    """
+    check_rows("z0", z0)
+    check_steps("action", action, z0)
+    dynamics.check(z0, action.shape[-1], task)
+    step = dynamics.fused()
+    choice = select("latent_rollout", backend, call_of(dynamics, step, [z0, action], task))
+    if choice.is_reference or isinstance(step, str):
+        return _reference(z0, action, dynamics, task)
+    if not algebra.in_force().hoist:
+        return _reference(z0, action, dynamics, task, partial(fused_mlp, choice))
+    packed = packed_step(choice, step, z0, action.shape[-1], task)
+    return rollout_operators.rollout(choice, packed, z0, action, task)
+
+
+def _reference(
+    z: Tensor,
+    action: Tensor,
+    dynamics: Dynamics,
+    task: Tensor | None,
+    run: RunNet = reference_mlp,
+) -> Tensor:
+    # What a flow carries from step to step is not rounded to 16 bits; what is handed out is.
+    latents, state = [z], widen(z)
+    for a in action.unbind(0):
+        state = dynamics.step(state, a, task, z.dtype, run)
+        latents.append(state.to(z.dtype))
+    return torch.stack(latents)
+
+
+def call_of(
+    dynamics: Dynamics, step: FusedStep | str, tensors: list[Tensor], task: Tensor | None
+) -> Call:
+    """A rollout's call; ``tensors`` begin with latents and actions."""
+    reason: str | None
+    if isinstance(step, str):
+        reason = step
+    else:
+        reason = unsupported_dynamics(step.net)
+        if reason is None:
+            inputs = tensors[:2] if task is None else [*tensors[:2], task]
+            reason = without_width(inputs, step.net)
+    tensors = [*tensors, *layer_tensors(dynamics.net)]
+    return Call(tensors if task is None else [*tensors, task], reason)
+
+
+def packed_step(
+    choice: Choice, step: FusedStep, z: Tensor, action: int, task: Tensor | None
+) -> Packed:
+    """The network of a macro step, packed for the rollout operators."""
+    return pack(
+        choice,
+        step.net,
+        step.method,
+        step.substeps,
+        z.shape[-1],
+        action,
+        task=0 if task is None else task.shape[-1],
+        task_first=step.task_first,
+        fold=step.fold,
+    )
+
+
+def check_rows(name: str, z: Tensor) -> None:
+    """Latents are ``[B, D]``."""
+    _checks.vectors(name, z)
+    if z.dim() != 2:
+        raise ValueError(f"{name} must be [B, D], got {tuple(z.shape)}")
+
+
+def check_steps(name: str, x: Tensor, z: Tensor) -> None:
+    """Actions or their noise are ``[H, B, A]`` for latents ``[B, D]``."""
+    _checks.floating(name, x)
+    if x.dim() != 3 or x.shape[1] != z.shape[0]:
+        raise ValueError(f"{name} must be [H, {z.shape[0]}, A], got {tuple(x.shape)}")
+    _checks.same_device(name, x, "z0", z.device)

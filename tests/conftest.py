@@ -1,8 +1,9 @@
 """Settings that every test shares, and how tests are dealt out to processes.
 
-``make test`` runs as many processes as there are cores (pytest-xdist). All tests of a file go to
-one of them, in their order: they share fixtures, caches, and in ``tests/kernels`` an interpreter.
-Files with tests marked ``slow`` come first, so that no process is left with one at the end.
+``make test`` runs one process more than there are cores (pytest-xdist), for some tests wait for a
+Slurm or for a process that they started. All tests of a file go to one of them, in their order:
+they share fixtures, caches, and in ``tests/kernels`` an interpreter. Files with tests marked
+``slow`` come first, so that no process is left with one at the end.
 """
 
 from __future__ import annotations
@@ -26,6 +27,14 @@ for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signa
     _signal = getattr(signal, _name, None)
     if _signal is not None and signal.getsignal(_signal) == signal.SIG_IGN:
         signal.signal(_signal, _handler)
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's, for -n auto
+def pytest_xdist_auto_num_workers() -> int:
+    asked = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return int(asked) if asked else cores + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -67,6 +68,7 @@ def test_updates_never_wait(name: str) -> None:
 
 
 STORED = load()
+counted = functools.cache(count_row)  # two tests look at the rows of small agents
 SMALL = [provider for alg, provider in rows() if alg == "tests"]
 WRITE = "after a change that is meant: python -m bench.launches --write"
 
@@ -74,7 +76,7 @@ WRITE = "after a change that is meant: python -m bench.launches --write"
 @pytest.mark.parametrize("provider", SMALL)
 def test_no_more_launches_than_stored(provider: str) -> None:
     """With any PyTorch."""
-    launches = count_row("tests", provider)
+    launches = counted("tests", provider)
     bounds = STORED["tests"][provider]
     found = {step: launches[step].total() for step in STEPS}
     assert all(found[s] <= bounds[s] for s in STEPS), f"{found} where {bounds} are stored; {WRITE}"
@@ -86,7 +88,7 @@ def test_stored_counts_are_the_commands(alg: str, provider: str) -> None:
     """Every row of the file is what ``python -m bench.launches`` prints."""
     if torch.__version__.split("+")[0] != command.counted_with():
         pytest.skip(f"counted with torch {command.counted_with()}, whose operators are others")
-    launches = count_row(alg, provider)
+    launches = counted(alg, provider)
     assert {step: launches[step].total() for step in STEPS} == STORED[alg][provider], WRITE
 
 

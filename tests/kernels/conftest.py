@@ -2,7 +2,8 @@
 
 ``TRITON_INTERPRET=1`` acts where a kernel is decorated, so it must be set before the kernels are
 imported, and then nothing in that process can be compiled. So the marked tests of a module run
-together in a process of their own, and are reported here one by one::
+together in a process of their own, forked from one that has imported everything
+(``interpreting.py``), and are reported here one by one::
 
     @pytest.mark.interpreted
     def test_rows(): ...  # kernels take CPU tensors
@@ -33,6 +34,7 @@ if _INTERPRETING:
 
 _selected: dict[str, list[str]] = {}
 _results: dict[str, dict[str, tuple[str, str]]] = {}
+_forking: list[subprocess.Popen[str]] = []  # none or one
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m have had their say
@@ -62,21 +64,42 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 def _interpret(nodes: list[str], root: Path, tmp: Path) -> dict[str, tuple[str, str]]:
     report = tmp / "report.jsonl"
-    env = os.environ | {"TRITON_INTERPRET": "1", _REPORT: str(report)}
-    # Tensors of an interpreted kernel are tiny: threads would only get in each other's way.
-    env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *nodes]
+    log = tmp / "output.txt"
+    arguments = ["-q", "-p", "no:cacheprovider", *nodes]
     # A test that hangs ends that process, and is named, well before the one that waits for it.
-    command += ["-o", f"faulthandler_timeout={_TIMEOUT}"]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    arguments += ["-o", f"faulthandler_timeout={_TIMEOUT}"]
+    request = {"arguments": arguments, "env": {_REPORT: str(report)}, "output": str(log)}
+    process = _fork_server(root)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    process.stdout.readline()
     results: dict[str, tuple[str, str]] = {}
     for line in report.read_text().splitlines() if report.exists() else []:
         node, outcome, text = json.loads(line)
         results[node] = outcome, text
-    output = f"{done.stdout}\n{done.stderr}"
+    output = log.read_text() if log.exists() else "it did not start"
     for node in nodes:
         results.setdefault(node, ("failed", f"did not run in the interpreter:\n{output}"))
     return results
+
+
+def _fork_server(root: Path) -> subprocess.Popen[str]:
+    if not _forking:
+        env = os.environ | {"TRITON_INTERPRET": "1"}
+        # Tensors of an interpreted kernel are tiny: threads would only get in each other's way.
+        env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.kernels.interpreting"]
+        pipe = subprocess.PIPE
+        _forking.append(
+            subprocess.Popen(command, cwd=root, env=env, stdin=pipe, stdout=pipe, text=True)
+        )
+    return _forking[0]
+
+
+def pytest_unconfigure() -> None:
+    for process in _forking:
+        process.communicate()  # the end of its requests
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -65,6 +65,7 @@ def test_a_failing_run(launcher: Launcher, tmp_path: Path, quick: dict[str, str]
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_continued(
     signum: signal.Signals, launcher: Launcher, tmp_path: Path, quick: dict[str, str]

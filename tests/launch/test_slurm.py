@@ -20,6 +20,7 @@ from tests.trainer.conftest import ROOT, Command, Launcher, Outcome, rows, tiny_
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pwm-fast[slurm]")
 
+pytestmark = pytest.mark.slow
 EPOCHS = 60
 RESOURCES = ("launch.cpus=1", "launch.mem_gb=1", "launch.time=60")
 

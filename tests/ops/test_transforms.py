@@ -6,6 +6,7 @@ of one vector that holds all its tensors, parameters too, so no argument is left
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -216,16 +217,29 @@ class Truth(NamedTuple):
     curvature: Tensor
 
 
-def truth_of(case: Case, x: Tensor, t: Tensor, w: Tensor) -> Truth:
-    """See :class:`Truth`; the Hessian is that of ``w . f``, with the parts of ``w`` that it has."""
+class Drawn(NamedTuple):
+    """What an operation is checked at: a point, a tangent, a gradient, and the truth there."""
+
+    x: Tensor
+    t: Tensor
+    w: Tensor
+    truth: Truth
+
+
+@functools.cache
+def drawn(name: str) -> Drawn:
+    """The same for every way; the Hessian is that of ``w . f``, with the parts of ``w`` it has."""
+    case = CASES[name]
+    x, t = case.draw(), case.draw(1)
     with select.backend("reference"):
         leaf = x.clone().requires_grad_()
         y = case.function(leaf)
-        (gradient,) = torch.autograd.grad(y, leaf, w[: y.numel()], create_graph=True)
+        w = torch.randn(1000, generator=torch.Generator().manual_seed(2)).double()[: y.numel()]
+        (gradient,) = torch.autograd.grad(y, leaf, w, create_graph=True)
         curvature = torch.zeros_like(x)
         if gradient.requires_grad:
             (curvature,) = torch.autograd.grad(gradient @ t, leaf)
-        return Truth(y.detach(), jacobian(case.function, x), curvature)
+        return Drawn(x, t, w, Truth(y.detach(), jacobian(case.function, x), curvature))
 
 
 class Same(TorchDispatchMode):
@@ -468,10 +482,7 @@ Expected = Callable[[Truth, Tensor, Tensor], Tensor]
 def check(name: str, way: str, expected: Expected, run: Callable[..., Any]) -> None:
     """Compare; an error where it may be one, and then not on the reference."""
     case = CASES[name]
-    x, t = case.draw(), case.draw(1)
-    w = torch.randn(1000, generator=torch.Generator().manual_seed(2)).double()
-    truth = truth_of(case, x, t, w)
-    w = w[: truth.y.numel()]
+    x, t, w, truth = drawn(name)
     given = case.function, x.float(), t.float(), w.float()
     try:
         got = run(*given)
@@ -576,11 +587,9 @@ def test_a_trace_holds_no_weights(centre: bool, mode: str) -> None:
 def test_slopes_of_a_trace_without_gradients(name: str) -> None:
     """A graph of inputs that required none is right where it is differentiated later."""
     case = CASES[name]
-    x, w = case.draw(), torch.randn(1000, generator=torch.Generator().manual_seed(2)).double()
-    truth = truth_of(case, x, case.draw(1), w)
+    x, _, w, truth = drawn(name)
     graph = make_fx(lambda x: case.function(x))(x.float())
-    found = backward(graph, x.float(), w[: truth.y.numel()].float())
-    assert_near(found, w[: truth.y.numel()] @ truth.jacobian)
+    assert_near(backward(graph, x.float(), w.float()), w @ truth.jacobian)
 
 
 ASKED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -348,11 +348,12 @@ def _unpack(named: Path | None) -> dict[str, Any]:
         return {}
     package, tools = environment.ROOT / "pwm_fast", (gpu_out.WORK / "tools").resolve()
     said = gpu_kit.unpack(named or gpu_kit.KIT, Path(cache).resolve(), package, tools)
-    if find_spec("pytest") is None and tools.is_dir():
-        # Behind all others, here and in the processes that this one starts.
-        sys.path.append(str(tools))
-        paths = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, str(tools)])
+    builds = all(find_spec(name) is not None for name in gpu_checks.BUILD_TOOLS)
+    if tools.is_dir() and not (builds and gpu_tests.missing() is None):
+        sys.path.append(str(tools))  # behind all others; in processes before what is installed
+        for variable, folder in (("PYTHONPATH", tools), ("PATH", tools / "bin")):
+            paths = [os.environ[variable]] if os.environ.get(variable) else []
+            os.environ[variable] = os.pathsep.join([*paths, str(folder)])
     return said
 
 

@@ -7,8 +7,8 @@ python -m bench.prepare --only headline layouts --no-native
 Every kernel that :mod:`bench.gpu` launches up to its stage ``esnr`` is compiled for an H100 by
 launching it on a device that runs nothing (:mod:`bench.fake_cuda`), so that Triton's cache has it
 where a process with a GPU looks it up; and the native extension is built, with its CUDA kernels
-where there is an nvcc. With pytest, for a machine that has none, they are packed into
-``build/gpu-kit`` (:mod:`bench.gpu_kit`).
+where there is an nvcc. With pytest and what builds the extension, for a machine that has none, they
+are packed into ``build/gpu-kit`` (:mod:`bench.gpu_kit`).
 
 Exit status: 0 done, 1 something was not compiled or built, 2 the kit cannot be made, 130 it was
 interrupted; what there was of a kit before is left as it was then.
@@ -36,7 +36,7 @@ from unittest import mock
 
 import torch
 
-from bench import environment, gpu_checks, gpu_kit, gpu_out
+from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests
 from bench.cases import gradients, matrix, rollouts
 from bench.cases.epochs import HORIZON
 from bench.providers import OURS, PRECISIONS, backend
@@ -48,7 +48,7 @@ ARCH = "sm_90"  # an H100 or H200
 CUDA_ARCHS = "90a"  # of setup.py
 LINKAGES = ("ELF", "")  # of platform.architecture() with and without the program `file`
 BUILDING = 600.0  # seconds of the native extension, at most
-TOOLS = ("pytest", "pytest-benchmark")
+TOOLS = (*gpu_tests.NEEDED, "pytest-benchmark", *gpu_checks.BUILD_TOOLS)
 
 
 class Work(NamedTuple):
@@ -284,7 +284,7 @@ def native(folder: Path) -> tuple[list[Path], str]:
 
 
 def tools(folder: Path) -> str | None:
-    """Install what tests need into a folder; what went wrong, or None."""
+    """Install what tests and builds need into a folder; what went wrong, or None."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]

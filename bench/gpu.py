@@ -54,7 +54,7 @@ BUDGETS = {  # seconds of each stage; the last takes what is left
     "headline": 150.0,  # torch.compile takes about 100 of them
     "profile": 70.0,
     "epoch": 45.0,
-    "micro": 50.0,
+    "micro": 25.0,
     "build": 75.0,
     "smoke": 60.0,
     "tests": 80.0,
@@ -64,7 +64,7 @@ BUDGETS = {  # seconds of each stage; the last takes what is left
     "matrix": float("inf"),
 }
 NO_KIT = "no kit: kernels are compiled where they are launched first"
-MICRO_JOB = 40.0  # seconds of one microbenchmark, at most: torch.compile of a macro step
+MICRO_JOB = 15.0  # seconds of one microbenchmark, at most
 
 
 def measure(

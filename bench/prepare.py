@@ -155,11 +155,11 @@ def _compared(cuda: Any, provider: str) -> None:
 
 
 def _constants(cuda: Any) -> None:
-    from bench import micro_kernels
     from bench.fake_cuda import DEVICE, PROPERTIES
+    from bench.micro import kernels
 
     with cuda:
-        micro_kernels.start_all(DEVICE, PROPERTIES.multi_processor_count)
+        kernels.start_all(DEVICE, PROPERTIES.multi_processor_count)
 
 
 def _esnr(cuda: Any, model: str, samples: int) -> None:

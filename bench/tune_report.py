@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import results
+from bench.readings import CONSTANTS
 from bench.results import Spread
-from pwm_fast.kernels.cost import CONSTANTS
 
 if TYPE_CHECKING:
     from bench.tune import Problem, Times

@@ -282,18 +282,19 @@ def test_what_is_compiled_is_found_where_it_is_unpacked(
 def test_what_a_measuring_process_compiles_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import micro_kernels
+    from bench.micro import kernels
     from pwm_fast.kernels import aot
 
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
     monkeypatch.setattr(triton.runtime.build, "_build", lambda: None)
     counts = worker.Compilations()
-    case = next(c for c in micro_kernels.cases() if c.name == "bench nothing")
+    signature = {"out": "*i64", "cycles": "i64"}
+    case = aot.Case("clock", kernels.clock, signature, num_warps=1)
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
         aot.compile_case(case, 90)
         aot.compile_case(case, 90)
-    assert counts.news() == ("compiled", 1, ["nothing"])
+    assert counts.news() == ("compiled", 1, ["clock"])
     triton.runtime.build._build()
     assert counts.news() == ("compiled", 0, ["launcher"])
     assert counts.news() == ("compiled", 0, [])

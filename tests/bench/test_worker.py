@@ -232,7 +232,7 @@ def test_a_microbenchmark_that_hangs_or_dies_leaves_the_others_their_time(
     found = {name: [r["value"] for r in rows] for name, rows in record.result.gpu["micro"].items()}
     assert found == {"first": [1.0], "hangs": [1.0, None], "dies": [1.0, None], "last": [1.0]}
     reasons = [record.result.gpu["micro"][name][1]["reason"] for name in ("hangs", "dies")]
-    assert reasons == ["failed: it did not end within 40 s", "failed: it died"]
+    assert reasons == ["failed: it did not end within 15 s", "failed: it died"]
 
 
 # --- one provider after another ------------------------------------------------------------------

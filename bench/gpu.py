@@ -36,16 +36,15 @@ from typing import Any
 
 import torch
 
-from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests
-from bench.cases import matrix
+from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests, matrix
 from bench.gpu_kit import KitError
 from bench.gpu_out import Output
-from bench.gpu_plan import MEASURED, READ, cases, jobs
 from bench.gpu_report import short
+from bench.matrix import MEASURED, READ, Job, cases, jobs
 from bench.results import ResultError, Row, row_from_json
 from bench.stages import ENOUGH, Deadline, Outcome, Record, Stage
 from bench.stages import run as run_stages
-from bench.worker import Job, Message, Worker
+from bench.worker import Message, Worker
 
 BUDGET = 480.0
 DRY = 5.0  # a dry run takes as much longer, on whatever CPU it runs

@@ -36,12 +36,11 @@ from unittest import mock
 
 import torch
 
-from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests
-from bench.cases import gradients, matrix, rollouts
-from bench.cases.epochs import HORIZON
+from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests, matrix, rollouts
+from bench import esnr as gradients
 from bench.providers import OURS, PRECISIONS, backend
 from bench.session import say
-from bench.sizes import ACTION, OBS, alg_config
+from bench.sizes import ACTION, HORIZON, OBS, alg_config
 from bench.stages import Deadline
 
 ARCH = "sm_90"  # an H100 or H200
@@ -134,7 +133,7 @@ def _updates(cuda: Any, substeps: int, provider: str) -> None:
 
 
 def _compared(cuda: Any, provider: str) -> None:
-    """The updates that an epoch's check compares with float64 (:mod:`bench.cases.updates`)."""
+    """The updates that an epoch's check compares with float64 (:mod:`bench.agent`)."""
     from bench.fake_cuda import DEVICE
     from pwm_fast.agent import PWM
     from pwm_fast.agent.imagination import Rollout
@@ -164,13 +163,13 @@ def _constants(cuda: Any) -> None:
 
 def _esnr(cuda: Any, model: str, samples: int) -> None:
     from bench.fake_cuda import DEVICE
-    from pwm_fast import ops
+    from pwm_fast.ops import esnr
 
-    shapes = gradients._shapes(model)
+    shapes = gradients.parameters(model)
     sizes = [shape.numel() for shape in shapes]
     with cuda, torch.device(DEVICE), backend("fast", DEVICE, "esnr"):
         flat = [torch.empty(sum(sizes)) for _ in range(samples)]
-        ops.esnr([[p.view(s) for p, s in zip(x.split(sizes), shapes, strict=True)] for x in flat])
+        esnr([[p.view(s) for p, s in zip(x.split(sizes), shapes, strict=True)] for x in flat])
 
 
 # --- compiling ----------------------------------------------------------------------------------

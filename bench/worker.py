@@ -15,29 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import apart
+from bench import apart, matrix
+from bench.matrix import Job
 from bench.results import row_to_json
 
 Message = tuple[Any, ...]
-Serve = Callable[["Job", torch.device, Callable[[Message], None]], None]
-
-
-class Job(NamedTuple):
-    """What a worker is asked for.
-
-    Attributes:
-        kind: ``case`` or ``micro``.
-        stage: that names the case.
-        name: of the case or of the microbenchmark.
-        providers: of the case.
-        dry: the small stand-in.
-    """
-
-    kind: str
-    stage: str
-    name: str
-    providers: tuple[str, ...] = ()
-    dry: bool = False
+Serve = Callable[[Job, torch.device, Callable[[Message], None]], None]
 
 
 class Ended(NamedTuple):
@@ -119,9 +102,7 @@ def _do(job: Job, device: torch.device, send: Callable[[Message], None]) -> None
         for reading in micro.read(job.name, device, job.dry):
             send(("micro", reading))
         return
-    from bench.gpu_plan import cases
-
-    case = next(c for c in cases(job.stage, job.dry) if c.name == job.name)
+    case = next(c for c in matrix.cases(job.stage, job.dry) if c.name == job.name)
     for item in apart.measure(case, job.providers, device):
         send(("provider", item) if isinstance(item, str) else ("row", row_to_json(item)))
 

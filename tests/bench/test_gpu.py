@@ -19,7 +19,7 @@ from bench import (
     fake_driver,
     gpu,
     gpu_checks,
-    gpu_plan,
+    matrix,
     micro,
     plain,
     predictions,
@@ -27,13 +27,13 @@ from bench import (
     results,
     train_ant,
 )
-from bench.cases import matrix
 from bench.environment import ROOT
+from bench.matrix import Job
 from bench.providers import LABELS
 from bench.readings import ASSUMED
 from bench.results import Row
 from bench.stages import Deadline, Record
-from bench.worker import Ended, Job
+from bench.worker import Ended
 from pwm_fast import config
 from pwm_fast.config import ConfigError
 from tests.bench.synthetic import FACTS
@@ -72,10 +72,10 @@ def bare(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
 # --- the plan ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", gpu_plan.MEASURED)
+@pytest.mark.parametrize("stage", matrix.MEASURED)
 def test_every_provider_of_every_case_is_in_one_job(stage: str) -> None:
-    cases = gpu_plan.cases(stage, False)
-    jobs = list(gpu_plan.jobs(stage, cases, False))
+    cases = matrix.cases(stage, False)
+    jobs = list(matrix.jobs(stage, cases, False))
     taken = [(job.name, name) for job in jobs for name in job.providers]
     assert sorted(taken) == sorted((c.name, p) for c in cases for p in c.providers)
     assert {name for _, name in taken} <= set(LABELS)
@@ -84,12 +84,12 @@ def test_every_provider_of_every_case_is_in_one_job(stage: str) -> None:
 def test_what_the_aims_are_about_comes_first() -> None:
     def order(stage: str) -> list[tuple[str, tuple[str, ...]]]:
         return [
-            (j.name, j.providers) for j in gpu_plan.jobs(stage, gpu_plan.cases(stage, False), False)
+            (j.name, j.providers) for j in matrix.jobs(stage, matrix.cases(stage, False), False)
         ]
 
     compiled = [p for _, names in order("quick") for p in names if p.startswith("compile")]
     assert set(compiled[:6]) == {"compile_bf16"} and len(compiled) == 18
-    (case,) = gpu_plan.cases("headline", False)
+    (case,) = matrix.cases("headline", False)
     assert case.name == "rollout-5M_flow-b128-K4-backward"
     assert next(iter(case.providers)) == "published"  # ratios are of the first row
     peers = [name for _, names in order("headline") for name in names]
@@ -310,8 +310,8 @@ def _text(path: Path) -> str:
 
 def test_an_epoch_without_an_engine_is_absent(tmp_path: Path) -> None:
     script = (
-        "import torch\nfrom bench import apart\nfrom bench.cases import matrix\n"
-        "case = next(c for c in matrix.dry('epoch') if c.name == 'epoch-tiny')\n"
+        "import torch\nfrom bench import apart, matrix\n"
+        "case = next(c for c in matrix.dry_cases('epoch') if c.name == 'epoch-tiny')\n"
         "for x in apart.measure(case, ['published', 'fast'], torch.device('cpu')): print(x)"
     )
     done = bare(tmp_path, "-c", script)

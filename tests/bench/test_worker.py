@@ -17,10 +17,11 @@ import torch
 from bench import gpu
 from bench.cases import Case, Provider, Workload
 from bench.environment import ROOT
+from bench.matrix import Job
 from bench.measure import Effort
 from bench.results import Row
 from bench.stages import Deadline, Record
-from bench.worker import Ended, Job, Message, Worker
+from bench.worker import Ended, Message, Worker
 from tests.bench import fake_work
 from tests.bench.synthetic import FACTS
 
@@ -60,7 +61,8 @@ def test_a_worker_survives_what_its_jobs_do(worker: Worker) -> None:
 def test_a_worker_ends_with_a_run_that_was_killed(tmp_path: Path) -> None:
     """It would have the GPU's memory, and the next run's timings."""
     run = (
-        "import torch\nfrom pathlib import Path\nfrom bench.worker import Job, Worker\n"
+        "import torch\nfrom pathlib import Path\nfrom bench.matrix import Job\n"
+        "from bench.worker import Worker\n"
         "from tests.bench import fake_work\n"
         "if __name__ == '__main__':\n"
         f"    w = Worker(torch.device('cpu'), Path({str(tmp_path / 'log')!r}), fake_work.serve)\n"

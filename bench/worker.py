@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import apart, matrix
+from bench import matrix
 from bench.matrix import Job
 from bench.results import row_to_json
+from bench.session import Broken, one_by_one
 
 Message = tuple[Any, ...]
 Serve = Callable[[Job, torch.device, Callable[[Message], None]], None]
@@ -103,7 +104,7 @@ def _do(job: Job, device: torch.device, send: Callable[[Message], None]) -> None
             send(("micro", reading))
         return
     case = next(c for c in matrix.cases(job.stage, job.dry) if c.name == job.name)
-    for item in apart.measure(case, job.providers, device):
+    for item in one_by_one(case, job.providers, device):
         send(("provider", item) if isinstance(item, str) else ("row", row_to_json(item)))
 
 
@@ -125,7 +126,7 @@ def _serve(pipe: Connection, device: str, log: str, serve: Serve) -> None:
         try:
             serve(job, torch.device(device), pipe.send)
             pipe.send(("done",))
-        except apart.Broken as error:
+        except Broken as error:
             pipe.send(("broken", str(error)))
             os._exit(3)
         except Exception as error:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from bench.apart import Broken
 from bench.matrix import Job
+from bench.session import Broken
 from bench.worker import Message
 
 

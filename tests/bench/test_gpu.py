@@ -310,9 +310,9 @@ def _text(path: Path) -> str:
 
 def test_an_epoch_without_an_engine_is_absent(tmp_path: Path) -> None:
     script = (
-        "import torch\nfrom bench import apart, matrix\n"
+        "import torch\nfrom bench import matrix, session\n"
         "case = next(c for c in matrix.dry_cases('epoch') if c.name == 'epoch-tiny')\n"
-        "for x in apart.measure(case, ['published', 'fast'], torch.device('cpu')): print(x)"
+        "for x in session.one_by_one(case, ['published', 'fast'], torch.device('cpu')): print(x)"
     )
     done = bare(tmp_path, "-c", script)
     assert done.returncode == 0, done.stderr

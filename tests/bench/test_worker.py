@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, session
 from bench.cases import Case, Provider, Workload
 from bench.environment import ROOT
 from bench.matrix import Job
@@ -241,7 +241,6 @@ def test_a_microbenchmark_that_hangs_or_dies_leaves_the_others_their_time(
 
 
 def test_rows_of_every_kind() -> None:
-    from bench import apart
     from bench.providers import Absent
 
     def raising(error: Exception) -> Any:
@@ -263,7 +262,7 @@ def test_rows_of_every_kind() -> None:
     }
     case = Case("c", {}, lambda _: Workload(make, lambda: truth), tuple(make))
     case = Case("c", {}, case.build, tuple(make), effort=Effort(0.01, 2, 3, 0.0))
-    found = [x for x in apart.measure(case, case.providers, CPU) if isinstance(x, Row)]
+    found = [x for x in session.one_by_one(case, case.providers, CPU) if isinstance(x, Row)]
     assert {row.provider: row.status for row in found} == {
         "published": "ok",
         "tf32": "memory",
@@ -279,13 +278,11 @@ def test_rows_of_every_kind() -> None:
 
 
 def test_a_case_that_does_not_fit_is_out_of_memory_for_all() -> None:
-    from bench import apart
-
     def build(_: torch.device) -> Workload:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     case = Case("c", {}, build, ("published", "fast"))
-    found = list(apart.measure(case, case.providers, CPU))
+    found = list(session.one_by_one(case, case.providers, CPU))
     assert [(r.provider, r.status) for r in found if isinstance(r, Row)] == [
         ("published", "memory"),
         ("fast", "memory"),

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import shutil
@@ -36,7 +34,7 @@ from unittest import mock
 
 import torch
 
-from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests, matrix, rollouts
+from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests, matrix, pool, rollouts
 from bench import esnr as gradients
 from bench.providers import OURS, PRECISIONS, backend
 from bench.session import say
@@ -175,24 +173,19 @@ def _esnr(cuda: Any, model: str, samples: int) -> None:
 # --- compiling ----------------------------------------------------------------------------------
 
 
-def compile_some(names: Sequence[str], cache: str, pipe: Any) -> None:
-    """What one process does: sends of each its name, the kernels compiled, and what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who started it ends it
+def compile_one(name: str, cache: str) -> tuple[int, str | None]:
+    """What a process does with a piece of work: the kernels compiled, and what went wrong."""
     os.environ["TRITON_CACHE_DIR"] = cache
     warnings.filterwarnings("ignore", message=".*midpoint.*")
     from bench.fake_cuda import FakeCuda
 
+    cuda, reason = FakeCuda(compile=True), None
     with _both_linkages():
-        for item in work():
-            if item.name not in names:
-                continue
-            cuda, reason = FakeCuda(compile=True), None
-            try:
-                item.run(cuda)
-            except Exception as error:
-                reason = say(error)
-            pipe.send((item.name, cuda.compiled.total(), reason))
-    pipe.send(None)
+        try:
+            {item.name: item for item in work()}[name].run(cuda)
+        except Exception as error:
+            reason = say(error)
+    return cuda.compiled.total(), reason
 
 
 def _both_linkages() -> Any:
@@ -220,48 +213,15 @@ def _both_linkages() -> Any:
 
 def compile_all(names: Sequence[str], cache: Path, jobs: int) -> list[str]:
     """Compile into ``cache`` in several processes; what went wrong, a line each."""
-    context = multiprocessing.get_context("spawn")
-    started: list[tuple[Any, Any]] = []
-    try:
-        for i in range(min(jobs, len(names))):
-            mine, theirs = context.Pipe()
-            process = context.Process(
-                target=compile_some, args=(list(names[i::jobs]), str(cache), theirs)
-            )
-            process.start()
-            theirs.close()
-            started.append((process, mine))
-        return _gather(names, [pipe for _, pipe in started])
-    except BaseException:
-        for process, _ in started:
-            process.kill()
-        raise
-    finally:
-        for process, _ in started:
-            process.join()
-
-
-def _gather(names: Sequence[str], waiting: list[Any]) -> list[str]:
-    """Print what the processes send; what went wrong, a line each."""
     wrong = []
-    left = set(names)
-    while waiting:
-        for pipe in multiprocessing.connection.wait(waiting):
-            try:
-                message = pipe.recv()  # type: ignore[union-attr]
-            except EOFError:
-                message = None
-            if message is None:
-                waiting.remove(pipe)
-                continue
-            name, compiled, reason = message
-            left.discard(name)
-            done = f"{len(names) - len(left)}/{len(names)}"
-            said = f"{compiled} compiled{'' if reason is None else f'; {reason}'}"
-            print(f"  {done} {name}: {said}", flush=True)
-            if reason is not None:
-                wrong.append(f"{name}: {reason}")
-    return wrong + [f"{name}: its process died" for name in sorted(left)]
+    found = pool.each(partial(compile_one, cache=str(cache)), names, jobs)
+    for count, (name, outcome) in enumerate(found, 1):
+        compiled, reason = (0, str(outcome)) if isinstance(outcome, Exception) else outcome
+        said = f"{compiled} compiled{'' if reason is None else f'; {reason}'}"
+        print(f"  {count}/{len(names)} {name}: {said}", flush=True)
+        if reason is not None:
+            wrong.append(f"{name}: {reason}")
+    return wrong
 
 
 def native(folder: Path) -> tuple[list[Path], str]:

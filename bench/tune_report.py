@@ -16,7 +16,7 @@ from bench.readings import CONSTANTS
 from bench.results import Spread
 
 if TYPE_CHECKING:
-    from bench.tune import Problem, Times
+    from bench.tune_problems import Problem, Times
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 

@@ -17,6 +17,7 @@ import torch
 
 from bench import matrix
 from bench.matrix import Job
+from bench.pool import follow
 from bench.results import row_to_json
 from bench.session import Broken, one_by_one
 
@@ -108,20 +109,12 @@ def _do(job: Job, device: torch.device, send: Callable[[Message], None]) -> None
         send(("provider", item) if isinstance(item, str) else ("row", row_to_json(item)))
 
 
-def _follow() -> None:
-    """End with the process that asks: one that is killed would leave a GPU at work."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(4)
-
-
 def _serve(pipe: Connection, device: str, log: str, serve: Serve) -> None:
     """The worker's life: one job after another, until None comes."""
     with open(log, "a", buffering=1) as file:  # so that the last words of a crash are known
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
     while (job := pipe.recv()) is not None:
         try:
             serve(job, torch.device(device), pipe.send)

@@ -270,8 +270,8 @@ def test_what_is_compiled_is_found_where_it_is_unpacked(
     (name,) = (w.name for w in prepare.work() if w.stage == "micro")
     built, there = tmp_path / "built", tmp_path / "there"
     wrong = prepare.compile_all([name, "rollout of nothing"], built, 1)
-    assert wrong == ["rollout of nothing: its process died"]
-    assert f"  1/2 {name}: 5 compiled\n" in capsys.readouterr().out
+    assert wrong == ["rollout of nothing: KeyError: 'rollout of nothing'"]
+    assert f"/2 {name}: 5 compiled\n" in capsys.readouterr().out
     pack(tmp_path / "kit", built, [], tmp_path / "none", FACTS)
     shutil.rmtree(built)
     unpack(tmp_path / "kit", there, tmp_path / "package", tmp_path / "site")

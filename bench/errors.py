@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from bench import environment
+from bench.internals import select, why_missing
 from pwm_fast import ops
-from pwm_fast.backends import select
-from pwm_fast.backends.native import why_missing
 
 BEGIN, END = "<!-- errors:begin -->", "<!-- errors:end -->"
 SIZES = {"5M": (512, 510), "48M": (768, 1788)}  # latent, hidden

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from bench import environment
 from bench.errors import write_docs
+from bench.internals import functional, gemm, rollout, select, stack
 from pwm_fast import ops
-from pwm_fast.backends import select
-from pwm_fast.fused import functional, gemm, rollout, stack
 
 MARKS = ("<!-- trained:begin -->", "<!-- trained:end -->")
 DOCS = environment.ROOT / "docs" / "performance.md"

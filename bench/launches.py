@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bench import plain
 from bench.fake_cuda import DEVICE, FakeCuda
+from bench.internals import packs, select
 from pwm_fast.agent import PWM
-from pwm_fast.backends import select
 from pwm_fast.config import (
     ActorConfig,
     AlgConfig,
@@ -29,7 +29,6 @@ from pwm_fast.config import (
     ModelLearningConfig,
     WorldModelConfig,
 )
-from pwm_fast.fused import packs
 from pwm_fast.replay import Windows
 
 OBS, ACTION = 37, 8  # the Ant's

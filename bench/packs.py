@@ -19,11 +19,9 @@ from torch import Tensor
 
 from bench import environment
 from bench.errors import DOCS, publish
+from bench.internals import fingerprint, packs, select
 from bench.measure import CpuClock, Effort, race
 from pwm_fast import ops
-from pwm_fast.backends import select
-from pwm_fast.fused import packs
-from pwm_fast.fused.fingerprint import fingerprint
 from pwm_fast.ops import Layer
 
 RESULT = environment.ROOT / "bench" / "results" / "packs_cpu.json"

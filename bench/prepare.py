@@ -87,9 +87,9 @@ STAGES = ("headline", "layouts", "epoch", "micro", "quick", "esnr")
 
 
 def _count() -> int:
-    from pwm_fast.kernels.rollout import LAYOUTS
+    from bench.internals import rollout_kernels
 
-    return len(LAYOUTS)
+    return len(rollout_kernels.LAYOUTS)
 
 
 def _rollout(stage: str, model: str, batch: int, provider: str) -> Work:
@@ -99,8 +99,8 @@ def _rollout(stage: str, model: str, batch: int, provider: str) -> Work:
 
 def _imagine(cuda: Any, model: str, batch: int, provider: str) -> None:
     from bench.fake_cuda import DEVICE
+    from bench.internals import packs
     from pwm_fast.agent import PWM
-    from pwm_fast.fused import packs
 
     alg = alg_config(f"{model}_flow", matrix.SUBSTEPS[0])
     with cuda, torch.device(DEVICE), backend(provider, DEVICE):

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from bench.internals import CONSTANTS
 from bench.measure import CpuClock, CudaClock, Effort, graphed, race
 from bench.results import Spread
-from pwm_fast.kernels.cost import CONSTANTS
 
 Reading = dict[str, Any]
 #: Constants of the cost model by the reading that replaces each.

@@ -34,12 +34,11 @@ from typing import Any
 import torch
 
 from bench import environment, results, tune_compile, tune_report
+from bench.internals import planning, tuning
 from bench.measure import Call, CudaClock, Effort, graphed, race
 from bench.results import Row, Spread
 from bench.session import Broken, say
 from bench.tune_problems import Options, Problem, Times, problems
-from pwm_fast.kernels import plan as planning
-from pwm_fast.kernels import tuning
 
 Clock = Callable[[Mapping[str, Call]], Mapping[str, Sequence[float]]]
 

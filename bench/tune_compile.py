@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 
 from bench import pool
+from bench.internals import planning
 from bench.tune_problems import problems
-from pwm_fast.kernels.plan import Limits
 
 JOBS = 8  # each has a CUDA context of its own
 
@@ -41,7 +41,7 @@ def ahead(names: Sequence[str], work: Callable[[str], object], seconds: float) -
 
 
 def compile_one(
-    name: str, device: str, limits: Limits, rates: Sequence[str], rows: Sequence[int]
+    name: str, device: str, limits: planning.Limits, rates: Sequence[str], rows: Sequence[int]
 ) -> None:
     """What a process does for a problem of :func:`bench.tune_problems.problems`."""
     torch.cuda.set_device(torch.device(device))

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from bench import products
+from bench.internals import planning, tuning
 from bench.measure import Call
-from pwm_fast.kernels import plan as planning
-from pwm_fast.kernels import tuning
 
 Options = tuning.Options
 Times = dict[str, Any]  # by name of a choice: seconds a round, or what went wrong
@@ -121,7 +120,7 @@ def _rollout_problem(
     rollout: products.Rollout, rate: str, device: torch.device | None, limits: planning.Limits
 ) -> Iterator[Problem]:
     """The problem of a rollout; none where only layer by layer can run."""
-    from pwm_fast.kernels import rollout as kernels
+    from bench.internals import rollout_kernels as kernels
 
     if rate == "ieee":
         return

@@ -112,9 +112,9 @@ def _readings(micro: Mapping[str, Sequence[dict[str, Any]]]) -> Iterable[dict[st
 
 def main() -> None:
     """Write the table of constants."""
-    from pwm_fast.kernels.report import store  # imports triton
+    from bench.internals import kernels_report
 
-    store(PAGE, table(readings()), "constants")
+    kernels_report.store(PAGE, table(readings()), "constants")
 
 
 def _medians(times: Times) -> dict[str, float]:

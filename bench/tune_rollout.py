@@ -11,13 +11,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.internals import (
+    EXACT,
+    DynamicsSpec,
+    Kernels,
+    LayerParams,
+    LayerSpec,
+    TorchKernels,
+    rollout,
+    rollout_kernels,
+    triton_backend,
+)
 from bench.tune_products import EPS, PRECISIONS, Wrong
-from pwm_fast.backends.base import Kernels, TorchKernels
-from pwm_fast.backends.precision import EXACT
-from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec
-from pwm_fast.backends.triton import TritonKernels
-from pwm_fast.fused.rollout import Dynamics, DynamicsWeights
-from pwm_fast.kernels.rollout import Plan
+
+Plan = rollout_kernels.Plan
+Dynamics, DynamicsWeights = rollout.Dynamics, rollout.DynamicsWeights
 
 LATENT = 64
 NAMES = ("z", "dz0", "dc")
@@ -47,7 +55,9 @@ class RolloutWorkload:
         substeps: int = 2,
         kernels: Kernels | None = None,
     ) -> None:
-        self.kernels = TritonKernels(PRECISIONS[rate]) if kernels is None else kernels
+        self.kernels = (
+            triton_backend.TritonKernels(PRECISIONS[rate]) if kernels is None else kernels
+        )
         self.horizon, self.batch = horizon, batch
         torch.manual_seed(0)
 

@@ -21,7 +21,6 @@ from pwm_fast.kernels import tuning
 from pwm_fast.kernels.cost import CONSTANTS
 
 _TRITON = {
-    "kernels_report": "pwm_fast.kernels.report",
     "rollout_kernels": "pwm_fast.kernels.rollout",
     "triton_backend": "pwm_fast.backends.triton",
     "triton_gemm": "pwm_fast.backends.triton_gemm",

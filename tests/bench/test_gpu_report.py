@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_report, report, results
+from bench import gpu_report, pages, report, results
 from bench.readings import ASSUMED
 from bench.results import Group, Result, Row
 from tests.bench.synthetic import group, result, row
@@ -133,11 +133,10 @@ def test_the_summary_begins_with_the_headline() -> None:
 def test_readme_and_docs_show_the_stored_runs() -> None:
     """After storing a run: ``python -m bench.report --readme --docs``."""
     found = report.stored_gpu()
-    sections = {report.README: report.gpu_readme(found), report.DOCS: report.gpu_docs(found)}
-    for path, section in sections.items():
+    made = {pages.README: report.gpu_readme(found), pages.PERFORMANCE: report.gpu_docs(found)}
+    for path, section in made.items():
         text = path.read_text("utf-8")
-        first, last = report.markers("gpu")
-        assert text.partition(first)[2].partition(last)[0].strip() == section.strip(), path.name
+        assert pages.put(text, "gpu", section) == text, path.name
 
 
 def test_the_readme_says_not_measured_or_shows_a_run() -> None:

@@ -248,7 +248,7 @@ def test_constants_stand_beside_their_readings() -> None:
     assert tune_report.readings("a GPU that nobody has") == {}
     table = tune_report.table(tune_report.readings())
     assert len(table.splitlines()) == 2 + len(cost.CONSTANTS)
-    assert table in tune_report.PAGE.read_text(), "run python -m bench.tune_report"
+    assert table in tune_report.PERFORMANCE.read_text(), "run python -m bench.tune_report"
 
 
 # --- the command ----------------------------------------------------------------------------------

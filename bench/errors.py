@@ -20,15 +20,13 @@ import torch
 from torch import Tensor
 
 from bench import environment
+from bench.internals import select, why_missing
+from bench.pages import OPS, write
 from pwm_fast import ops
-from pwm_fast.backends import select
-from pwm_fast.backends.native import why_missing
 
-BEGIN, END = "<!-- errors:begin -->", "<!-- errors:end -->"
 SIZES = {"5M": (512, 510), "48M": (768, 1788)}  # latent, hidden
 ACTION, ACTOR, HORIZON, BATCH = 8, (400, 200, 100), 16, 32
 RESULTS = environment.ROOT / "bench" / "results"
-DOCS = environment.ROOT / "docs" / "ops.md"
 
 Net = list[ops.Layer]
 
@@ -139,25 +137,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_docs(text: str, path: Path = DOCS, marks: tuple[str, str] = (BEGIN, END)) -> None:
-    """Put the table between its markers.
-
-    Raises:
-        ValueError: the page has no such markers.
-    """
-    page = path.read_text("utf-8")
-    head, begin, rest = page.partition(marks[0])
-    _, end, tail = rest.partition(marks[1])
-    if not begin or not end:
-        raise ValueError(f"{path.name} must hold {marks[0]} and {marks[1]}")
-    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", "utf-8")
-
-
-def publish(text: str, path: Path | None, marks: tuple[str, str]) -> None:
-    """Print a text and, if a page is given, put it between the page's markers."""
+def publish(text: str, page: Path | None, name: str) -> None:
+    """Print a text and, if a page is given, put it into the page's section."""
     print(text)
-    if path is not None:
-        write_docs(text, path, marks)
+    if page is not None:
+        write(page, name, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = measure(device, args.sizes, args.substeps)
     out = args.out or RESULTS / f"errors_{device.type}.json"
     out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    publish(table(result), DOCS if args.docs else None, (BEGIN, END))
+    publish(table(result), OPS if args.docs else None, "errors")
     return 0
 
 

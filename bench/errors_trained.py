@@ -18,14 +18,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import environment
-from bench.errors import write_docs
+from bench.errors import publish
+from bench.internals import folded, imagine, layered, mlp_backward, select, wgrad
+from bench.pages import PERFORMANCE
 from pwm_fast import ops
-from pwm_fast.backends import select
-from pwm_fast.fused import folded, imagine, layered, mlp_backward, wgrad
 
-MARKS = ("<!-- trained:begin -->", "<!-- trained:end -->")
-DOCS = environment.ROOT / "docs" / "performance.md"
 SIZES = {"small": (64, 62, 4), "5M": (512, 510, 16)}  # latent, hidden, macro steps
 GAINS = {"contracting": 1.0, "expansive": 2.0}  # of weights before a LayerNorm
 ACTION, BATCH, SUBSTEPS = 8, 32, 2
@@ -126,9 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = {(s, p): measure(s, p, args.seeds) for s in args.sizes for p in HALVES}
     text = table(results)
-    print(text)
-    if args.docs:
-        write_docs(text, DOCS, MARKS)
+    publish(text, PERFORMANCE if args.docs else None, "trained")
     return 0
 
 

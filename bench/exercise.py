@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench import plain, providers
-from bench.cases import Provider, Workload, gradients, rollouts, updates
+from bench import agent, esnr, plain, providers, rollouts
+from bench.cases import Provider, Workload
 from bench.session import say
 from pwm_fast.config import AlgConfig
 
@@ -41,9 +41,9 @@ def workloads(device: torch.device) -> dict[str, Callable[[], Workload]]:
         for kind in ("flow", "mlp")
         for mode in ("forward", "backward")
     } | {
-        "world model": lambda: updates.build_world_model(small("flow"), 19, device, 3),
-        "critic": lambda: updates.build_critic(small("flow"), 13, device, 3),
-        "ESNR": lambda: gradients.build((torch.Size((50, 7)), torch.Size((9,))), device),
+        "world model": lambda: agent.build_world_model(small("flow"), 19, device, 3),
+        "critic": lambda: agent.build_critic(small("flow"), 13, device, 3),
+        "ESNR": lambda: esnr.build((torch.Size((50, 7)), torch.Size((9,))), device),
     }
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pwm_fast.fused import weight_cache
+from bench.internals import weight_cache
 
 DEVICE = torch.device("cuda:0")
 PROPERTIES = SimpleNamespace(

@@ -36,16 +36,15 @@ from typing import Any
 
 import torch
 
-from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests
-from bench.cases import matrix
+from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests, matrix
 from bench.gpu_kit import KitError
 from bench.gpu_out import Output
-from bench.gpu_plan import MEASURED, READ, cases, jobs
 from bench.gpu_report import short
+from bench.matrix import MEASURED, READ, Job, cases, jobs
 from bench.results import ResultError, Row, row_from_json
 from bench.stages import ENOUGH, Deadline, Outcome, Record, Stage
 from bench.stages import run as run_stages
-from bench.worker import Job, Message, Worker
+from bench.worker import Message, Worker
 
 BUDGET = 480.0
 DRY = 5.0  # a dry run takes as much longer, on whatever CPU it runs
@@ -54,7 +53,7 @@ BUDGETS = {  # seconds of each stage; the last takes what is left
     "headline": 150.0,  # torch.compile takes about 100 of them
     "profile": 70.0,
     "epoch": 45.0,
-    "micro": 50.0,
+    "micro": 25.0,
     "build": 75.0,
     "smoke": 60.0,
     "tests": 80.0,
@@ -64,7 +63,7 @@ BUDGETS = {  # seconds of each stage; the last takes what is left
     "matrix": float("inf"),
 }
 NO_KIT = "no kit: kernels are compiled where they are launched first"
-MICRO_JOB = 40.0  # seconds of one microbenchmark, at most: torch.compile of a macro step
+MICRO_JOB = 15.0  # seconds of one microbenchmark, at most
 
 
 def measure(
@@ -348,11 +347,12 @@ def _unpack(named: Path | None) -> dict[str, Any]:
         return {}
     package, tools = environment.ROOT / "pwm_fast", (gpu_out.WORK / "tools").resolve()
     said = gpu_kit.unpack(named or gpu_kit.KIT, Path(cache).resolve(), package, tools)
-    if find_spec("pytest") is None and tools.is_dir():
-        # Behind all others, here and in the processes that this one starts.
-        sys.path.append(str(tools))
-        paths = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, str(tools)])
+    builds = all(find_spec(name) is not None for name in gpu_checks.BUILD_TOOLS)
+    if tools.is_dir() and not (builds and gpu_tests.missing() is None):
+        sys.path.append(str(tools))  # behind all others; in processes before what is installed
+        for variable, folder in (("PYTHONPATH", tools), ("PATH", tools / "bin")):
+            paths = [os.environ[variable]] if os.environ.get(variable) else []
+            os.environ[variable] = os.pathsep.join([*paths, str(folder)])
     return said
 
 

@@ -1,4 +1,4 @@
-"""What was built before a visit to a GPU, packed: Triton's cache, the native extension, pytest.
+"""What was built before a visit to a GPU, packed: Triton's cache, the native extension, tools.
 
 :mod:`bench.prepare` packs it on a machine without a GPU, :mod:`bench.gpu` unpacks it on one that
 has nothing but Python, torch and Triton. Parts that do not fit there are left out, with the reason.
@@ -23,7 +23,7 @@ KIT = ROOT / "build" / "gpu-kit"  # a folder, carried as it is
 LIMIT = 64 * 2**20  # bytes that may be brought to a machine
 MANIFEST = "manifest.json"
 TRITON, NATIVE, TOOLS = "triton.tar.xz", "native.tar.xz", "tools.tar.xz"
-SCHEMA = 2
+SCHEMA = 3
 _GROUP = "__grp__"  # Triton's lists of a kernel's files, with absolute paths
 
 
@@ -42,7 +42,7 @@ def here() -> dict[str, Any]:
     return {
         TRITON: {**python, **machine, "triton": triton},
         NATIVE: {**python, **machine, "sources": sources()},
-        TOOLS: python,
+        TOOLS: {**python, **machine},
     }
 
 
@@ -71,7 +71,7 @@ def pack(
         kit: the folder; what it holds of an earlier kit is replaced.
         cache: of Triton, all of which is taken.
         extensions: files of ``pwm_fast``.
-        tools: a folder of pure Python packages, to be found where there are none of that name.
+        tools: a folder of Python packages, to be found where one of them is missing.
         facts: for the manifest: the commit, the arch, versions.
         limit: bytes of all files together.
 

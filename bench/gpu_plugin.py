@@ -1,9 +1,9 @@
-"""A pytest plugin that writes what becomes of each test at once, so that a killed run loses none.
+"""What a run of the tests marked ``gpu`` adds to pytest and pytest-xdist: ``-p bench.gpu_plugin``.
 
-``-p bench.gpu_plugin`` with PWM_FAST_TEST_LOG naming the file: a line of JSON where a test starts
-and one where it has ended; with ``--collect-only`` one for every test that there is. Tracebacks are
-printed at once, too, since pytest waits for the end. A test that takes the CUDA context with it
-ends the process with status :data:`LOST`: no test after it could pass.
+The first of xdist's workers writes which tests there are, the controller what becomes of each, at
+once and as lines of JSON, so that a killed run loses none. Tracebacks are printed at once, too. A
+test that loses the CUDA context ends its worker, since no test after it could pass there; xdist
+starts another one.
 """
 
 from __future__ import annotations
@@ -11,50 +11,115 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.gpu_tests import LOST, VARIABLE
-
-_found: dict[str, tuple[str, str]] = {}  # what is known of a test before its teardown
+from bench.gpu_tests import VARIABLE, Orders, first_cases
 
 
-def pytest_collection_finish(session: Any) -> None:
-    """The tests that are left after ``-m`` and ``-k``."""
-    if session.config.option.collectonly:
-        for item in session.items:
-            _write(item.nodeid, "collected", file=str(item.path))
+def pytest_configure(config: Any) -> None:
+    """The role of this process."""
+    orders = Orders(**json.loads(os.environ[VARIABLE]))
+    plugin = Worker(config, orders) if hasattr(config, "workerinput") else Controller(orders)
+    config.pluginmanager.register(plugin)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: Any) -> Generator[None, Any, Any]:
-    """A file that cannot be imported has failed, or is skipped as a whole."""
-    report = yield
-    if not report.passed:
-        _write(report.nodeid, report.outcome, _message(report), file=str(collector.path))
-    return report
+class Worker:
+    """Chooses the tests; all workers must choose the same, in one order."""
+
+    def __init__(self, config: Any, orders: Orders) -> None:
+        self._orders = orders
+        self._first = config.workerinput["workerid"] == "gw0"
+        self._failed = False
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Of what ``-m`` has left, keep what is wanted and has not ended in an earlier run."""
+        files: dict[str, list[str]] = {}
+        for item in items:
+            files.setdefault(str(item.path), []).append(inside(item.nodeid))
+        place: dict[tuple[str, str], int] = {}
+        for file, tests in files.items():
+            self._write(file, tests, "collected")
+            done = self._orders.done.get(file, ())
+            for test in first_cases(tests) if self._orders.first else tests:
+                if test not in done:
+                    place[file, test] = len(place)
+        keys = {item: (str(item.path), inside(item.nodeid)) for item in items}
+        items[:] = sorted((x for x in items if keys[x] in place), key=lambda x: place[keys[x]])
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector: Any) -> Generator[None, Any, Any]:
+        """A file that cannot be imported has failed, or is skipped as a whole."""
+        report = yield
+        if not report.passed:
+            name = inside(report.nodeid)
+            self._write(str(collector.path), [name], report.outcome, _message(report))
+        return report
+
+    @pytest.hookimpl(trylast=True)  # the controller has the report
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self._failed |= report.failed
+        if report.when == "teardown":
+            if self._failed and _context_is_lost():
+                os._exit(1)
+            self._failed = False
+
+    def _write(self, file: str, tests: list[str], outcome: str, message: str = "") -> None:
+        if self._first:
+            _write(self._orders, file, tests, outcome, message)
 
 
-def pytest_runtest_logstart(nodeid: str) -> None:
-    """Whatever ends the process now, it was this test."""
-    _write(nodeid, "started")
+class Controller:
+    """Writes what becomes of each test."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._root = Path()
+        self._started: dict[str, float] = {}
+        self._found: dict[str, tuple[str, str]] = {}  # what is known of a test before its teardown
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+
+    def pytest_sessionstart(self, session: Any) -> None:
+        self._root = session.config.rootpath
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._started[nodeid] = time.monotonic()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """The worst of a test's setup, call and teardown is its outcome; ``???`` is a crash."""
+        name = report.nodeid
+        if name not in self._started:
+            return  # it has ended, and then its worker
+        if report.failed:
+            print(f"\n{name}, {report.when}:\n{report.longreprtext}", flush=True)
+        if report.failed or (report.skipped and name not in self._found):
+            self._found[name] = report.outcome, _message(report)
+        if report.when not in ("teardown", "???"):
+            return
+        seconds = time.monotonic() - self._started.pop(name)
+        outcome, message = self._found.pop(name, ("passed", ""))
+        if report.when == "???" and seconds >= self._orders.hangs:
+            message = f"it did not end within {self._orders.hangs:.0f} s"
+        file = str((self._root / name.partition("::")[0]).resolve())
+        _write(self._orders, file, [inside(name)], outcome, message)
 
 
-def pytest_runtest_logreport(report: Any) -> None:
-    """The worst of a test's setup, call and teardown is its outcome."""
-    if report.failed:
-        print(f"\n{report.nodeid}, {report.when}:\n{report.longreprtext}", flush=True)
-    if report.failed or (report.skipped and report.nodeid not in _found):
-        _found[report.nodeid] = report.outcome, _message(report)
-    if report.when == "teardown":
-        outcome, message = _found.pop(report.nodeid, ("passed", ""))
-        _write(report.nodeid, outcome, message)
-        if outcome == "failed" and _context_is_lost():
-            print(f"{report.nodeid} took the CUDA context with it", flush=True)
-            os._exit(LOST)
+def inside(test: str) -> str:
+    """The name of a test in its file: what the file is called depends on where pytest begins."""
+    return test.partition("::")[2] or test
+
+
+def _follow(parent: int) -> None:
+    """End with the process that asked: one that is killed would leave a GPU at work."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _context_is_lost() -> bool:
@@ -75,7 +140,7 @@ def _message(report: Any) -> str:
     return ((lines[0] if crash else lines[-1]) if lines else "")[:200]
 
 
-def _write(test: str, outcome: str, message: str = "", **more: str) -> None:
-    line = {"test": test, "outcome": outcome, "message": message, **more}
-    with Path(os.environ[VARIABLE]).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+def _write(orders: Orders, file: str, tests: list[str], outcome: str, message: str) -> None:
+    line = {"file": file, "tests": tests, "outcome": outcome, "message": message}
+    with Path(orders.report).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.predictions import (
-    ASSUMPTIONS,
-    EPOCH_AIM,
-    ESNR_MODEL,
-    ESNR_SHARE,
-    ROLLOUT_MODEL,
-)
+from bench.predictions import EPOCH_AIM, ESNR_MODEL, ESNR_SHARE, ROLLOUT_MODEL
 from bench.providers import GRAPH, OURS
+from bench.readings import ASSUMED
 from bench.results import Group, Result, Row, Spread
 
 NOT_MEASURED = "not measured"
@@ -100,10 +95,10 @@ def _sources(result: Result) -> list[str]:
     rows = [row for group in result.groups.values() for row in group.rows.values()]
     count = sum(row.status == "ok" for row in rows)
     known = {r["name"] for r in headline(result) if r["value"] is not None and "replaces" in r}
-    assumed = [name for name in ASSUMPTIONS if name not in known]
+    assumed = [name for name in ASSUMED if name not in known]
     lines = [
         f"measured: {count} times on {machine}, torch {software['torch']}, Triton "
-        f"{software['triton']}, and {len(known)} of the cost model's {len(ASSUMPTIONS)} constants",
+        f"{software['triton']}, and {len(known)} of the cost model's {len(ASSUMED)} constants",
         f"assumed: {len(assumed)} constants{': ' * bool(assumed)}{'; '.join(assumed)}",
     ]
     compiled = result.gpu.get("compiled")
@@ -123,8 +118,9 @@ def short(result: Result) -> str:
         lines.append(f"{name:9} {stage['status']:8} {stage['seconds']:5.0f}  {stage['detail']}")
     lines.append("")
     for reading in headline(result):
-        assumed = ASSUMPTIONS[reading["name"]]
-        lines.append(f"{reading['name']}: {of_reading(reading, 4)} (model: {assumed})")
+        model = ASSUMED[reading["name"]]
+        text = f"{of_reading(reading, 4)} (model: {model.value:g} {model.unit})"
+        lines.append(f"{reading['name']}: {text}")
     for name in SHOWN:
         for reading in result.gpu.get("micro", {}).get(name, ()):
             lines.append(f"{reading['name']}: {of_reading(reading, 4)}".rstrip())
@@ -169,7 +165,7 @@ def headline(result: Result) -> list[dict[str, Any]]:
         reading
         for readings in result.gpu.get("micro", {}).values()
         for reading in readings
-        if reading["name"] in ASSUMPTIONS
+        if reading["name"] in ASSUMED
     ]
 
 
@@ -178,19 +174,7 @@ def headline(result: Result) -> list[dict[str, Any]]:
 
 def comparison(result: Result | None) -> str:
     """Markdown: the model's figures beside those of a result, or beside "not measured"."""
-    return "\n\n".join([_constants(result), _rollouts(result), _esnr(result), _epoch(result)])
-
-
-def _constants(result: Result | None) -> str:
-    measured = {r["name"]: r for r in ([] if result is None else headline(result))}
-    lines = [
-        "| constant of the cost model | predicted | its source | measured |",
-        "|---|---|---|---|",
-    ]
-    for name, a in ASSUMPTIONS.items():
-        have = of_reading(measured[name], 3) if name in measured else NOT_MEASURED
-        lines.append(f"| {a.text} | {a} | {a.source} | {have} |")
-    return "\n".join(lines)
+    return "\n\n".join([_rollouts(result), _esnr(result), _epoch(result)])
 
 
 def _rollouts(result: Result | None) -> str:

@@ -27,10 +27,10 @@ ROWS = 40  # of the profiler's tables
 
 def layouts(device: torch.device) -> list[Any]:
     """The layouts that fit, the one that the heuristic takes first."""
-    from pwm_fast.kernels import rollout
-    from pwm_fast.kernels.plan import device_limits
+    from bench.internals import planning
+    from bench.internals import rollout_kernels as rollout
 
-    limits = device_limits(device)[1]
+    limits = planning.device_limits(device)[1]
     size = torch.float16.itemsize
     found = [p for p in rollout.LAYOUTS if not rollout.why_not(p, BATCH, WIDTH, size, *limits)]
     chosen = rollout.choose_layout(BATCH, WIDTH, torch.float16, *limits)
@@ -44,9 +44,8 @@ def title(plan: Any) -> str:
 
 def workload(device: torch.device, dry: bool) -> Any:
     """Random operands; on a CPU of a small rollout in plain PyTorch."""
+    from bench.internals import EXACT, TorchKernels
     from bench.tune_rollout import RolloutWorkload
-    from pwm_fast.backends.precision import EXACT
-    from pwm_fast.backends.torch import TorchKernels
 
     if device.type != "cuda":
         return RolloutWorkload(5, 64, RATE, device, 2, SUBSTEPS, TorchKernels(EXACT))

@@ -1,33 +1,60 @@
-"""The tests marked ``gpu``, each in a process that it may take with it without harm to others."""
+"""The tests marked ``gpu`` on all cores, by pytest-xdist: what one takes along costs it alone."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bench.environment import ROOT
-from bench.gpu_checks import last_words, run_command
+from bench.gpu_checks import last_words
 from bench.gpu_out import FAILURES, WORK
 from bench.stages import Deadline, Outcome, Record
 
 HANGS = 90.0  # seconds in which one test must end, with the kernels that it compiles
-STARTS = 120.0  # seconds in which a process must come to its first test
-BATCH = 24  # tests of a process, at most
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 TOGETHER = min(max(CORES - 2, 2), 12)  # processes: most of their time is spent compiling kernels
 OUTCOMES = ("passed", "failed", "skipped")
 MESSAGES = 10  # kept of a file
-VARIABLE = "PWM_FAST_TEST_LOG"  # tells bench.gpu_plugin of its file
-LOST = 77  # its status where a test took the CUDA context with it
+NEEDED = {"pytest": 9, "pytest-xdist": 3}  # the first ends a process whose test hangs
+VARIABLE = "PWM_FAST_GPU_TESTS"  # holds the orders of bench.gpu_plugin
+
+
+@dataclass
+class Orders:
+    """What :mod:`bench.gpu_plugin` is told.
+
+    Attributes:
+        report: the file that it writes.
+        first: of each test function :func:`first_cases` alone.
+        done: tests that are not to run again, by their file's path.
+        hangs: seconds after which a test is given up.
+    """
+
+    report: str
+    first: bool
+    done: dict[str, list[str]]
+    hangs: float
+
+
+def missing() -> str | None:
+    """What cannot be found here and is needed to run tests; None if nothing."""
+    for name, least in NEEDED.items():
+        try:
+            if int(metadata.version(name).partition(".")[0]) < least:
+                return f"{name} {least}"
+        except metadata.PackageNotFoundError:
+            return name
+    return None
 
 
 def test_files() -> list[str]:
@@ -63,8 +90,7 @@ def tests(
     """Run what has not been run yet, in several processes at a time.
 
     What fails is told at once. A process that dies, hangs or loses its CUDA context costs the test
-    at work; another goes on after it. What the time ends is gone on with by the next run. What was
-    printed by processes with failures is added to a log.
+    at work; another goes on after it. What the time ends is gone on with by the next run.
 
     Args:
         left: the time.
@@ -72,28 +98,20 @@ def tests(
         device: ``cuda``, where some test must have passed, or ``cpu``.
         files: with the tests.
         first: of each test function :func:`first_cases` alone.
-        log: of what processes with failures printed, by default ``build/gpu/failures.log``.
+        log: of what pytest prints and of tracebacks, by default ``build/gpu/failures.log``.
         tell: takes a line a failure.
     """
-    if find_spec("pytest") is None:
-        return Outcome("partial", "not run: there is no pytest here")
+    if (lacking := missing()) is not None:
+        return Outcome("partial", f"not run: there is no {lacking} here")
     files = test_files() if files is None else files
     known = Known(record, tell)
-    there = _collect([name for name in files if not known.finished(name)], left, known)
-    if isinstance(there, Outcome):
-        return there
-    work = _Work(left, known, log or WORK / FAILURES)
-    for name, found in sorted(there.items(), key=lambda item: -len(item[1])):
-        wanted = first_cases(found) if first else found
-        chosen = [test for test in wanted if test not in known.done(name)]
-        size = -(-len(chosen) // max(-(-len(chosen) // BATCH), 1))  # batches of one size
-        for begin in range(0, len(chosen), max(size, 1)):
-            work.queue.append((name, chosen[begin : begin + size]))
-    complete = work.run()
-    for name, found in there.items():
-        known.finish(name, found)
+    run = _Run(known, [name for name in files if not known.finished(name)], first)
+    WORK.mkdir(parents=True, exist_ok=True)
+    status = run.wait(left, log or WORK / FAILURES) if run.files else 0
     record.save()
-    return known.summary(files, device, first and complete)
+    if status not in (None, 0, 1, 5) and not run.heard:
+        return Outcome("failed", f"the tests were not run: {last_words(log or WORK / FAILURES)}")
+    return known.summary(files, device, first and status in (0, 1, 5))
 
 
 def first_cases(tests: Sequence[str]) -> list[str]:
@@ -170,166 +188,70 @@ class Known:
         return Outcome("ok", text)
 
 
-def _collect(files: Sequence[str], left: Deadline, known: Known) -> dict[str, list[str]] | Outcome:
-    """The tests of each file; none of one that cannot be imported or is skipped as a whole."""
-    found: dict[str, list[str]] = {name: [] for name in files}
-    if not files:
-        return found
-    report = _folder() / "collected.jsonl"
-    report.unlink(missing_ok=True)
-    options = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, "-p", "bench.gpu_plugin", *files]
-    done = run_command(command, left, **{VARIABLE: str(report)})
-    if done.status is None:
-        return Outcome("partial", f"the tests were not collected within {done.seconds:.0f} s")
-    report.with_suffix(".log").write_text(done.output, "utf-8")
-    paths = {(ROOT / name).resolve(): name for name in files}
-    for line in _lines(report):
-        place = Path(line["file"]).resolve()
-        if line["outcome"] == "collected":
-            found[paths[place]].append(_inside(line["test"]))
-            continue
-        for path, name in paths.items():
-            if place == path or place in path.parents:  # of a folder whose conftest.py is at fault
-                known.add(name, line["test"], line["outcome"], line["message"])
-    if done.status not in (0, 2, 5) and not any(found.values()):
-        last = last_words(report.with_suffix(".log"))
-        return Outcome("failed", f"the tests were not collected: {last}")
-    return found
+class _Run:
+    """One run of pytest over files whose tests have not all ended."""
 
+    def __init__(self, known: Known, names: Iterable[str], first: bool) -> None:
+        self.files = {str((ROOT / name).resolve()): name for name in names}
+        self.heard = False
+        self._known = known
+        self._all: dict[str, list[str]] = {name: [] for name in self.files.values()}
+        self._report, self._read = WORK / "tests.jsonl", 0
+        done = {path: sorted(known.done(name)) for path, name in self.files.items()}
+        self._orders = Orders(str(self._report), first, done, HANGS)
 
-def _inside(test: str) -> str:
-    """The name of a test in its file: what the file is called depends on where pytest begins."""
-    return test.partition("::")[2] or test
-
-
-def _folder() -> Path:
-    folder = WORK / "tests"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _lines(report: Path) -> list[dict[str, str]]:
-    try:
-        return [json.loads(line) for line in report.read_text("utf-8").splitlines()]
-    except OSError:
-        return []
-
-
-class _Batch:
-    """A process that runs some tests of one file."""
-
-    def __init__(self, name: str, tests: Sequence[str], number: int) -> None:
-        self.name, self.left = name, list(tests)
-        self.current: str | None = None  # has started and not ended
-        self.failed = False
-        self.report = _folder() / f"{name.strip('/').replace('/', '.')}.{number}.jsonl"
-        self.report.unlink(missing_ok=True)
-        self._read = 0
-        self._heard = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-        command += ["-p", "bench.gpu_plugin", *(f"{name}::{test}" for test in tests)]
-        variables = {**os.environ, VARIABLE: str(self.report)}
-        variables["OMP_NUM_THREADS"] = str(max(CORES // TOGETHER, 1))
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT
-            )
-
-    @property
-    def log(self) -> Path:
-        """What pytest printed."""
-        return self.report.with_suffix(".log")
-
-    @property
-    def quiet(self) -> float:
-        """Seconds since something was heard."""
-        return time.monotonic() - self._heard
-
-    def keep_log(self, path: Path) -> None:
-        """Add what was printed to the log of failures, if some test has failed."""
-        if self.failed:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(self.log.read_text("utf-8", "replace"))
-
-    def news(self) -> Iterator[dict[str, str]]:
-        """Tests that have ended since the last call; a test is ``left`` until it has."""
-        lines = _lines(self.report) if self.report.exists() else []
-        for line in lines[self._read :]:
-            self._read += 1
-            self._heard = time.monotonic()
-            line["test"] = _inside(line["test"])
-            self.current = line["test"] if line["outcome"] == "started" else None
-            if self.current is None and line["test"] in self.left:
-                self.left.remove(line["test"])
-                yield line
-
-
-class _Work:
-    """Batches that wait and batches that run."""
-
-    def __init__(self, left: Deadline, known: Known, log: Path) -> None:
-        self.queue: deque[tuple[str, list[str]]] = deque()
-        self._running: list[_Batch] = []
-        self._left, self._known, self._log = left, known, log
-        self._number = 0
-
-    def run(self) -> bool:
-        """Run them; False if the time was over before all had ended."""
-        left, saved = self._left, time.monotonic()
+    def wait(self, left: Deadline, log: Path) -> int | None:
+        """Take what comes until the run ends, or the time; the status, None where it was ended."""
+        self._report.unlink(missing_ok=True)
+        process = self._start(log)
+        saved = time.monotonic()
         try:
-            while self.queue or self._running:
-                while self.queue and len(self._running) < TOGETHER and not left.over:
-                    name, tests = self.queue.popleft()
-                    self._number += 1
-                    self._running.append(_Batch(name, tests, self._number))
-                for batch in list(self._running):
-                    self._look(batch)
-                if left.left <= 0.0 or (left.over and not self._running):
-                    break
+            while (status := process.poll()) is None and left.left > 0.0:
+                time.sleep(0.05)
+                self._take()
                 if time.monotonic() - saved > 2.0:
                     self._known.record.save()
                     saved = time.monotonic()
-                time.sleep(0.05)
-            return not self.queue and not self._running
         finally:
-            for batch in self._running:
-                batch.process.kill()
-                batch.process.wait()
-                self._take(batch)
-                test = f"{batch.name}::{batch.current}"
-                if batch.current and self._known.record.attempt(test, batch.quiet, HANGS):
-                    self._add(batch, batch.current, "failed", "it did not end")
-                batch.keep_log(self._log)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            self._take()
+            for name, tests in self._all.items():
+                if self.heard:
+                    self._known.finish(name, tests)
+        return status
 
-    def _take(self, batch: _Batch) -> None:
-        for line in batch.news():
-            self._add(batch, line["test"], line["outcome"], line["message"])
+    def _start(self, log: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-summary", "-m", "gpu"]
+        command += [*self.files, "-p", "no:cacheprovider", "-p", "bench.gpu_plugin"]
+        command += [f"-n{TOGETHER}", "--dist=load", "--max-worker-restart=1000"]
+        command += ["-o", f"faulthandler_timeout={HANGS}"]
+        command += ["-o", "faulthandler_exit_on_timeout=true"]
+        # Of another pytest-xdist's processes this one would pass for a worker.
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        variables[VARIABLE] = json.dumps(asdict(self._orders))
+        with log.open("ab") as stream:
+            return subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=variables,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that its workers end with it
+            )
 
-    def _add(self, batch: _Batch, test: str, outcome: str, message: str) -> None:
-        batch.failed |= outcome == "failed"
-        self._known.add(batch.name, test, outcome, message)
-
-    def _look(self, batch: _Batch) -> None:
-        status = batch.process.poll()
-        self._take(batch)
-        if status is None and batch.quiet < (STARTS if batch.current is None else HANGS):
-            return
-        if status is None:
-            batch.process.kill()
-            batch.process.wait()
-            said = f"it did not end within {batch.quiet:.0f} s"
-        else:
-            said = f"status {status}: {last_words(batch.log)}"
-        self._running.remove(batch)
-        if batch.current is not None:
-            self._add(batch, batch.current, "failed", said)
-            batch.left.remove(batch.current)
-        elif status != LOST and (batch.left or status not in (0, 1)):
-            # It could not run them, or it died when it had run all.
-            self._add(batch, "its process", "failed", said)
-            self._known.files[batch.name]["done"] += batch.left
-            batch.left = []
-        batch.keep_log(self._log)
-        if batch.left:
-            self.queue.appendleft((batch.name, batch.left))
+    def _take(self) -> None:
+        text = self._report.read_text("utf-8") if self._report.exists() else ""
+        lines = text.splitlines()[: text.count("\n")]  # the last may be half a line
+        for line in map(json.loads, lines[self._read :]):
+            self._read += 1
+            self.heard = True
+            for path, name in self.files.items():
+                if line["file"] != path and Path(line["file"]) not in Path(path).parents:
+                    continue  # of a folder whose conftest.py is at fault
+                if line["outcome"] == "collected":
+                    self._all[name] += line["tests"]
+                else:
+                    for test in line["tests"]:
+                        self._known.add(name, test, line["outcome"], line["message"])

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from bench import plain
 from bench.fake_cuda import DEVICE, FakeCuda
+from bench.internals import select, weight_cache
+from bench.pages import PERFORMANCE, put
 from pwm_fast.agent import PWM
-from pwm_fast.backends import select
 from pwm_fast.config import (
     ActorConfig,
     AlgConfig,
@@ -29,15 +30,13 @@ from pwm_fast.config import (
     ModelLearningConfig,
     WorldModelConfig,
 )
-from pwm_fast.fused import weight_cache
 from pwm_fast.replay import Windows
 
 OBS, ACTION = 37, 8  # the Ant's
 STEPS = ("rollout", "actor", "critics", "world model")
 STORED = Path(__file__).with_name("launches.json")
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGE = PERFORMANCE
 NODE_US = 1.3  # of a graph's node on the device, assumed
-MARKS = ("<!-- launches -->", "<!-- /launches -->")
 # `tests`: a small agent, as the bound of the tests.
 ALGS = ("tests", "pwm_5M_flow", "pwm_5M", "pwm_48M_flow")
 WHOLE = ALGS[:2]  # counted with every provider, others with the first and the last
@@ -187,9 +186,7 @@ def load() -> dict[str, dict[str, dict[str, int]]]:
 
 def page(text: str, results: dict[str, dict[str, dict[str, int]]]) -> str:
     """The page's text with the table of ``results``."""
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    return f"{before}{MARKS[0]}\n{table(results)}\n\n{summary(results)}\n{MARKS[1]}{after}"
+    return put(text, "launches", f"{table(results)}\n\n{summary(results)}")
 
 
 def summary(results: dict[str, dict[str, dict[str, int]]]) -> str:

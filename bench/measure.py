@@ -183,5 +183,5 @@ def graphed(call: Call, warmup: int = 3) -> Call:
         graph.replay()
         return outputs
 
-    replay.replayed = True  # type: ignore[attr-defined]  it allocates nothing: see bench.apart
+    replay.replayed = True  # type: ignore[attr-defined]  it allocates nothing: see bench.session
     return replay

@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 from bench import environment
-from bench.errors import DOCS, publish
+from bench.errors import publish
+from bench.internals import fingerprint, select, weight_cache
 from bench.measure import CpuClock, Effort, race
+from bench.pages import OPS
 from pwm_fast import ops
-from pwm_fast.backends import select
-from pwm_fast.fused import weight_cache
-from pwm_fast.fused.fingerprint import fingerprint
 from pwm_fast.ops import Layer
 
 RESULT = environment.ROOT / "bench" / "results" / "packs_cpu.json"
-MARKS = ("<!-- packs:begin -->", "<!-- packs:end -->")
 SIZES = ((64, 96), (510, 512))  # latent and hidden width, of the tiny and of the 5M model
 PRECISIONS = ("exact", "bf16")
 BATCHES = (1, 64, 128, 512)
@@ -165,7 +163,7 @@ def main() -> None:
         f"({machine['cpu']}, {machine['isa']}, one thread; {stored['date'][:10]}, commit "
         f"{stored['commit']['id']}):"
     )
-    publish(f"{head}\n\n{table(stored['rows'])}", DOCS if options.docs else None, MARKS)
+    publish(f"{head}\n\n{table(stored['rows'])}", OPS if options.docs else None, "packs")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ python -m bench.prepare --only headline layouts --no-native
 Every kernel that :mod:`bench.gpu` launches up to its stage ``esnr`` is compiled for an H100 by
 launching it on a device that runs nothing (:mod:`bench.fake_cuda`), so that Triton's cache has it
 where a process with a GPU looks it up; and the native extension is built, with its CUDA kernels
-where there is an nvcc. With pytest, for a machine that has none, they are packed into
-``build/gpu-kit`` (:mod:`bench.gpu_kit`).
+where there is an nvcc. With pytest and what builds the extension, for a machine that has none, they
+are packed into ``build/gpu-kit`` (:mod:`bench.gpu_kit`).
 
 Exit status: 0 done, 1 something was not compiled or built, 2 the kit cannot be made, 130 it was
 interrupted; what there was of a kit before is left as it was then.
@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import shutil
@@ -36,19 +34,18 @@ from unittest import mock
 
 import torch
 
-from bench import environment, gpu_checks, gpu_kit, gpu_out
-from bench.cases import gradients, matrix, rollouts
-from bench.cases.epochs import HORIZON
+from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests, matrix, pool, rollouts
+from bench import esnr as gradients
 from bench.providers import OURS, PRECISIONS, backend
 from bench.session import say
-from bench.sizes import ACTION, OBS, alg_config
+from bench.sizes import ACTION, HORIZON, OBS, alg_config
 from bench.stages import Deadline
 
 ARCH = "sm_90"  # an H100 or H200
 CUDA_ARCHS = "90a"  # of setup.py
 LINKAGES = ("ELF", "")  # of platform.architecture() with and without the program `file`
 BUILDING = 600.0  # seconds of the native extension, at most
-TOOLS = ("pytest", "pytest-benchmark")
+TOOLS = (*gpu_tests.NEEDED, "pytest-benchmark", *gpu_checks.BUILD_TOOLS)
 
 
 class Work(NamedTuple):
@@ -90,9 +87,9 @@ STAGES = ("headline", "layouts", "epoch", "micro", "quick", "esnr")
 
 
 def _count() -> int:
-    from pwm_fast.kernels.rollout import LAYOUTS
+    from bench.internals import rollout_kernels
 
-    return len(LAYOUTS)
+    return len(rollout_kernels.LAYOUTS)
 
 
 def _rollout(stage: str, model: str, batch: int, provider: str) -> Work:
@@ -102,8 +99,8 @@ def _rollout(stage: str, model: str, batch: int, provider: str) -> Work:
 
 def _imagine(cuda: Any, model: str, batch: int, provider: str) -> None:
     from bench.fake_cuda import DEVICE
+    from bench.internals import weight_cache
     from pwm_fast.agent import PWM
-    from pwm_fast.fused import weight_cache
 
     alg = alg_config(f"{model}_flow", matrix.SUBSTEPS[0])
     with cuda, torch.device(DEVICE), backend(provider, DEVICE):
@@ -134,7 +131,7 @@ def _updates(cuda: Any, substeps: int, provider: str) -> None:
 
 
 def _compared(cuda: Any, provider: str) -> None:
-    """The updates that an epoch's check compares with float64 (:mod:`bench.cases.updates`)."""
+    """The updates that an epoch's check compares with float64 (:mod:`bench.agent`)."""
     from bench.fake_cuda import DEVICE
     from pwm_fast.agent import PWM
     from pwm_fast.ops import ImaginedRollout
@@ -155,45 +152,40 @@ def _compared(cuda: Any, provider: str) -> None:
 
 
 def _constants(cuda: Any) -> None:
-    from bench import micro_kernels
     from bench.fake_cuda import DEVICE, PROPERTIES
+    from bench.micro import kernels
 
     with cuda:
-        micro_kernels.start_all(DEVICE, PROPERTIES.multi_processor_count)
+        kernels.start_all(DEVICE, PROPERTIES.multi_processor_count)
 
 
 def _esnr(cuda: Any, model: str, samples: int) -> None:
     from bench.fake_cuda import DEVICE
-    from pwm_fast import ops
+    from pwm_fast.ops import esnr
 
-    shapes = gradients._shapes(model)
+    shapes = gradients.parameters(model)
     sizes = [shape.numel() for shape in shapes]
     with cuda, torch.device(DEVICE), backend("fast", DEVICE, "esnr"):
         flat = [torch.empty(sum(sizes)) for _ in range(samples)]
-        ops.esnr([[p.view(s) for p, s in zip(x.split(sizes), shapes, strict=True)] for x in flat])
+        esnr([[p.view(s) for p, s in zip(x.split(sizes), shapes, strict=True)] for x in flat])
 
 
 # --- compiling ----------------------------------------------------------------------------------
 
 
-def compile_some(names: Sequence[str], cache: str, pipe: Any) -> None:
-    """What one process does: sends of each its name, the kernels compiled, and what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who started it ends it
+def compile_one(name: str, cache: str) -> tuple[int, str | None]:
+    """What a process does with a piece of work: the kernels compiled, and what went wrong."""
     os.environ["TRITON_CACHE_DIR"] = cache
     warnings.filterwarnings("ignore", message=".*midpoint.*")
     from bench.fake_cuda import FakeCuda
 
+    cuda, reason = FakeCuda(compile=True), None
     with _both_linkages():
-        for item in work():
-            if item.name not in names:
-                continue
-            cuda, reason = FakeCuda(compile=True), None
-            try:
-                item.run(cuda)
-            except Exception as error:
-                reason = say(error)
-            pipe.send((item.name, cuda.compiled.total(), reason))
-    pipe.send(None)
+        try:
+            {item.name: item for item in work()}[name].run(cuda)
+        except Exception as error:
+            reason = say(error)
+    return cuda.compiled.total(), reason
 
 
 def _both_linkages() -> Any:
@@ -221,48 +213,15 @@ def _both_linkages() -> Any:
 
 def compile_all(names: Sequence[str], cache: Path, jobs: int) -> list[str]:
     """Compile into ``cache`` in several processes; what went wrong, a line each."""
-    context = multiprocessing.get_context("spawn")
-    started: list[tuple[Any, Any]] = []
-    try:
-        for i in range(min(jobs, len(names))):
-            mine, theirs = context.Pipe()
-            process = context.Process(
-                target=compile_some, args=(list(names[i::jobs]), str(cache), theirs)
-            )
-            process.start()
-            theirs.close()
-            started.append((process, mine))
-        return _gather(names, [pipe for _, pipe in started])
-    except BaseException:
-        for process, _ in started:
-            process.kill()
-        raise
-    finally:
-        for process, _ in started:
-            process.join()
-
-
-def _gather(names: Sequence[str], waiting: list[Any]) -> list[str]:
-    """Print what the processes send; what went wrong, a line each."""
     wrong = []
-    left = set(names)
-    while waiting:
-        for pipe in multiprocessing.connection.wait(waiting):
-            try:
-                message = pipe.recv()  # type: ignore[union-attr]
-            except EOFError:
-                message = None
-            if message is None:
-                waiting.remove(pipe)
-                continue
-            name, compiled, reason = message
-            left.discard(name)
-            done = f"{len(names) - len(left)}/{len(names)}"
-            said = f"{compiled} compiled{'' if reason is None else f'; {reason}'}"
-            print(f"  {done} {name}: {said}", flush=True)
-            if reason is not None:
-                wrong.append(f"{name}: {reason}")
-    return wrong + [f"{name}: its process died" for name in sorted(left)]
+    found = pool.each(partial(compile_one, cache=str(cache)), names, jobs)
+    for count, (name, outcome) in enumerate(found, 1):
+        compiled, reason = (0, str(outcome)) if isinstance(outcome, Exception) else outcome
+        said = f"{compiled} compiled{'' if reason is None else f'; {reason}'}"
+        print(f"  {count}/{len(names)} {name}: {said}", flush=True)
+        if reason is not None:
+            wrong.append(f"{name}: {reason}")
+    return wrong
 
 
 def native(folder: Path) -> tuple[list[Path], str]:
@@ -284,7 +243,7 @@ def native(folder: Path) -> tuple[list[Path], str]:
 
 
 def tools(folder: Path) -> str | None:
-    """Install what tests need into a folder; what went wrong, or None."""
+    """Install what tests and builds need into a folder; what went wrong, or None."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]

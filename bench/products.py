@@ -17,8 +17,10 @@ from unittest import mock
 
 import torch
 
+from bench.internals import planning
 from pwm_fast.config import AlgConfig
-from pwm_fast.kernels.plan import GemmPlan, GemmShape, device_plan
+
+GemmPlan, GemmShape = planning.GemmPlan, planning.GemmShape
 
 STORE = Path(__file__).with_name("products.json")
 #: Agents, and states that their actors start from; None: as configured. The most wanted first.
@@ -52,9 +54,9 @@ class Asked(NamedTuple):
 
 def record(config: AlgConfig) -> Asked:
     """What the updates of an agent ask for."""
+    from bench.internals import rollout_kernels as rollout
+    from bench.internals import triton_gemm
     from bench.launches import count
-    from pwm_fast.backends import triton_gemm
-    from pwm_fast.kernels import rollout
 
     products: Counter[GemmShape] = Counter()
     rollouts: Counter[Rollout] = Counter()
@@ -62,7 +64,7 @@ def record(config: AlgConfig) -> Asked:
 
     def spied(product: GemmShape, device: torch.device) -> GemmPlan | None:
         products[product._replace(input_precision="tf32")] += 1
-        return device_plan(product, device)
+        return planning.device_plan(product, device)
 
     def spied_rollout(batch: int, padded: int, *args: Any) -> Any:
         rollouts[Rollout(batch, padded)] += 1

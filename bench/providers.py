@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from pwm_fast.backends import select
-from pwm_fast.fused.gemm import cpu_multiplies_bf16
+from bench.internals import gemm, select
 
 LABELS = {
     "published": "eager fp32 as published",
@@ -96,7 +95,7 @@ def pointless(provider: str, device: torch.device) -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if provider in BF16_PEERS and device.type == "cpu" and not capability.startswith("AVX512"):
         return f"PyTorch emulates bf16 on this CPU ({capability}), many times slower than fp32"
-    if provider == "fast_bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
+    if provider == "fast_bf16" and device.type == "cpu" and not gemm.cpu_multiplies_bf16():
         return "this CPU has no bf16 products: rounded operands are multiplied in fp32, no faster"
     return None
 

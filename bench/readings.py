@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from bench.internals import CONSTANTS
 from bench.measure import CpuClock, CudaClock, Effort, graphed, race
-from bench.predictions import ASSUMPTIONS
 from bench.results import Spread
 
 Reading = dict[str, Any]
+#: Constants of the cost model by the reading that replaces each.
+ASSUMED = {c.reading: c for c in CONSTANTS.values() if c.reading is not None}
 EFFORT = Effort(seconds=0.15, min_rounds=5, max_rounds=20, sample=0.002)
 
 
@@ -21,12 +23,9 @@ def reading(name: str, value: float | None, unit: str, reason: str | None = None
     found["unit"] = unit
     if reason is not None:
         found["reason"] = reason
-    if name in ASSUMPTIONS:
-        found["replaces"] = {
-            "text": ASSUMPTIONS[name].text,
-            "value": ASSUMPTIONS[name].value,
-            "source": ASSUMPTIONS[name].source,
-        }
+    if name in ASSUMED:
+        a = ASSUMED[name]
+        found["replaces"] = {"text": a.text, "value": a.value, "source": a.source}
     return found
 
 

@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu_report, results
-from bench.environment import ROOT
+from bench.pages import PERFORMANCE, README, write
 from bench.providers import GRAPH, LABELS
-from bench.results import Group, Result, ResultError, Row, Spread, ratio
+from bench.results import Group, Result, Row, Spread, ratio
 
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
-README = ROOT / "README.md"
-DOCS = ROOT / "docs" / "performance.md"
 FLOORS = {
     **dict.fromkeys(("fast_bf16", "fast_fp16", "autocast", *gpu_report.BEST_16), "floor_bf16"),
     **dict.fromkeys(("fast_tf32", "tf32", "compile_tf32", "jax", "diffrax"), "floor_tf32"),
@@ -228,29 +225,6 @@ def _peaks(group: Group) -> str:
     return " to ".join(size(row.peak) for row in rows if row is not None)
 
 
-def markers(name: str) -> tuple[str, str]:
-    """What stands before and after a section that is written here."""
-    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-
-
-def write_readme(path: Path, section: str, name: str = "speed") -> bool:
-    """Put the section between the markers; False if it stood there already.
-
-    Raises:
-        ResultError: the file has no markers.
-    """
-    text = path.read_text("utf-8")
-    first, last = markers(name)
-    before, begin, rest = text.partition(first)
-    _, end, after = rest.partition(last)
-    if not begin or not end:
-        raise ResultError(f"{path} has no {first} ... {last}")
-    new = f"{before}{first}\n{section}\n{last}{after}"
-    if new != text:
-        path.write_text(new, "utf-8")
-    return new != text
-
-
 # --- runs of bench.gpu --------------------------------------------------------------------------
 
 
@@ -397,13 +371,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for path in plots(result, options.plots) if options.plots is not None else ():
                 print(f"wrote {path}")
         if options.readme:
-            changed = write_readme(README, readme_section(results.stored()))
-            changed |= write_readme(README, gpu_readme(stored_gpu()), "gpu")
+            changed = write(README, "speed", readme_section(results.stored()))
+            changed |= write(README, "gpu", gpu_readme(stored_gpu()))
             print(f"{README.name}: {'written' if changed else 'up to date'}")
         if options.docs:
-            changed = write_readme(DOCS, gpu_docs(stored_gpu()), "gpu")
-            print(f"{DOCS.name}: {'written' if changed else 'up to date'}")
-    except (ResultError, OSError, ImportError) as error:
+            changed = write(PERFORMANCE, "gpu", gpu_docs(stored_gpu()))
+            print(f"{PERFORMANCE.name}: {'written' if changed else 'up to date'}")
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -24,11 +24,10 @@ import torch
 
 from bench import environment
 from bench.errors import publish
+from bench.pages import PERFORMANCE
 from pwm_fast import build, config
 
 RESULT = environment.ROOT / "bench" / "results" / "threads_cpu.json"
-DOCS = environment.ROOT / "docs" / "performance.md"
-MARKS = ("<!-- threads:begin -->", "<!-- threads:end -->")
 ALGS = ("pwm_tiny_flow", "pwm_5M_flow")
 POLICIES = ("active", "passive")
 STEPS = 80  # environment steps in the replay
@@ -158,7 +157,7 @@ def main() -> None:
         f"fast the latter is ({machine['cpu']}, {machine['isa']}, {machine['cores']} cores; "
         f"{stored['date'][:10]}, commit {stored['commit']['id']}):"
     )
-    publish(f"{head}\n\n{table(stored['rows'])}", DOCS if options.docs else None, MARKS)
+    publish(f"{head}\n\n{table(stored['rows'])}", PERFORMANCE if options.docs else None, "threads")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ it. What does not compile here fails there again, and says why.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 
-from pwm_fast.kernels.plan import Limits
+from bench import pool
+from bench.internals import planning
+from bench.tune_problems import problems
 
 JOBS = 8  # each has a CUDA context of its own
 
@@ -27,68 +27,31 @@ def jobs() -> int:
     return min(JOBS, cores or 1)
 
 
-def ahead(
-    names: Sequence[str],
-    device: torch.device,
-    limits: Limits,
-    rates: Sequence[str],
-    rows: Sequence[int],
-    seconds: float,
-    *,
-    count: int | None = None,
-    work: Callable[..., None] | None = None,
-) -> None:
+def ahead(names: Sequence[str], work: Callable[[str], object], seconds: float) -> None:
     """Compile the choices of problems, the first ones first, until all are or the time is over.
 
     Args:
         names: of the problems.
-        device: see :func:`bench.tune.problems`, as the following.
-        limits: of the device.
-        rates: precisions.
-        rows: in place of those that agents have.
+        work: :func:`compile_one` with its further arguments.
         seconds: after which processes are stopped.
-        count: of processes; None: :func:`jobs`.
-        work: what each does, :func:`compile_some`; another for tests.
     """
-    end = time.monotonic() + seconds
-    count = min(jobs() if count is None else count, len(names))
-    if count < 2:
-        return  # the process that measures compiles as fast
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(
-            target=compile_some if work is None else work,
-            args=(list(names[i::count]), str(device), limits, tuple(rates), tuple(rows)),
-            daemon=True,
-        )
-        for i in range(count)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(max(end - time.monotonic(), 0.0))
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-        process.join()
+    if min(jobs(), len(names)) > 1:  # the process that measures compiles as fast
+        for _ in pool.each(work, names, jobs(), seconds):
+            pass
 
 
-def compile_some(
-    names: Sequence[str], device: str, limits: Limits, rates: Sequence[str], rows: Sequence[int]
+def compile_one(
+    name: str, device: str, limits: planning.Limits, rates: Sequence[str], rows: Sequence[int]
 ) -> None:
-    """What one process does."""
-    from bench.tune import problems
-
-    wanted = set(names)
+    """What a process does for a problem of :func:`bench.tune_problems.problems`."""
     torch.cuda.set_device(torch.device(device))
     with compiling():
         for problem in problems(torch.device(device), limits, rates, rows):
-            if problem.name not in wanted:
-                continue
-            make = problem.prepare()
-            for options in problem.choices.values():
-                with contextlib.suppress(Exception):  # its result is wrong: nothing ran
-                    make(options)
+            if problem.name == name:
+                make = problem.prepare()
+                for options in problem.choices.values():
+                    with contextlib.suppress(Exception):  # its result is wrong: nothing ran
+                        make(options)
 
 
 @contextlib.contextmanager

@@ -15,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.backends.precision import EXACT, FAST, TF32
-from pwm_fast.backends.triton import TritonKernels
-from pwm_fast.backends.triton_gemm import FUSED
-from pwm_fast.fused.gemm import Gemm
-from pwm_fast.kernels.plan import GemmPlan, GemmShape
+from bench.internals import EXACT, FAST, TF32, gemm, planning, triton_backend, triton_gemm
+
+GemmPlan, GemmShape = planning.GemmPlan, planning.GemmShape
 
 EPS = 1e-5
 ERROR = 2e-2  # relative to the largest entry, in every precision; a wrong tile is off by more
@@ -42,7 +40,7 @@ class Workload(ABC):
     def __init__(self, product: GemmShape, device: torch.device) -> None:
         self.product, self.device = product, device
         self.precision = PRECISIONS[product.rate]
-        self.kernels = TritonKernels(self.precision)
+        self.kernels = triton_backend.TritonKernels(self.precision)
         self.members = product.members if product.members > 1 else 0
         self.rows = product.rows * product.members
         self.operand = self.precision.dtype(torch.float32)
@@ -60,7 +58,7 @@ class Workload(ABC):
             base + self.normal(*self._lead, n, scale=0.1) for base in (1.0, 0.0, 0.0)
         ]  # gamma, beta, bias
         self.prepare()
-        self.gemm = Gemm(self.kernels, self.weight, self.rows)
+        self.gemm = gemm.Gemm(self.kernels, self.weight, self.rows)
         self.narrow = self.gemm.cast_weight()
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -91,7 +89,7 @@ class Workload(ABC):
 
     def runner(self, plan: GemmPlan) -> Any:
         """Of :data:`pwm_fast.backends.triton_gemm.FUSED`."""
-        run = FUSED[self.product.kernel]
+        run = triton_gemm.FUSED[self.product.kernel]
         precision = self.product.input_precision
         return run(plan, self.rows, self.device, precision, self.members)
 

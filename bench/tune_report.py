@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import results
-from bench.report import write_readme
+from bench.pages import PERFORMANCE, write
+from bench.readings import CONSTANTS
 from bench.results import Spread
-from pwm_fast.kernels.cost import CONSTANTS
 
 if TYPE_CHECKING:
-    from bench.tune import Problem, Times
-
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+    from bench.tune_problems import Problem, Times
 
 
 def summary(
@@ -113,7 +110,7 @@ def _readings(micro: Mapping[str, Sequence[dict[str, Any]]]) -> Iterable[dict[st
 
 def main() -> None:
     """Write the table of constants."""
-    write_readme(PAGE, table(readings()), "constants")
+    write(PERFORMANCE, "constants", table(readings()))
 
 
 def _medians(times: Times) -> dict[str, float]:

@@ -11,16 +11,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.internals import (
+    EXACT,
+    Dynamics,
+    DynamicsSpec,
+    DynamicsWeights,
+    Folded,
+    Kernels,
+    LayerParams,
+    LayerSpec,
+    TorchKernels,
+    persistent,
+    rollout_kernels,
+    triton_backend,
+)
 from bench.tune_products import EPS, PRECISIONS, Wrong
-from pwm_fast.backends.base import Kernels
-from pwm_fast.backends.precision import EXACT
-from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec
-from pwm_fast.backends.torch import TorchKernels
-from pwm_fast.backends.triton import TritonKernels
-from pwm_fast.fused.dynamics import Dynamics, DynamicsWeights
-from pwm_fast.fused.folded import Folded
-from pwm_fast.fused.persistent import Persistent
-from pwm_fast.kernels.rollout import RolloutLayout
+
+Layout = rollout_kernels.RolloutLayout
 
 LATENT = 64
 NAMES = ("z", "dz0", "dc")
@@ -50,7 +57,9 @@ class RolloutWorkload:
         substeps: int = 2,
         kernels: Kernels | None = None,
     ) -> None:
-        self.kernels = TritonKernels(PRECISIONS[rate]) if kernels is None else kernels
+        self.kernels = (
+            triton_backend.TritonKernels(PRECISIONS[rate]) if kernels is None else kernels
+        )
         self.horizon, self.batch = horizon, batch
         torch.manual_seed(0)
 
@@ -89,7 +98,7 @@ class RolloutWorkload:
         self.results: list[Tensor] = []
         self._truth: list[Tensor] | None = None
 
-    def call(self, plan: RolloutLayout | None) -> Callable[[], None]:
+    def call(self, plan: Layout | None) -> Callable[[], None]:
         """The call of a layout, after one that was compared; None: layer by layer.
 
         Raises:
@@ -116,7 +125,7 @@ class RolloutWorkload:
         }
 
     def halves(
-        self, plan: RolloutLayout | None
+        self, plan: Layout | None
     ) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
         """The forward pass and the backward pass after it, each to be called again and again."""
         return self._halves(self.kernels, self.weights, torch.float32, plan)
@@ -126,7 +135,7 @@ class RolloutWorkload:
         kernels: Kernels,
         weights: DynamicsWeights,
         dtype: torch.dtype,
-        plan: RolloutLayout | None,
+        plan: Layout | None,
     ) -> list[Tensor]:
         """Latents, and the gradients towards the first one and the hoisted terms."""
         forward, backward = self._halves(kernels, weights, dtype, plan)
@@ -137,14 +146,14 @@ class RolloutWorkload:
         kernels: Kernels,
         weights: DynamicsWeights,
         dtype: torch.dtype,
-        plan: RolloutLayout | None,
+        plan: Layout | None,
     ) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
         shape = (kernels, self.spec, weights, self.horizon, self.batch)
         dynamics: Dynamics
         if plan is None:
             dynamics = Folded(*shape, save=True, wgrad=False)
         else:
-            dynamics = Persistent(*shape, save=True, wgrad=False, plan=plan)
+            dynamics = persistent.Persistent(*shape, save=True, wgrad=False, plan=plan)
         z = self.z0.new_empty(self.horizon + 1, self.batch, LATENT, dtype=dtype)
         c, gradient = self.c.to(dtype), self.dz.to(dtype)
 

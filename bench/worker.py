@@ -15,29 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import apart
+from bench import matrix
+from bench.matrix import Job
+from bench.pool import follow
 from bench.results import row_to_json
+from bench.session import Broken, one_by_one
 
 Message = tuple[Any, ...]
-Serve = Callable[["Job", torch.device, Callable[[Message], None]], None]
-
-
-class Job(NamedTuple):
-    """What a worker is asked for.
-
-    Attributes:
-        kind: ``case`` or ``micro``.
-        stage: that names the case.
-        name: of the case or of the microbenchmark.
-        providers: of the case.
-        dry: the small stand-in.
-    """
-
-    kind: str
-    stage: str
-    name: str
-    providers: tuple[str, ...] = ()
-    dry: bool = False
+Serve = Callable[[Job, torch.device, Callable[[Message], None]], None]
 
 
 class Ended(NamedTuple):
@@ -119,19 +104,9 @@ def _do(job: Job, device: torch.device, send: Callable[[Message], None]) -> None
         for reading in micro.read(job.name, device, job.dry):
             send(("micro", reading))
         return
-    from bench.gpu_plan import cases
-
-    case = next(c for c in cases(job.stage, job.dry) if c.name == job.name)
-    for item in apart.measure(case, job.providers, device):
+    case = next(c for c in matrix.cases(job.stage, job.dry) if c.name == job.name)
+    for item in one_by_one(case, job.providers, device):
         send(("provider", item) if isinstance(item, str) else ("row", row_to_json(item)))
-
-
-def _follow() -> None:
-    """End with the process that asks: one that is killed would leave a GPU at work."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(4)
 
 
 def _serve(pipe: Connection, device: str, log: str, serve: Serve) -> None:
@@ -139,12 +114,12 @@ def _serve(pipe: Connection, device: str, log: str, serve: Serve) -> None:
     with open(log, "a", buffering=1) as file:  # so that the last words of a crash are known
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
     while (job := pipe.recv()) is not None:
         try:
             serve(job, torch.device(device), pipe.send)
             pipe.send(("done",))
-        except apart.Broken as error:
+        except Broken as error:
             pipe.send(("broken", str(error)))
             os._exit(3)
         except Exception as error:

@@ -1,14 +1,19 @@
-"""Stands for a process that compiles, in the tests; imported by it, so it imports nothing slow."""
+"""Stands for what a process compiles, in the tests; imported by it, so it imports nothing slow."""
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 
-def mark(names: list[str], folder: str, *args: object) -> None:
-    """Leaves a file a name; asked for "hang" it never ends."""
-    while "hang" in names:
+def mark(name: str, folder: str) -> int:
+    """Leaves a file of that name; "hang" never ends, "die" takes its process along."""
+    while name == "hang":
         time.sleep(0.1)
-    for name in names:
-        (Path(folder) / name).touch()
+    if name == "die":
+        os._exit(9)
+    if name == "raise":
+        raise ValueError("of the test")
+    (Path(folder) / name).touch()
+    return len(name)

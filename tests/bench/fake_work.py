@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from bench.apart import Broken
-from bench.worker import Job, Message
+from bench.matrix import Job
+from bench.session import Broken
+from bench.worker import Message
 
 
 def serve(job: Job, device: torch.device, send: Callable[[Message], None]) -> None:

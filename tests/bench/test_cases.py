@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gate, sizes
-from bench.cases import Provider, Workload, all_cases, data, epochs, gradients, operations
-from bench.cases import rollouts as rollout_cases
-from bench.cases import updates as update_cases
+from bench import agent, data, esnr, gate, sizes
+from bench import ops as operations
+from bench import rollouts as rollout_cases
+from bench.cases import Provider, Workload, all_cases
 from bench.providers import LABELS, Absent
 from pwm_fast import ops
 from pwm_fast.agent import PWM
@@ -38,11 +38,11 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "rollout, forward": lambda: rollout_cases.build(small("flow"), 100, "forward", CPU, 4),
     "rollout, backward": lambda: rollout_cases.build(small("flow"), 100, "backward", CPU, 4),
     "rollout of the baseline": lambda: rollout_cases.build(small("mlp"), 100, "backward", CPU, 4),
-    "world model": lambda: update_cases.build_world_model(small("flow"), 20, CPU, 4),
-    "world model of the baseline": lambda: update_cases.build_world_model(small("mlp"), 20, CPU, 4),
-    "critic": lambda: update_cases.build_critic(small("flow"), 50, CPU, 4),
-    "epoch": lambda: epochs.build(small("flow"), small("mlp"), CPU, 4, 4),
-    "ESNR": lambda: gradients.build((torch.Size((50, 7)), torch.Size((9,))), CPU),
+    "world model": lambda: agent.build_world_model(small("flow"), 20, CPU, 4),
+    "world model of the baseline": lambda: agent.build_world_model(small("mlp"), 20, CPU, 4),
+    "critic": lambda: agent.build_critic(small("flow"), 50, CPU, 4),
+    "epoch": lambda: agent.build_epoch(small("flow"), small("mlp"), CPU, 4, 4),
+    "ESNR": lambda: esnr.build((torch.Size((50, 7)), torch.Size((9,))), CPU),
     "environment": lambda: data.build_env("cartpole", 4, CPU),
     **{
         f"{name}, {mode}": lambda op=op, mode=mode: operations.build(op, SMALL, 50, mode, CPU)
@@ -131,7 +131,7 @@ def test_the_table_of_cases(device: str) -> None:
 
 
 def test_every_public_operation_has_a_benchmark() -> None:
-    """A new one gets a line in ``bench/cases/operations.py``."""
+    """A new one gets a line in ``bench/ops.py``."""
     public = {
         name
         for name in ops.__all__

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import errors
+from bench import errors, pages
 
 
 def test_errors_grow_with_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,9 +24,10 @@ def test_errors_grow_with_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_docs(tmp_path: Path) -> None:
     page = tmp_path / "ops.md"
-    page.write_text(f"before\n{errors.BEGIN}\nold\n{errors.END}\nafter\n")
-    errors.write_docs("new", page)
-    assert page.read_text() == f"before\n{errors.BEGIN}\nnew\n{errors.END}\nafter\n"
+    page.write_text("before\n<!-- errors:begin -->\nold\n<!-- errors:end -->\nafter\n")
+    assert pages.write(page, "errors", "new") and not pages.write(page, "errors", "new")
+    wanted = "before\n<!-- errors:begin -->\nnew\n<!-- errors:end -->\nafter\n"
+    assert page.read_text() == wanted
     page.write_text("nothing")
-    with pytest.raises(ValueError, match=r"ops\.md must hold"):
-        errors.write_docs("new", page)
+    with pytest.raises(ValueError, match=r"ops\.md: there is no <!-- errors:begin"):
+        pages.write(page, "errors", "new")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -17,26 +16,29 @@ import pytest
 import torch
 
 from bench import (
+    fake_driver,
     gpu,
     gpu_checks,
-    gpu_plan,
+    matrix,
     micro,
-    micro_cuda,
     plain,
     predictions,
     report,
     results,
     train_ant,
 )
-from bench.cases import matrix
 from bench.environment import ROOT
+from bench.matrix import Job
 from bench.providers import LABELS
+from bench.readings import ASSUMED
 from bench.results import Row
 from bench.stages import Deadline, Record
-from bench.worker import Ended, Job
+from bench.worker import Ended
 from pwm_fast import config
 from pwm_fast.config import ConfigError
 from tests.bench.synthetic import FACTS
+
+triton = pytest.importorskip("triton")
 
 # As on a machine that has torch, triton, nvcc and pytest alone.
 BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax")
@@ -70,10 +72,10 @@ def bare(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
 # --- the plan ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", gpu_plan.MEASURED)
+@pytest.mark.parametrize("stage", matrix.MEASURED)
 def test_every_provider_of_every_case_is_in_one_job(stage: str) -> None:
-    cases = gpu_plan.cases(stage, False)
-    jobs = list(gpu_plan.jobs(stage, cases, False))
+    cases = matrix.cases(stage, False)
+    jobs = list(matrix.jobs(stage, cases, False))
     taken = [(job.name, name) for job in jobs for name in job.providers]
     assert sorted(taken) == sorted((c.name, p) for c in cases for p in c.providers)
     assert {name for _, name in taken} <= set(LABELS)
@@ -82,12 +84,12 @@ def test_every_provider_of_every_case_is_in_one_job(stage: str) -> None:
 def test_what_the_aims_are_about_comes_first() -> None:
     def order(stage: str) -> list[tuple[str, tuple[str, ...]]]:
         return [
-            (j.name, j.providers) for j in gpu_plan.jobs(stage, gpu_plan.cases(stage, False), False)
+            (j.name, j.providers) for j in matrix.jobs(stage, matrix.cases(stage, False), False)
         ]
 
     compiled = [p for _, names in order("quick") for p in names if p.startswith("compile")]
     assert set(compiled[:6]) == {"compile_bf16"} and len(compiled) == 18
-    (case,) = gpu_plan.cases("headline", False)
+    (case,) = matrix.cases("headline", False)
     assert case.name == "rollout-5M_flow-b128-K4-backward"
     assert next(iter(case.providers)) == "published"  # ratios are of the first row
     peers = [name for _, names in order("headline") for name in names]
@@ -114,7 +116,7 @@ def test_the_first_questions_fit_into_one_visit() -> None:
     assert names[:5] == ["first", "headline", "profile", "epoch", "micro"]
     assert names.index("headline") < names.index("build") < names.index("smoke")
     assert sum(gpu.BUDGETS[name] for name in names[:5]) < gpu.BUDGET
-    assert list(micro.CONSTANTS)[:3] == ["flags", "cuda l2", "cuda dsmem"]
+    assert list(micro.CONSTANTS)[:2] == ["flags", "bandwidth"]
 
 
 def test_nobody_shares_a_process_with_jax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,29 +145,28 @@ def test_nobody_shares_a_process_with_jax(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_constant_of_the_model_has_a_measurement() -> None:
-    texts = [Path(micro.__file__), *micro_cuda.SOURCES.glob("*.cu")]
-    literals = [x for t in texts for x in re.findall(r'"((?:[^"\\]|\\.)*)"', t.read_text("utf-8"))]
-    names = {f"product {kind} 8192" for kind in micro.DTYPES}
-    assert names <= set(predictions.ASSUMPTIONS)
-    for name in set(predictions.ASSUMPTIONS) - names:
-        assert any(_printed(literal, name) for literal in literals), name
+    from bench.micro import kernels
+
+    text = Path(micro.__file__).read_text("utf-8")
+    names = {f"product {kind} 8192" for kind in micro.DTYPES} | set(kernels.reads(132))
+    for name in ASSUMED:
+        assert name in names or f'"{name}"' in text, name
 
 
-def _printed(literal: str, name: str) -> bool:
-    """The format, or the name itself, gives this name."""
-    parts = re.split(r"(%[ds])", literal)
-    pattern = "".join({"%d": r"\d+", "%s": ".*"}.get(p, re.escape(p)) for p in parts)
-    return bool(literal.strip("%ds")) and re.fullmatch(pattern, name) is not None
+def test_the_kernels_that_measure_compile(tmp_path: Path) -> None:
+    from bench.fake_cuda import DEVICE, FakeCuda
+    from bench.micro import kernels
 
-
-def test_the_kernels_that_measure_compile() -> None:
-    from tests.compile import aot, micro
-
-    for case in micro.cases():
-        compiled = aot.compile_case(case, 90)
-        assert compiled.asm["cubin"], case.name
-        if case.name == "bench read":
-            assert "ld.global.v4" in compiled.asm["ptx"]
+    if (reason := fake_driver.why_not()) is not None:
+        pytest.skip(reason)
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        with FakeCuda(compile=True):
+            kernels.start_all(DEVICE, 132)
+    found = [(path.stem, path.read_text("utf-8")) for path in tmp_path.rglob("*.ptx")]
+    assert sorted(name for name, _ in found) == ["clock", "flags", "read", "read", "read"]
+    for name, text in found:  # past L1, 16 bytes a load
+        assert name != "read" or "ld.global.cg.v4" in text
 
 
 # --- configurations without OmegaConf ------------------------------------------------------------
@@ -309,9 +310,9 @@ def _text(path: Path) -> str:
 
 def test_an_epoch_without_an_engine_is_absent(tmp_path: Path) -> None:
     script = (
-        "import torch\nfrom bench import apart\nfrom bench.cases import matrix\n"
-        "case = next(c for c in matrix.dry('epoch') if c.name == 'epoch-tiny')\n"
-        "for x in apart.measure(case, ['published', 'fast'], torch.device('cpu')): print(x)"
+        "import torch\nfrom bench import matrix, session\n"
+        "case = next(c for c in matrix.dry_cases('epoch') if c.name == 'epoch-tiny')\n"
+        "for x in session.one_by_one(case, ['published', 'fast'], torch.device('cpu')): print(x)"
     )
     done = bare(tmp_path, "-c", script)
     assert done.returncode == 0, done.stderr

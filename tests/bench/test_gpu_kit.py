@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 
-from bench import environment, fake_driver, gpu, gpu_checks, gpu_kit, gpu_out, prepare, worker
+from bench import (
+    environment,
+    fake_driver,
+    gpu,
+    gpu_checks,
+    gpu_kit,
+    gpu_out,
+    gpu_tests,
+    prepare,
+    worker,
+)
 from bench.gpu_kit import MANIFEST, NATIVE, TOOLS, TRITON, KitError, load, pack, unpack
 from bench.providers import OURS
 from bench.stages import Deadline, Outcome
@@ -162,6 +172,7 @@ def test_tools_are_found_where_there_are_none(
     monkeypatch.setenv("PYTHONPATH", "before")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(gpu, "find_spec", lambda name: None if missing else object())
+    monkeypatch.setattr(gpu_tests, "missing", lambda: None)
     assert gpu._unpack(kit)[TOOLS] == "1 of 1 files unpacked"
     command = [sys.executable, "-c", "import a_test_tool; print(a_test_tool.VALUE)"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -259,8 +270,8 @@ def test_what_is_compiled_is_found_where_it_is_unpacked(
     (name,) = (w.name for w in prepare.work() if w.stage == "micro")
     built, there = tmp_path / "built", tmp_path / "there"
     wrong = prepare.compile_all([name, "rollout of nothing"], built, 1)
-    assert wrong == ["rollout of nothing: its process died"]
-    assert f"  1/2 {name}: 5 compiled\n" in capsys.readouterr().out
+    assert wrong == ["rollout of nothing: KeyError: 'rollout of nothing'"]
+    assert f"/2 {name}: 5 compiled\n" in capsys.readouterr().out
     pack(tmp_path / "kit", built, [], tmp_path / "none", FACTS)
     shutil.rmtree(built)
     unpack(tmp_path / "kit", there, tmp_path / "package", tmp_path / "site")
@@ -271,17 +282,19 @@ def test_what_is_compiled_is_found_where_it_is_unpacked(
 def test_what_a_measuring_process_compiles_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.compile import aot, micro
+    from bench.micro import kernels
+    from tests.compile import aot
 
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
     monkeypatch.setattr(triton.runtime.build, "_build", lambda: None)
     counts = worker.Compilations()
-    case = next(c for c in micro.cases() if c.name == "bench nothing")
+    signature = {"out": "*i64", "cycles": "i64"}
+    case = aot.Case("clock", kernels.clock, signature, num_warps=1)
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
         aot.compile_case(case, 90)
         aot.compile_case(case, 90)
-    assert counts.news() == ("compiled", 1, ["nothing"])
+    assert counts.news() == ("compiled", 1, ["clock"])
     triton.runtime.build._build()
     assert counts.news() == ("compiled", 0, ["launcher"])
     assert counts.news() == ("compiled", 0, [])
@@ -312,7 +325,7 @@ LOADS, MISSING = (0, "avx2 cuda_esnr"), (1, "ImportError: no _C")
         (True, True, [LOADS, (0, ""), LOADS], "probe build probe", ("ok", "built: CPU kernels")),
         (True, False, [MISSING, (0, ""), LOADS], "probe build probe", ("ok", "built: CPU")),
         (True, False, [MISSING, (1, "error: x")], "probe build", ("failed", "error: x")),
-        (False, False, [MISSING], "probe", ("ok", "not built: there is no nvcc; ImportError")),
+        (False, False, [MISSING], "probe", ("ok", "not built: there is no nvcc and no x; Import")),
     ],
 )
 def test_the_extension_is_built_where_it_does_not_load(
@@ -332,6 +345,7 @@ def test_the_extension_is_built_where_it_does_not_load(
     monkeypatch.setattr(gpu_checks, "WORK", tmp_path / "gpu")
     monkeypatch.setattr(gpu_checks, "run_command", builds)
     monkeypatch.setattr(gpu_checks, "_stale", lambda: stale)
+    monkeypatch.setattr(gpu_checks, "BUILD_TOOLS", ("os" if nvcc else "x",))
     monkeypatch.setattr(gpu_checks, "find_program", lambda name: "nvcc" if nvcc else None)
     found = gpu_checks.build(Deadline(9.0), Record(tmp_path / "x.json", RUN))
     assert found.status == outcome[0] and found.detail.startswith(outcome[1])

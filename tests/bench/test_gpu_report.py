@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_report, predictions, report, results
+from bench import gpu_report, pages, report, results
+from bench.readings import ASSUMED
 from bench.results import Group, Result, Row
 from tests.bench.synthetic import group, result, row
 
@@ -37,14 +38,10 @@ def measured() -> Result:
         "stages": {"tests": {"status": "failed", "detail": "1 failed", "seconds": 3.0}},
         "tests": {"tests/test_x.py": {"failed": 1, "messages": ["a: error 3 exceeds 2"]}},
         "micro": {
-            "launches": [{"name": "graph node", "value": 1.51, "unit": "µs"}],
-            "cuda dsmem": [
-                {"name": "DSMEM load", "value": 207.2, "unit": "cycles"},
-                {"name": "DSMEM hop", "value": None, "unit": "", "reason": "failed: 3 are wrong"},
-                {"name": "dsmem copy", "value": None, "unit": "", "reason": "failed: signal 9"},
-            ],
-            "cuda graphs": [
-                {"name": "graph node, PDL", "value": None, "unit": "", "reason": "absent: sm_80"},
+            "products": [{"name": "small product", "value": 1.51, "unit": "µs"}],
+            "bandwidth": [
+                {"name": "HBM read", "value": None, "unit": "", "reason": "failed: 3 are wrong"},
+                {"name": "bandwidth", "value": None, "unit": "", "reason": "failed: signal 9"},
             ],
         },
     }
@@ -59,7 +56,7 @@ def test_without_a_result_nothing_is_measured() -> None:
     text = gpu_report.comparison(None)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     heads = [line for line in rows if "measured |" in line and gpu_report.NOT_MEASURED not in line]
-    assert len(heads) == 4
+    assert len(heads) == 3
     for line in set(rows) - set(heads):
         assert gpu_report.NOT_MEASURED in line
     assert "| 5M, batch 128, K 4 | 30.8 | not measured | 9.5 | not measured | 8.7 |" in text
@@ -70,18 +67,12 @@ def test_measured_figures_stand_beside_the_models() -> None:
     line = lines_of(text, "5M, batch 128, K 4")
     assert line == "| 5M, batch 128, K 4 | 30.8 | 30.0 | 9.5 | 9 | 8.7 | 8 | 1.6 | 2 |"
     assert "not measured" in lines_of(text, "5M, batch 512, K 4")
-    assert lines_of(text, "a kernel node").endswith("| 1.3 µs | literature | 1.51 µs |")
-    assert lines_of(text, "a load of another").endswith(
-        "| 180 to 200 cycles | literature | 207 cycles |"
-    )
-    assert lines_of(text, "a number to another block").endswith("| assumed | failed |")
-    assert lines_of(text, "the same, launched").endswith("| 0.7 µs | assumed | absent |")
     assert lines_of(text, "5M, M 16") == "| 5M, M 16 | 0.07 | 0.077 | 0.08 | 0.07 |"
 
 
 def test_predictions_are_not_mistaken_for_results() -> None:
     """The constants that were assumed say so, and none of the figures has a stored result."""
-    assert {a.source for a in predictions.ASSUMPTIONS.values()} <= {
+    assert {a.source for a in ASSUMED.values()} <= {
         "assumed",
         "literature",
         "other code",
@@ -108,17 +99,17 @@ def test_the_end_of_a_run_is_a_short_table() -> None:
     text = gpu_report.short(measured())
     line = next(line for line in text.splitlines() if line.startswith(QUICK))
     assert line.split() == [QUICK, "30.0", "8", "2", "1", "4.00x", "fast_fp16_graph"]
-    assert "graph node: 1.51 µs (model: 1.3 µs)" in text
-    assert "DSMEM hop: failed (model: 200 cycles)" in text
-    assert "failed: DSMEM hop: failed: 3 are wrong" not in text  # once is enough
-    assert "failed: DSMEM hop: 3 are wrong" in text and "failed: dsmem copy: signal 9" in text
+    assert "small product: 1.51 µs (model: 1.6 µs)" in text
+    assert "HBM read: failed (model: 4.3 TB/s)" in text
+    assert "failed: HBM read: failed: 3 are wrong" not in text  # once is enough
+    assert "failed: HBM read: 3 are wrong" in text and "failed: bandwidth: signal 9" in text
     assert "failed: tests/test_x.py: a: error 3 exceeds 2" in text
     assert f"failed: {QUICK}, compile_max: why" in text
 
 
 def test_the_summary_begins_with_the_headline() -> None:
     found = measured()
-    found.gpu["micro"]["launches"][0]["replaces"] = {}
+    found.gpu["micro"]["products"][0]["replaces"] = {}
     found.gpu["compiled"] = {"cached": 40, "names": {"launcher": 2, "adam_kernel": 1}}
     first, second, third, fourth, *_ = gpu_report.short(found).splitlines()
     assert first == (
@@ -126,11 +117,11 @@ def test_the_summary_begins_with_the_headline() -> None:
         "torch.compile and a CUDA graph in 16 bit 8 ms, 4.00x; torch.compile in fp32 not measured; "
         "eager as published 30.0 ms, 15.00x"
     )
-    count = len(predictions.ASSUMPTIONS)
+    count = len(ASSUMED)
     assert second.startswith(
         "measured: 9 times on Some GPU, torch 2.13.0+cpu, Triton 3.7.1, and 1 "
     )
-    assert third.startswith(f"assumed: {count - 1} constants: graph node, PDL; ")
+    assert third.startswith(f"assumed: {count - 1} constants: L2 read by one SM; ")
     assert fourth == (
         "Triton's cache: 40 kernels taken from it; compiled where it was measured: 3: launcher 2, "
         "adam_kernel 1"
@@ -142,11 +133,10 @@ def test_the_summary_begins_with_the_headline() -> None:
 def test_readme_and_docs_show_the_stored_runs() -> None:
     """After storing a run: ``python -m bench.report --readme --docs``."""
     found = report.stored_gpu()
-    sections = {report.README: report.gpu_readme(found), report.DOCS: report.gpu_docs(found)}
-    for path, section in sections.items():
+    made = {pages.README: report.gpu_readme(found), pages.PERFORMANCE: report.gpu_docs(found)}
+    for path, section in made.items():
         text = path.read_text("utf-8")
-        first, last = report.markers("gpu")
-        assert text.partition(first)[2].partition(last)[0].strip() == section.strip(), path.name
+        assert pages.put(text, "gpu", section) == text, path.name
 
 
 def test_the_readme_says_not_measured_or_shows_a_run() -> None:

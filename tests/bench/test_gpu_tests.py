@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,10 @@ def counts(found: dict[str, Any]) -> tuple[int, int, int]:
 def test_without_pytest_the_tests_are_left_for_another_machine(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_tests, "find_spec", lambda name: None)
+    def none(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", none)
     stage.write("good", "def test_good():\n    pass\n")
     assert stage.run() == Outcome("partial", "not run: there is no pytest here")
     assert not stage.record.result.gpu["tests"]
@@ -95,10 +99,11 @@ def test_one_outcome_a_test(stage: Stage) -> None:
     assert outcome.status == "failed" and "1 passed, 2 failed, 1 skipped in 1 of 1" in outcome[1]
     found = stage.found(name)
     assert counts(found) == (1, 2, 1) and "done" not in found
-    assert found["messages"] == ["test_after: AssertionError: teardown", "test_bad: assert 1 == 2"]
+    wanted = ["test_after: AssertionError: teardown", "test_bad: assert 1 == 2"]
+    assert sorted(found["messages"]) == wanted
     log = (stage.folder / "failures.log").read_text("utf-8")
     assert "in test_bad\n" in log and "assert 1 == 2" in log and "test_after, teardown:" in log
-    assert len(stage.told) == 2 and stage.told[1].endswith("test_bad: assert 1 == 2")
+    assert len(stage.told) == 2 and max(stage.told).endswith("test_bad: assert 1 == 2")
     stage.told.clear()
     assert stage.run() == outcome and stage.told == []  # nothing is left
 
@@ -120,10 +125,10 @@ def test_what_a_test_takes_along(stage: Stage, monkeypatch: pytest.MonkeyPatch) 
     found = stage.found(name)
     assert counts(found) == (3, 3, 0)
     texts = dict(text.split(": ", 1) for text in found["messages"])
-    assert "status 11" in texts["test_dies"]
+    assert "crashed while running" in texts["test_dies"]
     assert texts["test_lost"] == "assert False"
     assert "test_lost, call:" in (stage.folder / "failures.log").read_text("utf-8")
-    assert texts["test_hangs"].startswith("it did not end within ")
+    assert texts["test_hangs"] == "it did not end within 5 s"
 
 
 def test_files_that_give_no_tests(stage: Stage) -> None:
@@ -152,7 +157,7 @@ def test_the_first_case_of_each_test_comes_first(stage: Stage) -> None:
     )
     outcome = stage.run(first=True)
     assert outcome == ("ok", "2 passed, 0 failed, 0 skipped in 0 of 1 files")
-    assert stage.found(name)["done"] == ["test_cases[1]", "test_other"]
+    assert sorted(stage.found(name)["done"]) == ["test_cases[1]", "test_other"]
     assert stage.run(Until(stage.folder / "waits")).status == "partial"
     assert counts(stage.found(name)) == (3, 0, 0)
     (stage.folder / "second").touch()

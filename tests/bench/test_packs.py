@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench import packs
-from bench.errors import DOCS
 from bench.measure import Effort
+from bench.pages import OPS
 from pwm_fast import ops
 from pwm_fast.backends import native, select
 from pwm_fast.fused import weight_cache as store
@@ -49,4 +49,4 @@ def test_a_row_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_has_the_stored_table() -> None:
     stored = json.loads(packs.RESULT.read_text("utf-8"))
-    assert packs.table(stored["rows"]) in DOCS.read_text("utf-8")
+    assert packs.table(stored["rows"]) in OPS.read_text("utf-8")

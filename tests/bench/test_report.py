@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results
+from bench import pages, report, results
 from bench.results import Row, Spread, ratio
 from tests.bench.synthetic import ROLLOUT, group, result, rollout, row
 
@@ -61,11 +61,8 @@ def test_the_report_says_what_it_was_measured_on() -> None:
 
 def test_the_readme_shows_the_stored_results() -> None:
     """After storing a result: ``python -m bench.report --readme``."""
-    text = report.README.read_text("utf-8")
-    _, begin, rest = text.partition(report.BEGIN)
-    section, end, _ = rest.partition(report.END)
-    assert begin and end
-    assert section.strip() == report.readme_section(results.stored())
+    text = pages.README.read_text("utf-8")
+    assert pages.put(text, "speed", report.readme_section(results.stored())) == text
 
 
 def test_the_readme_section_holds_the_newest_of_each_machine() -> None:
@@ -95,17 +92,6 @@ def test_the_readme_section_shows_losses_and_failures() -> None:
 def test_results_of_other_cases_do_not_reach_the_readme() -> None:
     text = report.readme_section([result(group("mish-5M-b4096-forward", row("published", 1.0)))])
     assert text.startswith("No measurement is stored yet")
-
-
-def test_writing_replaces_what_stands_between_the_markers(tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
-    path.write_text(f"# x\n{report.BEGIN}\nold\n{report.END}\nrest\n", "utf-8")
-    assert report.write_readme(path, "new")
-    assert path.read_text("utf-8") == f"# x\n{report.BEGIN}\nnew\n{report.END}\nrest\n"
-    assert not report.write_readme(path, "new")
-    path.write_text("# no markers", "utf-8")
-    with pytest.raises(results.ResultError, match="speed:begin"):
-        report.write_readme(path, "new")
 
 
 # --- command and plots --------------------------------------------------------------------------

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import launches, predictions, products, tune, tune_compile, tune_report
+from bench import launches, pool, products, tune, tune_compile, tune_problems, tune_report
 from bench.tune import Log, Options, Problem
 from pwm_fast.kernels import cost, tuning
-from pwm_fast.kernels.plan import GemmCall, Limits, gemm_shape, plan
+from pwm_fast.kernels.plan import GemmShape, Limits, gemm_shape, plan
 from tests.bench import fake_compiling
 from tests.bench.synthetic import FACTS
 
@@ -161,11 +162,11 @@ def test_a_file_that_cannot_be_read_is_written_anew(
 
 
 def test_all_kernels_are_measured_with_the_plain_path_among_their_choices() -> None:
-    found = list(tune.problems(None, FITTING))
+    found = list(tune_problems.problems(None, FITTING))
     assert {p.kernel for p in found} == set(tuning.FORMS)
     assert len({p.name for p in found}) == len(found)
     for p in found:
-        plain = p.choices[tune.LAYERS if p.kernel == "rollout" else tune.PLAIN]
+        plain = p.choices[tune_problems.LAYERS if p.kernel == "rollout" else tune_problems.PLAIN]
         assert plain == {tuning.FORMS[p.kernel].fields[0]: 0}
         assert p.heuristic in p.choices
         assert set(p.model) == (set() if p.kernel == "rollout" else set(p.choices))
@@ -174,18 +175,20 @@ def test_all_kernels_are_measured_with_the_plain_path_among_their_choices() -> N
 def test_the_kernels_take_what_is_written() -> None:
     """Every choice of every problem is an entry that the planning accepts."""
     rollout = pytest.importorskip("pwm_fast.kernels.rollout")
-    for p in tune.problems(None, FITTING, ("16", "tf32", "ieee"), (64, 16384)):
+    for p in tune_problems.problems(None, FITTING, ("16", "tf32", "ieee"), (64, 16384)):
         for name, options in p.choices.items():
             tuning.check(p.kernel, p.key, options)
             if p.kernel == "rollout":
                 rollout.check_tuned(p.key, options, *FITTING)
                 continue
             found = plan(gemm_shape(p.kernel, p.key), FITTING, {p.key: options})
-            assert (tune.PLAIN if found is None else found.name) == name
+            assert (tune_problems.PLAIN if found is None else found.name) == name
 
 
 def test_rows_in_place_of_those_that_agents_have() -> None:
-    found = [p for p in tune.problems(None, FITTING, rows=(500, 512)) if p.kernel != "rollout"]
+    found = [
+        p for p in tune_problems.problems(None, FITTING, rows=(500, 512)) if p.kernel != "rollout"
+    ]
     assert {p.key.split(" R")[1].split()[0] for p in found} == {"512"}
 
 
@@ -206,9 +209,9 @@ def test_what_an_agent_asks_for_is_recorded(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(launches, "count", count)
     asked = products.record(launches.small())
     assert asked.products == [
-        GemmCall("linear_axpby", 64, 48, 16),
-        GemmCall("linear_act_norm_bwd", 2, 40, 24, 3),
-        GemmCall("linear_axpby", 32, 48, 16),
+        GemmShape("linear_axpby", 64, 48, 16),
+        GemmShape("linear_act_norm_bwd", 2, 40, 24, 3),
+        GemmShape("linear_axpby", 32, 48, 16),
     ]
     assert asked.rollouts == [products.Rollout(64, 512)]
 
@@ -246,16 +249,7 @@ def test_constants_stand_beside_their_readings() -> None:
     assert tune_report.readings("a GPU that nobody has") == {}
     table = tune_report.table(tune_report.readings())
     assert len(table.splitlines()) == 2 + len(cost.CONSTANTS)
-    assert table in tune_report.PAGE.read_text(), "run python -m bench.tune_report"
-
-
-def test_the_model_and_the_predictions_assume_the_same() -> None:
-    for constant in cost.CONSTANTS.values():
-        assumed = predictions.ASSUMPTIONS.get(str(constant.reading))
-        if constant.reading is not None:
-            assert assumed is not None, constant.reading
-            assert assumed.unit == constant.unit
-            assert assumed.value in (None, constant.value)
+    assert table in tune_report.PERFORMANCE.read_text(), "run python -m bench.tune_report"
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -295,7 +289,7 @@ def test_a_run_but_for_the_gpu(
     measured: list[str] = []
 
     class Workload:
-        def __init__(self, product: GemmCall, device: torch.device) -> None:
+        def __init__(self, product: GemmShape, device: torch.device) -> None:
             self.product = product
 
         def call(self, chosen: Any) -> Callable[[], float]:
@@ -304,7 +298,9 @@ def test_a_run_but_for_the_gpu(
             return lambda: 1e-6 * slow
 
     monkeypatch.setattr(tune, "_device", lambda name: torch.device("cpu"))
-    monkeypatch.setattr(tune.planning, "device_limits", lambda device: ("Some GPU", FITTING))
+    monkeypatch.setattr(
+        tune_problems.planning, "device_limits", lambda device: ("Some GPU", FITTING)
+    )
     monkeypatch.setattr(tune, "on_gpu", clock)
     monkeypatch.setattr(tune.tune_compile, "ahead", lambda names, *args: compiled.append(names))
     monkeypatch.setattr(products_, "WORKLOADS", dict.fromkeys(products_.WORKLOADS, Workload))
@@ -324,17 +320,25 @@ def test_a_run_but_for_the_gpu(
     assert "heuristic / best choice" in out and "measured / model" in out and "85 GB/s" in out
 
 
-def test_choices_are_compiled_in_several_processes(tmp_path: Path) -> None:
+def test_choices_are_compiled_in_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ahead(names: list[str], seconds: float) -> None:
-        tune_compile.ahead(  # the folder takes the device's place
-            names, tmp_path, None, (), (), seconds, count=2, work=fake_compiling.mark
-        )  # type: ignore[arg-type]
+        tune_compile.ahead(names, partial(fake_compiling.mark, folder=str(tmp_path)), seconds)
 
+    monkeypatch.setattr(tune_compile, "jobs", lambda: 2)
     ahead(["alone"], 100.0)
     assert list(tmp_path.iterdir()) == []
     ahead(["a", "b", "c"], 100.0)
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c"}
     ahead(["hang", "hang"], 0.1)  # comes back
+
+
+def test_a_process_that_dies_costs_its_own_item(tmp_path: Path) -> None:
+    work = partial(fake_compiling.mark, folder=str(tmp_path))
+    found = dict(pool.each(work, ["die", "aa", "raise", "bbb"], 2))
+    assert found["aa"] == 2 and found["bbb"] == 3
+    assert str(found["die"]) == "its process died" and str(found["raise"]) == "of the test"
 
 
 @pytest.mark.gpu

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, session
 from bench.cases import Case, Provider, Workload
 from bench.environment import ROOT
+from bench.matrix import Job
 from bench.measure import Effort
 from bench.results import Row
 from bench.stages import Deadline, Record
-from bench.worker import Ended, Job, Message, Worker
+from bench.worker import Ended, Message, Worker
 from tests.bench import fake_work
 from tests.bench.synthetic import FACTS
 
@@ -60,7 +61,8 @@ def test_a_worker_survives_what_its_jobs_do(worker: Worker) -> None:
 def test_a_worker_ends_with_a_run_that_was_killed(tmp_path: Path) -> None:
     """It would have the GPU's memory, and the next run's timings."""
     run = (
-        "import torch\nfrom pathlib import Path\nfrom bench.worker import Job, Worker\n"
+        "import torch\nfrom pathlib import Path\nfrom bench.matrix import Job\n"
+        "from bench.worker import Worker\n"
         "from tests.bench import fake_work\n"
         "if __name__ == '__main__':\n"
         f"    w = Worker(torch.device('cpu'), Path({str(tmp_path / 'log')!r}), fake_work.serve)\n"
@@ -232,14 +234,13 @@ def test_a_microbenchmark_that_hangs_or_dies_leaves_the_others_their_time(
     found = {name: [r["value"] for r in rows] for name, rows in record.result.gpu["micro"].items()}
     assert found == {"first": [1.0], "hangs": [1.0, None], "dies": [1.0, None], "last": [1.0]}
     reasons = [record.result.gpu["micro"][name][1]["reason"] for name in ("hangs", "dies")]
-    assert reasons == ["failed: it did not end within 40 s", "failed: it died"]
+    assert reasons == ["failed: it did not end within 15 s", "failed: it died"]
 
 
 # --- one provider after another ------------------------------------------------------------------
 
 
 def test_rows_of_every_kind() -> None:
-    from bench import apart
     from bench.providers import Absent
 
     def raising(error: Exception) -> Any:
@@ -261,7 +262,7 @@ def test_rows_of_every_kind() -> None:
     }
     case = Case("c", {}, lambda _: Workload(make, lambda: truth), tuple(make))
     case = Case("c", {}, case.build, tuple(make), effort=Effort(0.01, 2, 3, 0.0))
-    found = [x for x in apart.measure(case, case.providers, CPU) if isinstance(x, Row)]
+    found = [x for x in session.one_by_one(case, case.providers, CPU) if isinstance(x, Row)]
     assert {row.provider: row.status for row in found} == {
         "published": "ok",
         "tf32": "memory",
@@ -277,13 +278,11 @@ def test_rows_of_every_kind() -> None:
 
 
 def test_a_case_that_does_not_fit_is_out_of_memory_for_all() -> None:
-    from bench import apart
-
     def build(_: torch.device) -> Workload:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     case = Case("c", {}, build, ("published", "fast"))
-    found = list(apart.measure(case, case.providers, CPU))
+    found = list(session.one_by_one(case, case.providers, CPU))
     assert [(r.provider, r.status) for r in found if isinstance(r, Row)] == [
         ("published", "memory"),
         ("fast", "memory"),

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import tune, tune_products
+from bench import tune, tune_problems, tune_products
 from bench.fake_cuda import DEVICE, FakeCuda
 from bench.tune_compile import compiling
 from bench.tune_products import WORKLOADS, Wrong
@@ -77,7 +77,7 @@ def test_problems_are_measured_from_their_operands_on(tmp_path: Path) -> None:
     """All of the tuner but its clock and the GPU."""
     limits = Limits(1)
     product = GemmShape("linear_act_norm_bwd", 5, 48, 16, 2)
-    problem = tune._product_problem(product, CPU, limits)
+    problem = tune_problems.product_problem(product, CPU, limits)
     assert set(problem.choices) == {"32x256", "unfused"}
 
     def clock(calls):  # type: ignore[no-untyped-def]

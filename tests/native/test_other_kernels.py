@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pwm_fast import ops
 from pwm_fast.backends.esnr import moments
-from pwm_fast.ops.reference import heads
 from tests.native.harness import _C, BATCHES, Rows, Values, activate, check
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -104,13 +104,17 @@ def two_hot(
 def two_hot_reference(vmin: float, vmax: float, transform: bool):
     def reference(given: Values, dtype: torch.dtype) -> Values:
         logits = given["logits"].clone().requires_grad_()
-        value = heads.two_hot_decode(logits, vmin, vmax, transform)
-        loss = heads.two_hot_cross_entropy(logits, given["x"], vmin, vmax, transform)
+        value = ops.two_hot_decode(logits, vmin, vmax, transform=transform, backend="reference")
+        loss = ops.two_hot_cross_entropy(
+            logits, given["x"], vmin, vmax, transform=transform, backend="reference"
+        )
         (d_decode,) = torch.autograd.grad(value, logits, given["dvalue"])
         (d_ce,) = torch.autograd.grad(loss, logits, given["dvalue"])
         return {
             "value": value.detach(),
-            "mean": heads.two_hot_decode(logits.detach(), vmin, vmax, False),
+            "mean": ops.two_hot_decode(
+                logits.detach(), vmin, vmax, transform=False, backend="reference"
+            ),
             "lse": torch.logsumexp(logits.detach(), -1),
             "loss": loss.detach(),
             "d_decode": d_decode,

@@ -1,14 +1,17 @@
-"""The cases of ``python -m bench.gpu``: a quick set, and a full matrix over model, batch and K."""
+"""The cases of ``python -m bench.gpu`` by stage, and the order in which they are measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from bench.cases import Case, Workload, epochs, gradients, rollouts
+from bench import agent, micro, rollouts
+from bench import esnr as gradients
+from bench.cases import Case, Workload
 from bench.measure import Effort
 from bench.providers import GRAPH, LABELS, OURS
 from bench.sizes import alg_config
@@ -95,7 +98,7 @@ def esnr() -> list[Case]:
         Case(
             f"esnr-{model}-M{samples}",
             {"work": gradients.TITLE.format(samples), "model": model, "batch": samples},
-            partial(gradients.build, gradients._shapes(model), samples=samples),
+            partial(gradients.build, gradients.parameters(model), samples=samples),
             ("published", "reference", "fast", "fast_graph", "floor"),
             effort=EFFORT,
         )
@@ -106,7 +109,7 @@ def esnr() -> list[Case]:
 
 def epoch() -> list[Case]:
     """A training epoch's updates, and then with the physics of 128 Ants."""
-    found = [case for case in epochs.cases(torch.device("cuda")) if "5M" in case.name]
+    found = [case for case in agent.epochs(torch.device("cuda")) if "5M" in case.name]
     first = ("published_baseline", "published", "fast_fp16_graph", "fast_bf16_graph")
     return [
         replace(
@@ -118,7 +121,7 @@ def epoch() -> list[Case]:
     ]
 
 
-def dry(kind: str) -> list[Case]:
+def dry_cases(kind: str) -> list[Case]:
     """Stand-ins of a stage, small enough for a run that only shows that everything runs."""
     if kind == "headline":
         cases = [rollout("tiny", 7, 1, "backward", HEADLINE)]
@@ -150,3 +153,61 @@ def _small_epoch(build: partial[Workload], device: torch.device) -> Workload:
         alg.model_learning.updates, alg.steps_per_epoch = 2, 4
         alg.actor.batch_size, alg.model_learning.batch_size = 100, 20
     return build.func(*small, device, worlds=4, horizon=4, **build.keywords)
+
+
+# --- in which order -----------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """What a measuring process is asked for.
+
+    Attributes:
+        kind: ``case`` or ``micro``.
+        stage: that names the case.
+        name: of the case or of the microbenchmark.
+        providers: of the case.
+        dry: the small stand-in.
+    """
+
+    kind: str
+    stage: str
+    name: str
+    providers: tuple[str, ...] = ()
+    dry: bool = False
+
+
+MEASURED = ("headline", "epoch", "quick", "esnr", "matrix")
+READ = tuple(micro.STAGES)  # stages of microbenchmarks
+_TAKEN = {"headline": HEADLINE, "quick": PASSES, "matrix": PASSES}
+
+
+def cases(stage: str, dry: bool) -> list[Case]:
+    """The cases of a stage, or small stand-ins."""
+    if dry:
+        return dry_cases(stage)
+    made = {
+        "headline": headline,
+        "epoch": epoch,
+        "quick": quick,
+        "esnr": esnr,
+        "matrix": full,
+    }
+    return made[stage]()
+
+
+def jobs(stage: str, found: Sequence[Case], dry: bool) -> Iterator[Job]:
+    """All jobs of a stage, in order.
+
+    Rollouts in passes: all over their cheap providers, then over those that take compiling.
+    """
+    if stage in READ:
+        yield from (Job("micro", stage, name, dry=dry) for name in micro.STAGES[stage])
+        return
+    taken: dict[str, set[str]] = {case.name: set() for case in found}
+    rest = tuple(dict.fromkeys(p for case in found for p in case.providers))
+    for names in (*_TAKEN.get(stage, ()), rest):
+        for case in found:
+            chosen = tuple(p for p in case.providers if p in names and p not in taken[case.name])
+            taken[case.name].update(chosen)
+            if chosen:
+                yield Job("case", stage, case.name, chosen, dry)

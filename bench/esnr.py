@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import providers, published
-from bench.cases import QUICK, Case, Provider, Workload
+from bench.cases import QUICK, Case, Provider, Workload, assemble
 from bench.gate import Outputs
 from bench.measure import graphed
 from bench.sizes import ACTION, OBS, alg_config
@@ -26,7 +26,7 @@ def cases(device: torch.device) -> list[Case]:
         Case(
             f"esnr-{model}",
             {"work": TITLE.format(SAMPLES), "model": model, "batch": SAMPLES},
-            partial(build, _shapes(model)),
+            partial(build, parameters(model)),
             ("published", "reference", "fast", "floor"),
             frozenset({"figures"}),
             QUICK if model == "5M" else frozenset(),
@@ -36,7 +36,7 @@ def cases(device: torch.device) -> list[Case]:
     ]
 
 
-def _shapes(model: str) -> tuple[torch.Size, ...]:
+def parameters(model: str) -> tuple[torch.Size, ...]:
     """Of the world model's parameters: 1.5 M elements of ``5M``, 18.7 M of ``48M``, 150 M of
     ``317M``."""
     with torch.device("meta"):
@@ -59,31 +59,19 @@ def build(
     def outputs(signal: Tensor, noise: Tensor) -> Outputs:
         return {"signal": signal, "noise": noise}
 
-    def plain() -> Outputs:
-        return outputs(*published.esnr(flat))
+    def plain(name: str, compiled: Callable[[Any], Any]) -> Provider:
+        def call() -> Outputs:
+            return outputs(*published.esnr(flat))
+
+        return Provider(call, call)
 
     def ours(name: str) -> Provider:
-        providers.need(name, device, "esnr")
-
-        def call() -> Any:
+        def call() -> Outputs:
             with providers.backend(name, device, "esnr"):
-                return ops.esnr(lists)
-
-        def check() -> Outputs:
-            result = call()
+                result = ops.esnr(lists)
             return outputs(result.signal, result.noise)
 
-        return Provider(call, check)
-
-    def replayed() -> Provider:
-        providers.need("fast_graph", device, "esnr")
-        call = graphed(ours("fast").call)
-
-        def check() -> Outputs:
-            result = call()
-            return outputs(result.signal, result.noise)
-
-        return Provider(call, check)
+        return Provider(call, call)
 
     def truth() -> Outputs:
         signal = torch.zeros((), dtype=torch.float64, device=device)
@@ -95,15 +83,13 @@ def build(
             noise += (stacked - center).square().sum() / samples
         return outputs(signal, noise)
 
-    def read() -> None:
-        """Every gradient read once, as fast as PyTorch reads memory."""
-        for x in flat:
-            x.sum()
+    def bottom(dtype: torch.dtype) -> Callable[[], object]:
+        def read() -> None:
+            """Every gradient read once, as fast as PyTorch reads memory."""
+            for x in flat:
+                x.sum()
 
-    make: dict[str, Callable[[], Provider]] = {
-        "published": lambda: Provider(plain, plain),
-        **{n: partial(ours, n) for n in ("reference", "fast")},
-        "fast_graph": replayed,
-        "floor": lambda: Provider(graphed(read) if device.type == "cuda" else read),
-    }
+        return graphed(read) if device.type == "cuda" else read
+
+    make = assemble(device, plain, ours, bottom, operation="esnr")
     return Workload(make, truth, partial(build, shapes, device, seed + 1, samples), device=device)

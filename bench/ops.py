@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import floor, providers, published
-from bench.cases import QUICK, Case, Provider, Workload
+from bench.cases import QUICK, Case, Provider, Workload, assemble
 from bench.gate import Outputs
 from bench.measure import Effort
 from bench.sizes import ACTION, HORIZON
@@ -348,8 +348,8 @@ OPERATIONS: dict[str, Operation] = {
         differentiable=False,
     ),
 }
-# Measured as steps, in the other modules of this package.
-ELSEWHERE = {"imagine": "rollouts", "esnr": "gradients", "world_model_loss": "updates"}
+# Measured otherwise, in these modules.
+ELSEWHERE = {"imagine": "rollouts", "esnr": "esnr", "world_model_loss": "agent"}
 SOME = {
     ("layer_norm_act", "forward"),
     ("layer_norm_act", "backward"),
@@ -438,32 +438,27 @@ def build(
 
         return Provider(call, call)
 
-    def ours(name: str) -> Provider:
-        providers.need(name, device)
+    def plain(name: str, compiled: Callable[[Any], Any]) -> Provider:
+        return caller(compiled(op.plain), name)
 
+    def ours(name: str) -> Provider:
         def within(own: Inputs) -> Any:
             with providers.backend(name, device):
                 return op.ours(own)
 
         return caller(within, name)
 
-    def graph() -> Provider:
-        from bench.measure import graphed
-
-        call = graphed(caller(op.plain, "published").call)
-        return Provider(call, call)
-
     def truth() -> Outputs:
         check = caller(op.plain, "published", torch.float64).check
         assert check is not None
         return check() or {}
 
-    def bottom(dtype: torch.dtype) -> Provider:
+    def bottom(dtype: torch.dtype) -> Callable[[], object]:
         if op.products is not None:
             products = op.products(size, batch)
             if gradient:
                 products += [*floor.backward(products), *floor.weight_gradients(products)]
-            return Provider(floor.floor(products, dtype, device))
+            return floor.floor(products, dtype, device)
         x = max(inputs.values(), key=Tensor.numel)
         y = torch.empty_like(x)
 
@@ -473,19 +468,10 @@ def build(
             if gradient:
                 torch.add(x, y, out=y)
 
-        return Provider(traffic)
+        return traffic
 
-    make: dict[str, Callable[[], Provider]] = {
-        "published": lambda: caller(op.plain, "published"),
-        "autocast": lambda: caller(op.plain, "autocast"),
-        "tf32": lambda: caller(op.plain, "tf32"),
-        "graph": graph,
-        "compile": lambda: caller(providers.compiled(op.plain), "compile"),
-        **{n: partial(ours, n) for n in ("reference", "algebra", "fast", "fast_bf16")},
-        "floor": partial(bottom, torch.float32),
-        "floor_bf16": partial(bottom, torch.bfloat16),
-    }
-    return Workload(make, truth, partial(build, op, size, batch, mode, device, seed + 1))
+    again = partial(build, op, size, batch, mode, device, seed + 1)
+    return Workload(assemble(device, plain, ours, bottom), truth, again)
 
 
 def _list(y: Tensor | Sequence[Tensor]) -> list[Tensor]:

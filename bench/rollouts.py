@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import floor, providers, published
-from bench.cases import QUICK, Case, Provider, Workload
+from bench.cases import QUICK, Case, Function, Provider, Workload, assemble, same
 from bench.gate import Outputs
 from bench.measure import Effort, available_memory, graphed
 from bench.sizes import ACTION, HORIZON, alg_config, make_agent
@@ -139,18 +139,22 @@ def build(
 
     params = list(agent.actor.parameters())
 
-    def plain(name: str, step: published.Step = published.macro_step) -> Outputs:
-        """Plain PyTorch with world model and critics frozen."""
+    def frozen_call(name: str, step: published.Step) -> Outputs:
         with frozen(agent.world_model, agent.critic), torch.set_grad_enabled(gradient):
             with providers.eager(name, device):
                 r = roll(*parts(agent), z, noise, step=step)
             grads = list(torch.autograd.grad(-r.returns.mean(), params)) if gradient else []
         return outputs(r.reward, r.value, r.z[-1], grads)
 
+    def plain(name: str, compiled: Callable[[Function], Function] = same) -> Provider:
+        """Plain PyTorch with world model and critics frozen; one macro step is compiled."""
+        if name == "published" and gradient:
+            return Provider(everything, everything)
+        call = partial(frozen_call, name, compiled(published.macro_step))
+        return Provider(call, call)
+
     def everything() -> Outputs:
         """As published: weight gradients of world model and critics are computed too."""
-        if not gradient:
-            return plain("published")
         for module in (agent.world_model, agent.actor, agent.critic):
             module.zero_grad()
         r = roll(*parts(agent), z, noise)
@@ -158,8 +162,6 @@ def build(
         return outputs(r.reward, r.value, r.z[-1], [p.grad for p in params])  # type: ignore[misc]
 
     def ours(name: str) -> Provider:
-        providers.need(name, device)
-
         def call() -> Outputs:
             with providers.backend(name, device):
                 r, grads = imagined(agent, z, noise, gradient)
@@ -191,7 +193,7 @@ def build(
                         total.add_(share)
         return outputs(torch.cat(rewards, 1), torch.cat(values), torch.cat(last), grads)
 
-    def bottom(name: str, dtype: torch.dtype) -> Provider:
+    def bottom(dtype: torch.dtype) -> Callable[[], object]:
         policy, dynamics, heads = parts(agent)
         assert heads.value is not None
         products = floor.rollout_products(
@@ -203,36 +205,8 @@ def build(
             horizon,
             gradient=gradient,
         )
-        with providers.eager(name, device):
-            chain = floor.floor(products, dtype, device)
-
-            def call() -> None:
-                with providers.eager(name, device):
-                    chain()
-
-            return Provider(graphed(call) if device.type == "cuda" else call)
-
-    def eager(name: str) -> Provider:
-        call = partial(plain, name)
-        return Provider(call, call)
-
-    def compiled(name: str, graph: bool) -> Provider:
-        step = providers.compiled(published.macro_step, providers.MODES.get(name))
-        call: Callable[[], Outputs] = partial(plain, name, step)
-        if graph:
-            if device.type != "cuda":
-                raise providers.Absent("a CUDA graph needs a GPU")
-            call = graphed(call)
-        return Provider(call, call)
-
-    def graph() -> Provider:
-        call = graphed(partial(plain, "frozen"))
-        return Provider(call, call)
-
-    def replayed(name: str) -> Provider:
-        providers.need(name, device)
-        call = graphed(ours(name.removesuffix(providers.GRAPH)).call)
-        return Provider(call, call)
+        call = floor.floor(products, dtype, device)
+        return graphed(call) if device.type == "cuda" else call
 
     def jax(name: str) -> Provider:
         from bench.jax_rollout import rollout
@@ -240,20 +214,10 @@ def build(
         work = rollout(name, agent, z, noise, gamma=alg.gamma, gradient=gradient)
         return Provider(work.call, lambda: outputs(*work.result()), wall=True)
 
-    make: dict[str, Callable[[], Provider]] = {
-        "published": lambda: Provider(everything, everything),
-        "frozen": partial(eager, "frozen"),
-        "autocast": partial(eager, "autocast"),
-        "tf32": partial(eager, "tf32"),
-        "graph": graph,
-        "compile": partial(compiled, "compile", False),
-        **{n: partial(compiled, n, True) for n in ("compile_tf32", "compile_bf16", "compile_max")},
-        **{n: partial(ours, n) for n in ("reference", "algebra", *providers.OURS)},
-        **{n + providers.GRAPH: partial(replayed, n + providers.GRAPH) for n in providers.OURS},
+    make = {
+        **assemble(device, plain, ours, bottom),
+        "frozen": partial(plain, "frozen"),
         **{n: partial(jax, n) for n in ("jax", "jax_bf16", "diffrax")},
-        "floor": partial(bottom, "floor", torch.float32),
-        "floor_tf32": partial(bottom, "floor_tf32", torch.float32),
-        "floor_bf16": partial(bottom, "floor_bf16", torch.bfloat16),
     }
     truth = partial(in_parts, "published", torch.float64)
     unit = {n: partial(in_parts, n, torch.float32) for n in ("published", "autocast", "tf32")}

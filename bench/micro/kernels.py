@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pwm_fast.kernels import pointwise
-from pwm_fast.kernels.launch import settle
-
 
 @triton.jit
-def nothing(x):
-    """A kernel that starts and ends."""
+def read(x, out, blocks, repeats, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, AHEAD: tl.constexpr):
+    """Every program sums its share of ``blocks`` blocks of ``x``, several times, past its L1.
 
-
-@triton.jit
-def read(x, out, blocks, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, AHEAD: tl.constexpr):
-    """Every program sums its share of ``blocks`` blocks of ``x``; ``AHEAD`` loads are in flight."""
+    ``AHEAD`` loads are in flight.
+    """
     pid = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(pid, blocks, PROGRAMS * AHEAD):
-        for j in tl.static_range(AHEAD):
-            block = i + j * PROGRAMS
-            place = x + block.to(tl.int64) * BLOCK + offsets
-            total += tl.load(place, mask=(block < blocks) & (offsets < BLOCK), other=0.0)
+    for _ in range(repeats):
+        for i in range(pid, blocks, PROGRAMS * AHEAD):
+            for j in tl.static_range(AHEAD):
+                block = i + j * PROGRAMS
+                place = x + block.to(tl.int64) * BLOCK + offsets
+                mask = (block < blocks) & (offsets < BLOCK)
+                total += tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
     tl.store(out + pid, tl.sum(total, 0))
 
 
@@ -55,17 +54,6 @@ def flags(flag, out, rounds, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def mish(x, out, rounds, BLOCK: tl.constexpr):
-    """``rounds`` times ``y = mish(y) / 2 + x`` in registers, which converges."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    start = tl.load(x + place)
-    y = start
-    for _ in range(rounds):
-        y = 0.5 * pointwise.mish(y) + start
-    tl.store(out + place, y)
-
-
-@triton.jit
 def clock(out, cycles):
     """Cycles of the multiprocessor's clock and nanoseconds that pass meanwhile."""
     kind: tl.constexpr = "=l"
@@ -88,16 +76,25 @@ def clock(out, cycles):
 
 
 READ_BLOCK, READ_AHEAD, READ_WARPS = 4096, 4, 8
-MISH_BLOCK, MISH_WARPS = 1024, 8
-
-
 LARGE = 2**30  # float32s that are read
-ROUNDS, MISH_ROUNDS, CYCLES, LIMIT = 2000, 4000, 20_000_000, 100_000
+ROUNDS, CYCLES, LIMIT = 2000, 20_000_000, 100_000
 
 
-def start_nothing(x: Tensor) -> None:
-    """Launch :func:`nothing`."""
-    nothing[(1,)](x, num_warps=1)
+class Read(NamedTuple):
+    """Sizes of a launch of :func:`read`."""
+
+    blocks: int
+    programs: int
+    repeats: int
+
+
+def reads(sms: int) -> dict[str, Read]:
+    """By name of the reading; 732 blocks are 12 MB, which L2 holds."""
+    return {
+        "L2 read by one SM": Read(732, 1, 8),
+        "L2 read, 12 MB": Read(732, 2 * sms, 100),
+        "HBM read": Read(LARGE // READ_BLOCK, 2 * sms, 1),
+    }
 
 
 def start_flags(flag: Tensor, out: Tensor) -> None:
@@ -105,18 +102,12 @@ def start_flags(flag: Tensor, out: Tensor) -> None:
     flags[(2,)](flag, out, ROUNDS, LIMIT=LIMIT, num_warps=1)
 
 
-def start_read(source: Tensor, out: Tensor) -> None:
+def start_read(source: Tensor, out: Tensor, repeats: int) -> None:
     """Launch :func:`read` with a program for each number of ``out``."""
     programs, size = out.numel(), {"BLOCK": READ_BLOCK, "AHEAD": READ_AHEAD}
     blocks = source.numel() // READ_BLOCK
-    read[(programs,)](source, out, blocks, PROGRAMS=programs, **size, num_warps=READ_WARPS)
-
-
-def start_mish(x: Tensor, out: Tensor) -> None:
-    """Launch :func:`mish`."""
-    settle(mish)
-    programs = x.numel() // MISH_BLOCK
-    mish[(programs,)](x, out, MISH_ROUNDS, BLOCK=MISH_BLOCK, num_warps=MISH_WARPS)
+    launch = read[(programs,)]
+    launch(source, out, blocks, repeats, PROGRAMS=programs, **size, num_warps=READ_WARPS)
 
 
 def start_clock(out: Tensor) -> None:
@@ -127,8 +118,7 @@ def start_clock(out: Tensor) -> None:
 def start_all(device: torch.device, sms: int) -> None:
     """Launch each as :mod:`bench.micro` does, on tensors without values."""
     x, integers = (torch.empty(LARGE, dtype=d, device=device) for d in (torch.float32, torch.int32))
-    start_nothing(x)
     start_flags(integers, integers)
-    start_read(x, x[: 2 * sms])
-    start_mish(x[: 8 * sms * MISH_BLOCK], x)
+    for way in reads(sms).values():
+        start_read(x[: way.blocks * READ_BLOCK], x[: way.programs], way.repeats)
     start_clock(torch.empty(2, dtype=torch.int64, device=device))

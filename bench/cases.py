@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
-from bench import gate
+from bench import gate, providers
 from bench.gate import Outputs
-from bench.measure import Effort
-from bench.providers import unit_of
+from bench.measure import Effort, graphed
 
 Check = Callable[[], Outputs | None]
+Function = Callable[..., Any]
+Make = Callable[[], "Provider"]
 MORE = (3, 16)  # draws to see plain PyTorch's error in, where fewer refuse a provider
 
 
@@ -46,7 +49,7 @@ class Workload:
         device: of the inputs.
     """
 
-    make: Mapping[str, Callable[[], Provider]]
+    make: Mapping[str, Make]
     truth: Callable[[], Outputs] | None = None
     again: Callable[[], Workload] | None = None
     unit: Mapping[str, Callable[[], Outputs]] = field(default_factory=dict)
@@ -66,7 +69,7 @@ class Workload:
             return
         if name in gate.SANE:
             self._known[name] = found
-        unit = unit_of(name, self.device)
+        unit = providers.unit_of(name, self.device)
         pair = self.outputs(unit), self.outputs("truth")
         try:
             gate.check(name, found, *pair)
@@ -136,9 +139,74 @@ QUICK = frozenset(
 )
 
 
+def same(function: Function) -> Function:
+    """Not compiled."""
+    return function
+
+
+def assemble(
+    device: torch.device,
+    plain: Callable[[str, Callable[[Function], Function]], Provider],
+    ours: Callable[[str], Provider],
+    floor: Callable[[torch.dtype], Callable[[], object]],
+    *,
+    operation: str = "mlp",
+) -> dict[str, Make]:
+    """All ways to compute a case, by name.
+
+    Args:
+        device: of the inputs.
+        plain: makes plain PyTorch's provider of a name, after passing its inner function through
+            its second argument: torch.compile, or nothing.
+        ours: makes that of ``pwm_fast``, computed in the context of :func:`providers.backend`.
+        floor: makes the floor's call in a dtype.
+        operation: that must have a fast backend here.
+    """
+
+    def own(name: str) -> Provider:
+        providers.need(name, device, operation)
+        found = ours(name.removesuffix(providers.GRAPH))
+        return captured(found) if name.endswith(providers.GRAPH) else found
+
+    def compiled(name: str, graph: bool) -> Provider:
+        mode = providers.MODES.get(name)
+        found = plain(name, partial(providers.compiled, mode=mode))
+        return captured(found) if graph else found
+
+    def captured(found: Provider) -> Provider:
+        if device.type != "cuda":
+            raise providers.Absent("a CUDA graph needs a GPU")
+        call = graphed(found.call)
+        return Provider(call, call)
+
+    def bottom(name: str, dtype: torch.dtype) -> Provider:
+        with providers.eager(name, device):
+            found = floor(dtype)
+        if name not in providers.CONTEXTS:
+            return Provider(found)
+
+        def call() -> None:
+            with providers.eager(name, device):
+                found()
+
+        return Provider(call)
+
+    return {
+        **{n: partial(plain, n, same) for n in ("published", "autocast", "tf32")},
+        "graph": lambda: captured(plain("frozen", same)),
+        "compile": partial(compiled, "compile", False),
+        **{n: partial(compiled, n, True) for n in ("compile_tf32", "compile_bf16", "compile_max")},
+        **{n: partial(own, n) for n in ("reference", "algebra", *providers.OURS)},
+        **{n: partial(own, n) for n in (name + providers.GRAPH for name in providers.OURS)},
+        "floor": partial(bottom, "floor", torch.float32),
+        "floor_tf32": partial(bottom, "floor_tf32", torch.float32),
+        "floor_bf16": partial(bottom, "floor_bf16", torch.bfloat16),
+    }
+
+
 def all_cases(device: torch.device) -> list[Case]:
     """Every case for that kind of device."""
-    from bench.cases import data, epochs, gradients, operations, rollouts, updates
+    from bench import agent, data, esnr, ops, rollouts
 
-    parts = [rollouts, updates, epochs, operations, gradients, data]
-    return [case for part in parts for case in part.cases(device)]
+    parts = (rollouts.cases, agent.cases, agent.epochs, ops.cases, esnr.cases, data.cases)
+    return [case for cases in parts for case in cases(device)]

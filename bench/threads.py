@@ -24,7 +24,8 @@ import torch
 
 from bench import environment
 from bench.errors import publish
-from pwm_fast import build, config
+from pwm_fast import config
+from pwm_fast.run import build
 
 RESULT = environment.ROOT / "bench" / "results" / "threads_cpu.json"
 DOCS = environment.ROOT / "docs" / "performance.md"

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pwm_fast import optional
-from pwm_fast.checkpoint import CheckpointError
 from pwm_fast.config import ConfigError, check_choices, open_overrides
 from pwm_fast.envs import EnvironmentFault
 from pwm_fast.memory import OutOfMemory
-from pwm_fast.trainer import TrainingDiverged
+from pwm_fast.run.checkpoint import CheckpointError
+from pwm_fast.run.trainer import TrainingDiverged
 
 # What a user can mend: shown as one line, without a traceback.
 USER_ERRORS = (

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from pwm_fast import cli, files
-from pwm_fast.comparison.figures import NAMES, draw_all
-from pwm_fast.comparison.page import render
-from pwm_fast.comparison.report import Options, Report, make, outputs
-from pwm_fast.comparison.scores import Reference
-from pwm_fast.comparison.statistics import RESAMPLES, Estimate, Interval
-from pwm_fast.comparison.tables import groups_csv, runs_csv
+from pwm_fast.analysis.figures import NAMES, draw_all
+from pwm_fast.analysis.page import render
+from pwm_fast.analysis.report import Options, Report, make, outputs
+from pwm_fast.analysis.scores import Reference
+from pwm_fast.analysis.statistics import RESAMPLES, Estimate, Interval
+from pwm_fast.analysis.tables import groups_csv, runs_csv
 from pwm_fast.config import ConfigError
 
 
@@ -24,7 +24,7 @@ def compare(options: Options, directory: Path) -> Report:
     """Compare runs and write the page, the CSV files and the figures into ``directory``.
 
     Raises:
-        ConfigError: see :func:`pwm_fast.comparison.report.make`; nothing was written.
+        ConfigError: see :func:`pwm_fast.analysis.report.make`; nothing was written.
         ImportError: matplotlib is missing.
         OSError: a file cannot be written; it names the file.
     """

@@ -16,27 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast import build, checkpoint, cli, files, metrics, provenance, seeding
+from pwm_fast import cli, files, seeding
 from pwm_fast import config as configuration
-from pwm_fast.acting import policy_of
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import frozen, imagine
-from pwm_fast.collection import MixedPolicy, check_policy, first_episodes
+from pwm_fast.analysis.gradients import gradient_esnr
+from pwm_fast.analysis.held_out import HeldOut, draw_windows
+from pwm_fast.analysis.jacobians import jacobian_smoothness, rademacher
+from pwm_fast.analysis.model_figures import draw
+from pwm_fast.analysis.model_tables import tables
+from pwm_fast.analysis.model_view import view_of
+from pwm_fast.analysis.prediction import prediction_errors
+from pwm_fast.analysis.simplex import simplex_drift
 from pwm_fast.config import THREADS, ConfigError, TrainConfig, are_threads
-from pwm_fast.diagnostics import (
-    HeldOut,
-    draw_windows,
-    gradient_esnr,
-    jacobian_smoothness,
-    prediction_errors,
-    simplex_drift,
-    view_of,
-)
-from pwm_fast.diagnostics.figures import draw
-from pwm_fast.diagnostics.smoothness import rademacher
-from pwm_fast.diagnostics.tables import tables
 from pwm_fast.evaluate import MISSING
 from pwm_fast.replay import Episode
+from pwm_fast.run import build, checkpoint, metrics, provenance
+from pwm_fast.run.acting import policy_of
+from pwm_fast.run.collection import MixedPolicy, check_policy, first_episodes
 from pwm_fast.seeding import Purpose
 
 MOST = 2**16  # of what is computed and held for each window, point or rollout

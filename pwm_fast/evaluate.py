@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pwm_fast import build, checkpoint, cli, files, metrics, seeding
-from pwm_fast.acting import policy_of
+from pwm_fast import cli, files, seeding
 from pwm_fast.config import THREADS, ConfigError, are_threads
-from pwm_fast.evaluation import evaluate
+from pwm_fast.run import build, checkpoint, metrics
+from pwm_fast.run.acting import policy_of
+from pwm_fast.run.evaluation import evaluate
 from pwm_fast.seeding import Purpose
 
 MISSING = "???"  # OmegaConf's mark of a value that has to be given

@@ -18,10 +18,18 @@ from contextlib import closing
 from importlib import resources
 from typing import NamedTuple
 
-from pwm_fast import build, cli
+from pwm_fast import cli
 from pwm_fast import config as configuration
-from pwm_fast.accounting import Costs, Flops, Networks, Spaces, count_flops, world_model_parameters
+from pwm_fast.analysis.accounting import (
+    Costs,
+    Flops,
+    Networks,
+    Spaces,
+    count_flops,
+    world_model_parameters,
+)
 from pwm_fast.config import ConfigError, TrainConfig, WorldModelConfig
+from pwm_fast.run import build
 
 LIMIT = 2.0  # percent
 FLOW = "_flow"  # a shipped flow configuration is its baseline's name and this

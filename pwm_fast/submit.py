@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pwm_fast import cli, metrics
+from pwm_fast import cli
 from pwm_fast.config import ConfigError
 from pwm_fast.launch import queue, sweep
+from pwm_fast.run import metrics
 
 SCRIPTS = ("one_gpu", "four_gpus")
 EXAMPLES = """examples:

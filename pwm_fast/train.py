@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 
-from pwm_fast import build, cli, provenance, seeding
+from pwm_fast import cli, seeding
 from pwm_fast import config as configuration
 from pwm_fast.config import TrainConfig
 from pwm_fast.data import offline
 from pwm_fast.evaluate import diverged_line
-from pwm_fast.interrupt import Interrupt
-from pwm_fast.logger import RunLogger
-from pwm_fast.rundir import RunDirectory
+from pwm_fast.run import build, provenance
+from pwm_fast.run.interrupt import Interrupt
+from pwm_fast.run.logger import RunLogger
+from pwm_fast.run.rundir import RunDirectory
+from pwm_fast.run.trainer import Trainer
+from pwm_fast.run.warm_start import warm_start
 from pwm_fast.seeding import Purpose
-from pwm_fast.trainer import Trainer
-from pwm_fast.warm_start import warm_start
 
 
 def train(config: TrainConfig) -> tuple[dict[str, Any], int]:

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["export"]:
-        from pwm_fast.data import export
+        from pwm_fast.run import export
 
         sys.argv = [sys.argv[0], *given[1:]]  # what Hydra reads
         export.main()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pwm_fast import submit
-from tests.trainer.conftest import Launcher, Outcome, tiny_arguments
+from tests.run.conftest import Launcher, Outcome, tiny_arguments
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pwm-fast[slurm]")
 

@@ -23,7 +23,8 @@ from tests.run.conftest import Launcher, rows, tiny_arguments, tiny_config, wait
 EVENTS = """
 import os, signal
 import torch
-from pwm_fast import checkpoint, files, metrics, trainer
+from pwm_fast import files
+from pwm_fast.run import checkpoint, metrics, trainer
 from pwm_fast.agent import PWM
 
 count = 0

@@ -19,6 +19,8 @@ from typing import Any
 
 from pwm_fast import seeding
 
+MISSING = "???"  # OmegaConf's mark of a value that has to be given
+
 
 class ConfigError(ValueError):
     """A configuration value that cannot be used; the message names the key and the value."""

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pwm_fast import cli, files, seeding
 from pwm_fast import config as configuration
-from pwm_fast.config import THREADS, ConfigError, TrainConfig, are_threads
+from pwm_fast import files, seeding
+from pwm_fast.config import MISSING, THREADS, ConfigError, TrainConfig, are_threads
 from pwm_fast.data.episodes import write_episode
 from pwm_fast.data.manifest import register
-from pwm_fast.evaluate import MISSING
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.acting import policy_of
 from pwm_fast.run.collection import MixedPolicy, check_policy, first_episodes
@@ -148,8 +147,3 @@ def run(cfg: Any) -> int:
         f"train on them: python -m pwm_fast.train data.path={out} ..."
     )
     return 0
-
-
-def main() -> None:
-    """Compose the configuration with Hydra and export."""
-    cli.main(run, "export", ExportConfig, config_name="export")

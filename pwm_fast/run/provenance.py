@@ -19,9 +19,9 @@ import torch
 
 import pwm_fast
 from pwm_fast import config as configuration
-from pwm_fast import files, info
+from pwm_fast import files
 from pwm_fast.config import ConfigError, TrainConfig
-from pwm_fast.run import build
+from pwm_fast.run import build, installation
 
 FORMAT = "pwm_fast.run.provenance"
 VERSION = 1
@@ -44,7 +44,7 @@ HOW_IT_RUNS = (
 # What runs may differ in and still be repetitions of one experiment.
 NOT_OF_THE_EXPERIMENT = ("seed", *HOW_IT_RUNS)
 VARIABLES = (
-    *info.VARIABLES,
+    *installation.VARIABLES,
     "CUBLAS_WORKSPACE_CONFIG",
     "MKL_NUM_THREADS",
     "NVIDIA_TF32_OVERRIDE",
@@ -142,10 +142,10 @@ def _overrides() -> str | None:
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what it uses."""
     rows = {"pwm_fast": pwm_fast.__version__, "python": platform.python_version()}
-    rows.update({name: info.package_version(name) for name in info.PACKAGES})
+    rows.update({name: installation.package_version(name) for name in installation.PACKAGES})
     rows["torch"] = str(torch.__version__)  # with its build, which its metadata on PyPI lack
     rows["cuda"] = str(torch.version.cuda or torch.version.hip or "none")
-    rows["native_extension"] = info.native_isa() or "none"
+    rows["native_extension"] = installation.native_isa() or "none"
     return rows
 
 
@@ -160,8 +160,8 @@ def machine(device: torch.device) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
         }
     return {
-        "cpu": info.cpu_name(),
-        "cores": info.usable_cpus(),
+        "cpu": installation.cpu_name(),
+        "cores": installation.usable_cpus(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",

@@ -12,6 +12,7 @@ import pytest
 
 from pwm_fast import cli, plot
 from pwm_fast import compare as command
+from pwm_fast.analysis import comparison
 from tests.analysis.conftest import write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -36,7 +37,7 @@ def fails(run: Any, arguments: list[str], capsys: pytest.CaptureFixture) -> str:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take the longest; test_compare and the page's tests have them."""
-    monkeypatch.setattr(command, "draw_all", lambda *arguments: [])
+    monkeypatch.setattr(comparison, "draw_all", lambda *arguments: [])
 
 
 # --- compare --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pwm_fast import compare as command
-from pwm_fast.analysis import figures, legend
+from pwm_fast.analysis import comparison, figures, legend
 from pwm_fast.analysis.groups import LONGEST, MOST, arrange
 from pwm_fast.analysis.report import Options, outputs
 from pwm_fast.analysis.runs import Run, load
@@ -74,7 +74,7 @@ def case(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "_picture", kept)
-        command.compare(Options([str(top / "runs")], resamples=100), top / "out")
+        comparison.compare(Options([str(top / "runs")], resamples=100), top / "out")
     yield request.param, top, drawn
 
 
@@ -111,7 +111,7 @@ def test_terminal_names_every_label(
     capsys: pytest.CaptureFixture,
 ) -> None:
     _, top, _ = case
-    monkeypatch.setattr(command, "draw_all", lambda *arguments: [])
+    monkeypatch.setattr(comparison, "draw_all", lambda *arguments: [])
     command.run([str(top / "runs"), "--out", str(top / "again"), "--resamples", "50"])
     shown = capsys.readouterr().out
     assert all(group.label in shown for group in environment(top).groups)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pwm_fast.analysis.comparison import compare
 from pwm_fast.analysis.page import _number
 from pwm_fast.analysis.report import Options, Report, outputs
-from pwm_fast.compare import compare
 from tests.analysis.browser import OUTSIDE, Browser, executable
 from tests.analysis.conftest import write_run
 

@@ -9,9 +9,10 @@ import pytest
 
 from pwm_fast import cli, parity
 from pwm_fast import config as configuration
+from pwm_fast.analysis import fairness
 from pwm_fast.analysis.accounting import Flops, Networks, Spaces, world_model_parameters
+from pwm_fast.analysis.fairness import Parity, compare_parameters, shipped_pairs, suggest
 from pwm_fast.config import ConfigError
-from pwm_fast.parity import Parity, compare_parameters, shipped_pairs, suggest
 
 pytest.importorskip("hydra")
 ANT = Spaces(37, 8, True)
@@ -20,9 +21,9 @@ ANT = Spaces(37, 8, True)
 @pytest.fixture
 def ant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ant's widths, without its simulator; the FLOPs, which take longest, have their own test."""
-    monkeypatch.setattr(parity, "spaces_of", lambda config: ANT)
-    fixed = parity.Costs(*[Flops(10**6, 3 * 10**6)] * 5, learning_per_step=2e9)
-    monkeypatch.setattr(parity, "count_flops", lambda *args: fixed)
+    monkeypatch.setattr(fairness, "spaces_of", lambda config: ANT)
+    fixed = fairness.Costs(*[Flops(10**6, 3 * 10**6)] * 5, learning_per_step=2e9)
+    monkeypatch.setattr(fairness, "count_flops", lambda *args: fixed)
 
 
 def test_pairs_are_those_of_the_directory() -> None:
@@ -64,8 +65,10 @@ def test_limit() -> None:
     assert not result(world_model=103).fair and not result(world_model=97).fair
     assert not result(total=205).fair, "the policy counts, too"
     assert not result()._replace(different=("encoder",)).fair
-    assert "world model differs by -3.00 %" in parity.verdict(result(world_model=97))
-    assert "the reward has other layers" in parity.verdict(result()._replace(different=("reward",)))
+    assert "world model differs by -3.00 %" in fairness.verdict(result(world_model=97))
+    assert "the reward has other layers" in fairness.verdict(
+        result()._replace(different=("reward",))
+    )
 
 
 def test_same_size_of_other_layers_is_seen() -> None:
@@ -134,7 +137,7 @@ def test_all_pairs(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatc
     shown = capsys.readouterr().out
     assert all(f"\n{flow} " in shown for flow, _ in shipped_pairs())
     assert shown.count(" fair\n") == len(shipped_pairs())
-    monkeypatch.setattr(parity, "shipped_pairs", lambda: [("pwm_19M_flow", "pwm_5M")])
+    monkeypatch.setattr(fairness, "shipped_pairs", lambda: [("pwm_19M_flow", "pwm_5M")])
     assert parity.run([]) == 1
     assert " not fair\n" in capsys.readouterr().out
 

@@ -83,7 +83,7 @@ def tiny_arguments(run_dir: Path, *extra: str) -> list[str]:
 def train_without_plots(config: TrainConfig) -> None:
     """A whole run in this process; for fixtures that outlive a test's own patches."""
     from pwm_fast.run import trainer
-    from pwm_fast.train import train
+    from pwm_fast.run.start import train
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "plot_run", lambda *_: [])

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pwm_fast import train as train_command
+from pwm_fast.analysis.diagnosis import DiagnoseConfig, diagnose
 from pwm_fast.config import ConfigError, TrainConfig, compose
-from pwm_fast.diagnose import DiagnoseConfig, diagnose
 from pwm_fast.envs import EnvironmentFault
-from pwm_fast.evaluate import EvaluateConfig, evaluate_checkpoint
-from pwm_fast.run import build, trainer
+from pwm_fast.run import build, start, trainer
+from pwm_fast.run.evaluation import EvaluateConfig, evaluate_checkpoint
 from pwm_fast.run.export import ExportConfig, export
 from pwm_fast.run.interrupt import Interrupt, Interrupted
 from tests.run.conftest import rows, tiny_config
@@ -63,7 +62,7 @@ def config(path: Path, **changes: object) -> TrainConfig:
 
 
 def test_a_run_and_what_reads_it(tmp_path: Path) -> None:
-    summary, status = train_command.train(config(tmp_path))
+    summary, status = start.train(config(tmp_path))
     assert (summary["status"], status) == ("finished", 0)
     assert Counted.made == Counted.closed == 4 + 2 + 2
     assert all(row["diverged"] == 0 for row in rows(tmp_path / "run")[1:])
@@ -74,7 +73,7 @@ def test_a_run_and_what_reads_it(tmp_path: Path) -> None:
     assert Counted.made == Counted.closed == 14
     export(ExportConfig(out=str(tmp_path / "out"), checkpoint=path, episodes=2, device="cpu"))
     assert Counted.made == Counted.closed == 16
-    train_command.train(config(tmp_path))  # finished already
+    start.train(config(tmp_path))  # finished already
     assert Counted.made == Counted.closed == 20
 
 
@@ -83,7 +82,7 @@ def test_an_error_at_any_time(at: int, tmp_path: Path) -> None:
     """In the first evaluation, while collecting, and in later evaluations."""
     Counted.fault_at = at
     with pytest.raises(OSError, match="the simulator is gone"):
-        train_command.train(config(tmp_path))
+        start.train(config(tmp_path))
     assert Counted.made == Counted.closed > 0
 
 
@@ -96,7 +95,7 @@ def test_an_interrupt_at_any_time(at: int, tmp_path: Path, monkeypatch: pytest.M
             raise Interrupted
 
     monkeypatch.setattr(Interrupt, "check", check)
-    summary, _ = train_command.train(config(tmp_path))
+    summary, _ = start.train(config(tmp_path))
     assert summary["status"] == "interrupted"
     assert Counted.made == Counted.closed > 0
 
@@ -113,7 +112,7 @@ def test_a_start_that_is_not_finite_ends_the_run_with_its_source(
     monkeypatch.setattr(Walk, "reset", spoilt)
     match = rf"{ID}, world \d, reset of episode \d: .*entry 0 is nan"
     with pytest.raises(EnvironmentFault, match=match):
-        train_command.train(config(tmp_path))
+        start.train(config(tmp_path))
     assert Counted.made == Counted.closed
 
 
@@ -128,7 +127,7 @@ def test_diverged_worlds_are_counted_in_the_metrics(
 
     monkeypatch.setattr(Walk, "step", spoilt)
     with pytest.warns(RuntimeWarning, match=rf"{ID}: \d of \d worlds diverged"):
-        train_command.train(config(tmp_path))
+        start.train(config(tmp_path))
     # 24 steps in each of 4 worlds, whose every fifth diverges; 4 steps an epoch.
     counts = [row["diverged"] for row in rows(tmp_path / "run")[1:]]
     assert sum(counts) == 4 * 4 and set(counts) == {0, 4}

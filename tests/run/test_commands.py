@@ -17,6 +17,7 @@ import torch
 
 from pwm_fast import cli, info
 from pwm_fast.backends import native, select
+from pwm_fast.run import installation
 from tests.run.conftest import ROOT, Launcher, clean_environment, rows, tiny_arguments
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -468,31 +469,31 @@ def test_info_of_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     fake = types.SimpleNamespace(cpu_isa=lambda: "avx2", build_info=lambda: build)
     monkeypatch.setitem(sys.modules, "pwm_fast._C", fake)
-    rows = info.report()
+    rows = installation.report()
     assert rows["native extension"].startswith("loaded, instruction set avx2")
     assert rows["native build"] == "gcc 12.2, c++17"
     assert rows["native CUDA"] == "no: no sources"
     build |= {"cuda": True, "cuda_detail": "nvcc 13.0, for 80"}
     fake.cuda_devices = lambda: (0, "no driver")
-    assert info.report()["native CUDA"] == "nvcc 13.0, for 80; GPUs: none, no driver"
+    assert installation.report()["native CUDA"] == "nvcc 13.0, for 80; GPUs: none, no driver"
     fake.cuda_devices = lambda: (2, "")
-    assert info.report()["native CUDA"] == "nvcc 13.0, for 80; GPUs: 2"
+    assert installation.report()["native CUDA"] == "nvcc 13.0, for 80; GPUs: 2"
 
     def unknown() -> str:
         raise ValueError("PWM_FAST_ISA=x is unknown")
 
     fake.cpu_isa = unknown
-    state = info.report()["native extension"]
+    state = installation.report()["native extension"]
     assert state == "loaded, but its operations fail: PWM_FAST_ISA=x is unknown"
     monkeypatch.setitem(sys.modules, "pwm_fast._C", None)
-    assert info.report()["native extension"] == "not built; pwm_fast runs without it"
+    assert installation.report()["native extension"] == "not built; pwm_fast runs without it"
 
 
 def test_info_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each operation by backend: what auto takes, what can be asked for, and why not."""
     monkeypatch.setattr(native, "_MISSING", None)
     monkeypatch.setattr(native, "_OPENMP", "/somewhere/libgomp.so.1")
-    rows = info.report()
+    rows = installation.report()
     assert rows["native threads"] == "torch's own, by libgomp.so.1"
     names = [name for name in select.NAMES if name != "auto"]
     assert rows["on cpu, float32"].split() == names
@@ -502,14 +503,16 @@ def test_info_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [name for name in names if cells[name] == "auto"] == [kept]
         assert cells["reference"] in ("auto", "if asked")
     monkeypatch.setattr(native, "_MISSING", "the native extension does not load (gone)")
-    rows = info.report()
+    rows = installation.report()
     assert "native threads" not in rows
     cells = re.split(" {2,}", rows["  mlp"])
     assert cells[0] == "no [1]" and cells[-2:] == ["if asked", "auto"]
     assert rows["  [1]"] == "the native extension does not load (gone)"
     monkeypatch.setattr(native, "_MISSING", None)
     monkeypatch.setattr(native, "_OPENMP", None)
-    assert info.report()["native threads"].startswith("1: torch has loaded no OpenMP runtime")
+    assert installation.report()["native threads"].startswith(
+        "1: torch has loaded no OpenMP runtime"
+    )
 
 
 def test_info_needs_no_hydra() -> None:

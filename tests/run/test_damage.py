@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from pwm_fast import diagnose, evaluate
 from pwm_fast.agent import PWM
+from pwm_fast.analysis import diagnosis
 from pwm_fast.config import ConfigError
-from pwm_fast.run import build, checkpoint, seal
+from pwm_fast.run import build, checkpoint, evaluation, seal
 from pwm_fast.run.checkpoint import CheckpointError
-from pwm_fast.train import train
+from pwm_fast.run.start import train
 from tests.run.conftest import tiny_config, train_without_plots
 
 NAMES = ("latest", "latest.previous", "best", "final")
@@ -169,9 +169,9 @@ def test_every_command_refuses(finished: Path, tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"best\.pt is no readable"):
-        evaluate.evaluate_checkpoint(evaluate.EvaluateConfig(str(path), device="cpu"))
+        evaluation.evaluate_checkpoint(evaluation.EvaluateConfig(str(path), device="cpu"))
     with pytest.raises(CheckpointError, match=r"best\.pt is no readable"):
-        diagnose.diagnose(diagnose.DiagnoseConfig(str(path), device="cpu"))
+        diagnosis.diagnose(diagnosis.DiagnoseConfig(str(path), device="cpu"))
     with pytest.raises(CheckpointError, match=r"best\.pt is no readable"):
         train(tiny_config(tmp_path / "run", resume=str(path)))
 
@@ -320,8 +320,8 @@ def test_weights_that_are_not_finite(
     checkpoint.save(path, content)
     said = re.escape(f"{module}.{name} has 1 NaN or infinite values")
     uses: tuple[Callable[[], Any], ...] = (
-        lambda: evaluate.evaluate_checkpoint(evaluate.EvaluateConfig(str(path), device="cpu")),
-        lambda: diagnose.diagnose(diagnose.DiagnoseConfig(str(path), device="cpu")),
+        lambda: evaluation.evaluate_checkpoint(evaluation.EvaluateConfig(str(path), device="cpu")),
+        lambda: diagnosis.diagnose(diagnosis.DiagnoseConfig(str(path), device="cpu")),
         lambda: train(tiny_config(tmp_path / "run", resume=str(path))),
         lambda: train(tiny_config(tmp_path / "run", init=str(path))),
     )
@@ -340,8 +340,8 @@ def test_moments_that_are_not_finite(finished: Path, tmp_path: Path) -> None:
     said = r"critic_opt\.adam\.state\.1\.exp_avg has NaN or infinite values \(in its agent\)"
     with pytest.raises(CheckpointError, match=said):
         train(tiny_config(tmp_path / "run", resume=str(tmp_path / "a.pt")))
-    evaluated = evaluate.evaluate_checkpoint(
-        evaluate.EvaluateConfig(str(tmp_path / "a.pt"), device="cpu", episodes=1)
+    evaluated = evaluation.evaluate_checkpoint(
+        evaluation.EvaluateConfig(str(tmp_path / "a.pt"), device="cpu", episodes=1)
     )
     assert evaluated["episodes"] == 1, "the optimiser does not matter there"
 

@@ -12,7 +12,7 @@ import torch
 
 from pwm_fast.config import ConfigError
 from pwm_fast.run import build, checkpoint, trainer
-from pwm_fast.train import train
+from pwm_fast.run.start import train
 from tests.run.conftest import ROOT, clean_environment, rows, tiny_arguments, tiny_config
 
 # Wide enough that torch parts the work among its threads, which it does from 32,768 elements on.

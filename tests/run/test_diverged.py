@@ -13,21 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast import cli, evaluate
+from pwm_fast import cli
 from pwm_fast.agent import PWM
 from pwm_fast.analysis import measures, runs
+from pwm_fast.analysis.diagnosis import DiagnoseConfig, diagnose
 from pwm_fast.config import TrainConfig
-from pwm_fast.diagnose import DiagnoseConfig, diagnose
 from pwm_fast.envs import EnvironmentFault, MujocoEnv
-from pwm_fast.evaluate import EvaluateConfig, evaluate_checkpoint
 from pwm_fast.run import charts, checkpoint, evaluation, trainer
 from pwm_fast.run.acting import PolicyNotFinite
 from pwm_fast.run.checkpoint import CheckpointError
-from pwm_fast.run.evaluation import Evaluation
+from pwm_fast.run.evaluation import EvaluateConfig, Evaluation, evaluate_checkpoint
 from pwm_fast.run.export import ExportConfig, export
+from pwm_fast.run.start import print_summary, train
 from pwm_fast.run.supply import NothingToLearn
 from pwm_fast.run.trainer import TrainingDiverged
-from pwm_fast.train import print_summary, train
 from tests.run.conftest import Launcher, rows, tiny_arguments, tiny_config
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
@@ -110,7 +109,7 @@ def test_evaluations_tell(where: Any, tmp_path: Path, capsys: pytest.CaptureFixt
     result = evaluate_checkpoint(EvaluateConfig(path, episodes=4, device="cpu"))
     assert (result["diverged"], result["lengths"]) == (4, [6] * 4)
     assert result["returns"] == [5.0] * 4
-    assert "diverged: 4 of 4 episodes (their returns stop there)" in evaluate.table(result)
+    assert "diverged: 4 of 4 episodes (their returns stop there)" in evaluation.table(result)
     loaded = runs.load(run_dir)
     assert isinstance(loaded, runs.Run)
     assert "2 episodes of its final evaluation diverged" in loaded.notes
@@ -122,7 +121,7 @@ def test_nothing_is_said_of_sound_ones(tmp_path: Path, capsys: pytest.CaptureFix
     assert {r["eval_diverged"] for r in rows(tmp_path / "run") if "eval_reward" in r} == {0}
     path = str(tmp_path / "run" / "checkpoints" / "best.pt")
     result = evaluate_checkpoint(EvaluateConfig(path, episodes=2, device="cpu"))
-    assert "diverged" not in capsys.readouterr().out + evaluate.table(result)
+    assert "diverged" not in capsys.readouterr().out + evaluation.table(result)
     del summary["evaluation"]["diverged"]  # of an older version
     print_summary(summary)
 

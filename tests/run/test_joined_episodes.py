@@ -23,7 +23,7 @@ from pwm_fast.agent import PWM
 from pwm_fast.envs import GymnasiumEnv, MujocoEnv, StateNotSupported
 from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint
-from pwm_fast.train import train
+from pwm_fast.run.start import train
 from tests.run.conftest import rows, tiny_config
 
 numbered = pytest.importorskip("tests.run.numbered", reason="needs pip install 'pwm-fast[gym]'")

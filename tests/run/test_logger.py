@@ -8,7 +8,7 @@ import pytest
 
 from pwm_fast.run import logger as logging
 from pwm_fast.run import trainer
-from pwm_fast.train import train
+from pwm_fast.run.start import train
 from tests.run.conftest import tiny_config
 
 

@@ -11,7 +11,7 @@ import pytest
 from pwm_fast.envs import MujocoWarpEnv
 from pwm_fast.run import provenance, trainer
 from pwm_fast.run.checkpoint import CheckpointError
-from pwm_fast.train import train
+from pwm_fast.run.start import train
 from tests.envs.engines import needs_warp
 from tests.run.conftest import rows, tiny_config
 

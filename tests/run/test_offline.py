@@ -19,7 +19,7 @@ from pwm_fast.replay import Episode
 from pwm_fast.run import checkpoint, provenance, trainer
 from pwm_fast.run.build import make_env
 from pwm_fast.run.export import ExportConfig, export
-from pwm_fast.train import train
+from pwm_fast.run.start import train
 from tests.run.conftest import Launcher, rows, tiny_arguments, tiny_config
 
 OBS, ACTION, T, COUNT = 5, 1, 12, 6  # of the cart-pole, and of a tiny run's episodes

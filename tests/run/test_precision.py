@@ -13,8 +13,8 @@ import torch
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError
 from pwm_fast.run import build, checkpoint, trainer
+from pwm_fast.run.start import train
 from pwm_fast.run.trainer import TrainingDiverged
-from pwm_fast.train import train
 from tests.run.conftest import rows, tiny_config
 
 

@@ -16,7 +16,7 @@ from pwm_fast import config as configuration
 from pwm_fast.config import ConfigError
 from pwm_fast.run import provenance
 from pwm_fast.run.provenance import config_sha256, experiment_sha256, git_state
-from pwm_fast.train import train
+from pwm_fast.run.start import train
 from tests.run.conftest import Launcher, tiny_arguments, tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_plots")

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from pwm_fast import config as configuration
-from pwm_fast import train as train_command
 from pwm_fast.config import ConfigError
-from pwm_fast.run import checkpoint
+from pwm_fast.run import checkpoint, start
 from tests.run.conftest import Launcher, rows, tiny_arguments, tiny_config, wait_for_change
 
 # Counts what a run does to its files and its agent; at the n-th event the process sends itself a
@@ -292,10 +291,10 @@ def test_a_run_of_linear_networks_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     """None begins any more; one that earlier versions began is continued."""
     changes = {"epochs": 2, "alg__actor__units": [], "alg__world_model__units": []}
     with pytest.raises(ConfigError, match="at least one positive width to train"):
-        train_command.train(tiny_config(tmp_path / "run", **changes))
+        start.train(tiny_config(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patch:
         patch.setattr(configuration, "check_layers", lambda _: None)
-        train_command.train(tiny_config(tmp_path / "run", **changes))
-    summary, status = train_command.train(tiny_config(tmp_path / "run", **{**changes, "epochs": 3}))
+        start.train(tiny_config(tmp_path / "run", **changes))
+    summary, status = start.train(tiny_config(tmp_path / "run", **{**changes, "epochs": 3}))
     assert (summary["epochs"], status) == (3, 0)

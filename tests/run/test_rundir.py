@@ -15,7 +15,7 @@ from pwm_fast.config import ConfigError
 from pwm_fast.run import checkpoint, metrics, trainer
 from pwm_fast.run.checkpoint import CheckpointError
 from pwm_fast.run.rundir import RunDirectory
-from pwm_fast.train import train
+from pwm_fast.run.start import train
 from tests.run.conftest import rows, tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_plots")

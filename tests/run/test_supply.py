@@ -11,8 +11,8 @@ import pytest
 from pwm_fast import cli
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.run import checkpoint
+from pwm_fast.run.start import train
 from pwm_fast.run.supply import ENOUGH, NothingToLearn
-from pwm_fast.train import train
 from tests.run.conftest import Launcher, rows, tiny_arguments, tiny_config
 
 pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")

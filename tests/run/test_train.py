@@ -20,9 +20,9 @@ from pwm_fast.run.build import make_agent, make_env
 from pwm_fast.run.checkpoint import CheckpointError
 from pwm_fast.run.evaluation import evaluate
 from pwm_fast.run.rundir import RunDirectory
+from pwm_fast.run.start import train
 from pwm_fast.run.trainer import TrainingDiverged
 from pwm_fast.seeding import Purpose, stream
-from pwm_fast.train import train
 from tests.run.conftest import rows, tiny_config
 
 EVERY_ROW = {

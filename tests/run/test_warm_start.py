@@ -13,8 +13,8 @@ import torch
 from pwm_fast.config import ConfigError
 from pwm_fast.run import build, checkpoint, seal
 from pwm_fast.run.evaluation import evaluate
+from pwm_fast.run.start import train
 from pwm_fast.seeding import Purpose, stream
-from pwm_fast.train import train
 from tests.run.conftest import Launcher, rows, tiny_arguments, tiny_config, train_without_plots
 
 STATISTICS = {"alg__normalize_obs": True}

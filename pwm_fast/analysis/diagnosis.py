@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,18 @@ from pwm_fast.analysis.jacobians import jacobian_smoothness, rademacher
 from pwm_fast.analysis.model_view import view_of
 from pwm_fast.analysis.prediction import prediction_errors
 from pwm_fast.analysis.simplex import simplex_drift
-from pwm_fast.config import MISSING, THREADS, ConfigError, TrainConfig, are_threads
+from pwm_fast.config import MISSING, Checked, ConfigError, TrainConfig, at_most
+from pwm_fast.config.checks import (
+    Check,
+    at_least,
+    checked,
+    or_null,
+    positive,
+    positive_or_null,
+    require,
+    seed_range,
+    thread_count,
+)
 from pwm_fast.replay import Episode
 from pwm_fast.run import build, checkpoint, provenance
 from pwm_fast.run.acting import policy_of
@@ -31,8 +42,28 @@ MOST = 2**16  # of what is computed and held for each window, point or rollout
 GROUP = 8  # width of the latents' simplices
 
 
+def _paths(key: str, value: Any) -> None:
+    given = value if isinstance(value, list) else [value]
+    ok = bool(given) and all(isinstance(path, str) and path for path in given)
+    require(ok, key, value, "a file or list")
+
+
+def _radius(key: str, value: float) -> None:
+    require(0.0 < value < float("inf"), key, value, "positive and finite")
+
+
+def _all(least: int, expected: str) -> Check:
+    """A list of numbers, each at least ``least`` and at most :data:`MOST`."""
+
+    def check(key: str, numbers: list[int]) -> None:
+        require(bool(numbers) and min(numbers) >= least, key, numbers, expected)
+        at_most(key, max(numbers), MOST)
+
+    return check
+
+
 @dataclass
-class DiagnoseConfig:
+class DiagnoseConfig(Checked):
     """One diagnosis.
 
     Attributes:
@@ -59,58 +90,26 @@ class DiagnoseConfig:
         threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
     """
 
-    checkpoint: Any = MISSING
+    checkpoint: Any = checked(MISSING, _paths)
     out: str | None = None
     policy: str = "stochastic"
     random_share: float = 0.0
     pool: bool = False
-    episodes: int = 16
-    windows: int = 256
-    horizon: int | None = None
-    points: int = 64
-    probes: int = 16
-    radius: float = 0.1
-    esnr_horizons: list[int] | None = None
-    esnr_samples: list[int] = field(default_factory=lambda: [8, 32])
-    esnr_batch: int | None = None
-    seed: int = 0
+    episodes: int = checked(16, positive())
+    windows: int = checked(256, positive())
+    horizon: int | None = checked(None, positive_or_null(MOST))
+    points: int = checked(64, at_least(2))
+    probes: int = checked(16, positive(MOST))
+    radius: float = checked(0.1, _radius)
+    esnr_horizons: list[int] | None = checked(None, or_null(_all(1, "a list of positive numbers")))
+    esnr_samples: list[int] = checked([8, 32], _all(2, "a list of numbers of at least 2"))
+    esnr_batch: int | None = checked(None, positive_or_null(MOST))
+    seed: int = checked(0, seed_range)
     device: str = "auto"
-    threads: int | None = None
+    threads: int | None = checked(None, thread_count)
 
     def __post_init__(self) -> None:
-        given = self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
-        horizons = [1] if self.esnr_horizons is None else self.esnr_horizons
-        optional = {
-            name: getattr(self, name) is None or getattr(self, name) > 0
-            for name in ("horizon", "esnr_batch")
-        }
-        for ok, key, expected in (
-            (
-                given and all(isinstance(p, str) and p for p in given),
-                "checkpoint",
-                "a file or list",
-            ),
-            *((getattr(self, n) > 0, n, "positive") for n in ("episodes", "windows", "probes")),
-            (self.points > 1, "points", "at least 2"),
-            (are_threads(self.threads), "threads", THREADS),
-            (0.0 < self.radius < float("inf"), "radius", "positive and finite"),
-            (horizons and min(horizons) > 0, "esnr_horizons", "a list of positive numbers"),
-            (
-                self.esnr_samples and min(self.esnr_samples) > 1,
-                "esnr_samples",
-                "a list of numbers of at least 2",
-            ),
-            *((ok, name, "positive or null") for name, ok in optional.items()),
-            (seeding.in_range(self.seed), "seed", "in [0, 2^63)"),
-        ):
-            if not ok:
-                raise ConfigError(f"{key} must be {expected}, got {getattr(self, key)!r}")
-        for key in ("episodes", "windows", "points"):
-            configuration.at_most(key, getattr(self, key), configuration.COUNT)
-        for key in ("horizon", "probes", "esnr_batch", "esnr_horizons", "esnr_samples"):
-            value = getattr(self, key)
-            for number in value if isinstance(value, list) else [value]:
-                configuration.at_most(key, number, MOST)
+        super().__post_init__()
         check_policy(self.policy, self.random_share)
 
     @property

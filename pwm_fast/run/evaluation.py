@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pwm_fast import seeding
 from pwm_fast.agent import PWM
-from pwm_fast.config import MISSING, THREADS, ConfigError, are_threads
+from pwm_fast.config import MISSING, Checked
+from pwm_fast.config.checks import SIZE, checked, positive, seed_range, thread_count
 from pwm_fast.envs import VectorEnv
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.acting import PolicyNotFinite, acting, policy_of
@@ -131,7 +132,7 @@ def evaluate(
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Checked):
     """One evaluation.
 
     Attributes:
@@ -145,20 +146,11 @@ class EvaluateConfig:
     """
 
     checkpoint: str = MISSING
-    episodes: int = 12
-    seed: int = 0
+    episodes: int = checked(12, positive(SIZE))
+    seed: int = checked(0, seed_range)
     device: str = "auto"
-    threads: int | None = None
+    threads: int | None = checked(None, thread_count)
     json: str | None = None
-
-    def __post_init__(self) -> None:
-        for ok, key, expected in (
-            (self.episodes > 0, "episodes", "positive"),
-            (seeding.in_range(self.seed), "seed", "in [0, 2^63)"),
-            (are_threads(self.threads), "threads", THREADS),
-        ):
-            if not ok:
-                raise ConfigError(f"{key} must be {expected}, got {getattr(self, key)!r}")
 
 
 def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from pwm_fast import config as configuration
 from pwm_fast import files, seeding
-from pwm_fast.config import MISSING, THREADS, ConfigError, TrainConfig, are_threads
+from pwm_fast.config import MISSING, Checked, ConfigError, TrainConfig
+from pwm_fast.config.checks import checked, positive, positive_or_null, seed_range, thread_count
 from pwm_fast.data.episodes import write_episode
 from pwm_fast.data.manifest import register
 from pwm_fast.run import build, checkpoint
@@ -22,7 +23,7 @@ WORLDS = 64  # at once
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Checked):
     """One export.
 
     Attributes:
@@ -43,25 +44,16 @@ class ExportConfig:
     out: str = MISSING
     checkpoint: str | None = None
     env: dict[str, Any] = field(default_factory=dict)
-    episodes: int = 64
+    episodes: int = checked(64, positive())
     policy: str | None = None
     random_share: float = 0.0
-    random_hold: int | None = None
-    seed: int = 0
+    random_hold: int | None = checked(None, positive_or_null())
+    seed: int = checked(0, seed_range)
     device: str = "auto"
-    threads: int | None = None
+    threads: int | None = checked(None, thread_count)
 
     def __post_init__(self) -> None:
-        for ok, key, expected in (
-            (self.episodes > 0, "episodes", "positive"),
-            (seeding.in_range(self.seed), "seed", "in [0, 2^63)"),
-            (are_threads(self.threads), "threads", THREADS),
-            (self.random_hold is None or self.random_hold > 0, "random_hold", "positive or null"),
-        ):
-            if not ok:
-                raise ConfigError(f"{key} must be {expected}, got {getattr(self, key)!r}")
-        for key in ("episodes", "random_hold"):
-            configuration.at_most(key, getattr(self, key), configuration.COUNT)
+        super().__post_init__()
         check_policy(self.policy or "random", self.random_share)
 
 

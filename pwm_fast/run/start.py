@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
             else:
                 if config.init is not None:
                     record["init"] = warm_start(agent, config)
-                trainer.use_data()
+                trainer.state.use_data()
             kept: list[str] = []
 
             def prepare() -> None:
@@ -88,7 +88,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 if source is not None:
                     trainer.save_start(source)
 
-            last_epoch = None if source is None else trainer.epoch
+            last_epoch = None if source is None else trainer.state.epoch
             logger = RunLogger(config, directory, last_epoch, prepare)
             directory.begin(config, record, source)
             logger.say(describe(config, agent, device))
@@ -101,7 +101,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 logger.say(f"starting with the networks of {config.init}")
             if source is not None:
                 new = ", with a new replay" if source.content["replay"] is None else ""
-                logger.say(f"continuing {source.path} after epoch {trainer.epoch}{new}")
+                logger.say(f"continuing {source.path} after epoch {trainer.state.epoch}{new}")
                 if source.content.get("seeding") != seeding.VERSION:
                     logger.say(
                         "this checkpoint is of a version that derived seeds in another way: its "

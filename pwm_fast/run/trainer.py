@@ -5,35 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pwm_fast import config as configuration
 from pwm_fast import seeding
 from pwm_fast.agent import PWM
-from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.config import TrainConfig
 from pwm_fast.data.offline import OfflineData
-from pwm_fast.envs import StateNotSupported, VectorEnv
+from pwm_fast.envs import VectorEnv
 from pwm_fast.replay import Replay
-from pwm_fast.run import checkpoint, checkpoint_content, metrics
+from pwm_fast.run import checkpoint, metrics
 from pwm_fast.run.acting import PolicyNotFinite, acting
 from pwm_fast.run.charts import plot_run
-from pwm_fast.run.checkpoint import CheckpointError
-from pwm_fast.run.collection import renew_random_actions
 from pwm_fast.run.evaluation import Evaluation, evaluate
 from pwm_fast.run.interrupt import Interrupt, Interrupted
 from pwm_fast.run.logger import RunLogger
 from pwm_fast.run.progress import EpochProgress
-from pwm_fast.run.rundir import RunDirectory, Source, differences
+from pwm_fast.run.rundir import RunDirectory, Source
+from pwm_fast.run.state import RunState
 from pwm_fast.run.supply import NothingToLearn, outlook, shortage
 from pwm_fast.run.wandb import run_name
 from pwm_fast.seeding import Purpose
 
-# What taking up a part of a checkpoint raises that is of another run, or damaged.
-UNFIT = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, OverflowError)
 LOOK_EVERY = 10  # updates between looks at how the bootstrap goes
 
 
@@ -51,7 +45,7 @@ class Trainer:
         agent: learns.
         replay: what it learns from.
         make_eval_env: makes an environment of so many worlds for an evaluation.
-        data: offline data, which :meth:`use_data` or :meth:`restore` put into the replay.
+        data: offline data, which :meth:`RunState.use_data` or :meth:`restore` put into the replay.
     """
 
     _logger: RunLogger
@@ -69,34 +63,11 @@ class Trainer:
     ) -> None:
         self.config = config
         self.directory = directory
-        self.env = env
-        self.agent = agent
-        self.replay = replay
+        self.state = RunState(config, env, agent, replay, data)
         self.make_eval_env = make_eval_env
-        self.data = data
-
-        self.epoch = 0  # epochs completed
-        self.bootstrapped = False
-        self.wall_time = 0.0
-        self.best: dict[str, Any] = {}
-        self.latest_eval: dict[str, float] = {}
-        self.fallen_back: str | None = None  # the precision that replaced the configured one
-        # Of completed epochs; None after a checkpoint of an older version, which does not say.
-        self._ended: dict[str, int] | None = {"episodes": 0, "diverged": 0}
-        # An environment failed; True where it is the one of training, in the middle of a step.
-        self._torn: bool | None = None
-        self._skips_seen = 0
         self._warned_of_shortage = False
-        self._progress = EpochProgress()
-        self._obs, _ = env.reset()
-        self._held_action = torch.zeros(config.worlds, agent.action_dim, device=agent.device)
         self._eval_env: VectorEnv | None = None
         self._clock = time.monotonic()
-
-    @property
-    def env_steps(self) -> int:
-        """Environment steps taken in completed epochs, over all worlds."""
-        return self.epoch * self.config.alg.steps_per_epoch * self.config.worlds
 
     def run(self, logger: RunLogger, stop: Interrupt) -> dict[str, Any]:
         """Train to ``config.epochs``, or until ``stop`` triggers; return what ``summary.json`` has.
@@ -112,7 +83,7 @@ class Trainer:
         self._logger, self._stop = logger, stop
         self._clock = time.monotonic()
         if self.config.wandb.gradients and self.config.wandb.mode != "disabled":
-            for optimizer in self.agent.optimizers.values():
+            for optimizer in self.state.agent.optimizers.values():
                 optimizer.keep_gradients = True
         for text in outlook(self.config):
             logger.say(f"warning: {text}")
@@ -126,7 +97,9 @@ class Trainer:
                 return self._wrap_up("interrupted")
             except PolicyNotFinite as error:
                 self._end_as_diverged()
-                raise TrainingDiverged(f"{error}, {self._whereabouts(self.epoch + 1)}") from error
+                raise TrainingDiverged(
+                    f"{error}, {self._whereabouts(self.state.epoch + 1)}"
+                ) from error
             except TrainingDiverged:
                 self._end_as_diverged()
                 raise
@@ -135,10 +108,10 @@ class Trainer:
                 self._wrap_up("nothing to learn")
                 raise
             except Exception:
-                if self._torn is not None:
+                if self.state.torn is not None:
                     self._save_after_fault()
                 raise
-            if self.epoch > 0 and not self.bootstrapped:
+            if self.state.epoch > 0 and not self.state.bootstrapped:
                 logger.say(
                     f"nothing was learned: alg.random_epochs={self.config.alg.random_epochs} were "
                     f"not over, or no episode had alg.horizon={self.config.alg.horizon} steps"
@@ -155,13 +128,13 @@ class Trainer:
                 logger.close(ok=ok)
 
     def _train(self) -> None:
-        if not self.latest_eval:
+        if not self.state.latest_eval:
             row: metrics.Row = {"epoch": 0, "env_steps": 0}
             self._log(row, self._evaluate(self.config.eval.episodes))
         every = self.config.checkpoint.every
-        while self.epoch < self.config.epochs:
+        while self.state.epoch < self.config.epochs:
             self._epoch()
-            if every and self.epoch % every == 0 and self.epoch < self.config.epochs:
+            if every and self.state.epoch % every == 0 and self.state.epoch < self.config.epochs:
                 self.save("latest")
         self.save("latest")
 
@@ -170,112 +143,103 @@ class Trainer:
     def _epoch(self) -> None:
         """Run the next epoch, or what is left of it after a resume."""
         started = time.monotonic()
-        rates = self.agent.set_progress(self.epoch / self.config.epochs)
-        with self.agent.keeping():
+        rates = self.state.agent.set_progress(self.state.epoch / self.config.epochs)
+        with self.state.agent.keeping():
             self._collect()
             if self._ready():
                 self._learn()
-                self.bootstrapped = True
+                self.state.bootstrapped = True
         elapsed = max(time.monotonic() - started, 1e-9)
         # Evaluation comes before anything that draws random numbers: it can be interrupted.
         evaluation = self._evaluate(self.config.eval.episodes) if self._evaluation_due() else None
 
-        row: metrics.Row = {"epoch": self.epoch + 1}
-        row.update(metrics.to_numbers({**self._progress.means(), **self._esnr()}))
-        skips = metrics.to_numbers(self.agent.skipped_updates())
+        row: metrics.Row = {"epoch": self.state.epoch + 1}
+        row.update(metrics.to_numbers({**self.state.progress.means(), **self._esnr()}))
+        skips = metrics.to_numbers(self.state.agent.skipped_updates())
         row.update(skips)
         self._mind_overflow(skips)
-        row["fell_back"] = int(self.fallen_back is not None)
+        row["fell_back"] = int(self.state.fallen_back is not None)
         row.update(rates)
-        row["replay_size"] = len(self.replay)
+        row["replay_size"] = len(self.state.replay)
         row["steps_per_second"] = self.config.alg.steps_per_epoch * self.config.worlds / elapsed
-        self.epoch += 1
-        row["env_steps"] = self.env_steps
-        self._ended = self._ended_so_far()
+        self.state.epoch += 1
+        row["env_steps"] = self.state.env_steps
+        self.state.ended = self.state.ended_so_far()
         diverged = row.get("diverged", 0) > 0
-        self._progress = EpochProgress()
+        self.state.progress = EpochProgress()
         self._log(row, evaluation)
         self._guard()
         if diverged:  # not every environment looks at actions
-            why = self.agent.why_not_finite(self._obs)
+            why = self.state.agent.why_not_finite(self.state.obs)
             if why is not None:
-                raise TrainingDiverged(f"{PolicyNotFinite(why)}, {self._whereabouts(self.epoch)}")
+                raise TrainingDiverged(
+                    f"{PolicyNotFinite(why)}, {self._whereabouts(self.state.epoch)}"
+                )
 
     def _collect(self) -> None:
         config = self.config.alg
-        for _ in self._progress.remaining("steps", config.steps_per_epoch, self._stop.check):
-            obs = self._obs
-            if self.epoch < config.random_epochs:
-                action = self._random_action()
+        for _ in self.state.progress.remaining("steps", config.steps_per_epoch, self._stop.check):
+            obs = self.state.obs
+            if self.state.epoch < config.random_epochs:
+                action = self.state.random_action()
             else:
-                action = self.agent.act(obs)
-            self._obs, reward, terminated, truncated, info = self._step(obs, action)
-            self.replay.add(
+                action = self.state.agent.act(obs)
+            self.state.obs, reward, terminated, truncated, info = self._step(obs, action)
+            self.state.replay.add(
                 obs, action, reward, terminated, terminated | truncated, info["final_obs"]
             )
-            self.agent.observe(obs, reward)
-            self._progress.add_episodes(info["episode"])
+            self.state.agent.observe(obs, reward)
+            self.state.progress.add_episodes(info["episode"])
             if "diverged" in info:
-                self._progress.add_total("diverged", info["diverged"].sum())
+                self.state.progress.add_total("diverged", info["diverged"].sum())
 
     def _step(self, obs: Tensor, action: Tensor) -> tuple[Any, ...]:
         try:
-            with acting(self.agent, obs):
-                return self.env.step(action.to(self.env.device))
+            with acting(self.state.agent, obs):
+                return self.state.env.step(action.to(self.state.env.device))
         except PolicyNotFinite:
             raise
         except Exception:
-            self._torn = True
+            self.state.torn = True
             raise
-
-    def _random_action(self) -> Tensor:
-        """Uniform actions ``[N, A]``, each held for ``alg.random_hold`` steps on average."""
-        self._held_action = renew_random_actions(self._held_action, self.config.alg.random_hold)
-        return self._held_action
 
     def _ready(self) -> bool:
         """Random actions were taken as long as configured, and replay holds windows."""
-        if self.epoch + 1 < self.config.alg.random_epochs:
+        if self.state.epoch + 1 < self.config.alg.random_epochs:
             return False
-        if self.replay.num_windows() > 0:
+        if self.state.replay.num_windows() > 0:
             return True
-        ended, why = self._ended_so_far() or {}, getattr(self.env, "divergence", None)
-        found = shortage(self.config, self.replay, self.epoch, **ended, why=why)
-        last = self.epoch + 1 == self.config.epochs and not self.bootstrapped
+        ended, why = self.state.ended_so_far() or {}, getattr(self.state.env, "divergence", None)
+        found = shortage(self.config, self.state.replay, self.state.epoch, **ended, why=why)
+        last = self.state.epoch + 1 == self.config.epochs and not self.state.bootstrapped
         if found is not None and (found.hopeless or last):
             state = self.directory.checkpoints / "latest.pt"
             raise NothingToLearn(f"{found.text}; the state is in {state}")
         if found is not None and not self._warned_of_shortage:
             self._warned_of_shortage = True
-            self._logger.say(f"warning: after epoch {self.epoch + 1} {found.text}")
+            self._logger.say(f"warning: after epoch {self.state.epoch + 1} {found.text}")
         return False
-
-    def _ended_so_far(self) -> dict[str, int] | None:
-        """Training episodes that ended, with those of this epoch."""
-        if self._ended is None:
-            return None
-        return {k: n + self._ended[k] for k, n in self._progress.ended().items()}
 
     def _learn(self) -> None:
         config = self.config.alg
         check = self._stop.check
-        bootstrap = not self.bootstrapped
+        bootstrap = not self.state.bootstrapped
         updates = self.bootstrap_updates() if bootstrap else config.model_learning.updates
         if bootstrap:
-            there, batch = self.replay.num_windows(), config.model_learning.batch_size
+            there, batch = self.state.replay.num_windows(), config.model_learning.batch_size
             few = "" if there >= batch else f"; these are few, a batch has {batch}"
             self._logger.say(f"bootstrap: {updates} world-model updates on {there:,} windows{few}")
-        for i in self._progress.remaining("model_updates", updates, check):
+        for i in self.state.progress.remaining("model_updates", updates, check):
             if bootstrap and i % LOOK_EVERY == 0:
                 self._guard()
                 self._logger.status(f"bootstrap: {i} of {updates} world-model updates")
-            windows = self.replay.sample(config.model_learning.batch_size)
-            self._progress.add(self.agent.update_world_model(windows))
+            windows = self.state.replay.sample(config.model_learning.batch_size)
+            self.state.progress.add(self.state.agent.update_world_model(windows))
         if bootstrap:
             self._logger.status("")
-        for _ in self._progress.remaining("policy_updates", config.actor.updates, check):
-            obs = self.replay.sample_obs(config.actor.batch_size)
-            self._progress.add(self.agent.update_policy(obs))
+        for _ in self.state.progress.remaining("policy_updates", config.actor.updates, check):
+            obs = self.state.replay.sample_obs(config.actor.batch_size)
+            self.state.progress.add(self.state.agent.update_policy(obs))
 
     def bootstrap_updates(self) -> int:
         """World-model updates before the first policy update.
@@ -286,40 +250,42 @@ class Trainer:
         config = self.config.alg.model_learning
         if config.bootstrap_updates is not None:
             return config.bootstrap_updates
-        return min(self.env.max_episode_steps, config.updates * self.config.epochs)
+        return min(self.state.env.max_episode_steps, config.updates * self.config.epochs)
 
     def _esnr(self) -> dict[str, Tensor]:
         config = self.config.esnr
-        if not (self.bootstrapped and config.every and (self.epoch + 1) % config.every == 0):
+        if not (
+            self.state.bootstrapped and config.every and (self.state.epoch + 1) % config.every == 0
+        ):
             return {}
-        obs = self.replay.sample_obs(self.config.alg.actor.batch_size)
-        return self.agent.actor_esnr(obs, config.samples)
+        obs = self.state.replay.sample_obs(self.config.alg.actor.batch_size)
+        return self.state.agent.actor_esnr(obs, config.samples)
 
     def _mind_overflow(self, skips: metrics.Row) -> bool:
         """Go on in a wider precision if updates were skipped since the last look; True if so."""
-        new, self._skips_seen = (
-            skips["skipped_updates"] - self._skips_seen,
+        new, self.state.skips_seen = (
+            skips["skipped_updates"] - self.state.skips_seen,
             skips["skipped_updates"],
         )
-        precision = self.agent.fall_back() if new > 0 else None
+        precision = self.state.agent.fall_back() if new > 0 else None
         if precision is None:
             return False
-        self.fallen_back = precision
+        self.state.fallen_back = precision
         self._logger.say(
             f"{new} updates had a non-finite loss or gradient in fp16 and were skipped, in epoch "
-            f"{self.epoch + 1}: from here on products are computed in precision={precision}"
+            f"{self.state.epoch + 1}: from here on products are computed in precision={precision}"
         )
         return True
 
     def _guard(self) -> None:
         """Stop if too many updates in a row were not finite."""
         limit = self.config.alg.max_skipped_updates
-        skips = metrics.to_numbers(self.agent.skipped_updates())
+        skips = metrics.to_numbers(self.state.agent.skipped_updates())
         in_a_row = skips["skipped_in_a_row"]
         if not self._mind_overflow(skips) and in_a_row >= limit:
             raise TrainingDiverged(
                 f"{in_a_row} updates in a row had a non-finite loss or gradient and were skipped "
-                f"(alg.max_skipped_updates={limit}), {self._whereabouts(self.epoch)}"
+                f"(alg.max_skipped_updates={limit}), {self._whereabouts(self.state.epoch)}"
             )
 
     def _whereabouts(self, epoch: int) -> str:
@@ -336,16 +302,16 @@ class Trainer:
         except Exception as error:
             self._logger.say(f"an environment failed, and no checkpoint could be written: {error}")
             return
-        anew = ", from there with new episodes" if self._torn else ""
+        anew = ", from there with new episodes" if self.state.torn else ""
         self._logger.say(
-            f"an environment failed in epoch {self.epoch + 1}: the state before is in "
+            f"an environment failed in epoch {self.state.epoch + 1}: the state before is in "
             f"{self.directory.checkpoints / 'latest.pt'}; the same command goes on{anew}"
         )
 
     # --- evaluation and logging -----------------------------------------------------------------
 
     def _evaluation_due(self) -> bool:
-        every, epoch = self.config.eval.every, self.epoch + 1
+        every, epoch = self.config.eval.every, self.state.epoch + 1
         return every > 0 and (epoch % every == 0 or epoch == self.config.epochs)
 
     def _evaluate(self, episodes: int) -> Evaluation:
@@ -362,11 +328,11 @@ class Trainer:
     def _evaluated(self, env: VectorEnv, purpose: Purpose) -> Evaluation:
         seed = seeding.stream(self.config.seed, purpose)
         try:
-            return evaluate(self.agent, env, seed, check=self._stop.check)
+            return evaluate(self.state.agent, env, seed, check=self._stop.check)
         except (Interrupted, PolicyNotFinite):
             raise
         except Exception:
-            self._torn = False  # an evaluation leaves the training's own state alone
+            self.state.torn = False  # an evaluation leaves the training's own state alone
             raise
 
     def _log(self, row: metrics.Row, evaluation: Evaluation | None) -> None:
@@ -375,28 +341,30 @@ class Trainer:
         better = False
         if evaluation is not None:
             row.update(evaluation.row())
-            self.latest_eval = {
+            self.state.latest_eval = {
                 "reward": row["eval_reward"],
                 "episode_length": row["eval_episode_length"],
             }
             found = {"reward": row["eval_reward"], "diverged": row["eval_diverged"]}
-            ranks = [metrics.rank(e.get("diverged"), e.get("reward")) for e in (found, self.best)]
-            better = not self.best or ranks[0] > ranks[1]
-        self._logger.write({**row, **self.latest_eval, "wall_time": self.wall_time})
+            ranks = [
+                metrics.rank(e.get("diverged"), e.get("reward")) for e in (found, self.state.best)
+            ]
+            better = not self.state.best or ranks[0] > ranks[1]
+        self._logger.write({**row, **self.state.latest_eval, "wall_time": self.state.wall_time})
         if better:
-            self.best = {
+            self.state.best = {
                 **found,
-                "epoch": self.epoch,
-                "env_steps": self.env_steps,
+                "epoch": self.state.epoch,
+                "env_steps": self.state.env_steps,
             }
             self.save("best")
-            self._logger.summarize({f"best_{k}": v for k, v in self.best.items()})
+            self._logger.summarize({f"best_{k}": v for k, v in self.state.best.items()})
         if evaluation is not None and self.config.wandb.gradients:
-            self._logger.log_gradients(self.agent.gradients())
+            self._logger.log_gradients(self.state.agent.gradients())
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self.wall_time += now - self._clock
+        self.state.wall_time += now - self._clock
         self._clock = now
 
     def _wrap_up(self, status: str, result: Evaluation | None = None) -> dict[str, Any]:
@@ -411,11 +379,11 @@ class Trainer:
             "env": self.config.env.name,
             "alg": self.config.alg.name,
             "seed": self.config.seed,
-            "epochs": self.epoch,
-            "env_steps": self.env_steps,
-            "wall_time": self.wall_time,
-            "best": self.best,
-            "parameters": self.agent.world_model.num_parameters(),
+            "epochs": self.state.epoch,
+            "env_steps": self.state.env_steps,
+            "wall_time": self.state.wall_time,
+            "best": self.state.best,
+            "parameters": self.state.agent.world_model.num_parameters(),
         }
         if result is not None:
             summary["evaluation"] = result.summary()
@@ -446,66 +414,6 @@ class Trainer:
             keep = source.path.resolve() != checkpoint.previous_of(latest).resolve()
             self._write("latest", keep_previous=keep)
 
-    def _write(self, name: str, *, keep_previous: bool) -> None:
-        latest = name == "latest"
-        try:
-            env_state = None if self._torn else self.env.get_state()
-        except StateNotSupported:
-            env_state = None
-        content: dict[str, Any] = {
-            "config": configuration.to_dict(self.config),
-            "epoch": self.epoch,
-            "bootstrapped": self.bootstrapped,
-            "wall_time": self.wall_time,
-            "best": self.best,
-            "latest_eval": self.latest_eval,
-            "progress": self._progress.state_dict(),
-            "agent": self.agent.state_dict(),
-            "obs": self._obs,
-            "held_action": self._held_action,
-            "env": env_state,
-            "rng": checkpoint.rng_state(),
-            "replay": self.replay.state_dict() if latest else None,
-            "data": self._data_record(),
-            "ended": self._ended,
-            "precision": self.fallen_back,
-            "seeding": seeding.VERSION,
-        }
-        path = self.directory.checkpoints / f"{name}.pt"
-        checkpoint.save(path, content, keep_previous=keep_previous)
-        if latest:
-            self.directory.saved()
-
-    def use_data(self, *, seen: bool = False) -> None:
-        """Begin with the offline data: in the replay, and in the agent's running statistics.
-
-        Args:
-            seen: the statistics, of a checkpoint, know the data already.
-
-        Raises:
-            ConfigError: they do not fit into the replay.
-        """
-        if self.data is None:
-            return
-        try:
-            self.replay.add_episodes(self.data.episodes)
-        except ValueError as error:
-            raise ConfigError(f"data.path={self.data.path}: {error}") from error
-        if not seen:
-            for episode in self.data.episodes:
-                self.agent.observe(episode.obs[:-1], episode.reward)
-
-    def _refuse_other_data(self, path: Path, saved: dict[str, Any] | None) -> None:
-        then, now = (_manifest_of(record) for record in (saved, self._data_record()))
-        if then != now:
-            raise ConfigError(
-                f"the replay in {path} was filled with {_data_name(then)}, this run's data.path is "
-                f"{_data_name(now)}; give another run_dir to start anew"
-            )
-
-    def _data_record(self) -> dict[str, Any] | None:
-        return None if self.data is None else self.data.record()
-
     def restore(self, source: Source) -> None:
         """Continue from a checkpoint.
 
@@ -513,81 +421,13 @@ class Trainer:
             CheckpointError: it is of another architecture or environment.
             ConfigError: its replay was filled with other offline data than this run's.
         """
-        path, content = source
-        if content["replay"] is not None:
-            self._refuse_other_data(path, content.get("data"))
-        part = "agent"
-        try:
-            self.agent.load_state_dict(content["agent"])
-            part = "replay"
-            if content["replay"] is not None:
-                self.replay.load_state_dict(content["replay"])
-            part = "env"
-            if content["env"] is None:
-                self._begin_anew(content)
-            else:
-                own = self.env.get_state()
-                self.env.set_state(content["env"])
-                _refuse_unlike(content["env"], own, "env")
-                _refuse_unlike(content["obs"], self._obs.cpu(), "obs")
-                self._obs = content["obs"].to(self.env.device)
-            part = "progress"
-            self._progress.load_state_dict(content["progress"])
-            part = "held_action"
-            _refuse_unlike(content["held_action"], self._held_action.cpu(), "held_action")
-            self._held_action = content["held_action"].to(self.agent.device)
-            part = "rng"
-            _refuse_unlike(content["rng"], checkpoint.rng_state(), "rng")
-            checkpoint.set_rng_state(content["rng"])
-        except KeyError as error:
-            raise CheckpointError(
-                f"{path} does not fit this run: its {part} lacks {error}"
-            ) from error
-        except UNFIT as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            changed = list(differences(content["config"], self.config).values())
-            raise CheckpointError(
-                f"{path} does not fit this run: {reason} (in its {part})"
-                + (f"; {'; '.join(changed[:6])}" if changed else "")
-            ) from error
-        if content["replay"] is None:
-            then, now = content.get("data"), self._data_record()
-            self.use_data(seen=_manifest_of(then) == _manifest_of(now))
-        self._skips_seen = int(self.agent.skipped_updates()["skipped_updates"])
-        if content.get("precision"):
-            self.fallen_back = content["precision"]
-            self.agent.set_precision(self.fallen_back)
-        self.epoch = content["epoch"]
-        self.bootstrapped = content["bootstrapped"]
-        self.wall_time = content["wall_time"]
-        self.latest_eval = content["latest_eval"]
-        self._ended = content.get("ended")
         # A best checkpoint that lies in another run's directory is not ours to point to.
-        if (self.directory.checkpoints / "best.pt").exists():
-            self.best = content["best"]
+        self.state.restore(source, own_best=(self.directory.checkpoints / "best.pt").exists())
 
-    def _begin_anew(self, content: dict[str, Any]) -> None:
-        """Start new episodes in all worlds, whose state a checkpoint could not save.
-
-        The episodes that were open end here, as truncated, and the new ones do not repeat those
-        that the run began with.
-        """
-        self.replay.end_episodes()
-        done = content["progress"]["done"].get("steps", 0)
-        place = (content["epoch"], done)
-        seed = seeding.stream(self.config.seed, Purpose.RESUMED, *place)
-        self._obs, _ = self.env.reset(seed=seed)
-
-
-def _refuse_unlike(saved: Any, own: Any, name: str) -> None:
-    """Raise ValueError where a saved state is of another kind than this run's."""
-    for problem in checkpoint_content.unlike(saved, own, name):
-        raise ValueError(problem)
-
-
-def _manifest_of(record: dict[str, Any] | None) -> str | None:
-    return record["manifest_sha256"] if record else None
-
-
-def _data_name(sha256: str | None) -> str:
-    return "no data set" if sha256 is None else f"a data set with the manifest sha256 {sha256}"
+    def _write(self, name: str, *, keep_previous: bool) -> None:
+        latest = name == "latest"
+        content = self.state.content(with_replay=latest)
+        path = self.directory.checkpoints / f"{name}.pt"
+        checkpoint.save(path, content, keep_previous=keep_previous)
+        if latest:
+            self.directory.saved()

@@ -68,9 +68,9 @@ def test_the_replay_holds_the_data_from_the_start(
     collect = trainer.Trainer._collect
 
     def looked(self: trainer.Trainer) -> None:
-        held.append((len(self.replay), self.replay.num_windows()))
+        held.append((len(self.state.replay), self.state.replay.num_windows()))
         if len(held) == 1:
-            rewards = self.replay.sample(400).reward
+            rewards = self.state.replay.sample(400).reward
             assert set((rewards // 1000).int().flatten().tolist()) == set(range(1, COUNT + 1))
         collect(self)
 

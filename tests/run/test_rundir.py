@@ -45,7 +45,7 @@ def best_in_the_middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def better_in_the_middle(self: trainer.Trainer, episodes: int) -> Any:
         result = original(self, episodes)
-        result.returns.fill_(-abs(self.epoch - 3.0))
+        result.returns.fill_(-abs(self.state.epoch - 3.0))
         return result
 
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ import torch
 from pwm_fast import files
 from pwm_fast.run import seal
 
-FORMAT = "pwm_fast.run.checkpoint"
+FORMAT = "pwm_fast.checkpoint"
 VERSION = 1
 KEYS = {
     "config",  # of the run, as plain containers

@@ -23,7 +23,7 @@ from pwm_fast import files
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.run import build, installation
 
-FORMAT = "pwm_fast.run.provenance"
+FORMAT = "pwm_fast.provenance"
 VERSION = 1
 # Keys (with all below them) that say how a run is carried out, not what is learnt.
 HOW_IT_RUNS = (

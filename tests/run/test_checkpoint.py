@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pwm_fast.run import checkpoint
+from pwm_fast.run import checkpoint, provenance
 from pwm_fast.run.checkpoint import CheckpointError
 
 
@@ -118,3 +118,12 @@ def test_failed_write_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     assert checkpoint.load(path)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_marks_of_files_stay() -> None:
+    """They name the package, not a module: files of older versions carry them."""
+    marks = (checkpoint.FORMAT, provenance.FORMAT)
+    assert [mark.split(".") for mark in marks] == [
+        ["pwm_fast", "checkpoint"],
+        ["pwm_fast", "provenance"],
+    ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pwm_fast.analysis.comparison import compare
-from pwm_fast.analysis.page import _number
+from pwm_fast.analysis.page import number
 from pwm_fast.analysis.report import Options, Report, outputs
 from tests.analysis.browser import OUTSIDE, Browser, executable
 from tests.analysis.conftest import write_run
@@ -167,5 +167,5 @@ def test_page_is_one_whole_file(made: tuple[Path, Report]) -> None:
     ],
 )
 def test_numbers_for_people(value: float, text: str) -> None:
-    assert _number(value) == text
-    assert _number(-0.2, 0) == "0"
+    assert number(value) == text
+    assert number(-0.2, 0) == "0"

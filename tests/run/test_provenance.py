@@ -113,7 +113,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "from pwm_fast import provenance as p; print(p.command_line())",
+            "from pwm_fast.run import provenance as p; print(p.command_line())",
             "a b",
         ],
         capture_output=True,

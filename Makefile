@@ -42,7 +42,7 @@ QUICK := $(addprefix tests/,data envs test_config.py test_make_setup.py test_rep
 	$(patsubst %,launch/test_%.py,options resources submit) \
 	$(patsubst %,native/test_%.py,arguments build_options cuda_build) \
 	$(patsubst %,ops/test_%.py,compile dispatch docs errors explain heads imports library vmap) \
-	$(patsubst %,trainer/test_%.py,checkpoint collection evaluation files metrics offline provenance train))
+	$(patsubst %,run/test_%.py,checkpoint collection evaluation files metrics offline provenance train))
 
 test-quick: setup ## run the part of the tests that CI runs on every Python
 	$(RUN) pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not slow and not interpreted' \

@@ -14,8 +14,8 @@ from bench.measure import Effort
 from bench.providers import Absent
 from bench.sizes import ACTION, HORIZON, OBS
 from pwm_fast import envs
-from pwm_fast.info import usable_cpus
 from pwm_fast.replay import Replay
+from pwm_fast.run.installation import usable_cpus
 
 ENGINES = {"native": "mujoco", "mujoco_warp": "mujoco_warp"}  # by provider, on a GPU
 WORLDS, CAPACITY = 128, 1_000_000

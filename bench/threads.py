@@ -25,7 +25,8 @@ import torch
 from bench import environment
 from bench.errors import publish
 from bench.pages import PERFORMANCE
-from pwm_fast import build, config
+from pwm_fast import config
+from pwm_fast.run import build
 
 RESULT = environment.ROOT / "bench" / "results" / "threads_cpu.json"
 ALGS = ("pwm_tiny_flow", "pwm_5M_flow")

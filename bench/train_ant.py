@@ -28,9 +28,10 @@ import torch
 from bench import environment, plain, results
 from bench.environment import ROOT
 from bench.results import Spread
-from pwm_fast import build, config, metrics
+from pwm_fast import config
 from pwm_fast.config import ConfigError, TrainConfig
-from pwm_fast.interrupt import Interrupt, Interrupted
+from pwm_fast.run import build, metrics
+from pwm_fast.run.interrupt import Interrupt, Interrupted
 
 EPOCHS = 15_000  # of a whole run, which the learning rates decay over
 CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_reward_std", "eval_episode_length")
@@ -85,9 +86,9 @@ def train(run: TrainConfig, minutes: float) -> dict[str, Any]:
     Raises:
         ConfigError: the configuration cannot be used here, or no physics engine is installed.
     """
-    from pwm_fast.logger import RunLogger
-    from pwm_fast.rundir import RunDirectory
-    from pwm_fast.trainer import Trainer
+    from pwm_fast.run.logger import RunLogger
+    from pwm_fast.run.rundir import RunDirectory
+    from pwm_fast.run.trainer import Trainer
 
     device = build.select_device(run.device)
     build.seed_everything(run.seed)

@@ -10,12 +10,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pwm_fast import optional
-from pwm_fast.checkpoint import CheckpointError
+from pwm_fast import launch, optional
 from pwm_fast.config import ConfigError, check_choices, open_overrides
 from pwm_fast.envs import EnvironmentFault
 from pwm_fast.memory import OutOfMemory
-from pwm_fast.trainer import TrainingDiverged
+from pwm_fast.run.checkpoint import CheckpointError
+from pwm_fast.run.trainer import TrainingDiverged
 
 # What a user can mend: shown as one line, without a traceback.
 USER_ERRORS = (
@@ -27,14 +27,6 @@ USER_ERRORS = (
     OSError,
 )
 NEEDS_TRAIN = "this command needs more packages: pip install 'pwm-fast[train]'"
-
-
-class JobFailed(RuntimeError):
-    """A job of a sweep ended with an exit status other than 0."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
 
 
 def main(
@@ -63,8 +55,6 @@ def main(
     except ImportError as error:
         _fail(optional.reason(error, "hydra", NEEDS_TRAIN))
 
-    from pwm_fast import launch
-
     launch.register()
     # `launch` has a default, so that Hydra would refuse the + of a group without one.
     sys.argv[1:] = [re.sub(r"^\+launch=", "launch=", argument) for argument in sys.argv[1:]]
@@ -88,12 +78,12 @@ def main(
         if status > 128:
             raise SystemExit(status)
         if status and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise JobFailed(status)
+            raise launch.JobFailed(status)
 
     try:
         check_choices(sys.argv[1:])
         job()
-    except JobFailed as error:
+    except launch.JobFailed as error:
         status = error.status
     except (HydraException, OmegaConfBaseException) as error:
         if tracebacks():

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from pwm_fast import cli, files
-from pwm_fast.comparison.runs import LeftOut, Run, find, load
+from pwm_fast.analysis.runs import LeftOut, Run, find, load
 from pwm_fast.config import ConfigError
-from pwm_fast.plotting import plot_run
+from pwm_fast.run.charts import plot_run
 
 
 def plot(paths: list[Path], out: Path | None = None) -> list[Path]:

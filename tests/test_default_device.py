@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pwm_fast import build, config, ops
+from pwm_fast import config, ops
 from pwm_fast.agent.optim import GuardedAdam, total_norm
-from pwm_fast.collection import MixedPolicy, first_episodes
 from pwm_fast.ops import Layer
+from pwm_fast.run import build
+from pwm_fast.run.collection import MixedPolicy, first_episodes
 
 CPU = torch.device("cpu")
 

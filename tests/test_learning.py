@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pwm_fast import envs
-from pwm_fast.train import train
+from pwm_fast.run.start import train
 from tests.models.builders import compose
 
 EPISODES = 12

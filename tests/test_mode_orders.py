@@ -15,8 +15,8 @@ from pwm_fast import ops
 from pwm_fast.agent.normalizers import RunningMeanStd
 from pwm_fast.backends import native
 from pwm_fast.fused import gemm
-from pwm_fast.progress import EpochProgress
 from pwm_fast.replay import Replay
+from pwm_fast.run.progress import EpochProgress
 from tests.ops.test_stale_weights import (
     OPERATIONS,
     PRECISIONS,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pwm_fast import seeding
-from pwm_fast.build import seed_everything
+from pwm_fast.run.build import seed_everything
 from pwm_fast.seeding import Purpose, stream, words, world_seeds
 
 # Neighbours, and what has the same lowest 31, 32 or 40 bits.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from pwm_fast import metrics
+from pwm_fast.run import metrics
 
 FIGURE = Path(__file__).with_name("cartpole.png")
 CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_success")

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from pwm_fast import cli
 from pwm_fast.cli import USER_ERRORS, message, tracebacks
 from pwm_fast.data.errors import DataError
 from pwm_fast.data.manifest import Manifest, compare, default_manifest, register
@@ -25,10 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["export"]:
-        from pwm_fast.data import export
+        from pwm_fast.run import export
 
         sys.argv = [sys.argv[0], *given[1:]]  # what Hydra reads
-        export.main()
+        cli.main(export.run, "export", export.ExportConfig, config_name="export")
     options = _parser().parse_args(given)
     try:
         if options.manifest is not None and len(options.paths) > 1:

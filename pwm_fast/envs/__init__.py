@@ -21,12 +21,10 @@ from pwm_fast.envs.protocol import (
     StateNotSupported,
     VectorEnv,
 )
-from pwm_fast.envs.tasks.ant import Ant
+from pwm_fast.envs.tasks import built_in
 from pwm_fast.envs.tasks.base import Task
-from pwm_fast.envs.tasks.cartpole import CartPole
-from pwm_fast.envs.tasks.hopper import Hopper
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Ant, CartPole, Hopper)}
+TASKS: dict[str, type[Task]] = built_in()
 ADAPTERS: dict[str, Callable[..., VectorEnv]] = {
     "dmc": DMControlEnv,
     "gym": GymnasiumEnv.from_id,

@@ -11,9 +11,8 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from pwm_fast.cli import JobFailed
 from pwm_fast.config import ConfigError
-from pwm_fast.launch import options, plan, resources, sweep
+from pwm_fast.launch import JobFailed, options, plan, resources, sweep
 
 
 class LocalSweep:

@@ -12,9 +12,8 @@ from typing import Any
 
 from hydra.core.utils import JobReturn
 
-from pwm_fast.cli import JobFailed
 from pwm_fast.config import ConfigError
-from pwm_fast.launch import local, options, plan, queue, sweep
+from pwm_fast.launch import JobFailed, local, options, plan, queue, sweep
 from pwm_fast.launch.slurm_job import SlurmJob
 
 # Keys of Hydra's submitit launcher that are set here, from `launch`.

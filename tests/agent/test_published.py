@@ -20,7 +20,7 @@ from pwm_fast.backends.native import why_missing
 from pwm_fast.config import AlgConfig, ConfigError, from_dict, to_dict
 from pwm_fast.models import GaussianActor
 from pwm_fast.replay import Windows
-from pwm_fast.rundir import refuse_other_config
+from pwm_fast.run.rundir import refuse_other_config
 from tests.agent import published
 from tests.agent.recorder import make_captured
 from tests.models.builders import compose, randomize_

@@ -1,11 +1,12 @@
 """Observations, rewards, terminations and start states against the formulas of the fact sheet."""
 
 import math
+import sys
 
 import pytest
 import torch
 
-from pwm_fast.envs import TASKS
+from pwm_fast.envs import TASKS, Task, tasks
 from pwm_fast.envs.tasks import rotation
 from pwm_fast.envs.tasks.ant import Ant
 from pwm_fast.envs.tasks.cartpole import CartPole
@@ -277,3 +278,24 @@ def test_gradients_reach_state_and_action(name):
     task.reward(task.observation(qpos, qvel, action), action).sum().backward()
     assert torch.isfinite(qpos.grad).all()
     assert qvel.grad.abs().sum() > 0
+
+
+def test_a_robot_is_found_by_its_module(tmp_path, monkeypatch):
+    """A module in ``envs/tasks`` is enough; base classes and imported ones are no robots."""
+    text = "from pwm_fast.envs.tasks.hopper import Hopper\nclass Crawler(Hopper): name = '{}'\n"
+    (tmp_path / "crawler.py").write_text(text.format("crawler"))
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    assert sorted(tasks.built_in()) == sorted([*TASKS, "crawler"])
+    (tmp_path / "slider.py").write_text(text.format("ant").replace("Crawler", "Slider"))
+    with pytest.raises(TypeError, match="Ant and Slider are both 'ant'"):
+        tasks.built_in()
+    for name in ("crawler", "slider"):
+        monkeypatch.delitem(sys.modules, f"pwm_fast.envs.tasks.{name}")
+
+
+def test_what_a_robot_lacks_is_named():
+    with pytest.raises(TypeError, match="the task Bare lacks asset, obs_dim"):
+        type("Bare", (Task,), {"name": "bare", "action_dim": 1})
+    lost = type("Lost", (TASKS["hopper"],), {"name": "lost", "asset": "lost.xml"})
+    with pytest.raises(FileNotFoundError, match=r"env 'lost' needs .*envs/assets/lost\.xml"):
+        lost().mjcf()

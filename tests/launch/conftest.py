@@ -12,7 +12,7 @@ try:
 except ImportError:
     collect_ignore_glob = ["test_*.py"]  # the trainer needs pwm-fast[train]
 else:
-    from tests.trainer.conftest import launcher, whole_run  # noqa: F401
+    from tests.run.conftest import launcher, whole_run  # noqa: F401
 
 from tests.launch.slurm import Cluster, NoDevices, why_not
 

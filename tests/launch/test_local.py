@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pwm_fast import checkpoint, metrics
 from pwm_fast.launch import sweep
+from pwm_fast.run import checkpoint, metrics
 from tests.launch.slurm import wait_until
-from tests.trainer.conftest import ROOT, Launcher, rows, tiny_arguments
+from tests.run.conftest import ROOT, Launcher, rows, tiny_arguments
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_each_slot_has_a_gpu_and_threads_of_its_own(monkeypatch: pytest.MonkeyPa
     shares = resources.slots(4, ["0", "1", "2", "3"])
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["0", "1", "2", "3"]
     assert {share["OMP_NUM_THREADS"] for share in shares} == {"2"}
-    # Where pwm_fast.build.set_threads looks first.
+    # Where pwm_fast.run.build.set_threads looks first.
     assert {share["SLURM_CPUS_PER_TASK"] for share in shares} == {"2"}
     assert resources.describe(shares[2]) == "GPU 2, 2 CPU threads"
 

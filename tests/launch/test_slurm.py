@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pwm_fast import checkpoint, metrics
+from pwm_fast.run import checkpoint, metrics
 from tests.launch.slurm import Cluster, wait_until
-from tests.trainer.conftest import ROOT, Command, Launcher, Outcome, rows, tiny_arguments
+from tests.run.conftest import ROOT, Command, Launcher, Outcome, rows, tiny_arguments
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pwm-fast[slurm]")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pwm_fast import submit
-from tests.trainer.conftest import Launcher, Outcome, tiny_arguments
+from pwm_fast.launch import experiment
+from tests.run.conftest import Launcher, Outcome, tiny_arguments
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pwm-fast[slurm]")
 
@@ -225,4 +226,4 @@ def test_help() -> None:
     ("text", "seeds"), [("0-3", [0, 1, 2, 3]), ("5", [5]), ("7,0-1", [7, 0, 1]), ("2-2", [2])]
 )
 def test_seed_lists(text: str, seeds: list[int]) -> None:
-    assert submit.seeds(text) == seeds
+    assert experiment.seeds(text) == seeds

@@ -14,7 +14,7 @@ from pwm_fast import config as configuration
 from pwm_fast.config import TrainConfig, WorldModelConfig
 from pwm_fast.models import LatentModel, make_world_model
 
-CONFIGS = Path(configuration.__file__).parent / "configs"
+CONFIGS = Path(configuration.__file__).parent.parent / "configs"
 OBS, ACTION = 5, 3
 
 

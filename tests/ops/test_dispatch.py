@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pwm_fast
-from pwm_fast import info, ops
+from pwm_fast import ops
 from pwm_fast.backends import native, select
 from pwm_fast.ops.returns import discounted_return
+from pwm_fast.run import installation
 from tests.helpers import random_layer, tensors_of
 
 needs_native = pytest.mark.skipif(
@@ -358,7 +359,7 @@ def test_explain_names_what_runs(operation: str) -> None:
 
 def test_info_lists_what_there_is() -> None:
     """A dash where an operation has no such backend."""
-    rows = info.report()
+    rows = installation.report()
     names = [n for n in select.NAMES if n != "auto"]
     for operation, declared in select.OPERATIONS.items():
         cells = dict(zip(names, re.split(" {2,}", rows[f"  {operation}"]), strict=True))

@@ -37,9 +37,25 @@ class Task(ABC):
     max_episode_steps: ClassVar[int] = 1000
     can_terminate: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        needed = ("name", "asset", "obs_dim", "action_dim")
+        missing = [key for key in needed if not hasattr(cls, key)]
+        if missing:
+            raise TypeError(f"the task {cls.__qualname__} lacks {', '.join(missing)}")
+
     def mjcf(self) -> str:
-        """The MJCF model as text."""
-        return (resources.files("pwm_fast.envs") / "assets" / self.asset).read_text("utf-8")
+        """The MJCF model as text.
+
+        Raises:
+            FileNotFoundError: there is no such asset.
+        """
+        file = resources.files("pwm_fast.envs") / "assets" / self.asset
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"env {self.name!r} needs its MJCF model in pwm_fast/envs/assets/{self.asset}"
+            )
+        return file.read_text("utf-8")
 
     @abstractmethod
     def observation(self, qpos: Tensor, qvel: Tensor, last_action: Tensor) -> Tensor:

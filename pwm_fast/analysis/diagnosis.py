@@ -1,0 +1,305 @@
+"""Diagnosing checkpoints: what a world model gets right, and how smoothly."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pwm_fast import config as configuration
+from pwm_fast import seeding
+from pwm_fast.agent import PWM
+from pwm_fast.agent.imagination import frozen, imagine
+from pwm_fast.analysis.gradients import gradient_esnr
+from pwm_fast.analysis.held_out import HeldOut, draw_windows
+from pwm_fast.analysis.jacobians import jacobian_smoothness, rademacher
+from pwm_fast.analysis.model_view import view_of
+from pwm_fast.analysis.prediction import prediction_errors
+from pwm_fast.analysis.simplex import simplex_drift
+from pwm_fast.config import MISSING, Checked, ConfigError, TrainConfig, at_most
+from pwm_fast.config.checks import (
+    Check,
+    at_least,
+    checked,
+    or_null,
+    positive,
+    positive_or_null,
+    require,
+    seed_range,
+    thread_count,
+)
+from pwm_fast.replay import Episode
+from pwm_fast.run import build, checkpoint, provenance
+from pwm_fast.run.acting import policy_of
+from pwm_fast.run.collection import MixedPolicy, check_policy, first_episodes
+from pwm_fast.seeding import Purpose
+
+MOST = 2**16  # of what is computed and held for each window, point or rollout
+GROUP = 8  # width of the latents' simplices
+
+
+def _paths(key: str, value: Any) -> None:
+    given = value if isinstance(value, list) else [value]
+    ok = bool(given) and all(isinstance(path, str) and path for path in given)
+    require(ok, key, value, "a file or list")
+
+
+def _radius(key: str, value: float) -> None:
+    require(0.0 < value < float("inf"), key, value, "positive and finite")
+
+
+def _all(least: int, expected: str) -> Check:
+    """A list of numbers, each at least ``least`` and at most :data:`MOST`."""
+
+    def check(key: str, numbers: list[int]) -> None:
+        require(bool(numbers) and min(numbers) >= least, key, numbers, expected)
+        at_most(key, max(numbers), MOST)
+
+    return check
+
+
+@dataclass
+class DiagnoseConfig(Checked):
+    """One diagnosis.
+
+    Attributes:
+        checkpoint: file of a training run, or a list of them.
+        out: folder for JSON and figures; null is ``<checkpoint>.diagnosis`` beside the (first)
+            checkpoint, or ``comparison.diagnosis`` there for several.
+        policy: who acts in the held-out episodes: ``stochastic`` and ``deterministic`` are the
+            checkpoint's policy, ``random`` is uniform random actions.
+        random_share: share of the episodes with random actions whatever the policy.
+        pool: test every checkpoint on the episodes of all of them.
+        episodes: episodes to collect for each checkpoint.
+        windows: B, starts of predictions, drawn from the steps of the episodes.
+        horizon: H, predicted steps; null is the run's ``alg.horizon``.
+        points: states and actions at which Jacobians are taken, from the windows' starts.
+        probes: K, random vectors for each.
+        radius: how far a nearby latent is, in root-mean-square displacements of one real step, and
+            a nearby action, in units of actions.
+        esnr_horizons: horizons of the ESNR; null is 1, 2, 4, ... and H.
+        esnr_samples: numbers M of gradient samples.
+        esnr_batch: imagined rollouts a gradient sample; null is ``alg.actor.batch_size`` over
+            ``esnr.samples`` of the run, as its own ESNR has it.
+        seed: of start states, actions and everything drawn.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
+    """
+
+    checkpoint: Any = checked(MISSING, _paths)
+    out: str | None = None
+    policy: str = "stochastic"
+    random_share: float = 0.0
+    pool: bool = False
+    episodes: int = checked(16, positive())
+    windows: int = checked(256, positive())
+    horizon: int | None = checked(None, positive_or_null(MOST))
+    points: int = checked(64, at_least(2))
+    probes: int = checked(16, positive(MOST))
+    radius: float = checked(0.1, _radius)
+    esnr_horizons: list[int] | None = checked(None, or_null(_all(1, "a list of positive numbers")))
+    esnr_samples: list[int] = checked([8, 32], _all(2, "a list of numbers of at least 2"))
+    esnr_batch: int | None = checked(None, positive_or_null(MOST))
+    seed: int = checked(0, seed_range)
+    device: str = "auto"
+    threads: int | None = checked(None, thread_count)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_policy(self.policy, self.random_share)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The checkpoints' files."""
+        given = self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
+        return [checkpoint.named(name) for name in given]
+
+
+class Subject(NamedTuple):
+    """A checkpoint under diagnosis.
+
+    Attributes:
+        path: its file.
+        run: its configuration.
+        epoch: epochs behind it.
+        agent: restored from it.
+        episodes: held out, collected for it.
+    """
+
+    path: Path
+    run: TrainConfig
+    epoch: int
+    agent: PWM
+    episodes: list[Episode]
+
+
+def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
+    """Collect held-out episodes and measure everything; what ``diagnosis.json`` holds.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        CheckpointError: a checkpoint cannot be read or does not fit this program.
+    """
+    device = build.select_device(config.device)
+    subjects = [_subject(path, config, device) for path in config.paths]
+    if config.pool:
+        _refuse_other_worlds(subjects)
+        pooled = [episode for subject in subjects for episode in subject.episodes]
+        subjects = [subject._replace(episodes=pooled) for subject in subjects]
+    settings = {k: v for k, v in vars(config).items() if k not in ("checkpoint", "out")}
+    results = [_measure(subject, config) for subject in subjects]
+    for result, label in zip(results, _labels(subjects), strict=True):
+        result["label"] = label
+    return {
+        "settings": settings,
+        "checkpoints": results,
+        "versions": provenance.versions(),
+        "machine": provenance.machine(device),
+        "git": provenance.git_state(),
+    }
+
+
+def _subject(path: Path, config: DiagnoseConfig, device: torch.device) -> Subject:
+    run, content = build.load_run(path)
+    build.set_threads(config.threads, run.alg, device)
+    # The same for every checkpoint, whatever its place.
+    build.seed_everything(config.seed, Purpose.DIAGNOSE_AGENT)
+    seed = seeding.stream(config.seed, Purpose.DIAGNOSE)
+    with closing(build.make_env(run, config.episodes, seed, device)) as env:
+        agent = build.restore_agent(path, run, content, env, device)
+        act = MixedPolicy(
+            agent,
+            config.episodes,
+            agent.action_dim,
+            policy=config.policy,
+            random_share=config.random_share,
+            random_hold=run.alg.random_hold,
+        )
+        with policy_of(path):
+            episodes = first_episodes(env, act, seed)
+    return Subject(path, run, content["epoch"], agent, episodes)
+
+
+def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
+    """All quantities of one checkpoint, as numbers."""
+    run, agent = subject.run, subject.agent
+    horizon = config.horizon or run.alg.horizon
+    build.seed_everything(config.seed, Purpose.DIAGNOSE_AGENT)
+    draws = seeding.stream(config.seed, Purpose.DIAGNOSE_DRAWS)
+    generator = torch.Generator().manual_seed(draws)
+    windows = draw_windows(subject.episodes, horizon, config.windows, generator)
+    returns = torch.stack([episode.reward.sum() for episode in subject.episodes])
+    steps = sum(len(episode.action) for episode in subject.episodes)
+    windows = windows.to(agent.device)
+    with frozen(agent.world_model, agent.critic):
+        errors = prediction_errors(view_of(agent), windows)
+        jacobian = _jacobian(agent, windows, config, generator)
+        drift = simplex_drift(_imagined_latents(agent, windows.obs[0], horizon, config), GROUP)
+    return {
+        "checkpoint": str(subject.path),
+        "env": run.env.name,
+        "alg": run.alg.name,
+        "kind": run.alg.world_model.kind,
+        "training_seed": run.seed,
+        "epoch": subject.epoch,
+        "config_sha256": provenance.config_sha256(configuration.to_dict(run)),
+        "horizon": horizon,
+        "episodes": len(subject.episodes),
+        "steps": steps,
+        "return_mean": returns.mean().item(),
+        "prediction": _columns(errors, range(1, horizon + 1)),
+        "jacobian": jacobian,
+        "simplex": _columns(drift, range(horizon + 1)),
+        "esnr": _esnr(subject, config, horizon, generator),
+    }
+
+
+def _jacobian(
+    agent: PWM, windows: HeldOut, config: DiagnoseConfig, generator: torch.Generator
+) -> dict[str, float]:
+    view = view_of(agent)
+    with torch.no_grad():
+        z = view.encode(windows.obs[:2])
+        moved = (z[1] - z[0]).double().square().sum(-1).mean().sqrt().item()
+        start, action = z[0, : config.points], windows.action[0, : config.points]
+    result = jacobian_smoothness(
+        view.step,
+        start,
+        action,
+        rademacher(config.probes, start, generator),
+        radius_z=config.radius * moved,
+        radius_a=config.radius,
+        group=GROUP,
+        generator=generator,
+    )
+    return {
+        **result,
+        "points": len(start),
+        "probes": config.probes,
+        "radius_z": config.radius * moved,
+        "radius_a": config.radius,
+    }
+
+
+@torch.no_grad()
+def _imagined_latents(agent: PWM, obs: Tensor, horizon: int, config: DiagnoseConfig) -> Tensor:
+    """Latents ``[H+1, B, D]`` of rollouts as the agent imagines them when it learns."""
+    task = agent._task(obs.shape[0])
+    noise = agent._noise(horizon, obs.shape[0])
+    if config.policy == "deterministic":
+        noise = torch.zeros_like(noise)
+    z = agent._encode(obs, task)
+    return imagine(agent.world_model, agent.actor, z, noise, task=task).z
+
+
+def _esnr(
+    subject: Subject, config: DiagnoseConfig, horizon: int, generator: torch.Generator
+) -> dict[str, Any]:
+    run, agent = subject.run, subject.agent
+    horizons = config.esnr_horizons
+    if horizons is None:
+        horizons = sorted({2**k for k in range(horizon.bit_length()) if 2**k < horizon} | {horizon})
+    batch = config.esnr_batch or max(run.alg.actor.batch_size // run.esnr.samples, 1)
+    pool = torch.cat([episode.obs[:-1] for episode in subject.episodes])
+    # With replacement, as in training: the samples are then independent.
+    rows = torch.randint(len(pool), (batch * max(config.esnr_samples),), generator=generator)
+    obs = pool[rows].to(agent.device)
+
+    def gradients(steps: int, samples: int) -> list[tuple[Tensor, ...]]:
+        return agent.actor_gradients(obs[: batch * samples], samples, steps)
+
+    return {"batch": batch, "rows": gradient_esnr(gradients, horizons, config.esnr_samples)}
+
+
+def _columns(values: dict[str, Tensor], steps: range) -> dict[str, list[float]]:
+    """Numbers over the steps; the steps themselves under ``step``."""
+    columns = {name: value.cpu().tolist() for name, value in values.items()}
+    return {"step": list(steps), **columns}
+
+
+def _refuse_other_worlds(subjects: list[Subject]) -> None:
+    first = subjects[0]
+    for subject in subjects[1:]:
+        here, there = (
+            (s.run.env.name, s.run.env.options, s.run.env.max_episode_steps)
+            for s in (first, subject)
+        )
+        if here != there:
+            raise ConfigError(
+                f"pool=true needs checkpoints of one environment; {first.path} has {here}, "
+                f"{subject.path} has {there}"
+            )
+
+
+def _labels(subjects: list[Subject]) -> list[str]:
+    """Names for tables and legends, all different."""
+    labels = [f"{s.run.alg.name} seed {s.run.seed} epoch {s.epoch}" for s in subjects]
+    if len({s.run.env.name for s in subjects}) > 1:
+        labels = [f"{s.run.env.name} {label}" for s, label in zip(subjects, labels, strict=True)]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label} ({s.path})" for s, label in zip(subjects, labels, strict=True)]
+    return labels

@@ -1,0 +1,110 @@
+"""Open-loop prediction error over the horizon."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pwm_fast.analysis.held_out import HeldOut
+from pwm_fast.analysis.model_view import ModelView
+
+QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+
+
+@torch.no_grad()
+def prediction_errors(view: ModelView, windows: HeldOut) -> dict[str, Tensor]:
+    """Errors after 1 to H predicted steps, from the real start with the real actions.
+
+    The model starts at ``zh_0 = encode(o_0)`` and never sees another observation:
+    ``zh_h = F(zh_(h-1), a_(h-1))``. The truth is ``z_h = encode(o_h)``. Every mean is over the
+    windows whose episode lasts to step h.
+
+    Args:
+        view: the model.
+        windows: held-out data on the model's device.
+
+    Returns:
+        float64 tensors ``[H]``; NaN where no window is left or the reference is 0:
+
+        - ``windows``: how many there are at step h;
+        - ``latent_rms``: ``sqrt(mean |zh_h - z_h|^2)``, and quantiles ``latent_p20``, ``_p50``,
+          ``_p80`` of ``|zh_h - z_h|`` (latent units);
+        - ``displacement``: ``sqrt(mean |z_h - z_0|^2)`` and ``spread``:
+          ``sqrt(mean |z_h - mean z_h|^2)`` (latent units);
+        - ``latent_per_displacement``, ``latent_per_spread``: the error in their units. 1 is as
+          wrong as predicting that nothing moves, or the mean;
+        - ``reward_rmse``, ``reward_mae``: of the reward of step h, from ``zh_(h-1)`` (environment
+          units), ``reward_per_spread``: the former over the rewards' standard deviation;
+        - ``return_rmse``: of the sum of the first h rewards (environment units);
+        - with a termination head ``termination_bce`` (nats), ``termination_brier``,
+          ``terminated`` (how many windows terminate in step h), and the mean probability that the
+          model gives to those, ``p_terminated``, and to the others, ``p_going_on``.
+    """
+    valid = windows.valid
+    count = valid.double().sum(1)
+
+    def mean(values: Tensor, mask: Tensor = valid) -> Tensor:
+        # where, not a product: behind an episode's end a prediction may have grown to infinity.
+        total = torch.where(mask, values.double(), 0.0).sum(1)
+        return total / mask.double().sum(1)
+
+    z = view.encode(windows.obs)
+    predicted = [z[0]]
+    for a in windows.action.unbind(0):
+        predicted.append(view.step(predicted[-1], a))
+    zh = torch.stack(predicted)
+    truth = z[1:].double()
+    error = (zh[1:].double() - truth).square().sum(-1)
+    displacement = (truth - z[0].double()).square().sum(-1)
+    centre = torch.where(valid[..., None], truth, 0.0).sum(1) / count[:, None]
+    spread = (truth - centre[:, None]).square().sum(-1)
+    rms, moved, spreading = (mean(part).sqrt() for part in (error, displacement, spread))
+    result = {
+        "windows": count,
+        "latent_rms": rms,
+        **_quantiles("latent", error.sqrt(), valid),
+        "displacement": moved,
+        "spread": spreading,
+        "latent_per_displacement": _ratio(rms, moved),
+        "latent_per_spread": _ratio(rms, spreading),
+    }
+
+    real = windows.reward.double()
+    difference = view.reward(zh[:-1], windows.action).double() - real
+    average = mean(real)[:, None]
+    deviation = mean((real - average).square()).sqrt()
+    total = torch.where(valid, difference, 0.0).cumsum(0)
+    result["reward_rmse"] = mean(difference.square()).sqrt()
+    result["reward_mae"] = mean(difference.abs())
+    result["reward_per_spread"] = _ratio(result["reward_rmse"], deviation)
+    result["return_rmse"] = mean(total.square()).sqrt()
+
+    if view.termination is not None:
+        logits = view.termination(zh[:-1], windows.action).double()
+        p = torch.sigmoid(logits)
+        flag = windows.terminated.double()
+        ended, others = windows.terminated & valid, ~windows.terminated & valid
+        loss = F.binary_cross_entropy_with_logits(logits, flag, reduction="none")
+        result["termination_bce"] = mean(loss)
+        result["termination_brier"] = mean((p - flag).square())
+        result["terminated"] = ended.double().sum(1)
+        result["p_terminated"] = mean(p, ended)
+        result["p_going_on"] = mean(p, others)
+    return result
+
+
+def _ratio(error: Tensor, reference: Tensor) -> Tensor:
+    """NaN, not infinity, where there is nothing to compare with."""
+    return torch.where(reference > 0, error / reference, torch.nan)
+
+
+def _quantiles(name: str, values: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    levels = torch.tensor(list(QUANTILES.values()), dtype=values.dtype, device=values.device)
+    rows = []
+    for row, mask in zip(values, valid, strict=True):
+        there = row[mask]
+        empty = torch.full_like(levels, torch.nan)
+        rows.append(torch.quantile(there, levels) if there.numel() else empty)
+    columns = torch.stack(rows).unbind(1)
+    return {f"{name}_{key}": column for key, column in zip(QUANTILES, columns, strict=True)}

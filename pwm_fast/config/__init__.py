@@ -1,0 +1,84 @@
+"""Typed configuration of a run: the schema behind the YAML files in ``configs/``.
+
+The defaults here are ours. ``configs/alg/pwm.yaml`` has PWM's published single-task values;
+``docs/published.md`` says where the two differ. Every class checks its own values, so a wrong
+number is named before any work starts: :mod:`pwm_fast.config.checks`.
+"""
+
+from pwm_fast.config.agent import (
+    WORLD_MODELS,
+    ActorConfig,
+    AlgConfig,
+    CriticConfig,
+    ModelLearningConfig,
+    WorldModelConfig,
+    world_model_kinds,
+)
+from pwm_fast.config.checks import (
+    COUNT,
+    MAX_THREADS,
+    MISSING,
+    THREADS,
+    Checked,
+    ConfigError,
+    allotted_threads,
+    are_threads,
+    at_most,
+)
+from pwm_fast.config.loading import (
+    check_choices,
+    compose,
+    from_dict,
+    from_hydra,
+    hydra_schema,
+    open_overrides,
+    read_yaml,
+    to_dict,
+)
+from pwm_fast.config.training import (
+    CheckpointConfig,
+    DataConfig,
+    EnvConfig,
+    EsnrConfig,
+    EvalConfig,
+    TrainConfig,
+    WandbConfig,
+    check_layers,
+    check_tasks,
+)
+
+__all__ = [
+    "COUNT",
+    "MAX_THREADS",
+    "MISSING",
+    "THREADS",
+    "WORLD_MODELS",
+    "ActorConfig",
+    "AlgConfig",
+    "Checked",
+    "CheckpointConfig",
+    "ConfigError",
+    "CriticConfig",
+    "DataConfig",
+    "EnvConfig",
+    "EsnrConfig",
+    "EvalConfig",
+    "ModelLearningConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "WorldModelConfig",
+    "allotted_threads",
+    "are_threads",
+    "at_most",
+    "check_choices",
+    "check_layers",
+    "check_tasks",
+    "compose",
+    "from_dict",
+    "from_hydra",
+    "hydra_schema",
+    "open_overrides",
+    "read_yaml",
+    "to_dict",
+    "world_model_kinds",
+]

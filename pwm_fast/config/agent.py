@@ -1,0 +1,304 @@
+"""The agent's configuration: its networks and its updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from pwm_fast.config.checks import (
+    FLOAT,
+    LOGSTD,
+    SIZE,
+    WIDTH,
+    Checked,
+    adam_betas,
+    at_least,
+    checked,
+    finite,
+    limit,
+    not_negative,
+    number,
+    one_of,
+    or_null,
+    positive,
+    require,
+    widths,
+)
+
+
+def multiple_of_8(key: str, value: int) -> None:
+    """Whole SimNorm groups."""
+    require(value % 8 == 0, key, value, "a multiple of 8 (SimNorm)")
+
+
+#: Kinds of world models that were registered (:func:`pwm_fast.models.register`).
+WORLD_MODELS: set[str] = set()
+
+
+def world_model_kinds() -> tuple[str, ...]:
+    """Kinds of world models: those registered, and a file ``models/<kind>_dynamics.py`` each."""
+    folder = Path(__file__).parents[1] / "models"
+    shipped = {path.name.removesuffix("_dynamics.py") for path in folder.glob("*_dynamics.py")}
+    return tuple(sorted(shipped | WORLD_MODELS))
+
+
+def world_model_kind(key: str, value: str) -> None:
+    """One of :func:`world_model_kinds`."""
+    one_of(*world_model_kinds())(key, value)
+
+
+COUNT_OR_NULL = or_null(number(lambda value: value >= 0, "0 or more, or null"))
+POSITIVE_OR_NULL = or_null(number(lambda value: value > 0, "positive, or null", FLOAT))
+IN_UNIT = number(lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
+DISCOUNT = number(lambda value: 0.0 < value <= 1.0, "in (0, 1]")
+
+
+@dataclass
+class WorldModelConfig(Checked):
+    """Networks of the world model.
+
+    Attributes:
+        kind: ``mlp`` (PWM's baseline), ``flow``, or another of :func:`world_model_kinds`.
+        latent_dim: D, a multiple of 8 (the SimNorm groups).
+        units: hidden widths of the dynamics, or of the velocity field.
+        encoder_units: hidden widths of the encoder.
+        reward_units: hidden widths of the reward and termination heads.
+        num_bins: two-hot bins of the reward head; 1 is a scalar head.
+        vmin: first bin centre, in symlog space.
+        vmax: last bin centre, in symlog space.
+        task_dim: width E of the task embedding; 0 is a single-task model.
+        num_tasks: number of tasks with an embedding. A training run has 1 (:func:`check_tasks`).
+        zero_velocity: start with a zero last weight of a linear velocity head, so that the model
+            starts as the identity, which is close to the truth, and not as a random drift.
+        head: last layer of the velocity field, ``linear`` or ``simnorm`` (cannot fit its target).
+        integrator: ``heun`` or ``euler``.
+        substeps: K, integrator steps a macro step.
+        project: put latents back on the simplices after every macro step.
+    """
+
+    PREFIX: ClassVar[str] = "alg.world_model."
+
+    kind: str = checked("flow", world_model_kind)
+    latent_dim: int = checked(512, positive(WIDTH), multiple_of_8)
+    units: list[int] = checked([512, 512], widths)
+    encoder_units: list[int] = checked([256], widths)
+    reward_units: list[int] = checked([512, 512], widths)
+    num_bins: int = checked(101, positive(2**16))
+    vmin: float = checked(-10.0, finite)
+    vmax: float = checked(10.0, finite)
+    task_dim: int = checked(0, not_negative(WIDTH))
+    num_tasks: int = checked(1, positive(WIDTH))
+    head: str = checked("linear", one_of("linear", "simnorm"))
+    zero_velocity: bool = False
+    integrator: str = checked("heun", one_of("heun", "euler"))
+    substeps: int = checked(2, positive(1024))
+    project: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = self.task_dim > 0 or self.num_tasks == 1
+        require(ok, f"{self.PREFIX}num_tasks", self.num_tasks, "1 where task_dim is 0")
+        below = f"below vmax ({self.vmax})"
+        require(self.vmin < self.vmax, f"{self.PREFIX}vmin", self.vmin, below)
+
+
+@dataclass
+class ModelLearningConfig(Checked):
+    """World-model updates.
+
+    Attributes:
+        updates: updates an epoch.
+        bootstrap_updates: updates before the first policy update; null is one episode's length.
+        batch_size: windows a batch.
+        lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
+        encoder_lr_scale: the encoder learns at this times the rate. Below 1 the latents that the
+            dynamics chase move more slowly (TD-MPC2 has 0.3).
+        betas: Adam's betas. PWM's world model has torch's own, 0.9 and 0.999.
+        grad_norm: the gradient's norm is clipped to this.
+        dynamics_coef: weight of the dynamics (or flow-matching) loss. 20 and 0.1 are TD-MPC2's
+            weights for a cross-entropy reward.
+        reward_coef: weight of the reward loss.
+        mean_reward_loss: the reward loss is the mean over a window's H steps where the other losses
+            are sums over them, so it weighs 1/H as much: PWM's code divides it by H twice.
+        termination_coef: weight of the termination loss.
+        tau_sampling: flow times of the flow-matching loss, ``uniform``, or ``midpoint`` (0.5 alone,
+            an ablation: Heun also evaluates 0 and 1).
+        flow_start: where a flow-matching path starts: ``rollout`` (the model's own latent) or
+            ``teacher`` (the encoded observation; no rollout is computed).
+        start_noise: standard deviation of noise on the path's start. The target still is the
+            encoded successor, so the field learns to lead stray latents back, as ``rollout`` starts
+            teach it, without computing a rollout.
+        target_grad: let the gradient reach the start latent through the velocity target too.
+    """
+
+    PREFIX: ClassVar[str] = "alg.model_learning."
+
+    updates: int = checked(8, not_negative())
+    bootstrap_updates: int | None = checked(None, COUNT_OR_NULL)
+    batch_size: int = checked(256, positive(SIZE))
+    lr: float = checked(3e-4, positive(), finite)
+    encoder_lr_scale: float = checked(1.0, positive(SIZE), finite)
+    betas: list[float] = checked([0.7, 0.95], adam_betas)
+    grad_norm: float = checked(20.0, positive())
+    dynamics_coef: float = checked(20.0, not_negative(), finite)
+    reward_coef: float = checked(0.1, not_negative(), finite)
+    mean_reward_loss: bool = False
+    termination_coef: float = checked(0.1, not_negative(), finite)
+    tau_sampling: str = checked("uniform", one_of("uniform", "midpoint"))
+    flow_start: str = checked("rollout", one_of("rollout", "teacher"))
+    start_noise: float = checked(0.0, not_negative(), finite)
+    target_grad: bool = True
+
+
+@dataclass
+class ActorConfig(Checked):
+    """Policy network and updates.
+
+    Attributes:
+        units: hidden widths.
+        init_logstd: log standard deviation at the start.
+        min_logstd: its lower bound.
+        input_gain: factor on the first layer's initial weights. Latents vary by about 0.1 around
+            1/8: at a gain of 1 small networks start, and long stay, in Mish's linear range.
+        init: initial weights and biases: ``orthogonal`` (gain 1, biases 0) or ``torch`` (as
+            ``torch.nn.Linear`` draws both, PWM's; its weights are 0.58 times as large).
+        updates: updates an epoch, each on freshly imagined rollouts.
+        batch_size: imagined rollouts a update, started from replayed observations.
+        lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
+        betas: Adam's betas.
+        grad_norm: the gradient's norm is clipped to this.
+        detach: the policy sees latents without their gradient (the dynamics still carry it).
+    """
+
+    PREFIX: ClassVar[str] = "alg.actor."
+
+    units: list[int] = checked([400, 200, 100], widths)
+    init_logstd: float = checked(-1.0, finite, limit(LOGSTD))
+    min_logstd: float = checked(-1.427, finite, limit(LOGSTD))
+    input_gain: float = checked(1.0, positive(SIZE), finite)
+    init: str = checked("orthogonal", one_of("orthogonal", "torch"))
+    updates: int = checked(1, not_negative())
+    batch_size: int = checked(128, positive(SIZE))
+    lr: float = checked(5e-4, positive(), finite)
+    betas: list[float] = checked([0.7, 0.95], adam_betas)
+    grad_norm: float = checked(1.0, positive())
+    detach: bool = True
+
+
+@dataclass
+class CriticConfig(Checked):
+    """Value functions and their updates, which follow every actor update.
+
+    Attributes:
+        units: hidden widths.
+        members: size of the ensemble; the value is its minimum.
+        input_gain: as the actor's.
+        passes: passes over the imagined states an actor update leaves.
+        minibatches: minibatches a pass.
+        shuffle: deal the imagined states out to minibatches at random, anew in every pass; false
+            takes them in order of time, as PWM's code does.
+        lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.
+        betas: Adam's betas.
+        grad_norm: the gradient's norm is clipped to this.
+        lam: lambda of the TD(lambda) targets. PWM's code has 0.95 while it steps an environment;
+            offline its targets are those of 0 whatever it is set to.
+    """
+
+    PREFIX: ClassVar[str] = "alg.critic."
+
+    units: list[int] = checked([400, 200], widths)
+    members: int = checked(3, positive(1024))
+    input_gain: float = checked(1.0, positive(2**16), finite)
+    passes: int = checked(8, not_negative())
+    minibatches: int = checked(4, positive(2**16))
+    shuffle: bool = True
+    lr: float = checked(5e-4, positive(), finite)
+    betas: list[float] = checked([0.7, 0.95], adam_betas)
+    grad_norm: float = checked(100.0, positive())
+    lam: float = checked(0.95, IN_UNIT)
+
+
+@dataclass
+class AlgConfig(Checked):
+    """The PWM agent.
+
+    Attributes:
+        name: of the configuration, for run directories and tables.
+        world_model: networks of the world model.
+        model_learning: its updates.
+        actor: policy.
+        critic: value functions.
+        horizon: H, macro steps of replay windows and imagined rollouts.
+        imagination_horizon: macro steps of imagined rollouts where they differ from ``horizon``.
+        gamma: discount a step.
+        steps_per_epoch: environment steps every world takes an epoch.
+        random_epochs: epochs of uniform random actions before any update.
+        random_hold: steps that a random action is held for on average. Actions drawn anew at every
+            step of 1/60 s hardly move a robot.
+        replay_capacity: transitions that replay holds, over all worlds.
+        normalize_obs: encode observations less their running mean, divided by their running
+            standard deviation.
+        obs_clip: normalised observations are clipped to plus and minus this; null clips nothing.
+        normalize_rewards: train a scalar reward head on rewards divided by theirs.
+        centre_rewards: normalised rewards are less their running mean, too. In a task that can
+            terminate this changes what is best: a living bonus is gone.
+        reward_clip: normalised rewards are clipped to plus and minus this; null clips nothing.
+        normalize_returns: divide the actor's loss by the returns' running standard deviation.
+        value_scale: imagined rewards are multiplied by this before returns and values are formed
+            from them. A critic whose targets are in the hundreds takes thousands of updates to
+            reach them.
+        value_delay: discount the last state's value in the actor's loss by so many steps more:
+            ``gamma^(H + value_delay) V(z_H)``. 0 is the definition, 1 what PWM's code computes.
+        symlog_rewards: leave a two-hot head's imagined rewards in symlog space, as PWM's published
+            actor loss does: large penalties then weigh less.
+        final_lr: what all learning rates decay to, linearly, over the run.
+        max_skipped_updates: stop after this many updates in a row were skipped as non-finite.
+    """
+
+    PREFIX: ClassVar[str] = "alg."
+
+    name: str = "pwm"
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    model_learning: ModelLearningConfig = field(default_factory=ModelLearningConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    horizon: int = checked(16, positive())
+    imagination_horizon: int | None = checked(None, or_null(positive()))
+    gamma: float = checked(0.99, DISCOUNT)
+    steps_per_epoch: int = checked(16, positive())
+    random_epochs: int = checked(2, at_least(1))
+    random_hold: int = checked(1, at_least(1))
+    replay_capacity: int = checked(1_000_000, positive(SIZE))
+    normalize_obs: bool = False
+    obs_clip: float | None = checked(10.0, POSITIVE_OR_NULL)
+    normalize_rewards: bool = False
+    centre_rewards: bool = False
+    reward_clip: float | None = checked(None, POSITIVE_OR_NULL)
+    normalize_returns: bool = True
+    value_scale: float = checked(1.0, positive(), finite)
+    value_delay: int = checked(0, not_negative())
+    symlog_rewards: bool = False
+    final_lr: float = checked(1e-5, not_negative(), finite)
+    max_skipped_updates: int = checked(20, positive(SIZE))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        two_hot = self.world_model.num_bins > 1
+        require(
+            not (self.normalize_rewards and two_hot),
+            "alg.normalize_rewards",
+            self.normalize_rewards,
+            "false for a two-hot reward head (num_bins > 1), whose bins are in symlog units",
+        )
+        require(
+            two_hot or not self.symlog_rewards,
+            "alg.symlog_rewards",
+            self.symlog_rewards,
+            "false for a scalar reward head (num_bins = 1)",
+        )
+
+    @property
+    def imagined_steps(self) -> int:
+        """Macro steps of imagined rollouts."""
+        return self.imagination_horizon or self.horizon

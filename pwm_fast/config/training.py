@@ -1,0 +1,268 @@
+"""A run's configuration: its environment, its agent, and what is done with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pwm_fast.config.agent import AlgConfig
+from pwm_fast.config.checks import (
+    MAX_THREADS,
+    SIZE,
+    Checked,
+    at_least,
+    checked,
+    not_empty,
+    not_negative,
+    one_of,
+    or_null,
+    positive,
+    positive_or_null,
+    require,
+    seed_range,
+    thread_count,
+)
+
+EPISODE = 10**7  # steps
+
+
+def steps(key: str, value: int) -> None:
+    """A number of steps of an episode."""
+    positive(SIZE)(key, value)
+    require(value <= EPISODE, key, value, f"below 2^31, and at most {EPISODE}")
+
+
+def device_name(key: str, value: str) -> None:
+    """A device's name."""
+    kind, _, index = value.partition(":")
+    ok = value in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdigit())
+    require(ok, key, value, "auto, cpu, cuda or cuda:N")
+
+
+@dataclass
+class EvalConfig(Checked):
+    """Evaluation on real episodes, with the deterministic policy.
+
+    Attributes:
+        every: epochs between evaluations; 0 evaluates at the start and the end alone.
+        episodes: episodes an evaluation.
+        final_episodes: episodes of the evaluation at the end.
+    """
+
+    PREFIX: ClassVar[str] = "eval."
+
+    every: int = checked(25, not_negative(SIZE))
+    episodes: int = checked(12, positive(SIZE))
+    final_episodes: int = checked(32, positive(SIZE))
+
+
+@dataclass
+class CheckpointConfig(Checked):
+    """Checkpoints in ``run_dir/checkpoints``.
+
+    Attributes:
+        every: epochs between ``latest`` checkpoints; 0 writes none but at the end or on a signal.
+    """
+
+    PREFIX: ClassVar[str] = "checkpoint."
+
+    every: int = checked(50, not_negative(SIZE))
+
+
+@dataclass
+class EsnrConfig(Checked):
+    """Signal-to-noise ratio of the actor's gradient.
+
+    Attributes:
+        every: epochs between measurements; 0 measures never.
+        samples: M, gradient samples, each of ``alg.actor.batch_size`` / M imagined rollouts.
+    """
+
+    PREFIX: ClassVar[str] = "esnr."
+
+    every: int = checked(10, not_negative(SIZE))
+    samples: int = checked(8, at_least(2, SIZE))
+
+
+@dataclass
+class WandbConfig(Checked):
+    """Logging to Weights & Biases, beside the run directory's own files.
+
+    Attributes:
+        mode: ``disabled``, ``offline`` (no login, no network) or ``online``.
+        project: project name.
+        entity: team or user; null is the login's.
+        name: run name; null composes one of environment, algorithm and seed.
+        gradients: log histograms of the gradients at evaluations.
+    """
+
+    PREFIX: ClassVar[str] = "wandb."
+
+    mode: str = checked("disabled", one_of("disabled", "offline", "online"))
+    project: str = "pwm_fast"
+    entity: str | None = None
+    name: str | None = None
+    gradients: bool = False
+
+
+@dataclass
+class DataConfig(Checked):
+    """Offline data that the replay holds before the first epoch (``docs/reproducibility.md``).
+
+    Attributes:
+        path: a registered folder of episodes, .npz or .pt, or one such file; null for none.
+        manifest: its manifest; null is ``manifest.json`` in the folder, or
+            ``<file>.manifest.json`` beside the file.
+    """
+
+    PREFIX: ClassVar[str] = "data."
+
+    path: str | None = checked(None, not_empty("a path or null"))
+    manifest: str | None = checked(None, not_empty("a path or null"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = self.manifest is None or self.path is not None
+        require(ok, "data.manifest", self.manifest, "null where data.path is null")
+
+
+@dataclass
+class EnvConfig(Checked):
+    """Worlds to act in.
+
+    Attributes:
+        name: of the robot or adapter.
+        num_envs: default number of worlds.
+        max_episode_steps: time limit; null is the task's own.
+        threads: physics threads of the native engine.
+        engine: physics of the built-in robots: ``mujoco`` (native, CPU threads), ``mujoco_warp``
+            (on the run's device, extra ``[gpu]``) or ``auto`` (``mujoco_warp`` where the device is
+            a CUDA GPU and it can run there, else ``mujoco``; the run says which).
+        options: what the task itself takes, such as ``start`` of the cart-pole.
+    """
+
+    PREFIX: ClassVar[str] = "env."
+
+    name: str
+    num_envs: int = checked(64, positive(SIZE))
+    max_episode_steps: int | None = checked(None, or_null(steps))
+    threads: int = checked(1, positive(MAX_THREADS))
+    engine: str = checked("auto", one_of("auto", "mujoco", "mujoco_warp"))
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig(Checked):
+    """One training run; ``python -m pwm_fast.train --cfg job`` prints it resolved.
+
+    Attributes:
+        env: the worlds.
+        alg: the agent.
+        seed: of every random number; runs of other seeds share no start state.
+        epochs: epochs of ``alg.steps_per_epoch`` steps in each world.
+        num_envs: number of worlds; null is ``env.num_envs``.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: of matrix products: ``auto`` (``fast`` on a GPU, ``exact`` on a CPU), ``exact``,
+            ``tf32``, ``bf16`` or ``fast`` (fp16). A run whose ``fast`` updates were skipped as
+            non-finite goes on in ``bf16``.
+        graphs: replay updates from CUDA graphs: ``auto`` (on a GPU), ``true`` or ``false``.
+        threads: torch's CPU threads; null is SLURM_CPUS_PER_TASK or OMP_NUM_THREADS where they are
+            set, else as many of the machine's cores as the agent's products have work for (one for
+            a small agent on a CPU).
+        deterministic: the same metrics to the bit whenever the run is repeated on one machine with
+            as many threads; an operation that cannot give that raises.
+        record_host: write the machine's host name into the run's ``provenance.json``.
+        run_dir: where everything of the run is written.
+        resume: ``auto`` continues a run found in ``run_dir``, a path continues that checkpoint,
+            null refuses a ``run_dir`` that holds a run.
+        init: a checkpoint whose networks and running statistics a new run starts with, whatever
+            its number of worlds; null starts with random weights. A run that goes on has its own.
+        data: offline data.
+        checkpoint: checkpoints.
+        eval: evaluation.
+        esnr: gradient signal-to-noise ratio.
+        wandb: Weights & Biases.
+    """
+
+    env: EnvConfig
+    alg: AlgConfig = field(default_factory=AlgConfig)
+    seed: int = checked(0, seed_range)
+    epochs: int = checked(1000, not_negative(SIZE))
+    num_envs: int | None = checked(None, positive_or_null(SIZE))
+    device: str = checked("auto", device_name)
+    precision: str = checked("auto", one_of("auto", "exact", "tf32", "bf16", "fast"))
+    graphs: str = checked("auto", one_of("auto", "true", "false"))
+    threads: int | None = checked(None, thread_count)
+    deterministic: bool = False
+    record_host: bool = False
+    run_dir: str = checked("runs/default", not_empty("a path"))
+    resume: str | None = "auto"
+    init: str | None = checked(None, not_empty("a path or null"))
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    esnr: EsnrConfig = field(default_factory=EsnrConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        self.graphs = self.graphs.lower()  # a YAML true arrives as "True"
+        super().__post_init__()
+        require(
+            not (self.graphs == "true" and self.device == "cpu"),
+            "graphs",
+            self.graphs,
+            "auto or false where device is cpu",
+        )
+        named = self.resume not in (None, "auto")
+        require(
+            not (named and self.init is not None),
+            "init",
+            self.init,
+            f"null where resume names a checkpoint ({self.resume}), which has weights of its own",
+        )
+        samples, batch = self.esnr.samples, self.alg.actor.batch_size
+        ok = not self.esnr.every or samples <= batch
+        require(ok, "esnr.samples", samples, f"at most alg.actor.batch_size ({batch})")
+
+    @property
+    def worlds(self) -> int:
+        """Number of worlds of the run."""
+        return self.num_envs or self.env.num_envs
+
+
+def check_tasks(config: TrainConfig) -> None:
+    """Refuse to train a model of several tasks: every transition would count as of the first.
+
+    Models and agents of several tasks can be made, measured and loaded; what is missing is a task
+    number beside each transition.
+
+    Raises:
+        ConfigError: the configuration has more than one task.
+    """
+    model = config.alg.world_model
+    require(
+        model.num_tasks == 1,
+        "alg.world_model.num_tasks",
+        model.num_tasks,
+        "1 to train: transitions carry no task number yet, all would count as of task 0 (set "
+        "alg.world_model.num_tasks=1 alg.world_model.task_dim=0, and train one run for each task)",
+    )
+
+
+def check_layers(config: TrainConfig) -> None:
+    """Refuse to begin with networks without hidden layers: they would be linear, without a word.
+
+    Such agents can be made, counted and loaded, and their runs go on.
+
+    Raises:
+        ConfigError: a list of hidden widths is empty.
+    """
+    model = "alg.world_model"
+    for key, units in {
+        f"{model}.units": config.alg.world_model.units,
+        f"{model}.encoder_units": config.alg.world_model.encoder_units,
+        f"{model}.reward_units": config.alg.world_model.reward_units,
+        "alg.actor.units": config.alg.actor.units,
+        "alg.critic.units": config.alg.critic.units,
+    }.items():
+        require(len(units) > 0, key, list(units), "a list of at least one positive width to train")

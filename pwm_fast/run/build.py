@@ -1,0 +1,344 @@
+"""The parts of a run, made as its configuration says."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pwm_fast import config as configuration
+from pwm_fast import memory, seeding
+from pwm_fast.agent import PWM
+from pwm_fast.backends import select
+from pwm_fast.config import AlgConfig, ConfigError, TrainConfig
+from pwm_fast.envs import TASKS, Engine, VectorEnv, choose, make
+from pwm_fast.replay import Replay
+from pwm_fast.run import checkpoint, checkpoint_content
+from pwm_fast.run.checkpoint import CheckpointError
+from pwm_fast.seeding import Purpose
+
+
+def select_device(name: str) -> torch.device:
+    """The device that ``device=`` names.
+
+    Raises:
+        ConfigError: it is none, or CUDA was asked for and torch sees no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            have = f"cuda:0 to cuda:{count - 1}, " if count else ""
+            raise ConfigError(
+                f"device={name}, but torch {torch.__version__} sees {count} CUDA devices; "
+                f"use {have}device=cpu or device=auto"
+            )
+    return device
+
+
+THREAD_SHARE = 8_000_000  # multiply-adds of a product that are worth another thread
+
+
+def set_threads(
+    threads: int | None, alg: AlgConfig | None = None, device: torch.device | None = None
+) -> None:
+    """Set torch's CPU threads.
+
+    Args:
+        threads: their number; None is what Slurm allots, else OMP_NUM_THREADS, else as many of
+            torch's own choice as the agent's products have work for: the layers of a small one are
+            too short to be shared. None is at most :data:`config.MAX_THREADS`.
+        alg: the agent; None is not to look at that.
+        device: the agent's; only one on the CPU is looked at.
+
+    Raises:
+        ConfigError: what Slurm allots is no number.
+    """
+    if device is not None and device.type != "cpu":
+        alg = None
+    if threads is None:
+        threads = configuration.allotted_threads()
+    if threads is None and alg is not None and not os.environ.get("OMP_NUM_THREADS"):
+        most = min(torch.get_num_threads(), configuration.MAX_THREADS)
+        threads = min(most, useful_threads(alg))
+    if threads is None and torch.get_num_threads() > configuration.MAX_THREADS:
+        threads = configuration.MAX_THREADS  # of OMP_NUM_THREADS
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def useful_threads(alg: AlgConfig) -> int:
+    """How many CPU threads the largest product within a rollout has work for."""
+    widths = [alg.world_model.latent_dim, *alg.world_model.units, alg.world_model.latent_dim]
+    rows = max(alg.model_learning.batch_size, alg.actor.batch_size)
+    work = rows * max(n * k for n, k in itertools.pairwise(widths))
+    return max(work // THREAD_SHARE, 1)
+
+
+def seed_everything(seed: int, purpose: Purpose = Purpose.AGENT) -> None:
+    """Seed Python's, NumPy's and torch's global generators, each with a stream of its own."""
+    python, numpy, torchs = (seeding.stream(seed, purpose, i) for i in range(3))
+    random.seed(python)
+    np.random.seed(seeding.words(numpy))
+    torch.manual_seed(torchs)
+
+
+CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")  # the settings that cuBLAS documents as reproducible
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Inside, torch computes the same bits every time, or raises where an operation cannot.
+
+    For one machine, one installation and one number of threads. Sets torch's deterministic
+    algorithms, cuDNN's flags and, before cuBLAS makes its first workspace, CUBLAS_WORKSPACE_CONFIG;
+    puts all of them back at the end.
+
+    Args:
+        enabled: False changes nothing.
+
+    Raises:
+        ConfigError: CUBLAS_WORKSPACE_CONFIG has a value under which cuBLAS is not reproducible.
+    """
+    if not enabled:
+        yield
+        return
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    given = os.environ.get(name)
+    if given is not None and given not in CUBLAS_DETERMINISTIC:
+        raise ConfigError(
+            f"deterministic=true needs {name} to be unset or one of "
+            f"{', '.join(CUBLAS_DETERMINISTIC)}, got {given!r}"
+        )
+    cudnn = torch.backends.cudnn
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+    )
+    os.environ.setdefault(name, CUBLAS_DETERMINISTIC[0])
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    # Setting the number, even to what it is, keeps MKL from taking fewer threads at times.
+    torch.set_num_threads(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark = before[2:]
+        if given is None:
+            os.environ.pop(name, None)
+
+
+CPU = torch.device("cpu")
+
+
+def physics(config: TrainConfig, device: torch.device) -> Engine | None:
+    """The engine of a run's robots for an agent on ``device``; None where another library steps.
+
+    Raises:
+        ConfigError: it cannot run here.
+    """
+    if config.env.name not in TASKS:
+        return None
+    with _usable("the engine does"):
+        return choose(config.env.engine, device)
+
+
+def make_env(
+    config: TrainConfig, num_envs: int, seed: int, device: torch.device = CPU
+) -> VectorEnv:
+    """The environment of a run, with ``num_envs`` worlds.
+
+    Args:
+        config: of the run.
+        num_envs: N.
+        seed: of the start states.
+        device: the agent's; an environment that can is there too.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    with _usable(f"{num_envs} worlds of env={config.env.name} do", memory.WORLDS):
+        return make(
+            config.env.name,
+            num_envs,
+            seed=seed,
+            max_episode_steps=config.env.max_episode_steps,
+            threads=config.env.threads,
+            engine=config.env.engine,
+            device=device,
+            **config.env.options,
+        )
+
+
+def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM:
+    """The agent of a run, for the observations and actions of ``env``.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    if config.graphs == "true" and device.type != "cuda":
+        raise ConfigError(f"graphs=true needs a GPU, device={config.device} is {device} here")
+    reason = why_not_precision(config.precision, device)
+    if reason is not None:
+        raise ConfigError(
+            f"precision={config.precision} cannot run on device={device}: {reason}; give "
+            "precision=auto, which is exact on a CPU and fast on a GPU"
+        )
+    with _usable(f"alg={config.alg.name} does", "the latent_dim and units of its networks"):
+        return PWM(
+            env.single_observation_space.shape[0],
+            env.single_action_space.shape[0],
+            config.alg,
+            can_terminate=env.can_terminate,
+            device=device,
+            graphs=None if config.graphs == "auto" else config.graphs == "true",
+            precision=config.precision,
+        )
+
+
+def why_not_precision(precision: str, device: torch.device) -> str | None:
+    """Why no backend computes an agent's products in ``precision`` on ``device``, or None."""
+    sample = torch.empty(1, device=device)
+    with select.precision(precision):
+        try:
+            select.select("mlp", None, select.Call([sample]))
+        except select.BackendError as error:
+            return str(error)
+    return None
+
+
+def load_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The configuration of a checkpoint's run, and the checkpoint's content.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is of another version.
+    """
+    content = checkpoint.load(path)
+    checkpoint_content.check(path, content)
+    try:
+        return configuration.from_dict(content["config"]), content
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is of another version of pwm_fast: {error}") from error
+
+
+def restore_agent(
+    path: Path, config: TrainConfig, content: dict[str, Any], env: VectorEnv, device: torch.device
+) -> PWM:
+    """The agent of a checkpoint that :func:`load_run` read, without its optimisers' states.
+
+    Where the run's precision cannot be had here (``fast`` of a GPU's run on a CPU), it is ``auto``.
+
+    Raises:
+        ConfigError: it cannot be made.
+        CheckpointError: the content does not fit its own configuration.
+    """
+    asked = content.get("precision") or config.precision
+    precision = asked if why_not_precision(asked, device) is None else "auto"
+    graphs = config.graphs if device.type == "cuda" else "auto"
+    agent = make_agent(replace(config, precision=precision, graphs=graphs), env, device)
+    try:
+        agent.load_state_dict(content["agent"], optimizers=False)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
+    return agent
+
+
+def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Replay:
+    """The replay of a run.
+
+    Raises:
+        ConfigError: it cannot be made, or would never hold a window.
+    """
+    if env.max_episode_steps < config.alg.horizon:
+        raise ConfigError(
+            f"alg.horizon={config.alg.horizon} is longer than an episode "
+            f"({env.max_episode_steps} steps): there would be nothing to learn from"
+        )
+    capacity = config.alg.replay_capacity
+    width = env.single_observation_space.shape[0] + env.single_action_space.shape[0] + 2
+    with _usable(f"alg.replay_capacity={capacity} does", "alg.replay_capacity"):
+        # A row, the length of its run, and two running sums to draw from.
+        memory.require(
+            capacity * (4 * width + 4 + 16),
+            f"alg.replay_capacity={capacity} transitions of {width} numbers",
+            "alg.replay_capacity",
+            device,
+        )
+        return Replay(
+            config.alg.replay_capacity,
+            config.worlds,
+            env.single_observation_space.shape[0],
+            env.single_action_space.shape[0],
+            config.alg.horizon,
+            device,
+        )
+
+
+def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) -> None:
+    """Look at what a run's updates and evaluations take at least, before any work.
+
+    Raises:
+        OutOfMemory: the device has less.
+    """
+    alg = config.alg
+    obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+    latent = alg.world_model.latent_dim
+    learning = alg.model_learning.batch_size, alg.horizon, obs_dim + action_dim + 2 + latent
+    imagining = alg.actor.batch_size, alg.imagined_steps, action_dim + latent
+    for key, (batch, horizon, numbers) in (
+        ("alg.model_learning.batch_size", learning),
+        ("alg.actor.batch_size", imagining),
+    ):
+        memory.require(
+            4 * batch * (horizon + 1) * numbers,
+            f"{key}={batch} rollouts of {horizon} steps",
+            f"{key}, the horizon or alg.world_model.latent_dim",
+            device,
+        )
+    for key, episodes in (
+        ("eval.episodes", config.eval.episodes),
+        ("eval.final_episodes", config.eval.final_episodes),
+    ):
+        memory.require(
+            episodes * 4 * (4 * obs_dim + action_dim + 8),
+            f"{key}={episodes} worlds",
+            key,
+            env.device,
+        )
+
+
+@contextmanager
+def _usable(what: str, lower: str = "") -> Iterator[None]:
+    """Turn what a part says of its arguments into ConfigError.
+
+    Args:
+        what: would not fit into the memory; ends in "do" or "does".
+        lower: what to make smaller then.
+    """
+    try:
+        yield
+    except memory.OutOfMemory:
+        raise
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if memory.is_out_of_memory(error):
+            hint = f": lower {lower}" if lower else ""
+            raise ConfigError(f"{what} not fit into the memory{hint}") from error
+        raise

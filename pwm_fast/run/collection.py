@@ -1,0 +1,145 @@
+"""Whole episodes of a policy in an environment, for data sets and diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pwm_fast.agent import PWM
+from pwm_fast.config import ConfigError
+from pwm_fast.envs import VectorEnv
+from pwm_fast.replay import Episode
+from pwm_fast.run.acting import PolicyNotFinite
+
+POLICIES = ("stochastic", "deterministic", "random")
+
+Act = Callable[[Tensor], Tensor]  # actions [N, A] for observations [N, O]
+
+
+def renew_random_actions(held: Tensor, hold: int) -> Tensor:
+    """The next uniform random actions ``[N, A]`` in [-1, 1), held for ``hold`` steps on average.
+
+    Args:
+        held: the actions of the step before.
+        hold: mean number of steps that an action is held for; 1 draws anew at every step.
+    """
+    drawn = torch.rand(held.shape, device=held.device) * 2.0 - 1.0
+    renew = torch.rand(held.shape[0], 1, device=held.device) * hold < 1.0
+    return torch.where(renew, drawn, held)
+
+
+class MixedPolicy:
+    """Acts as an agent does, or at random in a share of the worlds.
+
+    The random worlds are spread evenly among all. Random actions are held as in the first epochs of
+    a training run.
+
+    Args:
+        agent: acts; may be None where all worlds act at random.
+        num_envs: N.
+        action_dim: A.
+        policy: one of :data:`POLICIES`.
+        random_share: share of the worlds that act at random whatever ``policy`` is, in [0, 1].
+        random_hold: see :func:`renew_random_actions`.
+
+    Raises:
+        ConfigError: an argument out of range, or no agent for worlds that need one.
+    """
+
+    def __init__(
+        self,
+        agent: PWM | None,
+        num_envs: int,
+        action_dim: int,
+        *,
+        policy: str,
+        random_share: float = 0.0,
+        random_hold: int = 1,
+    ) -> None:
+        check_policy(policy, random_share)
+        share = 1.0 if policy == "random" else random_share
+        if agent is None and share < 1.0:
+            raise ConfigError(f"policy must be random without a checkpoint, got {policy!r}")
+        worlds = torch.arange(num_envs, device="cpu")
+        # Bresenham's line: the first k worlds hold round(k * share) random ones, for every k.
+        self.random = ((worlds + 1) * share + 0.5).floor() > (worlds * share + 0.5).floor()
+        self._agent = None if share == 1.0 else agent
+        self._deterministic = policy == "deterministic"
+        self._hold = random_hold
+        self._held = 2.0 * torch.rand(num_envs, action_dim, device="cpu") - 1.0
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        """Actions ``[N, A]`` on the CPU for observations ``[N, O]``.
+
+        Raises:
+            PolicyNotFinite: one of the agent's is not finite.
+        """
+        self._held = renew_random_actions(self._held, self._hold)
+        if self._agent is None:
+            return self._held
+        action = self._agent.act(obs, deterministic=self._deterministic).cpu()
+        action = torch.where(self.random[:, None], self._held, action)
+        if not bool(action.isfinite().all()):
+            raise PolicyNotFinite(self._agent.why_not_finite(obs))
+        return action
+
+
+def check_policy(policy: str, random_share: float) -> None:
+    """Raise ConfigError, naming the key, for a policy that is none or a share out of range."""
+    if policy not in POLICIES:
+        raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    if not 0.0 <= random_share <= 1.0:
+        raise ConfigError(f"random_share must be in [0, 1], got {random_share!r}")
+
+
+@torch.no_grad()
+def first_episodes(env: VectorEnv, act: Act, seed: int) -> list[Episode]:
+    """The first episode of every world, from start to end, on the CPU.
+
+    The first of each, not those that end first: short episodes would be too many among these.
+
+    Args:
+        env: one world an episode.
+        act: the policy.
+        seed: of the start states.
+
+    Raises:
+        RuntimeError: an episode does not end within the environment's time limit.
+    """
+    obs, _ = env.reset(seed=seed)
+    running = torch.ones(env.num_envs, dtype=torch.bool, device="cpu")
+    lengths = torch.zeros(env.num_envs, dtype=torch.int64, device="cpu")
+    steps: list[tuple[Tensor, ...]] = []
+    for _ in range(env.max_episode_steps):
+        action = act(obs)
+        # Clones, taken at once: an environment or a policy may hand out its own buffers.
+        before = [part.detach().cpu().clone() for part in (obs, action)]
+        obs, reward, terminated, truncated, info = env.step(action.to(env.device))
+        after = [part.detach().cpu().clone() for part in (reward, terminated, info["final_obs"])]
+        steps.append((*before, *after))
+        lengths += running
+        running = running & ~(terminated | truncated).cpu()
+        if not bool(running.any()):
+            break
+    else:
+        raise RuntimeError(
+            f"{int(running.sum())} episodes were not over after max_episode_steps="
+            f"{env.max_episode_steps} steps"
+        )
+    all_obs, action, reward, terminated, final_obs = (
+        torch.stack(part) for part in zip(*steps, strict=True)
+    )
+    episodes = []
+    for world, length in enumerate(lengths.tolist()):
+        last = final_obs[length - 1, world]
+        episodes.append(
+            Episode(
+                torch.cat([all_obs[:length, world], last[None]]),
+                action[:length, world].clamp(-1.0, 1.0),
+                reward[:length, world].clone(),
+                terminated[:length, world].clone(),
+            )
+        )
+    return episodes

@@ -1,0 +1,214 @@
+"""Evaluation of a policy on real episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pwm_fast import seeding
+from pwm_fast.agent import PWM
+from pwm_fast.config import MISSING, Checked
+from pwm_fast.config.checks import SIZE, checked, positive, seed_range, thread_count
+from pwm_fast.envs import VectorEnv
+from pwm_fast.run import build, checkpoint
+from pwm_fast.run.acting import PolicyNotFinite, acting, policy_of
+from pwm_fast.seeding import Purpose
+
+LOOK_EVERY = 32  # steps between looks at a GPU whether all episodes are over
+GOAL_STEPS = 60  # a goal counts as held through the last second of an episode, at 60 Hz
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of N episodes.
+
+    Attributes:
+        returns: undiscounted returns ``[N]``.
+        lengths: steps ``[N]``.
+        held: where the task's goal held through the last second, ``[N]``; None without a goal.
+        diverged: where the simulation broke down, bool ``[N]``: return and length stop there, and
+            no goal was held.
+    """
+
+    returns: Tensor
+    lengths: Tensor
+    held: Tensor | None
+    diverged: Tensor
+
+    def row(self) -> dict[str, float]:
+        """The figures as numbers."""
+        row = {
+            "eval_reward": self.returns.mean().item(),
+            "eval_reward_std": self.returns.std(correction=0).item(),
+            "eval_episode_length": self.lengths.float().mean().item(),
+            "eval_diverged": int(self.diverged.sum()),
+        }
+        if self.held is not None:
+            row["eval_success"] = self.held.float().mean().item()
+        return row
+
+    def summary(self) -> dict[str, Any]:
+        """The figures and every single return, for a JSON file."""
+        return {
+            "episodes": len(self.returns),
+            "reward_mean": self.returns.mean().item(),
+            "reward_std": self.returns.std(correction=0).item(),
+            "reward_min": self.returns.min().item(),
+            "reward_max": self.returns.max().item(),
+            "episode_length_mean": self.lengths.float().mean().item(),
+            "episode_length_std": self.lengths.float().std(correction=0).item(),
+            "success": None if self.held is None else self.held.float().mean().item(),
+            "diverged": int(self.diverged.sum()),
+            "returns": self.returns.tolist(),
+            "lengths": self.lengths.tolist(),
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    agent: PWM,
+    env: VectorEnv,
+    seed: int,
+    *,
+    deterministic: bool = True,
+    check: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Run the first episode of every world of ``env`` to its end.
+
+    Args:
+        agent: acts; its random numbers are untouched where ``deterministic``.
+        env: one world an episode.
+        seed: of the start states.
+        deterministic: act with the mean of the policy.
+        check: called before every step; it may raise to stop.
+
+    Raises:
+        PolicyNotFinite: an action of a running episode is not finite.
+        RuntimeError: an episode does not end within the environment's time limit.
+    """
+    obs, _ = env.reset(seed=seed)
+    n = env.num_envs
+    running = torch.ones(n, dtype=torch.bool, device=env.device)
+    returns = torch.zeros(n, device=env.device)
+    lengths = torch.zeros(n, dtype=torch.int64, device=env.device)
+    streak = torch.zeros(n, dtype=torch.int64, device=env.device)
+    diverged = torch.zeros(n, dtype=torch.bool, device=env.device)
+    unusable = torch.zeros(n, dtype=torch.bool, device=env.device)
+    has_goal = False
+    look_every = 1 if env.device.type == "cpu" else LOOK_EVERY
+    for i in range(1, env.max_episode_steps + 1):
+        check()
+        action = agent.act(obs, deterministic=deterministic).to(env.device)
+        unusable |= running & ~torch.isfinite(action).all(-1)  # not every environment looks
+        before = obs
+        with acting(agent, before):
+            obs, reward, terminated, truncated, info = env.step(action)
+        returns += torch.where(running, reward, 0.0)
+        lengths += running
+        if "diverged" in info:
+            diverged |= running & info["diverged"]
+        if "goal" in info:
+            has_goal = True
+            streak = torch.where(running, (streak + 1) * info["goal"], streak)
+        running = running & ~(terminated | truncated)
+        if i % look_every == 0 and not bool(running.any()):
+            break
+    if bool(unusable.any()):
+        raise PolicyNotFinite(agent.why_not_finite(before))
+    if bool(running.any()):
+        raise RuntimeError(
+            f"{int(running.sum())} episodes were not over after max_episode_steps="
+            f"{env.max_episode_steps} steps"
+        )
+    held = (streak >= GOAL_STEPS) & ~diverged
+    return Evaluation(
+        returns.cpu(), lengths.cpu(), held.cpu() if has_goal else None, diverged.cpu()
+    )
+
+
+@dataclass
+class EvaluateConfig(Checked):
+    """One evaluation.
+
+    Attributes:
+        checkpoint: file of a training run; its configuration makes the environment and the agent.
+        episodes: number of episodes, each in a world of its own.
+        seed: of the start states, the same for every checkpoint and in no training run.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
+        json: where the JSON goes; null is ``<checkpoint>.evaluation.json`` beside the checkpoint,
+            ``-`` is stdout (then the table goes to stderr).
+    """
+
+    checkpoint: str = MISSING
+    episodes: int = checked(12, positive(SIZE))
+    seed: int = checked(0, seed_range)
+    device: str = "auto"
+    threads: int | None = checked(None, thread_count)
+    json: str | None = None
+
+
+def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
+    """Run the episodes; return what the JSON file holds.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        CheckpointError: the checkpoint cannot be read or does not fit this program.
+    """
+    path = checkpoint.named(config.checkpoint)
+    device = build.select_device(config.device)
+    run, content = build.load_run(path)
+    build.set_threads(config.threads, run.alg, device)
+    engine = build.physics(run, device)
+    seed = seeding.stream(config.seed, Purpose.EVALUATE)
+    with closing(build.make_env(run, config.episodes, seed, device)) as env:
+        agent = build.restore_agent(path, run, content, env, device)
+        with policy_of(path):
+            result = evaluate(agent, env, seed)
+    return {
+        "checkpoint": str(path),
+        "env": run.env.name,
+        "alg": run.alg.name,
+        "training_seed": run.seed,
+        "epoch": content["epoch"],
+        "env_steps": content["epoch"] * run.alg.steps_per_epoch * run.worlds,
+        "seed": config.seed,
+        "physics": None if engine is None else engine.name,
+        **result.summary(),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    returns, lengths = result["returns"], result["lengths"]
+    lines = [
+        f"checkpoint  {result['checkpoint']}",
+        f"trained     {result['env']}, {result['alg']}, seed {result['training_seed']}: "
+        f"{result['epoch']} epochs, {result['env_steps']:,} environment steps",
+        f"evaluated   {result['episodes']} episodes, deterministic policy, seed {result['seed']}"
+        + (f", physics {result['physics']}" if result["physics"] else ""),
+        "",
+        f"{'':16}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}",
+    ]
+    for label, key, values in (
+        ("return", "reward", returns),
+        ("episode length", "episode_length", lengths),
+    ):
+        numbers = (result[f"{key}_mean"], result[f"{key}_std"], min(values), max(values))
+        lines.append(f"{label:16}" + "".join(f"{n:12.1f}" for n in numbers))
+    if result["success"] is not None:
+        lines.append(f"{'goal held':16}{result['success']:12.0%}")
+    if result["diverged"]:
+        lines.append(diverged_line(result))
+    return "\n".join(lines)
+
+
+def diverged_line(result: dict[str, Any]) -> str:
+    """What people should know of episodes that diverged, of an evaluation's summary."""
+    count, episodes = result["diverged"], result["episodes"]
+    return f"diverged: {count} of {episodes} episodes (their returns stop there)"

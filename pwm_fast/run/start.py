@@ -1,0 +1,149 @@
+"""Beginning a training run, or going on with it where it was left."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pwm_fast import config as configuration
+from pwm_fast import seeding
+from pwm_fast.config import TrainConfig
+from pwm_fast.data import offline
+from pwm_fast.run import build, provenance
+from pwm_fast.run.evaluation import diverged_line
+from pwm_fast.run.interrupt import Interrupt
+from pwm_fast.run.logger import RunLogger
+from pwm_fast.run.rundir import RunDirectory
+from pwm_fast.run.trainer import Trainer
+from pwm_fast.run.warm_start import warm_start
+from pwm_fast.seeding import Purpose
+
+
+def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
+    """Run one training run to its end, or on from where it was left.
+
+    Returns:
+        What ``run_dir/summary.json`` holds, and the process's exit status.
+
+    Raises:
+        ConfigError: the configuration cannot be used; nothing in the run directory was changed.
+        NothingToLearn: no episode was as long as a window; a checkpoint was written.
+        CheckpointError: a checkpoint cannot be read, does not fit, or cannot be written.
+        TrainingDiverged: too many updates in a row were not finite.
+        OSError: a file cannot be written.
+    """
+    configuration.check_tasks(config)
+    device = build.select_device(config.device)
+    build.set_threads(config.threads, config.alg, device)
+    build.seed_everything(config.seed)
+    training, evaluation = (
+        seeding.stream(config.seed, purpose) for purpose in (Purpose.TRAINING, Purpose.EVALUATION)
+    )
+    with (
+        build.deterministic(config.deterministic),
+        closing(build.make_env(config, config.worlds, training, device)) as env,
+    ):
+        build.require_memory(config, env, device)
+        agent = build.make_agent(config, env, device)
+        replay = build.make_replay(config, env, device)
+        with RunDirectory(Path(config.run_dir)) as directory, Interrupt() as stop:
+            # Everything that can fail for the user's sake fails before a file is written.
+            source = directory.source(config)
+            finished = directory.finished(config, source)
+            if finished is not None:
+                print(
+                    f"{config.run_dir} holds this run, finished after {config.epochs} epochs: "
+                    "nothing to do. More epochs=, another seed= or another run_dir= starts work."
+                )
+                print_summary(finished)
+                return finished, 0
+            if source is None:
+                configuration.check_layers(config)
+            data = offline.load(config, env)
+            record = provenance.describe(config, device)
+            record["data"] = None if data is None else data.record()
+            trainer = Trainer(
+                config,
+                directory,
+                env,
+                agent,
+                replay,
+                lambda n: build.make_env(config, n, evaluation, device),
+                data,
+            )
+            record["init"] = None
+            if source is not None:
+                trainer.restore(source)
+            else:
+                if config.init is not None:
+                    record["init"] = warm_start(agent, config)
+                trainer.state.use_data()
+            kept: list[str] = []
+
+            def prepare() -> None:
+                kept.extend(directory.keep(config, source))
+                if source is not None:
+                    trainer.save_start(source)
+
+            last_epoch = None if source is None else trainer.state.epoch
+            logger = RunLogger(config, directory, last_epoch, prepare)
+            directory.begin(config, record, source)
+            logger.say(describe(config, agent, device))
+            if data is not None:
+                logger.say(
+                    f"data set {data.path}: {len(data.episodes)} episodes, {data.transitions:,} "
+                    f"transitions, as registered (manifest sha256 {data.manifest_sha256})"
+                )
+            if record["init"] is not None:
+                logger.say(f"starting with the networks of {config.init}")
+            if source is not None:
+                new = ", with a new replay" if source.content["replay"] is None else ""
+                logger.say(f"continuing {source.path} after epoch {trainer.state.epoch}{new}")
+                if source.content.get("seeding") != seeding.VERSION:
+                    logger.say(
+                        "this checkpoint is of a version that derived seeds in another way: its "
+                        "evaluations start from other states from here on"
+                    )
+            for text in kept:
+                logger.say(text)
+            summary = trainer.run(logger, stop)
+            print_summary(summary)
+            return summary, stop.exit_status
+
+
+def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:
+    """A few lines on what is about to run."""
+    counts = agent.world_model.num_parameters()
+    shown = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+    engine = build.physics(config, device)
+    return (
+        f"{config.env.name} x {config.worlds}, {config.alg.name} on {device} "
+        f"({torch.get_num_threads()} CPU threads), precision {config.precision}, "
+        f"seed {config.seed}, {config.epochs} epochs\n"
+        + ("" if engine is None else f"{engine.describe(config.env.threads)}\n")
+        + f"world-model parameters: {shown}\n"
+        f"run directory: {config.run_dir}"
+    )
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print the result for people."""
+    print(
+        f"{summary['status']}: {summary['epochs']} epochs, {summary['env_steps']:,} environment "
+        f"steps, {summary['wall_time']:.0f} s"
+        + ("; the same command goes on from here" if summary["status"] == "interrupted" else "")
+    )
+    result = summary.get("evaluation")
+    if result:
+        success = result["success"]
+        print(
+            f"final evaluation over {result['episodes']} episodes: reward "
+            f"{result['reward_mean']:.1f} +- {result['reward_std']:.1f}, episode length "
+            f"{result['episode_length_mean']:.0f}"
+            + ("" if success is None else f", goal held to the end in {success:.0%}")
+        )
+        if result.get("diverged"):  # summaries of older versions do not say
+            print(diverged_line(result))

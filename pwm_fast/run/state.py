@@ -1,0 +1,244 @@
+"""The state of a run between two steps: what its checkpoints hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pwm_fast import config as configuration
+from pwm_fast import seeding
+from pwm_fast.agent import PWM
+from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.data.offline import OfflineData
+from pwm_fast.envs import StateNotSupported, VectorEnv
+from pwm_fast.replay import Replay
+from pwm_fast.run import checkpoint, checkpoint_content
+from pwm_fast.run.checkpoint import CheckpointError
+from pwm_fast.run.collection import renew_random_actions
+from pwm_fast.run.progress import EpochProgress
+from pwm_fast.run.rundir import Source, differences
+from pwm_fast.seeding import Purpose
+
+# What taking up a part of a checkpoint raises that is of another run, or damaged.
+UNFIT = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, OverflowError)
+
+
+class RunState:
+    """Everything that a run has come to: in memory, and in its checkpoints.
+
+    Args:
+        config: of the run.
+        env: worlds to collect in.
+        agent: learns.
+        replay: what it learns from.
+        data: offline data, which :meth:`use_data` or :meth:`restore` put into the replay.
+
+    Attributes:
+        epoch: epochs completed.
+        bootstrapped: the agent has learned.
+        wall_time: seconds of training.
+        best: the best evaluation so far.
+        latest_eval: figures of the newest one.
+        fallen_back: the precision that replaced the configured one.
+        ended: episodes of completed epochs; None after a checkpoint of an older version, which
+            does not say.
+        torn: an environment failed; True where it is the one of training, in the middle of a step.
+        skips_seen: skipped updates at the last look.
+        progress: of the epoch that runs.
+        obs: observations of all worlds.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        env: VectorEnv,
+        agent: PWM,
+        replay: Replay,
+        data: OfflineData | None = None,
+    ) -> None:
+        self.config = config
+        self.env = env
+        self.agent = agent
+        self.replay = replay
+        self.data = data
+
+        self.epoch = 0
+        self.bootstrapped = False
+        self.wall_time = 0.0
+        self.best: dict[str, Any] = {}
+        self.latest_eval: dict[str, float] = {}
+        self.fallen_back: str | None = None
+        self.ended: dict[str, int] | None = {"episodes": 0, "diverged": 0}
+        self.torn: bool | None = None
+        self.skips_seen = 0
+        self.progress = EpochProgress()
+        self.obs, _ = env.reset()
+        self._held_action = torch.zeros(config.worlds, agent.action_dim, device=agent.device)
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps taken in completed epochs, over all worlds."""
+        return self.epoch * self.config.alg.steps_per_epoch * self.config.worlds
+
+    def ended_so_far(self) -> dict[str, int] | None:
+        """Training episodes that ended, with those of this epoch."""
+        if self.ended is None:
+            return None
+        return {k: n + self.ended[k] for k, n in self.progress.ended().items()}
+
+    def random_action(self) -> Tensor:
+        """Uniform actions ``[N, A]``, each held for ``alg.random_hold`` steps on average."""
+        self._held_action = renew_random_actions(self._held_action, self.config.alg.random_hold)
+        return self._held_action
+
+    def content(self, *, with_replay: bool) -> dict[str, Any]:
+        """What a checkpoint holds, as :func:`pwm_fast.run.checkpoint.save` writes it."""
+        try:
+            env_state = None if self.torn else self.env.get_state()
+        except StateNotSupported:
+            env_state = None
+        return {
+            "config": configuration.to_dict(self.config),
+            "epoch": self.epoch,
+            "bootstrapped": self.bootstrapped,
+            "wall_time": self.wall_time,
+            "best": self.best,
+            "latest_eval": self.latest_eval,
+            "progress": self.progress.state_dict(),
+            "agent": self.agent.state_dict(),
+            "obs": self.obs,
+            "held_action": self._held_action,
+            "env": env_state,
+            "rng": checkpoint.rng_state(),
+            "replay": self.replay.state_dict() if with_replay else None,
+            "data": self._data_record(),
+            "ended": self.ended,
+            "precision": self.fallen_back,
+            "seeding": seeding.VERSION,
+        }
+
+    def use_data(self, *, seen: bool = False) -> None:
+        """Begin with the offline data: in the replay, and in the agent's running statistics.
+
+        Args:
+            seen: the statistics, of a checkpoint, know the data already.
+
+        Raises:
+            ConfigError: they do not fit into the replay.
+        """
+        if self.data is None:
+            return
+        try:
+            self.replay.add_episodes(self.data.episodes)
+        except ValueError as error:
+            raise ConfigError(f"data.path={self.data.path}: {error}") from error
+        if not seen:
+            for episode in self.data.episodes:
+                self.agent.observe(episode.obs[:-1], episode.reward)
+
+    def restore(self, source: Source, *, own_best: bool) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            source: the checkpoint.
+            own_best: the run directory has the best checkpoint that it names.
+
+        Raises:
+            CheckpointError: it is of another architecture or environment.
+            ConfigError: its replay was filled with other offline data than this run's.
+        """
+        path, content = source
+        if content["replay"] is not None:
+            self._refuse_other_data(path, content.get("data"))
+        self._take_up(path, content)
+        if content["replay"] is None:
+            then, now = content.get("data"), self._data_record()
+            self.use_data(seen=_manifest_of(then) == _manifest_of(now))
+        self.skips_seen = int(self.agent.skipped_updates()["skipped_updates"])
+        if content.get("precision"):
+            self.fallen_back = content["precision"]
+            self.agent.set_precision(self.fallen_back)
+        self.epoch = content["epoch"]
+        self.bootstrapped = content["bootstrapped"]
+        self.wall_time = content["wall_time"]
+        self.latest_eval = content["latest_eval"]
+        self.ended = content.get("ended")
+        if own_best:
+            self.best = content["best"]
+
+    def _take_up(self, path: Path, content: dict[str, Any]) -> None:
+        """Load the parts that can be of another run; the message names the one that is."""
+        part = "agent"
+        try:
+            self.agent.load_state_dict(content["agent"])
+            part = "replay"
+            if content["replay"] is not None:
+                self.replay.load_state_dict(content["replay"])
+            part = "env"
+            if content["env"] is None:
+                self._begin_anew(content)
+            else:
+                own = self.env.get_state()
+                self.env.set_state(content["env"])
+                _refuse_unlike(content["env"], own, "env")
+                _refuse_unlike(content["obs"], self.obs.cpu(), "obs")
+                self.obs = content["obs"].to(self.env.device)
+            part = "progress"
+            self.progress.load_state_dict(content["progress"])
+            part = "held_action"
+            _refuse_unlike(content["held_action"], self._held_action.cpu(), "held_action")
+            self._held_action = content["held_action"].to(self.agent.device)
+            part = "rng"
+            _refuse_unlike(content["rng"], checkpoint.rng_state(), "rng")
+            checkpoint.set_rng_state(content["rng"])
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path} does not fit this run: its {part} lacks {error}"
+            ) from error
+        except UNFIT as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            changed = list(differences(content["config"], self.config).values())
+            raise CheckpointError(
+                f"{path} does not fit this run: {reason} (in its {part})"
+                + (f"; {'; '.join(changed[:6])}" if changed else "")
+            ) from error
+
+    def _begin_anew(self, content: dict[str, Any]) -> None:
+        """Start new episodes in all worlds, whose state a checkpoint could not save.
+
+        The episodes that were open end here, as truncated, and the new ones do not repeat those
+        that the run began with.
+        """
+        self.replay.end_episodes()
+        done = content["progress"]["done"].get("steps", 0)
+        place = (content["epoch"], done)
+        seed = seeding.stream(self.config.seed, Purpose.RESUMED, *place)
+        self.obs, _ = self.env.reset(seed=seed)
+
+    def _refuse_other_data(self, path: Path, saved: dict[str, Any] | None) -> None:
+        then, now = (_manifest_of(record) for record in (saved, self._data_record()))
+        if then != now:
+            raise ConfigError(
+                f"the replay in {path} was filled with {_data_name(then)}, this run's data.path is "
+                f"{_data_name(now)}; give another run_dir to start anew"
+            )
+
+    def _data_record(self) -> dict[str, Any] | None:
+        return None if self.data is None else self.data.record()
+
+
+def _refuse_unlike(saved: Any, own: Any, name: str) -> None:
+    """Raise ValueError where a saved state is of another kind than this run's."""
+    for problem in checkpoint_content.unlike(saved, own, name):
+        raise ValueError(problem)
+
+
+def _manifest_of(record: dict[str, Any] | None) -> str | None:
+    return record["manifest_sha256"] if record else None
+
+
+def _data_name(sha256: str | None) -> str:
+    return "no data set" if sha256 is None else f"a data set with the manifest sha256 {sha256}"

@@ -1,0 +1,67 @@
+"""Starts commands by forking a process that has imported everything, which saves seconds a run.
+
+A child is the command as a user runs it, from ``sys.argv`` to the exit status; ``hook`` is code run
+before it. Reads one JSON request a line from stdin, answers with one a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+import traceback
+
+
+def child(request: dict) -> None:
+    os.setpgid(0, 0)
+    out = os.open(request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    err = os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, target in ((null, 0), (out, 1), (err, 2)):
+        os.dup2(descriptor, target)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.argv = [request["module"], *request["arguments"]]
+    status = 1
+    try:
+        exec(request["hook"], {})
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    import hydra  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+    import mujoco.batch  # noqa: F401
+    import torch
+    import torch._dynamo  # torch's optimisers import it
+
+    import pwm_fast.cli
+    import pwm_fast.run.trainer  # noqa: F401
+
+    torch.set_num_threads(1)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            child(request)
+        print(json.dumps(pid), flush=True)
+
+
+if __name__ == "__main__":
+    main()

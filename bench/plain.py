@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pwm_fast import config
 from pwm_fast.config import ConfigError
 
-CONFIGS = Path(config.__file__).with_name("configs")
+CONFIGS = Path(config.__file__).parents[1] / "configs"
 T = TypeVar("T")
 
 

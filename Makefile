@@ -75,10 +75,11 @@ $(KIT)/.installed:
 		numpy pybind11 ninja setuptools
 	@touch $@
 
-lint: setup ## check style and types
+lint: setup ## check style, types and the direction of imports
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	PYTHONPATH=. .venv/bin/lint-imports --no-cache
 
 clean: ## remove .venv, builds and caches; runs stay
 	rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache

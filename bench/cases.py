@@ -202,11 +202,3 @@ def assemble(
         "floor_tf32": partial(bottom, "floor_tf32", torch.float32),
         "floor_bf16": partial(bottom, "floor_bf16", torch.bfloat16),
     }
-
-
-def all_cases(device: torch.device) -> list[Case]:
-    """Every case for that kind of device."""
-    from bench import agent, data, esnr, ops, rollouts
-
-    parts = (rollouts.cases, agent.cases, agent.epochs, ops.cases, esnr.cases, data.cases)
-    return [case for cases in parts for case in cases(device)]

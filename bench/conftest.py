@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench import report, results
-from bench.cases import Case, all_cases
+from bench.cases import Case
+from bench.catalogue import all_cases
 from bench.session import Session
 
 SESSION: pytest.StashKey[Session] = pytest.StashKey()

@@ -12,7 +12,8 @@ import torch
 from bench import agent, data, esnr, gate, sizes
 from bench import ops as operations
 from bench import rollouts as rollout_cases
-from bench.cases import Provider, Workload, all_cases
+from bench.cases import Provider, Workload
+from bench.catalogue import all_cases
 from bench.providers import LABELS, Absent
 from pwm_fast import ops
 from pwm_fast.agent import PWM

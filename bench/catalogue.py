@@ -1,0 +1,15 @@
+"""All that is measured, in one list."""
+
+from __future__ import annotations
+
+import torch
+
+from bench import agent, data, esnr, ops, rollouts
+from bench.cases import Case
+
+PARTS = (rollouts.cases, agent.cases, agent.epochs, ops.cases, esnr.cases, data.cases)
+
+
+def all_cases(device: torch.device) -> list[Case]:
+    """Every case for that kind of device."""
+    return [case for cases in PARTS for case in cases(device)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pwm_fast.backends.base import Backend, Call, fused_why_not
+from pwm_fast.backends.base import Backend, Call, PlainKernels, fused_why_not
 from pwm_fast.backends.dtypes import widen
 from pwm_fast.backends.esnr import TorchEsnr
 from pwm_fast.backends.pointwise import mish
@@ -42,7 +42,7 @@ def _write(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
     out.copy_(x)
 
 
-class TorchKernels:
+class TorchKernels(PlainKernels):
     """The kernels in plain PyTorch: any device, any floating dtype; the truth for the others."""
 
     name = "torch"

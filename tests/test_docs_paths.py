@@ -76,12 +76,23 @@ def exists(name: str) -> bool:
     return False
 
 
+def missing_in_kernels(text: str) -> list[str]:
+    """Names like ``plan.TILES`` that are not in their module of ``kernels/``."""
+    found = []
+    for module, name in sorted(set(re.findall(r"`(\w+)\.(\w+)`", text))):
+        path = ROOT / "kernels" / f"{module}.py"
+        if path.exists() and not re.search(rf"\b{name}\b", path.read_text("utf-8")):
+            found.append(f"{module}.{name}")
+    return found
+
+
 def missing(page: Path, text: str) -> list[str]:
     """All that a page names and that is not there."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     return [
         *missing_links(page, text),
         *missing_paths(text),
+        *(missing_in_kernels(text) if page.name == "kernels.md" else ()),
         *(f"python -m {m}" for m in sorted(set(MODULE.findall(text))) if not runs(m)),
         *(name for name in sorted(set(NAME.findall(text))) if not exists(name)),
         *(f"make {target}" for target in TARGET.findall(text) if target not in targets),
@@ -110,6 +121,11 @@ def test_what_a_page_names_exists(page: Path) -> None:
 )
 def test_what_is_not_there_is_found(broken: str) -> None:
     assert len(missing(ROOT / "docs" / "performance.md", broken)) == 1
+
+
+def test_a_name_that_left_its_kernel_module_is_found() -> None:
+    text = "`plan.TILES` `plan.nowhere` `ops.none`"
+    assert missing(ROOT / "docs" / "kernels.md", text) == ["plan.nowhere"]
 
 
 def test_what_is_there_is_not_reported() -> None:

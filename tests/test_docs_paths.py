@@ -42,9 +42,9 @@ def missing_links(page: Path, text: str) -> list[str]:
 def missing_paths(text: str) -> list[str]:
     """Paths of this repository, and files of code named by their name alone.
 
-    A capital NAME in a path stands for one that the reader picks.
+    Capitals in a path, as in NAME, stand for a word that the reader picks.
     """
-    paths = {m.rstrip(".") for m in PATH.findall(text) if "NAME" not in m}
+    paths = {m.rstrip(".") for m in PATH.findall(text) if not re.search("[A-Z]{4}", m)}
     files = {f for f in FILE.findall(text) if not (ROOT / f).exists()}
     return [p for p in sorted(paths) if not (ROOT / p).exists()] + [
         f for f in sorted(files) if not any(any((ROOT / d).rglob(f)) for d in FOLDERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import re
@@ -29,11 +28,15 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def store(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write rows that were measured on the CPU, with what they were measured on; return both."""
-    stored = {**describe(torch.device("cpu")), "rows": rows}
-    path.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-    return stored
+def check_gpu(device: torch.device) -> None:
+    """See that there is this GPU.
+
+    Raises:
+        ValueError: there is not.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device={device}, but torch {torch.__version__} sees {count} GPUs here")
 
 
 def commit() -> dict[str, Any]:

@@ -21,7 +21,6 @@ import hashlib
 import os
 import platform
 import shutil
-import signal
 import sys
 import sysconfig
 import time
@@ -39,7 +38,7 @@ from bench import esnr as gradients
 from bench.providers import OURS, PRECISIONS, backend
 from bench.session import say
 from bench.sizes import ACTION, HORIZON, OBS, alg_config
-from bench.stages import Deadline
+from bench.stages import Deadline, terminable
 
 ARCH = "sm_90"  # an H100 or H200
 CUDA_ARCHS = "90a"  # of setup.py
@@ -297,17 +296,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-native", action="store_true", help="leave the extension out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args(argv)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
     try:
-        wrong = _prepare(options)
+        with terminable():
+            wrong = _prepare(options)
     except (gpu_kit.KitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: nothing new was packed", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     for line in wrong:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if wrong else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,15 @@ def to_json(result: Result) -> dict[str, Any]:
         ],
         **({"gpu": result.gpu} if result.gpu else {}),
     }
+
+
+def write(path: Path, data: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
+    """Write a file of results in one step: a run that is killed leaves the old file. The data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=indent) + "\n", "utf-8")
+    os.replace(temporary, path)
+    return data
 
 
 def row_from_json(data: dict[str, Any]) -> Row:

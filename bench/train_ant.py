@@ -238,8 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     path = options.out or results.STORE / f"ant_{environment.slug(device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    results.write(path, result)
     try:
         draw(result, path.with_suffix(".png"))
     except ImportError as error:

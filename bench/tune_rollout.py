@@ -172,10 +172,10 @@ class RolloutWorkload:
 
 
 def _double(weights: DynamicsWeights) -> DynamicsWeights:
-    def wide(x: Tensor | None) -> Tensor | None:
+    def double(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.double()
 
     assert weights.head is not None
-    layers = [LayerParams(*(wide(x) for x in layer)) for layer in weights.layers]  # type: ignore[arg-type]
-    head = weights.head[0].double(), wide(weights.head[1])
-    return DynamicsWeights(weights.w_z.double(), wide(weights.w_tau), layers, head)
+    layers = [LayerParams(*(double(x) for x in layer)) for layer in weights.layers]  # type: ignore[arg-type]
+    head = weights.head[0].double(), double(weights.head[1])
+    return DynamicsWeights(weights.w_z.double(), double(weights.w_tau), layers, head)

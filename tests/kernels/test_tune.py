@@ -56,10 +56,10 @@ def test_a_wrong_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(workload, "fused", wrong)
     with pytest.raises(Wrong, match="relative error"):
-        workload.call(alone(workload.product))
+        workload.call(alone(workload.shape))
     monkeypatch.setattr(workload, "fused", lambda plan: lambda: None)
     with pytest.raises(Wrong, match="relative error nan"):
-        workload.call(alone(workload.product))
+        workload.call(alone(workload.shape))
 
 
 @pytest.mark.interpreted
@@ -106,7 +106,7 @@ def test_choices_launch_what_they_stand_for(kernel: str, rate: str) -> None:
     with FakeCuda() as cuda:
         workload = WORKLOADS[kernel](product, DEVICE)
         fused = [workload.fused(p) for p in candidates(product, Limits(132))]
-        plain = workload.plain()
+        plain = workload.plain
         plain()  # makes the weight's copies
         for call in fused:
             cuda.launches.clear()

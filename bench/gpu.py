@@ -76,27 +76,22 @@ def measure(
     found = cases(stage, dry) if stage in MEASURED else []
     by_name = {case.name: case for case in found}
     wanted = list(jobs(stage, found, dry))
-    postponed = holding = False
+    holding = False
     for job in wanted:
-        while True:  # again where a provider took the process with it
-            todo = _missing(job, record)
-            if todo is None:
-                break
+        while (todo := _missing(job, record)) is not None:  # again where a process was lost
             jax = not set(matrix.JAX).isdisjoint(todo.providers)
             if holding and not jax:
                 worker.stop()
             holding = jax
             if left.over or not record.fits(_key(todo), left.left):
-                postponed = True
                 break
             if not _one(todo, left, record, worker, by_name, texts):
-                postponed = True
                 break
         if left.over:
             break
     if holding:
         worker.stop()  # JAX gives no memory back, which others would be out of
-    return _outcome(stage, wanted, record, postponed)
+    return _outcome(stage, wanted, record)
 
 
 def _missing(job: Job, record: Record) -> Job | None:
@@ -164,7 +159,7 @@ def _one(
     return ended.how != "time"
 
 
-def _outcome(stage: str, wanted: Sequence[Job], record: Record, postponed: bool) -> Outcome:
+def _outcome(stage: str, wanted: Sequence[Job], record: Record) -> Outcome:
     if stage in READ:
         known = record.result.gpu["micro"]
         done = [r for job in wanted for r in known.get(job.name, ())]

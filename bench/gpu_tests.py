@@ -19,10 +19,12 @@ from bench.environment import ROOT
 from bench.gpu_checks import last_words
 from bench.gpu_out import FAILURES, WORK
 from bench.stages import Deadline, Outcome, Record
+from pwm_fast.run.installation import usable_cpus
 
 HANGS = 90.0  # seconds in which one test must end, with the kernels that it compiles
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-TOGETHER = min(max(CORES - 2, 2), 12)  # processes: most of their time is spent compiling kernels
+TOGETHER = min(
+    max(usable_cpus() - 2, 2), 12
+)  # processes: most of their time is spent compiling kernels
 OUTCOMES = ("passed", "failed", "skipped")
 MESSAGES = 10  # kept of a file
 NEEDED = {"pytest": 9, "pytest-xdist": 3}  # the first ends a process whose test hangs

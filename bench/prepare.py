@@ -39,6 +39,7 @@ from bench.providers import OURS, PRECISIONS, backend
 from bench.session import say
 from bench.sizes import ACTION, HORIZON, OBS, alg_config
 from bench.stages import Deadline, terminable
+from pwm_fast.run.installation import usable_cpus
 
 ARCH = "sm_90"  # an H100 or H200
 CUDA_ARCHS = "90a"  # of setup.py
@@ -294,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kit", type=Path, default=gpu_kit.KIT, help="the folder")
     parser.add_argument("--only", nargs="+", choices=STAGES, help="kernels of these stages")
     parser.add_argument("--no-native", action="store_true", help="leave the extension out")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=usable_cpus(), help="processes")
     options = parser.parse_args(argv)
     try:
         with terminable():
@@ -319,7 +320,7 @@ def _prepare(options: argparse.Namespace) -> list[str]:
     options.kit.mkdir(parents=True, exist_ok=True)
     software, commit = environment.software(), environment.commit()
     names = [w.name for w in work() if w.stage in (options.only or STAGES)]
-    jobs = max(options.jobs or 1, 1)
+    jobs = max(options.jobs, 1)
     print(
         f"compiles what {len(names)} pieces of work launch on {ARCH}, with Triton "
         f"{software['triton']} on Python {software['python']}, in {jobs} processes: of all of it, "

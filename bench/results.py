@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pwm_fast import files
 
 SCHEMA = 1
 STORE = Path(__file__).with_name("results")
@@ -97,9 +98,7 @@ def to_json(result: Result) -> dict[str, Any]:
 def write(path: Path, data: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
     """Write a file of results in one step: a run that is killed leaves the old file. The data."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=indent) + "\n", "utf-8")
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(data, indent=indent) + "\n")
     return data
 
 

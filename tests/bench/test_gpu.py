@@ -40,8 +40,8 @@ from tests.bench.synthetic import FACTS
 
 triton = pytest.importorskip("triton")
 
-# As on a machine that has torch, triton, nvcc and pytest alone.
-BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax")
+# As on a machine that has torch, triton and nvcc alone.
+BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax", "pytest")
 SITE = f"""
 import sys
 
@@ -304,27 +304,23 @@ def _text(path: Path) -> str:
     return path.read_text("utf-8") if path.exists() else ""
 
 
-def test_an_epoch_without_an_engine_is_absent(tmp_path: Path) -> None:
+def test_a_bare_machine_says_what_is_missing(tmp_path: Path) -> None:
+    """The command can be read, an epoch without physics is absent, training is refused."""
     script = (
-        "import torch\nfrom bench import matrix, session\n"
+        "import torch\nfrom bench import gpu, matrix, session, train_ant\n"
         "case = next(c for c in matrix.dry_cases('epoch') if c.name == 'epoch-tiny')\n"
-        "for x in session.one_by_one(case, ['published', 'fast'], torch.device('cpu')): print(x)"
+        "for x in session.one_by_one(case, ['published', 'fast'], torch.device('cpu')): print(x)\n"
+        "args = ['--minutes=1', '--device=cpu', '--alg=pwm_tiny_flow']\n"
+        "raise SystemExit(train_ant.main(args))"
     )
     done = bare(tmp_path, "-c", script)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, done.stderr
     assert done.stdout.count("absent") == 2 and done.stdout.count("no physics engine") == 2
+    assert done.stderr.startswith("error: ") and "MuJoCo" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 # --- training for some minutes -------------------------------------------------------------------
-
-
-def test_training_without_physics_says_what_is_missing(tmp_path: Path) -> None:
-    done = bare(
-        tmp_path, "-m", "bench.train_ant", "--minutes=1", "--device=cpu", "--alg=pwm_tiny_flow"
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "MuJoCo" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_speed_and_curve_of_a_run() -> None:

@@ -127,7 +127,7 @@ def test_a_rollout_is_one_launch_a_direction_or_layer_by_layer() -> None:
         words = rollout.LAYOUTS[0]._replace(exchange="words")
         for layout in (rollout.LAYOUTS[0], words, None):
             cuda.launches.clear()
-            workload._run(workload.kernels, workload.weights, torch.float32, layout)
+            workload._run(layout)
             seen = cuda.launches["triton rollout_forward_kernel"]
             assert seen == cuda.launches["triton rollout_backward_kernel"] == (layout is not None)
     assert cuda.launches["triton linear_norm_act_fwd_kernel"] > 0

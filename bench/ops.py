@@ -161,32 +161,17 @@ def _rollout_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
     return {**inputs, "a": torch.rand(HORIZON, batch, ACTION, generator=g) * 2 - 1}
 
 
-def _field_gemms(evaluations: int) -> Callable[[Size, int], list[floor.Gemm]]:
-    def gemms(size: Size, batch: int) -> list[floor.Gemm]:
-        sizes = [size.latent, size.units, size.units, size.latent]
-        actions = floor.Gemm(batch, ACTION, size.units)
-        return [
-            *(p._replace(uses=evaluations) for p in floor.stack(batch, sizes)),
-            actions,
-        ]
-
-    return gemms
+def _field_gemms(size: Size, batch: int) -> list[floor.Gemm]:
+    sizes = [size.latent, size.units, size.units, size.latent]
+    return [*floor.stack(batch, sizes), floor.Gemm(batch, ACTION, size.units)]
 
 
-def _flow_gemms(steps: int) -> Callable[[Size, int], list[floor.Gemm]]:
-    def gemms(size: Size, batch: int) -> list[floor.Gemm]:
-        def layer(n: int, k: int) -> Layer:
-            return Layer(torch.empty(n, k))
-
-        net = [
-            layer(size.units, size.latent + ACTION + 1),
-            layer(size.units, size.units),
-            layer(size.latent, size.units),
-        ]
-        sequential = floor.dynamics_gemms(ops.Flow(net), size.latent, batch, steps)
-        return [*sequential, floor.Gemm(batch * steps, ACTION, size.units)]
-
-    return gemms
+def _flow_gemms(size: Size, batch: int, steps: int = 1) -> list[floor.Gemm]:
+    inner = size.latent + ACTION + 1
+    shapes = [(size.units, inner), (size.units, size.units), (size.latent, size.units)]
+    net = [Layer(torch.empty(shape)) for shape in shapes]
+    sequential = floor.dynamics_gemms(ops.Flow(net), size.latent, batch, steps)
+    return [*sequential, floor.Gemm(batch * steps, ACTION, size.units)]
 
 
 def _plain_latents(i: Inputs) -> Tensor:
@@ -282,21 +267,21 @@ OPERATIONS: dict[str, Operation] = {
         _field_inputs,
         lambda i: published.velocity(_layers(i), i["z"], i["a"], 0.25),
         lambda i: ops.velocity_field(i["z"], i["a"], i["z"].new_tensor(0.25), _layers(i)),
-        _field_gemms(1),
+        _field_gemms,
         batches={"5M": (512,)},
     ),
     "flow_step": Operation(
         _field_inputs,
         lambda i: published.next_latent(ops.Flow(_layers(i)), i["z"], i["a"]),
         lambda i: ops.flow_step(i["z"], i["a"], _layers(i)),
-        _flow_gemms(1),
+        _flow_gemms,
         batches=MANY,
     ),
     "latent_rollout": Operation(
         _rollout_inputs,
         _plain_latents,
         lambda i: ops.latent_rollout(i["z"], i["a"], ops.Flow(_layers(i))),
-        _flow_gemms(HORIZON),
+        partial(_flow_gemms, steps=HORIZON),
         batches={"5M": (128,)},
     ),
     "mish": Operation(_rows("units"), lambda i: F.mish(i["x"]), lambda i: ops.mish(i["x"])),

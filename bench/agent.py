@@ -130,10 +130,10 @@ def build_world_model(
 
     def bottom(dtype: torch.dtype) -> Callable[[], object]:
         model = agent.world_model
-        products = floor.world_model_products(
+        gemms = floor.world_model_gemms(
             model._encoder.layers(), model.dynamics(), model._reward.layers(), batch, horizon
         )
-        return floor.floor(products, dtype, device)
+        return floor.floor(gemms, dtype, device)
 
     again = partial(build_world_model, alg, batch, device, horizon, seed + 1)
     return Workload(assemble(device, plain, ours, bottom), truth, again, device=device)
@@ -199,8 +199,8 @@ def build_critic(
         config = alg.critic
         rows = -(-horizon * batch // config.minibatches)
         updates = config.passes * config.minibatches
-        products = floor.critic_products(agent.critic.layers(), rows, updates)
-        return floor.floor(products, dtype, device)
+        gemms = floor.critic_gemms(agent.critic.layers(), rows, updates)
+        return floor.floor(gemms, dtype, device)
 
     again = partial(build_critic, alg, batch, device, horizon, seed + 1)
     return Workload(assemble(device, plain, ours, bottom), truth, again, device=device)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.cases import QUICK, Case, Provider, Workload
-from bench.gate import Mismatch, Outputs
+from bench.gate import Mismatch
 from bench.measure import Effort
 from bench.providers import Absent
 from bench.sizes import ACTION, HORIZON, OBS
@@ -91,11 +90,10 @@ def build_env(robot: str, worlds: int, device: torch.device) -> Workload:
         def call() -> list[Tensor]:
             return [x.to(device) for x in env.step(actions.to(env.device))[:4]]
 
-        def check() -> Outputs | None:
+        def check() -> None:
             obs, reward = call()[:2]
             if not (torch.isfinite(obs).all() and torch.isfinite(reward).all()):
                 raise Mismatch("an observation or a reward is not finite")
-            return None
 
         return Provider(call, check)
 
@@ -164,33 +162,24 @@ def _filled(device: torch.device) -> tuple[Replay, SeparateTensors]:
     return ours, separate
 
 
-def _consecutive(obs: Tensor) -> None:
-    if not bool((obs.diff(dim=0) == 1).all()):
-        raise Mismatch("a sampled window is not made of consecutive steps")
-
-
 def build_sample(batch: int, device: torch.device) -> Workload:
     """Windows of 16 transitions from a replay for a million of the Ant's."""
     ours, separate = _filled(device)
 
-    def fast() -> Provider:
-        def check() -> Outputs | None:
-            windows = ours.sample(batch)
-            if windows.obs.shape != (HORIZON + 1, batch, OBS):
-                raise Mismatch(f"windows of shape {tuple(windows.obs.shape)}")
-            _consecutive(windows.obs)
-            return None
+    def check(obs: Tensor) -> None:
+        if obs.shape != (HORIZON + 1, batch, OBS):
+            raise Mismatch(f"windows of shape {tuple(obs.shape)}")
+        if not bool((obs.diff(dim=0) == 1).all()):
+            raise Mismatch("a sampled window is not made of consecutive steps")
 
-        return Provider(lambda: ours.sample(batch), check)
+    def sample() -> Provider:
+        return Provider(lambda: ours.sample(batch), lambda: check(ours.sample(batch).obs))
 
     def plain() -> Provider:
-        def check() -> Outputs | None:
-            _consecutive(separate.sample(batch)["obs"])
-            return None
+        call = partial(separate.sample, batch)
+        return Provider(call, lambda: check(call()["obs"]))
 
-        return Provider(lambda: separate.sample(batch), check)
-
-    return Workload({"separate": plain, "fast": fast})
+    return Workload({"separate": plain, "fast": sample})
 
 
 def build_add(device: torch.device) -> Workload:
@@ -202,18 +191,11 @@ def build_add(device: torch.device) -> Workload:
     def add() -> None:
         ours.add(row["obs"], row["action"], row["reward"], ended, ended, row["obs"] + 1)
 
-    def fast() -> Provider:
-        def check() -> Outputs | None:
-            before = len(ours)
-            add()
-            if len(ours) != before + WORLDS:
-                raise Mismatch(f"{len(ours) - before} transitions were added, not {WORLDS}")
-            return None
+    def check() -> None:
+        before = len(ours)
+        add()
+        if len(ours) != before + WORLDS:
+            raise Mismatch(f"{len(ours) - before} transitions were added, not {WORLDS}")
 
-        return Provider(add, check)
-
-    make: dict[str, Callable[[], Provider]] = {
-        "separate": lambda: Provider(lambda: separate.add(**row)),
-        "fast": fast,
-    }
-    return Workload(make)
+    make = {"separate": Provider(lambda: separate.add(**row)), "fast": Provider(add, check)}
+    return Workload({name: lambda found=found: found for name, found in make.items()})

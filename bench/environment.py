@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import re
 import subprocess
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import pwm_fast
+from pwm_fast.run.installation import cpu_name, native_isa, usable_cpus
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,11 +29,15 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def store(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write rows that were measured on the CPU, with what they were measured on; return both."""
-    stored = {**describe(torch.device("cpu")), "rows": rows}
-    path.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-    return stored
+def check_gpu(device: torch.device) -> None:
+    """See that there is this GPU.
+
+    Raises:
+        ValueError: there is not.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device={device}, but torch {torch.__version__} sees {count} GPUs here")
 
 
 def commit() -> dict[str, Any]:
@@ -55,13 +59,12 @@ def commit() -> dict[str, Any]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Kind of machine: what must be equal for two runs to be comparable."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": device.type,
         "system": platform.system(),
         "arch": platform.machine(),
         "cpu": cpu_name(),
-        "cores": cores,
+        "cores": usable_cpus(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "native_isa": native_isa(),
@@ -73,25 +76,6 @@ def slug(device: torch.device) -> str:
     """The card's name for a file, as ``h100_80gb_hbm3``; ``cpu`` where it is none."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("nvidia", "")).strip("_")
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def native_isa() -> str | None:
-    """Instruction set of the native kernels; None without the extension."""
-    try:
-        return str(import_module("pwm_fast._C").cpu_isa())
-    except ImportError:
-        return None
 
 
 def software() -> dict[str, Any]:

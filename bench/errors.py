@@ -9,26 +9,51 @@ and, with ``--docs``, the table in docs/ops.md.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import environment
+from bench import environment, results
 from bench.internals import select, why_missing
-from bench.pages import OPS, write
+from bench.pages import OPS, publish
 from pwm_fast import ops
 
 SIZES = {"5M": (512, 510), "48M": (768, 1788)}  # latent, hidden
 ACTION, ACTOR, HORIZON, BATCH = 8, (400, 200, 100), 16, 32
-RESULTS = environment.ROOT / "bench" / "results"
 
 Net = list[ops.Layer]
+Made = Callable[[Tensor], Tensor]
+
+
+def layer(
+    g: torch.Generator, n: int, k: int, gain: float, made: Made, *, norm: bool = True
+) -> ops.Layer:
+    """A random layer, by default with a LayerNorm; ``made`` takes each tensor in float32."""
+    weight = made(torch.randn(n, k, generator=g) * gain / k**0.5)
+    bias = made(0.02 * torch.randn(n, generator=g))
+    if not norm:
+        return ops.Layer(weight, bias)
+    gamma = made(1.0 + 0.1 * torch.randn(n, generator=g))
+    beta = made(0.1 * torch.randn(n, generator=g))
+    return ops.Layer(weight, bias, gamma, beta, "mish")
+
+
+def velocity_net(
+    g: torch.Generator, latent: int, hidden: int, gain: float, last: float, made: Made
+) -> Net:
+    """A random velocity field; ``last`` is the gain of its head."""
+    return [
+        layer(g, hidden, latent + ACTION + 1, gain, made),
+        layer(g, hidden, hidden, gain, made),
+        layer(g, latent, hidden, last, made, norm=False),
+    ]
 
 
 def draw(size: str, dtype: torch.dtype, device: torch.device) -> tuple[Net, Net, Tensor, Tensor]:
@@ -39,23 +64,10 @@ def draw(size: str, dtype: torch.dtype, device: torch.device) -> tuple[Net, Net,
     def made(x: Tensor, grad: bool = False) -> Tensor:
         return x.to(device, dtype).requires_grad_(grad)
 
-    def layer(n: int, k: int, gain: float, norm: bool, grad: bool) -> ops.Layer:
-        weight = made(torch.randn(n, k, generator=g) * gain / k**0.5, grad)
-        bias = made(0.02 * torch.randn(n, generator=g), grad)
-        if not norm:
-            return ops.Layer(weight, bias)
-        gamma = made(1.0 + 0.1 * torch.randn(n, generator=g), grad)
-        beta = made(0.1 * torch.randn(n, generator=g), grad)
-        return ops.Layer(weight, bias, gamma, beta, "mish")
-
-    field = [
-        layer(hidden, latent + ACTION + 1, 2.0, True, False),
-        layer(hidden, hidden, 2.0, True, False),
-        layer(latent, hidden, 0.1, False, False),
-    ]
-    widths = (latent, *ACTOR)
-    actor = [layer(n, k, 1.0, True, True) for k, n in zip(widths, ACTOR, strict=False)]
-    actor.append(layer(ACTION, ACTOR[-1], 1.0, False, True))
+    field = velocity_net(g, latent, hidden, 2.0, 0.1, made)
+    learnt = partial(made, grad=True)
+    actor = [layer(g, n, k, 1.0, learnt) for k, n in pairwise((latent, *ACTOR))]
+    actor.append(layer(g, ACTION, ACTOR[-1], 1.0, learnt, norm=False))
     z0 = ops.simnorm(torch.randn(BATCH, latent, generator=g))
     noise = torch.randn(HORIZON, BATCH, ACTION, generator=g)
     return field, actor, made(z0), made(noise)
@@ -137,13 +149,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def publish(text: str, page: Path | None, name: str) -> None:
-    """Print a text and, if a page is given, put it into the page's section."""
-    print(text)
-    if page is not None:
-        write(page, name, text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, store, print."""
     parser = argparse.ArgumentParser(prog="python -m bench.errors", description=__doc__)
@@ -158,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: --device=cuda, but torch sees no CUDA GPU", file=sys.stderr)
         return 2
     result = measure(device, args.sizes, args.substeps)
-    out = args.out or RESULTS / f"errors_{device.type}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    out = args.out or results.STORE / f"errors_{device.type}.json"
+    results.write(out, result)
     publish(table(result), OPS if args.docs else None, "errors")
     return 0
 

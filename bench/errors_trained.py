@@ -18,14 +18,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.errors import publish
+from bench.errors import ACTION, BATCH, velocity_net
 from bench.internals import folded, imagine, layered, mlp_backward, select, wgrad
-from bench.pages import PERFORMANCE
+from bench.pages import PERFORMANCE, publish
 from pwm_fast import ops
 
 SIZES = {"small": (64, 62, 4), "5M": (512, 510, 16)}  # latent, hidden, macro steps
 GAINS = {"contracting": 1.0, "expansive": 2.0}  # of weights before a LayerNorm
-ACTION, BATCH, SUBSTEPS = 8, 32, 2
+SUBSTEPS = 2
 HALVES = {"fast": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -39,20 +39,7 @@ def run(
     def made(x: Tensor) -> Tensor:
         return x.to(dtype).requires_grad_()
 
-    def layer(n: int, k: int, scale: float, norm: bool = True) -> ops.Layer:
-        weight = made(torch.randn(n, k, generator=g) * scale / k**0.5)
-        bias = made(0.02 * torch.randn(n, generator=g))
-        if not norm:
-            return ops.Layer(weight, bias)
-        gamma = made(1.0 + 0.1 * torch.randn(n, generator=g))
-        beta = made(0.1 * torch.randn(n, generator=g))
-        return ops.Layer(weight, bias, gamma, beta, "mish")
-
-    net = [
-        layer(hidden, latent + ACTION + 1, gain),
-        layer(hidden, hidden, gain),
-        layer(latent, hidden, 0.5 / gain**2, norm=False),
-    ]
+    net = velocity_net(g, latent, hidden, gain, 0.5 / gain**2, made)
     z0 = made(ops.simnorm(torch.randn(BATCH, latent, generator=g)))
     action = made(torch.rand(horizon, BATCH, ACTION, generator=g) * 2 - 1)
     z = ops.latent_rollout(z0, action, ops.Flow(net, SUBSTEPS, fold=fold), backend=backend)
@@ -74,8 +61,8 @@ def as_on_a_gpu() -> Iterator[None]:
 
     with ExitStack() as patches:
         for module in (folded, imagine, layered, mlp_backward):
-            narrow = mock.patch.object(module, "weight_grad", wgrad.weight_grad_16bit)
-            patches.enter_context(narrow)
+            rounded = mock.patch.object(module, "weight_grad", wgrad.weight_grad_16bit)
+            patches.enter_context(rounded)
         yield
 
 

@@ -13,22 +13,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench import agent, esnr, plain, providers, rollouts
+from bench import agent, esnr, providers, rollouts
 from bench.cases import Provider, Workload
 from bench.session import say
+from bench.sizes import alg_config
 from pwm_fast.config import AlgConfig
 
 
 def small(kind: str) -> AlgConfig:
     """A published configuration with widths that fit no tile; ``flow`` or ``mlp``."""
-    alg = plain.algorithm("pwm_5M_flow" if kind == "flow" else "pwm_5M")
+    alg = alg_config("5M_flow" if kind == "flow" else "5M")
     model = alg.world_model
     model.latent_dim, model.units = 16, [17, 17]
     model.encoder_units, model.reward_units = [12], [14, 14]
     alg.actor.units, alg.critic.units = [12, 10], [11, 9]
     alg.actor.batch_size, alg.model_learning.batch_size = 100, 20
     alg.model_learning.updates, alg.critic.passes = 2, 1
-    alg.model_learning.tau_sampling = "midpoint"
     return alg
 
 

@@ -1,6 +1,6 @@
-"""The floor: how fast this machine forms the matrix products of a step, and nothing else.
+"""The floor: how fast this machine does the GEMMs (matrix multiplications) of a step alone.
 
-A step is listed as its products, in the cheapest algebra known (constant parts hoisted, a linear
+A step is listed as its GEMMs, in the cheapest algebra known (constant parts hoisted, a linear
 velocity head folded into the first layer where that saves work, weight gradients over all steps at
 once, none that nobody asks for). Each is run by the fastest of what PyTorch offers here.
 """
@@ -21,8 +21,8 @@ from pwm_fast.ops import Dynamics, Flow, Layer
 Run = Callable[[], Any]
 
 
-class Product(NamedTuple):
-    """``uses`` products ``[m, k] [k, n]``, each with ``members`` of an ensemble.
+class Gemm(NamedTuple):
+    """``uses`` GEMMs ``[m, k] [k, n]``, each with ``members`` of an ensemble.
 
     ``weight`` says that the right side is a weight, which may be repacked beforehand; a weight
     gradient has none.
@@ -40,8 +40,8 @@ class Product(NamedTuple):
         return 2 * self.m * self.k * self.n * self.uses * self.members
 
 
-def candidates(p: Product, dtype: torch.dtype, device: torch.device) -> list[Run]:
-    """Ways to form one product."""
+def candidates(p: Gemm, dtype: torch.dtype, device: torch.device) -> list[Run]:
+    """Ways to do one GEMM."""
 
     def new(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
@@ -95,10 +95,10 @@ def fastest(runs: Sequence[Run], device: torch.device, rounds: int = 3) -> Run:
     return runs[best.index(min(best))]
 
 
-def floor(products: Iterable[Product], dtype: torch.dtype, device: torch.device) -> Run:
-    """All the products of a step, one after another."""
-    plan: dict[Product, int] = {}
-    for p in products:
+def floor(gemms: Iterable[Gemm], dtype: torch.dtype, device: torch.device) -> Run:
+    """All the GEMMs of a step, one after another."""
+    plan: dict[Gemm, int] = {}
+    for p in gemms:
         single = p._replace(uses=1)
         plan[single] = plan.get(single, 0) + p.uses
     runs = [(fastest(candidates(p, dtype, device), device), n) for p, n in plan.items()]
@@ -112,7 +112,7 @@ def floor(products: Iterable[Product], dtype: torch.dtype, device: torch.device)
     return call
 
 
-# --- the products of each step ------------------------------------------------------------------
+# --- the GEMMs of each step ---------------------------------------------------------------------
 
 
 def widths(layers: Sequence[Layer]) -> list[int]:
@@ -120,23 +120,23 @@ def widths(layers: Sequence[Layer]) -> list[int]:
     return [layers[0].weight.shape[-1], *(p.weight.shape[-2] for p in layers)]
 
 
-def stack(rows: int, sizes: Sequence[int], *, members: int = 1) -> list[Product]:
-    """Forward products of an MLP."""
-    return [Product(rows, k, n, members=members) for k, n in pairwise(sizes)]
+def stack(rows: int, sizes: Sequence[int], *, members: int = 1) -> list[Gemm]:
+    """Forward GEMMs of an MLP."""
+    return [Gemm(rows, k, n, members=members) for k, n in pairwise(sizes)]
 
 
-def backward(forward: Iterable[Product]) -> list[Product]:
+def backward(forward: Iterable[Gemm]) -> list[Gemm]:
     """Towards the inputs."""
     return [p._replace(k=p.n, n=p.k) for p in forward]
 
 
-def weight_gradients(forward: Iterable[Product]) -> list[Product]:
-    """Of the weights, each one product over the rows of all its uses."""
-    return [Product(p.n, p.m * p.uses, p.k, members=p.members, weight=False) for p in forward]
+def weight_gradients(forward: Iterable[Gemm]) -> list[Gemm]:
+    """Of the weights, each one GEMM over the rows of all its uses."""
+    return [Gemm(p.n, p.m * p.uses, p.k, members=p.members, weight=False) for p in forward]
 
 
-def dynamics_products(dynamics: Dynamics, latent: int, rows: int, steps: int) -> list[Product]:
-    """Sequential forward products of macro steps; those of the actions are hoisted."""
+def dynamics_gemms(dynamics: Dynamics, latent: int, rows: int, steps: int) -> list[Gemm]:
+    """Sequential forward GEMMs of macro steps; those of the actions are hoisted."""
     sizes = widths(dynamics.net)
     hidden = sizes[1:-1]
     if not isinstance(dynamics, Flow):
@@ -147,11 +147,11 @@ def dynamics_products(dynamics: Dynamics, latent: int, rows: int, steps: int) ->
     if last.ln_weight is not None or last.act != "none" or dynamics.project:
         return plain
     folded = [p._replace(uses=evaluations) for p in stack(rows, [*hidden, hidden[0]])]
-    folded.append(Product(rows, hidden[-1], latent, uses=steps))
-    return min(plain, folded, key=lambda products: sum(p.flops for p in products))
+    folded.append(Gemm(rows, hidden[-1], latent, uses=steps))
+    return min(plain, folded, key=lambda gemms: sum(p.flops for p in gemms))
 
 
-def rollout_products(
+def rollout_gemms(
     actor: Sequence[Layer],
     dynamics: Dynamics,
     reward: Sequence[Layer],
@@ -160,12 +160,12 @@ def rollout_products(
     horizon: int,
     *,
     gradient: bool,
-) -> list[Product]:
+) -> list[Gemm]:
     """An imagined rollout; with the gradient of its return towards the (detached) actor."""
     actor_sizes, reward_sizes = widths(actor), widths(reward)
     latent, action = actor_sizes[0], actor_sizes[-1]
-    sequential = dynamics_products(dynamics, latent, batch, horizon)
-    actions = [Product(batch, action, dynamics.net[0].weight.shape[0], uses=horizon)]
+    sequential = dynamics_gemms(dynamics, latent, batch, horizon)
+    actions = [Gemm(batch, action, dynamics.net[0].weight.shape[0], uses=horizon)]
     every = batch * horizon
     policy = stack(batch, actor_sizes)
     rewards = stack(every, reward_sizes)
@@ -183,19 +183,19 @@ def rollout_products(
     return [
         *forward,
         *backward([*sequential, *rewards, *values]),
-        Product(every, dynamics.net[0].weight.shape[0], action),
+        Gemm(every, dynamics.net[0].weight.shape[0], action),
         *backward(batched[1:]),
         *weight_gradients(batched),
     ]
 
 
-def world_model_products(
+def world_model_gemms(
     encoder: Sequence[Layer],
     dynamics: Dynamics,
     reward: Sequence[Layer],
     batch: int,
     horizon: int,
-) -> list[Product]:
+) -> list[Gemm]:
     """One world-model update on windows, rollout starts."""
     sizes, latent = widths(encoder), encoder[-1].weight.shape[0]
     every = batch * horizon
@@ -204,8 +204,8 @@ def world_model_products(
     units = dynamics.net[0].weight.shape[0]
     action = reward[0].weight.shape[1] - latent
     target, start = stack(every, sizes), stack(batch, sizes)
-    sequential = dynamics_products(dynamics, latent, batch, steps)
-    actions = [Product(every, action, units)]
+    sequential = dynamics_gemms(dynamics, latent, batch, steps)
+    actions = [Gemm(every, action, units)]
     matching = stack(every, [latent, *widths(dynamics.net)[1:]]) if flow else []
     rewards = stack(every, widths(reward))
     forward = [*target, *start, *sequential, *actions, *matching, *rewards]
@@ -214,8 +214,8 @@ def world_model_products(
     return [*forward, *towards, *weight_gradients(learned)]
 
 
-def critic_products(value: Sequence[Layer], rows: int, updates: int) -> list[Product]:
+def critic_gemms(value: Sequence[Layer], rows: int, updates: int) -> list[Gemm]:
     """Updates of an ensemble of critics, each on ``rows`` states."""
     forward = stack(rows, widths(value), members=value[0].weight.shape[0])
-    products = [*forward, *backward(forward[1:]), *weight_gradients(forward)]
-    return [p._replace(uses=updates) for p in products]
+    gemms = [*forward, *backward(forward[1:]), *weight_gradients(forward)]
+    return [p._replace(uses=updates) for p in gemms]

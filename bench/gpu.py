@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,12 +36,11 @@ from typing import Any
 import torch
 
 from bench import environment, gpu_checks, gpu_kit, gpu_out, gpu_tests, matrix
-from bench.gpu_kit import KitError
 from bench.gpu_out import Output
 from bench.gpu_report import short
 from bench.matrix import MEASURED, READ, Job, cases, jobs
 from bench.results import ResultError, Row, row_from_json
-from bench.stages import ENOUGH, Deadline, Outcome, Record, Stage
+from bench.stages import ENOUGH, Deadline, Outcome, Record, Stage, terminable
 from bench.stages import run as run_stages
 from bench.worker import Message, Worker
 
@@ -78,27 +76,22 @@ def measure(
     found = cases(stage, dry) if stage in MEASURED else []
     by_name = {case.name: case for case in found}
     wanted = list(jobs(stage, found, dry))
-    postponed = holding = False
+    holding = False
     for job in wanted:
-        while True:  # again where a provider took the process with it
-            todo = _missing(job, record)
-            if todo is None:
-                break
+        while (todo := _missing(job, record)) is not None:  # again where a process was lost
             jax = not set(matrix.JAX).isdisjoint(todo.providers)
             if holding and not jax:
                 worker.stop()
             holding = jax
             if left.over or not record.fits(_key(todo), left.left):
-                postponed = True
                 break
             if not _one(todo, left, record, worker, by_name, texts):
-                postponed = True
                 break
         if left.over:
             break
     if holding:
         worker.stop()  # JAX gives no memory back, which others would be out of
-    return _outcome(stage, wanted, record, postponed)
+    return _outcome(stage, wanted, record)
 
 
 def _missing(job: Job, record: Record) -> Job | None:
@@ -166,7 +159,7 @@ def _one(
     return ended.how != "time"
 
 
-def _outcome(stage: str, wanted: Sequence[Job], record: Record, postponed: bool) -> Outcome:
+def _outcome(stage: str, wanted: Sequence[Job], record: Record) -> Outcome:
     if stage in READ:
         known = record.result.gpu["micro"]
         done = [r for job in wanted for r in known.get(job.name, ())]
@@ -282,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.resume is not None:
             resumed = gpu_out.resume(options.resume, output.result, facts)
         record = Record(output.result, facts)
-    except (ResultError, KitError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     record.result.gpu["dry"] = options.quick
@@ -296,12 +289,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         record.result.gpu["tests"].clear()  # asked for by name: once more
     if device.type == "cuda":
         record.result.gpu["device"] = _properties(device)
+    with terminable():
+        return _visit(options, output, record, device, started)
+
+
+def _visit(
+    options: argparse.Namespace,
+    output: Output,
+    record: Record,
+    device: torch.device,
+    started: float,
+) -> int:
+    """Run the stages and print the summary; the exit status."""
+    kit = record.result.gpu["kit"]
     worker = Worker(
         device, output.path(gpu_out.WORKER), scratch=(gpu_out.WORK / "inductor").resolve()
     )
     loads_sources = "unpacked" in str(kit.get(gpu_kit.NATIVE))
     every = stages(record, worker, output, options.quick, loads_sources)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
     try:
         with output.watched():
             output.tell("; ".join(f"{name}: {text}" for name, text in kit.items()) or NO_KIT)
@@ -318,7 +323,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         worker.stop(kill=True)
-        signal.signal(signal.SIGTERM, before)
     output.tell(f"\n{short(record.result)}")
     output.tell(f"\n{time.monotonic() - started:.0f} s; {output.result}")
     rows_failed = any(
@@ -374,11 +378,7 @@ def _device(name: str, quick: bool) -> torch.device:
     if device.type == "cpu" and not quick:
         raise ResultError("--device cpu shows only that the command runs: it needs --quick")
     if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ResultError(
-                f"--device={name}, but torch {torch.__version__} sees {count} GPUs here"
-            )
+        environment.check_gpu(device)
     return device
 
 

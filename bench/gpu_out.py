@@ -21,6 +21,7 @@ from bench import results
 from bench.environment import ROOT
 from bench.results import ResultError
 from bench.stages import Record
+from pwm_fast import files
 
 WORK = ROOT / "build" / "gpu"  # caches, and logs where no folder was named
 VARIABLE = "OUT"  # names the folder where --out does not
@@ -175,9 +176,7 @@ def resume(named: Path, result: Path, facts: dict[str, Any]) -> str:
     Record(source, facts)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     if not result.exists():
-        temporary = result.with_suffix(".tmp")
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, result)
+        files.write_text(result, source.read_text("utf-8"))
         return digest
     gone_on = result.read_bytes() == source.read_bytes()
     if not gone_on and results.load(result).gpu.get("resumed") != digest:

@@ -3,23 +3,42 @@
 The first of xdist's workers writes which tests there are, the controller what becomes of each, at
 once and as lines of JSON, so that a killed run loses none. Tracebacks are printed at once, too. A
 test that loses the CUDA context ends its worker, since no test after it could pass there; xdist
-starts another one.
+starts another one. It imports no torch by itself: each of the processes would take seconds for it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.gpu_tests import VARIABLE, Orders, first_cases
+VARIABLE = "PWM_FAST_GPU_TESTS"  # holds the orders
+
+
+@dataclass
+class Orders:
+    """What :mod:`bench.gpu_tests` asks for.
+
+    Attributes:
+        report: the file that it writes.
+        first: of each test function :func:`first_cases` alone.
+        done: tests that are not to run again, by their file's path.
+        hangs: seconds after which a test is given up.
+    """
+
+    report: str
+    first: bool
+    done: dict[str, list[str]]
+    hangs: float
 
 
 def pytest_configure(config: Any) -> None:
@@ -108,6 +127,27 @@ class Controller:
             message = f"it did not end within {self._orders.hangs:.0f} s"
         file = str((self._root / name.partition("::")[0]).resolve())
         _write(self._orders, file, [inside(name)], outcome, message)
+
+
+def first_cases(tests: Sequence[str]) -> list[str]:
+    """The first case of each test function, then each that brings a word none before it has.
+
+    Words are names of operations, precisions and dtypes; sizes, and numbered cases, are none.
+    """
+    first, more, seen = [], [], set()
+    for test in tests:
+        function, _, case = test.partition("[")
+        words = {(function, "")}
+        for word in case.rstrip("]").split("-"):
+            name = word if word.endswith(("16", "32")) else word.rstrip("0123456789")
+            if re.search("[a-zA-Z]", name):
+                words.add((function, name))
+        if (function, "") not in seen:
+            first.append(test)
+        elif not words <= seen:
+            more.append(test)
+        seen |= words
+    return first + more
 
 
 def inside(test: str) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,15 @@ from bench.environment import ROOT
 from bench.gpu_checks import last_words
 from bench.gpu_out import FAILURES, WORK
 from bench.stages import Deadline, Outcome, Record
+from pwm_fast.run.installation import usable_cpus
 
 HANGS = 90.0  # seconds in which one test must end, with the kernels that it compiles
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-TOGETHER = min(max(CORES - 2, 2), 12)  # processes: most of their time is spent compiling kernels
+TOGETHER = min(
+    max(usable_cpus() - 2, 2), 12
+)  # processes: most of their time is spent compiling kernels
 OUTCOMES = ("passed", "failed", "skipped")
 MESSAGES = 10  # kept of a file
 NEEDED = {"pytest": 9, "pytest-xdist": 3}  # the first ends a process whose test hangs
-VARIABLE = "PWM_FAST_GPU_TESTS"  # holds the orders of bench.gpu_plugin
-
-
-@dataclass
-class Orders:
-    """What :mod:`bench.gpu_plugin` is told.
-
-    Attributes:
-        report: the file that it writes.
-        first: of each test function :func:`first_cases` alone.
-        done: tests that are not to run again, by their file's path.
-        hangs: seconds after which a test is given up.
-    """
-
-    report: str
-    first: bool
-    done: dict[str, list[str]]
-    hangs: float
 
 
 def missing() -> str | None:
@@ -97,7 +81,7 @@ def tests(
         record: what is known.
         device: ``cuda``, where some test must have passed, or ``cpu``.
         files: with the tests.
-        first: of each test function :func:`first_cases` alone.
+        first: of each test function :func:`bench.gpu_plugin.first_cases` alone.
         log: of what pytest prints and of tracebacks, by default ``build/gpu/failures.log``.
         tell: takes a line a failure.
     """
@@ -112,27 +96,6 @@ def tests(
     if status not in (None, 0, 1, 5) and not run.heard:
         return Outcome("failed", f"the tests were not run: {last_words(log or WORK / FAILURES)}")
     return known.summary(files, device, first and status in (0, 1, 5))
-
-
-def first_cases(tests: Sequence[str]) -> list[str]:
-    """The first case of each test function, then each that brings a word none before it has.
-
-    Words are names of operations, precisions and dtypes; sizes, and numbered cases, are none.
-    """
-    first, more, seen = [], [], set()
-    for test in tests:
-        function, _, case = test.partition("[")
-        words = {(function, "")}
-        for word in case.rstrip("]").split("-"):
-            name = word if word.endswith(("16", "32")) else word.rstrip("0123456789")
-            if re.search("[a-zA-Z]", name):
-                words.add((function, name))
-        if (function, "") not in seen:
-            first.append(test)
-        elif not words <= seen:
-            more.append(test)
-        seen |= words
-    return first + more
 
 
 class Known:
@@ -197,8 +160,7 @@ class _Run:
         self._known = known
         self._all: dict[str, list[str]] = {name: [] for name in self.files.values()}
         self._report, self._read = WORK / "tests.jsonl", 0
-        done = {path: sorted(known.done(name)) for path, name in self.files.items()}
-        self._orders = Orders(str(self._report), first, done, HANGS)
+        self._first = first
 
     def wait(self, left: Deadline, log: Path) -> int | None:
         """Take what comes until the run ends, or the time; the status, None where it was ended."""
@@ -223,6 +185,10 @@ class _Run:
         return status
 
     def _start(self, log: Path) -> subprocess.Popen[bytes]:
+        from bench.gpu_plugin import VARIABLE, Orders  # imports pytest, which not all have
+
+        done = {path: sorted(self._known.done(name)) for path, name in self.files.items()}
+        orders = Orders(str(self._report), self._first, done, HANGS)
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-summary", "-m", "gpu"]
         command += [*self.files, "-p", "no:cacheprovider", "-p", "bench.gpu_plugin"]
         command += [f"-n{TOGETHER}", "--dist=load", "--max-worker-restart=1000"]
@@ -230,7 +196,7 @@ class _Run:
         command += ["-o", "faulthandler_exit_on_timeout=true"]
         # Of another pytest-xdist's processes this one would pass for a worker.
         variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-        variables[VARIABLE] = json.dumps(asdict(self._orders))
+        variables[VARIABLE] = json.dumps(asdict(orders))
         with log.open("ab") as stream:
             return subprocess.Popen(
                 command,

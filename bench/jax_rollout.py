@@ -43,7 +43,7 @@ def rollout(
     """The rollout, compiled at its first call.
 
     Args:
-        name: ``jax``, ``jax_bf16`` (operands of products in bf16, sums in float32) or ``diffrax``.
+        name: ``jax``, ``jax_bf16`` (operands of GEMMs in bf16, sums in float32) or ``diffrax``.
         agent: whose networks and configuration.
         z: ``[B, D]``.
         noise: ``[H, B, A]``.

@@ -22,6 +22,7 @@ from bench import plain
 from bench.fake_cuda import DEVICE, FakeCuda
 from bench.internals import select, weight_cache
 from bench.pages import PERFORMANCE, put
+from bench.sizes import ACTION, OBS
 from pwm_fast.agent import PWM
 from pwm_fast.config import (
     ActorConfig,
@@ -32,7 +33,6 @@ from pwm_fast.config import (
 )
 from pwm_fast.replay import Windows
 
-OBS, ACTION = 37, 8  # the Ant's
 STEPS = ("rollout", "actor", "critics", "world model")
 STORED = Path(__file__).with_name("launches.json")
 PAGE = PERFORMANCE
@@ -61,7 +61,7 @@ def count(
     Args:
         config: of the agent.
         backend: of the operations.
-        precision: of products.
+        precision: of GEMMs.
         can_terminate: episodes may end.
         cuda: the device, by default ``FakeCuda()``; ``FakeCuda(compile=True)`` also compiles and
             launches all of it.

@@ -1,7 +1,7 @@
 """Every public operation, one by one.
 
 An operation is a line in :data:`OPERATIONS`: its inputs, the same thing in plain PyTorch, the
-operation itself, and the products it contains (or else its memory traffic is its floor).
+operation itself, and the GEMMs it contains (or else its memory traffic is its floor).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Operation(NamedTuple):
         inputs: makes the inputs of a size and batch.
         plain: plain PyTorch.
         ours: the operation.
-        products: matrix products of a forward pass, if there are any.
+        gemms: GEMMs of a forward pass, if there are any.
         fixed: inputs towards which no gradient is asked for.
         batches: by size; the first of ``5M`` has all providers.
         differentiable: it is used in training with gradients.
@@ -55,7 +55,7 @@ class Operation(NamedTuple):
     inputs: Callable[[Size, int, torch.Generator], Inputs]
     plain: Function
     ours: Function
-    products: Callable[[Size, int], list[floor.Product]] | None = None
+    gemms: Callable[[Size, int], list[floor.Gemm]] | None = None
     fixed: tuple[str, ...] = ()
     batches: Mapping[str, Sequence[int]] = {"5M": (4096,)}
     differentiable: bool = True
@@ -161,32 +161,17 @@ def _rollout_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
     return {**inputs, "a": torch.rand(HORIZON, batch, ACTION, generator=g) * 2 - 1}
 
 
-def _field_products(evaluations: int) -> Callable[[Size, int], list[floor.Product]]:
-    def products(size: Size, batch: int) -> list[floor.Product]:
-        sizes = [size.latent, size.units, size.units, size.latent]
-        actions = floor.Product(batch, ACTION, size.units)
-        return [
-            *(p._replace(uses=evaluations) for p in floor.stack(batch, sizes)),
-            actions,
-        ]
-
-    return products
+def _field_gemms(size: Size, batch: int) -> list[floor.Gemm]:
+    sizes = [size.latent, size.units, size.units, size.latent]
+    return [*floor.stack(batch, sizes), floor.Gemm(batch, ACTION, size.units)]
 
 
-def _flow_products(steps: int) -> Callable[[Size, int], list[floor.Product]]:
-    def products(size: Size, batch: int) -> list[floor.Product]:
-        def layer(n: int, k: int) -> Layer:
-            return Layer(torch.empty(n, k))
-
-        net = [
-            layer(size.units, size.latent + ACTION + 1),
-            layer(size.units, size.units),
-            layer(size.latent, size.units),
-        ]
-        sequential = floor.dynamics_products(ops.Flow(net), size.latent, batch, steps)
-        return [*sequential, floor.Product(batch * steps, ACTION, size.units)]
-
-    return products
+def _flow_gemms(size: Size, batch: int, steps: int = 1) -> list[floor.Gemm]:
+    inner = size.latent + ACTION + 1
+    shapes = [(size.units, inner), (size.units, size.units), (size.latent, size.units)]
+    net = [Layer(torch.empty(shape)) for shape in shapes]
+    sequential = floor.dynamics_gemms(ops.Flow(net), size.latent, batch, steps)
+    return [*sequential, floor.Gemm(batch * steps, ACTION, size.units)]
 
 
 def _plain_latents(i: Inputs) -> Tensor:
@@ -282,21 +267,21 @@ OPERATIONS: dict[str, Operation] = {
         _field_inputs,
         lambda i: published.velocity(_layers(i), i["z"], i["a"], 0.25),
         lambda i: ops.velocity_field(i["z"], i["a"], i["z"].new_tensor(0.25), _layers(i)),
-        _field_products(1),
+        _field_gemms,
         batches={"5M": (512,)},
     ),
     "flow_step": Operation(
         _field_inputs,
         lambda i: published.next_latent(ops.Flow(_layers(i)), i["z"], i["a"]),
         lambda i: ops.flow_step(i["z"], i["a"], _layers(i)),
-        _flow_products(1),
+        _flow_gemms,
         batches=MANY,
     ),
     "latent_rollout": Operation(
         _rollout_inputs,
         _plain_latents,
         lambda i: ops.latent_rollout(i["z"], i["a"], ops.Flow(_layers(i))),
-        _flow_products(HORIZON),
+        partial(_flow_gemms, steps=HORIZON),
         batches={"5M": (128,)},
     ),
     "mish": Operation(_rows("units"), lambda i: F.mish(i["x"]), lambda i: ops.mish(i["x"])),
@@ -374,18 +359,18 @@ def _case(
     device: torch.device, name: str, op: Operation, model: str, batch: int, mode: str
 ) -> Case:
     first = model == "5M" and batch == op.batches["5M"][0]
-    names = ["published", "autocast"] if op.products is not None else ["published"]
+    names = ["published", "autocast"] if op.gemms is not None else ["published"]
     if device.type == "cuda":
-        names += ["tf32", "graph"] if op.products is not None else ["graph"]
+        names += ["tf32", "graph"] if op.gemms is not None else ["graph"]
     # One compilation takes from some seconds to a minute.
     compiles = name in ("layer_norm_act", "linear_norm_act", "mlp", "flow_step") and first
     if compiles or device.type == "cuda":
         names += ["compile"]
     names += ["reference"]
-    if op.products is not None:
+    if op.gemms is not None:
         names += ["algebra"]
     names += ["fast"]
-    if op.products is not None:
+    if op.gemms is not None:
         names += ["fast_bf16", "floor", "floor_bf16"]
     else:
         names += ["floor"]
@@ -454,11 +439,11 @@ def build(
         return check() or {}
 
     def bottom(dtype: torch.dtype) -> Callable[[], object]:
-        if op.products is not None:
-            products = op.products(size, batch)
+        if op.gemms is not None:
+            gemms = op.gemms(size, batch)
             if gradient:
-                products += [*floor.backward(products), *floor.weight_gradients(products)]
-            return floor.floor(products, dtype, device)
+                gemms += [*floor.backward(gemms), *floor.weight_gradients(gemms)]
+            return floor.floor(gemms, dtype, device)
         x = max(inputs.values(), key=Tensor.numel)
         y = torch.empty_like(x)
 

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import environment
-from bench.errors import publish
+from bench import environment, results
 from bench.internals import fingerprint, select, weight_cache
 from bench.measure import CpuClock, Effort, race
-from bench.pages import OPS
+from bench.pages import OPS, publish
 from pwm_fast import ops
 from pwm_fast.ops import Layer
 
-RESULT = environment.ROOT / "bench" / "results" / "packs_cpu.json"
+RESULT = results.STORE / "packs_cpu.json"
 SIZES = ((64, 96), (510, 512))  # latent and hidden width, of the tiny and of the 5M model
 PRECISIONS = ("exact", "bf16")
 BATCHES = (1, 64, 128, 512)
@@ -157,7 +156,8 @@ def main() -> None:
         torch.manual_seed(0)
         torch.set_num_threads(1)
         rows = measure(Effort(seconds=options.seconds, min_rounds=11))
-        stored = environment.store(RESULT, rows)
+        facts = environment.describe(torch.device("cpu"))
+        stored = results.write(RESULT, {**facts, "rows": rows})
     machine = stored["machine"]
     head = (
         f"({machine['cpu']}, {machine['isa']}, one thread; {stored['date'][:10]}, commit "

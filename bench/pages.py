@@ -24,6 +24,13 @@ def put(text: str, name: str, section: str) -> str:
     return f"{before}{first}\n{section}\n{last}{after}"
 
 
+def publish(text: str, page: Path | None, name: str) -> None:
+    """Print a text and, if a page is given, put it into the page's section."""
+    print(text)
+    if page is not None:
+        write(page, name, text)
+
+
 def write(page: Path, name: str, section: str) -> bool:
     """Put a section into a page; False if it stood there already.
 

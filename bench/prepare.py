@@ -21,7 +21,6 @@ import hashlib
 import os
 import platform
 import shutil
-import signal
 import sys
 import sysconfig
 import time
@@ -39,7 +38,8 @@ from bench import esnr as gradients
 from bench.providers import OURS, PRECISIONS, backend
 from bench.session import say
 from bench.sizes import ACTION, HORIZON, OBS, alg_config
-from bench.stages import Deadline
+from bench.stages import Deadline, terminable
+from pwm_fast.run.installation import usable_cpus
 
 ARCH = "sm_90"  # an H100 or H200
 CUDA_ARCHS = "90a"  # of setup.py
@@ -295,19 +295,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kit", type=Path, default=gpu_kit.KIT, help="the folder")
     parser.add_argument("--only", nargs="+", choices=STAGES, help="kernels of these stages")
     parser.add_argument("--no-native", action="store_true", help="leave the extension out")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=usable_cpus(), help="processes")
     options = parser.parse_args(argv)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
     try:
-        wrong = _prepare(options)
+        with terminable():
+            wrong = _prepare(options)
     except (gpu_kit.KitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: nothing new was packed", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     for line in wrong:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if wrong else 0
@@ -322,7 +320,7 @@ def _prepare(options: argparse.Namespace) -> list[str]:
     options.kit.mkdir(parents=True, exist_ok=True)
     software, commit = environment.software(), environment.commit()
     names = [w.name for w in work() if w.stage in (options.only or STAGES)]
-    jobs = max(options.jobs or 1, 1)
+    jobs = max(options.jobs, 1)
     print(
         f"compiles what {len(names)} pieces of work launch on {ARCH}, with Triton "
         f"{software['triton']} on Python {software['python']}, in {jobs} processes: of all of it, "

@@ -1,4 +1,4 @@
-"""``python -m bench.products``: which fused products and persistent rollouts agents ask for.
+"""``python -m bench.products``: which fused GEMMs and persistent rollouts agents ask for.
 
 Recorded without a GPU, on tensors without data (:mod:`bench.fake_cuda`), from whole updates of the
 shipped agents; ``--write`` stores them in ``bench/products.json`` for :mod:`bench.tune`.
@@ -83,7 +83,7 @@ def record(config: AlgConfig) -> Asked:
 
 
 def shipped(name: str, batch: int | None) -> AlgConfig:
-    """A shipped agent; fewer substeps and passes, which ask for the same products."""
+    """A shipped agent; fewer substeps and passes, which ask for the same GEMMs."""
     from bench.sizes import alg_config
 
     config = alg_config(name, substeps=1)
@@ -97,7 +97,7 @@ def load(path: Path = STORE) -> dict[str, Asked]:
     """What is stored, by agent.
 
     Raises:
-        ValueError: a product is none.
+        ValueError: a shape is none.
     """
     found = {}
     for name, asked in json.loads(path.read_text("utf-8")).items():

@@ -130,7 +130,7 @@ def need(provider: str, device: torch.device, operation: str = "mlp") -> None:
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Products of fp32 tensors in tf32 on the tensor cores."""
+    """GEMMs of fp32 tensors in tf32 on the tensor cores."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pwm_fast import files
+
 SCHEMA = 1
 STORE = Path(__file__).with_name("results")
 PATTERN = "speed_*.json"
@@ -91,6 +93,13 @@ def to_json(result: Result) -> dict[str, Any]:
         ],
         **({"gpu": result.gpu} if result.gpu else {}),
     }
+
+
+def write(path: Path, data: dict[str, Any], indent: int | None = 1) -> dict[str, Any]:
+    """Write a file of results in one step: a run that is killed leaves the old file. The data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, json.dumps(data, indent=indent) + "\n")
+    return data
 
 
 def row_from_json(data: dict[str, Any]) -> Row:

@@ -196,7 +196,7 @@ def build(
     def bottom(dtype: torch.dtype) -> Callable[[], object]:
         policy, dynamics, heads = parts(agent)
         assert heads.value is not None
-        products = floor.rollout_products(
+        gemms = floor.rollout_gemms(
             policy.layers,
             dynamics,
             heads.reward,
@@ -205,7 +205,7 @@ def build(
             horizon,
             gradient=gradient,
         )
-        call = floor.floor(products, dtype, device)
+        call = floor.floor(gemms, dtype, device)
         return graphed(call) if device.type == "cuda" else call
 
     def jax(name: str) -> Provider:

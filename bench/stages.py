@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,16 @@ from bench.session import say
 Clock = Callable[[], float]
 ENOUGH = 3.0  # seconds: with less left, nothing is begun
 GIVE_UP = 180.0  # seconds after which work that did not end counts as failed, not as interrupted
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises :class:`KeyboardInterrupt`, as an interrupt does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Outcome(NamedTuple):
@@ -162,12 +172,8 @@ class Record:
         return left > attempts.get(key, 0.0) + ENOUGH
 
     def save(self) -> None:
-        """Write the file in one step."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results.to_json(self.result), indent=1) + "\n"
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, self.path)
+        """Write the file."""
+        results.write(self.path, results.to_json(self.result))
 
 
 def run(

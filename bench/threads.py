@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 
-from bench import environment
-from bench.errors import publish
-from bench.pages import PERFORMANCE
+from bench import environment, results
+from bench.pages import PERFORMANCE, publish
 from pwm_fast import config
 from pwm_fast.run import build
 
-RESULT = environment.ROOT / "bench" / "results" / "threads_cpu.json"
+RESULT = results.STORE / "threads_cpu.json"
 ALGS = ("pwm_tiny_flow", "pwm_5M_flow")
 POLICIES = ("active", "passive")
 STEPS = 80  # environment steps in the replay
@@ -151,7 +150,8 @@ def main() -> None:
                     rows += [
                         {**row, "busy": load, "policy": policy} for row in json.loads(done.stdout)
                     ]
-        stored = environment.store(RESULT, rows)
+        facts = environment.describe(torch.device("cpu"))
+        stored = results.write(RESULT, {**facts, "rows": rows})
     machine = stored["machine"]
     head = (
         f"Milliseconds an update on 1 / on {machine['threads']} threads, and how many times as "

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from bench.results import Spread
 from pwm_fast import config
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.run import build, metrics
+from pwm_fast.run.installation import usable_cpus
 from pwm_fast.run.interrupt import Interrupt, Interrupted
 
 EPOCHS = 15_000  # of a whole run, which the learning rates decay over
@@ -65,7 +65,7 @@ def configuration(options: argparse.Namespace, run_dir: Path) -> TrainConfig:
         ConfigError: a value cannot be used.
     """
     env = plain.load("env", "ant")
-    env["threads"] = options.threads or min(8, len(os.sched_getaffinity(0)))
+    env["threads"] = options.threads or min(8, usable_cpus())
     return TrainConfig(
         env=plain.build(config.EnvConfig, env),
         alg=plain.algorithm(options.alg),
@@ -238,8 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     path = options.out or results.STORE / f"ant_{environment.slug(device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    results.write(path, result)
     try:
         draw(result, path.with_suffix(".png"))
     except ImportError as error:

@@ -5,8 +5,8 @@ python -m bench.tune --only act_norm --minutes 2
 python -m bench.tune --precision 16 tf32 ieee --rows 64 16384
 python -m bench.tune --dry-run          # on any machine: what would be measured
 
-Problems are the products and rollouts that the shipped agents ask for (bench/products.json). Every
-choice that fits, and the plain product with its element kernel (of a rollout: layer by layer), is
+Problems are the GEMMs and rollouts that the shipped agents ask for (bench/products.json). Every
+choice that fits, and the plain GEMM with its elementwise kernel (of a rollout: layer by layer), is
 run on the same random operands, compared with float64, and captured in a CUDA graph; then the
 choices of a problem are timed in turns; several processes have compiled them before. One that is
 faster than the kernel's own heuristic by more than 3 % becomes an entry of
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,9 +35,10 @@ import torch
 from bench import environment, results, tune_compile, tune_report
 from bench.internals import planning, tuning
 from bench.measure import Call, CudaClock, Effort, graphed, race
-from bench.results import Row, Spread
+from bench.results import Row
 from bench.session import Broken, say
 from bench.tune_problems import Options, Problem, Times, problems
+from bench.tune_report import medians
 
 Clock = Callable[[Mapping[str, Call]], Mapping[str, Sequence[float]]]
 
@@ -86,11 +86,6 @@ def on_gpu(calls: Mapping[str, Call]) -> dict[str, list[float]]:
     graphs = {name: graphed(partial(several, call), warmup=1) for name, call in calls.items()}
     rounds = race(graphs, CudaClock(), EFFORT)
     return {name: [s / CALLS for s in seconds] for name, seconds in rounds.items()}
-
-
-def medians(times: Times) -> dict[str, float]:
-    """Microseconds of what was measured."""
-    return {name: Spread.of(t).p50 for name, t in times.items() if isinstance(t, list)}
 
 
 def entry(problem: Problem, times: Times) -> Options | None:
@@ -153,11 +148,8 @@ class Log:
         self.save()
 
     def save(self) -> None:
-        """Write the file in one step."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.data) + "\n", "utf-8")
-        os.replace(temporary, self.path)
+        """Write the file."""
+        results.write(self.path, self.data, indent=None)
 
 
 def tune(
@@ -215,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--minutes", type=float, default=8.0, metavar="M", help="in all")
     found.add_argument("--only", default="", metavar="TEXT", help="problems with this in the name")
     found.add_argument(
-        "--precision", nargs="+", choices=planning.RATES, default=["16"], help="of the products"
+        "--precision", nargs="+", choices=planning.RATES, default=["16"], help="of the GEMMs"
     )
     found.add_argument(
         "--rows", type=int, nargs="+", default=(), help="in place of those that agents have"
@@ -308,12 +300,10 @@ def _device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type != "cuda":
         raise ValueError(f"--device must be cuda or cuda:N, got {name}; --dry-run needs none")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = device.index or 0
-    if index >= count:
-        raise ValueError(f"--device={name}, but torch {torch.__version__} sees {count} GPUs here")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    environment.check_gpu(device)
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ it. What does not compile here fails there again, and says why.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -17,14 +16,14 @@ import torch
 from bench import pool
 from bench.internals import planning
 from bench.tune_problems import problems
+from pwm_fast.run.installation import usable_cpus
 
 JOBS = 8  # each has a CUDA context of its own
 
 
 def jobs() -> int:
     """Processes that this machine has cores for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(JOBS, cores or 1)
+    return min(JOBS, usable_cpus())
 
 
 def ahead(names: Sequence[str], work: Callable[[str], object], seconds: float) -> None:

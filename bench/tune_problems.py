@@ -1,4 +1,4 @@
-"""What the tuner measures: fused products and rollouts that agents ask for, and their choices."""
+"""What the tuner measures: fused GEMMs and rollouts that agents ask for, and their choices."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def problems(
         device: to compute on; None makes problems that are only to be listed.
         limits: of the device.
         rates: precisions, of :data:`pwm_fast.kernels.plan.RATES`.
-        rows: of the products (of a member) and rollouts, in place of those that agents have.
+        rows: of the GEMMs (of a member) and rollouts, in place of those that agents have.
     """
     seen: set[str] = set()
     for problem in _problems(device, limits, rates, rows):

@@ -1,7 +1,7 @@
-"""What the tuner runs of a fused product: every plan, and the plain product with its kernel.
+"""What the tuner runs of a fused GEMM: every plan, and the plain GEMM with its elementwise kernel.
 
 Each call does what :class:`pwm_fast.fused.mlp.FusedMLP` does for one layer, on operands in the
-products' dtype, and is compared with float64 before it is timed.
+GEMMs' compute dtype, and is compared with float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ class Wrong(Exception):
 
 
 class Workload(ABC):
-    """Operands of one product, shared by its choices, which write the same results.
+    """Operands of one GEMM, shared by its choices, which write the same results.
 
     Args:
-        product: what is computed.
+        shape: what is computed.
         device: of the tensors.
     """
 
-    def __init__(self, product: GemmShape, device: torch.device) -> None:
-        self.product, self.device = product, device
-        self.precision = PRECISIONS[product.rate]
+    def __init__(self, shape: GemmShape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.precision = PRECISIONS[shape.rate]
         self.kernels = triton_backend.TritonKernels(self.precision)
-        self.members = product.members if product.members > 1 else 0
-        self.rows = product.rows * product.members
+        self.members = shape.members if shape.members > 1 else 0
+        self.rows = shape.rows * shape.members
         self.operand = self.precision.dtype(torch.float32)
         torch.manual_seed(0)
         self._lead = (self.members,) if self.members else ()
-        n, k = product.n, product.k
+        n, k = shape.n, shape.k
         self.x = self.normal(self.rows, k).to(self.operand)
-        backward = product.kernel.endswith("bwd")
-        shape = (k, n) if backward else (n, k)
-        self.weight = self.normal(*self._lead, *shape, scale=k**-0.5)
+        backward = shape.kernel.endswith("bwd")
+        weight = (k, n) if backward else (n, k)
+        self.weight = self.normal(*self._lead, *weight, scale=k**-0.5)
         self.out = self.empty(self.rows, n)
         self.scale = self.empty(self.rows, dtype=torch.float32) if self.precision.scaled else None
         self.x_scale = torch.ones(self.rows, device=device) if self.precision.scaled else None
@@ -59,7 +59,7 @@ class Workload(ABC):
         ]  # gamma, beta, bias
         self.prepare()
         self.gemm = gemm.Gemm(self.kernels, self.weight, self.rows)
-        self.narrow = self.gemm.cast_weight()
+        self.cast_weight = self.gemm.cast_weight()
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Random float32."""
@@ -70,16 +70,16 @@ class Workload(ABC):
         return torch.full(shape, float("nan"), dtype=dtype or self.operand, device=self.device)
 
     def call(self, plan: GemmPlan | None) -> Callable[[], Any]:
-        """A choice's call, after one that was compared; None: plain product, element kernel.
+        """A choice's call, after one that was compared; None: plain GEMM, elementwise kernel.
 
         Raises:
             Wrong: the result is another.
         """
-        made = self.plain() if plan is None else self.fused(plan)
+        made = self.plain if plan is None else self.fused(plan)
         self.out.fill_(float("nan"))
         made()
         found = self.out.double()
-        if self.product.kernel.endswith("bwd") and self.scale is not None:
+        if self.shape.kernel.endswith("bwd") and self.scale is not None:
             found = found * self.scale.double().unsqueeze(-1)
         wanted = self.wanted()
         error = float((found - wanted).abs().max() / wanted.abs().max())
@@ -89,14 +89,14 @@ class Workload(ABC):
 
     def runner(self, plan: GemmPlan) -> Any:
         """Of :data:`pwm_fast.backends.triton_gemm.FUSED`."""
-        run = triton_gemm.FUSED[self.product.kernel]
-        precision = self.product.input_precision
+        run = triton_gemm.FUSED[self.shape.kernel]
+        precision = self.shape.input_precision
         return run(plan, self.rows, self.device, precision, self.members)
 
-    def product64(self) -> Tensor:
+    def gemm64(self) -> Tensor:
         """``x W^T``, or ``dy W``, ``[R, N]`` of the rounded operands."""
-        x, w = self.x.double(), self.narrow.double()
-        w = w if self.product.kernel.endswith("bwd") else w.transpose(-1, -2)
+        x, w = self.x.double(), self.cast_weight.double()
+        w = w if self.shape.kernel.endswith("bwd") else w.transpose(-1, -2)
         if self.members:
             x = x.view(self.members, -1, x.shape[-1])
         return (x @ w).reshape(self.rows, -1)
@@ -104,7 +104,7 @@ class Workload(ABC):
     def over_rows(self, vector: Tensor) -> Tensor:
         """A parameter in float64, ``[R, n]`` of an ensemble's."""
         if self.members:
-            vector = vector.repeat_interleave(self.product.rows, 0)
+            vector = vector.repeat_interleave(self.shape.rows, 0)
         return vector.double()
 
     # Of each kernel:
@@ -117,8 +117,8 @@ class Workload(ABC):
         """The call of a plan."""
 
     @abstractmethod
-    def plain(self) -> Callable[[], Any]:
-        """The call of the plain product and its element kernel."""
+    def plain(self) -> None:
+        """Run the plain GEMM and its elementwise kernel."""
 
     @abstractmethod
     def wanted(self) -> Tensor:
@@ -131,45 +131,42 @@ class NormActForward(Workload):
     def prepare(self) -> None:
         self.weight -= self.weight.mean(0)
         self.vectors[2] -= self.vectors[2].mean()
-        self.hat = self.empty(self.rows, self.product.n)
+        self.hat = self.empty(self.rows, self.shape.n)
         self.rstd = self.empty(self.rows, dtype=torch.float32)
         gamma, beta, bias = self.vectors
         self.options: dict[str, Any] = {"gamma": gamma, "beta": beta, "bias": bias, "act": "mish"}
-        self.options |= {"group": 8, "eps": EPS, "width": self.product.n}
+        self.options |= {"group": 8, "eps": EPS, "width": self.shape.n}
 
     def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         results = (self.out, self.hat, self.rstd)
-        return partial(self.runner(plan), self.x, self.narrow, *results, **self.options)
+        return partial(self.runner(plan), self.x, self.cast_weight, *results, **self.options)
 
-    def plain(self) -> Callable[[], Any]:
-        def call() -> None:
-            h = self.gemm(self.x, fp32=False)
-            self.kernels.norm_act_fwd(h, self.out, self.hat, self.rstd, **self.options)
-
-        return call
+    def plain(self) -> None:
+        h = self.gemm(self.x, fp32=False)
+        self.kernels.norm_act_fwd(h, self.out, self.hat, self.rstd, **self.options)
 
     def wanted(self) -> Tensor:
         gamma, beta, bias = (self.over_rows(v) for v in self.vectors)
-        h = self.product64() + bias
+        h = self.gemm64() + bias
         hat = h * (h.square().mean(-1, keepdim=True) + EPS).rsqrt()
         return F.mish(hat * gamma + beta)
 
 
 class NormActBackward(Workload):
-    """The following layer's adjoint to that of a centred layer, frozen, as in a rollout."""
+    """The following layer's gradient to that of a centred layer, frozen, as in a rollout."""
 
     def prepare(self) -> None:
-        self.hat = self.normal(self.rows, self.product.n).to(self.operand)
+        self.hat = self.normal(self.rows, self.shape.n).to(self.operand)
         self.rstd = 0.5 + self.normal(self.rows).abs()
         gamma, beta, _ = self.vectors
         self.options: dict[str, Any] = {"gamma": gamma, "beta": beta, "act": "mish"}
-        self.options["width"] = self.product.n
+        self.options["width"] = self.shape.n
 
     def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         return partial(
             self.runner(plan),
             self.x,
-            self.narrow,
+            self.cast_weight,
             self.out,
             self.hat,
             self.rstd,
@@ -179,14 +176,11 @@ class NormActBackward(Workload):
             sums=None,
         )
 
-    def plain(self) -> Callable[[], Any]:
-        def call() -> None:
-            dm, scale = self.gemm.scaled_dgrad(self.x, 0, self.x_scale, fp32=False)
-            scales = {"dy_scale": scale, "dx_scale": self.scale}
-            extra = {"y": None, "group": 8, **self.options, **scales}
-            self.kernels.norm_act_bwd(dm, self.out, self.hat, self.rstd, **extra)
-
-        return call
+    def plain(self) -> None:
+        dm, scale = self.gemm.scaled_dgrad(self.x, 0, self.x_scale, fp32=False)
+        scales = {"dy_scale": scale, "dx_scale": self.scale}
+        extra = {"y": None, "group": 8, **self.options, **scales}
+        self.kernels.norm_act_bwd(dm, self.out, self.hat, self.rstd, **extra)
 
     def wanted(self) -> Tensor:
         gamma, beta, _ = (self.over_rows(v) for v in self.vectors)
@@ -194,7 +188,7 @@ class NormActBackward(Workload):
         u = (hat * gamma + beta).requires_grad_(True)
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(F.mish(u).sum(), u)
-        gain = self.product64() * slope * gamma
+        gain = self.gemm64() * slope * gamma
         along = (gain * hat).mean(-1, keepdim=True)
         return self.rstd.double()[:, None] * (gain - hat * along)
 
@@ -204,7 +198,7 @@ class ActNormForward(Workload):
 
     def prepare(self) -> None:
         gamma, beta, bias = self.vectors
-        self.u = self.empty(self.rows, self.product.n)
+        self.u = self.empty(self.rows, self.shape.n)
         self.mean, self.rstd = (self.empty(self.rows, dtype=torch.float32) for _ in range(2))
         self.options: dict[str, Any] = {"gamma": gamma, "beta": beta, "bias": bias, "act": "mish"}
         self.options["eps"] = EPS
@@ -212,46 +206,43 @@ class ActNormForward(Workload):
     def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         results = (self.out, self.u, self.rstd)
         extra = {"group": 8, "width": 0, "mean": self.mean, **self.options}
-        return partial(self.runner(plan), self.x, self.narrow, *results, **extra)
+        return partial(self.runner(plan), self.x, self.cast_weight, *results, **extra)
 
-    def plain(self) -> Callable[[], Any]:
-        def call() -> None:
-            h = self.gemm(self.x, self.members, fp32=False)
-            results = (self.out, self.u, self.mean, self.rstd)
-            own = self.product.rows if self.members else 0
-            self.kernels.act_norm_fwd(h, *results, **self.options, rows_per_member=own)
-
-        return call
+    def plain(self) -> None:
+        h = self.gemm(self.x, self.members, fp32=False)
+        results = (self.out, self.u, self.mean, self.rstd)
+        own = self.shape.rows if self.members else 0
+        self.kernels.act_norm_fwd(h, *results, **self.options, rows_per_member=own)
 
     def wanted(self) -> Tensor:
         gamma, beta, bias = (self.over_rows(v) for v in self.vectors)
-        v = F.mish(self.product64() + bias)
+        v = F.mish(self.gemm64() + bias)
         return F.layer_norm(v, v.shape[-1:], eps=EPS) * gamma + beta
 
 
 class ActNormBackward(Workload):
-    """The following layer's adjoint to that of a layer that learns, as actors and critics do."""
+    """The following layer's gradient to that of a layer that learns, as actors and critics do."""
 
     def prepare(self) -> None:
-        self.u = self.normal(self.rows, self.product.n).to(self.operand)
+        self.u = self.normal(self.rows, self.shape.n).to(self.operand)
         v = F.mish(self.u.float())
         self.mean = v.mean(-1)
         self.rstd = (v.var(-1, unbiased=False) + EPS).rsqrt()
         gamma, self.beta, _ = self.vectors
         self.options: dict[str, Any] = {"gamma": gamma, "act": "mish"}
-        shape = (*self._lead, self.product.n)
+        shape = (*self._lead, self.shape.n)
         names = ("dgamma", "dbeta", "dbias")
         self.grads = {m: torch.zeros(shape, dtype=torch.float64, device=self.device) for m in names}
 
     def fused(self, plan: GemmPlan) -> Callable[[], Any]:
         run = self.runner(plan)
-        shape = (1, 3, *self._lead, run.blocks, self.product.n)
+        shape = (1, 3, *self._lead, run.blocks, self.shape.n)
         sums = torch.empty(shape, device=self.device)
 
         def call() -> None:
             run(
                 self.x,
-                self.narrow,
+                self.cast_weight,
                 self.out,
                 self.u,
                 self.rstd,
@@ -267,52 +258,45 @@ class ActNormBackward(Workload):
 
         return call
 
-    def plain(self) -> Callable[[], Any]:
-        own = self.product.rows if self.members else 0
-
-        def call() -> None:
-            d, scale = self.gemm.scaled_dgrad(self.x, self.members, self.x_scale, fp32=False)
-            scales = {"dy_scale": scale, "dx_scale": self.scale}
-            extra = {**self.options, **self.grads, **scales, "rows_per_member": own}
-            self.kernels.act_norm_bwd(d, self.out, self.u, self.mean, self.rstd, **extra)
-
-        return call
+    def plain(self) -> None:
+        own = self.shape.rows if self.members else 0
+        d, scale = self.gemm.scaled_dgrad(self.x, self.members, self.x_scale, fp32=False)
+        scales = {"dy_scale": scale, "dx_scale": self.scale}
+        extra = {**self.options, **self.grads, **scales, "rows_per_member": own}
+        self.kernels.act_norm_bwd(d, self.out, self.u, self.mean, self.rstd, **extra)
 
     def wanted(self) -> Tensor:
         gamma = self.over_rows(self.vectors[0])
         u = self.u.double().requires_grad_(True)
         with torch.enable_grad():
             y = F.layer_norm(F.mish(u), u.shape[-1:], eps=EPS) * gamma
-            (dx,) = torch.autograd.grad(y, u, self.product64())
+            (dx,) = torch.autograd.grad(y, u, self.gemm64())
         return dx
 
 
 class Update(Workload):
-    """A Heun step's second half: state, its operand for the next product, nothing kept."""
+    """A Heun step's second half: state, its operand for the next GEMM, nothing kept."""
 
     def prepare(self) -> None:
-        shape = (self.rows, self.product.n)
+        shape = (self.rows, self.shape.n)
         self.z, self.k1 = self.normal(*shape), self.normal(*shape)
         self.out = self.empty(*shape, dtype=torch.float32)
-        narrow = self.operand != torch.float32
-        self.options = {"operand": self.empty(*shape) if narrow else None}
+        cast = self.operand != torch.float32
+        self.options = {"operand": self.empty(*shape) if cast else None}
         self.bias = self.vectors[2]
 
     def fused(self, plan: GemmPlan) -> Callable[[], Any]:
-        tensors = (self.x, self.narrow, self.z, self.k1, self.out)
+        tensors = (self.x, self.cast_weight, self.z, self.k1, self.out)
         extra = {"bias": self.bias, "x_scale": None, "raw": None, **self.options}
         return partial(self.runner(plan), *tensors, C1, C2, **extra)
 
-    def plain(self) -> Callable[[], Any]:
-        def call() -> None:
-            p = self.gemm(self.x)
-            p.add_(self.bias)
-            self.kernels.axpby(self.z, self.k1, p, self.out, C1, C2, **self.options)
-
-        return call
+    def plain(self) -> None:
+        p = self.gemm(self.x)
+        p.add_(self.bias)
+        self.kernels.axpby(self.z, self.k1, p, self.out, C1, C2, **self.options)
 
     def wanted(self) -> Tensor:
-        p = self.product64() + self.bias.double()
+        p = self.gemm64() + self.bias.double()
         return self.z.double() + C1 * self.k1.double() + C2 * p
 
 

@@ -26,11 +26,16 @@ def summary(
     return "\n".join([*heuristic(done, times), "", *model(done, times), "", *constants(readings)])
 
 
+def medians(times: Times) -> dict[str, float]:
+    """Microseconds of what was measured."""
+    return {name: Spread.of(t).p50 for name, t in times.items() if isinstance(t, list)}
+
+
 def heuristic(done: Iterable[Problem], times: Mapping[str, Times]) -> list[str]:
     """By kernel: how often the heuristic took the best choice, and what it lost where not."""
     lost: dict[str, list[float]] = {}
     for problem in done:
-        measured = _medians(times[problem.name])
+        measured = medians(times[problem.name])
         if problem.heuristic in measured:
             share = measured[problem.heuristic] / min(measured.values())
             lost.setdefault(problem.kernel, []).append(share)
@@ -46,7 +51,7 @@ def model(done: Iterable[Problem], times: Mapping[str, Times]) -> list[str]:
     """Measured over modelled time, by kernel and kind of choice: what the constants are off by."""
     found: dict[str, list[float]] = {}
     for problem in done:
-        measured = _medians(times[problem.name])
+        measured = medians(times[problem.name])
         for name, predicted in problem.model.items():
             if name in measured:
                 kind = _kind(problem, name)
@@ -61,7 +66,7 @@ def model(done: Iterable[Problem], times: Mapping[str, Times]) -> list[str]:
 def _kind(problem: Problem, name: str) -> str:
     options = problem.choices[name]
     if not options["block_m"]:
-        return "plain product"
+        return "plain GEMM"
     rows = "64 rows or more" if options["block_m"] >= 64 else "fewer rows"
     n = int(problem.key.split(" N")[1].split()[0])
     return f"{rows}, {'whole rows' if options['block_n'] >= n else 'shared rows'}"
@@ -111,10 +116,6 @@ def _readings(micro: Mapping[str, Sequence[dict[str, Any]]]) -> Iterable[dict[st
 def main() -> None:
     """Write the table of constants."""
     write(PERFORMANCE, "constants", table(readings()))
-
-
-def _medians(times: Times) -> dict[str, float]:
-    return {name: Spread.of(t).p50 for name, t in times.items() if isinstance(t, list)}
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class RolloutWorkload:
         """
 
         def call() -> None:
-            self.results = self._run(self.kernels, self.weights, torch.float32, plan)
+            self.results = self._run(plan)
 
         call()
         for name, error in self.errors().items():
@@ -117,37 +117,27 @@ class RolloutWorkload:
     def errors(self) -> dict[str, float]:
         """Largest errors of the last results, relative to the largest entry in float64."""
         if self._truth is None:
-            double = _double(self.weights)
-            self._truth = self._run(TorchKernels(EXACT), double, torch.float64, None)
+            self._truth = self._run(None, True)
         return {
             name: float((found.double() - wanted).abs().max() / wanted.abs().max())
             for name, found, wanted in zip(NAMES, self.results, self._truth, strict=True)
         }
 
-    def halves(
-        self, plan: Layout | None
-    ) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
-        """The forward pass and the backward pass after it, each to be called again and again."""
-        return self._halves(self.kernels, self.weights, torch.float32, plan)
-
-    def _run(
-        self,
-        kernels: Kernels,
-        weights: DynamicsWeights,
-        dtype: torch.dtype,
-        plan: Layout | None,
-    ) -> list[Tensor]:
+    def _run(self, plan: Layout | None, exact: bool = False) -> list[Tensor]:
         """Latents, and the gradients towards the first one and the hoisted terms."""
-        forward, backward = self._halves(kernels, weights, dtype, plan)
+        forward, backward = self.halves(plan, exact)
         return [forward(), *backward()]
 
-    def _halves(
-        self,
-        kernels: Kernels,
-        weights: DynamicsWeights,
-        dtype: torch.dtype,
-        plan: Layout | None,
+    def halves(
+        self, plan: Layout | None, exact: bool = False
     ) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
+        """The forward pass and the backward pass after it, each to be called again and again.
+
+        ``exact``: PyTorch's in float64.
+        """
+        kernels, weights, dtype = self.kernels, self.weights, torch.float32
+        if exact:
+            kernels, weights, dtype = TorchKernels(EXACT), _double(self.weights), torch.float64
         shape = (kernels, self.spec, weights, self.horizon, self.batch)
         dynamics: Dynamics
         if plan is None:
@@ -172,10 +162,10 @@ class RolloutWorkload:
 
 
 def _double(weights: DynamicsWeights) -> DynamicsWeights:
-    def wide(x: Tensor | None) -> Tensor | None:
+    def double(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.double()
 
     assert weights.head is not None
-    layers = [LayerParams(*(wide(x) for x in layer)) for layer in weights.layers]  # type: ignore[arg-type]
-    head = weights.head[0].double(), wide(weights.head[1])
-    return DynamicsWeights(weights.w_z.double(), wide(weights.w_tau), layers, head)
+    layers = [LayerParams(*(double(x) for x in layer)) for layer in weights.layers]  # type: ignore[arg-type]
+    head = weights.head[0].double(), double(weights.head[1])
+    return DynamicsWeights(weights.w_z.double(), double(weights.w_tau), layers, head)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,25 +13,13 @@ from bench import ops as operations
 from bench import rollouts as rollout_cases
 from bench.cases import Provider, Workload
 from bench.catalogue import all_cases
+from bench.exercise import small
 from bench.providers import LABELS, Absent
 from pwm_fast import ops
 from pwm_fast.agent import PWM
-from pwm_fast.config import AlgConfig
 
 CPU = torch.device("cpu")
 SMALL = operations.Size(16, 17, 14)
-
-
-def small(kind: str) -> AlgConfig:
-    """A published configuration, but small."""
-    alg = copy.deepcopy(sizes.alg_config("5M_flow" if kind == "flow" else "5M"))
-    model = alg.world_model
-    model.latent_dim, model.units = 16, [17, 17]
-    model.encoder_units, model.reward_units = [12], [14, 14]
-    alg.actor.units, alg.critic.units = [12, 10], [11, 9]
-    alg.actor.batch_size, alg.model_learning.batch_size = 100, 20
-    alg.model_learning.updates, alg.critic.passes = 2, 1
-    return alg
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {

@@ -40,8 +40,8 @@ from tests.bench.synthetic import FACTS
 
 triton = pytest.importorskip("triton")
 
-# As on a machine that has torch, triton, nvcc and pytest alone.
-BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax")
+# As on a machine that has torch, triton and nvcc alone.
+BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax", "pytest")
 SITE = f"""
 import sys
 
@@ -56,17 +56,25 @@ sys.meta_path.insert(0, Absent)
 """
 
 
-def bare(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run Python as on such a machine, its child processes too."""
+def start_bare(tmp_path: Path, *args: str, **variables: str) -> subprocess.Popen[str]:
+    """Start Python as on such a machine, its child processes too."""
     (tmp_path / "sitecustomize.py").write_text(SITE, "utf-8")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *args],
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **variables},
     )
+
+
+def bare(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end."""
+    process = start_bare(tmp_path, *args)
+    said, errors = process.communicate()
+    return subprocess.CompletedProcess(args, process.returncode, said, errors)
 
 
 # --- the plan ------------------------------------------------------------------------------------
@@ -258,77 +266,61 @@ def test_what_cannot_run_is_said_in_a_line(
 
 
 @pytest.mark.slow
-def test_the_command_runs_without_hydra_and_mujoco(tmp_path: Path) -> None:
-    """Two stages of the dry run, and again: nothing is left to do."""
-    path = tmp_path / "out" / "gpu_cpu.json"
-    command = ["-m", "bench.gpu", "--device=cpu", "--quick", f"--out={path.parent}"]
+def test_a_run_is_terminated_and_gone_on_with(tmp_path: Path) -> None:
+    """Without Hydra and MuJoCo: it leaves what it has, is ended later, and goes on elsewhere."""
+    out, later = tmp_path / "out", tmp_path / "later"
+    command = ["-m", "bench.gpu", "--device=cpu", "--quick"]
     stages = ["--stage=first", "--stage=headline", "--stage=epoch"]
-    done = bare(tmp_path, *command, *stages)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = results.load(path)
-    rows = {f"{g.name} {r.provider}": r for g in found.groups.values() for r in g.rows.values()}
-    assert rows["rollout-tiny_flow-b7-K1-backward published"].status == "ok"
-    assert rows["updates-tiny published"].status == "ok"
-    assert report.report(found)
-
-    before = path.read_text("utf-8")
-    done = bare(tmp_path, *command, *stages[:2])
-    assert done.returncode == 0 and "0 failed" in done.stdout
-    again = json.loads(path.read_text("utf-8"))["cases"]
-    assert again == json.loads(before)["cases"]
-
-
-@pytest.mark.slow
-def test_a_run_that_is_terminated_leaves_what_it_has(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "bench.gpu", "--device=cpu", "--quick"]
-    command += ["--stage=first", "--stage=headline"]
-    run = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OUT": str(out)}}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, **run)  # type: ignore[call-overload]
+    process = start_bare(tmp_path, *command, *stages, OUT=str(out))
     end = time.monotonic() + 120.0
     while "first: ok" not in _text(out / "run.log") and time.monotonic() < end:
         time.sleep(0.1)
     process.terminate()
     said, _ = process.communicate(timeout=60.0)
     assert process.returncode == 130
-    assert said.decode().endswith("stopped; the same command goes on from here\n")
-    assert _text(out / "run.log") == said.decode()
+    assert said.endswith("stopped; the same command goes on from here\n")
+    assert _text(out / "run.log") == said
     found = results.load(out / "gpu_cpu.json").gpu
     assert list(found["stages"]) == ["first"] and found["micro"]["first rollout"]
+    assert {p.name for p in out.iterdir()} == {"gpu_cpu.json", "run.log", "worker.log"}
 
-    names = {p.name for p in out.iterdir()}
-    assert names == {"gpu_cpu.json", "run.log", "worker.log"}
-    command = [*command[:-1], f"--out={tmp_path / 'later'}", f"--resume={out}", "--stage=build"]
-    done = subprocess.run(command, capture_output=True, text=True, **run)  # type: ignore[call-overload]
-    stages = results.load(tmp_path / "later" / "gpu_cpu.json").gpu["stages"]
-    assert list(stages) == ["first", "build"], done.stdout + done.stderr
+    done = bare(tmp_path, *command, *stages, f"--out={out}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = results.load(out / "gpu_cpu.json")
+    rows = {f"{g.name} {r.provider}": r for g in result.groups.values() for r in g.rows.values()}
+    assert rows["rollout-tiny_flow-b7-K1-backward published"].status == "ok"
+    assert rows["updates-tiny published"].status == "ok"
+    assert report.report(result)
+
+    stages = ["--stage=first", "--stage=headline", "--stage=build"]
+    done = bare(tmp_path, *command, *stages, f"--out={later}", f"--resume={out}")
+    assert done.returncode == 0 and "0 failed" in done.stdout, done.stdout + done.stderr
+    before, again = (json.loads(_text(x / "gpu_cpu.json")) for x in (out, later))
+    assert again["cases"] == before["cases"]
+    assert list(again["gpu"]["stages"]) == ["first", "headline", "epoch", "build"]
 
 
 def _text(path: Path) -> str:
     return path.read_text("utf-8") if path.exists() else ""
 
 
-def test_an_epoch_without_an_engine_is_absent(tmp_path: Path) -> None:
+def test_a_bare_machine_says_what_is_missing(tmp_path: Path) -> None:
+    """The command can be read, an epoch without physics is absent, training is refused."""
     script = (
-        "import torch\nfrom bench import matrix, session\n"
+        "import torch\nfrom bench import gpu, matrix, session, train_ant\n"
         "case = next(c for c in matrix.dry_cases('epoch') if c.name == 'epoch-tiny')\n"
-        "for x in session.one_by_one(case, ['published', 'fast'], torch.device('cpu')): print(x)"
+        "for x in session.one_by_one(case, ['published', 'fast'], torch.device('cpu')): print(x)\n"
+        "args = ['--minutes=1', '--device=cpu', '--alg=pwm_tiny_flow']\n"
+        "raise SystemExit(train_ant.main(args))"
     )
     done = bare(tmp_path, "-c", script)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, done.stderr
     assert done.stdout.count("absent") == 2 and done.stdout.count("no physics engine") == 2
+    assert done.stderr.startswith("error: ") and "MuJoCo" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 # --- training for some minutes -------------------------------------------------------------------
-
-
-def test_training_without_physics_says_what_is_missing(tmp_path: Path) -> None:
-    done = bare(
-        tmp_path, "-m", "bench.train_ant", "--minutes=1", "--device=cpu", "--alg=pwm_tiny_flow"
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "MuJoCo" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_speed_and_curve_of_a_run() -> None:

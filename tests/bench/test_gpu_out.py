@@ -27,24 +27,30 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the place -----------------------------------------------------------------------------------
 
 
-def test_a_folder_takes_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Output.of(tmp_path / "a", NAME)
-    assert (found.result, found.folder) == (tmp_path / "a" / NAME, tmp_path / "a")
-    monkeypatch.setenv("OUT", str(tmp_path / "b"))
-    assert Output.of(None, NAME).folder == tmp_path / "b"
-    assert Output.of(tmp_path / "a", NAME).folder == tmp_path / "a"  # what is asked for goes first
+def test_a_folder_takes_all_files_and_a_file_is_the_result_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(named: Path | None) -> tuple[Path, Path]:
+        found = Output.of(named, NAME)
+        return found.result, found.folder
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert of(a / "b.json") == (a / "b.json", WORK)
+    assert of(None) == (STORE / NAME, WORK)
+    assert of(a) == (a / NAME, a)
+    monkeypatch.setenv("OUT", str(b))
+    assert of(None) == (b / NAME, b) and of(a) == (a / NAME, a)  # what is asked for goes first
 
 
-def test_a_file_is_the_result_alone(tmp_path: Path) -> None:
-    found = Output.of(tmp_path / "a" / "b.json", NAME)
-    assert (found.result, found.folder) == (tmp_path / "a" / "b.json", WORK)
-    assert (Output.of(None, NAME).result, Output.of(None, NAME).folder) == (STORE / NAME, WORK)
-
-
-def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ResultError, match=r"cannot write to .*file/a: Not a directory"):
         Output.of(tmp_path / "file" / "a", NAME)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    with pytest.raises(ResultError, match=f"cannot write to {tmp_path}: Permission denied"):
+        Output.of(tmp_path, NAME)
 
 
 def test_there_are_at_most_eight_files(tmp_path: Path) -> None:
@@ -113,14 +119,6 @@ def test_a_file_too_large_is_not_taken(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_out, "BYTES", 5)
     assert output.keep(gpu_out.NCU_REPORT, source)
     assert output.path(gpu_out.NCU_REPORT).read_bytes() == b"12345"
-
-
-def test_a_folder_that_may_only_be_read_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
-    with pytest.raises(ResultError, match=f"cannot write to {tmp_path}: Permission denied"):
-        Output.of(tmp_path, NAME)
 
 
 # --- going on -------------------------------------------------------------------------------------

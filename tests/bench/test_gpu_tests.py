@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import gpu_tests
-from bench.environment import ROOT
+from bench import gpu_plugin, gpu_tests
 from bench.stages import Deadline, Outcome, Record
 from tests.bench.synthetic import FACTS
 
@@ -80,13 +77,8 @@ def test_without_pytest_the_tests_are_left_for_another_machine(
     assert not stage.record.result.gpu["tests"]
 
 
-def test_the_command_can_be_read_without_pytest() -> None:
-    code = "import sys; sys.modules['pytest'] = None; import bench.gpu"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_one_outcome_a_test(stage: Stage) -> None:
+    """And of a file that gives no tests, what it is worth."""
     name = stage.write(
         "outcomes",
         "@pytest.fixture\ndef after():\n    yield\n    assert 1 == 3, 'teardown'\n"
@@ -95,15 +87,25 @@ def test_one_outcome_a_test(stage: Stage) -> None:
         "def test_bad(): assert 1 == 2\n"
         "def test_skipped(): pytest.skip('no second GPU')\n",
     )
+    others = {
+        "import no_such_module\n": (0, 1, 0),
+        "pytest.importorskip('no_such_module')\n": (0, 0, 1),
+        "pytestmark = []\n": (0, 0, 0),
+        "": (1, 0, 0),
+    }
+    paths = [stage.write(f"{i}", f"{text}def test_x(): pass\n") for i, text in enumerate(others)]
     outcome = stage.run()
-    assert outcome.status == "failed" and "1 passed, 2 failed, 1 skipped in 1 of 1" in outcome[1]
+    assert outcome.status == "failed" and "2 passed, 3 failed, 2 skipped in 5 of 5" in outcome[1]
     found = stage.found(name)
     assert counts(found) == (1, 2, 1) and "done" not in found
     wanted = ["test_after: AssertionError: teardown", "test_bad: assert 1 == 2"]
     assert sorted(found["messages"]) == wanted
     log = (stage.folder / "failures.log").read_text("utf-8")
     assert "in test_bad\n" in log and "assert 1 == 2" in log and "test_after, teardown:" in log
-    assert len(stage.told) == 2 and max(stage.told).endswith("test_bad: assert 1 == 2")
+    told = [text for text in stage.told if name in text]
+    assert len(told) == 2 and max(told).endswith("test_bad: assert 1 == 2")
+    assert [counts(stage.found(path)) for path in paths] == list(others.values())
+    assert "No module named 'no_such_module'" in stage.found(paths[0])["messages"][0]
     stage.told.clear()
     assert stage.run() == outcome and stage.told == []  # nothing is left
 
@@ -131,19 +133,6 @@ def test_what_a_test_takes_along(stage: Stage, monkeypatch: pytest.MonkeyPatch) 
     assert texts["test_hangs"] == "it did not end within 5 s"
 
 
-def test_files_that_give_no_tests(stage: Stage) -> None:
-    broken = stage.write("broken", "import no_such_module\ndef test_x(): pass\n")
-    skipped = stage.write("skipped", "pytest.importorskip('no_such_module')\ndef test_x(): pass\n")
-    unmarked = stage.write("unmarked", "pytestmark = []\ndef test_x(): pass\n")
-    good = stage.write("good", "def test_x(): pass\n")
-    assert stage.run().status == "failed"
-    assert counts(stage.found(broken)) == (0, 1, 0)
-    assert "No module named 'no_such_module'" in stage.found(broken)["messages"][0]
-    assert counts(stage.found(skipped)) == (0, 0, 1)
-    assert counts(stage.found(unmarked)) == (0, 0, 0)
-    assert counts(stage.found(good)) == (1, 0, 0)
-
-
 def test_the_first_case_of_each_test_comes_first(stage: Stage) -> None:
     """And is not run again; what the time ends is gone on with."""
     name = stage.write(
@@ -167,7 +156,7 @@ def test_the_first_case_of_each_test_comes_first(stage: Stage) -> None:
 
 def test_first_cases_name_every_word() -> None:
     names = ["f[3-fast-case0]", "f[4-fast-case1]", "f[3-bf16-case2]", "g", "f[9-tf32-case3]"]
-    assert gpu_tests.first_cases(names) == [names[0], names[3], names[2], names[4]]
+    assert gpu_plugin.first_cases(names) == [names[0], names[3], names[2], names[4]]
 
 
 def test_stages_pass_only_if_some_ran_on_the_gpu(stage: Stage) -> None:

@@ -102,29 +102,29 @@ def layers(*sizes: int, members: int = 0) -> list[Layer]:
     return [Layer(torch.empty(*lead, n, k)) for k, n in pairwise(sizes)]
 
 
-def flops(products: list[floor.Product]) -> int:
-    return sum(p.flops for p in products)
+def flops(gemms: list[floor.Gemm]) -> int:
+    return sum(p.flops for p in gemms)
 
 
 def test_the_fold_is_taken_where_it_saves_products() -> None:
     wide = Flow(layers(D + A + 1, U, U, D))
-    folded = floor.dynamics_products(wide, D, B, H)
+    folded = floor.dynamics_gemms(wide, D, B, H)
     evaluations = 4 * H  # Heun, K = 2
     assert flops(folded) == 2 * B * (evaluations * 2 * U * U + H * U * D)
     narrow = Flow(layers(8 + A + 1, U, U, 8))
-    plain = floor.dynamics_products(narrow, 8, B, H)
+    plain = floor.dynamics_gemms(narrow, 8, B, H)
     assert flops(plain) == 2 * B * evaluations * (8 * U + U * U + U * 8)
 
 
 def test_a_rollout_has_the_products_of_its_formula() -> None:
     actor, dynamics = layers(D, 20, A), LatentMap(layers(D + A, U, D))
     reward, value = layers(D + A, 11, 1), layers(D, 9, 1, members=3)
-    forward = floor.rollout_products(actor, dynamics, reward, value, B, H, gradient=False)
+    forward = floor.rollout_gemms(actor, dynamics, reward, value, B, H, gradient=False)
     policy, heads = D * 20 + 20 * A, (D + A) * 11 + 11
     critics = 3 * (D * 9 + 9)
     step = A * U + D * U + U * D
     assert flops(forward) == 2 * B * (H * (policy + step + heads) + critics)
-    both = floor.rollout_products(actor, dynamics, reward, value, B, H, gradient=True)
+    both = floor.rollout_gemms(actor, dynamics, reward, value, B, H, gradient=True)
     # Backward: dynamics, heads and critics towards their inputs, the actor towards its hidden
     # layer (its input is detached) and its weights; no other weight gradient.
     extra = H * (step + heads) + critics + H * (20 * A + policy)
@@ -133,17 +133,17 @@ def test_a_rollout_has_the_products_of_its_formula() -> None:
 
 def test_weight_gradients_take_all_rows_at_once() -> None:
     forward = [p._replace(uses=6) for p in floor.stack(B, [D, U])]
-    assert floor.weight_gradients(forward) == [floor.Product(U, 6 * B, D, weight=False)]
+    assert floor.weight_gradients(forward) == [floor.Gemm(U, 6 * B, D, weight=False)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_floor_runs(dtype: torch.dtype) -> None:
-    products = [
+    gemms = [
         *floor.stack(B, [D, U]),
         *floor.stack(B, [D, U], members=3),
-        floor.Product(U, B, D, weight=False),
+        floor.Gemm(U, B, D, weight=False),
     ]
-    floor.floor(products, dtype, CPU)()
+    floor.floor(gemms, dtype, CPU)()
 
 
 def test_a_prepacked_product_is_the_product() -> None:

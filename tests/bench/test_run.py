@@ -53,9 +53,9 @@ def test_a_run_is_stored_without_names_of_host_or_user(tmp_path: Path) -> None:
 
 
 SABOTAGE = """
-from pwm_fast.ops import heads
-right = heads.reference.two_hot_encode
-heads.reference.two_hot_encode = lambda *args: 1.001 * right(*args)
+from pwm_fast import ops
+right = ops.two_hot_encode
+ops.two_hot_encode = lambda *args: 1.001 * right(*args)
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,6 @@ from bench import results, stages
 from bench.results import ResultError, Row
 from bench.stages import Deadline, Outcome, Record, Stage
 from tests.bench.synthetic import FACTS
-
-
-class Clock:
-    """Seconds that only the tests move."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def facts(**commit: Any) -> dict[str, Any]:
@@ -37,61 +27,63 @@ def record(tmp_path: Path) -> Record:
     return Record(tmp_path / "gpu_x.json", facts())
 
 
-def working(clock: Clock, seconds: float, seen: list[float]) -> Callable[[Deadline], Outcome]:
-    """A stage that wants so many seconds and notes how many it had."""
+class Run:
+    """Runs of stages on a clock that only they move: each wants some seconds."""
 
-    def run(left: Deadline) -> Outcome:
-        seen.append(left.left)
-        clock.now += min(seconds, left.left)
-        return Outcome("ok" if seconds <= seen[-1] else "partial", "")
+    def __init__(self, **wanted: tuple[float, float]) -> None:
+        self.now = 100.0
+        self.seen: list[float] = []  # the time that each stage had
+        self.stages = [
+            Stage(name, budget, partial(self.work, seconds))
+            for name, (budget, seconds) in wanted.items()
+        ]
 
-    return run
+    def work(self, seconds: float, left: Deadline) -> Outcome:
+        self.seen.append(left.left)
+        self.now += min(seconds, left.left)
+        return Outcome("ok" if seconds <= self.seen[-1] else "partial", "")
+
+    def go(self, record: Record, budget: float, **options: Any) -> bool:
+        tell, clock = (lambda _: None), (lambda: self.now)
+        return stages.run(self.stages, record, budget, clock=clock, tell=tell, **options)
+
+
+INF = float("inf")
 
 
 def test_a_stage_has_its_budget_and_no_more_than_is_left(record: Record) -> None:
-    clock, seen = Clock(), []
-    todo = [
-        Stage("build", 50.0, working(clock, 20.0, seen)),
-        Stage("tests", 100.0, working(clock, 200.0, seen)),
-        Stage("matrix", float("inf"), working(clock, 1000.0, seen)),
-    ]
-    assert stages.run(todo, record, 200.0, clock=clock, tell=lambda _: None)
-    assert seen == [50.0, 100.0, 80.0]
-    assert clock.now == 300.0
-    assert [record.stages[s.name]["status"] for s in todo] == ["ok", "partial", "partial"]
+    run = Run(build=(50.0, 20.0), tests=(100.0, 200.0), matrix=(INF, 1000.0))
+    assert run.go(record, 200.0)
+    assert run.seen == [50.0, 100.0, 80.0] and run.now == 300.0
+    assert [s["status"] for s in record.stages.values()] == ["ok", "partial", "partial"]
 
 
 def test_a_second_run_does_what_is_missing_alone(record: Record) -> None:
-    clock, seen = Clock(), []
-    todo = [
-        Stage("build", 50.0, working(clock, 20.0, seen)),
-        Stage("matrix", float("inf"), working(clock, 150.0, seen)),
-    ]
-    stages.run(todo, record, 100.0, clock=clock, tell=lambda _: None)
+    run = Run(build=(50.0, 20.0), matrix=(INF, 150.0))
+    run.go(record, 100.0)
     again = Record(record.path, facts())
-    stages.run(todo, again, 200.0, clock=clock, tell=lambda _: None)
-    assert seen == [50.0, 80.0, 200.0]
+    run.go(again, 200.0)
+    assert run.seen == [50.0, 80.0, 200.0]
     assert again.stages["matrix"] == {"status": "ok", "detail": "", "seconds": 230.0}
-    stages.run(todo, again, 100.0, again=["build"], clock=clock, tell=lambda _: None)
-    assert seen[3:] == [50.0]
+    run.go(again, 100.0, again=["build"])
+    assert run.seen[3:] == [50.0]
 
 
 def test_a_stage_that_raises_has_failed_and_the_rest_goes_on(record: Record) -> None:
     def broken(left: Deadline) -> Outcome:
         raise OSError("no compiler")
 
-    clock, seen = Clock(), []
-    todo = [Stage("build", 9.0, broken), Stage("micro", 9.0, working(clock, 1.0, seen))]
-    assert not stages.run(todo, record, 100.0, clock=clock, tell=lambda _: None)
+    run = Run(micro=(9.0, 1.0))
+    run.stages.insert(0, Stage("build", 9.0, broken))
+    assert not run.go(record, 100.0)
     assert record.stages["build"]["detail"] == "OSError: no compiler"
     assert record.stages["micro"]["status"] == "ok"
 
 
 def test_nothing_is_begun_without_time(record: Record) -> None:
-    clock, seen = Clock(), []
-    todo = [Stage(n, 99.0, working(clock, 98.0, seen)) for n in ("build", "tests")]
-    assert stages.run(todo, record, 100.0, clock=clock, tell=lambda _: None)
-    assert len(seen) == 1
+    run = Run(build=(99.0, 98.0), tests=(99.0, 98.0))
+    assert run.go(record, 100.0)
+    assert len(run.seen) == 1
     assert record.stages["tests"]["status"] == "partial"
 
 

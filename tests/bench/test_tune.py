@@ -238,7 +238,7 @@ def test_the_report_says_how_far_model_and_heuristic_are_off() -> None:
     lost = tune_report.heuristic(found, measured)[1].split()
     assert lost == [KERNEL, "2", "1", "1.41", "2.00"]
     ratios = {text[:52].strip(): text[52:].split() for text in tune_report.model(found, measured)}
-    assert ratios[f"{KERNEL}, plain product"] == ["1", "2.00", "2.00", "2.00"]
+    assert ratios[f"{KERNEL}, plain GEMM"] == ["1", "2.00", "2.00", "2.00"]
     assert ratios[f"{KERNEL}, fewer rows, shared rows"] == ["2", "0.80", "1.25", "1.70"]
     assert ratios[f"{KERNEL}, 64 rows or more, shared rows"] == ["2", "1.00", "1.00", "1.00"]
 

@@ -19,6 +19,7 @@ from bench.cases import Case, Provider, Workload
 from bench.environment import ROOT
 from bench.matrix import Job
 from bench.measure import Effort
+from bench.providers import Absent
 from bench.results import Row
 from bench.stages import Deadline, Record
 from bench.worker import Ended, Message, Worker
@@ -106,6 +107,8 @@ class Script:
     def run(self, job: Job, seconds: float, take: Any) -> Ended:
         end = self.clock[0] + seconds
         self.ran.append(job.providers)
+        if "no case" in self.table.values():
+            return Ended("crash", None, "ValueError: sizes")
         for name in job.providers:
             what = self.table.get(name, "ok")
             if what == "dies":
@@ -143,44 +146,36 @@ def status(record: Record) -> dict[str, str]:
     return {name: row.status for name, row in record.result.groups["c"].rows.items()}
 
 
-def test_cheap_providers_come_before_those_that_compile(
-    monkeypatch: pytest.MonkeyPatch, record: Record
+IN_TURN = [("published", "fast"), ("compile_bf16",)]  # cheap ones before those that compile
+AGAIN = [IN_TURN[0], ("fast",), IN_TURN[1]]
+
+
+@pytest.mark.parametrize(
+    ("published", "ran", "rows", "outcome"),
+    [
+        ("ok", IN_TURN, ["ok"] * 3, ("ok", 3, 0, 0)),
+        ("memory", IN_TURN, ["memory", "ok", "ok"], ("ok", 2, 1, 0)),
+        ("dies", AGAIN, ["failed", "ok", "ok"], ("failed", 2, 0, 1)),
+        ("failed", AGAIN, ["failed", "ok", "ok"], ("failed", 2, 0, 1)),  # and the CUDA context lost
+        ("no case", IN_TURN, ["failed"] * 3, ("failed", 0, 0, 3)),
+    ],
+)
+def test_what_a_provider_does_costs_its_own_row(
+    published: str,
+    ran: list[tuple[str, ...]],
+    rows: list[str],
+    outcome: tuple[str, int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    record: Record,
 ) -> None:
-    outcome, script = measure(monkeypatch, record, {}, 100.0)
-    assert script.ran == [("published", "fast"), ("compile_bf16",)]
-    assert outcome == ("ok", "3 measured, 0 out of memory, 0 absent, 0 failed")
-
-
-def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
-    outcome, _ = measure(monkeypatch, record, {"published": "memory"}, 100.0)
-    assert outcome.status == "ok" and "1 out of memory" in outcome.detail
-    assert status(record)["published"] == "memory"
-
-
-def test_a_crash_fails_one_row_and_the_rest_is_measured(
-    monkeypatch: pytest.MonkeyPatch, record: Record
-) -> None:
-    outcome, script = measure(monkeypatch, record, {"published": "dies"}, 100.0)
-    assert outcome.status == "failed"
-    assert status(record) == {"published": "failed", "fast": "ok", "compile_bf16": "ok"}
-    assert record.result.groups["c"].rows["published"].reason == "it died"
-    assert script.ran == [("published", "fast"), ("fast",), ("compile_bf16",)]
-
-
-def test_a_lost_context_fails_the_row_that_lost_it_alone(
-    monkeypatch: pytest.MonkeyPatch, record: Record
-) -> None:
-    measure(monkeypatch, record, {"published": "failed"}, 100.0)
-    assert status(record) == {"published": "failed", "fast": "ok", "compile_bf16": "ok"}
-
-
-def test_a_case_that_cannot_be_made_fails_as_a_whole(
-    monkeypatch: pytest.MonkeyPatch, record: Record
-) -> None:
-    monkeypatch.setattr(Script, "run", lambda *_: Ended("crash", None, "ValueError: sizes"))
-    outcome, _ = measure(monkeypatch, record, {}, 100.0)
-    assert set(status(record).values()) == {"failed"}
-    assert outcome.status == "failed"
+    found, script = measure(monkeypatch, record, {"published": published}, 100.0)
+    assert script.ran == ran and list(status(record).values()) == rows
+    state, measured, memory, failed = outcome
+    text = f"{measured} measured, {memory} out of memory, 0 absent, {failed} failed"
+    assert found == (state, text)
+    assert list(status(record)) == ["published", "fast", "compile_bf16"]
+    if published == "dies":
+        assert record.result.groups["c"].rows["published"].reason == "it died"
 
 
 def test_what_the_time_ended_is_taken_up_by_the_next_run(
@@ -240,50 +235,38 @@ def test_a_microbenchmark_that_hangs_or_dies_leaves_the_others_their_time(
 # --- one provider after another ------------------------------------------------------------------
 
 
+def raising(error: Exception) -> Any:
+    def make(*_: Any) -> Provider:
+        raise error
+
+    return make
+
+
 def test_rows_of_every_kind() -> None:
-    from bench.providers import Absent
-
-    def raising(error: Exception) -> Any:
-        def make() -> Provider:
-            raise error
-
-        return make
-
     truth = {"y": torch.ones(3, dtype=torch.float64)}
     good = Provider(lambda: None, lambda: {"y": torch.ones(3)})
     wrong = Provider(lambda: None, lambda: {"y": torch.full((3,), 1.1)})
-    make = {
-        "published": lambda: good,
-        "tf32": raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")),
-        "jax": raising(RuntimeError("RESOURCE_EXHAUSTED: out of memory")),
-        "fast": lambda: wrong,
-        "fast_bf16": raising(Absent("not here")),
-        "reference": raising(RuntimeError("bug")),
+    oom = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")
+    wanted = {
+        "published": ("ok", lambda: good),
+        "tf32": ("memory", raising(oom)),
+        "jax": ("memory", raising(RuntimeError("RESOURCE_EXHAUSTED: out of memory"))),
+        "fast": ("failed", lambda: wrong),
+        "fast_bf16": ("absent", raising(Absent("not here"))),
+        "reference": ("failed", raising(RuntimeError("bug"))),
     }
-    case = Case("c", {}, lambda _: Workload(make, lambda: truth), tuple(make))
-    case = Case("c", {}, case.build, tuple(make), effort=Effort(0.01, 2, 3, 0.0))
+    make = {name: made for name, (_, made) in wanted.items()}
+    effort = Effort(0.01, 2, 3, 0.0)
+    case = Case("c", {}, lambda _: Workload(make, lambda: truth), tuple(make), effort=effort)
     found = [x for x in session.one_by_one(case, case.providers, CPU) if isinstance(x, Row)]
-    assert {row.provider: row.status for row in found} == {
-        "published": "ok",
-        "tf32": "memory",
-        "jax": "memory",
-        "fast": "failed",
-        "fast_bf16": "absent",
-        "reference": "failed",
-    }
     rows = {row.provider: row for row in found}
+    assert {n: row.status for n, row in rows.items()} == {n: s for n, (s, _) in wanted.items()}
     assert len(rows["published"].seconds) >= 2
     assert not rows["fast"].seconds and "error" in (rows["fast"].reason or "")
     assert rows["reference"].reason == "RuntimeError: bug"
 
 
 def test_a_case_that_does_not_fit_is_out_of_memory_for_all() -> None:
-    def build(_: torch.device) -> Workload:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    case = Case("c", {}, build, ("published", "fast"))
-    found = list(session.one_by_one(case, case.providers, CPU))
-    assert [(r.provider, r.status) for r in found if isinstance(r, Row)] == [
-        ("published", "memory"),
-        ("fast", "memory"),
-    ]
+    case = Case("c", {}, raising(torch.OutOfMemoryError("full")), ("published", "fast"))
+    found = [x for x in session.one_by_one(case, case.providers, CPU) if isinstance(x, Row)]
+    assert [(r.provider, r.status) for r in found] == [("published", "memory"), ("fast", "memory")]

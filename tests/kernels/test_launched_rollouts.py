@@ -27,5 +27,5 @@ def test_layouts_are_launched(layout: RolloutLayout) -> None:
     with cuda:
         batch, padded = (128, 512) if layout.bn == 64 else (32, 1024)
         workload = RolloutWorkload(batch, padded, "16", DEVICE, horizon=2)
-        workload._run(workload.kernels, workload.weights, torch.float32, layout)
+        workload._run(layout)
     assert cuda.cooperative == {"rollout_forward_kernel", "rollout_backward_kernel"}

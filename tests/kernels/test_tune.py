@@ -56,10 +56,10 @@ def test_a_wrong_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(workload, "fused", wrong)
     with pytest.raises(Wrong, match="relative error"):
-        workload.call(alone(workload.product))
+        workload.call(alone(workload.shape))
     monkeypatch.setattr(workload, "fused", lambda plan: lambda: None)
     with pytest.raises(Wrong, match="relative error nan"):
-        workload.call(alone(workload.product))
+        workload.call(alone(workload.shape))
 
 
 @pytest.mark.interpreted
@@ -106,7 +106,7 @@ def test_choices_launch_what_they_stand_for(kernel: str, rate: str) -> None:
     with FakeCuda() as cuda:
         workload = WORKLOADS[kernel](product, DEVICE)
         fused = [workload.fused(p) for p in candidates(product, Limits(132))]
-        plain = workload.plain()
+        plain = workload.plain
         plain()  # makes the weight's copies
         for call in fused:
             cuda.launches.clear()
@@ -127,7 +127,7 @@ def test_a_rollout_is_one_launch_a_direction_or_layer_by_layer() -> None:
         words = rollout.LAYOUTS[0]._replace(exchange="words")
         for layout in (rollout.LAYOUTS[0], words, None):
             cuda.launches.clear()
-            workload._run(workload.kernels, workload.weights, torch.float32, layout)
+            workload._run(layout)
             seen = cuda.launches["triton rollout_forward_kernel"]
             assert seen == cuda.launches["triton rollout_backward_kernel"] == (layout is not None)
     assert cuda.launches["triton linear_norm_act_fwd_kernel"] > 0

@@ -240,19 +240,19 @@ def select(operation: str, argument: str | None, call: Call) -> Choice:
     return Choice(chosen, precision_of(chosen, found, call))
 
 
-def serving(operation: str, call: Call) -> Backend:
+def serving(operation: Operation, call: Call) -> Backend:
     """The backend of what nobody asks for by itself: the one in force, where it can, or reference.
 
     Args:
-        operation: a declared one.
+        operation: what runs; it need not be declared.
         call: its tensors.
     """
-    found, asked = OPERATIONS[operation], requested()
-    for candidate in found.backends[:-1]:
+    asked = requested()
+    for candidate in operation.backends[:-1]:
         wanted = candidate.automatic if asked == "auto" else candidate.name == asked
-        if wanted and candidate.why_not(found.family, call) is None:
+        if wanted and candidate.why_not(operation.family, call) is None:
             return candidate
-    return found.backends[-1]
+    return operation.backends[-1]
 
 
 def precision_of(backend: Backend, operation: Operation, call: Call) -> Precision:

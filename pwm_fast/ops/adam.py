@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Call
-from pwm_fast.backends.select import declare, kernels, requested, serving
+from pwm_fast.backends.select import Operation, kernels, requested, serving
 
-declare("adam", "optimizer")
+# Not declared: nobody asks for its backend by itself.
+_STEP, _MOMENTS = Operation("adam", "optimizer"), Operation("esnr", "reduction")
 
 
 def step_kernels(params: Sequence[Tensor]) -> Any:
@@ -28,7 +29,7 @@ def step_kernels(params: Sequence[Tensor]) -> Any:
         return None
     if any(p.dtype != torch.float32 or not p.is_contiguous() for p in params):
         return None
-    backend = serving("adam", Call(params))
+    backend = serving(_STEP, Call(params))
     return None if backend.is_reference else kernels("optimizer", backend.name, "exact")
 
 
@@ -39,7 +40,7 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     1.4e154 and 1e-162.
     """
     if all(g.device.type == "cpu" for g in grads):
-        backend = serving("esnr", Call(grads))
+        backend = serving(_MOMENTS, Call(grads))
         if not backend.is_reference:
             # A single sample's signal is its sum of squares: in float64 as fast as PyTorch's
             # float32.

@@ -20,14 +20,11 @@ FUSED = tuple(
     or case.name.startswith(("mlp", "linear_norm_act", "velocity_field", "flow_step"))
     or case.name in ("linear_act_norm", "linear_act_norm_ensemble_shared_input")
 )
+# Every operation over rows, a new one too.
+ROWS = tuple(name for name, declared in select.OPERATIONS.items() if declared.family == "rows")
 NATIVE = (
     *FUSED,
-    *(
-        case
-        for case in CASES
-        if case.name.startswith(("layer_norm_act", "simnorm"))
-        or case.name in ("two_hot_decode", "two_hot_cross_entropy")
-    ),
+    *(case for case in CASES if case.name.startswith(ROWS)),
 )
 needs_native = pytest.mark.skipif(
     why_missing() is not None, reason=f"no native kernels: {why_missing()}"

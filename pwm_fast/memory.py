@@ -26,7 +26,7 @@ _MESSAGES = (
     "std::bad_alloc",
     "Failed to allocate",  # Warp
 )
-WORLDS = "num_envs, or the episodes of an evaluation"
+ENVS = "num_envs, or the episodes of an evaluation"
 
 
 @contextmanager

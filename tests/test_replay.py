@@ -16,7 +16,7 @@ from pwm_fast.replay import Episode, Replay, Windows
 from tests.agent.no_sync import no_sync
 
 OBS, ACTION = 4, 2
-Key = tuple[int, int, int]  # world, episode, first step
+Key = tuple[int, int, int]  # env, episode, first step
 
 
 class Record(NamedTuple):
@@ -30,7 +30,7 @@ class Record(NamedTuple):
 class Recorder:
     """Feeds a replay with episodes whose observations say where they come from.
 
-    An observation is ``[world, episode, step, is_terminal]``; the action, reward and flag of a
+    An observation is ``[env, episode, step, is_terminal]``; the action, reward and flag of a
     transition are computed from its numbers.
     """
 
@@ -135,7 +135,7 @@ def uniform(counts: Counter[Key], expected: set[Key]) -> None:
     assert chi2 <= freedom + 6 * (2 * freedom) ** 0.5 + 6
 
 
-CASES = [  # worlds, rows, horizon, probability of an episode's end
+CASES = [  # envs, rows, horizon, probability of an episode's end
     (1, 5, 3, 0.0),
     (2, 9, 3, 0.15),
     (3, 20, 4, 0.1),
@@ -264,9 +264,9 @@ def test_generator_decides_what_is_sampled() -> None:
 
 
 def test_too_small_a_capacity_is_refused() -> None:
-    """H + 2 rows for each world are the least; the message names the key and what would do."""
+    """H + 2 rows for each env are the least; the message names the key and what would do."""
     Replay(4 * 6, 4, OBS, ACTION, 4)
-    message = r"alg.replay_capacity=23 leaves 5 rows for each of 4 worlds.* needs 6: at least 24"
+    message = r"alg.replay_capacity=23 leaves 5 rows for each of 4 envs.* needs 6: at least 24"
     with pytest.raises(ValueError, match=message):
         Replay(23, 4, OBS, ACTION, 4)
 

@@ -184,7 +184,7 @@ class PWM:
                     }
                     largest = max(sizes, key=lambda k: sizes[k])
                     return (
-                        f"the {name} of {bad} of {len(obs)} worlds are not finite, while all "
+                        f"the {name} of {bad} of {len(obs)} envs are not finite, while all "
                         f"parameters are (up to {sizes[largest]:.3g} in {largest})"
                     )
         return None

@@ -63,17 +63,17 @@ def make(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> VectorEnv:
-    """Make N worlds of a built-in robot or of another library.
+    """Make N envs of a built-in robot or of another library.
 
     Args:
         name: one of :data:`TASKS` or of :data:`ADAPTERS`.
         num_envs: N.
-        seed: of the reset states, in [0, 2^63); neighbouring seeds share no world.
+        seed: of the reset states, in [0, 2^63); neighbouring seeds share no env.
         max_episode_steps: time limit; the task's own by default.
         threads: physics threads of the native engine; the adapters take 1.
         engine: of a built-in robot: ``mujoco`` (native, on the CPU), ``mujoco_warp`` (on
             ``device``) or ``auto``, see :func:`choose`; the adapters take ``auto``.
-        device: the agent's; the worlds' tensors are there where the engine runs there.
+        device: the agent's; the envs' tensors are there where the engine runs there.
         **options: the task's or adapter's own arguments, such as ``start`` of the cart-pole,
             ``id`` of ``gym``, ``domain`` and ``task`` of ``dmc``.
 

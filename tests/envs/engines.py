@@ -29,7 +29,7 @@ def same(a, b):
 
 
 def place(env, world, **coordinates):
-    """Write entries of one world's state, ``qpos_2=0.1``."""
+    """Write entries of one env's state, ``qpos_2=0.1``."""
     for key, value in coordinates.items():
         field, index = key.split("_")
         getattr(env, f"_{field}")[world, int(index)] = value

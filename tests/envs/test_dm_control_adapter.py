@@ -137,7 +137,7 @@ def test_divergence_restarts_one_world():
     before, *_ = env.step(sequence[0])
     other.step(sequence[0])
     env._envs[1].physics.data.qvel[0] = 1e12
-    with pytest.warns(RuntimeWarning, match="1 of 3 worlds diverged"):
+    with pytest.warns(RuntimeWarning, match="1 of 3 envs diverged"):
         step = env.step(sequence[1])
     expected = other.step(sequence[1])
     obs, reward, terminated, _, info = step
@@ -157,9 +157,7 @@ def test_every_bad_state_is_divergence(domain, task, repeat, velocity):
     env = dmc(domain, task, action_repeat=repeat)
     before, *_ = env.step(actions(env, 1)[0])
     env._envs[0].physics.data.qvel[0] = velocity
-    match = (
-        rf"{domain} {task}: 1 of 2 worlds diverged \(world 0, step 2 of its episode: .*(WARN|1e)"
-    )
+    match = rf"{domain} {task}: 1 of 2 envs diverged \(env 0, step 2 of its episode: .*(WARN|1e)"
     with pytest.warns(RuntimeWarning, match=match):
         obs, reward, terminated, _, info = env.step(actions(env, 1)[0])
     assert terminated.tolist() == info["diverged"].tolist() == [True, False]
@@ -217,7 +215,7 @@ def test_rewards_that_are_one_number(reward, monkeypatch):
 def test_faults_name_their_world(monkeypatch):
     env = dmc("cheetah", "run")
     monkeypatch.setattr(env._envs[1].task, "get_reward", lambda physics: np.ones(2))
-    with pytest.raises(EnvironmentFault, match=r"cheetah run, world 1, step 1 .* reward must be"):
+    with pytest.raises(EnvironmentFault, match=r"cheetah run, env 1, step 1 .* reward must be"):
         env.step(torch.zeros(2, 6))
     observe = env._envs[1].task.get_observation
 
@@ -225,7 +223,7 @@ def test_faults_name_their_world(monkeypatch):
         return {name: value * np.nan for name, value in observe(physics).items()}
 
     monkeypatch.setattr(env._envs[1].task, "get_observation", spoilt)
-    with pytest.raises(EnvironmentFault, match=r"world 1, reset of episode 2: .*entry 0 is nan"):
+    with pytest.raises(EnvironmentFault, match=r"env 1, reset of episode 2: .*entry 0 is nan"):
         env.reset()
 
 
@@ -237,10 +235,10 @@ def test_whatever_a_task_raises_names_its_world(error, monkeypatch):
     env = dmc("cheetah", "run")
     name = type(error).__name__
     monkeypatch.setattr(env._envs[1].task, "get_reward", fails)
-    with pytest.raises(EnvironmentFault, match=rf"^cheetah run, world 1, step 1 .*: {name}: "):
+    with pytest.raises(EnvironmentFault, match=rf"^cheetah run, env 1, step 1 .*: {name}: "):
         env.step(torch.zeros(2, 6))
     monkeypatch.setattr(env._envs[1].task, "initialize_episode", fails)
-    with pytest.raises(EnvironmentFault, match=rf"world 1, reset of episode 2: {name}: "):
+    with pytest.raises(EnvironmentFault, match=rf"env 1, reset of episode 2: {name}: "):
         env.reset()
     from dm_control import suite
 
@@ -258,7 +256,7 @@ def test_a_task_that_needs_a_display_says_so(monkeypatch, capfd):
         raise mujoco.FatalError("no OpenGL")
 
     monkeypatch.setattr(mujoco, "MjrContext", fails)
-    with pytest.raises(EnvironmentFault, match=r"^quadruped escape, world 0, reset of episode 1: "):
+    with pytest.raises(EnvironmentFault, match=r"^quadruped escape, env 0, reset of episode 1: "):
         dmc("quadruped", "escape")
     gc.collect()
     assert "Exception ignored" not in capfd.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pwm_fast.envs import EnvironmentFault, GymnasiumEnv, StateNotSupported, VectorEnv, make
-from pwm_fast.seeding import world_seeds
+from pwm_fast.seeding import env_seeds
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
 pytest.importorskip("gymnasium.envs.mujoco", reason="needs pip install 'pwm-fast[gym]'")
@@ -79,7 +79,7 @@ def test_protocol():
 def test_matches_gymnasium_itself():
     env = make("gym", 2, id="Hopper-v5", seed=3, max_episode_steps=40)
     worlds = [gymnasium.make("Hopper-v5", max_episode_steps=40) for _ in range(2)]
-    starts = [w.reset(seed=s)[0] for w, s in zip(worlds, world_seeds(3, 2), strict=True)]
+    starts = [w.reset(seed=s)[0] for w, s in zip(worlds, env_seeds(3, 2), strict=True)]
     obs, _ = make("gym", 2, id="Hopper-v5", seed=3).reset(seed=3)
     np.testing.assert_array_equal(obs.numpy(), np.float32(starts))
     ended = 0
@@ -131,7 +131,7 @@ def test_partial_reset():
 def test_a_world_without_a_number_is_restarted():
     env = GymnasiumEnv(counters({"ends": 9}, {"ends": 9, "nan_at": 2}), max_episode_steps=10)
     env.step(torch.zeros(2, 2))
-    with pytest.warns(RuntimeWarning, match="1 of 2 worlds diverged"):
+    with pytest.warns(RuntimeWarning, match="1 of 2 envs diverged"):
         obs, reward, terminated, _, info = env.step(torch.zeros(2, 2))
     assert terminated.tolist() == [False, True]
     assert reward.tolist() == [5.0, 0.0]
@@ -252,7 +252,7 @@ def test_whatever_an_environment_raises_later(error, where, when, vector):
     kind = gymnasium.vector.SyncVectorEnv if vector == "sync" else gymnasium.vector.AsyncVectorEnv
     makers = [lambda: Counter(ends=9), lambda: Breaks(where, error)]
     env = GymnasiumEnv(kind(makers, autoreset_mode=SAME_STEP), max_episode_steps=9)
-    match = rf"^Breaks, world 1, {when}.*: {type(error).__name__}: "
+    match = rf"^Breaks, env 1, {when}.*: {type(error).__name__}: "
     with pytest.raises(EnvironmentFault, match=match), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium's log of a process
         for _ in range(2):

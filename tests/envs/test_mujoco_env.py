@@ -166,7 +166,7 @@ def test_equal_for_equal_seeds_at_any_thread_count(name, engine):
 
 
 def touching(env):
-    """Number of contacts in all worlds."""
+    """Number of contacts in all envs."""
     if isinstance(env, MujocoWarpEnv):
         return int(env._data.nacon.numpy()[0])
     count = 0
@@ -215,7 +215,7 @@ def test_saved_state_is_a_copy(engine):
 @on_both
 def test_state_of_another_environment(engine):
     state = make("ant", 2, engine=engine).get_state()
-    with pytest.raises(ValueError, match="2 worlds"):
+    with pytest.raises(ValueError, match="2 envs"):
         make("ant", 3, engine=engine).set_state(state)
     with pytest.raises(ValueError, match="numbers"):
         make("hopper", 2, engine=engine).set_state(state)
@@ -245,7 +245,7 @@ def test_divergence(name, value, engine, tmp_path, monkeypatch):
     actions = random_actions(env, 3)
     # mujoco-warp gives no warnings.
     why = r"a position or velocity is not finite, or not below 1e\+06|MuJoCo gave mjWARN_BADQPOS"
-    with pytest.warns(RuntimeWarning, match=rf"diverged in 1 of 3 worlds \(.*({why})"):
+    with pytest.warns(RuntimeWarning, match=rf"diverged in 1 of 3 envs \(.*({why})"):
         step = env.step(actions[0])
     expected = flat(other.step(actions[0]))
     obs, reward, terminated, truncated, info = step
@@ -281,7 +281,7 @@ def test_mujoco_does_not_reset_a_world_unseen(flag, tmp_path, monkeypatch):
     env = MujocoEnv(Careless(), 2, seed=1)
     env._time[0] = 5.0
     place(env, 0, qvel_0=1e12)
-    with pytest.warns(RuntimeWarning, match="diverged in 1 of 2 worlds"):
+    with pytest.warns(RuntimeWarning, match="diverged in 1 of 2 envs"):
         _, _, terminated, _, info = env.step(torch.zeros(2, 1))
     assert terminated.tolist() == info["diverged"].tolist() == [True, False]
     assert env._batch.warning[0, :, 1].sum() > 1, "a reset within the step would leave one"

@@ -1,4 +1,4 @@
-"""No two seeds, worlds or uses of a seed share a start state; the same seed has the same ones."""
+"""No two seeds, envs or uses of a seed share a start state; the same seed has the same ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of answer a Gymnasium world gives: kept buffers, divergence, spaces, and faults."""
+"""Every kind of answer a Gymnasium env gives: kept buffers, divergence, spaces, and faults."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ from pwm_fast.envs import (  # noqa: E402
     make,
 )
 from pwm_fast.replay import Replay  # noqa: E402
-from tests.envs.worlds import Script, Spoilt, Walk, parallel, sync  # noqa: E402
+from tests.envs.scripted import Script, Spoilt, Walk, parallel, sync  # noqa: E402
 
 Box = gymnasium.spaces.Box
 VECTORS = {
@@ -53,7 +53,7 @@ def actions(env, steps, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-# --- buffers that a world uses again --------------------------------------------------------------
+# --- buffers that an env uses again --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vector", VECTORS)
@@ -134,7 +134,7 @@ def test_a_state_that_mujoco_calls_bad(name, velocity, at, tmp_path, monkeypatch
         before, _, terminated, *_ = env.step(action)
         assert not terminated.any()
     why = r"MuJoCo gave mjWARN_BADQ|its time went back|a position or velocity is not finite"
-    match = rf"{name}: 1 of 2 worlds diverged \(world 0, step {at} of its episode: .*({why})"
+    match = rf"{name}: 1 of 2 envs diverged \(env 0, step {at} of its episode: .*({why})"
     with pytest.warns(RuntimeWarning, match=match):
         obs, reward, terminated, truncated, info = env.step(sequence[at - 1])
     assert env.divergence is not None and f"step {at} of its episode: " in env.divergence
@@ -167,7 +167,7 @@ def test_divergence_is_seen_below_wrappers_and_in_other_processes(
     makers = [functools.partial(spoilt, at=at, wrap=wrap) for at in (2, 99)]
     env = adapted(*makers, vector=VECTORS[vector], seed=2)
     before, *_ = env.step(torch.zeros(2, 6))
-    with pytest.warns(RuntimeWarning, match="1 of 2 worlds diverged"):
+    with pytest.warns(RuntimeWarning, match="1 of 2 envs diverged"):
         _, reward, terminated, _, info = env.step(torch.zeros(2, 6))
     assert terminated.tolist() == info["diverged"].tolist() == [True, False]
     assert reward[0] == 0.0
@@ -206,7 +206,7 @@ def test_ordinary_warnings_of_mujoco_are_no_divergence():
     number[int(mujoco.mjtWarning.mjWARN_CONTACTFULL)] = 3
     number[int(mujoco.mjtWarning.mjWARN_BADQACC)] = 2  # of before
     assert not env.step(torch.zeros(1, 6))[-1]["diverged"].any()
-    assert number.sum() == 5, "its own counts are left to the world"
+    assert number.sum() == 5, "its own counts are left to the env"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e11, -3e38])
@@ -218,7 +218,7 @@ def test_numbers_that_nothing_can_be_learned_from(value, what, ends):
     before, *_ = env.step(torch.zeros(2, 1))
     shown = f"{np.float32(value):g}".replace("+", r"\+")
     why = f"entry 1 is {shown} of the observation" if what == "obs" else f"the reward is {shown}"
-    match = rf"Script: 1 of 2 worlds diverged \(world 0, step 2 of its episode: {why}\)"
+    match = rf"Script: 1 of 2 envs diverged \(env 0, step 2 of its episode: {why}\)"
     with pytest.warns(RuntimeWarning, match=match):
         obs, reward, terminated, _, info = env.step(torch.zeros(2, 1))
     assert terminated.tolist() == info["diverged"].tolist() == [True, False]
@@ -234,7 +234,7 @@ def test_actions_that_are_not_finite_are_refused():
     for value in (math.nan, math.inf):
         action = torch.zeros(3, 1)
         action[1:] = value
-        with pytest.raises(ValueError, match=r"non-finite values, in worlds 1, 2"):
+        with pytest.raises(ValueError, match=r"non-finite values, in envs 1, 2"):
             env.step(action)
     assert not env._envs.envs[0].unwrapped.taken
 
@@ -257,7 +257,7 @@ def test_sizes_are_compared_without_a_word_of_numpys(values, below):
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e12])
 def test_a_start_that_is_not_finite_names_its_source(vector, value):
     start = np.array([0.5, value])
-    match = rf"Script, world 1, reset of episode {{}}: .* entry 1 is {re.escape(f'{value:g}')}"
+    match = rf"Script, env 1, reset of episode {{}}: .* entry 1 is {re.escape(f'{value:g}')}"
     makers = [script(), script(starts=[start])]
     with pytest.raises(EnvironmentFault, match=match.format(1)):
         adapted(*makers, vector=VECTORS[vector])
@@ -327,7 +327,7 @@ def test_flags_that_are_flags(name, flag):
 def test_answers_that_cannot_be_used(change, match, vector):
     env = adapted(script(), script({}, change, {}), vector=VECTORS[vector])
     env.step(torch.zeros(2, 1))
-    with pytest.raises(EnvironmentFault, match=f"^Script, world 1, step 2 of episode 1: .*{match}"):
+    with pytest.raises(EnvironmentFault, match=f"^Script, env 1, step 2 of episode 1: .*{match}"):
         env.step(torch.zeros(2, 1))
     env.close()
 
@@ -345,7 +345,7 @@ def test_starts_that_cannot_be_used(start, match):
             return start if start is not None else super().reset(**options)[0]
 
     kind = functools.partial(Script, starts=[start]) if start is not None else OldApi
-    with pytest.raises(EnvironmentFault, match=f"world 0, reset of episode 1: .*{match}"):
+    with pytest.raises(EnvironmentFault, match=f"env 0, reset of episode 1: .*{match}"):
         adapted(kind)
 
 
@@ -354,7 +354,7 @@ def test_an_observation_outside_of_its_space_is_said_once():
     start = np.array([0.0, 5.000001])  # rounding
     far = {"obs": np.array([0.0, 7.0])}
     env = adapted(*(script({}, c, far, starts=[start], obs=box) for c in ({}, far)))
-    with pytest.warns(RuntimeWarning, match=r"world 1: entry 1 of the obs\w* is 7, .* \[0, 5\]"):
+    with pytest.warns(RuntimeWarning, match=r"env 1: entry 1 of the obs\w* is 7, .* \[0, 5\]"):
         for _ in range(2):
             obs, *_ = env.step(torch.zeros(2, 1))
     assert obs[1, 1] == 7.0

@@ -22,6 +22,7 @@ from pwm_fast.envs import (  # noqa: E402
     make,
 )
 from pwm_fast.replay import Replay  # noqa: E402
+from tests.envs.engines import random_actions  # noqa: E402
 from tests.envs.scripted import Script, Spoilt, Walk, parallel, sync  # noqa: E402
 
 Box = gymnasium.spaces.Box
@@ -48,11 +49,6 @@ def flat(step):
     return [*tensors, info["final_obs"], info["diverged"], *info["episode"].values()]
 
 
-def actions(env, steps, seed=0):
-    shape = (steps, env.num_envs, *env.single_action_space.shape)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
 # --- buffers that an env uses again --------------------------------------------------------------
 
 
@@ -72,7 +68,7 @@ def test_a_world_may_answer_with_the_same_arrays_again_and_again(vector):
     replays = [Replay(60, 3, 3, 2, 1) for _ in made]
     observed = [env.reset(seed=8)[0] for env in made]
     told, copies = [[], []], [[], []]
-    for action in actions(made[0], 12):
+    for action in random_actions(made[0], 12):
         given = action.clone()
         for k, env in enumerate(made):
             obs, reward, terminated, truncated, info = step = env.step(action)
@@ -95,7 +91,7 @@ def test_a_world_may_answer_with_the_same_arrays_again_and_again(vector):
 
 def test_what_is_handed_out_is_the_callers():
     env, other = (adapted(functools.partial(Walk, 2, reuse=True), seed=1) for _ in range(2))
-    for action in actions(env, 6):
+    for action in random_actions(env, 6):
         for tensor in flat(other.step(action)):
             tensor.zero_()
         other.reset(options={"reset_mask": torch.zeros(1, dtype=torch.bool)})[0].fill_(9.0)
@@ -129,7 +125,7 @@ def test_a_state_that_mujoco_calls_bad(name, velocity, at, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
     env = adapted(*(functools.partial(spoilt, name, t, velocity) for t in (at, 99)), seed=1)
     before, _ = env.reset(seed=1)
-    sequence = 0.1 * actions(env, at + 1)
+    sequence = 0.1 * random_actions(env, at + 1)
     for action in sequence[: at - 1]:
         before, _, terminated, *_ = env.step(action)
         assert not terminated.any()
@@ -185,7 +181,7 @@ def test_no_reset_of_mujocos_own_passes_for_a_step(tmp_path, monkeypatch):
     seen = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        for action in actions(env, 300):
+        for action in random_actions(env, 300):
             times = [world.unwrapped.data.time for world in env._envs.envs]
             _, reward, terminated, _, info = env.step(action)
             for i, world in enumerate(env._envs.envs):
@@ -537,7 +533,7 @@ def test_options_are_none_where_there_are_none(vector):
     env.reset(seed=3)
     env.reset(options={})
     env.reset(options={"reset_mask": torch.tensor([True, False])})
-    for action in actions(env, 9):
+    for action in random_actions(env, 9):
         env.step(action)
     env.close()
 

@@ -222,8 +222,9 @@ class MujocoWarpEnv(RobotBatch):
             self._model = self._mjw.put_model(model)
             self._model.opt.warn_overflow = 0  # it would print from the device; we count
             self._model.opt.deterministic = torch.are_deterministic_algorithms_enabled()
+            # At least one row: without, its solver leaves every acceleration at zero (4.0).
             self._data = self._mjw.make_data(
-                model, nworld=self.num_envs, nconmax=contacts, njmax=rows
+                model, nworld=self.num_envs, nconmax=contacts, njmax=max(rows, 1)
             )
         if self._cuda_stream is not None:
             torch.cuda.synchronize(self.device)

@@ -29,13 +29,13 @@ class Pendulum(Task):
     asset = "pendulum.xml"
     obs_dim = 3
     action_dim = 1
-    max_episode_steps = 12
+    max_episode_steps = 200
 
     def observation(self, qpos, qvel, last_action):
         return torch.cat((qpos.sin(), qpos.cos(), qvel), dim=-1)
 
     def reward(self, obs, action):
-        return obs[:, 1] - 0.1 * action.square().sum(-1)
+        return obs[:, 1] - 0.1 * obs[:, 2].square() - 0.1 * action.square().sum(-1)
 
     def sample_reset(self, n, generator, dtype, device):
         return tuple(uniform((n, 1), bound, generator, dtype, device) for bound in (math.pi, 0.1))
@@ -61,10 +61,18 @@ engine: auto
 """,
 }
 SMALL = [
-    *("alg=pwm_tiny", "epochs=2", "device=cpu", "threads=1", "alg.horizon=4"),
-    *("alg.steps_per_epoch=16", "alg.random_epochs=1", "alg.replay_capacity=400"),
-    *("alg.model_learning.bootstrap_updates=2", "alg.model_learning.updates=1"),
-    *("alg.model_learning.batch_size=8", "alg.actor.batch_size=8", "alg.actor.updates=1"),
+    *(
+        "alg=pwm_tiny",
+        "env.max_episode_steps=12",
+        "epochs=2",
+        "device=cpu",
+        "threads=1",
+        "alg.horizon=4",
+    ),
+    *("alg.horizon=4", "alg.steps_per_epoch=16", "alg.random_epochs=1"),
+    *("alg.replay_capacity=400", "alg.model_learning.bootstrap_updates=2"),
+    *("alg.model_learning.updates=1", "alg.model_learning.batch_size=8"),
+    *("alg.actor.batch_size=8", "alg.actor.updates=1"),
     *("eval.episodes=2", "eval.final_episodes=2", "esnr.every=0"),
 ]
 

@@ -32,21 +32,21 @@ def test_streams_differ() -> None:
     assert all(seeding.in_range(s) for s in streams), "a stream can seed an environment"
 
 
-def test_worlds_differ() -> None:
+def test_envs_differ() -> None:
     streams = [stream(seed, purpose) for seed in range(8) for purpose in Purpose]
     seeds = [seed for s in (*streams, *SEEDS) for seed in env_seeds(s, 64)]
     assert len(set(seeds)) == len(seeds)
     assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
-    bits = {words(s, world).tobytes() for s in (*streams, *SEEDS) for world in range(64)}
+    bits = {words(s, env).tobytes() for s in (*streams, *SEEDS) for env in range(64)}
     assert len(bits) == len(seeds)
 
 
-def test_the_first_worlds_are_the_same_for_all() -> None:
+def test_the_first_envs_are_the_same_for_all() -> None:
     assert env_seeds(5, 12) == env_seeds(5, 200)[:12]
 
 
-def test_worlds_of_one_seed_never_coincide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeding, "words", lambda seed, world, draw: np.array([2 * (draw // 2)]))
+def test_envs_of_one_seed_never_coincide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeding, "words", lambda seed, env, draw: np.array([2 * (draw // 2)]))
     assert env_seeds(0, 5) == [0, 1, 2, 3, 4]
 
 

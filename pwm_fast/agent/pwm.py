@@ -41,7 +41,7 @@ class PWM:
         can_terminate: the task can end in a terminal state, so the model learns where.
         device: where everything lives.
         graphs: replay the updates from CUDA graphs; None is on CUDA alone.
-        precision: of matrix products, of :data:`pwm_fast.ops.extend.PRECISIONS`.
+        precision: of GEMMs, of :data:`pwm_fast.ops.extend.PRECISIONS`.
         recorder: records the graphs, for a device without them.
     """
 
@@ -333,7 +333,7 @@ class PWM:
         return {"skipped_updates": total, "skipped_in_a_row": row}
 
     def fall_back(self) -> str | None:
-        """Take a precision with a wider range, if products ran in fp16; its name, else None.
+        """Take a precision with a wider range, if GEMMs ran in fp16; its name, else None.
 
         It is ``bf16``, or ``exact`` where some operation has no 16-bit form and ran without.
         Skips in a row are counted anew.

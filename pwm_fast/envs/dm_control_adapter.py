@@ -66,7 +66,7 @@ class DMControlEnv(_host.HostEnv):
         try:
             for i in range(num_envs):
                 growth.check(i)
-                random = {"random": _random_state(seed, i)}
+                random = {"random": np.random.RandomState(seeding.words(seed, i))}
                 try:
                     self._envs.append(suite.load(domain, task, task_kwargs=random))
                 except AttributeError as error:  # it mirrors MuJoCo's structs, version by version
@@ -228,10 +228,6 @@ def _forget_renderer(error: BaseException) -> None:
         made: Any = frame.f_locals.get("self")
         if type(made).__name__ == "MjrContext" and not hasattr(made, "_ptr"):
             made._gl_context = None
-
-
-def _random_state(seed: int, env: int) -> np.random.RandomState:
-    return np.random.RandomState(seeding.words(seed, env))
 
 
 def _flat(observation: dict[str, Any]) -> np.ndarray:

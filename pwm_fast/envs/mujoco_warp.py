@@ -228,17 +228,9 @@ class MujocoWarpEnv(RobotBatch):
             )
         if self._cuda_stream is not None:
             torch.cuda.synchronize(self.device)
-        data = self._data
         self._qpos, self._qvel, self._ctrl, self._warmstart, self._time, self._overflow = (
-            self._wp.to_torch(array)
-            for array in (
-                data.qpos,
-                data.qvel,
-                data.ctrl,
-                data.qacc_warmstart,
-                data.time,
-                data.overflow,
-            )
+            self._wp.to_torch(getattr(self._data, name))
+            for name in ("qpos", "qvel", "ctrl", "qacc_warmstart", "time", "overflow")
         )
         kinds = self._mjw.OverflowType
         # Not the limits of the solver's iterations, of which the native engine says nothing either.

@@ -48,8 +48,8 @@ def others_are_untouched(step, expected):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
 
 
-def place(env, world, **coordinates):
+def place(env, row, **coordinates):
     """Write entries of one env's state, ``qpos_2=0.1``."""
     for key, value in coordinates.items():
         field, index = key.split("_")
-        getattr(env, f"_{field}")[world, int(index)] = value
+        getattr(env, f"_{field}")[row, int(index)] = value

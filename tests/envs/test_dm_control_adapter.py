@@ -62,21 +62,21 @@ def test_protocol():
 def test_matches_dm_control_itself(repeat):
     env = dmc("hopper", "hop", seed=4, action_repeat=repeat, max_episode_steps=15)
     randoms = [np.random.RandomState(words(4, i)) for i in range(2)]
-    worlds = [suite.load("hopper", "hop", task_kwargs={"random": random}) for random in randoms]
-    for world in worlds:
-        world.reset()
+    raws = [suite.load("hopper", "hop", task_kwargs={"random": random}) for random in randoms]
+    for raw in raws:
+        raw.reset()
     for t, action in enumerate(random_actions(env, 30)):
         obs, reward, terminated, truncated, info = env.step(action)
-        for i, world in enumerate(worlds):
+        for i, raw in enumerate(raws):
             total = 0.0
             for _ in range(repeat):
-                step = world.step(action[i].double().numpy())
+                step = raw.step(action[i].double().numpy())
                 total += step.reward
             expected = np.float32(np.concatenate([np.ravel(x) for x in step.observation.values()]))
             np.testing.assert_array_equal(info["final_obs"][i].numpy(), expected)
             assert reward[i].item() == np.float32(total)
             if t % 15 == 14:
-                step = world.reset()
+                step = raw.reset()
                 expected = np.concatenate([np.ravel(x) for x in step.observation.values()])
             np.testing.assert_array_equal(obs[i].numpy(), np.float32(expected))
         assert not terminated.any()
@@ -103,7 +103,7 @@ def test_actions_are_stretched():
     env = dmc("pendulum", "swingup", 3, action_repeat=1)
     env._low, env._high = np.array([-0.5]), np.array([1.0])
     env.step(torch.tensor([[-1.0], [0.0], [9.0]]))
-    assert [world.physics.data.ctrl[0] for world in env._envs] == [-0.5, 0.25, 1.0]
+    assert [raw.physics.data.ctrl[0] for raw in env._envs] == [-0.5, 0.25, 1.0]
 
 
 def test_partial_reset_and_seeds():
@@ -122,7 +122,7 @@ def test_partial_reset_and_seeds():
     assert not torch.equal(env.reset(seed=4)[0], other.reset(seed=3)[0])
 
 
-def test_divergence_restarts_one_world():
+def test_divergence_restarts_one_env():
     env, other = dmc("cheetah", "run", 3), dmc("cheetah", "run", 3)
     sequence = random_actions(env, 3)
     before, *_ = env.step(sequence[0])
@@ -202,7 +202,7 @@ def test_rewards_that_are_one_number(reward, monkeypatch):
     assert env.step(torch.zeros(1, 6))[1].tolist() == [4.0]
 
 
-def test_faults_name_their_world(monkeypatch):
+def test_faults_name_their_env(monkeypatch):
     env = dmc("cheetah", "run")
     monkeypatch.setattr(env._envs[1].task, "get_reward", lambda physics: np.ones(2))
     with pytest.raises(EnvironmentFault, match=r"cheetah run, env 1, step 1 .* reward must be"):
@@ -218,7 +218,7 @@ def test_faults_name_their_world(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("z"), TypeError("t"), AttributeError("a")])
-def test_whatever_a_task_raises_names_its_world(error, monkeypatch):
+def test_whatever_a_task_raises_names_its_env(error, monkeypatch):
     def fails(*_, **__):
         raise error
 

@@ -65,21 +65,21 @@ def test_protocol():
 
 def test_matches_gymnasium_itself():
     env = make("gym", 2, id="Hopper-v5", seed=3, max_episode_steps=40)
-    worlds = [gymnasium.make("Hopper-v5", max_episode_steps=40) for _ in range(2)]
-    starts = [w.reset(seed=s)[0] for w, s in zip(worlds, env_seeds(3, 2), strict=True)]
+    raws = [gymnasium.make("Hopper-v5", max_episode_steps=40) for _ in range(2)]
+    starts = [w.reset(seed=s)[0] for w, s in zip(raws, env_seeds(3, 2), strict=True)]
     obs, _ = make("gym", 2, id="Hopper-v5", seed=3).reset(seed=3)
     np.testing.assert_array_equal(obs.numpy(), np.float32(starts))
     ended = 0
     for action in random_actions(env, 60):
         obs, reward, terminated, truncated, info = env.step(action)
-        for i, world in enumerate(worlds):
-            o, r, t, u, _ = world.step(action[i].numpy())
+        for i, raw in enumerate(raws):
+            o, r, t, u, _ = raw.step(action[i].numpy())
             np.testing.assert_array_equal(info["final_obs"][i].numpy(), np.float32(o))
             assert reward[i].item() == np.float32(r)
             assert (terminated[i].item(), truncated[i].item()) == (t, u)
             if t or u:
                 ended += 1
-                o, _ = world.reset()
+                o, _ = raw.reset()
             np.testing.assert_array_equal(obs[i].numpy(), np.float32(o))
     assert ended >= 2
 
@@ -115,7 +115,7 @@ def test_partial_reset():
     assert obs[:, 0].tolist() == [3.0, 1.0, 3.0]
 
 
-def test_a_world_without_a_number_is_restarted():
+def test_an_env_without_a_number_is_restarted():
     env = GymnasiumEnv(counters({"ends": 9}, {"ends": 9, "nan_at": 2}), max_episode_steps=10)
     env.step(torch.zeros(2, 2))
     with pytest.warns(RuntimeWarning, match="1 of 2 envs diverged"):

@@ -114,7 +114,7 @@ def test_time_limit(name, engine):
     ("name", "low"),
     [("hopper", {"qpos_1": -0.7}), ("ant", {"qpos_2": 0.26, "qpos_3": 0.0, "qpos_4": 1.0})],
 )
-def test_termination_restarts_one_world(name, low, engine):
+def test_termination_restarts_one_env(name, low, engine):
     env, other = make(name, 3, engine=engine, seed=6), make(name, 3, engine=engine, seed=6)
     place(env, 1, **low)
     action = random_actions(env, 1)[0]
@@ -131,7 +131,7 @@ def test_termination_restarts_one_world(name, low, engine):
 
 @on_both
 @pytest.mark.parametrize("name", NAMES)
-def test_partial_reset_leaves_other_worlds_alone(name, engine):
+def test_partial_reset_leaves_other_envs_alone(name, engine):
     env, other = make(name, 3, engine=engine, seed=7), make(name, 3, engine=engine, seed=7)
     steps = 20 if engine == "mujoco" else 5
     for action in random_actions(env, steps):
@@ -266,7 +266,7 @@ def test_divergence(name, value, engine, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["", 'autoreset="disable" '])
-def test_mujoco_does_not_reset_a_world_unseen(flag, tmp_path, monkeypatch):
+def test_mujoco_does_not_reset_an_env_unseen(flag, tmp_path, monkeypatch):
     """Whatever the model of a task says of it; with a mass whose acceleration alone is bad."""
     monkeypatch.chdir(tmp_path)
 
@@ -290,7 +290,7 @@ def test_mujoco_does_not_reset_a_world_unseen(flag, tmp_path, monkeypatch):
     assert (env._batch.warning == counts).all()
 
 
-def test_an_error_of_the_physics_ends_that_world(monkeypatch):
+def test_an_error_of_the_physics_ends_that_env(monkeypatch):
     env = make("ant", 3, seed=12)
     step = env._batch.step
 

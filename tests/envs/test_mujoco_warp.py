@@ -39,8 +39,8 @@ class FreeCart(CartPole):
         return super().mjcf().replace('limited="true" range="-4 4"', "")
 
 
-def pair(task, worlds, seed=0):
-    return MujocoWarpEnv(task(), worlds, device="cpu", seed=seed), MujocoEnv(task(), worlds)
+def pair(task, num_envs, seed=0):
+    return MujocoWarpEnv(task(), num_envs, device="cpu", seed=seed), MujocoEnv(task(), num_envs)
 
 
 def put(warp, native):
@@ -503,7 +503,7 @@ def test_what_went_wrong_on_a_gpu_is_said_later(gpu):
 
 
 @on_gpu
-def test_every_world_on_a_second_gpu(gpu):
+def test_every_env_on_a_second_gpu(gpu):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     second = torch.device("cuda", 1)
@@ -513,7 +513,7 @@ def test_every_world_on_a_second_gpu(gpu):
 
 
 @on_gpu
-def test_one_seed_gives_one_run_of_a_world_on_a_gpu(gpu):
+def test_one_seed_gives_one_run_of_an_env_on_a_gpu(gpu):
     """Repetitions of the same actions agree while rounding has not grown."""
     runs = []
     for _ in range(2):

@@ -17,7 +17,7 @@
 # disable_env_checker=True, gives the wrong final_obs in silence as before.
 #
 # What it means for pwm_fast: its Gymnasium adapter copies each observation within the world's step, also
-# in the processes of an AsyncVectorEnv (pwm_fast/envs/_gymnasium_world.py).
+# in the processes of an AsyncVectorEnv (pwm_fast/envs/_guard.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -26,7 +26,7 @@ _MESSAGES = (
     "std::bad_alloc",
     "Failed to allocate",  # Warp
 )
-WORLDS = "num_envs, or the episodes of an evaluation"
+ENVS = "num_envs, or the episodes of an evaluation"
 
 
 @contextmanager
@@ -113,7 +113,6 @@ def _machine() -> int | None:
         for line in Path("/proc/meminfo").read_text("ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except OSError:
         pass
     try:

@@ -1,4 +1,4 @@
-"""Experience replay: one packed, preallocated ring per world, on the training device."""
+"""Experience replay: one packed, preallocated ring per env, on the training device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Windows(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """An episode of T steps in one world.
+    """An episode of T steps in one env.
 
     Attributes:
         obs: ``[T+1, O]``; the last is the one after the last step.
@@ -43,9 +43,9 @@ class Episode(NamedTuple):
 
 
 class Replay:
-    """Stores the steps of N worlds and samples windows that never cross an episode's end.
+    """Stores the steps of N envs and samples windows that never cross an episode's end.
 
-    A row is ``[obs, action, reward, terminated]``; each world writes its own ring of T rows. After
+    A row is ``[obs, action, reward, terminated]``; each env writes its own ring of T rows. After
     a transition the true next observation (``final_obs``) goes into the following row. If the
     episode goes on, the next transition overwrites that row with the same observation and its
     action; if it ended, the row stays as the terminal observation and the next episode starts
@@ -55,7 +55,7 @@ class Replay:
     the device.
 
     Args:
-        capacity: transitions to hold, over all worlds.
+        capacity: transitions to hold, over all envs.
         num_envs: N.
         obs_dim: O.
         action_dim: A.
@@ -63,7 +63,7 @@ class Replay:
         device: where the rows live.
 
     Raises:
-        ValueError: the capacity holds no window for each world.
+        ValueError: the capacity holds no window for each env.
     """
 
     @torch.inference_mode(False)  # its buffers are written to in any mode
@@ -79,7 +79,7 @@ class Replay:
         rows = capacity // num_envs
         if rows < horizon + 2:
             raise ValueError(
-                f"alg.replay_capacity={capacity} leaves {rows} rows for each of {num_envs} worlds; "
+                f"alg.replay_capacity={capacity} leaves {rows} rows for each of {num_envs} envs; "
                 f"a window of {horizon} transitions needs {horizon + 2}: at least "
                 f"{num_envs * (horizon + 2)}"
             )
@@ -92,7 +92,7 @@ class Replay:
         self._run = torch.zeros(num_envs, rows, dtype=torch.int32, device=self.device)
         self._cursor = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
         self._length = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
-        self._worlds = torch.arange(num_envs, device=self.device)
+        self._env_index = torch.arange(num_envs, device=self.device)
         self._window_cdf: Tensor | None = None
         self._row_cdf: Tensor | None = None
 
@@ -105,7 +105,7 @@ class Replay:
         done: Tensor,
         final_obs: Tensor,
     ) -> None:
-        """Store one step of every world.
+        """Store one step of every env.
 
         Args:
             obs: ``[N, O]`` that was acted on.
@@ -119,15 +119,15 @@ class Replay:
         parts = (obs, action, reward.unsqueeze(-1), terminated.unsqueeze(-1))
         row = torch.cat([p.to(self.device, self._data.dtype) for p in parts], dim=-1)
         done = done.to(self.device)
-        self._data[self._worlds, self._cursor] = row
+        self._data[self._env_index, self._cursor] = row
         self._length += 1
-        self._run[self._worlds, self._cursor] = self._length
+        self._run[self._env_index, self._cursor] = self._length
 
         following = (self._cursor + 1) % self.rows
         tail = torch.zeros_like(row)
         tail[:, : self.obs_dim] = final_obs
-        self._data[self._worlds, following] = tail
-        self._run[self._worlds, following] = 0
+        self._data[self._env_index, following] = tail
+        self._run[self._env_index, following] = 0
 
         self._length.masked_fill_(done, 0)
         self._cursor = torch.where(done, (self._cursor + 2) % self.rows, following)
@@ -136,7 +136,7 @@ class Replay:
     def add_episodes(self, episodes: Sequence[Episode]) -> None:
         """Store whole episodes, which are all at hand, before any step was added.
 
-        Each goes to the world whose ring is the emptiest then. Like steps that were added, they are
+        Each goes to the env whose ring is the emptiest then. Like steps that were added, they are
         overwritten, the first ones first, when the ring has come round.
 
         Args:
@@ -147,33 +147,33 @@ class Replay:
         """
         if len(self):
             raise ValueError(f"episodes go into an empty replay; it holds {len(self)} transitions")
-        emptiest = [(0, world) for world in range(self.num_envs)]
+        emptiest = [(0, env) for env in range(self.num_envs)]
         places = []
         for episode in episodes:  # one more row than steps: the last observation
-            used, world = heapq.heappop(emptiest)
-            places.append((world, used))
-            heapq.heappush(emptiest, (used + len(episode.obs), world))
+            used, env = heapq.heappop(emptiest)
+            places.append((env, used))
+            heapq.heappush(emptiest, (used + len(episode.obs), env))
         most = max(used for used, _ in emptiest)
         if most > self.rows:
             raise ValueError(
                 f"{len(episodes)} episodes with {sum(len(e.action) for e in episodes)} transitions "
                 f"do not fit: alg.replay_capacity must be at least {most * self.num_envs} for "
-                f"{self.num_envs} worlds, got {self.rows * self.num_envs}"
+                f"{self.num_envs} envs, got {self.rows * self.num_envs}"
             )
-        for (world, start), episode in zip(places, episodes, strict=True):
+        for (env, start), episode in zip(places, episodes, strict=True):
             steps = len(episode.action)
             tail = torch.zeros(1, self._data.shape[-1] - self.obs_dim, device="cpu")
             parts = (episode.action, episode.reward[:, None], episode.terminated[:, None])
             rest = torch.cat([torch.cat([p.to(tail) for p in parts], dim=-1), tail])
             rows = torch.cat([episode.obs.to(tail), rest], dim=-1)
-            self._data[world, start : start + steps + 1] = rows.to(self.device)
-            self._run[world, start : start + steps] = torch.arange(1, steps + 1, device="cpu")
-        for used, world in emptiest:
-            self._cursor[world] = used % self.rows
+            self._data[env, start : start + steps + 1] = rows.to(self.device)
+            self._run[env, start : start + steps] = torch.arange(1, steps + 1, device="cpu")
+        for used, env in emptiest:
+            self._cursor[env] = used % self.rows
         self._window_cdf = self._row_cdf = None
 
     def end_episodes(self) -> None:
-        """End the open episode of every world, as truncated: the next step begins another one.
+        """End the open episode of every env, as truncated: the next step begins another one.
 
         The observation after an episode's last step, which is there already, becomes its final one.
         """
@@ -191,10 +191,10 @@ class Replay:
         if self._window_cdf is None:
             self._window_cdf = self._window_ends().flatten().cumsum(0)
         index = self._draw(self._window_cdf, batch_size, generator)
-        world, end = index // self.rows, index % self.rows
+        env, end = index // self.rows, index % self.rows
         offsets = torch.arange(1 - self.horizon, 2, device=self.device).unsqueeze(-1)
         # [H+1, B, F]: advanced indexing gathers the windows time first.
-        windows = self._data[world, (end + offsets) % self.rows]
+        windows = self._data[env, (end + offsets) % self.rows]
         o, a = self.obs_dim, self.action_dim
         return Windows(
             windows[..., :o],
@@ -219,7 +219,7 @@ class Replay:
         return int(self._run.amax())
 
     def ended(self) -> Tensor:
-        """Episodes ``[N]`` of each world that have ended and whose first step is held."""
+        """Episodes ``[N]`` of each env that have ended and whose first step is held."""
         going_on = (self._length > 0) & (self._length < self.rows)  # and its first step is held
         return (self._run == 1).sum(1) - going_on.long()
 
@@ -243,12 +243,12 @@ class Replay:
         """Continue with the contents of :meth:`state_dict`.
 
         Raises:
-            ValueError: they are of other worlds, observations, actions, capacity or horizon.
+            ValueError: they are of other envs, observations, actions, capacity or horizon.
         """
         shape = [self.num_envs, self.rows, self.obs_dim, self.action_dim, self.horizon]
         if list(state["shape"]) != shape:
             raise ValueError(
-                "the saved replay has [worlds, rows, obs, action, horizon] = "
+                "the saved replay has [envs, rows, obs, action, horizon] = "
                 f"{list(state['shape'])}, this run needs {shape}"
             )
         used = state["data"].shape[1]

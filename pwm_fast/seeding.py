@@ -1,8 +1,8 @@
 """Independent streams of random numbers, one for everything that a seed is used for.
 
-A sum such as ``seed + i`` gives worlds of neighbouring seeds, and evaluations of neighbouring runs,
+A sum such as ``seed + i`` gives envs of neighbouring seeds, and evaluations of neighbouring runs,
 the same episodes. Here NumPy's ``SeedSequence`` hashes the seed, what it is for and the number of
-the world: other numbers in any of them are other streams.
+the env: other numbers in any of them are other streams.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Purpose(IntEnum):
     """What a seed is used for. The numbers decide the streams: a new purpose gets a new one."""
 
     AGENT = 0  # the global generators: first weights, actions, noise, batches
-    TRAINING = 1  # worlds that a run collects in
+    TRAINING = 1  # envs that a run collects in
     RESUMED = 2  # the same after a resume that could not restore them
     EVALUATION = 3  # evaluations of a run, which all start alike
     FINAL_EVALUATION = 4  # the one at its end
@@ -90,10 +90,10 @@ def words(seed: int, *numbers: int) -> np.ndarray:
     return np.random.SeedSequence(checked(seed), spawn_key=numbers).generate_state(4)
 
 
-def world_seeds(seed: int, count: int) -> list[int]:
-    """Seeds of ``count`` worlds of another library, all different; the first are the same for all.
+def env_seeds(seed: int, count: int) -> list[int]:
+    """Seeds of ``count`` envs of another library, all different; the first are the same for all.
 
-    They have 31 bits, which every library takes: of two seeds' worlds any two are alike with a
+    They have 31 bits, which every library takes: of two seeds' envs any two are alike with a
     probability of 5e-10.
 
     Raises:
@@ -101,10 +101,10 @@ def world_seeds(seed: int, count: int) -> list[int]:
         ValueError: the seed is out of range.
     """
     found: dict[int, None] = {}
-    for world in range(count):
+    for env in range(count):
         draw = 0
-        while len(found) == world:
-            found.setdefault(int(words(seed, world, draw)[0]) >> 1)
+        while len(found) == env:
+            found.setdefault(int(words(seed, env, draw)[0]) >> 1)
             draw += 1
     return list(found)
 

@@ -64,9 +64,9 @@ def test_updates_name_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
     memory.require(1, "a byte", "it", "cpu")
-    match = r"^8 worlds need at least 1073741824.0 GiB of memory, and device cpu has \d+.* left:"
+    match = r"^8 envs need at least 1073741824.0 GiB of memory, and device cpu has \d+.* left:"
     with pytest.raises(OutOfMemory, match=match):
-        memory.require(2**60, "8 worlds", "num_envs", "cpu")
+        memory.require(2**60, "8 envs", "num_envs", "cpu")
 
 
 def test_room_that_nobody_knows_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_growth_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_resident", lambda: used[0])
     for count, fits in ((1000, False), (400, True), (20, True)):
         used[0] = 30_000_000
-        growth = Growth(count, f"{count} worlds", "num_envs")
+        growth = Growth(count, f"{count} envs", "num_envs")
         growth.require(1000)
         made = 0
         try:
@@ -99,6 +99,6 @@ def test_growth_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
                 used[0] += 1_000_000
         except OutOfMemory as error:
             assert not fits and made == 64
-            assert str(error).startswith("1000 worlds need at least 0.9 GiB")
+            assert str(error).startswith("1000 envs need at least 0.9 GiB")
         else:
             assert fits

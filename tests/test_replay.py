@@ -16,7 +16,7 @@ from pwm_fast.replay import Episode, Replay, Windows
 from tests.agent.no_sync import no_sync
 
 OBS, ACTION = 4, 2
-Key = tuple[int, int, int]  # world, episode, first step
+Key = tuple[int, int, int]  # env, episode, first step
 
 
 class Record(NamedTuple):
@@ -30,34 +30,34 @@ class Record(NamedTuple):
 class Recorder:
     """Feeds a replay with episodes whose observations say where they come from.
 
-    An observation is ``[world, episode, step, is_terminal]``; the action, reward and flag of a
+    An observation is ``[env, episode, step, is_terminal]``; the action, reward and flag of a
     transition are computed from its numbers.
     """
 
     def __init__(self, replay: Replay, seed: int, done: float, *, terminal: float = 0.5) -> None:
         self.replay, self.random = replay, random.Random(seed)
         self.done_probability, self.terminal = done, terminal
-        worlds = replay.num_envs
-        self.episode, self.step = [0] * worlds, [0] * worlds
-        self.logs: list[list[Record]] = [[] for _ in range(worlds)]
+        num_envs = replay.num_envs
+        self.episode, self.step = [0] * num_envs, [0] * num_envs
+        self.logs: list[list[Record]] = [[] for _ in range(num_envs)]
         self.ended_terminal: dict[tuple[int, int], bool] = {}
 
     def add(self) -> None:
-        worlds = self.replay.num_envs
+        num_envs = self.replay.num_envs
         obs = torch.tensor(
-            [[n, self.episode[n], self.step[n], 0] for n in range(worlds)], dtype=torch.float32
+            [[n, self.episode[n], self.step[n], 0] for n in range(num_envs)], dtype=torch.float32
         )
         final = obs.clone()
         final[:, 2] += 1
-        done = torch.zeros(worlds, dtype=torch.bool)
-        terminated = torch.zeros(worlds, dtype=torch.bool)
-        for n in range(worlds):
+        done = torch.zeros(num_envs, dtype=torch.bool)
+        terminated = torch.zeros(num_envs, dtype=torch.bool)
+        for n in range(num_envs):
             if self.random.random() < self.done_probability:
                 done[n] = True
                 terminated[n] = self.random.random() < self.terminal
         final[done, 3] = 1
         self.replay.add(obs, action_of(obs), reward_of(obs), terminated, done, final)
-        for n in range(worlds):
+        for n in range(num_envs):
             self.logs[n].append(Record(self.episode[n], self.step[n], True))
             self.step[n] += 1
             if done[n]:
@@ -120,8 +120,8 @@ def check(windows: Windows, recorder: Recorder) -> Counter[Key]:
     assert torch.equal(windows.reward, reward_of(windows.obs[:-1]))
     assert windows.terminated[:-1].eq(0).all()
     for b in range(batch):
-        world, episode, _, last = windows.obs[-1, b].int().tolist()
-        terminal = bool(last) and recorder.ended_terminal[world, episode]
+        env, episode, _, last = windows.obs[-1, b].int().tolist()
+        terminal = bool(last) and recorder.ended_terminal[env, episode]
         assert windows.terminated[-1, b].item() == float(terminal)
     return Counter(tuple(row) for row in windows.obs[0, :, :3].int().tolist())
 
@@ -135,7 +135,7 @@ def uniform(counts: Counter[Key], expected: set[Key]) -> None:
     assert chi2 <= freedom + 6 * (2 * freedom) ** 0.5 + 6
 
 
-CASES = [  # worlds, rows, horizon, probability of an episode's end
+CASES = [  # envs, rows, horizon, probability of an episode's end
     (1, 5, 3, 0.0),
     (2, 9, 3, 0.15),
     (3, 20, 4, 0.1),
@@ -145,13 +145,13 @@ CASES = [  # worlds, rows, horizon, probability of an episode's end
 ]
 
 
-@pytest.mark.parametrize(("worlds", "rows", "horizon", "done"), CASES)
+@pytest.mark.parametrize(("num_envs", "rows", "horizon", "done"), CASES)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_windows_are_exactly_those_held(
-    worlds: int, rows: int, horizon: int, done: float, seed: int
+    num_envs: int, rows: int, horizon: int, done: float, seed: int
 ) -> None:
     """Five times round the ring: the count is exact, and no sampled window is a wrong one."""
-    replay = Replay(worlds * rows, worlds, OBS, ACTION, horizon)
+    replay = Replay(num_envs * rows, num_envs, OBS, ACTION, horizon)
     recorder = Recorder(replay, seed, done)
     seen_terminal = 0
     for _ in range(5 * rows):
@@ -166,12 +166,12 @@ def test_windows_are_exactly_those_held(
     assert (seen_terminal > 0) == (done > 0 and (done < 1 or horizon == 1))
 
 
-@pytest.mark.parametrize(("worlds", "rows", "horizon", "done"), CASES)
+@pytest.mark.parametrize(("num_envs", "rows", "horizon", "done"), CASES)
 def test_episodes_that_are_ended_from_outside(
-    worlds: int, rows: int, horizon: int, done: float
+    num_envs: int, rows: int, horizon: int, done: float
 ) -> None:
     """At any step: windows stay those of single episodes, and no step that was held is lost."""
-    replay = Replay(worlds * rows, worlds, OBS, ACTION, horizon)
+    replay = Replay(num_envs * rows, num_envs, OBS, ACTION, horizon)
     recorder = Recorder(replay, 7, done)
     for _ in range(4 * rows):
         if recorder.random.random() < 0.2:
@@ -264,9 +264,9 @@ def test_generator_decides_what_is_sampled() -> None:
 
 
 def test_too_small_a_capacity_is_refused() -> None:
-    """H + 2 rows for each world are the least; the message names the key and what would do."""
+    """H + 2 rows for each env are the least; the message names the key and what would do."""
     Replay(4 * 6, 4, OBS, ACTION, 4)
-    message = r"alg.replay_capacity=23 leaves 5 rows for each of 4 worlds.* needs 6: at least 24"
+    message = r"alg.replay_capacity=23 leaves 5 rows for each of 4 envs.* needs 6: at least 24"
     with pytest.raises(ValueError, match=message):
         Replay(23, 4, OBS, ACTION, 4)
 
@@ -378,7 +378,7 @@ def test_adding_and_sampling_never_wait_for_the_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_worlds_on_the_cpu_and_policy_and_replay_on_the_gpu() -> None:
+def test_envs_on_the_cpu_and_policy_and_replay_on_the_gpu() -> None:
     """Observations come from the environment's device, actions from the policy's."""
     replay = Replay(40, 2, OBS, ACTION, 1, "cuda")
     flag = torch.zeros(2, dtype=torch.bool)
@@ -396,7 +396,7 @@ def load(recorder: Recorder, lengths: list[int]) -> list[Episode]:
     replay, used = recorder.replay, [0] * recorder.replay.num_envs
     episodes = []
     for length in lengths:
-        n = min(range(len(used)), key=lambda world: (used[world], world))
+        n = min(range(len(used)), key=lambda env: (used[env], env))
         used[n] += length + 1
         episode = recorder.episode[n]
         obs = torch.tensor([[n, episode, t, 0] for t in range(length + 1)], dtype=torch.float32)
@@ -413,7 +413,7 @@ def load(recorder: Recorder, lengths: list[int]) -> list[Episode]:
 
 
 @pytest.mark.parametrize(
-    ("worlds", "rows", "lengths", "steps"),
+    ("num_envs", "rows", "lengths", "steps"),
     [
         (1, 12, [3, 5], 0),
         (1, 12, [11], 0),  # the ring is just full
@@ -428,9 +428,9 @@ def load(recorder: Recorder, lengths: list[int]) -> list[Episode]:
 )
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_whole_episodes(
-    worlds: int, rows: int, lengths: list[int], steps: int, horizon: int
+    num_envs: int, rows: int, lengths: list[int], steps: int, horizon: int
 ) -> None:
-    replay = Replay(rows * worlds, worlds, OBS, ACTION, horizon)
+    replay = Replay(rows * num_envs, num_envs, OBS, ACTION, horizon)
     recorder = Recorder(replay, seed=0, done=0.2)
     load(recorder, lengths)
     for step in range(steps + 1):
@@ -446,7 +446,7 @@ def test_whole_episodes(
     drawn = replay.sample_obs(500) if len(replay) else torch.zeros(0, OBS)
     assert set(map(tuple, drawn[:, :3].int().tolist())) == recorder.acted_on()
     # And through a checkpoint.
-    other = Replay(rows * worlds, worlds, OBS, ACTION, horizon)
+    other = Replay(rows * num_envs, num_envs, OBS, ACTION, horizon)
     other.load_state_dict(replay.state_dict())
     assert other.num_windows() == replay.num_windows() and len(other) == len(replay)
 

@@ -11,7 +11,7 @@ import torch
 
 from pwm_fast import seeding
 from pwm_fast.run.build import seed_everything
-from pwm_fast.seeding import Purpose, stream, words, world_seeds
+from pwm_fast.seeding import Purpose, env_seeds, stream, words
 
 # Neighbours, and what has the same lowest 31, 32 or 40 bits.
 SEEDS = (*range(70), 1_000_003, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**40, 2**63 - 1)
@@ -32,22 +32,22 @@ def test_streams_differ() -> None:
     assert all(seeding.in_range(s) for s in streams), "a stream can seed an environment"
 
 
-def test_worlds_differ() -> None:
+def test_envs_differ() -> None:
     streams = [stream(seed, purpose) for seed in range(8) for purpose in Purpose]
-    seeds = [seed for s in (*streams, *SEEDS) for seed in world_seeds(s, 64)]
+    seeds = [seed for s in (*streams, *SEEDS) for seed in env_seeds(s, 64)]
     assert len(set(seeds)) == len(seeds)
     assert all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
-    bits = {words(s, world).tobytes() for s in (*streams, *SEEDS) for world in range(64)}
+    bits = {words(s, env).tobytes() for s in (*streams, *SEEDS) for env in range(64)}
     assert len(bits) == len(seeds)
 
 
-def test_the_first_worlds_are_the_same_for_all() -> None:
-    assert world_seeds(5, 12) == world_seeds(5, 200)[:12]
+def test_the_first_envs_are_the_same_for_all() -> None:
+    assert env_seeds(5, 12) == env_seeds(5, 200)[:12]
 
 
-def test_worlds_of_one_seed_never_coincide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeding, "words", lambda seed, world, draw: np.array([2 * (draw // 2)]))
-    assert world_seeds(0, 5) == [0, 1, 2, 3, 4]
+def test_envs_of_one_seed_never_coincide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeding, "words", lambda seed, env, draw: np.array([2 * (draw // 2)]))
+    assert env_seeds(0, 5) == [0, 1, 2, 3, 4]
 
 
 def test_streams_are_what_they_were() -> None:
@@ -55,7 +55,7 @@ def test_streams_are_what_they_were() -> None:
     assert stream(0, Purpose.TRAINING) == GOLDEN[0]
     assert stream(2**40 + 7, Purpose.RESUMED, 3, 11) == GOLDEN[1]
     assert seeding.generator_seed(42) == GOLDEN[2]
-    assert world_seeds(42, 3) == GOLDEN[3]
+    assert env_seeds(42, 3) == GOLDEN[3]
     assert [p.value for p in Purpose] == list(range(11))
 
 
@@ -77,7 +77,7 @@ def test_global_generators() -> None:
 def test_what_is_no_seed(seed: object, kind: type[Exception]) -> None:
     for call in (
         lambda s: stream(s, Purpose.TRAINING),
-        lambda s: world_seeds(s, 2),
+        lambda s: env_seeds(s, 2),
         words,
         seeding.generator_seed,
         seed_everything,

@@ -176,21 +176,18 @@ class CapturedUpdate:
     def _record(self, inputs: tuple[Tensor | None, ...]) -> _Recording:
         own = self._own(inputs)
         copies = [] if self.in_place else [x for x in own if x is not None]
-        names: tuple[str, ...] = ()
-        values: Tensor | None = None
-        handed: tuple[Tensor | None, ...] = ()
-        gradients: tuple[Tensor, ...] = ()
+        read: list[tuple[Any, ...]] = []
 
         def function() -> list[Tensor]:
-            nonlocal names, values, handed, gradients
-            result = self.function(*own)
-            names, handed, gradients = tuple(result.metrics), result.handed, result.gradients
+            metrics, handed, gradients = self.function(*own)
             # One tensor: a replay's caller copies it once.
-            values = torch.stack(list(result.metrics.values())) if names else None
+            values = torch.stack(list(metrics.values())) if metrics else None
+            read.append((tuple(metrics), values, handed, gradients))
             return [x for x in (values, *handed, *gradients) if x is not None]
 
         replay = self.recorder.record(function)
         self.recorded += 1
+        names, values, handed, gradients = read[-1]
         return _Recording(own, copies, names, values, handed, gradients, replay)
 
     def _replay(self, recording: _Recording, inputs: Sequence[Tensor | None]) -> Update:

@@ -38,7 +38,6 @@ def imagine(
         The rollout, without values; rewards are in the environment's units (a scalar head: as it
         was trained).
     """
-    embedding = model.embed(task, z)
     return ops.imagine(
         z,
         actor.policy(),
@@ -46,7 +45,7 @@ def imagine(
         model.heads(symlog_rewards=symlog_rewards),
         noise=noise,
         detach=detach,
-        task=embedding[0] if embedding else None,
+        task=model.task_input(task, z),
     )
 
 

@@ -64,7 +64,6 @@ def weighted_loss(
     """
     if tau is None and config.tau_sampling == "midpoint":
         tau = torch.full(action.shape[:2], 0.5, dtype=obs.dtype, device=obs.device)
-    embedding = model.embed(task, obs[0])
     loss = ops.world_model_loss(
         obs,
         action,
@@ -78,7 +77,7 @@ def weighted_loss(
         start=config.flow_start,  # type: ignore[arg-type]
         start_noise=config.start_noise,
         target_grad=config.target_grad,
-        task=embedding[0] if embedding else None,
+        task=model.task_input(task, obs[0]),
     )
     reward_loss = loss.reward / action.shape[0] if config.mean_reward_loss else loss.reward
     total = discounted(config.dynamics_coef, loss.dynamics)

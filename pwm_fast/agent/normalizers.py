@@ -77,8 +77,8 @@ class RunningMeanStd(nn.Module):
         Returns:
             As ``x``, computed in float32 at least.
         """
-        wide = widen(x)  # in 16 bits a mean far from 0 would lose what is around it
+        y = widen(x)  # in 16 bits a mean far from 0 would lose what is around it
         if centre:
-            wide = wide - self.mean.to(wide.dtype)
-        wide = wide / self.scale(dtype=wide.dtype)
-        return (wide if clip is None else wide.clamp(-clip, clip)).to(x.dtype)
+            y = y - self.mean.to(y.dtype)
+        y = y / self.scale(dtype=y.dtype)
+        return (y if clip is None else y.clamp(-clip, clip)).to(x.dtype)

@@ -250,6 +250,6 @@ def _laid_out_as(p: Tensor, g: Tensor) -> Tensor:
     """``g`` in the memory order of ``p``.
 
     Fused Adam walks through both in the order of memory: a transposed gradient, such as a batched
-    product's, would update the wrong entries (torch 2.13 on the CPU).
+    GEMM's, would update the wrong entries (torch 2.13 on the CPU).
     """
     return g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)

@@ -17,7 +17,7 @@ from pwm_fast.agent.losses import weighted_loss
 from pwm_fast.agent.normalizers import RunningMeanStd
 from pwm_fast.agent.optim import GuardedAdam
 from pwm_fast.agent.state import OPTIMIZER_KEYS, check, not_finite
-from pwm_fast.config import AlgConfig
+from pwm_fast.config import ActorConfig, AlgConfig, CriticConfig, ModelLearningConfig
 from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
 from pwm_fast.ops import ImaginedRollout, extend
 from pwm_fast.replay import Windows
@@ -41,7 +41,7 @@ class PWM:
         can_terminate: the task can end in a terminal state, so the model learns where.
         device: where everything lives.
         graphs: replay the updates from CUDA graphs; None is on CUDA alone.
-        precision: of matrix products, of :data:`pwm_fast.ops.extend.PRECISIONS`.
+        precision: of GEMMs, of :data:`pwm_fast.ops.extend.PRECISIONS`.
         recorder: records the graphs, for a device without them.
     """
 
@@ -90,26 +90,14 @@ class PWM:
         self.reward_rms = RunningMeanStd().to(self.device)
         self.return_rms = RunningMeanStd().to(self.device)
         self.optimizers = {
-            "wm": GuardedAdam(
-                self.world_model.parameters(),
-                config.model_learning.lr,
-                config.model_learning.betas,
-                config.model_learning.grad_norm,
-                self.world_model._encoder.parameters(),
-                config.model_learning.encoder_lr_scale,
+            "wm": _optimizer(
+                self.world_model,
+                config.model_learning,
+                slow=self.world_model._encoder.parameters(),
+                slow_scale=config.model_learning.encoder_lr_scale,
             ),
-            "actor": GuardedAdam(
-                self.actor.parameters(),
-                config.actor.lr,
-                config.actor.betas,
-                config.actor.grad_norm,
-            ),
-            "critic": GuardedAdam(
-                self.critic.parameters(),
-                config.critic.lr,
-                config.critic.betas,
-                config.critic.grad_norm,
-            ),
+            "actor": _optimizer(self.actor, config.actor),
+            "critic": _optimizer(self.critic, config.critic),
         }
 
         if recorder is None and (self.device.type == "cuda" if graphs is None else graphs):
@@ -184,7 +172,7 @@ class PWM:
                     }
                     largest = max(sizes, key=lambda k: sizes[k])
                     return (
-                        f"the {name} of {bad} of {len(obs)} worlds are not finite, while all "
+                        f"the {name} of {bad} of {len(obs)} envs are not finite, while all "
                         f"parameters are (up to {sizes[largest]:.3g} in {largest})"
                     )
         return None
@@ -345,7 +333,7 @@ class PWM:
         return {"skipped_updates": total, "skipped_in_a_row": row}
 
     def fall_back(self) -> str | None:
-        """Take a precision with a wider range, if products ran in fp16; its name, else None.
+        """Take a precision with a wider range, if GEMMs ran in fp16; its name, else None.
 
         It is ``bf16``, or ``exact`` where some operation has no 16-bit form and ran without.
         Skips in a row are counted anew.
@@ -491,3 +479,10 @@ class PWM:
         return loss, optimizer.apply(
             loss, torch.autograd.grad(values, optimizer.params, gradient, allow_unused=True)
         )
+
+
+def _optimizer(
+    net: nn.Module, learning: ModelLearningConfig | ActorConfig | CriticConfig, **slow: Any
+) -> GuardedAdam:
+    """The optimiser of a network with that part of the configuration."""
+    return GuardedAdam(net.parameters(), learning.lr, learning.betas, learning.grad_norm, **slow)

@@ -44,22 +44,15 @@ def read_episode(path: Path, obs_dim: int, action_dim: int) -> Episode:
     if steps < 1:
         raise DataError(f"{path}: action must be [T, {action_dim}] with T of 1 or more steps")
     shapes = {
-        "action": (steps, action_dim),
-        "obs": (steps + 1, obs_dim),
-        "reward": (steps,),
-        "terminated": (steps,),
+        "action": ((steps, action_dim), f"[T, {action_dim}]"),
+        "obs": ((steps + 1, obs_dim), f"[T+1, {obs_dim}]"),
+        "reward": ((steps,), "[T]"),
+        "terminated": ((steps,), "[T]"),
     }
-    named = {
-        "action": f"[T, {action_dim}]",
-        "obs": f"[T+1, {obs_dim}]",
-        "reward": "[T]",
-        "terminated": "[T]",
-    }
-    for key, shape in shapes.items():
+    for key, (shape, named) in shapes.items():
         if tuple(arrays[key].shape) != shape:
             raise DataError(
-                f"{path}: {key} must be {named[key]}, here {list(shape)}, "
-                f"got {list(arrays[key].shape)}"
+                f"{path}: {key} must be {named}, here {list(shape)}, got {list(arrays[key].shape)}"
             )
     if arrays["terminated"].dtype not in (np.bool_, torch.bool):
         raise DataError(f"{path}: terminated must be bool, got {arrays['terminated'].dtype}")

@@ -63,17 +63,17 @@ def make(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> VectorEnv:
-    """Make N worlds of a built-in robot or of another library.
+    """Make N envs of a built-in robot or of another library.
 
     Args:
         name: one of :data:`TASKS` or of :data:`ADAPTERS`.
         num_envs: N.
-        seed: of the reset states, in [0, 2^63); neighbouring seeds share no world.
+        seed: of the reset states, in [0, 2^63); neighbouring seeds share no env.
         max_episode_steps: time limit; the task's own by default.
         threads: physics threads of the native engine; the adapters take 1.
         engine: of a built-in robot: ``mujoco`` (native, on the CPU), ``mujoco_warp`` (on
             ``device``) or ``auto``, see :func:`choose`; the adapters take ``auto``.
-        device: the agent's; the worlds' tensors are there where the engine runs there.
+        device: the agent's; the envs' tensors are there where the engine runs there.
         **options: the task's or adapter's own arguments, such as ``start`` of the cart-pole,
             ``id`` of ``gym``, ``domain`` and ``task`` of ``dmc``.
 
@@ -81,6 +81,7 @@ def make(
         ValueError: unknown name or option, a missing one, or a number out of range.
         ImportError: what the environment needs is missing or too old.
     """
+    common: dict[str, Any] = {"seed": seed, "max_episode_steps": max_episode_steps}
     if name in TASKS:
         _check_options(name, TASKS[name], {}, options)
         task = TASKS[name](**options)
@@ -88,26 +89,14 @@ def make(
         if chosen.name == "mujoco_warp":
             if engine != "auto" and threads != 1:
                 raise ValueError(f"env.threads must be 1 for env.engine={engine}, got {threads}")
-            return MujocoWarpEnv(
-                task,
-                num_envs,
-                seed=seed,
-                max_episode_steps=max_episode_steps,
-                device=chosen.device,
-            )
-        return MujocoEnv(
-            task,
-            num_envs,
-            seed=seed,
-            max_episode_steps=max_episode_steps,
-            threads=threads,
-        )
+            return MujocoWarpEnv(task, num_envs, device=chosen.device, **common)
+        return MujocoEnv(task, num_envs, threads=threads, **common)
     if name in ADAPTERS:
         if threads != 1:
             raise ValueError(f"env.threads must be 1 for env {name!r}, got {threads}")
         if engine != "auto":
             raise ValueError(f"env.engine must be auto for env {name!r}, got {engine!r}")
-        common = {"num_envs": num_envs, "seed": seed, "max_episode_steps": max_episode_steps}
+        common["num_envs"] = num_envs
         _check_options(name, ADAPTERS[name], common, options)
         return ADAPTERS[name](**common, **options)
     known = ", ".join(sorted((*TASKS, *ADAPTERS)))

@@ -1,9 +1,9 @@
-"""Reading what one world of another library answers, and saying what is wrong with it."""
+"""Reading what one env of another library answers, and saying what is wrong with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -13,14 +13,18 @@ from pwm_fast.envs.protocol import EnvironmentFault
 Where = Callable[[], str]
 
 
-def raised(what: str, error: Exception) -> EnvironmentFault:
-    """What a library's own error is to a user: the environment, and what it says, in one line.
+def blame(what: str, error: Exception) -> NoReturn:
+    """Raise a library's own error as a user should read it: what failed and why, in one line.
+
+    An error that says enough by itself is raised as it is: ours, of the memory, or of the system.
 
     Args:
         what: of the environment failed.
-        error: is to be the cause.
+        error: becomes the cause.
     """
-    return EnvironmentFault(f"{what}: {said(error)}")
+    if isinstance(error, EnvironmentFault | OSError) or memory.is_out_of_memory(error):
+        raise error
+    raise EnvironmentFault(f"{what}: {said(error)}") from error
 
 
 def said(error: Exception) -> str:
@@ -29,18 +33,13 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"
 
 
-def passes(error: Exception) -> bool:
-    """Whether an error says enough by itself: ours, of the memory, or of the system."""
-    return isinstance(error, EnvironmentFault | OSError) or memory.is_out_of_memory(error)
-
-
 def number(value: Any, what: str, where: Where) -> float:
     """A reward as one number; an array or tensor of one entry counts as one.
 
     Args:
-        value: what the world gave.
+        value: what the env gave.
         what: it is.
-        where: says which world and step, for the message.
+        where: says which env and step, for the message.
 
     Raises:
         EnvironmentFault: it is not one real number.
@@ -72,7 +71,7 @@ def flag(value: Any, what: str, where: Where) -> bool:
 def observation(
     value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], where: Where
 ) -> np.ndarray:
-    """A copy of an observation, in its space's dtype; the world may go on using its own.
+    """A copy of an observation, in its space's dtype; the env may go on using its own.
 
     Raises:
         EnvironmentFault: another shape, no real numbers, or numbers that an integer space lacks.

@@ -24,7 +24,7 @@ _EQUALITY_ROWS = 7  # the most of one equality constraint: a weld has 6
 
 
 def contacts_and_rows(model: Any) -> tuple[int, int]:
-    """Upper bounds ``(contacts, constraint rows)`` of one world, from what can touch what.
+    """Upper bounds ``(contacts, constraint rows)`` of one env, from what can touch what.
 
     Args:
         model: a ``mujoco.MjModel``.

@@ -38,10 +38,10 @@ def unit_action(action: Tensor, num_envs: int, action_dim: int) -> Tensor:
     action = action.detach().to(device="cpu", dtype=torch.float32)
     finite = torch.isfinite(action).all(-1)
     if not bool(finite.all()):
-        worlds = (~finite).nonzero().flatten().tolist()
-        shown = ", ".join(map(str, worlds[:8])) + (", ..." if len(worlds) > 8 else "")
-        plural = "s" if len(worlds) > 1 else ""
-        raise ActionNotFinite(f"action has non-finite values, in world{plural} {shown}")
+        envs = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, envs[:8])) + (", ..." if len(envs) > 8 else "")
+        plural = "s" if len(envs) > 1 else ""
+        raise ActionNotFinite(f"action has non-finite values, in env{plural} {shown}")
     return action.clamp(-1.0, 1.0)
 
 
@@ -69,7 +69,7 @@ def saved_state(state: dict[str, Any], engine: str, shape: tuple[int, ...]) -> N
     saved = tuple(state["physics"].shape)
     if saved != shape:
         raise ValueError(
-            f"the saved state holds {saved[0]} worlds of {saved[1]} numbers, this environment "
+            f"the saved state holds {saved[0]} envs of {saved[1]} numbers, this environment "
             f"has {shape[0]} of {shape[1]}"
         )
 

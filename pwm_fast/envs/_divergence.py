@@ -1,4 +1,4 @@
-"""What counts as a diverged world, and MuJoCo's own signs of one."""
+"""What counts as a diverged env, and MuJoCo's own signs of one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-DIVERGED = "pwm_fast_diverged"  # why, in the info of a Gymnasium world's step
-MAX_COORDINATE = 1e6  # a position or velocity of MuJoCo beyond this is of a diverged world
+DIVERGED = "pwm_fast_diverged"  # why, in the info of a Gymnasium env's step
+MAX_COORDINATE = 1e6  # a position or velocity of MuJoCo beyond this is of a diverged env
 MAX_VALUE = 1e10  # an observation or reward beyond this is; MuJoCo calls a state bad there
 
 
@@ -33,12 +33,12 @@ def bad_states() -> dict[int, str]:
 
 
 def warned_of(kinds: Iterable[str]) -> str:
-    """Why a world diverged, by the names of MuJoCo's warnings."""
+    """Why an env diverged, by the names of MuJoCo's warnings."""
     return f"MuJoCo gave {' and '.join(kinds)}"
 
 
 class PhysicsWatch:
-    """Sees whether MuJoCo found a world's state bad between :meth:`begin` and :meth:`end`.
+    """Sees whether MuJoCo found an env's state bad between :meth:`begin` and :meth:`end`.
 
     MuJoCo answers a bad state with a warning and, unless the model forbids it, with a reset within
     the step, which also clears the warnings that were counted before. A control that is not finite
@@ -84,5 +84,5 @@ def _below(values: np.ndarray, bound: float) -> bool:
     """Whether all are smaller in size; False where one is NaN."""
     with np.errstate(over="ignore"):
         square = values.dot(values)
-    # The norm first, which bounds them all: this runs in every step of every world.
+    # The norm first, which bounds them all: this runs in every step of every env.
     return bool(square < bound * bound or np.abs(values).max() < bound)

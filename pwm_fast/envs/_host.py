@@ -1,4 +1,4 @@
-"""What the adapters to other libraries share: worlds of NumPy arrays behind the torch protocol."""
+"""What the adapters to other libraries share: envs of NumPy arrays behind the torch protocol."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pwm_fast import memory
 from pwm_fast.envs import _checks
 from pwm_fast.envs._answers import first_unsound
+from pwm_fast.envs._batch import EnvBatch
 from pwm_fast.envs._divergence import sound
-from pwm_fast.envs.protocol import SAME_STEP, Box, EnvironmentFault
+from pwm_fast.envs.protocol import EnvironmentFault
 
-LEAST_BYTES = 2048  # no world of another library takes less memory
+LEAST_BYTES = 2048  # no env of another library takes less memory
 
 
 class Outcome(NamedTuple):
-    """What one control step of all worlds came to.
+    """What one control step of all envs came to.
 
     Attributes:
         obs: ``[N, O]`` observations to act on next, after the resets.
-        final_obs: ``[N, O]`` observations before them; anything in a world that diverged.
-        reward: ``[N]``; anything in a world that diverged.
+        final_obs: ``[N, O]`` observations before them; anything in an env that diverged.
+        reward: ``[N]``; anything in an env that diverged.
         terminated: bool ``[N]``.
         truncated: bool ``[N]``.
-        diverged: why, by world, where the library or its physics says so; what is not finite, or
+        diverged: why, by env, where the library or its physics says so; what is not finite, or
             beyond :data:`pwm_fast.envs._divergence.MAX_VALUE`, shows by itself.
     """
 
@@ -40,10 +42,10 @@ class Outcome(NamedTuple):
     diverged: dict[int, str]
 
 
-class HostEnv(ABC):
-    """N worlds of another library; implements :class:`pwm_fast.envs.protocol.VectorEnv`.
+class HostEnv(EnvBatch, ABC):
+    """N envs of another library; implements :class:`pwm_fast.envs.protocol.VectorEnv`.
 
-    Actions in [-1, 1] are stretched to the library's own bounds. A world that diverged, or whose
+    Actions in [-1, 1] are stretched to the library's own bounds. An env that diverged, or whose
     observation or reward is not finite or beyond 1e10, terminates with its last sound observation
     and reward 0; ``info["diverged"]`` marks it, and a warning says so once, with why, which
     ``divergence`` keeps. A start observation like that raises
@@ -60,7 +62,6 @@ class HostEnv(ABC):
         integers: actions are whole numbers; each gets an equal share of [-1, 1].
     """
 
-    @torch.inference_mode(False)  # its buffers are written to in any mode
     def __init__(
         self,
         name: str,
@@ -76,35 +77,24 @@ class HostEnv(ABC):
         self._integers = integers
         self._low = np.asarray(low, dtype=np.float64).reshape(-1)
         self._high = np.asarray(high, dtype=np.float64).reshape(-1)
-        self.num_envs = num_envs
-        self.device = torch.device("cpu")
-        self.single_observation_space = Box((obs_dim,))
-        self.single_action_space = Box(self._low.shape, -1.0, 1.0)
-        self.max_episode_steps = max_episode_steps
-        self.can_terminate = can_terminate
-        self.metadata: dict[str, Any] = {"autoreset_mode": SAME_STEP}
-        self._obs = torch.zeros(num_envs, obs_dim, device="cpu")
-        self._steps = torch.zeros(num_envs, dtype=torch.int64, device="cpu")
-        self._returns = torch.zeros(num_envs, device="cpu")
+        super().__init__(num_envs, obs_dim, self._low.size, max_episode_steps, can_terminate)
         self._episodes = np.zeros(num_envs, dtype=np.int64)  # begun so far, for messages
-        self.divergence: str | None = None  # why a world diverged first
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
+        """Start new episodes in all envs, or where ``options["reset_mask"]`` ``[N]`` is True."""
         mask = _checks.reset_mask(options, self.num_envs)
         if bool(mask.any()):
             obs = self._start(mask.numpy(), seed)
-            self._obs = torch.where(mask.unsqueeze(-1), torch.from_numpy(obs), self._obs)
-            self._steps.masked_fill_(mask, 0)
-            self._returns.masked_fill_(mask, 0.0)
+            self._obs.copy_(torch.where(mask.unsqueeze(-1), torch.from_numpy(obs), self._obs))
+            self._clear(mask)
         return self._obs.clone(), {}
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Advance all worlds by one control step; see the protocol for what comes back."""
+        """Advance all envs by one control step; see the protocol for what comes back."""
         unit = _checks.unit_action(action, self.num_envs, self._low.size).double().numpy()
-        outcome = self._step_worlds(self._stretched(unit))
+        outcome = self._step_envs(self._stretched(unit))
         obs, final_obs = _float32(outcome.obs), _float32(outcome.final_obs)
         reward = _float32(outcome.reward)
         terminated, truncated = outcome.terminated.copy(), outcome.truncated.copy()
@@ -126,76 +116,59 @@ class HostEnv(ABC):
         ended = torch.from_numpy(terminated | truncated)
         self._steps += 1
         self._returns += rewards
-        info = {
-            "final_obs": torch.from_numpy(final_obs),
-            "episode": {
-                "return": self._returns.clone(),
-                "length": self._steps.clone(),
-                "mask": ended,
-            },
-            "diverged": torch.from_numpy(unsound),
-        }
-        self._steps.masked_fill_(ended, 0)
-        self._returns.masked_fill_(ended, 0.0)
-        self._obs = torch.from_numpy(obs)
-        return (
-            self._obs.clone(),
-            rewards,
-            torch.from_numpy(terminated),
-            torch.from_numpy(truncated),
-            info,
-        )
+        info = self._info(torch.from_numpy(final_obs), ended, torch.from_numpy(unsound))
+        self._clear(ended)
+        next_obs = torch.from_numpy(obs)
+        self._obs.copy_(next_obs)
+        flags = torch.from_numpy(terminated), torch.from_numpy(truncated)
+        return next_obs, rewards, *flags, info
 
     def get_state(self) -> dict[str, Any]:
         """Everything that decides the future: physics, counters and random numbers.
 
         Raises:
-            StateNotSupported: the worlds cannot be saved to the bit.
+            StateNotSupported: the envs cannot be saved to the bit.
         """
         return {
-            "worlds": [self._world_state(i) for i in range(self.num_envs)],
-            "obs": self._obs.clone(),
-            "steps": self._steps.clone(),
-            "returns": self._returns.clone(),
+            "worlds": [self._env_state(i) for i in range(self.num_envs)],
+            **self._episodes_state(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from a state of :meth:`get_state`, to the bit.
 
         Raises:
-            StateNotSupported: the worlds cannot be restored to the bit.
-            ValueError: the state is of another environment or number of worlds.
+            StateNotSupported: the envs cannot be restored to the bit.
+            ValueError: the state is of another environment or number of envs.
         """
         if tuple(state["obs"].shape) != tuple(self._obs.shape):
             raise ValueError(
                 f"the saved state holds observations {tuple(state['obs'].shape)}, this environment "
                 f"has {tuple(self._obs.shape)}"
             )
-        for i, world in enumerate(state["worlds"]):
-            self._restore_world(i, world)
-        self._obs = state["obs"].clone()
-        self._steps.copy_(state["steps"])
-        self._returns.copy_(state["returns"])
+        for i, env in enumerate(state["worlds"]):
+            self._restore_env(i, env)
+        self._restore_episodes(state)
 
     @abstractmethod
     def close(self) -> None:
-        """Release what the worlds hold."""
+        """Release what the envs hold."""
 
     @abstractmethod
-    def _reset_worlds(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
-        """Restart where ``mask`` ``[N]``, each world from a stream of its own; ``[N, O]``."""
+    def _reset_envs(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
+        """Restart where ``mask`` ``[N]``, each env from a stream of its own; ``[N, O]``."""
 
     @abstractmethod
-    def _step_worlds(self, action: np.ndarray) -> Outcome:
-        """Advance all worlds with actions ``[N, A]`` in the library's own units."""
+    def _step_envs(self, action: np.ndarray) -> Outcome:
+        """Advance all envs with actions ``[N, A]`` in the library's own units."""
 
     @abstractmethod
-    def _world_state(self, index: int) -> dict[str, Any]:
-        """What decides the future of one world: tensors, numbers and strings."""
+    def _env_state(self, index: int) -> dict[str, Any]:
+        """What decides the future of one env: tensors, numbers and strings."""
 
     @abstractmethod
-    def _restore_world(self, index: int, state: dict[str, Any]) -> None:
-        """Undo :meth:`_world_state`."""
+    def _restore_env(self, index: int, state: dict[str, Any]) -> None:
+        """Undo :meth:`_env_state`."""
 
     def _stretched(self, unit: np.ndarray) -> np.ndarray:
         """Actions ``[N, A]`` in [-1, 1] in the library's own units."""
@@ -209,7 +182,7 @@ class HostEnv(ABC):
 
     def _start(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
         """Restart where ``mask`` is True; float32 observations, sound there."""
-        obs = _float32(self._reset_worlds(mask, seed))
+        obs = _float32(self._reset_envs(mask, seed))
         self._check_start(obs, mask)
         return obs
 
@@ -223,7 +196,7 @@ class HostEnv(ABC):
         good = sound(obs)
         for i in np.flatnonzero(mask & ~good.all(axis=1)):
             raise EnvironmentFault(
-                f"{self.name}, world {i}, reset of episode {self._episodes[i]}: an episode must "
+                f"{self.name}, env {i}, reset of episode {self._episodes[i]}: an episode must "
                 f"start with finite numbers below 1e10, {first_unsound(obs[i], good[i])} of the "
                 "observation"
             )
@@ -240,17 +213,24 @@ class HostEnv(ABC):
             reason = f"the reward is {reward[i]:g}"
         else:
             reason = f"{first_unsound(obs[i], sound(obs[i]))} of the observation"
-        self.divergence = f"world {i}, step {int(self._steps[i]) + 1} of its episode: {reason}"
+        self.divergence = f"{self._when(i)}: {reason}"
         warnings.warn(
-            f"{self.name}: {int(unsound.sum())} of {self.num_envs} worlds diverged "
+            f"{self.name}: {int(unsound.sum())} of {self.num_envs} envs diverged "
             f"({self.divergence}); they were restarted (said once)",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
+def growth(num_envs: int, name: str) -> memory.Growth:
+    """Watches the memory while the envs are made; raises where they certainly do not fit."""
+    found = memory.Growth(num_envs, f"{num_envs} envs of {name}", memory.ENVS)
+    found.require(LEAST_BYTES)
+    return found
+
+
 def physics_state(model: Any, data: Any) -> Tensor:
-    """MuJoCo's whole integration state of one world, float64."""
+    """MuJoCo's whole integration state of one env, float64."""
     import mujoco
 
     state = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION.value))
@@ -269,7 +249,7 @@ def restore_physics(model: Any, data: Any, state: Tensor) -> None:
     size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION.value)
     if tuple(state.shape) != (size,):
         raise ValueError(
-            f"the saved physics state has {state.numel()} numbers, this world's has {size}"
+            f"the saved physics state has {state.numel()} numbers, this env's has {size}"
         )
     mujoco.mj_setState(model, data, state.numpy(), mujoco.mjtState.mjSTATE_INTEGRATION.value)
 

@@ -1,4 +1,4 @@
-"""Finding the MuJoCo states that a world of another library steps, wherever it keeps them."""
+"""Finding the MuJoCo states that an env of another library steps, wherever it keeps them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-DEPTH = 5  # attributes, entries or cells between a world and its state
+DEPTH = 5  # attributes, entries or cells between an env and its state
 OBJECTS = 500  # that are looked at
 ENTRIES = 64  # of a container
 # Of these packages nothing is looked into: they hold no state, or are large.
@@ -22,21 +22,21 @@ _CLOSED = (
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType)
 
 
-def find(world: Any) -> list[Any]:
-    """The ``mujoco.MjData`` that can be reached from a world, the nearest first.
+def find(env: Any) -> list[Any]:
+    """The ``mujoco.MjData`` that can be reached from an env, the nearest first.
 
     Looks at attributes, entries of containers, and what functions were made with; breadth first, a
     bounded number of them. No property and no method is called.
 
     Args:
-        world: an environment; its wrapped ones are attributes of it.
+        env: an environment; its wrapped ones are attributes of it.
     """
     mujoco: Any = sys.modules.get("mujoco")
     if mujoco is None:
         return []
     found: list[Any] = []
-    seen = {id(world)}
-    left = deque([(world, 0)])
+    seen = {id(env)}
+    left = deque([(env, 0)])
     while left and len(seen) <= OBJECTS:
         thing, depth = left.popleft()
         if issubclass(type(thing), mujoco.MjData):

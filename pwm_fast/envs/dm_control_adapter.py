@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast import memory, optional, seeding
+from pwm_fast import optional, seeding
 from pwm_fast.envs import _answers, _checks, _host, _spaces
 from pwm_fast.envs._divergence import PhysicsWatch
 from pwm_fast.envs.protocol import StateNotSupported
@@ -21,7 +21,7 @@ MAX_REPEAT = 1024  # no task of the suite lasts for more than a few thousand ste
 
 
 class DMControlEnv(_host.HostEnv):
-    """N worlds of a task of the dm_control suite, stepped one after another.
+    """N envs of a task of the dm_control suite, stepped one after another.
 
     Observations are the task's, flattened in its order. The reward of a step is the sum over its
     repeats.
@@ -30,7 +30,7 @@ class DMControlEnv(_host.HostEnv):
         domain: such as ``"cheetah"``.
         task: such as ``"run"``.
         num_envs: N.
-        seed: of the start states, in [0, 2^63); world i gets ``seeding.words(seed, i)``.
+        seed: of the start states, in [0, 2^63); env i gets ``seeding.words(seed, i)``.
         max_episode_steps: time limit in control steps of this environment, repeats not counted
             apart; the task's own by default.
         action_repeat: how often an action is applied in a step, at most :data:`MAX_REPEAT`.
@@ -39,7 +39,7 @@ class DMControlEnv(_host.HostEnv):
         ImportError: dm_control is missing, or does not work with the installed MuJoCo.
         ValueError: unknown task, unbounded actions (those of ``lqr``, which dm_control bounds by
             1e10), no time limit, or a number out of range.
-        EnvironmentFault: dm_control raised something while a world was made or reset.
+        EnvironmentFault: dm_control raised something while an env was made or reset.
     """
 
     def __init__(
@@ -61,13 +61,12 @@ class DMControlEnv(_host.HostEnv):
             known = f"env.task is one of {tasks}" if tasks else f"env.domain is one of {domains}"
             raise ValueError(f"dm_control has no task {domain} {task}: {known}")
         name = f"{domain} {task}"
-        growth = memory.Growth(num_envs, f"{num_envs} worlds of {name}", memory.WORLDS)
-        growth.require(_host.LEAST_BYTES)
+        growth = _host.growth(num_envs, name)
         self._envs: list[Any] = []
         try:
             for i in range(num_envs):
                 growth.check(i)
-                random = {"random": _random_state(seed, i)}
+                random = {"random": np.random.RandomState(seeding.words(seed, i))}
                 try:
                     self._envs.append(suite.load(domain, task, task_kwargs=random))
                 except AttributeError as error:  # it mirrors MuJoCo's structs, version by version
@@ -76,9 +75,7 @@ class DMControlEnv(_host.HostEnv):
                         f"({error}): pip install 'pwm-fast[dmc]'"
                     ) from error
                 except Exception as error:
-                    if _answers.passes(error):
-                        raise
-                    raise _answers.raised(f"dm_control cannot make {name}", error) from error
+                    _answers.blame(f"dm_control cannot make {name}", error)
             self._set_up(name, control, max_episode_steps, action_repeat)
         except BaseException:
             self.close()
@@ -87,7 +84,7 @@ class DMControlEnv(_host.HostEnv):
     def _set_up(
         self, name: str, control: Any, max_episode_steps: int | None, action_repeat: int
     ) -> None:
-        """Everything of the construction that follows the worlds."""
+        """Everything of the construction that follows the envs."""
         actions = self._envs[0].action_spec()
         low = np.broadcast_to(actions.minimum, actions.shape)
         high = np.broadcast_to(actions.maximum, actions.shape)
@@ -128,11 +125,11 @@ class DMControlEnv(_host.HostEnv):
         self.reset()
 
     def close(self) -> None:
-        """Close the worlds."""
+        """Close the envs."""
         for env in self._envs:
             env.close()
 
-    def _reset_worlds(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
+    def _reset_envs(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
         obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         for i in np.flatnonzero(mask):
             if seed is not None:
@@ -140,14 +137,12 @@ class DMControlEnv(_host.HostEnv):
             try:
                 obs[i] = _flat(self._envs[i].reset().observation)
             except Exception as error:
-                if _answers.passes(error):
-                    raise
                 _forget_renderer(error)
-                where = f"{self.name}, world {i}, reset of episode {self._episodes[i] + 1}"
-                raise _answers.raised(where, error) from error
+                where = f"{self.name}, env {i}, reset of episode {self._episodes[i] + 1}"
+                _answers.blame(where, error)
         return obs
 
-    def _step_worlds(self, action: np.ndarray) -> _host.Outcome:
+    def _step_envs(self, action: np.ndarray) -> _host.Outcome:
         obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         reward = np.zeros(self.num_envs)
         terminated = np.zeros(self.num_envs, dtype=bool)
@@ -156,7 +151,7 @@ class DMControlEnv(_host.HostEnv):
             self._watch.begin(env.physics.data.ptr)
 
             def where(i: int = i) -> str:
-                return f"{self.name}, world {i}, step {int(self._steps[i]) + 1} of its episode"
+                return f"{self.name}, {self._when(i)}"
 
             try:
                 for _ in range(self.action_repeat):
@@ -170,19 +165,17 @@ class DMControlEnv(_host.HostEnv):
             except self._physics_error as error:
                 why = " ".join(str(error).split())
             except Exception as error:
-                if _answers.passes(error):
-                    raise
-                raise _answers.raised(where(), error) from error
+                _answers.blame(where(), error)
             if why is not None:
                 diverged[i] = why
         truncated = self._steps.numpy() + 1 >= self.max_episode_steps
         final_obs = obs.copy()
         done = terminated | truncated
         if done.any():
-            obs[done] = self._reset_worlds(done, None)[done]
+            obs[done] = self._reset_envs(done, None)[done]
         return _host.Outcome(obs, final_obs, reward, terminated, truncated, diverged)
 
-    def _world_state(self, index: int) -> dict[str, Any]:
+    def _env_state(self, index: int) -> dict[str, Any]:
         env = self._envs[index]
         model = env.physics.model.ptr
         # Some tasks move their target by writing into the model.
@@ -197,12 +190,12 @@ class DMControlEnv(_host.HostEnv):
             "random": _host.dump_random(env.task.random.get_state(legacy=False)),
         }
 
-    def _restore_world(self, index: int, state: dict[str, Any]) -> None:
+    def _restore_env(self, index: int, state: dict[str, Any]) -> None:
         import mujoco
 
         if state["fingerprint"] != self._fingerprints[index]:  # the lqr tasks draw their model
             raise StateNotSupported(
-                "the saved world has another model: make the environment with the seed it had"
+                "the saved env has another model: make the environment with the seed it had"
             )
         env = self._envs[index]
         model, data = env.physics.model.ptr, env.physics.data.ptr
@@ -220,7 +213,7 @@ class DMControlEnv(_host.HostEnv):
         return hashlib.sha256(arrays).hexdigest()
 
     def _changed_arrays(self, index: int) -> list[str]:
-        """The arrays of a world's model that differ from what was compiled."""
+        """The arrays of an env's model that differ from what was compiled."""
         model, pristine = self._envs[index].physics.model.ptr, self._pristine[index]
         return [
             name
@@ -235,10 +228,6 @@ def _forget_renderer(error: BaseException) -> None:
         made: Any = frame.f_locals.get("self")
         if type(made).__name__ == "MjrContext" and not hasattr(made, "_ptr"):
             made._gl_context = None
-
-
-def _random_state(seed: int, world: int) -> np.random.RandomState:
-    return np.random.RandomState(seeding.words(seed, world))
 
 
 def _flat(observation: dict[str, Any]) -> np.ndarray:

@@ -37,23 +37,23 @@ class GymnasiumEnv(_host.HostEnv):
     """A Gymnasium vector environment with Box observations (flattened) and bounded Box actions.
 
     Observations are vectors or short stacks of them, no images. Actions of integers are rounded,
-    each value for an equal share of [-1, 1]. A world of MuJoCo whose state MuJoCo found bad, and
+    each value for an equal share of [-1, 1]. An env of MuJoCo whose state MuJoCo found bad, and
     reset within the step, terminates as diverged.
 
-    Only worlds of Gymnasium's own MuJoCo tasks can be saved and restored; for others
+    Only envs of Gymnasium's own MuJoCo tasks can be saved and restored; for others
     ``get_state`` raises :class:`~pwm_fast.envs.protocol.StateNotSupported`.
 
     Args:
         envs: a ``gymnasium.vector.VectorEnv`` that resets in the same step; this environment's
-            from here on. Each world of a ``SyncVectorEnv`` gets a wrapper; the processes of an
+            from here on. Each env of a ``SyncVectorEnv`` gets a wrapper; the processes of an
             ``AsyncVectorEnv`` are started anew with one.
-        seed: of the start states, in [0, 2^63); see :func:`seeding.world_seeds`.
+        seed: of the start states, in [0, 2^63); see :func:`seeding.env_seeds`.
         max_episode_steps: time limit that ``envs`` already enforces; its spec's by default.
 
     Raises:
         ImportError: Gymnasium is missing or too old.
         ValueError: unsupported spaces or autoreset mode, or no time limit.
-        EnvironmentFault: a world gave a start observation that is not finite, or no observation.
+        EnvironmentFault: an env gave a start observation that is not finite, or no observation.
     """
 
     def __init__(self, envs: Any, *, seed: int = 0, max_episode_steps: int | None = None) -> None:
@@ -64,12 +64,12 @@ class GymnasiumEnv(_host.HostEnv):
                 f"the autoreset mode must be SAME_STEP, got {mode}: make the vector environment "
                 "with autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP"
             )
-        from pwm_fast.envs import _gymnasium_world
+        from pwm_fast.envs import _guard
 
         observations, actions = envs.single_observation_space, envs.single_action_space
-        worlds = getattr(envs.unwrapped, "envs", None)
-        known = worlds[0] if worlds else envs
-        name = _gymnasium_world.name(known)
+        members = getattr(envs.unwrapped, "envs", None)
+        known = members[0] if members else envs
+        name = _guard.name(known)
         for kind, space in (("observation", observations), ("action", actions)):
             if not isinstance(space, gymnasium.spaces.Box):
                 raise ValueError(f"{name}: the {kind} space must be a Box, got {space}")
@@ -94,7 +94,7 @@ class GymnasiumEnv(_host.HostEnv):
             integers=actions.dtype.kind in "iub",
         )
         self._envs = envs
-        self.name = _gymnasium_world.guard(envs) or name
+        self.name = _guard.guard(envs) or name
         self._action_shape = (envs.num_envs, *actions.shape)
         self._action_dtype = actions.dtype
         self._bounds = (observations.low.reshape(-1), observations.high.reshape(-1))
@@ -115,12 +115,12 @@ class GymnasiumEnv(_host.HostEnv):
         max_episode_steps: int | None = None,
         kwargs: dict[str, Any] | None = None,
     ) -> GymnasiumEnv:
-        """Make N worlds of a registered environment, stepped one after another.
+        """Make N envs of a registered environment, stepped one after another.
 
         Args:
             id: its name, such as ``"Hopper-v5"``.
             num_envs: N.
-            seed: of the start states, in [0, 2^63); see :func:`seeding.world_seeds`.
+            seed: of the start states, in [0, 2^63); see :func:`seeding.env_seeds`.
             max_episode_steps: time limit; the registered one by default.
             kwargs: the environment's own arguments.
 
@@ -143,7 +143,7 @@ class GymnasiumEnv(_host.HostEnv):
         )
         made: list[Any] = []
         envs = None
-        growth = memory.Growth(num_envs, f"{num_envs} worlds of {id}", memory.WORLDS)
+        growth = _host.growth(num_envs, id)
 
         def tracked() -> Any:
             growth.check(len(made))
@@ -151,7 +151,6 @@ class GymnasiumEnv(_host.HostEnv):
             return made[-1]
 
         try:
-            growth.require(_host.LEAST_BYTES)
             try:
                 envs = gymnasium.vector.SyncVectorEnv(
                     [tracked] * num_envs, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
@@ -167,8 +166,9 @@ class GymnasiumEnv(_host.HostEnv):
             raise
 
     def close(self) -> None:
-        """Close the worlds, and end their processes."""
+        """Close the envs, and end their processes."""
         from gymnasium.vector import AsyncVectorEnv
+        from gymnasium.vector.async_vector_env import AsyncState
 
         try:
             self._envs.close()
@@ -176,9 +176,10 @@ class GymnasiumEnv(_host.HostEnv):
             if not isinstance(self._envs.unwrapped, AsyncVectorEnv):
                 raise
             # A process was killed, or answered its last step with an error.
-            _end_processes(self._envs.unwrapped)
+            self._envs.unwrapped._state = AsyncState.DEFAULT  # else it waits for that answer again
+            self._envs.unwrapped.close(terminate=True)
 
-    def _reset_worlds(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
+    def _reset_envs(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
         seeds = None if seed is None else self._seeds(seed)
         options = None if mask.all() else {"reset_mask": mask.copy()}
         obs, _ = self._envs.reset(seed=seeds, options=options)
@@ -187,12 +188,12 @@ class GymnasiumEnv(_host.HostEnv):
         return obs
 
     def _seeds(self, seed: int) -> list[int] | int:
-        """What Gymnasium's ``reset`` takes: a seed for each world, where it has them apart."""
+        """What Gymnasium's ``reset`` takes: a seed for each env, where it has them apart."""
         vector = _gymnasium().vector
         apart = isinstance(self._envs.unwrapped, (vector.SyncVectorEnv, vector.AsyncVectorEnv))
-        return seeding.world_seeds(seed, self.num_envs if apart else 1)[slice(None) if apart else 0]
+        return seeding.env_seeds(seed, self.num_envs if apart else 1)[slice(None) if apart else 0]
 
-    def _step_worlds(self, action: np.ndarray) -> _host.Outcome:
+    def _step_envs(self, action: np.ndarray) -> _host.Outcome:
         action = action.reshape(self._action_shape).astype(self._action_dtype)
         batch, reward, terminated, truncated, info = self._envs.step(action)
         obs = np.array(batch).reshape(self.num_envs, -1)
@@ -225,43 +226,43 @@ class GymnasiumEnv(_host.HostEnv):
             self._told_of_bounds = True
             i, k = np.argwhere(outside)[0]
             warnings.warn(
-                f"{self.name}, world {i}: entry {k} of the observation is {obs[i, k]:g}, its space "
+                f"{self.name}, env {i}: entry {k} of the observation is {obs[i, k]:g}, its space "
                 f"says [{low[k]:g}, {high[k]:g}]; it is used as it is (said once)",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
-    def _world_state(self, index: int) -> dict[str, Any]:
-        world, limit = self._mujoco_world(index)
-        derived = {name: torch.tensor(getattr(world.data, name), device="cpu") for name in _DERIVED}
+    def _env_state(self, index: int) -> dict[str, Any]:
+        env, limit = self._mujoco_env(index)
+        derived = {name: torch.tensor(getattr(env.data, name), device="cpu") for name in _DERIVED}
         return {
-            "physics": _host.physics_state(world.model, world.data),
+            "physics": _host.physics_state(env.model, env.data),
             "derived": derived,
             "elapsed": None if limit is None else limit._elapsed_steps,
-            "random": _host.dump_random(world.np_random.bit_generator.state),
+            "random": _host.dump_random(env.np_random.bit_generator.state),
         }
 
-    def _restore_world(self, index: int, state: dict[str, Any]) -> None:
-        world, limit = self._mujoco_world(index)
-        _host.restore_physics(world.model, world.data, state["physics"])
+    def _restore_env(self, index: int, state: dict[str, Any]) -> None:
+        env, limit = self._mujoco_env(index)
+        _host.restore_physics(env.model, env.data, state["physics"])
         for name, value in state["derived"].items():
-            getattr(world.data, name)[...] = value.numpy()
+            getattr(env.data, name)[...] = value.numpy()
         if limit is not None:
             limit._elapsed_steps = state["elapsed"]
-        world.np_random.bit_generator.state = _host.load_random(state["random"])
+        env.np_random.bit_generator.state = _host.load_random(state["random"])
 
-    def _mujoco_world(self, index: int) -> tuple[Any, Any]:
-        """World ``index`` without its wrappers, and its TimeLimit or None."""
+    def _mujoco_env(self, index: int) -> tuple[Any, Any]:
+        """Env ``index`` without its wrappers, and its TimeLimit or None."""
         from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
-        from pwm_fast.envs._gymnasium_world import World
+        from pwm_fast.envs._guard import GuardedEnv
 
         envs = getattr(self._envs, "envs", None)
         if envs is None:
-            raise StateNotSupported(f"worlds of {type(self._envs).__name__} cannot be saved")
+            raise StateNotSupported(f"envs of {type(self._envs).__name__} cannot be saved")
         env, limit = envs[index], None
         while env is not env.unwrapped:
-            if type(env) not in (World, OrderEnforcing, PassiveEnvChecker, TimeLimit):
+            if type(env) not in (GuardedEnv, OrderEnforcing, PassiveEnvChecker, TimeLimit):
                 raise StateNotSupported(f"the wrapper {type(env).__name__} cannot be saved")
             if type(env) is TimeLimit:
                 limit = env
@@ -307,18 +308,6 @@ def _not_made(id: str, kwargs: dict[str, Any] | None, error: Exception) -> Excep
     text = f"Gymnasium cannot make env.id={id!r}{given}: {_answers.said(error)}"
     usual = (gymnasium.error.Error, ValueError, TypeError, ImportError)
     return ValueError(text) if isinstance(error, usual) else EnvironmentFault(text)
-
-
-def _end_processes(envs: Any) -> None:
-    """Terminate what is left of the processes of an ``AsyncVectorEnv``."""
-    for pipe in envs.parent_pipes:
-        if pipe is not None:
-            pipe.close()
-    for process in envs.processes:
-        if process.is_alive():
-            process.terminate()
-        process.join()
-    envs.closed = True
 
 
 def _gymnasium() -> Any:

@@ -1,4 +1,4 @@
-"""Tasks on mujoco-warp: N worlds whose whole control step is one CUDA graph."""
+"""Tasks on mujoco-warp: N envs whose whole control step is one CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pwm_fast import memory, seeding
 from pwm_fast.envs import _checks
 from pwm_fast.envs._buffers import contacts_and_rows
 from pwm_fast.envs._device import Packed, Watch
 from pwm_fast.envs._divergence import BEYOND, MAX_COORDINATE
+from pwm_fast.envs._robots import RobotBatch
 from pwm_fast.envs.engines import import_warp, why_unusable
-from pwm_fast.envs.protocol import SAME_STEP, Box
 from pwm_fast.envs.tasks.base import Task
 from pwm_fast.recording import recording
 
 _WARM_UP = 2  # eager steps before the capture: they compile and load every kernel
 
 
-class MujocoWarpEnv:
-    """N worlds of one task on a GPU; implements :class:`pwm_fast.envs.protocol.VectorEnv`.
+class MujocoWarpEnv(RobotBatch):
+    """N envs of one task on a GPU; implements :class:`pwm_fast.envs.protocol.VectorEnv`.
 
     On CUDA the step, from the actions to the observations after the resets, is captured once and
     replayed: the host never waits for it. Physics is in float32, and its sums have no fixed order:
@@ -32,9 +31,9 @@ class MujocoWarpEnv:
     deterministic mode on, which is experimental there). On the CPU the same code runs eagerly, to
     the bit, and is slow.
 
-    A world whose physics diverges (a non-finite coordinate, or one beyond 1e6) terminates, as in
+    An env whose physics diverges (a non-finite coordinate, or one beyond 1e6) terminates, as in
     the native engine; so does, on CUDA, one whose action is not finite. ``info["diverged"]`` marks
-    both. Such worlds, and contacts that were dropped for want of room, are counted on the device; a
+    both. Such envs, and contacts that were dropped for want of room, are counted on the device; a
     warning says so once, on CUDA some steps later.
 
     Args:
@@ -45,12 +44,14 @@ class MujocoWarpEnv:
         device: a CUDA device, or the CPU.
         graph: replay a CUDA graph; False steps eagerly, which waits for the device.
         max_contacts: room for contacts, N times this many; what the model can have by default.
-        max_rows: room for constraint rows of each world; what the model can have by default.
+        max_rows: room for constraint rows of each env; what the model can have by default.
 
     Raises:
         ImportError: mujoco-warp is missing or cannot run on this device.
         ValueError: a number out of range.
     """
+
+    _engine, _number_bytes = "mujoco_warp", 4
 
     @torch.inference_mode(False)  # its buffers are written to in any mode
     def __init__(
@@ -65,9 +66,6 @@ class MujocoWarpEnv:
         max_contacts: int | None = None,
         max_rows: int | None = None,
     ) -> None:
-        if max_episode_steps is None:
-            max_episode_steps = task.max_episode_steps
-        _checks.positive(num_envs=num_envs, max_episode_steps=max_episode_steps)
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -78,15 +76,7 @@ class MujocoWarpEnv:
         import mujoco_warp
 
         self._mjw = mujoco_warp
-
-        self.task = task
-        self.num_envs = num_envs
-        self.device = device
-        self.single_observation_space = Box((task.obs_dim,))
-        self.single_action_space = Box((task.action_dim,), -1.0, 1.0)
-        self.max_episode_steps = max_episode_steps
-        self.can_terminate = task.can_terminate
-        self.metadata: dict[str, Any] = {"autoreset_mode": SAME_STEP}
+        super().__init__(task, num_envs, max_episode_steps, device, seed)
 
         self._cuda_stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -95,12 +85,7 @@ class MujocoWarpEnv:
             self._warp_stream = self._wp.stream_from_torch(self._cuda_stream)
         self._make_physics(max_contacts, max_rows)
 
-        self._generator = torch.Generator(device)
-        self._generator.manual_seed(seeding.generator_seed(seed))
         self._action = torch.zeros(num_envs, task.action_dim, device=device)
-        self._obs = torch.zeros(num_envs, task.obs_dim, device=device)
-        self._steps = torch.zeros(num_envs, dtype=torch.int64, device=device)
-        self._returns = torch.zeros(num_envs, device=device)
         # Ever diverged [N], ever got an action that is not finite [N]; and their sums, with the
         # largest of the overflow masks.
         self._diverged = torch.zeros(num_envs, dtype=torch.bool, device=device)
@@ -108,7 +93,6 @@ class MujocoWarpEnv:
         self._counters = torch.zeros(3, dtype=torch.int64, device=device)
         self._watch = Watch(self._counters)
         self._told: set[str] = set()
-        self.divergence: str | None = None  # why a world diverged first, as far as it was told
 
         n, o = num_envs, task.obs_dim
         self._has_goal = task.goal(self._obs) is not None
@@ -135,19 +119,8 @@ class MujocoWarpEnv:
         if device.type == "cuda" and graph:
             self._capture()
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True."""
-        if seed is not None:
-            self._generator.manual_seed(seeding.generator_seed(seed))
-        mask = _checks.reset_mask(options, self.num_envs).to(self.device)
-        self._restart(mask, *self._sample_reset())
-        self._obs.copy_(torch.where(mask.unsqueeze(-1), self._observe(), self._obs))
-        return self._obs.clone(), {}
-
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Advance all worlds by one control step; see the protocol for what comes back."""
+        """Advance all envs by one control step; see the protocol for what comes back."""
         if self._closed:
             raise RuntimeError("this environment was closed")
         if self.device.type == "cpu":
@@ -171,39 +144,6 @@ class MujocoWarpEnv:
         if self._has_goal:
             info["goal"] = out["goal"]
         return out["obs"], out["reward"], out["terminated"], out["truncated"], info
-
-    def get_state(self) -> dict[str, Any]:
-        """Everything that decides the future: physics, counters, last action, random numbers."""
-        return {
-            "engine": "mujoco_warp",
-            "physics": torch.cat(self._physics_fields(), dim=-1),
-            "obs": self._obs.clone(),
-            "steps": self._steps.clone(),
-            "returns": self._returns.clone(),
-            "generator": self._generator.get_state(),
-        }
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a state of :meth:`get_state`, on the CPU to the bit.
-
-        Raises:
-            ValueError: the state is of another engine, robot, number of worlds or kind of device.
-        """
-        fields = self._physics_fields()
-        widths = [field.shape[-1] for field in fields]
-        _checks.saved_state(state, "mujoco_warp", (self.num_envs, sum(widths)))
-        random = state["generator"].cpu()
-        if random.numel() != self._generator.get_state().numel():
-            raise ValueError(
-                "the saved state was made on another kind of device: its random numbers cannot be "
-                f"continued on {self.device.type}"
-            )
-        for field, saved in zip(fields, state["physics"].split(widths, dim=-1), strict=True):
-            field.copy_(saved)
-        self._obs.copy_(state["obs"])
-        self._steps.copy_(state["steps"])
-        self._returns.copy_(state["returns"])
-        self._generator.set_state(random)
 
     def close(self) -> None:
         """Wait for the device, say what is left to say, and release the graph."""
@@ -253,28 +193,11 @@ class MujocoWarpEnv:
         self._obs.copy_(torch.where(done.unsqueeze(-1), self._observe(), final_obs))
         out["obs"].copy_(self._obs)
 
-    def _sample_reset(self) -> tuple[Tensor, Tensor]:
-        return self.task.sample_reset(self.num_envs, self._generator, self._qpos.dtype, self.device)
-
-    def _observe(self) -> Tensor:
-        return self.task.observation(self._qpos, self._qvel, self._ctrl)
-
     def _advance(self) -> None:
         """The physics of one control step."""
         with self._warp_scope():
             for _ in range(self.task.substeps):
                 self._mjw.step(self._model, self._data)
-
-    def _restart(self, mask: Tensor, qpos: Tensor, qvel: Tensor) -> None:
-        rows = mask.unsqueeze(-1)
-        self._qpos.copy_(torch.where(rows, qpos, self._qpos))
-        self._qvel.copy_(torch.where(rows, qvel, self._qvel))
-        # masked_fill, not a product with zero: a diverged world holds NaN.
-        self._ctrl.masked_fill_(rows, 0.0)
-        self._warmstart.masked_fill_(rows, 0.0)
-        self._time.masked_fill_(mask, 0.0)
-        self._steps.masked_fill_(mask, 0)
-        self._returns.masked_fill_(mask, 0.0)
 
     def _count(self, diverged: Tensor, unusable: Tensor) -> None:
         self._diverged |= diverged
@@ -286,19 +209,12 @@ class MujocoWarpEnv:
     # --- around it ------------------------------------------------------------------------------
 
     def _make_physics(self, max_contacts: int | None, max_rows: int | None) -> None:
-        """Model and worlds on the device, and torch's views of what the step reads and writes."""
+        """Model and envs on the device, and torch's views of what the step reads and writes."""
         import mujoco
 
-        model = mujoco.MjModel.from_xml_string(self.task.mjcf())
-        # mujoco-warp never resets a world by itself, and does not know the flag that forbids it.
+        model = self._compiled
+        # mujoco-warp never resets an env by itself, and does not know the flag that forbids it.
         model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
-        floats = mujoco.mj_stateSize(model, int(mujoco.mjtState.mjSTATE_FULLPHYSICS))
-        memory.require(
-            self.num_envs * 4 * (floats + 4 * self.task.obs_dim + 2),
-            f"{self.num_envs} worlds of {self.task.name}",
-            memory.WORLDS,
-            self.device,
-        )
         contacts, rows = contacts_and_rows(model)
         contacts = contacts if max_contacts is None else max_contacts
         rows = rows if max_rows is None else max_rows
@@ -306,29 +222,21 @@ class MujocoWarpEnv:
             self._model = self._mjw.put_model(model)
             self._model.opt.warn_overflow = 0  # it would print from the device; we count
             self._model.opt.deterministic = torch.are_deterministic_algorithms_enabled()
+            # At least one row: without, its solver leaves every acceleration at zero (4.0).
             self._data = self._mjw.make_data(
-                model, nworld=self.num_envs, nconmax=contacts, njmax=rows
+                model, nworld=self.num_envs, nconmax=contacts, njmax=max(rows, 1)
             )
         if self._cuda_stream is not None:
             torch.cuda.synchronize(self.device)
-        data = self._data
         self._qpos, self._qvel, self._ctrl, self._warmstart, self._time, self._overflow = (
-            self._wp.to_torch(array)
-            for array in (
-                data.qpos,
-                data.qvel,
-                data.ctrl,
-                data.qacc_warmstart,
-                data.time,
-                data.overflow,
-            )
+            self._wp.to_torch(getattr(self._data, name))
+            for name in ("qpos", "qvel", "ctrl", "qacc_warmstart", "time", "overflow")
         )
         kinds = self._mjw.OverflowType
         # Not the limits of the solver's iterations, of which the native engine says nothing either.
         self._room = int(kinds.ALL & ~(kinds.ITERATIONS | kinds.LS_ITERATIONS))
 
-    def _physics_fields(self) -> tuple[Tensor, ...]:
-        """Views ``[N, n]`` of all that the physics carries from one step to the next."""
+    def _physics(self) -> tuple[Tensor, ...]:
         return (self._qpos, self._qvel, self._ctrl, self._warmstart, self._time.unsqueeze(-1))
 
     def _warp_scope(self) -> AbstractContextManager[Any]:
@@ -353,7 +261,7 @@ class MujocoWarpEnv:
         caller.wait_stream(self._cuda_stream)
 
     def _capture(self) -> None:
-        """Record the control step as a CUDA graph; the worlds are left as they were."""
+        """Record the control step as a CUDA graph; the envs are left as they were."""
         assert self._cuda_stream is not None
         before = self.get_state()
         with self._on_stream():
@@ -388,19 +296,19 @@ class MujocoWarpEnv:
     def _tell(self, counters: list[int]) -> None:
         """Warn, once each, of what the counters say."""
         diverged, unusable, overflow = counters
-        worlds = f"of {self.num_envs} worlds"
+        envs = f"of {self.num_envs} envs"
         if diverged:
             self.divergence = BEYOND
             self._warn(
                 "diverged",
-                f"the physics of {self.task.name} diverged in {diverged} {worlds} ({BEYOND}); they "
+                f"the physics of {self.task.name} diverged in {diverged} {envs} ({BEYOND}); they "
                 "were restarted (said once)",
             )
         if unusable:
             self.divergence = self.divergence or "the action is not finite"
             self._warn(
                 "unusable",
-                f"{unusable} {worlds} of {self.task.name} got an action that is not finite; they "
+                f"{unusable} {envs} of {self.task.name} got an action that is not finite; they "
                 "were restarted (said once)",
             )
         if overflow:

@@ -1,4 +1,4 @@
-"""What the trainer asks of an environment: a batch of worlds with torch tensors in and out."""
+"""What the trainer asks of an environment: a batch of envs with torch tensors in and out."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class EnvironmentFault(RuntimeError):
 
 
 class ActionNotFinite(ValueError):
-    """An environment was given an action with NaN or infinite values; no world was stepped."""
+    """An environment was given an action with NaN or infinite values; no env was stepped."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """Bounds of one world's observations or actions, with the attributes of Gymnasium's ``Box``.
+    """Bounds of one env's observations or actions, with the attributes of Gymnasium's ``Box``.
 
     Attributes:
         shape: shape of one item.
@@ -42,7 +42,7 @@ class Box:
 
 @runtime_checkable
 class VectorEnv(Protocol):
-    """A batch of N worlds with Gymnasium's 5-tuple, torch tensors and same-step autoreset.
+    """A batch of N envs with Gymnasium's 5-tuple, torch tensors and same-step autoreset.
 
     ``step`` takes actions ``[N, A]`` in [-1, 1] (clipped inside) and returns
 
@@ -54,11 +54,11 @@ class VectorEnv(Protocol):
     - ``info``: ``final_obs`` ``[N, O]``, always dense: the true next observation before any reset,
       equal to ``obs`` where no episode ended; ``episode``, a dict of ``return`` ``[N]``, ``length``
       ``[N]`` and ``mask`` ``[N]`` (True where an episode ended in this step); optionally
-      ``diverged`` ``[N]`` bool: the world terminated since its simulation broke down, with its last
+      ``diverged`` ``[N]`` bool: the env terminated since its simulation broke down, with its last
       sound observation as ``final_obs``; and ``goal`` ``[N]`` bool: the state reached (before a
       reset) is one the task is after.
 
-    An environment may say in an attribute ``divergence`` why a world diverged first, if one did.
+    An environment may say in an attribute ``divergence`` why an env diverged first, if one did.
 
     Attributes:
         num_envs: N.
@@ -81,17 +81,17 @@ class VectorEnv(Protocol):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Start new episodes in all worlds, or where ``options["reset_mask"]`` ``[N]`` is True.
+        """Start new episodes in all envs, or where ``options["reset_mask"]`` ``[N]`` is True.
 
         Args:
-            seed: of all that is random from here on, each world in a stream of its own that no
-                other seed's world has; None goes on with the random numbers that there are.
+            seed: of all that is random from here on, each env in a stream of its own that no
+                other seed's env has; None goes on with the random numbers that there are.
             options: the mask.
         """
         ...
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Advance all worlds by one control step."""
+        """Advance all envs by one control step."""
         ...
 
     def get_state(self) -> dict[str, Any]:
@@ -107,10 +107,10 @@ class VectorEnv(Protocol):
 
         Raises:
             StateNotSupported: the simulator cannot be restored to the bit.
-            ValueError: the state is of another environment or number of worlds.
+            ValueError: the state is of another environment or number of envs.
         """
         ...
 
     def close(self) -> None:
-        """Release what the worlds hold."""
+        """Release what the envs hold."""
         ...

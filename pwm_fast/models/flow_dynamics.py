@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pwm_fast import ops
 from pwm_fast.config import ModelLearningConfig
-from pwm_fast.models.layers import MLP, mlp, runs_as_one
+from pwm_fast.models.layers import MLP, known_layers, mlp
 from pwm_fast.models.world_model import LatentModel, register
 
 
@@ -67,12 +67,10 @@ class FlowWorldModel(LatentModel):
         """
         if not isinstance(tau, Tensor):
             tau = torch.full((), tau, dtype=z.dtype, device=z.device)
-        embedding = self.embed(task, z)
-        if not runs_as_one(self._velocity):
-            return self._velocity(z, a, self._column(tau, z), *embedding)
-        return ops.velocity_field(
-            z, a, tau, self._velocity.layers(), task=embedding[0] if embedding else None
-        )
+        layers = known_layers(self._velocity, "norm_act", root=True)
+        if layers is None:
+            return self._velocity(z, a, self._column(tau, z), *self.embed(task, z))
+        return ops.velocity_field(z, a, tau, layers, task=self.task_input(task, z))
 
     @staticmethod
     def _column(tau: Tensor | float, z: Tensor) -> Tensor:
@@ -83,15 +81,15 @@ class FlowWorldModel(LatentModel):
 
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Next latents ``[..., D]``: the velocity field integrated from tau = 0 to 1."""
-        if not runs_as_one(self._velocity):
+        layers = known_layers(self._velocity, "norm_act", root=True)
+        if layers is None:
             return super().next(z, a, task)
-        embedding = self.embed(task, z)
         z = ops.flow_step(
             z,
             a,
-            self._velocity.layers(),
+            layers,
             self.config.substeps,
             self.config.integrator,  # type: ignore[arg-type]
-            task=embedding[0] if embedding else None,
+            task=self.task_input(task, z),
         )
         return ops.project_simplex(z) if self.config.project else z

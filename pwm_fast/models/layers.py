@@ -190,26 +190,14 @@ def _why_no_mish(module: nn.Module) -> str | None:
     return "has hooks" if hooked(module) else "is no Mish"
 
 
-def run(net: nn.Module, inputs: Sequence[Tensor], order: Order, *, root: bool) -> Tensor | None:
-    """A network as one operation; None where its modules have to run themselves, one by one."""
+def known_layers(net: nn.Module, order: Order, *, root: bool) -> list[Layer] | None:
+    """As :func:`taken_apart`; None where the modules have to run themselves, one by one."""
     if hooked_everywhere():
         return None
     try:
-        layers = taken_apart(net, order, root)
+        return taken_apart(net, order, root)
     except Skipped:
         return None
-    return ops.mlp(inputs, layers, order=order)
-
-
-def runs_as_one(net: nn.Module) -> bool:
-    """Whether an :class:`MLP` may be part of one operation without being called itself."""
-    if hooked_everywhere():
-        return False
-    try:
-        taken_apart(net, "norm_act", root=True)
-    except Skipped:
-        return False
-    return True
 
 
 class MLP(nn.Sequential):
@@ -229,9 +217,9 @@ class MLP(nn.Sequential):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """``[..., K_i]`` each, widths adding up to K, to ``[..., N]``."""
-        y = run(self, inputs, "norm_act", root=False)
-        if y is not None:
-            return y
+        layers = known_layers(self, "norm_act", root=False)
+        if layers is not None:
+            return ops.mlp(inputs, layers, order="norm_act")
         return super().forward(inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1))
 
 
@@ -297,9 +285,9 @@ def act_norm_layers(net: nn.Sequential) -> list[Layer]:
 
 def run_act_norm(net: nn.Sequential, x: Tensor) -> Tensor:
     """An :func:`act_norm_mlp` as one operation, or one by one where that would skip something."""
-    y = run(net, (x,), "act_norm", root=True)
-    if y is not None:
-        return y
+    layers = known_layers(net, "act_norm", root=True)
+    if layers is not None:
+        return ops.mlp((x,), layers, order="act_norm")
     found = net(x)
     assert isinstance(found, Tensor)
     return found

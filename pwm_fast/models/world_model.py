@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pwm_fast import config as configuration
 from pwm_fast import ops
 from pwm_fast.config import ModelLearningConfig, WorldModelConfig
-from pwm_fast.models.layers import MLP, init_world_model_, mlp, runs_as_one
+from pwm_fast.models.layers import MLP, init_world_model_, known_layers, mlp
 
 
 class LatentModel(nn.Module, ABC):
@@ -80,7 +80,7 @@ class LatentModel(nn.Module, ABC):
 
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Next latents ``[..., D]`` of latents ``[..., D]`` and actions ``[..., A]``."""
-        net, embedding = self._transition(), self.embed(task, z)
+        net = self._transition()
 
         def run(inputs: Sequence[Tensor], layers: Sequence[ops.Layer], order: ops.Order) -> Tensor:
             found = net(*inputs)
@@ -88,7 +88,7 @@ class LatentModel(nn.Module, ABC):
             return found
 
         step = self._dynamics_of(()).step
-        return step(z, a, embedding[0] if embedding else None, z.dtype, run)
+        return step(z, a, self.task_input(task, z), z.dtype, run)
 
     def cautions(self, learning: ModelLearningConfig) -> list[str]:
         """What to warn of where the model is trained in that way."""
@@ -122,14 +122,14 @@ class LatentModel(nn.Module, ABC):
 
     def rollout(self, z: Tensor, action: Tensor, task: Tensor | None = None) -> Tensor:
         """Latents ``[H+1, B, D]`` from ``z [B, D]`` under actions ``[H, B, A]``."""
-        if not runs_as_one(self._transition()):
+        layers = known_layers(self._transition(), "norm_act", root=True)
+        if layers is None:
             latents = [z]
             for a in action.unbind(0):
                 latents.append(self.next(latents[-1], a, task))
             return torch.stack(latents)
-        embedding = self.embed(task, z)
         return ops.latent_rollout(
-            z, action, self.dynamics(), task=embedding[0] if embedding else None
+            z, action, self._dynamics_of(layers), task=self.task_input(task, z)
         )
 
     def embed(self, task: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
@@ -162,6 +162,11 @@ class LatentModel(nn.Module, ABC):
         with torch.no_grad():  # not nn.Embedding(max_norm=1): on CUDA that waits for the device
             self._task_emb.weight.renorm_(2, 0, 1.0)
         return (self._task_emb(task).expand(*rows, -1),)
+
+    def task_input(self, task: Tensor | None, like: Tensor) -> Tensor | None:
+        """As :meth:`embed`, the way the operations take it: None for a single-task model."""
+        embedding = self.embed(task, like)
+        return embedding[0] if embedding else None
 
     def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
         """Latents ``[..., D]`` of observations ``[..., O]``."""

@@ -173,7 +173,7 @@ def make_env(
     Raises:
         ConfigError: it cannot be made.
     """
-    with _usable(f"{num_envs} worlds of env={config.env.name} do", memory.WORLDS):
+    with _usable(f"{num_envs} worlds of env={config.env.name} do", memory.ENVS):
         return make(
             config.env.name,
             num_envs,

@@ -1,4 +1,4 @@
-"""What the tests of the physics engines share."""
+"""What the tests of envs share."""
 
 from importlib.util import find_spec
 
@@ -28,8 +28,28 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
 
 
-def place(env, world, **coordinates):
-    """Write entries of one world's state, ``qpos_2=0.1``."""
+def continues_to_the_bit(env, restored, actions, half, tmp_path):
+    """A saved state, through a file, goes on as its env did; the steps behind ``half``."""
+    for action in actions[:half]:
+        env.step(action)
+    torch.save(env.get_state(), tmp_path / "state.pt")
+    expected = [env.step(action) for action in actions[half:]]
+    for action in actions[:3]:
+        restored.step(action)
+    restored.set_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    for action, step in zip(actions[half:], expected, strict=True):
+        assert same(restored.step(action), step)
+    return expected
+
+
+def others_are_untouched(step, expected):
+    """Of three envs, the first and the last are as they would have been."""
+    for a, b in zip(flat(step), flat(expected), strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+
+
+def place(env, row, **coordinates):
+    """Write entries of one env's state, ``qpos_2=0.1``."""
     for key, value in coordinates.items():
         field, index = key.split("_")
-        getattr(env, f"_{field}")[world, int(index)] = value
+        getattr(env, f"_{field}")[row, int(index)] = value

@@ -14,6 +14,12 @@ from pwm_fast.envs import (
     make,
 )
 from pwm_fast.seeding import words
+from tests.envs.engines import (
+    continues_to_the_bit,
+    flat,
+    others_are_untouched,
+    random_actions,
+)
 from tests.envs.suites import dm_control_suite
 
 suite = dm_control_suite()
@@ -37,20 +43,6 @@ def bounded_lqr(monkeypatch):
     monkeypatch.setattr(suite, "load", limited)
 
 
-def actions(env, steps, seed=0):
-    shape = (steps, env.num_envs, *env.single_action_space.shape)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def flat(step):
-    *tensors, info = step
-    return [*tensors, info["final_obs"], *info["episode"].values()]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
-
-
 def test_protocol():
     env = dmc("cheetah", "run", 3)
     assert isinstance(env, VectorEnv)
@@ -58,7 +50,7 @@ def test_protocol():
     assert env.single_action_space.shape == (6,)
     assert env.max_episode_steps == 500  # 1000 of the task's own steps, applied twice each
     assert not env.can_terminate
-    obs, reward, terminated, truncated, info = env.step(actions(env, 1)[0])
+    obs, reward, terminated, truncated, info = env.step(random_actions(env, 1)[0])
     assert obs.dtype == reward.dtype == torch.float32
     assert terminated.dtype == truncated.dtype == torch.bool
     assert torch.equal(info["final_obs"], obs)
@@ -70,21 +62,21 @@ def test_protocol():
 def test_matches_dm_control_itself(repeat):
     env = dmc("hopper", "hop", seed=4, action_repeat=repeat, max_episode_steps=15)
     randoms = [np.random.RandomState(words(4, i)) for i in range(2)]
-    worlds = [suite.load("hopper", "hop", task_kwargs={"random": random}) for random in randoms]
-    for world in worlds:
-        world.reset()
-    for t, action in enumerate(actions(env, 30)):
+    raws = [suite.load("hopper", "hop", task_kwargs={"random": random}) for random in randoms]
+    for raw in raws:
+        raw.reset()
+    for t, action in enumerate(random_actions(env, 30)):
         obs, reward, terminated, truncated, info = env.step(action)
-        for i, world in enumerate(worlds):
+        for i, raw in enumerate(raws):
             total = 0.0
             for _ in range(repeat):
-                step = world.step(action[i].double().numpy())
+                step = raw.step(action[i].double().numpy())
                 total += step.reward
             expected = np.float32(np.concatenate([np.ravel(x) for x in step.observation.values()]))
             np.testing.assert_array_equal(info["final_obs"][i].numpy(), expected)
             assert reward[i].item() == np.float32(total)
             if t % 15 == 14:
-                step = world.reset()
+                step = raw.reset()
                 expected = np.concatenate([np.ravel(x) for x in step.observation.values()])
             np.testing.assert_array_equal(obs[i].numpy(), np.float32(expected))
         assert not terminated.any()
@@ -111,33 +103,32 @@ def test_actions_are_stretched():
     env = dmc("pendulum", "swingup", 3, action_repeat=1)
     env._low, env._high = np.array([-0.5]), np.array([1.0])
     env.step(torch.tensor([[-1.0], [0.0], [9.0]]))
-    assert [world.physics.data.ctrl[0] for world in env._envs] == [-0.5, 0.25, 1.0]
+    assert [raw.physics.data.ctrl[0] for raw in env._envs] == [-0.5, 0.25, 1.0]
 
 
 def test_partial_reset_and_seeds():
     env, other = (dmc("reacher", "easy", 3, seed=7) for _ in range(2))
-    for action in actions(env, 5):
+    for action in random_actions(env, 5):
         before, *_ = env.step(action)
         other.step(action)
     obs, _ = env.reset(options={"reset_mask": torch.tensor([False, True, False])})
     assert torch.equal(obs[[0, 2]], before[[0, 2]])
     assert not torch.equal(obs[1], before[1])
-    action = actions(env, 1, seed=1)[0]
+    action = random_actions(env, 1, seed=1)[0]
     step, expected = env.step(action), other.step(action)
-    for a, b in zip(flat(step), flat(expected), strict=True):
-        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    others_are_untouched(step, expected)
     assert step[4]["episode"]["length"].tolist() == [6, 1, 6]
     assert torch.equal(env.reset(seed=3)[0], other.reset(seed=3)[0])
     assert not torch.equal(env.reset(seed=4)[0], other.reset(seed=3)[0])
 
 
-def test_divergence_restarts_one_world():
+def test_divergence_restarts_one_env():
     env, other = dmc("cheetah", "run", 3), dmc("cheetah", "run", 3)
-    sequence = actions(env, 3)
+    sequence = random_actions(env, 3)
     before, *_ = env.step(sequence[0])
     other.step(sequence[0])
     env._envs[1].physics.data.qvel[0] = 1e12
-    with pytest.warns(RuntimeWarning, match="1 of 3 worlds diverged"):
+    with pytest.warns(RuntimeWarning, match="1 of 3 envs diverged"):
         step = env.step(sequence[1])
     expected = other.step(sequence[1])
     obs, reward, terminated, _, info = step
@@ -145,8 +136,7 @@ def test_divergence_restarts_one_world():
     assert torch.equal(info["final_obs"][1], before[1])
     assert reward[1] == 0.0
     assert torch.isfinite(obs).all()
-    for a, b in zip(flat(step), flat(expected), strict=True):
-        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    others_are_untouched(step, expected)
     assert torch.isfinite(env.step(sequence[2])[0]).all()
 
 
@@ -155,18 +145,16 @@ def test_divergence_restarts_one_world():
 @pytest.mark.parametrize(("domain", "task"), [("cheetah", "run"), ("cartpole", "swingup")])
 def test_every_bad_state_is_divergence(domain, task, repeat, velocity):
     env = dmc(domain, task, action_repeat=repeat)
-    before, *_ = env.step(actions(env, 1)[0])
+    before, *_ = env.step(random_actions(env, 1)[0])
     env._envs[0].physics.data.qvel[0] = velocity
-    match = (
-        rf"{domain} {task}: 1 of 2 worlds diverged \(world 0, step 2 of its episode: .*(WARN|1e)"
-    )
+    match = rf"{domain} {task}: 1 of 2 envs diverged \(env 0, step 2 of its episode: .*(WARN|1e)"
     with pytest.warns(RuntimeWarning, match=match):
-        obs, reward, terminated, _, info = env.step(actions(env, 1)[0])
+        obs, reward, terminated, _, info = env.step(random_actions(env, 1)[0])
     assert terminated.tolist() == info["diverged"].tolist() == [True, False]
     assert reward[0] == 0.0
     assert torch.equal(info["final_obs"][0], before[0])
     assert obs.abs().max() < 100
-    assert not env.step(actions(env, 1)[0])[-1]["diverged"].any()
+    assert not env.step(random_actions(env, 1)[0])[-1]["diverged"].any()
 
 
 @pytest.mark.parametrize("task", ["lqr_2_1", "lqr_6_2"])
@@ -214,10 +202,10 @@ def test_rewards_that_are_one_number(reward, monkeypatch):
     assert env.step(torch.zeros(1, 6))[1].tolist() == [4.0]
 
 
-def test_faults_name_their_world(monkeypatch):
+def test_faults_name_their_env(monkeypatch):
     env = dmc("cheetah", "run")
     monkeypatch.setattr(env._envs[1].task, "get_reward", lambda physics: np.ones(2))
-    with pytest.raises(EnvironmentFault, match=r"cheetah run, world 1, step 1 .* reward must be"):
+    with pytest.raises(EnvironmentFault, match=r"cheetah run, env 1, step 1 .* reward must be"):
         env.step(torch.zeros(2, 6))
     observe = env._envs[1].task.get_observation
 
@@ -225,22 +213,22 @@ def test_faults_name_their_world(monkeypatch):
         return {name: value * np.nan for name, value in observe(physics).items()}
 
     monkeypatch.setattr(env._envs[1].task, "get_observation", spoilt)
-    with pytest.raises(EnvironmentFault, match=r"world 1, reset of episode 2: .*entry 0 is nan"):
+    with pytest.raises(EnvironmentFault, match=r"env 1, reset of episode 2: .*entry 0 is nan"):
         env.reset()
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("z"), TypeError("t"), AttributeError("a")])
-def test_whatever_a_task_raises_names_its_world(error, monkeypatch):
+def test_whatever_a_task_raises_names_its_env(error, monkeypatch):
     def fails(*_, **__):
         raise error
 
     env = dmc("cheetah", "run")
     name = type(error).__name__
     monkeypatch.setattr(env._envs[1].task, "get_reward", fails)
-    with pytest.raises(EnvironmentFault, match=rf"^cheetah run, world 1, step 1 .*: {name}: "):
+    with pytest.raises(EnvironmentFault, match=rf"^cheetah run, env 1, step 1 .*: {name}: "):
         env.step(torch.zeros(2, 6))
     monkeypatch.setattr(env._envs[1].task, "initialize_episode", fails)
-    with pytest.raises(EnvironmentFault, match=rf"world 1, reset of episode 2: {name}: "):
+    with pytest.raises(EnvironmentFault, match=rf"env 1, reset of episode 2: {name}: "):
         env.reset()
     from dm_control import suite
 
@@ -258,7 +246,7 @@ def test_a_task_that_needs_a_display_says_so(monkeypatch, capfd):
         raise mujoco.FatalError("no OpenGL")
 
     monkeypatch.setattr(mujoco, "MjrContext", fails)
-    with pytest.raises(EnvironmentFault, match=r"^quadruped escape, world 0, reset of episode 1: "):
+    with pytest.raises(EnvironmentFault, match=r"^quadruped escape, env 0, reset of episode 1: "):
         dmc("quadruped", "escape")
     gc.collect()
     assert "Exception ignored" not in capfd.readouterr().err
@@ -282,7 +270,7 @@ def test_an_observation_that_is_used_again(monkeypatch):
         return kept
 
     monkeypatch.setattr(task, "get_observation", again)
-    pairs = [(flat(env.step(a)), flat(other.step(a))) for a in actions(env, 7)]
+    pairs = [(flat(env.step(a)), flat(other.step(a))) for a in random_actions(env, 7)]
     for expected, got in pairs:
         assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
 
@@ -294,17 +282,8 @@ def test_an_observation_that_is_used_again(monkeypatch):
 def test_saved_state_continues_to_the_bit(domain, task, tmp_path):
     """Also where the task moves its target within the model (reacher) and with RK4 (cartpole)."""
     env = dmc(domain, task, seed=6, max_episode_steps=30)
-    sequence = actions(env, 60)
-    for action in sequence[:20]:
-        env.step(action)
-    torch.save(env.get_state(), tmp_path / "state.pt")
-    expected = [env.step(action) for action in sequence[20:]]
     restored = dmc(domain, task, seed=60, max_episode_steps=30)
-    for action in sequence[:3]:
-        restored.step(action)
-    restored.set_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    for action, step in zip(sequence[20:], expected, strict=True):
-        assert same(restored.step(action), step)
+    continues_to_the_bit(env, restored, random_actions(env, 60), 20, tmp_path)
 
 
 def test_states_that_are_not_supported(bounded_lqr):

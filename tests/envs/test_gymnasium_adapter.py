@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pwm_fast.envs import EnvironmentFault, GymnasiumEnv, StateNotSupported, VectorEnv, make
-from pwm_fast.seeding import world_seeds
+from pwm_fast.seeding import env_seeds
+from tests.envs.engines import continues_to_the_bit, random_actions, same
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
 pytest.importorskip("gymnasium.envs.mujoco", reason="needs pip install 'pwm-fast[gym]'")
@@ -46,20 +47,6 @@ def counters(*kwargs, mode=SAME_STEP, **vector):
     )
 
 
-def actions(env, steps, seed=0):
-    shape = (steps, env.num_envs, *env.single_action_space.shape)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def flat(step):
-    *tensors, info = step
-    return [*tensors, info["final_obs"], *info["episode"].values()]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
-
-
 def test_protocol():
     env = make("gym", 3, id="Hopper-v5", seed=1)
     assert isinstance(env, VectorEnv)
@@ -69,7 +56,7 @@ def test_protocol():
     assert env.metadata["autoreset_mode"] == "SameStep"
     obs, _ = env.reset()
     assert obs.shape == (3, 11)
-    obs, reward, terminated, truncated, info = env.step(actions(env, 1)[0])
+    obs, reward, terminated, truncated, info = env.step(random_actions(env, 1)[0])
     assert obs.dtype == reward.dtype == torch.float32
     assert terminated.dtype == truncated.dtype == torch.bool
     assert torch.equal(info["final_obs"], obs)
@@ -78,21 +65,21 @@ def test_protocol():
 
 def test_matches_gymnasium_itself():
     env = make("gym", 2, id="Hopper-v5", seed=3, max_episode_steps=40)
-    worlds = [gymnasium.make("Hopper-v5", max_episode_steps=40) for _ in range(2)]
-    starts = [w.reset(seed=s)[0] for w, s in zip(worlds, world_seeds(3, 2), strict=True)]
+    raws = [gymnasium.make("Hopper-v5", max_episode_steps=40) for _ in range(2)]
+    starts = [w.reset(seed=s)[0] for w, s in zip(raws, env_seeds(3, 2), strict=True)]
     obs, _ = make("gym", 2, id="Hopper-v5", seed=3).reset(seed=3)
     np.testing.assert_array_equal(obs.numpy(), np.float32(starts))
     ended = 0
-    for action in actions(env, 60):
+    for action in random_actions(env, 60):
         obs, reward, terminated, truncated, info = env.step(action)
-        for i, world in enumerate(worlds):
-            o, r, t, u, _ = world.step(action[i].numpy())
+        for i, raw in enumerate(raws):
+            o, r, t, u, _ = raw.step(action[i].numpy())
             np.testing.assert_array_equal(info["final_obs"][i].numpy(), np.float32(o))
             assert reward[i].item() == np.float32(r)
             assert (terminated[i].item(), truncated[i].item()) == (t, u)
             if t or u:
                 ended += 1
-                o, _ = world.reset()
+                o, _ = raw.reset()
             np.testing.assert_array_equal(obs[i].numpy(), np.float32(o))
     assert ended >= 2
 
@@ -128,10 +115,10 @@ def test_partial_reset():
     assert obs[:, 0].tolist() == [3.0, 1.0, 3.0]
 
 
-def test_a_world_without_a_number_is_restarted():
+def test_an_env_without_a_number_is_restarted():
     env = GymnasiumEnv(counters({"ends": 9}, {"ends": 9, "nan_at": 2}), max_episode_steps=10)
     env.step(torch.zeros(2, 2))
-    with pytest.warns(RuntimeWarning, match="1 of 2 worlds diverged"):
+    with pytest.warns(RuntimeWarning, match="1 of 2 envs diverged"):
         obs, reward, terminated, _, info = env.step(torch.zeros(2, 2))
     assert terminated.tolist() == [False, True]
     assert reward.tolist() == [5.0, 0.0]
@@ -142,7 +129,7 @@ def test_a_world_without_a_number_is_restarted():
 
 def test_seeds():
     first, second = (make("gym", 2, id="Hopper-v5", seed=s) for s in (5, 5))
-    for action in actions(first, 80):
+    for action in random_actions(first, 80):
         assert same(first.step(action), second.step(action))
     assert torch.equal(first.reset(seed=1)[0], second.reset(seed=1)[0])
     assert not torch.equal(first.reset(seed=2)[0], second.reset(seed=1)[0])
@@ -151,17 +138,8 @@ def test_seeds():
 @pytest.mark.parametrize("id", ["Ant-v5", "Hopper-v5", "InvertedDoublePendulum-v5", "Reacher-v5"])
 def test_saved_state_continues_to_the_bit(id, tmp_path):
     env = make("gym", 3, id=id, seed=6, max_episode_steps=70)
-    sequence = actions(env, 90)
-    for action in sequence[:50]:
-        env.step(action)
-    torch.save(env.get_state(), tmp_path / "state.pt")
-    expected = [env.step(action) for action in sequence[50:]]
     restored = make("gym", 3, id=id, seed=60, max_episode_steps=70)
-    for action in sequence[:3]:
-        restored.step(action)
-    restored.set_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    for action, step in zip(sequence[50:], expected, strict=True):
-        assert same(restored.step(action), step)
+    continues_to_the_bit(env, restored, random_actions(env, 90), 50, tmp_path)
 
 
 def test_states_that_are_not_supported():
@@ -252,7 +230,7 @@ def test_whatever_an_environment_raises_later(error, where, when, vector):
     kind = gymnasium.vector.SyncVectorEnv if vector == "sync" else gymnasium.vector.AsyncVectorEnv
     makers = [lambda: Counter(ends=9), lambda: Breaks(where, error)]
     env = GymnasiumEnv(kind(makers, autoreset_mode=SAME_STEP), max_episode_steps=9)
-    match = rf"^Breaks, world 1, {when}.*: {type(error).__name__}: "
+    match = rf"^Breaks, env 1, {when}.*: {type(error).__name__}: "
     with pytest.raises(EnvironmentFault, match=match), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium's log of a process
         for _ in range(2):

@@ -13,6 +13,7 @@ from pwm_fast.envs import TASKS, MujocoEnv, MujocoWarpEnv, make
 from pwm_fast.envs._buffers import contacts_and_rows
 from pwm_fast.envs._device import Packed, Watch
 from pwm_fast.envs.tasks.ant import Ant
+from pwm_fast.envs.tasks.cartpole import CartPole
 from tests.envs.engines import flat, needs_gpu, needs_warp, place, random_actions, same
 
 mujoco = pytest.importorskip("mujoco", reason="needs pip install 'pwm-fast[train]'")
@@ -31,12 +32,19 @@ class EllipticAnt(Ant):
         return super().mjcf().replace("integrator=", 'cone="elliptic" integrator=')
 
 
-def pair(task, worlds, seed=0):
-    return MujocoWarpEnv(task(), worlds, device="cpu", seed=seed), MujocoEnv(task(), worlds)
+class FreeCart(CartPole):
+    """Without a limit, so without contacts and constraints: its buffers have no row to hold."""
+
+    def mjcf(self):
+        return super().mjcf().replace('limited="true" range="-4 4"', "")
+
+
+def pair(task, num_envs, seed=0):
+    return MujocoWarpEnv(task(), num_envs, device="cpu", seed=seed), MujocoEnv(task(), num_envs)
 
 
 def put(warp, native):
-    """Native worlds' state, rounded to float32, into both."""
+    """Native envs' state, rounded to float32, into both."""
     for field in ("_qpos", "_qvel", "_ctrl", "_warmstart"):
         getattr(warp, field).copy_(getattr(native, field))
         getattr(native, field).copy_(getattr(warp, field))
@@ -46,9 +54,9 @@ def put(warp, native):
 
 @needs_warp
 @pytest.mark.parametrize(
-    # Tolerances: five times what 2 x 80 steps of 8 worlds came to.
+    # Tolerances: five times what 2 x 80 steps of 8 envs came to.
     ("task", "atol"),
-    [(TASKS["cartpole"], 4e-6), (TASKS["hopper"], 1e-4), (EllipticAnt, 2e-4)],
+    [(CartPole, 4e-6), (FreeCart, 4e-6), (TASKS["hopper"], 1e-4), (EllipticAnt, 2e-4)],
 )
 def test_each_control_step_is_that_of_native_physics(task, atol):
     """From equal states, along an episode with landings and limits."""
@@ -64,7 +72,7 @@ def test_each_control_step_is_that_of_native_physics(task, atol):
         errors.append((final[0] - final[1]).abs().amax(-1))
         if "goal" in ours[4]:
             assert torch.equal(ours[4]["goal"], theirs[4]["goal"])
-    # Not in all worlds and steps: a contact may begin one substep later, by rounding.
+    # Not in all envs and steps: a contact may begin one substep later, by rounding.
     assert (torch.stack(errors) < atol).float().mean() > 0.99
     assert (contacts > 0) == (task.name != "cartpole")
 
@@ -290,7 +298,7 @@ class Cuda:
 @needs_warp
 @pytest.mark.parametrize("collecting", [True, False])
 def test_the_order_of_a_capture(collecting, monkeypatch):
-    """On stand-ins: what has to come before, within and after it. The worlds do not notice."""
+    """On stand-ins: what has to come before, within and after it. The envs do not notice."""
     env = make("hopper", 2, engine="mujoco_warp", seed=3, max_episode_steps=2)
     twin = make("hopper", 2, engine="mujoco_warp", seed=3, max_episode_steps=2)
     cuda = Cuda(env, monkeypatch)
@@ -490,12 +498,12 @@ def test_what_went_wrong_on_a_gpu_is_said_later(gpu):
             env.step(actions)
             torch.cuda.synchronize()
     texts = [str(w.message) for w in said]
-    assert any("1 of 4 worlds of hopper got an action that is not finite" in t for t in texts)
-    assert any("diverged in 1 of 4 worlds" in t for t in texts)
+    assert any("1 of 4 envs of hopper got an action that is not finite" in t for t in texts)
+    assert any("diverged in 1 of 4 envs" in t for t in texts)
 
 
 @on_gpu
-def test_every_world_on_a_second_gpu(gpu):
+def test_every_env_on_a_second_gpu(gpu):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     second = torch.device("cuda", 1)
@@ -505,7 +513,7 @@ def test_every_world_on_a_second_gpu(gpu):
 
 
 @on_gpu
-def test_one_seed_gives_one_run_of_a_world_on_a_gpu(gpu):
+def test_one_seed_gives_one_run_of_an_env_on_a_gpu(gpu):
     """Repetitions of the same actions agree while rounding has not grown."""
     runs = []
     for _ in range(2):

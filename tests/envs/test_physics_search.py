@@ -1,4 +1,4 @@
-"""MuJoCo's state is watched wherever a Gymnasium world keeps it."""
+"""MuJoCo's state is watched wherever a Gymnasium env keeps it."""
 
 import collections
 import functools
@@ -14,8 +14,8 @@ gymnasium = pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast
 mujoco = pytest.importorskip("mujoco", reason="needs pip install 'pwm-fast[train]'")
 
 from pwm_fast.envs import EnvironmentFault, GymnasiumEnv, _physics_search  # noqa: E402
+from tests.envs.scripted import parallel, sync  # noqa: E402
 from tests.envs.suites import dm_control_suite  # noqa: E402
-from tests.envs.worlds import parallel, sync  # noqa: E402
 
 XML = """
 <mujoco><worldbody><body><joint name="hinge" type="hinge" axis="0 1 0"/>
@@ -48,7 +48,7 @@ def slots(data):
     return made
 
 
-# How a world keeps its data, by the name of the attribute.
+# How an env keeps its data, by the name of the attribute.
 PLACES = {
     "_data": lambda data: data,
     "mj_data": lambda data: data,
@@ -146,7 +146,7 @@ def diverged(*makers, vector=sync, steps=3):
     return seen
 
 
-@pytest.mark.filterwarnings("ignore:.*worlds diverged:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*envs diverged:RuntimeWarning")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("velocity", [1e11, math.nan])
 @pytest.mark.parametrize("when", ["init", "reset", "step"])
@@ -155,7 +155,7 @@ def test_a_state_is_watched_wherever_it_is_kept(place, velocity, when):
     assert diverged(*makers) == [[False, False], [True, False], [False, False]]
 
 
-@pytest.mark.filterwarnings("ignore:.*worlds diverged:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*envs diverged:RuntimeWarning")
 @pytest.mark.parametrize("place", ["_data", "sim", "get"])
 def test_below_wrappers_and_in_other_processes(place):
     def wrapped():
@@ -170,14 +170,14 @@ def test_below_wrappers_and_in_other_processes(place):
 
 
 class Wrapped(gymnasium.Wrapper):
-    """Keeps the data that its world hides."""
+    """Keeps the data that its env hides."""
 
     def __init__(self, env):
         super().__init__(env)
         self.states = (STATES[id(env)],)
 
 
-@pytest.mark.filterwarnings("ignore:.*worlds diverged:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*envs diverged:RuntimeWarning")
 def test_a_wrapper_may_keep_it():
     hidden = functools.partial(Pendulum, "module", 2)
     assert diverged(hidden, lambda: Wrapped(hidden())) == [
@@ -201,7 +201,7 @@ class Planner(gymnasium.Wrapper):
         return self.env.step(action)
 
 
-@pytest.mark.filterwarnings("ignore:.*worlds diverged:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*envs diverged:RuntimeWarning")
 @pytest.mark.parametrize("place", ["_data", "data"])
 def test_time_may_go_back_in_a_copy(place, monkeypatch):
     monkeypatch.setitem(PLACES, "data", lambda data: data)
@@ -218,7 +218,7 @@ class Careless(Planner):
         return self.env.step(action)
 
 
-@pytest.mark.filterwarnings("ignore:.*worlds diverged:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*envs diverged:RuntimeWarning")
 def test_a_copy_may_break_where_the_state_is_known(monkeypatch):
     monkeypatch.setitem(PLACES, "data", lambda data: data)
     makers = [lambda at=at: Careless(Pendulum("data", at)) for at in (2, 99)]
@@ -308,7 +308,7 @@ def dm_control():
 
 
 @pytest.mark.usefixtures("dm_control")
-@pytest.mark.filterwarnings("ignore:.*worlds diverged:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*envs diverged:RuntimeWarning")
 @pytest.mark.parametrize("velocity", [1e7, 1e11, math.nan])
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("vector", [sync, parallel])

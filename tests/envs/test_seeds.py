@@ -1,4 +1,4 @@
-"""No two seeds, worlds or uses of a seed share a start state; the same seed has the same ones."""
+"""No two seeds, envs or uses of a seed share a start state; the same seed has the same ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from pwm_fast.envs import GymnasiumEnv, VectorEnv, make
 from pwm_fast.seeding import Purpose, stream
 
-WORLDS = 64
+NUM_ENVS = 64
 SEEDS = (0, 1, 2, 63, 64, 1_000_003, 2**31 - 1, 2**31, 2**32, 2**32 + 1)
 USES = (Purpose.TRAINING, Purpose.EVALUATION, Purpose.FINAL_EVALUATION, Purpose.EVALUATE)
 
@@ -52,10 +52,10 @@ def dmc(num_envs: int, seed: int = 0) -> VectorEnv:
 
 
 KINDS: dict[str, tuple[Callable[..., Any], int]] = {
-    "cartpole": (built_in("cartpole"), WORLDS),
-    "hopper": (built_in("hopper"), WORLDS),
-    "warp": (warp, WORLDS),
-    "gym": (gym, WORLDS),
+    "cartpole": (built_in("cartpole"), NUM_ENVS),
+    "hopper": (built_in("hopper"), NUM_ENVS),
+    "warp": (warp, NUM_ENVS),
+    "gym": (gym, NUM_ENVS),
     "gym, processes": (gym_async, 3),
     "dmc": (dmc, 12),
 }
@@ -72,9 +72,9 @@ def kind(request: pytest.FixtureRequest) -> Iterator[tuple[Callable[..., VectorE
 
 
 def test_start_states_differ(kind: tuple[Callable[..., VectorEnv], int]) -> None:
-    factory, worlds = kind
+    factory, num_envs = kind
     keys = [*SEEDS, *(stream(seed, use) for seed in SEEDS for use in USES)]
-    with closing(factory(worlds)) as env:
+    with closing(factory(num_envs)) as env:
         starts = []
         for key in keys:
             starts.append(env.reset(seed=key)[0])
@@ -83,14 +83,14 @@ def test_start_states_differ(kind: tuple[Callable[..., VectorEnv], int]) -> None
 
 
 def test_the_seed_decides(kind: tuple[Callable[..., VectorEnv], int]) -> None:
-    factory, worlds = kind
-    with closing(factory(worlds, seed=5)) as env, closing(factory(worlds, seed=9)) as other:
+    factory, num_envs = kind
+    with closing(factory(num_envs, seed=5)) as env, closing(factory(num_envs, seed=9)) as other:
         first = env.reset()[0]
         assert not torch.equal(first, other.reset()[0])
         again = env.reset(seed=2**32 + 5)[0], env.reset()[0]
         same = other.reset(seed=2**32 + 5)[0], other.reset()[0]
         assert all(torch.equal(a, b) for a, b in zip(again, same, strict=True))
-    with closing(factory(worlds, seed=5)) as env:
+    with closing(factory(num_envs, seed=5)) as env:
         assert torch.equal(first, env.reset()[0])
 
 
@@ -101,7 +101,7 @@ def test_what_is_no_seed(kind: tuple[Callable[..., VectorEnv], int], seed: int) 
         factory(1, seed=seed)
 
 
-def test_more_worlds_begin_with_the_same_ones() -> None:
+def test_more_envs_begin_with_the_same_ones() -> None:
     for factory in (gym, dmc):
         with closing(factory(3, seed=4)) as few, closing(factory(7, seed=4)) as more:
             assert torch.equal(few.reset(seed=8)[0], more.reset(seed=8)[0][:3])

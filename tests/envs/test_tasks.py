@@ -29,6 +29,16 @@ def close(actual, expected, atol=1e-6):
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=F64), atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "can_terminate", "has_goal"),
+    [("ant", 1000, True, False), ("cartpole", 240, False, True), ("hopper", 1000, True, False)],
+)
+def test_episodes(name, steps, can_terminate, has_goal):
+    task = TASKS[name]()
+    assert (task.max_episode_steps, task.can_terminate) == (steps, can_terminate)
+    assert (task.goal(torch.zeros(1, task.obs_dim)) is not None) == has_goal
+
+
 @pytest.mark.parametrize("start", ["hanging", "upright"])
 def test_cartpole_observation(start):
     task = CartPole(start)

@@ -20,7 +20,7 @@ from tests.run.conftest import rows, tiny_config
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
 
-from tests.envs.worlds import Walk  # noqa: E402
+from tests.envs.scripted import Walk  # noqa: E402
 
 ID = "pwm_fast/Counted-v0"
 
@@ -110,7 +110,7 @@ def test_a_start_that_is_not_finite_ends_the_run_with_its_source(
         return (obs * float("nan") if Counted.calls > 30 else obs), info
 
     monkeypatch.setattr(Walk, "reset", spoilt)
-    match = rf"{ID}, world \d, reset of episode \d: .*entry 0 is nan"
+    match = rf"{ID}, env \d, reset of episode \d: .*entry 0 is nan"
     with pytest.raises(EnvironmentFault, match=match):
         start.train(config(tmp_path))
     assert Counted.made == Counted.closed
@@ -126,7 +126,7 @@ def test_diverged_worlds_are_counted_in_the_metrics(
         return (obs, float("nan") if world.t == 5 else reward, *rest)
 
     monkeypatch.setattr(Walk, "step", spoilt)
-    with pytest.warns(RuntimeWarning, match=rf"{ID}: \d of \d worlds diverged"):
+    with pytest.warns(RuntimeWarning, match=rf"{ID}: \d of \d envs diverged"):
         start.train(config(tmp_path))
     # 24 steps in each of 4 worlds, whose every fifth diverges; 4 steps an epoch.
     counts = [row["diverged"] for row in rows(tmp_path / "run")[1:]]

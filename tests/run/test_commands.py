@@ -132,7 +132,7 @@ WRONG = {
     "device": (["device=tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     "wandb mode": (["wandb.mode=maybe"], "wandb.mode must be one of disabled, offline, online"),
     "resume": (["resume=nowhere.pt"], "resume=nowhere.pt: there is no such file"),
-    "worlds": (["num_envs=10000000000"], "10000000000 worlds of cartpole need at least "),
+    "worlds": (["num_envs=10000000000"], "10000000000 envs of cartpole need at least "),
     "episodes": (["eval.episodes=9000000000"], "lower eval.episodes"),
     "last episodes": (["eval.final_episodes=9000000000"], "lower eval.final_episodes"),
     "windows": (
@@ -224,7 +224,7 @@ NOT_MADE = {
     "env=gym env.id=Pendulum-v1 env.kwargs.foo=5": "env.kwargs={'foo': 5}: TypeError: ",
     "env=gym env.id=Hopper-v5 env.kwargs.frame_skip=0": "env.kwargs={'frame_skip': 0}: ZeroDivi",
     "env=gym env.id=Hopper-v5 env.kwargs.xml_file=no.xml": "env.id='Hopper-v5' with env.kwargs=",
-    "env=gym env.id=Hopper-v5 env.kwargs.reset_noise_scale=nan": "Hopper-v5, world 0, reset of ",
+    "env=gym env.id=Hopper-v5 env.kwargs.reset_noise_scale=nan": "Hopper-v5, env 0, reset of ",
     "env=dmc env.action_repeat=1.5": "action_repeat must be a whole number, at least 1, got 1.5",
     "env=dmc env.action_repeat=null": "action_repeat must be a whole number, at least 1, got None",
     "env.start=[hanging]": "env.start must be one of hanging, upright, got ['hanging']",
@@ -254,7 +254,7 @@ def test_an_error_within_a_step_is_one_line(launcher: Launcher, tmp_path: Path) 
     pytest.importorskip("gymnasium", reason="needs pip install 'pwm-fast[gym]'")
     own = ["env=gym", "env.id=Pendulum-v1", "env.kwargs.g=abc"]
     outcome = launcher.run(tmp_path, *tiny_arguments(Path("run"), *own)[1:])
-    line = r"error: Pendulum-v1, world 0, step 1 of episode \d: TypeError: .*\n"
+    line = r"error: Pendulum-v1, env 0, step 1 of episode \d: TypeError: .*\n"
     assert outcome.status == 2 and re.fullmatch(line, outcome.err), outcome.err
 
 

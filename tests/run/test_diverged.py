@@ -90,7 +90,7 @@ def summary_of(run_dir: Path) -> Any:
 
 # --- evaluations ----------------------------------------------------------------------------------
 
-BROKEN = "ignore:.*worlds diverged:RuntimeWarning"
+BROKEN = "ignore:.*envs diverged:RuntimeWarning"
 
 
 @pytest.mark.filterwarnings(BROKEN)
@@ -196,8 +196,8 @@ def test_a_damaged_count_is_refused(part: str, key: str, value: Any, tmp_path: P
 # --- policies that are not finite -----------------------------------------------------------------
 
 KEYS = {
-    "alg.actor.lr=1e38": r"the actions of 2 of 2 worlds are not finite.* in actor\.mu_net",
-    "alg.model_learning.lr=1e20": r"the latents of 2 of 2 worlds are not finite.* world_model\.",
+    "alg.actor.lr=1e38": r"the actions of 2 of 2 envs are not finite.* in actor\.mu_net",
+    "alg.model_learning.lr=1e20": r"the latents of 2 of 2 envs are not finite.* world_model\.",
     "alg.actor.input_gain=3e38": r"all parameters are \(up to \S+ in actor\.mu_net\.0\.weight",
 }
 
@@ -347,7 +347,7 @@ def test_only_diverged_episodes(where: Any, value: str, worlds: int, tmp_path: P
         train(config(tmp_path / "run", kwargs, num_envs=worlds, epochs=5))
     # 20 steps, of which every third ends an episode.
     assert caught.match(f"all {6 * worlds} episodes ended as diverged")
-    assert caught.match(f"world 0, step 3 of its episode: {REASONS[where, value]}")
+    assert caught.match(f"env 0, step 3 of its episode: {REASONS[where, value]}")
     assert "set alg.horizon" not in str(caught.value)
     again = config(tmp_path / "run", kwargs, num_envs=worlds, epochs=5)
     with pytest.raises(NothingToLearn, match=f"all {6 * worlds} episodes ended as diverged"):

@@ -191,9 +191,7 @@ def test_pt_files_and_others_beside_them(data: Path, tmp_path: Path) -> None:
 
 
 def test_data_that_do_not_fit_the_run(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"alg\.replay_capacity must be at least 104 for 4 worlds"
-    ):
+    with pytest.raises(ConfigError, match=r"alg\.replay_capacity must be at least 104 for 4 envs"):
         train(config(tmp_path / "a", data, alg__replay_capacity=60))
     with pytest.raises(DataError, match=r"episode_0\.npz: action must be \[T, 3\]"):
         train(config(tmp_path / "b", data, env="hopper"))

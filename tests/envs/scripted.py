@@ -1,4 +1,4 @@
-"""Gymnasium worlds of few lines, for what adapters do with every kind of answer."""
+"""Gymnasium envs of few lines, for what adapters do with every kind of answer."""
 
 import gymnasium
 import numpy as np
@@ -97,7 +97,7 @@ class Script(gymnasium.Env):
 
 
 class Spoilt(gymnasium.Wrapper):
-    """Sets a velocity of a MuJoCo world before step ``at`` of the first episode."""
+    """Sets a velocity of a MuJoCo env before step ``at`` of the first episode."""
 
     def __init__(self, env, at, velocity):
         super().__init__(env)

@@ -1,4 +1,4 @@
-"""One Gymnasium world within a vector environment, in its process: copies, checks, divergence."""
+"""One Gymnasium env within a vector environment, in its process: copies, checks, divergence."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pwm_fast.envs._divergence import DIVERGED, PhysicsWatch
 from pwm_fast.envs.protocol import EnvironmentFault
 
 
-class World(gymnasium.Wrapper):
-    """Makes a world's answers safe to keep, before the vector environment resets it.
+class GuardedEnv(gymnasium.Wrapper):
+    """Makes an env's answers safe to keep, before the vector environment resets it.
 
-    Observations are copied: a world may answer with one array again and again, and the vector
-    environment hands out the last observation of an episode after the reset. What a world may not
+    Observations are copied: an env may answer with one array again and again, and the vector
+    environment hands out the last observation of an episode after the reset. What an env may not
     answer raises :class:`EnvironmentFault`. A step in which MuJoCo found the state bad terminates,
     with why as :data:`DIVERGED` in its info.
 
     Args:
-        env: the world with its wrappers.
-        index: of the world.
+        env: the env with its wrappers.
+        index: of the env.
     """
 
     def __init__(self, env: gymnasium.Env, index: int) -> None:
@@ -49,9 +49,7 @@ class World(gymnasium.Wrapper):
         try:
             answer = self.env.reset(seed=seed, options=options or None)
         except Exception as error:
-            if _answers.passes(error):
-                raise
-            raise _answers.raised(self._where(), error) from error
+            _answers.blame(self._where(), error)
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise EnvironmentFault(
                 f"{self._where()}: reset must return (observation, info), got "
@@ -73,9 +71,7 @@ class World(gymnasium.Wrapper):
             if _is_divergence(error):
                 said = " ".join(str(error).split())
                 return self._space_zeros(), 0.0, True, False, {DIVERGED: said}
-            if _answers.passes(error):
-                raise
-            raise _answers.raised(self._where(), error) from error
+            _answers.blame(self._where(), error)
         # Each puts the counts of its data back.
         reasons = [watch.end() for _, watch in watched]
         why = next((reason for reason in reasons if reason is not None), None)
@@ -108,7 +104,7 @@ class World(gymnasium.Wrapper):
         return info
 
     def _look(self) -> None:
-        """Find MuJoCo's data in a world that steps it."""
+        """Find MuJoCo's data in an env that steps it."""
         found = _physics_search.find(self.env) if self._own() is None else []
         # The time of one of several may go back in an ordinary step: plans are made in copies.
         self._others = [(data, PhysicsWatch(len(found) == 1)) for data in found]
@@ -139,7 +135,7 @@ class World(gymnasium.Wrapper):
 
     def _where(self) -> str:
         when = f"step {self._steps}" if self._steps else "reset"
-        return f"{self.env_name}, world {self._index}, {when} of episode {self._episode}"
+        return f"{self.env_name}, env {self._index}, {when} of episode {self._episode}"
 
 
 def _is_divergence(error: Exception) -> bool:
@@ -148,27 +144,28 @@ def _is_divergence(error: Exception) -> bool:
     return control is not None and isinstance(error, control.PhysicsError)
 
 
-def make_world(make: Callable[[], gymnasium.Env], index: int) -> World:
-    """A world of what ``make`` makes."""
-    return World(make(), index)
+def make_guarded(make: Callable[[], gymnasium.Env], index: int) -> GuardedEnv:
+    """An env of what ``make`` makes."""
+    return GuardedEnv(make(), index)
 
 
 def guard(envs: Any) -> str | None:
-    """Put a :class:`World` around every world of a vector environment of Gymnasium's, in place.
+    """Put a :class:`GuardedEnv` around every env of a vector environment of Gymnasium's, in place.
 
     The processes of an ``AsyncVectorEnv`` are started anew, since only there the last observation
     of an episode can be seen. Vector environments that step in their own way are left alone.
 
     Returns:
-        What a world is called; None where none was guarded.
+        What an env is called; None where none was guarded.
     """
     base = envs.unwrapped
     if isinstance(base, gymnasium.vector.SyncVectorEnv):
         base.envs = [
-            env if isinstance(env, World) else World(env, i) for i, env in enumerate(base.envs)
+            env if isinstance(env, GuardedEnv) else GuardedEnv(env, i)
+            for i, env in enumerate(base.envs)
         ]
     elif isinstance(base, gymnasium.vector.AsyncVectorEnv):
-        if not all(isinstance(fn, partial) and fn.func is make_world for fn in base.env_fns):
+        if not all(isinstance(fn, partial) and fn.func is make_guarded for fn in base.env_fns):
             _start_anew(base)
     else:
         return None
@@ -176,14 +173,14 @@ def guard(envs: Any) -> str | None:
 
 
 def _start_anew(base: Any) -> None:
-    """Make an ``AsyncVectorEnv`` what its constructor would, of guarded worlds."""
+    """Make an ``AsyncVectorEnv`` what its constructor would, of guarded envs."""
     kind = gymnasium.vector.AsyncVectorEnv
     settings = {
         key: getattr(base, key)
         for key in inspect.signature(kind.__init__).parameters
         if key not in ("self", "env_fns") and hasattr(base, key)
     }
-    makers = [partial(make_world, fn, i) for i, fn in enumerate(base.env_fns)]
+    makers = [partial(make_guarded, fn, i) for i, fn in enumerate(base.env_fns)]
     base.close()
     base.closed = False  # the constructor asks the processes
     kind.__init__(base, makers, **settings)

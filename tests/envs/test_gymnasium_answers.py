@@ -1,4 +1,4 @@
-"""Every kind of answer a Gymnasium world gives: kept buffers, divergence, spaces, and faults."""
+"""Every kind of answer a Gymnasium env gives: kept buffers, divergence, spaces, and faults."""
 
 import functools
 import math
@@ -22,7 +22,8 @@ from pwm_fast.envs import (  # noqa: E402
     make,
 )
 from pwm_fast.replay import Replay  # noqa: E402
-from tests.envs.worlds import Script, Spoilt, Walk, parallel, sync  # noqa: E402
+from tests.envs.engines import random_actions  # noqa: E402
+from tests.envs.scripted import Script, Spoilt, Walk, parallel, sync  # noqa: E402
 
 Box = gymnasium.spaces.Box
 VECTORS = {
@@ -35,8 +36,8 @@ VECTORS = {
 }
 
 
-def adapted(*worlds, vector=sync, **options):
-    return GymnasiumEnv(vector(*worlds), max_episode_steps=50, **options)
+def adapted(*makers, vector=sync, **options):
+    return GymnasiumEnv(vector(*makers), max_episode_steps=50, **options)
 
 
 def script(*answers, **options):
@@ -48,23 +49,19 @@ def flat(step):
     return [*tensors, info["final_obs"], info["diverged"], *info["episode"].values()]
 
 
-def actions(env, steps, seed=0):
-    shape = (steps, env.num_envs, *env.single_action_space.shape)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-# --- buffers that a world uses again --------------------------------------------------------------
+# --- buffers that an env uses again --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vector", VECTORS)
-def test_a_world_may_answer_with_the_same_arrays_again_and_again(vector):
+def test_an_env_may_answer_with_the_same_arrays_again_and_again(vector):
     made = [
         adapted(
             *(
                 functools.partial(Walk, length, truncates, reuse)
                 for length, truncates in ((2, False), (3, True), (1, False))
             ),
-            vector=VECTORS[vector],
+            # Each new process imports everything: there the truth comes from this one.
+            vector=VECTORS["sync" if "new" in vector and not reuse else vector],
             seed=5,
         )
         for reuse in (False, True)
@@ -72,7 +69,7 @@ def test_a_world_may_answer_with_the_same_arrays_again_and_again(vector):
     replays = [Replay(60, 3, 3, 2, 1) for _ in made]
     observed = [env.reset(seed=8)[0] for env in made]
     told, copies = [[], []], [[], []]
-    for action in actions(made[0], 12):
+    for action in random_actions(made[0], 12):
         given = action.clone()
         for k, env in enumerate(made):
             obs, reward, terminated, truncated, info = step = env.step(action)
@@ -95,7 +92,7 @@ def test_a_world_may_answer_with_the_same_arrays_again_and_again(vector):
 
 def test_what_is_handed_out_is_the_callers():
     env, other = (adapted(functools.partial(Walk, 2, reuse=True), seed=1) for _ in range(2))
-    for action in actions(env, 6):
+    for action in random_actions(env, 6):
         for tensor in flat(other.step(action)):
             tensor.zero_()
         other.reset(options={"reset_mask": torch.zeros(1, dtype=torch.bool)})[0].fill_(9.0)
@@ -104,7 +101,7 @@ def test_what_is_handed_out_is_the_callers():
         assert torch.equal(other._steps, env._steps)
 
 
-def test_a_world_behind_a_vector_wrapper():
+def test_an_env_behind_a_vector_wrapper():
     vector = gymnasium.wrappers.vector.RecordEpisodeStatistics(
         sync(functools.partial(Walk, 2, reuse=True))
     )
@@ -129,12 +126,12 @@ def test_a_state_that_mujoco_calls_bad(name, velocity, at, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
     env = adapted(*(functools.partial(spoilt, name, t, velocity) for t in (at, 99)), seed=1)
     before, _ = env.reset(seed=1)
-    sequence = 0.1 * actions(env, at + 1)
+    sequence = 0.1 * random_actions(env, at + 1)
     for action in sequence[: at - 1]:
         before, _, terminated, *_ = env.step(action)
         assert not terminated.any()
     why = r"MuJoCo gave mjWARN_BADQ|its time went back|a position or velocity is not finite"
-    match = rf"{name}: 1 of 2 worlds diverged \(world 0, step {at} of its episode: .*({why})"
+    match = rf"{name}: 1 of 2 envs diverged \(env 0, step {at} of its episode: .*({why})"
     with pytest.warns(RuntimeWarning, match=match):
         obs, reward, terminated, truncated, info = env.step(sequence[at - 1])
     assert env.divergence is not None and f"step {at} of its episode: " in env.divergence
@@ -167,7 +164,7 @@ def test_divergence_is_seen_below_wrappers_and_in_other_processes(
     makers = [functools.partial(spoilt, at=at, wrap=wrap) for at in (2, 99)]
     env = adapted(*makers, vector=VECTORS[vector], seed=2)
     before, *_ = env.step(torch.zeros(2, 6))
-    with pytest.warns(RuntimeWarning, match="1 of 2 worlds diverged"):
+    with pytest.warns(RuntimeWarning, match="1 of 2 envs diverged"):
         _, reward, terminated, _, info = env.step(torch.zeros(2, 6))
     assert terminated.tolist() == info["diverged"].tolist() == [True, False]
     assert reward[0] == 0.0
@@ -180,16 +177,16 @@ def test_no_reset_of_mujocos_own_passes_for_a_step(tmp_path, monkeypatch):
     """Gears a thousand times too strong: MuJoCo resets itself again and again."""
     monkeypatch.chdir(tmp_path)
     env = make("gym", 2, id="HalfCheetah-v5", seed=4)
-    for world in env._envs.envs:
-        world.unwrapped.model.actuator_gear[:] *= 1000.0
+    for one in env._envs.envs:
+        one.unwrapped.model.actuator_gear[:] *= 1000.0
     seen = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        for action in actions(env, 300):
-            times = [world.unwrapped.data.time for world in env._envs.envs]
+        for action in random_actions(env, 300):
+            times = [one.unwrapped.data.time for one in env._envs.envs]
             _, reward, terminated, _, info = env.step(action)
-            for i, world in enumerate(env._envs.envs):
-                if world.unwrapped.data.time <= times[i]:
+            for i, one in enumerate(env._envs.envs):
+                if one.unwrapped.data.time <= times[i]:
                     assert terminated[i], "time went back within an episode"
             seen += int(info["diverged"].sum())
             assert torch.equal(terminated, info["diverged"])
@@ -206,7 +203,7 @@ def test_ordinary_warnings_of_mujoco_are_no_divergence():
     number[int(mujoco.mjtWarning.mjWARN_CONTACTFULL)] = 3
     number[int(mujoco.mjtWarning.mjWARN_BADQACC)] = 2  # of before
     assert not env.step(torch.zeros(1, 6))[-1]["diverged"].any()
-    assert number.sum() == 5, "its own counts are left to the world"
+    assert number.sum() == 5, "its own counts are left to the env"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e11, -3e38])
@@ -218,7 +215,7 @@ def test_numbers_that_nothing_can_be_learned_from(value, what, ends):
     before, *_ = env.step(torch.zeros(2, 1))
     shown = f"{np.float32(value):g}".replace("+", r"\+")
     why = f"entry 1 is {shown} of the observation" if what == "obs" else f"the reward is {shown}"
-    match = rf"Script: 1 of 2 worlds diverged \(world 0, step 2 of its episode: {why}\)"
+    match = rf"Script: 1 of 2 envs diverged \(env 0, step 2 of its episode: {why}\)"
     with pytest.warns(RuntimeWarning, match=match):
         obs, reward, terminated, _, info = env.step(torch.zeros(2, 1))
     assert terminated.tolist() == info["diverged"].tolist() == [True, False]
@@ -226,7 +223,7 @@ def test_numbers_that_nothing_can_be_learned_from(value, what, ends):
     assert torch.equal(info["final_obs"], before)
     assert torch.isfinite(obs).all()
     assert info["episode"]["return"].tolist() == [1.0, 2.0]
-    assert [world.unwrapped.resets for world in env._envs.envs] == [2, 1]
+    assert [one.unwrapped.resets for one in env._envs.envs] == [2, 1]
 
 
 def test_actions_that_are_not_finite_are_refused():
@@ -234,7 +231,7 @@ def test_actions_that_are_not_finite_are_refused():
     for value in (math.nan, math.inf):
         action = torch.zeros(3, 1)
         action[1:] = value
-        with pytest.raises(ValueError, match=r"non-finite values, in worlds 1, 2"):
+        with pytest.raises(ValueError, match=r"non-finite values, in envs 1, 2"):
             env.step(action)
     assert not env._envs.envs[0].unwrapped.taken
 
@@ -257,7 +254,7 @@ def test_sizes_are_compared_without_a_word_of_numpys(values, below):
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e12])
 def test_a_start_that_is_not_finite_names_its_source(vector, value):
     start = np.array([0.5, value])
-    match = rf"Script, world 1, reset of episode {{}}: .* entry 1 is {re.escape(f'{value:g}')}"
+    match = rf"Script, env 1, reset of episode {{}}: .* entry 1 is {re.escape(f'{value:g}')}"
     makers = [script(), script(starts=[start])]
     with pytest.raises(EnvironmentFault, match=match.format(1)):
         adapted(*makers, vector=VECTORS[vector])
@@ -327,7 +324,7 @@ def test_flags_that_are_flags(name, flag):
 def test_answers_that_cannot_be_used(change, match, vector):
     env = adapted(script(), script({}, change, {}), vector=VECTORS[vector])
     env.step(torch.zeros(2, 1))
-    with pytest.raises(EnvironmentFault, match=f"^Script, world 1, step 2 of episode 1: .*{match}"):
+    with pytest.raises(EnvironmentFault, match=f"^Script, env 1, step 2 of episode 1: .*{match}"):
         env.step(torch.zeros(2, 1))
     env.close()
 
@@ -345,7 +342,7 @@ def test_starts_that_cannot_be_used(start, match):
             return start if start is not None else super().reset(**options)[0]
 
     kind = functools.partial(Script, starts=[start]) if start is not None else OldApi
-    with pytest.raises(EnvironmentFault, match=f"world 0, reset of episode 1: .*{match}"):
+    with pytest.raises(EnvironmentFault, match=f"env 0, reset of episode 1: .*{match}"):
         adapted(kind)
 
 
@@ -354,7 +351,7 @@ def test_an_observation_outside_of_its_space_is_said_once():
     start = np.array([0.0, 5.000001])  # rounding
     far = {"obs": np.array([0.0, 7.0])}
     env = adapted(*(script({}, c, far, starts=[start], obs=box) for c in ({}, far)))
-    with pytest.warns(RuntimeWarning, match=r"world 1: entry 1 of the obs\w* is 7, .* \[0, 5\]"):
+    with pytest.warns(RuntimeWarning, match=r"env 1: entry 1 of the obs\w* is 7, .* \[0, 5\]"):
         for _ in range(2):
             obs, *_ = env.step(torch.zeros(2, 1))
     assert obs[1, 1] == 7.0
@@ -537,12 +534,12 @@ def test_options_are_none_where_there_are_none(vector):
     env.reset(seed=3)
     env.reset(options={})
     env.reset(options={"reset_mask": torch.tensor([True, False])})
-    for action in actions(env, 9):
+    for action in random_actions(env, 9):
         env.step(action)
     env.close()
 
 
-def test_worlds_are_closed_once_also_where_one_cannot_be_made():
+def test_envs_are_closed_once_also_where_one_cannot_be_made():
     made = []
 
     def maker(fails):
@@ -559,11 +556,11 @@ def test_worlds_are_closed_once_also_where_one_cannot_be_made():
         env = make("gym", 2, id="pwm_fast/Counted-v0")
         env.close()
         env.close()
-        assert [world.closed for world in made] == [1, 1]
+        assert [one.closed for one in made] == [1, 1]
         made.clear()
         with pytest.raises(RuntimeError, match="no more"):
             make("gym", 3, id="pwm_fast/Counted-v0")
-        assert [world.closed for world in made] == [1, 1]
+        assert [one.closed for one in made] == [1, 1]
         made.clear()
         with pytest.raises(ValueError, match="max_episode_steps"):
             GymnasiumEnv.from_id("pwm_fast/Counted-v0", 2, max_episode_steps=0)
@@ -595,7 +592,7 @@ def test_no_process_is_left(moment):
     assert set(multiprocessing.active_children()) <= before
 
 
-def test_worlds_in_other_processes_cannot_be_saved():
+def test_envs_in_other_processes_cannot_be_saved():
     env = adapted(script(), vector=parallel)
     with pytest.raises(StateNotSupported, match="AsyncVectorEnv"):
         env.get_state()

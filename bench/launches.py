@@ -98,9 +98,9 @@ def count(
             "critics": lambda: agent._run("critic", agent._critic_update, *rollout),
             "world model": lambda: agent._run("wm", agent._model_update, *windows),
         }
+        for optimizer in agent.optimizers.values():  # makes Adam's state
+            optimizer.apply(torch.zeros((), device=DEVICE), [None] * len(optimizer.params))
         for name, step in steps.items():
-            if name != "rollout":
-                step()  # makes Adam's state
             cuda.launches = Counter()
             with weight_cache.capturing():  # as in CudaGraphs
                 step()

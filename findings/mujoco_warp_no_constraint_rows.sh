@@ -6,7 +6,7 @@
 # MuJoCo does.
 # Seen with mujoco-warp 4.0.0 (warp-lang 1.19.0, mujoco 3.17.0, Warp's CPU device): with njmax=0 every
 # step leaves qacc and qvel at 0, whatever force acts, and raises nothing. With njmax=1 the same model
-# moves as in MuJoCo.
+# moves as in MuJoCo. (google-deepmind/mujoco_warp pull request 380, open, is about the same place.)
 #
 # What it means for pwm_fast: it asks for one constraint row at least (pwm_fast/envs/mujoco_warp.py).
 set -euo pipefail

@@ -34,6 +34,7 @@ from pwm_fast.config.loading import (
     open_overrides,
     read_yaml,
     to_dict,
+    typed,
 )
 from pwm_fast.config.training import (
     CheckpointConfig,
@@ -80,5 +81,6 @@ __all__ = [
     "open_overrides",
     "read_yaml",
     "to_dict",
+    "typed",
     "world_model_kinds",
 ]

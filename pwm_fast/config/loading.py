@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pwm_fast.config.checks import ConfigError, require
 from pwm_fast.config.training import EnvConfig, TrainConfig
+
+Typed = TypeVar("Typed")
 
 # Mappings whose keys are not known beforehand: Hydra wants a + before a key that they lack.
 _OPEN = re.compile(r"(env\.kwargs|hydra\.launcher\.additional_parameters)(\.[^=]+)?=")
@@ -128,6 +130,26 @@ def from_hydra(cfg: Any) -> TrainConfig:
     assert isinstance(values, dict)
     values.pop("launch", None)  # where a sweep runs is no part of a run
     return from_dict({str(k): v for k, v in values.items()})
+
+
+def typed(cfg: Any, kind: type[Typed], need: str) -> Typed:
+    """Hydra's configuration of a command as the dataclass that checks it.
+
+    Args:
+        cfg: Hydra's.
+        kind: the dataclass, which ``cfg`` was composed on.
+        need: ``key=WHAT is needed: why``, said where that key has no value.
+
+    Raises:
+        ConfigError: the key has no value, or one is out of range.
+    """
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_missing(cfg, need.partition("=")[0]):
+        raise ConfigError(need)
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, kind)
+    return config
 
 
 def read_yaml(path: Path) -> Any:

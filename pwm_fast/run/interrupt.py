@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
@@ -77,19 +78,23 @@ class Interrupt:
             if signum == signal.SIGINT:
                 raise KeyboardInterrupt
             if signum == HANGUP:
-                self._forget_terminals()
+                silence(self._terminals)
             return
         self.signum = signum
         text = f"\n{signal.Signals(signum).name}: stopping; a checkpoint will be written\n"
         with suppress(OSError, ValueError):  # print is not safe within a handler
             os.write(sys.stderr.fileno(), text.encode())
         if signum == HANGUP:
-            self._forget_terminals()
+            silence(self._terminals)
 
-    def _forget_terminals(self) -> None:
-        """A write to a terminal that is gone would end the run before its checkpoint."""
-        with suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for descriptor in self._terminals:
-                os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+
+def silence(descriptors: Iterable[int]) -> None:
+    """Write to nowhere in place of a terminal or a pipe that is closed.
+
+    An error of such a write would end the run before its checkpoint.
+    """
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in descriptors:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)

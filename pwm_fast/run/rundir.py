@@ -14,7 +14,7 @@ from pwm_fast import files
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.run import checkpoint, checkpoint_content, metrics, provenance
 from pwm_fast.run.checkpoint import CheckpointError
-from pwm_fast.run.provenance import HOW_IT_RUNS, flat
+from pwm_fast.run.provenance import HOW_IT_RUNS, flat, within
 
 # What may differ between a run and the process that continues it.
 FREE_KEYS = ("epochs", *HOW_IT_RUNS)
@@ -410,8 +410,7 @@ def differences(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
     return {
         key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        if before.get(key) != now.get(key) and not within(key, FREE_KEYS)
     }
 
 

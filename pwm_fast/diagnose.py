@@ -14,8 +14,8 @@ from typing import Any
 from pwm_fast import cli, files
 from pwm_fast import config as configuration
 from pwm_fast.analysis.diagnosis import DiagnoseConfig, diagnose
-from pwm_fast.analysis.model_figures import draw
-from pwm_fast.analysis.model_tables import tables
+from pwm_fast.analysis.diagnosis_figures import draw
+from pwm_fast.analysis.diagnosis_tables import tables
 from pwm_fast.config import ConfigError
 from pwm_fast.run import metrics
 

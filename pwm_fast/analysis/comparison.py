@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pwm_fast import files
 from pwm_fast.analysis.figures import draw_all
+from pwm_fast.analysis.options import Options
 from pwm_fast.analysis.page import render
-from pwm_fast.analysis.report import Options, Report, make, outputs
+from pwm_fast.analysis.report import Report, make, outputs
 from pwm_fast.analysis.statistics import Estimate, Interval
 from pwm_fast.analysis.tables import groups_csv, runs_csv
 

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pwm_fast.analysis.groups import Environment, Group, arrange
 from pwm_fast.analysis.measures import Comparison, measure
+from pwm_fast.analysis.options import Options
 from pwm_fast.analysis.runs import LeftOut, Run, find, load
 from pwm_fast.analysis.scores import Reference, Score, across
-from pwm_fast.analysis.statistics import RESAMPLES
 from pwm_fast.config import ConfigError
-
-
-@dataclass
-class Options:
-    """What a comparison is asked for.
-
-    Attributes:
-        paths: run directories, directories of such, and patterns.
-        targets: returns whose time is taken, by environment; ``None`` is any environment.
-        steps: environment steps at which returns are read off; quarters of the budget if empty.
-        references: returns that make scores of 0 and 1, by environment.
-        statistic: of the figures' thick lines: ``iqm`` or ``mean``.
-        resamples: of the bootstrap.
-        title: of the page; the environments' names if empty.
-    """
-
-    paths: Sequence[str]
-    targets: dict[str | None, float] = field(default_factory=dict)
-    steps: Sequence[float] = ()
-    references: dict[str, Reference] = field(default_factory=dict)
-    statistic: str = "iqm"
-    resamples: int = RESAMPLES
-    title: str = ""
 
 
 @dataclass

@@ -499,7 +499,7 @@ def test_info_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["on cpu, float32"].split() == names
     for operation in select.OPERATIONS:
         cells = dict(zip(names, re.split(" {2,}", rows[f"  {operation}"]), strict=True))
-        kept = "reference" if operation in ("esnr_update", "td_lambda") else "native"
+        kept = "reference" if operation in ("adam", "esnr_update", "td_lambda") else "native"
         assert [name for name in names if cells[name] == "auto"] == [kept]
         assert cells["reference"] in ("auto", "if asked")
     monkeypatch.setattr(native, "_MISSING", "the native extension does not load (gone)")

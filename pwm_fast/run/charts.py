@@ -11,6 +11,8 @@ import numpy as np
 from pwm_fast import files
 from pwm_fast.run import metrics
 
+DPI = 120
+
 
 class Curve(NamedTuple):
     """A line of a panel.
@@ -134,7 +136,7 @@ def save(figure: Any, path: Path) -> Path:
         OSError: it cannot be written; it names the file.
     """
     with files.replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=DPI)
     return path
 
 

@@ -201,7 +201,8 @@ def test_choices_of_no_file(given: str, launcher: Launcher, tmp_path: Path) -> N
 @pytest.mark.parametrize("given", ["env='cartpole'", "alg=[]", "-m alg='pwm_tiny',pwm_tiny_flow"])
 def test_choices_that_are_files(given: str, launcher: Launcher, tmp_path: Path) -> None:
     *sweep, override = given.split()
-    arguments = tiny_arguments(Path("run_${alg.name}"), "epochs=0", override)
+    own = ["launch=hydra"] if sweep else []  # which starts no processes
+    arguments = tiny_arguments(Path("run_${alg.name}"), "epochs=0", override, *own)
     outcome = launcher.run(tmp_path, *sweep, *arguments)
     assert outcome.status == 0, outcome.err
 
@@ -291,7 +292,7 @@ def test_warnings_are_shown(launcher: Launcher, tmp_path: Path) -> None:
 
 def test_sweep(launcher: Launcher, tmp_path: Path) -> None:
     arguments = [a for a in tiny_arguments(Path("x"), "epochs=2") if not a.startswith("run_dir")]
-    outcome = launcher.run(tmp_path, "-m", *arguments, "seed=0,1")
+    outcome = launcher.run(tmp_path, "-m", *arguments, "seed=0,1", "launch=hydra")
     assert outcome.status == 0, outcome.err
     for seed in (0, 1):
         run_dir = tmp_path / f"runs/cartpole/pwm_tiny_flow/seed_{seed}"

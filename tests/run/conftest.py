@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,21 @@ def train_without_plots(config: TrainConfig) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "plot_run", lambda *_: [])
         train(config)
+
+
+def finish(directory: Path, **changes: object) -> Path:
+    """A finished run, with a plot that is none."""
+    train_without_plots(tiny_config(directory, **changes))
+    assert json.loads((directory / "summary.json").read_text())["status"] == "finished"
+    (directory / "plots").mkdir()
+    (directory / "plots" / "summary.png").write_bytes(b"a picture")
+    return directory
+
+
+def content_of(directory: Path) -> dict[str, bytes]:
+    """The content of all files below, by their relative names."""
+    files = (p for p in directory.rglob("*") if p.is_file())
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
 
 
 def rows(run_dir: Path) -> list[metrics.Row]:
@@ -223,6 +239,18 @@ def whole_run(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> P
     outcome = launcher.run(directory, *tiny_arguments(directory / "run"))
     assert outcome.status == 0, outcome.err
     return directory / "run"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run, made in this process; not to be written."""
+    return finish(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ def case(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "_picture", kept)
+        patch.setattr(figures, "DPI", 40)  # the layout is in inches; drawing fewer dots is quicker
         comparison.compare(Options([str(top / "runs")], resamples=100), top / "out")
     yield request.param, top, drawn
 

@@ -220,3 +220,8 @@ def short_key(key: str) -> str:
 def shown(value: Any) -> str:
     """A value for people."""
     return "null" if value is None else str(value).replace(" ", "")
+
+
+def plural(noun: str, count: int) -> str:
+    """So many of a noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

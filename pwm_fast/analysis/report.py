@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pwm_fast.analysis.groups import Environment, Group, arrange
+from pwm_fast.analysis.groups import Environment, Group, arrange, plural
 from pwm_fast.analysis.measures import Comparison, measure
 from pwm_fast.analysis.options import Options
 from pwm_fast.analysis.runs import LeftOut, Run, find, load
@@ -111,7 +111,7 @@ def _notes(
 ) -> list[str]:
     notes = []
     if left_out:
-        notes.append(f"{_count(len(left_out), 'run')} left out; the last table says why.")
+        notes.append(f"{plural('run', len(left_out))} left out; the last table says why.")
     if len(comparisons) > 1:
         notes.append(
             f"The runs are of {len(comparisons)} environments, whose returns have different "
@@ -131,7 +131,7 @@ def _notes_of(comparison: Comparison) -> list[str]:
     for group in groups:
         if group.unfinished:
             notes.append(
-                f"{group.name}: {_count(len(group.unfinished), 'run')} of {len(group.runs)} not "
+                f"{group.name}: {plural('run', len(group.unfinished))} of {len(group.runs)} not "
                 f"finished ({', '.join(_seed_and_progress(run) for run in group.unfinished)}); "
                 "compared as far as they are, without a final evaluation."
             )
@@ -183,10 +183,6 @@ def _names(some: Sequence[Group], groups: Sequence[Group]) -> str:
 
 def _seeds(group: Group) -> str:
     return ", ".join(str(run.seed) for run in group.runs)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def outputs(directory: Path) -> dict[str, Path]:

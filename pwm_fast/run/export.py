@@ -90,7 +90,7 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
         act = MixedPolicy(
             agent,
             worlds,
-            env.single_action_space.shape[0],
+            build.dims(env)[1],
             policy=policy,
             random_share=config.random_share,
             random_hold=hold,

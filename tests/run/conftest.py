@@ -162,7 +162,7 @@ class Launcher:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**clean_environment(), "PYTHONPATH": str(ROOT)},
+            env=clean_environment(),
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
@@ -208,10 +208,16 @@ class Launcher:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment of a user without settings of ours."""
+    """The environment of a user without settings of ours, where Python finds this checkout."""
     hidden = ("WANDB_", "HYDRA_", "PWM_FAST_", "SLURM_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
-    return {**kept, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    ours = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    return {**kept, **ours}
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """A command to start with :mod:`subprocess`, where a warm process will not do."""
+    return [sys.executable, "-m", module, *arguments]
 
 
 def wait_for_change(path: Path, seconds: float = 60.0) -> None:

@@ -18,17 +18,9 @@ import torch
 from pwm_fast import cli, info
 from pwm_fast.backends import native, select
 from pwm_fast.run import installation
-from tests.run.conftest import ROOT, Launcher, clean_environment, rows, tiny_arguments
+from tests.run.conftest import Launcher, clean_environment, command, rows, tiny_arguments
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def command(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**clean_environment(), "PYTHONPATH": str(ROOT)}
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -38,7 +30,7 @@ def test_a_run_from_the_shell(tmp_path: Path) -> None:
     done = subprocess.run(
         command("pwm_fast.train", *tiny_arguments(Path("here"))),
         cwd=tmp_path,
-        env=environment(),
+        env=clean_environment(),
         capture_output=True,
         text=True,
     )
@@ -87,7 +79,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=environment(),
+        env=clean_environment(),
     )
     os.close(theirs)
     shown = b""
@@ -330,7 +322,7 @@ def test_lost_reader_does_not_stop_a_run(tmp_path: Path) -> None:
         command("pwm_fast.train", *tiny_arguments(tmp_path / "run")),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment(),
+        env=clean_environment(),
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
@@ -524,7 +516,7 @@ def test_info_needs_no_hydra() -> None:
         "info.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
@@ -536,7 +528,7 @@ def test_train_without_hydra() -> None:
         "runpy.run_module('pwm_fast.train', run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [

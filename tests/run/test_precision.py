@@ -39,10 +39,6 @@ def overflow_in_fp16(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> list[st
     return seen
 
 
-def log_of(run_dir: Path) -> str:
-    return "\n".join(p.read_text() for p in run_dir.glob("*.log"))
-
-
 def test_overflow_switches_to_bf16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

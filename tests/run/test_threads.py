@@ -12,7 +12,7 @@ import torch
 from pwm_fast.config import AlgConfig, ConfigError, compose
 from pwm_fast.launch import resources
 from pwm_fast.run import build
-from tests.run.conftest import ROOT, clean_environment
+from tests.run.conftest import clean_environment
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -20,7 +20,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     plain = {k: v for k, v in clean_environment().items() if not k.startswith(("OMP_", "GOMP_"))}
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**plain, "PYTHONPATH": str(ROOT), **variables},
+        env={**plain, **variables},
         capture_output=True,
         text=True,
         check=True,

@@ -33,6 +33,7 @@ from pwm_fast.config.loading import (
     hydra_schema,
     open_overrides,
     read_yaml,
+    structured,
     to_dict,
     typed,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "hydra_schema",
     "open_overrides",
     "read_yaml",
+    "structured",
     "to_dict",
     "typed",
     "world_model_kinds",

@@ -84,9 +84,6 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: unknown keys, wrong types, or values out of range; the message names the key.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     values = dict(values)
     sections = {
         f.name
@@ -103,14 +100,32 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     options = dict(options)
     options.update({k: v for k, v in env.items() if k not in known})
     values["env"] = {**{k: v for k, v in env.items() if k in known}, "options": options}
+    return structured(TrainConfig, values)
+
+
+def structured(kind: type[Typed], values: Any, prefix: str = "") -> Typed:
+    """A dataclass with some of its values given, all of them checked.
+
+    Args:
+        kind: the dataclass.
+        values: a mapping, or OmegaConf's.
+        prefix: of the keys in messages.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, or values out of range; the message names the key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), values)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), values)
         config = OmegaConf.to_object(merged)
     except OverflowError as error:
-        raise ConfigError(f"a number is too large for its key: {_readable(error)}") from error
+        said = _readable(error, prefix)
+        raise ConfigError(f"a number is too large for its key: {said}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(_readable(error)) from error
-    assert isinstance(config, TrainConfig)
+        raise ConfigError(_readable(error, prefix)) from error
+    assert isinstance(config, kind)
     return config
 
 
@@ -192,8 +207,8 @@ def compose(*overrides: str) -> TrainConfig:
         return from_hydra(hydra_compose("config", overrides=open_overrides(overrides)))
 
 
-def _readable(error: Exception) -> str:
+def _readable(error: Exception, prefix: str = "") -> str:
     """OmegaConf's message as ``key: what is wrong``, without its internals."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
-    return f"{key}: {message}" if key else message
+    return f"{prefix}{key}: {message}" if key else message

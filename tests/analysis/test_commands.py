@@ -222,7 +222,7 @@ def test_plot_wrong_input(study: Path, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("module", ["pwm_fast.compare", "pwm_fast.plot", "pwm_fast.parity"])
 def test_help(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", [module, "--help"])
-    monkeypatch.delitem(sys.modules, module, raising=False)  # runpy wants to be the first to import it
+    monkeypatch.delitem(sys.modules, module, raising=False)  # runpy imports it anew
     try:
         runpy.run_module(module, run_name="__main__")
     except SystemExit as stopped:

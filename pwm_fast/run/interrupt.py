@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # What Slurm sends some time before it ends a job, as `sbatch --signal=USR1@120` asks it to.
@@ -60,12 +60,7 @@ class Interrupt:
                 self._before[HANGUP] = signal.signal(HANGUP, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
         if kind is None and self._warning is not None and callable(self._before[self._warning]):

@@ -31,7 +31,7 @@ NEEDS_TRAIN = "this command needs more packages: pip install 'pwm-fast[train]'"
 
 def main(
     command: Callable[[Any], int], name: str, schema: Callable[[], Any], config_name: str
-) -> None:
+) -> NoReturn:
     """Compose ``configs/<config_name>.yaml`` with the command line, run ``command`` on it and exit.
 
     The status is that of ``command``; 2 with one line on stderr for what a user can mend; 130 after
@@ -49,9 +49,7 @@ def main(
         import hydra
         from hydra.core.config_store import ConfigStore
         from hydra.core.hydra_config import HydraConfig
-        from hydra.errors import HydraException
         from hydra.types import RunMode
-        from omegaconf.errors import OmegaConfBaseException
     except ImportError as error:
         _fail(optional.reason(error, "hydra", NEEDS_TRAIN))
 
@@ -70,39 +68,28 @@ def main(
         composed = True
         try:
             status = command(cfg)
-        except USER_ERRORS as error:
-            if tracebacks():
-                raise
-            print(f"error: {message(error)}", file=sys.stderr)
-            status = 2
+        except Exception as error:
+            status = _reported(error)
         if status > 128:
             raise SystemExit(status)
         if status and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise launch.JobFailed(status)
 
-    try:
+    def jobs() -> int:
         check_choices(sys.argv[1:])
-        job()
-    except launch.JobFailed as error:
-        status = error.status
-    except (HydraException, OmegaConfBaseException) as error:
-        if tracebacks():
-            raise
-        _fail(composition_message(error))
-    except USER_ERRORS as error:  # of a launcher, before anything was started
-        if tracebacks():
-            raise
-        _fail(message(error))
-    except KeyboardInterrupt:
-        print("error: stopped at once by SIGINT", file=sys.stderr)
-        status = 130
-    except Exception as error:
-        if tracebacks() or composed or not _of_hydra(error):
-            raise
-        own = " ".join(given for given in sys.argv[1:] if given.lstrip("+~").startswith("hydra"))
-        said = " ".join([type(error).__name__, *str(error).split()])
-        _fail(f"Hydra cannot use {own or 'this command line'}: {said}")
-    raise SystemExit(status)
+        try:
+            job()
+        except launch.JobFailed as error:
+            return error.status
+        except Exception as error:
+            if composed or _mendable(error) or not _of_hydra(error):
+                raise
+            own = " ".join(arg for arg in sys.argv[1:] if arg.lstrip("+~").startswith("hydra"))
+            said = " ".join([type(error).__name__, *str(error).split()])
+            raise ConfigError(f"Hydra cannot use {own or 'this command line'}: {said}") from error
+        return status
+
+    raise SystemExit(exit_status(jobs))
 
 
 class Arguments(argparse.ArgumentParser):
@@ -116,28 +103,49 @@ class Arguments(argparse.ArgumentParser):
 def plain(command: Callable[[], int]) -> NoReturn:
     """Run a command that composes no configuration of its own, and exit with its status.
 
-    The status is 2, with one line on stderr, for what a user can mend; 130 after a
-    KeyboardInterrupt. PWM_FAST_TRACEBACK=1 shows the traceback of everything.
+    The status is that of :func:`exit_status`.
     """
+    try:
+        import hydra  # noqa: F401
+    except ImportError as error:
+        _fail(optional.reason(error, "hydra", NEEDS_TRAIN))
+    raise SystemExit(exit_status(command))
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """The status of ``command``; 2, with one line on stderr, for what a user can mend.
+
+    130 after a KeyboardInterrupt. PWM_FAST_TRACEBACK=1 shows the traceback of everything.
+    """
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print("error: stopped at once by SIGINT", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _reported(error)
+
+
+def _reported(error: Exception) -> int:
+    """Print what a user can mend, and return 2; raise anything else."""
+    text = None if os.environ.get("PWM_FAST_TRACEBACK") else _mendable(error)
+    if text is None:
+        raise error
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def _mendable(error: Exception) -> str | None:
+    """One line on what a user can mend; None for a bug."""
     try:
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
-    except ImportError as error:
-        _fail(optional.reason(error, "hydra", NEEDS_TRAIN))
-    try:
-        status = command()
-    except (HydraException, OmegaConfBaseException) as error:  # one of them is an OSError, too
-        if tracebacks():
-            raise
-        _fail(composition_message(error))
-    except USER_ERRORS as error:
-        if tracebacks():
-            raise
-        _fail(message(error))
-    except KeyboardInterrupt:
-        print("error: stopped at once by SIGINT", file=sys.stderr)
-        status = 130
-    raise SystemExit(status)
+    except ImportError:  # then neither raised it
+        pass
+    else:
+        if isinstance(error, (HydraException, OmegaConfBaseException)):  # may be an OSError, too
+            return composition_message(error)
+    return message(error) if isinstance(error, USER_ERRORS) else None
 
 
 def message(error: BaseException) -> str:
@@ -177,11 +185,6 @@ def _of_hydra(error: BaseException) -> bool:
     frames = list(traceback.walk_tb(error.__traceback__))
     name = str(frames[-1][0].f_globals.get("__name__")) if frames else ""
     return name.partition(".")[0] in ("hydra", "omegaconf")
-
-
-def tracebacks() -> bool:
-    """The user asks for the traceback of everything."""
-    return bool(os.environ.get("PWM_FAST_TRACEBACK"))
 
 
 def _fail(text: str) -> NoReturn:

@@ -12,12 +12,10 @@ from typing import NoReturn
 from pwm_fast import cli, files
 from pwm_fast.analysis.comparison import compare, summary
 from pwm_fast.analysis.figures import NAMES
-from pwm_fast.analysis.report import Options, outputs
-from pwm_fast.analysis.scores import Reference
+from pwm_fast.analysis.options import Options, references_of, steps_of, targets_of
+from pwm_fast.analysis.report import outputs
 from pwm_fast.analysis.statistics import RESAMPLES
 from pwm_fast.config import ConfigError
-
-# --- the command line -----------------------------------------------------------------------------
 
 
 def parser() -> cli.Arguments:
@@ -74,23 +72,8 @@ def parse(arguments: list[str]) -> tuple[Options, Path]:
         ConfigError: an option's value cannot be used; the message names it.
     """
     given = parser().parse_args(arguments)
-    targets: dict[str | None, float] = {}
-    for text in given.target:
-        name, equals, value = text.rpartition("=")
-        targets[name if equals else None] = _number("--target", text, value)
-    references = {}
-    for text in given.score:
-        name, equals, value = text.rpartition("=")
-        low, colon, high = value.partition(":")
-        if not (name and equals and colon):
-            raise ConfigError(f"--score must be ENV=LOW:HIGH, got {text!r}")
-        reference = Reference(_number("--score", text, low), _number("--score", text, high))
-        if reference.low == reference.high:
-            raise ConfigError(f"--score must have LOW and HIGH apart, got {text!r}")
-        references[name] = reference
-    steps = [_number("--steps", given.steps, s) for s in given.steps.split(",") if s]
-    if any(s < 0 for s in steps):
-        raise ConfigError(f"--steps must not be negative, got {given.steps!r}")
+    targets, references = targets_of(given.target), references_of(given.score)
+    steps = steps_of(given.steps)
     if given.resamples < 1:
         raise ConfigError(f"--resamples must be positive, got {given.resamples}")
     out = files.user_path(given.out)
@@ -100,16 +83,6 @@ def parse(arguments: list[str]) -> tuple[Options, Path]:
         given.runs, targets, steps, references, given.statistic, given.resamples, given.title
     )
     return options, out
-
-
-def _number(option: str, text: str, part: str) -> float:
-    try:
-        value = float(part.replace("_", ""))
-    except ValueError:
-        value = float("nan")
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ConfigError(f"{option} must hold finite numbers, got {text!r}")
-    return value
 
 
 def run(arguments: list[str]) -> int:

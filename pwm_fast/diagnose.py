@@ -12,24 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from pwm_fast import cli, files
+from pwm_fast import config as configuration
 from pwm_fast.analysis.diagnosis import DiagnoseConfig, diagnose
-from pwm_fast.analysis.model_figures import draw
-from pwm_fast.analysis.model_tables import tables
+from pwm_fast.analysis.diagnosis_figures import draw
+from pwm_fast.analysis.diagnosis_tables import tables
 from pwm_fast.config import ConfigError
 from pwm_fast.run import metrics
+
+NEED = (
+    "checkpoint=PATH is needed: a file such as runs/.../checkpoints/best.pt, or several as "
+    "checkpoint=[PATH,PATH]"
+)
 
 
 def run(cfg: Any) -> int:
     """Diagnose as Hydra's configuration says."""
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_missing(cfg, "checkpoint"):
-        raise ConfigError(
-            "checkpoint=PATH is needed: a file such as runs/.../checkpoints/best.pt, or several as "
-            "checkpoint=[PATH,PATH]"
-        )
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, DiagnoseConfig)
+    config = configuration.typed(cfg, DiagnoseConfig, NEED)
     folder = _target(config)
     result = metrics.finite(diagnose(config))
     print(tables(result))

@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from pwm_fast import cli, files
+from pwm_fast import config as configuration
 from pwm_fast.config import ConfigError
 from pwm_fast.run import checkpoint, metrics
 from pwm_fast.run.evaluation import EvaluateConfig, evaluate_checkpoint, table
 
-MISSING = "???"  # OmegaConf's mark of a value that has to be given
+NEED = "checkpoint=PATH is needed: a file such as runs/.../checkpoints/best.pt"
 
 
 def run(cfg: Any) -> int:
     """Evaluate as Hydra's configuration says."""
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_missing(cfg, "checkpoint"):
-        raise ConfigError("checkpoint=PATH is needed: a file such as runs/.../checkpoints/best.pt")
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, EvaluateConfig)
+    config = configuration.typed(cfg, EvaluateConfig, NEED)
     target = None if config.json == "-" else _target(config)
     result = evaluate_checkpoint(config)
     text = json.dumps(metrics.finite(result), indent=2)

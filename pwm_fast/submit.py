@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pwm_fast import cli
+from pwm_fast import cli, train
 from pwm_fast.config import ConfigError
 from pwm_fast.launch.experiment import status, sweep_arguments
 
@@ -29,24 +29,22 @@ EXAMPLES = """examples:
 def main() -> None:
     """Do what the command line says."""
     options, overrides = parser().parse_known_args()
-    try:
-        for text in overrides:
-            if text.startswith("-"):
-                raise ConfigError(f"{text}: there is no such option; --help shows them")
-        if options.what in ("status", "script") and overrides:
-            raise ConfigError(f"{options.what} takes no overrides, got {' '.join(overrides)}")
-        if options.what == "status":
-            raise SystemExit(status(Path(options.directory)))
-        if options.what == "script":
-            print(Path(__file__).parent.joinpath("launch", f"{options.name}.sbatch").read_text())
-            return
-        arguments = sweep_arguments(options, overrides)
-    except (ConfigError, OSError) as error:
-        print(f"error: {cli.message(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    from pwm_fast import train
+    raise SystemExit(cli.exit_status(lambda: run(options, overrides)))
 
-    sys.argv = ["pwm_fast.train", *arguments]
+
+def run(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Do what the command line asks for; return the exit status."""
+    for text in overrides:
+        if text.startswith("-"):
+            raise ConfigError(f"{text}: there is no such option; --help shows them")
+    if options.what in ("status", "script") and overrides:
+        raise ConfigError(f"{options.what} takes no overrides, got {' '.join(overrides)}")
+    if options.what == "status":
+        return status(Path(options.directory))
+    if options.what == "script":
+        print(Path(__file__).parent.joinpath("launch", f"{options.name}.sbatch").read_text())
+        return 0
+    sys.argv = ["pwm_fast.train", *sweep_arguments(options, overrides)]
     train.main()
 
 

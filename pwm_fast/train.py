@@ -7,7 +7,7 @@ goes on where it stopped. ``-m`` makes a sweep, whose runs ``pwm_fast.launch`` s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from pwm_fast import cli
 from pwm_fast import config as configuration
@@ -19,7 +19,7 @@ def run(cfg: Any) -> int:
     return train(configuration.from_hydra(cfg))[1]
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Compose the configuration with Hydra and train."""
     cli.main(run, "train", configuration.hydra_schema, config_name="config")
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from pwm_fast import files
 from pwm_fast.analysis.figures import draw_all
+from pwm_fast.analysis.groups import plural
+from pwm_fast.analysis.options import Options
 from pwm_fast.analysis.page import render
-from pwm_fast.analysis.report import Options, Report, make, outputs
+from pwm_fast.analysis.report import Report, make, outputs
 from pwm_fast.analysis.statistics import Estimate, Interval
 from pwm_fast.analysis.tables import groups_csv, runs_csv
 
@@ -56,7 +58,7 @@ def summary(report: Report) -> str:
 
 
 def _shown(e: Estimate, runs: int) -> str:
-    count = f"{e.n} run{'s' if e.n != 1 else ''}" + (f" of {runs}" if e.n < runs else "")
+    count = plural("run", e.n) + (f" of {runs}" if e.n < runs else "")
     if e.n == 0:
         return f"none yet ({count})"
     return (

@@ -15,10 +15,8 @@ from pwm_fast import seeding
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import frozen, imagine
 from pwm_fast.analysis.gradients import gradient_esnr
-from pwm_fast.analysis.held_out import HeldOut, draw_windows
 from pwm_fast.analysis.jacobians import jacobian_smoothness, rademacher
-from pwm_fast.analysis.model_view import view_of
-from pwm_fast.analysis.prediction import prediction_errors
+from pwm_fast.analysis.prediction import HeldOut, draw_windows, prediction_errors, view_of
 from pwm_fast.analysis.simplex import simplex_drift
 from pwm_fast.config import MISSING, Checked, ConfigError, TrainConfig, at_most
 from pwm_fast.config.checks import (

@@ -15,6 +15,7 @@ from pwm_fast.analysis.legend import SOME, color_of, count, draw_line, entry, he
 from pwm_fast.analysis.measures import GRADIENTS, Comparison
 from pwm_fast.analysis.runs import Series
 from pwm_fast.analysis.statistics import STATISTICS
+from pwm_fast.run.charts import count_steps, tidy
 
 DPI = 160
 NAMES = {"iqm": "interquartile mean", "mean": "mean"}
@@ -339,20 +340,14 @@ def _figure(width: float = 6.0, height: float = 3.9, columns: int = 1) -> tuple[
 
 
 def _finish(axes: Any, xlabel: str) -> None:
-    from matplotlib.ticker import EngFormatter
-
     axes.set_xlabel(xlabel)
     axes.set_xlim(left=0)
     if xlabel != "seconds":
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+        count_steps(axes)
+    tidy(axes)
 
 
 def _picture(figure: Any, name: str, title: str, caption: str) -> Picture:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
     width, height = (round(90 * inches) for inches in figure.get_size_inches())

@@ -11,7 +11,7 @@ from typing import Any
 
 from pwm_fast import config as configuration
 from pwm_fast.analysis.runs import LeftOut, Run
-from pwm_fast.run.provenance import NOT_OF_THE_EXPERIMENT, flat
+from pwm_fast.run.provenance import NOT_OF_THE_EXPERIMENT, flat, within
 
 # ESNR draws random numbers, but changes nothing that is learnt.
 IGNORED = (*NOT_OF_THE_EXPERIMENT, "esnr")
@@ -100,8 +100,8 @@ def arrange(runs: Sequence[Run]) -> tuple[list[Environment], list[LeftOut]]:
     environments: dict[str, Environment] = {}
     groups: dict[tuple[str, str], Group] = {}
     for run in runs:
-        where = {k: v for k, v in run.config.items() if _within(k, ENVIRONMENT)}
-        config = {k: v for k, v in run.config.items() if not _within(k, (*IGNORED, *ENVIRONMENT))}
+        where = {k: v for k, v in run.config.items() if within(k, ENVIRONMENT)}
+        config = {k: v for k, v in run.config.items() if not within(k, (*IGNORED, *ENVIRONMENT))}
         worlds = config.pop("num_envs", None), config.pop("env.num_envs", None)
         config["num_envs"] = worlds[0] or worlds[1]
         place, key = repr(sorted(where.items())), repr(sorted(config.items()))
@@ -168,7 +168,7 @@ def _label(environment: Environment) -> None:
     named: set[str] = set()
     differing = _differences(groups)
     for group in groups:
-        beside = {k for k in differing if not _within(k, ("alg",)) or k in _changed(group)}
+        beside = {k for k in differing if not within(k, ("alg",)) or k in _changed(group)}
         keys = sorted(beside.union(_differences([g for g in groups if g.alg == group.alg])))
         named.update(keys)
         parts = [f"{short_key(k)}={shown(group.config.get(k))}" for k in keys]
@@ -197,7 +197,7 @@ def _shipped(alg: str) -> dict[str, Any]:
     if not (ALGS / f"{alg}.yaml").is_file():
         return {}
     values = configuration.to_dict(configuration.compose(f"alg={alg}"))
-    return {k: v for k, v in flat(values).items() if _within(k, ("alg",))}
+    return {k: v for k, v in flat(values).items() if within(k, ("alg",))}
 
 
 def _letters(index: int) -> str:
@@ -212,10 +212,6 @@ def _differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
     return {k: v for k, v in values.items() if any(x != v[0] for x in v)}
 
 
-def _within(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == p or key.startswith(f"{p}.") for p in prefixes)
-
-
 def short_key(key: str) -> str:
     """A key for people, without what all of an algorithm's begin with."""
     return key.removeprefix("alg.")
@@ -224,3 +220,8 @@ def short_key(key: str) -> str:
 def shown(value: Any) -> str:
     """A value for people."""
     return "null" if value is None else str(value).replace(" ", "")
+
+
+def plural(noun: str, count: int) -> str:
+    """So many of a noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from pwm_fast.analysis.groups import MOST, Environment, Group, short_key, shown
+from pwm_fast.analysis.groups import MOST, Environment, Group, plural, short_key, shown
 from pwm_fast.analysis.runs import Run
 
 # Okabe and Ito's colours, told apart by colour-blind people, without the pale yellow.
@@ -47,7 +47,7 @@ def draw_line(axes: Any, x: Any, y: Any, group: Group, index: int, **named: Any)
 
 def count(runs: Sequence[Run]) -> str:
     """How many runs there are, and how many of them are not finished."""
-    text = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
+    text = plural("run", len(runs))
     unfinished = sum(not run.finished for run in runs)
     return f"{text}, {unfinished} unfinished" if unfinished else text
 

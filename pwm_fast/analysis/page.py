@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 import pwm_fast
 from pwm_fast.analysis.figures import Picture, how_to_read
-from pwm_fast.analysis.groups import short_key, shown
+from pwm_fast.analysis.groups import plural, short_key, shown
 from pwm_fast.analysis.legend import color_of, dashes_of
 from pwm_fast.analysis.measures import GRADIENTS, at_key
 from pwm_fast.analysis.report import Report
@@ -96,11 +96,6 @@ def number(value: float, digits: int | None = None) -> str:
             return f"{value:.1e}".replace("-", "−")
     text = f"{value:,.{digits}f}"
     return text.replace("-", "−" if float(text.replace(",", "")) else "")
-
-
-def plural(noun: str, count: int) -> str:
-    """So many of a noun."""
-    return f"{count} {noun if count == 1 else f'{noun}s'}"
 
 
 def breakable(text: str, after: str) -> Markup:

@@ -1,15 +1,125 @@
-"""Open-loop prediction error over the horizon."""
+"""Open-loop prediction error of a world model over the horizon, on held-out episodes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.analysis.held_out import HeldOut
-from pwm_fast.analysis.model_view import ModelView
+from pwm_fast.agent import PWM
+from pwm_fast.replay import Episode
 
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+
+
+class ModelView(NamedTuple):
+    """Functions of a world model, in the environment's units.
+
+    Attributes:
+        encode: latents ``[..., D]`` of observations ``[..., O]``.
+        step: next latents of latents ``[..., D]`` and actions ``[..., A]``: the macro step F.
+        reward: rewards ``[...]`` of latents and actions.
+        termination: logits ``[...]`` that the step ends the episode; None for a model without that
+            head.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    step: Callable[[Tensor, Tensor], Tensor]
+    reward: Callable[[Tensor, Tensor], Tensor]
+    termination: Callable[[Tensor, Tensor], Tensor] | None
+
+
+def view_of(agent: PWM) -> ModelView:
+    """The world model of an agent, for the task that the agent acts in.
+
+    Observations are normalised as the agent does it; rewards that were normalised for a scalar head
+    are put back (what was clipped stays within its bounds).
+    """
+    model = agent.world_model
+    numbered = agent.config.world_model.task_dim > 0
+    # Training has one environment; its task is number 0.
+    task = torch.zeros((), dtype=torch.int64, device=agent.device) if numbered else None
+    scale = agent.reward_rms.scale() if agent.config.normalize_rewards else None
+    centre = agent.reward_rms.mean if agent.config.centre_rewards else 0.0
+
+    def encode(obs: Tensor) -> Tensor:
+        if agent.config.normalize_obs:
+            obs = agent.obs_rms.normalize(obs, agent.config.obs_clip)
+        return model.encode(obs, task)
+
+    def reward(z: Tensor, a: Tensor) -> Tensor:
+        value = model.decode_reward(model.reward(z, a, task))
+        return value if scale is None else value * scale.to(value.dtype) + centre
+
+    def termination(z: Tensor, a: Tensor) -> Tensor:
+        logits = model.termination(z, a, task)
+        assert logits is not None
+        return logits
+
+    ends = model.num_parameters().get("termination", 0) > 0
+    return ModelView(
+        encode, lambda z, a: model.next(z, a, task), reward, termination if ends else None
+    )
+
+
+class HeldOut(NamedTuple):
+    """B windows of up to H steps, time first; a window ends where its episode does.
+
+    Attributes:
+        obs: ``[H+1, B, O]``; behind an episode's end its last observation again.
+        action: ``[H, B, A]``; 0 behind the end.
+        reward: ``[H, B]``; 0 behind the end.
+        terminated: bool ``[H, B]``.
+        valid: bool ``[H, B]``: the step was taken.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    valid: Tensor
+
+    def to(self, device: torch.device | str) -> HeldOut:
+        """The same on another device."""
+        return HeldOut(*(part.to(device) for part in self))
+
+
+def draw_windows(
+    episodes: Sequence[Episode], horizon: int, count: int, generator: torch.Generator | None = None
+) -> HeldOut:
+    """Windows that start at distinct steps, drawn uniformly among all steps of all episodes.
+
+    Starts near an episode's end belong to them: else no window shorter than H would show what the
+    model says of a terminal step. How many windows reach a step is ``valid.sum(1)``.
+
+    Args:
+        episodes: at least one, of at least one step.
+        horizon: H.
+        count: windows; all steps are starts where there are fewer.
+        generator: of the draw, on the CPU.
+    """
+    starts = [(e, t) for e, episode in enumerate(episodes) for t in range(len(episode.action))]
+    order = torch.randperm(len(starts), generator=generator)[:count].tolist()
+    parts = [_cut(episodes[e], t, horizon) for e, t in (starts[i] for i in order)]
+    return HeldOut(*(torch.stack(part, dim=1) for part in zip(*parts, strict=True)))
+
+
+def _cut(episode: Episode, start: int, horizon: int) -> tuple[Tensor, ...]:
+    steps = torch.arange(start, start + horizon)
+    last = len(episode.action) - 1
+    valid = steps <= last
+    inside = steps.clamp_max(last)
+    where = torch.arange(start, start + horizon + 1).clamp_max(last + 1)
+    return (
+        episode.obs[where],
+        torch.where(valid[:, None], episode.action[inside], 0.0),
+        torch.where(valid, episode.reward[inside], 0.0),
+        episode.terminated[inside] & valid,
+        valid,
+    )
 
 
 @torch.no_grad()

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from pwm_fast.analysis.groups import Environment, Group, arrange
+from pwm_fast.analysis.groups import Environment, Group, arrange, plural
 from pwm_fast.analysis.measures import Comparison, measure
+from pwm_fast.analysis.options import Options
 from pwm_fast.analysis.runs import LeftOut, Run, find, load
 from pwm_fast.analysis.scores import Reference, Score, across
-from pwm_fast.analysis.statistics import RESAMPLES
 from pwm_fast.config import ConfigError
-
-
-@dataclass
-class Options:
-    """What a comparison is asked for.
-
-    Attributes:
-        paths: run directories, directories of such, and patterns.
-        targets: returns whose time is taken, by environment; ``None`` is any environment.
-        steps: environment steps at which returns are read off; quarters of the budget if empty.
-        references: returns that make scores of 0 and 1, by environment.
-        statistic: of the figures' thick lines: ``iqm`` or ``mean``.
-        resamples: of the bootstrap.
-        title: of the page; the environments' names if empty.
-    """
-
-    paths: Sequence[str]
-    targets: dict[str | None, float] = field(default_factory=dict)
-    steps: Sequence[float] = ()
-    references: dict[str, Reference] = field(default_factory=dict)
-    statistic: str = "iqm"
-    resamples: int = RESAMPLES
-    title: str = ""
 
 
 @dataclass
@@ -134,7 +111,7 @@ def _notes(
 ) -> list[str]:
     notes = []
     if left_out:
-        notes.append(f"{_count(len(left_out), 'run')} left out; the last table says why.")
+        notes.append(f"{plural('run', len(left_out))} left out; the last table says why.")
     if len(comparisons) > 1:
         notes.append(
             f"The runs are of {len(comparisons)} environments, whose returns have different "
@@ -154,7 +131,7 @@ def _notes_of(comparison: Comparison) -> list[str]:
     for group in groups:
         if group.unfinished:
             notes.append(
-                f"{group.name}: {_count(len(group.unfinished), 'run')} of {len(group.runs)} not "
+                f"{group.name}: {plural('run', len(group.unfinished))} of {len(group.runs)} not "
                 f"finished ({', '.join(_seed_and_progress(run) for run in group.unfinished)}); "
                 "compared as far as they are, without a final evaluation."
             )
@@ -206,10 +183,6 @@ def _names(some: Sequence[Group], groups: Sequence[Group]) -> str:
 
 def _seeds(group: Group) -> str:
     return ", ".join(str(run.seed) for run in group.runs)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def outputs(directory: Path) -> dict[str, Path]:

@@ -33,7 +33,9 @@ from pwm_fast.config.loading import (
     hydra_schema,
     open_overrides,
     read_yaml,
+    structured,
     to_dict,
+    typed,
 )
 from pwm_fast.config.training import (
     CheckpointConfig,
@@ -79,6 +81,8 @@ __all__ = [
     "hydra_schema",
     "open_overrides",
     "read_yaml",
+    "structured",
     "to_dict",
+    "typed",
     "world_model_kinds",
 ]

@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pwm_fast.config.checks import ConfigError, require
 from pwm_fast.config.training import EnvConfig, TrainConfig
+
+Typed = TypeVar("Typed")
 
 # Mappings whose keys are not known beforehand: Hydra wants a + before a key that they lack.
 _OPEN = re.compile(r"(env\.kwargs|hydra\.launcher\.additional_parameters)(\.[^=]+)?=")
@@ -82,9 +84,6 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: unknown keys, wrong types, or values out of range; the message names the key.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     values = dict(values)
     sections = {
         f.name
@@ -101,14 +100,32 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     options = dict(options)
     options.update({k: v for k, v in env.items() if k not in known})
     values["env"] = {**{k: v for k, v in env.items() if k in known}, "options": options}
+    return structured(TrainConfig, values)
+
+
+def structured(kind: type[Typed], values: Any, prefix: str = "") -> Typed:
+    """A dataclass with some of its values given, all of them checked.
+
+    Args:
+        kind: the dataclass.
+        values: a mapping, or OmegaConf's.
+        prefix: of the keys in messages.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, or values out of range; the message names the key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), values)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), values)
         config = OmegaConf.to_object(merged)
     except OverflowError as error:
-        raise ConfigError(f"a number is too large for its key: {_readable(error)}") from error
+        said = _readable(error, prefix)
+        raise ConfigError(f"a number is too large for its key: {said}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(_readable(error)) from error
-    assert isinstance(config, TrainConfig)
+        raise ConfigError(_readable(error, prefix)) from error
+    assert isinstance(config, kind)
     return config
 
 
@@ -128,6 +145,26 @@ def from_hydra(cfg: Any) -> TrainConfig:
     assert isinstance(values, dict)
     values.pop("launch", None)  # where a sweep runs is no part of a run
     return from_dict({str(k): v for k, v in values.items()})
+
+
+def typed(cfg: Any, kind: type[Typed], need: str) -> Typed:
+    """Hydra's configuration of a command as the dataclass that checks it.
+
+    Args:
+        cfg: Hydra's.
+        kind: the dataclass, which ``cfg`` was composed on.
+        need: ``key=WHAT is needed: why``, said where that key has no value.
+
+    Raises:
+        ConfigError: the key has no value, or one is out of range.
+    """
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_missing(cfg, need.partition("=")[0]):
+        raise ConfigError(need)
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, kind)
+    return config
 
 
 def read_yaml(path: Path) -> Any:
@@ -170,8 +207,8 @@ def compose(*overrides: str) -> TrainConfig:
         return from_hydra(hydra_compose("config", overrides=open_overrides(overrides)))
 
 
-def _readable(error: Exception) -> str:
+def _readable(error: Exception, prefix: str = "") -> str:
     """OmegaConf's message as ``key: what is wrong``, without its internals."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
-    return f"{key}: {message}" if key else message
+    return f"{prefix}{key}: {message}" if key else message

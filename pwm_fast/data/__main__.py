@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from pwm_fast import cli
-from pwm_fast.cli import USER_ERRORS, message, tracebacks
 from pwm_fast.data.errors import DataError
 from pwm_fast.data.manifest import Manifest, compare, default_manifest, register
 from pwm_fast.data.progress import reading_bar
@@ -31,22 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
         sys.argv = [sys.argv[0], *given[1:]]  # what Hydra reads
         cli.main(export.run, "export", export.ExportConfig, config_name="export")
     options = _parser().parse_args(given)
-    try:
-        if options.manifest is not None and len(options.paths) > 1:
-            raise DataError(
-                f"--manifest {options.manifest} is of one data set, got {len(options.paths)} paths"
-            )
-        if options.command == "register":
-            return _register(options)
-        return _verify(options)
-    except USER_ERRORS as error:
-        if tracebacks():
-            raise
-        print(f"error: {message(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: stopped at once by SIGINT", file=sys.stderr)
-        return 130
+    return cli.exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.manifest is not None and len(options.paths) > 1:
+        raise DataError(
+            f"--manifest {options.manifest} is of one data set, got {len(options.paths)} paths"
+        )
+    return _register(options) if options.command == "register" else _verify(options)
 
 
 def _register(options: argparse.Namespace) -> int:

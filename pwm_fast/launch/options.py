@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
-from pwm_fast.config import ConfigError
+from pwm_fast.config import structured
+from pwm_fast.config.checks import Checked, ConfigError, at_least, checked, or_null, require
+
+
+def gpu_list(key: str, value: list[Any]) -> None:
+    """Some GPUs."""
+    require(bool(value), key, value, "null or a list such as [0,1]")
+
+
+def one_gpu_or_none(key: str, value: int) -> None:
+    """A number of GPUs that a run uses."""
+    several = "for several runs on a node with several GPUs set launch.runs_per_job"
+    require(value in (0, 1), key, value, f"1 or 0 (a run uses one GPU or none; {several})")
 
 
 @dataclass
-class LocalOptions:
+class LocalOptions(Checked):
     """Runs of a sweep in parallel processes on this machine.
 
     Attributes:
@@ -19,19 +31,15 @@ class LocalOptions:
         dry_run: print what would be run, and run nothing.
     """
 
-    jobs: int | None = None
-    gpus: list[Any] | None = None
-    dry_run: bool = False
+    PREFIX: ClassVar[str] = "launch."
 
-    def __post_init__(self) -> None:
-        if self.jobs is not None:
-            _at_least("jobs", self.jobs, 1)
-        if self.gpus is not None and not self.gpus:
-            raise ConfigError("launch.gpus must be null or a list such as [0,1], got []")
+    jobs: int | None = checked(None, or_null(at_least(1)))
+    gpus: list[Any] | None = checked(None, or_null(gpu_list))
+    dry_run: bool = False
 
 
 @dataclass
-class SlurmOptions:
+class SlurmOptions(Checked):
     """Runs of a sweep as jobs of a Slurm cluster. Null keys are not passed to sbatch.
 
     Attributes:
@@ -53,36 +61,28 @@ class SlurmOptions:
         dry_run: print what would be submitted, and submit nothing.
     """
 
+    PREFIX: ClassVar[str] = "launch."
+
     account: str | None = None
     partition: str | None = None
     qos: str | None = None
     gpu_type: str | None = None
-    gpus: int = 1
-    cpus: int = 8
-    mem_gb: int | None = 32
+    gpus: int = checked(1, one_gpu_or_none)
+    cpus: int = checked(8, at_least(1))
+    mem_gb: int | None = checked(32, or_null(at_least(1)))
     time: str = "24:00:00"
-    runs_per_job: int = 1
-    signal_s: int = 120
-    max_requeues: int = 50
-    max_jobs: int = 256
-    setup: list[str] | None = field(default=None)
+    runs_per_job: int = checked(1, at_least(1))
+    signal_s: int = checked(120, at_least(0))
+    max_requeues: int = checked(50, at_least(0))
+    max_jobs: int = checked(256, at_least(1))
+    setup: list[str] | None = None
     wait: bool = True
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        if self.gpus not in (0, 1):
-            raise ConfigError(
-                f"launch.gpus must be 1 or 0 (a run uses one GPU or none), got {self.gpus}; for "
-                "several runs on a node with several GPUs set launch.runs_per_job"
-            )
+        super().__post_init__()
         if self.gpu_type is not None and self.gpus == 0:
             raise ConfigError(f"launch.gpu_type={self.gpu_type} needs launch.gpus=1")
-        for name in ("cpus", "runs_per_job", "max_jobs"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("signal_s", "max_requeues"):
-            _at_least(name, getattr(self, name), 0)
-        if self.mem_gb is not None:
-            _at_least("mem_gb", self.mem_gb, 1)
         self.minutes  # noqa: B018  its check
 
     @property
@@ -104,17 +104,7 @@ def read(kind: type[Options], node: Any) -> Options:
     Raises:
         ConfigError: unknown keys, wrong types, or values out of range; the message names the key.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), {} if node is None else node)
-        options = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        text, key = str(error).splitlines()[0], getattr(error, "full_key", None)
-        raise ConfigError(f"launch.{key}: {text}" if key else text) from error
-    assert isinstance(options, kind)
-    return options
+    return structured(kind, {} if node is None else node, prefix="launch.")
 
 
 def minutes(time: str) -> int:
@@ -138,8 +128,3 @@ def minutes(time: str) -> int:
     if total == 0:
         raise ConfigError(f"launch.time must be longer than 0, got {time!r}")
     return -(-total // 60)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"launch.{name} must be at least {least}, got {value}")

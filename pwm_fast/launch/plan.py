@@ -11,6 +11,7 @@ from pwm_fast import config as configuration
 from pwm_fast import files
 from pwm_fast.config import ConfigError
 from pwm_fast.launch.sweep import Run, log_path
+from pwm_fast.run.provenance import within
 
 # Of Hydra's own overrides, those that are about the sweep and mean nothing to one of its runs.
 OF_THE_SWEEP = ("launch", "hydra.mode", "hydra.launcher", "hydra.sweep", "hydra.sweeper")
@@ -85,13 +86,12 @@ def _labels(overrides: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _kept(overrides: Sequence[str]) -> list[str]:
+    """Those that are about a run."""
+
     def key(text: str) -> str:
         return text.split("=")[0].lstrip("+~").replace("/", ".")
 
-    def dropped(name: str) -> bool:
-        return any(name == k or name.startswith(f"{k}.") for k in OF_THE_SWEEP)
-
-    return [text for text in overrides if not dropped(key(text))]
+    return [text for text in overrides if not within(key(text), OF_THE_SWEEP)]
 
 
 def _sources(config: Any) -> list[str]:

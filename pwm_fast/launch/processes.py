@@ -16,11 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-STOPPING = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)
-)
+from pwm_fast.run.interrupt import HANGUP, SIGNALS
+
+STOPPING = tuple(s for s in (*SIGNALS, HANGUP) if s is not None)
 POLL_SECONDS = 0.1
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from pwm_fast.config import allotted_threads
+from pwm_fast.run.installation import usable_cpus
 
 
 def visible_gpus() -> list[str]:
@@ -21,12 +22,7 @@ def visible_gpus() -> list[str]:
 
 def cpus() -> int:
     """Number of CPUs that this process may use: Slurm's share, else its affinity's."""
-    allotted = allotted_threads()
-    if allotted is not None:
-        return allotted
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return allotted_threads() or usable_cpus()
 
 
 def slots(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pwm_fast.launch import resources, sweep
-
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # submitit has one of them, SIGUSR2 unless told else
+from pwm_fast.run.interrupt import WARNINGS  # submitit has one, SIGUSR2 unless told else
 
 
 class SlurmJob:

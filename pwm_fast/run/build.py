@@ -186,6 +186,11 @@ def make_env(
         )
 
 
+def dims(env: VectorEnv) -> tuple[int, int]:
+    """Widths O of observations and A of actions."""
+    return env.single_observation_space.shape[0], env.single_action_space.shape[0]
+
+
 def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM:
     """The agent of a run, for the observations and actions of ``env``.
 
@@ -202,8 +207,7 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
         )
     with _usable(f"alg={config.alg.name} does", "the latent_dim and units of its networks"):
         return PWM(
-            env.single_observation_space.shape[0],
-            env.single_action_space.shape[0],
+            *dims(env),
             config.alg,
             can_terminate=env.can_terminate,
             device=device,
@@ -271,7 +275,8 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
             f"({env.max_episode_steps} steps): there would be nothing to learn from"
         )
     capacity = config.alg.replay_capacity
-    width = env.single_observation_space.shape[0] + env.single_action_space.shape[0] + 2
+    obs_dim, action_dim = dims(env)
+    width = obs_dim + action_dim + 2
     with _usable(f"alg.replay_capacity={capacity} does", "alg.replay_capacity"):
         # A row, the length of its run, and two running sums to draw from.
         memory.require(
@@ -280,14 +285,7 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
             "alg.replay_capacity",
             device,
         )
-        return Replay(
-            config.alg.replay_capacity,
-            config.worlds,
-            env.single_observation_space.shape[0],
-            env.single_action_space.shape[0],
-            config.alg.horizon,
-            device,
-        )
+        return Replay(capacity, config.worlds, obs_dim, action_dim, config.alg.horizon, device)
 
 
 def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) -> None:
@@ -297,7 +295,7 @@ def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) ->
         OutOfMemory: the device has less.
     """
     alg = config.alg
-    obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+    obs_dim, action_dim = dims(env)
     latent = alg.world_model.latent_dim
     learning = alg.model_learning.batch_size, alg.horizon, obs_dim + action_dim + 2 + latent
     imagining = alg.actor.batch_size, alg.imagined_steps, action_dim + latent

@@ -11,6 +11,8 @@ import numpy as np
 from pwm_fast import files
 from pwm_fast.run import metrics
 
+DPI = 120
+
 
 class Curve(NamedTuple):
     """A line of a panel.
@@ -104,7 +106,6 @@ def plot_run(run_dir: Path, title: str = "", directory: Path | None = None) -> l
         OSError: a figure cannot be written; it names the file.
     """
     # The object interface draws without a display and leaves pyplot's state to the user.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     logged = metrics.read(run_dir / "metrics.jsonl")
@@ -114,37 +115,50 @@ def plot_run(run_dir: Path, title: str = "", directory: Path | None = None) -> l
     directory = directory or run_dir / "plots"
     directory.mkdir(parents=True, exist_ok=True)
     title = title or run_dir.name
-    written = []
-
-    def write(figure: Figure, name: str) -> None:
-        FigureCanvasAgg(figure)
-        path = directory / f"{name}.png"
-        with files.replacing(path) as file:
-            figure.savefig(file, format="png", dpi=120)
-        written.append(path)
-
+    figures = {}
     for name, panel in PANELS.items():
         figure = Figure(figsize=(6.8, 4.2), layout="constrained")
         _draw(figure.add_subplot(), panel, rows)
         figure.suptitle(title, fontsize="small", color="0.4")
-        write(figure, name)
+        figures[name] = figure
     figure = Figure(figsize=(12.0, 7.6), layout="constrained")
     figure.suptitle(title, fontsize="x-large")
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS.values(), strict=True):
         _draw(axes, panel, rows)
-    write(figure, "summary")
-    return written
+    figures["summary"] = figure
+    return [save(figure, directory / f"{name}.png") for name, figure in figures.items()]
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure as a PNG file, in one step.
+
+    Raises:
+        OSError: it cannot be written; it names the file.
+    """
+    with files.replacing(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
+    return path
+
+
+def tidy(axes: Any) -> None:
+    """Thin grid lines, and a frame at the left and below alone."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def count_steps(axes: Any) -> None:
+    """Write large numbers along the horizontal axis as 10k or 2M."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _draw(axes: Any, panel: Panel, rows: Sequence[metrics.Row]) -> None:
-    from matplotlib.ticker import EngFormatter
-
     axes.set_title(panel.title)
     axes.set_xlabel("environment steps")
     axes.set_ylabel(panel.ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    tidy(axes)
+    count_steps(axes)
     axes.set_xlim(0, max(rows[-1]["env_steps"], 1))
     drawn = [_draw_curve(axes, curve, rows, positive=panel.log) for curve in panel.curves]
     if not any(drawn):

@@ -90,7 +90,7 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
         act = MixedPolicy(
             agent,
             worlds,
-            env.single_action_space.shape[0],
+            build.dims(env)[1],
             policy=policy,
             random_share=config.random_share,
             random_hold=hold,
@@ -126,12 +126,8 @@ def _new_folder(name: str) -> Path:
 
 def run(cfg: Any) -> int:
     """Export as Hydra's configuration says."""
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_missing(cfg, "out"):
-        raise ConfigError("out=DIR is needed: a new folder for the episodes")
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, ExportConfig)
+    need = "out=DIR is needed: a new folder for the episodes"
+    config = configuration.typed(cfg, ExportConfig, need)
     out, transitions, sha256 = export(config)
     print(
         f"{config.episodes} episodes, {transitions:,} transitions in {out}\n"

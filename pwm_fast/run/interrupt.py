@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # What Slurm sends some time before it ends a job, as `sbatch --signal=USR1@120` asks it to.
@@ -59,12 +60,7 @@ class Interrupt:
                 self._before[HANGUP] = signal.signal(HANGUP, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
         if kind is None and self._warning is not None and callable(self._before[self._warning]):
@@ -77,19 +73,23 @@ class Interrupt:
             if signum == signal.SIGINT:
                 raise KeyboardInterrupt
             if signum == HANGUP:
-                self._forget_terminals()
+                silence(self._terminals)
             return
         self.signum = signum
         text = f"\n{signal.Signals(signum).name}: stopping; a checkpoint will be written\n"
         with suppress(OSError, ValueError):  # print is not safe within a handler
             os.write(sys.stderr.fileno(), text.encode())
         if signum == HANGUP:
-            self._forget_terminals()
+            silence(self._terminals)
 
-    def _forget_terminals(self) -> None:
-        """A write to a terminal that is gone would end the run before its checkpoint."""
-        with suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for descriptor in self._terminals:
-                os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+
+def silence(descriptors: Iterable[int]) -> None:
+    """Write to nowhere in place of a terminal or a pipe that is closed.
+
+    An error of such a write would end the run before its checkpoint.
+    """
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in descriptors:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)

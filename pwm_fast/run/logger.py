@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pwm_fast.config import TrainConfig
+from pwm_fast.run.interrupt import silence
 from pwm_fast.run.metrics import MetricsFile, Row
 from pwm_fast.run.rundir import RunDirectory
 from pwm_fast.run.wandb import WandbRun
@@ -100,10 +100,7 @@ class RunLogger:
                 lost = [sys.stdout.fileno()]
             if not lost:
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for descriptor in lost:
-                os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            silence(lost)
 
     def log_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Log histograms of gradients to wandb, beside the row that was written last."""

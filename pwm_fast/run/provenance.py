@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -73,12 +73,13 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 
 def experiment_sha256(config: Mapping[str, Any]) -> str:
     """The same without :data:`NOT_OF_THE_EXPERIMENT`: equal for repetitions with other seeds."""
-    kept = {
-        key: value
-        for key, value in flat(config).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in NOT_OF_THE_EXPERIMENT)
-    }
+    kept = {k: v for k, v in flat(config).items() if not within(k, NOT_OF_THE_EXPERIMENT)}
     return config_sha256(kept)
+
+
+def within(key: str, names: Iterable[str]) -> bool:
+    """A dotted key is one of ``names`` or lies below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
 from pwm_fast import config as configuration
@@ -14,7 +13,7 @@ from pwm_fast import files
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.run import checkpoint, checkpoint_content, metrics, provenance
 from pwm_fast.run.checkpoint import CheckpointError
-from pwm_fast.run.provenance import HOW_IT_RUNS, flat
+from pwm_fast.run.provenance import HOW_IT_RUNS, flat, within
 
 # What may differ between a run and the process that continues it.
 FREE_KEYS = ("epochs", *HOW_IT_RUNS)
@@ -89,12 +88,7 @@ class RunDirectory:
             pass
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if error is not None and not self._begun:
             self._leave()
         elif self._lock is not None:
@@ -410,8 +404,7 @@ def differences(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
     return {
         key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        if before.get(key) != now.get(key) and not within(key, FREE_KEYS)
     }
 
 

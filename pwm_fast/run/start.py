@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from pwm_fast import config as configuration
 from pwm_fast import seeding
 from pwm_fast.config import TrainConfig
 from pwm_fast.data import offline
+from pwm_fast.data.offline import OfflineData
 from pwm_fast.run import build, provenance
 from pwm_fast.run.evaluation import diverged_line
 from pwm_fast.run.interrupt import Interrupt
 from pwm_fast.run.logger import RunLogger
-from pwm_fast.run.rundir import RunDirectory
+from pwm_fast.run.rundir import RunDirectory, Source
 from pwm_fast.run.trainer import Trainer
 from pwm_fast.run.warm_start import warm_start
 from pwm_fast.seeding import Purpose
@@ -63,8 +65,6 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
             if source is None:
                 configuration.check_layers(config)
             data = offline.load(config, env)
-            record = provenance.describe(config, device)
-            record["data"] = None if data is None else data.record()
             trainer = Trainer(
                 config,
                 directory,
@@ -74,6 +74,8 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 lambda n: build.make_env(config, n, evaluation, device),
                 data,
             )
+            record = provenance.describe(config, device)
+            record["data"] = None if data is None else data.record()
             record["init"] = None
             if source is not None:
                 trainer.restore(source)
@@ -91,27 +93,34 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
             last_epoch = None if source is None else trainer.state.epoch
             logger = RunLogger(config, directory, last_epoch, prepare)
             directory.begin(config, record, source)
-            logger.say(describe(config, agent, device))
-            if data is not None:
-                logger.say(
-                    f"data set {data.path}: {len(data.episodes)} episodes, {data.transitions:,} "
-                    f"transitions, as registered (manifest sha256 {data.manifest_sha256})"
-                )
-            if record["init"] is not None:
-                logger.say(f"starting with the networks of {config.init}")
-            if source is not None:
-                new = ", with a new replay" if source.content["replay"] is None else ""
-                logger.say(f"continuing {source.path} after epoch {trainer.state.epoch}{new}")
-                if source.content.get("seeding") != seeding.VERSION:
-                    logger.say(
-                        "this checkpoint is of a version that derived seeds in another way: its "
-                        "evaluations start from other states from here on"
-                    )
-            for text in kept:
+            said = [describe(config, agent, device), *_beginning(config, data, source), *kept]
+            for text in said:
                 logger.say(text)
             summary = trainer.run(logger, stop)
             print_summary(summary)
             return summary, stop.exit_status
+
+
+def _beginning(
+    config: TrainConfig, data: OfflineData | None, source: Source | None
+) -> Iterator[str]:
+    """What a run begins with, for people."""
+    if data is not None:
+        yield (
+            f"data set {data.path}: {len(data.episodes)} episodes, {data.transitions:,} "
+            f"transitions, as registered (manifest sha256 {data.manifest_sha256})"
+        )
+    if source is None:
+        if config.init is not None:
+            yield f"starting with the networks of {config.init}"
+        return
+    new = ", with a new replay" if source.content["replay"] is None else ""
+    yield f"continuing {source.path} after epoch {source.content['epoch']}{new}"
+    if source.content.get("seeding") != seeding.VERSION:
+        yield (
+            "this checkpoint is of a version that derived seeds in another way: its evaluations "
+            "start from other states from here on"
+        )
 
 
 def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:

@@ -213,8 +213,7 @@ class Trainer:
         found = shortage(self.config, self.state.replay, self.state.epoch, **ended, why=why)
         last = self.state.epoch + 1 == self.config.epochs and not self.state.bootstrapped
         if found is not None and (found.hopeless or last):
-            state = self.directory.checkpoints / "latest.pt"
-            raise NothingToLearn(f"{found.text}; the state is in {state}")
+            raise NothingToLearn(f"{found.text}; the state is in {self.directory.latest}")
         if found is not None and not self._warned_of_shortage:
             self._warned_of_shortage = True
             self._logger.say(f"warning: after epoch {self.state.epoch + 1} {found.text}")
@@ -289,7 +288,7 @@ class Trainer:
             )
 
     def _whereabouts(self, epoch: int) -> str:
-        return f"in epoch {epoch}; the state is in {self.directory.checkpoints / 'latest.pt'}"
+        return f"in epoch {epoch}; the state is in {self.directory.latest}"
 
     def _end_as_diverged(self) -> None:
         self.save("latest")
@@ -305,7 +304,7 @@ class Trainer:
         anew = ", from there with new episodes" if self.state.torn else ""
         self._logger.say(
             f"an environment failed in epoch {self.state.epoch + 1}: the state before is in "
-            f"{self.directory.checkpoints / 'latest.pt'}; the same command goes on{anew}"
+            f"{self.directory.latest}; the same command goes on{anew}"
         )
 
     # --- evaluation and logging -----------------------------------------------------------------

@@ -49,7 +49,7 @@ def warm_start(agent: PWM, config: TrainConfig) -> dict[str, Any]:
     different = [
         f"{key} was {both['was']!r}, is {both['is']!r}"
         for key, both in changed.items()
-        if key in MEANING or any(key == s or key.startswith(f"{s}.") for s in SHAPES)
+        if provenance.within(key, (*MEANING, *SHAPES))
     ]
     problem = ""
     if any(key in MEANING for key in changed):

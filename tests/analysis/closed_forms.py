@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast import ops
-from pwm_fast.analysis.held_out import HeldOut
+from pwm_fast.analysis.prediction import HeldOut
 
 D, A = 16, 3
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,12 @@ def test_plot_wrong_input(study: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("module", ["pwm_fast.compare", "pwm_fast.plot", "pwm_fast.parity"])
-def test_help(module: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert module in done.stdout
+def test_help(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)  # runpy imports it anew
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as stopped:
+        assert not stopped.code
+    shown = capsys.readouterr()
+    assert shown.err == "" and module in shown.out

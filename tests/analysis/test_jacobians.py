@@ -11,7 +11,7 @@ from pwm_fast.analysis.jacobians import (
     tangent_directions,
     vector_jacobian_products,
 )
-from pwm_fast.analysis.model_view import view_of
+from pwm_fast.analysis.prediction import view_of
 from tests.agent.agents import AGENTS, make_agent
 from tests.analysis.closed_forms import A, D, LinearField, normal, quadratic, unit_probes
 from tests.models.builders import simplex

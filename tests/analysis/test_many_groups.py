@@ -12,7 +12,8 @@ import pytest
 from pwm_fast import compare as command
 from pwm_fast.analysis import comparison, figures, legend
 from pwm_fast.analysis.groups import LONGEST, MOST, arrange
-from pwm_fast.analysis.report import Options, outputs
+from pwm_fast.analysis.options import Options
+from pwm_fast.analysis.report import outputs
 from pwm_fast.analysis.runs import Run, load
 from tests.analysis.browser import OUTSIDE
 from tests.analysis.conftest import write_run
@@ -74,6 +75,7 @@ def case(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "_picture", kept)
+        patch.setattr(figures, "DPI", 40)  # the layout is in inches; drawing fewer dots is quicker
         comparison.compare(Options([str(top / "runs")], resamples=100), top / "out")
     yield request.param, top, drawn
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pwm_fast.analysis.comparison import compare
+from pwm_fast.analysis.options import Options
 from pwm_fast.analysis.page import number
-from pwm_fast.analysis.report import Options, Report, outputs
+from pwm_fast.analysis.report import Report, outputs
 from tests.analysis.browser import OUTSIDE, Browser, executable
 from tests.analysis.conftest import write_run
 

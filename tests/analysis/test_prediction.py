@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast.analysis.held_out import HeldOut, draw_windows
-from pwm_fast.analysis.model_view import ModelView, view_of
-from pwm_fast.analysis.prediction import prediction_errors
+from pwm_fast.analysis.prediction import (
+    HeldOut,
+    ModelView,
+    draw_windows,
+    prediction_errors,
+    view_of,
+)
 from pwm_fast.replay import Episode
 from tests.agent.agents import ACTION, AGENTS, OBS, make_agent
 from tests.analysis.closed_forms import A, D, normal, whole_windows

@@ -13,7 +13,7 @@ import yaml
 
 from pwm_fast.analysis.runs import LeftOut, Run, ago, find, load
 from pwm_fast.config import ConfigError
-from pwm_fast.run.charts import plot_run
+from pwm_fast.run import charts
 from tests.analysis.conftest import write_run
 
 
@@ -168,14 +168,17 @@ def test_broken_summary_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [[], {}, "x", True, 10**400, float("nan"), [None]], ids=str)
 @pytest.mark.parametrize("key", ["eval_reward", "eval_reward_std", "wm_loss", "wall_time"])
-def test_rows_of_any_content_are_read_and_drawn(tmp_path: Path, key: str, value: object) -> None:
+def test_rows_of_any_content_are_read_and_drawn(
+    tmp_path: Path, key: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "DPI", 20)  # a small figure is drawn twice as fast
     run = write_run(tmp_path / "run", epochs=20)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows[10][key] = value
     del rows[-1]["env_steps"]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert np.isfinite(loaded(run).series(key).values).all()
-    assert plot_run(run)
+    assert charts.plot_run(run)
 
 
 def test_unreadable(tmp_path: Path) -> None:

@@ -37,39 +37,32 @@ def test_wrong_times(time: str) -> None:
         options.minutes(time)
 
 
+LOCAL, SLURM = options.LocalOptions, options.SlurmOptions
+
+
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("kind", "values", "message"),
     [
-        ({"gpus": 4}, "launch.gpus must be 1 or 0"),
-        ({"gpus": 0, "gpu_type": "a100"}, "launch.gpu_type=a100 needs launch.gpus=1"),
-        ({"cpus": 0}, "launch.cpus must be at least 1, got 0"),
-        ({"runs_per_job": 0}, "launch.runs_per_job must be at least 1"),
-        ({"mem_gb": 0}, "launch.mem_gb must be at least 1"),
-        ({"signal_s": -1}, "launch.signal_s must be at least 0"),
-        ({"time": "tomorrow"}, "launch.time must be like"),
-        ({"cpus": "many"}, "launch.cpus: Value 'many'"),
-        ({"queue": "gpu"}, "launch.queue"),
+        (SLURM, {"gpus": 4}, "launch.gpus must be 1 or 0"),
+        (SLURM, {"gpus": 0, "gpu_type": "a100"}, "launch.gpu_type=a100 needs launch.gpus=1"),
+        (SLURM, {"cpus": 0}, "launch.cpus must be at least 1, got 0"),
+        (SLURM, {"runs_per_job": 0}, "launch.runs_per_job must be at least 1"),
+        (SLURM, {"mem_gb": 0}, "launch.mem_gb must be at least 1"),
+        (SLURM, {"signal_s": -1}, "launch.signal_s must be at least 0"),
+        (SLURM, {"time": "tomorrow"}, "launch.time must be like"),
+        (SLURM, {"cpus": "many"}, "launch.cpus: Value 'many'"),
+        (SLURM, {"queue": "gpu"}, "launch.queue"),
+        (LOCAL, {"jobs": 0}, "launch.jobs must be at least 1"),
+        (LOCAL, {"gpus": []}, "launch.gpus must be null"),
     ],
 )
-def test_wrong_slurm_options(values: dict[str, Any], message: str) -> None:
+def test_wrong_options(kind: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        options.read(options.SlurmOptions, OmegaConf.create(values))
+        options.read(kind, OmegaConf.create(values))
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [({"jobs": 0}, "launch.jobs must be at least 1"), ({"gpus": []}, "launch.gpus must be null")],
-)
-def test_wrong_local_options(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        options.read(options.LocalOptions, OmegaConf.create(values))
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("local", options.LocalOptions), ("slurm", options.SlurmOptions)]
-)
+@pytest.mark.parametrize(("name", "kind"), [("local", LOCAL), ("slurm", SLURM)])
 def test_files_show_every_key_and_the_defaults(name: str, kind: Any) -> None:
     written = OmegaConf.load(Path(CONFIGS) / "launch" / f"{name}.yaml").launch
     assert dict(written) == dataclasses.asdict(kind())

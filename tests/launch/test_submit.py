@@ -209,7 +209,9 @@ def test_scripts(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["submit", "script", name])
-    submit.main()
+    with pytest.raises(SystemExit) as stopped:
+        submit.main()
+    assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("#!/bin/bash\n")
     (tmp_path / "script").write_text(text)

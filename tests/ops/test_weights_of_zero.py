@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pwm_fast import ops
 from pwm_fast.agent import losses
-from pwm_fast.analysis.held_out import draw_windows
+from pwm_fast.analysis.prediction import draw_windows
 from pwm_fast.backends import select
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.ops.returns import discounted_return

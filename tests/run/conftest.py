@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,21 @@ def train_without_plots(config: TrainConfig) -> None:
         train(config)
 
 
+def finish(directory: Path, **changes: object) -> Path:
+    """A finished run, with a plot that is none."""
+    train_without_plots(tiny_config(directory, **changes))
+    assert json.loads((directory / "summary.json").read_text())["status"] == "finished"
+    (directory / "plots").mkdir()
+    (directory / "plots" / "summary.png").write_bytes(b"a picture")
+    return directory
+
+
+def content_of(directory: Path) -> dict[str, bytes]:
+    """The content of all files below, by their relative names."""
+    files = (p for p in directory.rglob("*") if p.is_file())
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
+
+
 def rows(run_dir: Path) -> list[metrics.Row]:
     """Logged rows without what depends on the clock, read strictly."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -146,7 +162,7 @@ class Launcher:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**clean_environment(), "PYTHONPATH": str(ROOT)},
+            env=clean_environment(),
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
@@ -192,10 +208,16 @@ class Launcher:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment of a user without settings of ours."""
+    """The environment of a user without settings of ours, where Python finds this checkout."""
     hidden = ("WANDB_", "HYDRA_", "PWM_FAST_", "SLURM_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
-    return {**kept, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    ours = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    return {**kept, **ours}
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """A command to start with :mod:`subprocess`, where a warm process will not do."""
+    return [sys.executable, "-m", module, *arguments]
 
 
 def wait_for_change(path: Path, seconds: float = 60.0) -> None:
@@ -223,6 +245,18 @@ def whole_run(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> P
     outcome = launcher.run(directory, *tiny_arguments(directory / "run"))
     assert outcome.status == 0, outcome.err
     return directory / "run"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run, made in this process; not to be written."""
+    return finish(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture

@@ -18,17 +18,9 @@ import torch
 from pwm_fast import cli, info
 from pwm_fast.backends import native, select
 from pwm_fast.run import installation
-from tests.run.conftest import ROOT, Launcher, clean_environment, rows, tiny_arguments
+from tests.run.conftest import Launcher, clean_environment, command, rows, tiny_arguments
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def command(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**clean_environment(), "PYTHONPATH": str(ROOT)}
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -38,7 +30,7 @@ def test_a_run_from_the_shell(tmp_path: Path) -> None:
     done = subprocess.run(
         command("pwm_fast.train", *tiny_arguments(Path("here"))),
         cwd=tmp_path,
-        env=environment(),
+        env=clean_environment(),
         capture_output=True,
         text=True,
     )
@@ -87,7 +79,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=environment(),
+        env=clean_environment(),
     )
     os.close(theirs)
     shown = b""
@@ -201,7 +193,8 @@ def test_choices_of_no_file(given: str, launcher: Launcher, tmp_path: Path) -> N
 @pytest.mark.parametrize("given", ["env='cartpole'", "alg=[]", "-m alg='pwm_tiny',pwm_tiny_flow"])
 def test_choices_that_are_files(given: str, launcher: Launcher, tmp_path: Path) -> None:
     *sweep, override = given.split()
-    arguments = tiny_arguments(Path("run_${alg.name}"), "epochs=0", override)
+    own = ["launch=hydra"] if sweep else []  # which starts no processes
+    arguments = tiny_arguments(Path("run_${alg.name}"), "epochs=0", override, *own)
     outcome = launcher.run(tmp_path, *sweep, *arguments)
     assert outcome.status == 0, outcome.err
 
@@ -291,7 +284,7 @@ def test_warnings_are_shown(launcher: Launcher, tmp_path: Path) -> None:
 
 def test_sweep(launcher: Launcher, tmp_path: Path) -> None:
     arguments = [a for a in tiny_arguments(Path("x"), "epochs=2") if not a.startswith("run_dir")]
-    outcome = launcher.run(tmp_path, "-m", *arguments, "seed=0,1")
+    outcome = launcher.run(tmp_path, "-m", *arguments, "seed=0,1", "launch=hydra")
     assert outcome.status == 0, outcome.err
     for seed in (0, 1):
         run_dir = tmp_path / f"runs/cartpole/pwm_tiny_flow/seed_{seed}"
@@ -329,7 +322,7 @@ def test_lost_reader_does_not_stop_a_run(tmp_path: Path) -> None:
         command("pwm_fast.train", *tiny_arguments(tmp_path / "run")),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment(),
+        env=clean_environment(),
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
@@ -499,7 +492,7 @@ def test_info_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["on cpu, float32"].split() == names
     for operation in select.OPERATIONS:
         cells = dict(zip(names, re.split(" {2,}", rows[f"  {operation}"]), strict=True))
-        kept = "reference" if operation in ("esnr_update", "td_lambda") else "native"
+        kept = "reference" if operation in ("adam", "esnr_update", "td_lambda") else "native"
         assert [name for name in names if cells[name] == "auto"] == [kept]
         assert cells["reference"] in ("auto", "if asked")
     monkeypatch.setattr(native, "_MISSING", "the native extension does not load (gone)")
@@ -523,7 +516,7 @@ def test_info_needs_no_hydra() -> None:
         "info.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
@@ -535,7 +528,7 @@ def test_train_without_hydra() -> None:
         "runpy.run_module('pwm_fast.train', run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [

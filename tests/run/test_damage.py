@@ -19,20 +19,12 @@ from pwm_fast.config import ConfigError
 from pwm_fast.run import build, checkpoint, evaluation, seal
 from pwm_fast.run.checkpoint import CheckpointError
 from pwm_fast.run.start import train
-from tests.run.conftest import tiny_config, train_without_plots
+from tests.run.conftest import tiny_config
 
 NAMES = ("latest", "latest.previous", "best", "final")
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; not to be written."""
-    directory = tmp_path_factory.mktemp("finished") / "run"
-    train_without_plots(tiny_config(directory))
-    return directory
 
 
 def same(one: Any, other: Any) -> bool:
@@ -121,11 +113,9 @@ def test_seal_in_any_pieces(tmp_path: Path, sizes: list[int]) -> None:
     assert path.read_bytes()[: len(data) - 2] == data[:-2]
 
 
-def test_checkpoint_without_a_seal_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_checkpoint_without_a_seal_goes_on(run_dir: Path) -> None:
     """As one of an older version; a tensor that was changed since is seen all the same."""
-    directory = tmp_path / "run"
-    shutil.copytree(finished, directory)
-    latest = directory / "checkpoints" / "latest.pt"
+    latest = run_dir / "checkpoints" / "latest.pt"
     torch.save(torch.load(latest, weights_only=True), latest)
     assert seal.verify(latest) is None
     good = latest.read_bytes()
@@ -134,9 +124,9 @@ def test_checkpoint_without_a_seal_goes_on(finished: Path, tmp_path: Path) -> No
     at = good.find(part)
     latest.write_bytes(good[:at] + bytes(64) + good[at + 64 :])
     with pytest.raises(CheckpointError, match=r"latest\.pt is no readable.*by its CRC.*previous"):
-        train(tiny_config(directory, epochs=7))
+        train(tiny_config(run_dir, epochs=7))
     latest.write_bytes(good)
-    assert train(tiny_config(directory, epochs=7))[0]["epochs"] == 7
+    assert train(tiny_config(run_dir, epochs=7))[0]["epochs"] == 7
 
 
 def test_every_cut_of_the_seal(tmp_path: Path) -> None:

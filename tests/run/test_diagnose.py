@@ -10,7 +10,7 @@ import pytest
 
 from pwm_fast.analysis.diagnosis import DiagnoseConfig
 from pwm_fast.analysis.diagnosis import diagnose as run_diagnosis
-from pwm_fast.analysis.model_figures import draw
+from pwm_fast.analysis.diagnosis_figures import draw
 from tests.run.conftest import Launcher, tiny_arguments
 
 PNG = b"\x89PNG\r\n\x1a\n"

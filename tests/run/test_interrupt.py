@@ -12,8 +12,14 @@ import pytest
 
 from pwm_fast.run import checkpoint
 from pwm_fast.run.interrupt import SIGNALS, Interrupt, Interrupted
-from tests.run.conftest import Launcher, rows, tiny_arguments, wait_for_change
-from tests.run.test_commands import command, environment
+from tests.run.conftest import (
+    Launcher,
+    clean_environment,
+    command,
+    rows,
+    tiny_arguments,
+    wait_for_change,
+)
 
 needs_hangup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 
@@ -158,7 +164,7 @@ def test_closed_terminal(tmp_path: Path) -> None:
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=environment(),
+        env=clean_environment(),
         start_new_session=True,
         preexec_fn=take_terminal,
     )

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from pwm_fast import info
-from pwm_fast.run import checkpoint
+from pwm_fast.run import checkpoint, installation
 from tests.data.old_runs.make import COMPARED, tensors
 from tests.run.conftest import VOLATILE, Launcher, rows
 
@@ -32,7 +31,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 def test_continued(kind: str, launcher: Launcher, tmp_path: Path) -> None:
     end = json.loads((OLD / f"{kind}.json").read_text())
     shutil.copytree(OLD / kind, tmp_path / kind)
-    env = {"PWM_FAST_BACKEND": "torch" if info.native_isa() is None else "native"}
+    env = {"PWM_FAST_BACKEND": "torch" if installation.native_isa() is None else "native"}
     outcome = launcher.run(tmp_path, *end["overrides"], env=env)
     assert outcome.status == 0, outcome.err
     assert "after epoch 3" in outcome.out
@@ -56,7 +55,7 @@ def _is_as_recorded(end: dict[str, Any]) -> bool:
     """Whether kernels compute here, and libraries round, as where the end was written down."""
     here = (torch.__version__, mujoco.__version__, torch.backends.cpu.get_cpu_capability())
     there = (end["versions"]["torch"], end["versions"]["mujoco"], end["cpu_capability"])
-    return here == there and info.native_isa() == end["native_extension"]
+    return here == there and installation.native_isa() == end["native_extension"]
 
 
 def _compare_rows(ours: list[Any], theirs: list[dict[str, Any]], same: bool) -> None:

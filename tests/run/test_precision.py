@@ -39,10 +39,6 @@ def overflow_in_fp16(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> list[st
     return seen
 
 
-def log_of(run_dir: Path) -> str:
-    return "\n".join(p.read_text() for p in run_dir.glob("*.log"))
-
-
 def test_overflow_switches_to_bf16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,35 +82,35 @@ def test_a_long_bootstrap_switches_within(tmp_path: Path, monkeypatch: pytest.Mo
     assert seen[:40] == ["fast"] * trainer.LOOK_EVERY + ["bf16"] * 30
 
 
-def test_what_bf16_does_not_mend_still_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+SOON = {"alg__max_skipped_updates": 4, "epochs": 50}
+
+
+@pytest.fixture
+def nothing_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """World-model updates get observations that are NaN."""
     original = PWM.update_world_model
     monkeypatch.setattr(
         PWM,
         "update_world_model",
         lambda self, w: original(self, w._replace(obs=w.obs * float("nan"))),
     )
-    changes = {"alg__max_skipped_updates": 4, "epochs": 50}
+
+
+@pytest.mark.usefixtures("nothing_finite")
+def test_what_bf16_does_not_mend_still_stops(tmp_path: Path) -> None:
     with pytest.raises(TrainingDiverged, match=r"alg\.max_skipped_updates=4"):
-        train(tiny_config(tmp_path / "run", precision="fast", **changes))
+        train(tiny_config(tmp_path / "run", precision="fast", **SOON))
     logged = rows(tmp_path / "run")
     assert logged[-1]["fell_back"] == 1 and len(logged) < 6
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "diverged"
 
 
-def test_other_precisions_do_not_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("nothing_finite")
+def test_other_precisions_do_not_switch(tmp_path: Path) -> None:
     """What is exact already has nothing wider to go to."""
-    original = PWM.update_world_model
-    monkeypatch.setattr(
-        PWM,
-        "update_world_model",
-        lambda self, w: original(self, w._replace(obs=w.obs * float("nan"))),
-    )
-    changes = {"alg__max_skipped_updates": 4, "epochs": 50}
     with pytest.raises(TrainingDiverged):
-        train(tiny_config(tmp_path / "run", **changes))
+        train(tiny_config(tmp_path / "run", **SOON))
     assert {row["fell_back"] for row in rows(tmp_path / "run") if row["epoch"]} == {0}
 
 

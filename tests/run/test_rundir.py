@@ -16,25 +16,9 @@ from pwm_fast.run import checkpoint, metrics, trainer
 from pwm_fast.run.checkpoint import CheckpointError
 from pwm_fast.run.rundir import RunDirectory
 from pwm_fast.run.start import train
-from tests.run.conftest import rows, tiny_config
+from tests.run.conftest import content_of, finish, rows, tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-
-def finish(directory: Path, **changes: object) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot_run", lambda *_: [])
-        assert train(tiny_config(directory, **changes))[0]["status"] == "finished"
-    plots = directory / "plots"
-    plots.mkdir()
-    (plots / "summary.png").write_bytes(b"a picture")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; not to be written."""
-    return finish(tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +39,10 @@ def best_in_the_middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def content_of(directory: Path) -> dict[str, bytes]:
-    files = (p for p in directory.rglob("*") if p.is_file())
-    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
+@pytest.fixture
+def middle(best_in_the_middle: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(best_in_the_middle, tmp_path / "run")
 
 
 def write(directory: Path, content: dict[str, bytes]) -> None:
@@ -146,26 +131,24 @@ def test_the_command_overwrites_nothing(finished: Path, tmp_path: Path, part: st
 
 
 def test_finished_run_without_its_latest_checkpoints(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    run_dir: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    directory = tmp_path / "run"
-    shutil.copytree(finished, directory)
-    for path in directory.glob("checkpoints/latest*.pt"):
+    for path in run_dir.glob("checkpoints/latest*.pt"):
         path.unlink()
-    before = content_of(directory)
-    assert train(tiny_config(directory))[1] == 0
+    before = content_of(run_dir)
+    assert train(tiny_config(run_dir))[1] == 0
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="seed was 0, is 1"):
-        train(tiny_config(directory, seed=1))
+        train(tiny_config(run_dir, seed=1))
     with pytest.raises(ConfigError, match=r"resume=\S+final\.pt goes on after its epoch 6"):
-        train(tiny_config(directory, epochs=8))
-    assert content_of(directory) == before
+        train(tiny_config(run_dir, epochs=8))
+    assert content_of(run_dir) == before
     # What the message says works.
-    final = directory / "checkpoints" / "final.pt"
-    logged = rows(directory)
-    summary, status = train(tiny_config(directory, epochs=8, resume=str(final)))
+    final = run_dir / "checkpoints" / "final.pt"
+    logged = rows(run_dir)
+    summary, status = train(tiny_config(run_dir, epochs=8, resume=str(final)))
     assert (summary["status"], summary["epochs"], status) == ("finished", 8, 0)
-    assert rows(directory)[:7] == logged and len(rows(directory)) == 9
+    assert rows(run_dir)[:7] == logged and len(rows(run_dir)) == 9
 
 
 def test_interrupted_run_without_its_latest_checkpoint(
@@ -203,37 +186,31 @@ def test_killed_before_the_first_checkpoint(
 # --- going back -----------------------------------------------------------------------------------
 
 
-def test_going_back_keeps_what_came_after(
-    best_in_the_middle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    directory = tmp_path / "run"
-    shutil.copytree(best_in_the_middle, directory)
-    before = content_of(directory)
-    best = directory / "checkpoints" / "best.pt"
-    train(tiny_config(directory, resume=str(best)))
-    after = content_of(directory)
+def test_going_back_keeps_what_came_after(middle: Path, capsys: pytest.CaptureFixture) -> None:
+    before = content_of(middle)
+    best = middle / "checkpoints" / "best.pt"
+    train(tiny_config(middle, resume=str(best)))
+    after = content_of(middle)
     for name in ("checkpoints/latest", "checkpoints/final"):
         assert after[f"{name}.kept_1.pt"] == before[f"{name}.pt"]
     assert after["metrics.kept_1.jsonl"] == before["metrics.jsonl"]
     assert after["summary.kept_1.json"] == before["summary.json"]
     said = capsys.readouterr().out
     assert "held after epoch 4 is kept in " in said and "metrics.kept_1.jsonl" in said
-    assert [row["epoch"] for row in rows(directory)] == list(range(7))
-    train(tiny_config(directory, resume=str(best)))
-    again = content_of(directory)
+    assert [row["epoch"] for row in rows(middle)] == list(range(7))
+    train(tiny_config(middle, resume=str(best)))
+    again = content_of(middle)
     assert again["metrics.kept_1.jsonl"] == before["metrics.jsonl"]
     assert again["metrics.kept_2.jsonl"] == after["metrics.jsonl"]
 
 
-def test_an_older_latest_that_was_put_back(finished: Path, tmp_path: Path) -> None:
+def test_an_older_latest_that_was_put_back(run_dir: Path) -> None:
     """As an old backup: auto goes on from it, and what had come after it is kept."""
-    directory = tmp_path / "run"
-    shutil.copytree(finished, directory)
-    saved = directory / "checkpoints"
+    saved = run_dir / "checkpoints"
     (saved / "latest.previous.pt").rename(saved / "latest.pt")
-    before = content_of(directory)
-    assert train(tiny_config(directory))[0]["status"] == "finished"
-    after = content_of(directory)
+    before = content_of(run_dir)
+    assert train(tiny_config(run_dir))[0]["status"] == "finished"
+    after = content_of(run_dir)
     assert after["checkpoints/final.kept_1.pt"] == before["checkpoints/final.pt"]
     assert after["metrics.kept_1.jsonl"] == before["metrics.jsonl"]
     assert after["summary.kept_1.json"] == before["summary.json"]
@@ -246,34 +223,28 @@ def test_a_kill_leaves_no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(directory.rglob("*.kept_*"))
 
 
-def test_killed_just_after_going_back(
-    best_in_the_middle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same directory then goes on from there, and not from the latest checkpoint before."""
-    directory = tmp_path / "run"
-    shutil.copytree(best_in_the_middle, directory)
-    best = directory / "checkpoints" / "best.pt"
-    killed(directory, monkeypatch, resume=str(best), checkpoint__every=0)
-    assert checkpoint.load(directory / "checkpoints" / "latest.pt")["epoch"] == 4
-    assert train(tiny_config(directory))[0]["status"] == "finished"
-    assert [row["epoch"] for row in rows(directory)] == list(range(7))
+def test_killed_just_after_going_back(middle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same middle then goes on from there, and not from the latest checkpoint before."""
+    best = middle / "checkpoints" / "best.pt"
+    killed(middle, monkeypatch, resume=str(best), checkpoint__every=0)
+    assert checkpoint.load(middle / "checkpoints" / "latest.pt")["epoch"] == 4
+    assert train(tiny_config(middle))[0]["status"] == "finished"
+    assert [row["epoch"] for row in rows(middle)] == list(range(7))
 
 
-def test_damaged_latest_goes_on_from_the_one_before(finished: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    shutil.copytree(finished, directory)
-    latest = directory / "checkpoints" / "latest.pt"
+def test_damaged_latest_goes_on_from_the_one_before(finished: Path, run_dir: Path) -> None:
+    latest = run_dir / "checkpoints" / "latest.pt"
     data = bytearray(latest.read_bytes())
     data[3000] ^= 1
     latest.write_bytes(data)
-    previous = directory / "checkpoints" / "latest.previous.pt"
+    previous = run_dir / "checkpoints" / "latest.previous.pt"
     with pytest.raises(
         CheckpointError, match=rf"latest\.pt is no .*\(epoch 4\): resume={previous}"
     ):
-        train(tiny_config(directory))
-    assert train(tiny_config(directory, resume=str(previous)))[0]["status"] == "finished"
-    assert rows(directory) == rows(finished)
-    assert (directory / "checkpoints" / "latest.kept_1.pt").read_bytes() == data
+        train(tiny_config(run_dir))
+    assert train(tiny_config(run_dir, resume=str(previous)))[0]["status"] == "finished"
+    assert rows(run_dir) == rows(finished)
+    assert (run_dir / "checkpoints" / "latest.kept_1.pt").read_bytes() == data
 
 
 # --- damaged records ------------------------------------------------------------------------------
@@ -369,32 +340,28 @@ def swap(directory: Path, a: str, b: str) -> None:
 
 
 @pytest.mark.parametrize("other", ["final", "best"])
-def test_latest_in_anothers_place(finished: Path, tmp_path: Path, other: str) -> None:
+def test_latest_in_anothers_place(run_dir: Path, other: str) -> None:
     """Without its replay it was not written as the latest checkpoint."""
-    directory = tmp_path / "run"
-    shutil.copytree(finished, directory)
-    swap(directory, "latest", other)
-    before = content_of(directory)
+    swap(run_dir, "latest", other)
+    before = content_of(run_dir)
     with pytest.raises(CheckpointError, match=r"not written as latest.pt: it has no replay") as e:
-        train(tiny_config(directory, epochs=9))
+        train(tiny_config(run_dir, epochs=9))
     assert "goes on after its epoch 6" in str(e.value)
-    assert content_of(directory) == before
+    assert content_of(run_dir) == before
 
 
-def test_latest_and_the_one_before_swapped(finished: Path, tmp_path: Path) -> None:
+def test_latest_and_the_one_before_swapped(run_dir: Path) -> None:
     """What is further on is kept; once."""
-    directory = tmp_path / "run"
-    shutil.copytree(finished, directory)
-    (directory / "summary.json").unlink()
-    (directory / "checkpoints" / "final.pt").unlink()
-    swap(directory, "latest", "latest.previous")
-    before = content_of(directory)
-    assert train(tiny_config(directory, epochs=9))[0]["status"] == "finished"
-    after = content_of(directory)
+    (run_dir / "summary.json").unlink()
+    (run_dir / "checkpoints" / "final.pt").unlink()
+    swap(run_dir, "latest", "latest.previous")
+    before = content_of(run_dir)
+    assert train(tiny_config(run_dir, epochs=9))[0]["status"] == "finished"
+    after = content_of(run_dir)
     kept = after["checkpoints/latest.previous.kept_1.pt"]
     assert kept == before["checkpoints/latest.previous.pt"]
     assert after["metrics.kept_1.jsonl"] == before["metrics.jsonl"]
-    assert not list(directory.rglob("*.kept_2.*"))
+    assert not list(run_dir.rglob("*.kept_2.*"))
 
 
 def test_a_new_replay_is_said(
@@ -435,16 +402,14 @@ def test_torn_last_line_is_none(
     ],
     ids=lambda data: repr(data[:12]),
 )
-def test_damaged_records_are_named(finished: Path, tmp_path: Path, name: str, data: bytes) -> None:
-    directory = tmp_path / "run"
-    shutil.copytree(finished, directory)
-    (directory / name).write_bytes(data)
-    before = content_of(directory)
+def test_damaged_records_are_named(run_dir: Path, name: str, data: bytes) -> None:
+    (run_dir / name).write_bytes(data)
+    before = content_of(run_dir)
     with pytest.raises(ConfigError) as caught:
-        train(tiny_config(directory, epochs=8))
-    assert str(caught.value).startswith(f"{directory / name} is ")
+        train(tiny_config(run_dir, epochs=8))
+    assert str(caught.value).startswith(f"{run_dir / name} is ")
     assert "\n" not in str(caught.value) and "move it away" in str(caught.value)
-    assert content_of(directory) == before
+    assert content_of(run_dir) == before
 
 
 # --- refused runs ---------------------------------------------------------------------------------

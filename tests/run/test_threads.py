@@ -12,19 +12,25 @@ import torch
 from pwm_fast.config import AlgConfig, ConfigError, compose
 from pwm_fast.launch import resources
 from pwm_fast.run import build
-from tests.run.conftest import ROOT, clean_environment
+from tests.run.conftest import clean_environment
 
 
-def python(*arguments: str, **variables: str) -> str:
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """What Python prints, without settings of OpenMP but those given."""
     plain = {k: v for k, v in clean_environment().items() if not k.startswith(("OMP_", "GOMP_"))}
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**plain, "PYTHONPATH": str(ROOT), **variables},
+        env={**plain, **variables},
         capture_output=True,
         text=True,
         check=True,
-    ).stdout
+    )
+
+
+@pytest.fixture(scope="module")
+def info() -> subprocess.CompletedProcess[str]:
+    """A command, whose OpenMP says how it is set."""
+    return python("-m", "pwm_fast.info", OMP_DISPLAY_ENV="true")
 
 
 def policy_of(report: str) -> str | None:
@@ -32,34 +38,27 @@ def policy_of(report: str) -> str | None:
     return next((line[-1] for line in lines if line and line[0] == "OMP_WAIT_POLICY"), None)
 
 
-def test_commands_wait_without_spinning() -> None:
-    assert policy_of(python("-m", "pwm_fast.info")) == "passive"
+def test_commands_wait_without_spinning(info: subprocess.CompletedProcess[str]) -> None:
+    assert policy_of(info.stdout) == "passive"
 
 
 def test_what_the_user_says_stands() -> None:
-    assert policy_of(python("-m", "pwm_fast.info", OMP_WAIT_POLICY="active")) == "active"
+    assert policy_of(python("-m", "pwm_fast.info", OMP_WAIT_POLICY="active").stdout) == "active"
 
 
 @pytest.mark.parametrize("first", ["pwm_fast", "torch"])
 def test_a_program_of_the_users_own_is_left_alone(first: str) -> None:
     code = f"import {first}, pwm_fast.ops, os; print(os.environ.get('OMP_WAIT_POLICY'))"
-    assert python("-c", code).strip() == "None"
+    assert python("-c", code).stdout.strip() == "None"
 
 
-def test_openmp_takes_it() -> None:
+def test_openmp_takes_it(info: subprocess.CompletedProcess[str]) -> None:
     """The runtime that torch loads says so itself: it has read the variable, not come before it."""
     if not sys.platform.startswith("linux"):
         pytest.skip("libgomp's report; only Linux is sure to have it")
-    done = subprocess.run(
-        [sys.executable, "-m", "pwm_fast.info"],
-        env={**clean_environment(), "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "true"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    if "OPENMP DISPLAY ENVIRONMENT" not in done.stderr:
+    if "OPENMP DISPLAY ENVIRONMENT" not in info.stderr:
         pytest.skip("this torch has no OpenMP runtime")
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in info.stderr
 
 
 @pytest.fixture

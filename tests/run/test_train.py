@@ -15,7 +15,7 @@ import torch
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError
 from pwm_fast.envs import MujocoEnv, StateNotSupported
-from pwm_fast.run import checkpoint, metrics, trainer
+from pwm_fast.run import checkpoint, metrics
 from pwm_fast.run.build import make_agent, make_env
 from pwm_fast.run.checkpoint import CheckpointError
 from pwm_fast.run.evaluation import evaluate
@@ -23,7 +23,7 @@ from pwm_fast.run.rundir import RunDirectory
 from pwm_fast.run.start import train
 from pwm_fast.run.trainer import TrainingDiverged
 from pwm_fast.seeding import Purpose, stream
-from tests.run.conftest import rows, tiny_config
+from tests.run.conftest import content_of, rows, tiny_config
 
 EVERY_ROW = {
     "epoch",
@@ -53,29 +53,6 @@ LEARNING_ROW = EVERY_ROW | {
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; not to be written."""
-    directory = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot_run", lambda *_: [])
-        summary, status = train(tiny_config(directory))
-    assert (summary["status"], status) == ("finished", 0)
-    return directory
-
-
-@pytest.fixture
-def run_dir(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def content_of(directory: Path) -> dict[str, bytes]:
-    files = (p for p in directory.rglob("*") if p.is_file())
-    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
 
 
 # --- what a run writes ----------------------------------------------------------------------------

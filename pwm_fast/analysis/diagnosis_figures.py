@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pwm_fast import files
+from pwm_fast.run.charts import save, tidy
 
 Checkpoints = list[dict[str, Any]]
 
@@ -38,7 +38,6 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         ImportError: matplotlib is missing.
         OSError: a figure cannot be written; it names the file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     checkpoints: Checkpoints = result["checkpoints"]
@@ -51,18 +50,13 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     }
     for name, drawing in drawings.items():
         figure = Figure(layout="constrained")
-        FigureCanvasAgg(figure)
         drawing(figure, checkpoints)
         for axes in figure.axes:
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25, linewidth=0.6)
+            tidy(axes)
             axes.set_axisbelow(True)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", fontsize="small")
-        path = folder / f"{name}.png"
-        with files.replacing(path) as file:
-            figure.savefig(file, format="png", dpi=120)
-        written.append(path)
+        written.append(save(figure, folder / f"{name}.png"))
     return written
 
 

@@ -249,7 +249,8 @@ def _run(
     """Both stages; signal and noise ``[T]``, which an update leaves alone."""
     device = table.words.device
     slots = torch.empty(2 * table.chunks, dtype=torch.float64, device=device)
-    signal, noise = torch.empty(2, table.tensors, dtype=torch.float64, device=device).unbind()
+    signal = torch.empty(table.tensors, dtype=torch.float64, device=device)
+    noise = torch.empty_like(signal)  # an operator's outputs must not share memory
     launch(
         kernel,
         (table.chunks,),

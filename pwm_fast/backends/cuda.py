@@ -94,8 +94,8 @@ class CudaEsnr:
 
 
 def _results(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    signal, noise = torch.empty(2, count, dtype=torch.float64, device=device).unbind()
-    return signal, noise
+    signal = torch.empty(count, dtype=torch.float64, device=device)
+    return signal, torch.empty_like(signal)
 
 
 class Cuda(Backend):

@@ -143,7 +143,8 @@ class NativeEsnr(TorchEsnr):
         """See :class:`EsnrKernels`."""
         tensors = len(grads) // samples
         whole = [g.contiguous() for g in grads]  # named: alive until the call is over
-        pointers, sizes = words(g.data_ptr() for g in whole), words(g.numel() for g in whole)
+        pointers = words(g.data_ptr() for g in whole)
+        sizes = words(g.numel() for g in whole[:tensors])
         signal = torch.empty(tensors, dtype=torch.float64, device="cpu")
         noise = torch.empty_like(signal)
         self._esnr(grads=pointers.view(samples, tensors), sizes=sizes, signal=signal, noise=noise)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
-from pwm_fast.backends.specs import LayerSpec
+from pwm_fast.backends.specs import LayerSpec, decode_layers
 from pwm_fast.fused.algebra import PAD_TO
 from pwm_fast.fused.gemm import ALIGNED
 
@@ -59,31 +59,30 @@ def empty(
 
 
 def pack(
-    kernels: Kernels, specs: Sequence[LayerSpec], tensors: Sequence[Tensor], pad: bool
+    kernels: Kernels, tensors: list[Tensor], spec: str, pad: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Layers whose weights and biases have no mean over outputs, where a LayerNorm follows."""
+    specs = decode_layers(spec)
     packed, copies = empty(kernels, specs, tensors, pad)
     layers, outs = split(specs, tensors), split(specs, packed)
-    for i, (spec, layer, out) in enumerate(zip(specs, layers, outs, strict=True)):
-        _copy(kernels, layer, out, spec.norm, copies[i] if copies else None)
+    for i, (each, layer, out) in enumerate(zip(specs, layers, outs, strict=True)):
+        _copy(kernels, layer, out, each.norm, copies[i] if copies else None)
     return packed, copies
 
 
 def pack_grads(
-    kernels: Kernels,
-    specs: Sequence[LayerSpec],
-    grads: Sequence[Tensor | None],
-    tensors: Sequence[Tensor],
-) -> Parts:
+    kernels: Kernels, dpacked: list[Tensor | None], tensors: list[Tensor], spec: str
+) -> list[Tensor | None]:
     """Gradients towards ``tensors`` for those towards what :func:`pack` made of them, or None."""
+    specs = decode_layers(spec)
     found: Parts = []
-    layers = zip(specs, split(specs, grads), split(specs, tensors), strict=True)
-    for spec, layer, like in layers:
+    layers = zip(specs, split(specs, dpacked), split(specs, tensors), strict=True)
+    for each, layer, like in layers:
         out = [
             None if g is None or x is None else torch.empty_like(x, memory_format=_CONTIGUOUS)
             for g, x in zip(layer, like, strict=True)
         ]
-        _copy(kernels, layer, out, spec.norm, None)
+        _copy(kernels, layer, out, each.norm, None)
         found += [o for o, x in zip(out, like, strict=True) if x is not None]
     return found
 

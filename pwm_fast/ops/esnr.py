@@ -31,10 +31,9 @@ class _Esnr(Operator):
         return k.moments(grads, samples)
 
     @classmethod
-    def fake(cls, k: Any, grads: list[Tensor], samples: int) -> tuple[Tensor, Tensor]:
-        tensors = len(grads) // samples
-        signal, noise = grads[0].new_empty(2, tensors, dtype=torch.float64).unbind()
-        return signal, noise
+    def fake(cls, k: Any, a: Any) -> tuple[Tensor, Tensor]:
+        signal = a.grads[0].new_empty(len(a.grads) // a.samples, dtype=torch.float64)
+        return signal, torch.empty_like(signal)
 
 
 class _Update(Operator):
@@ -62,10 +61,8 @@ class _Result(Operator):
         return k.result(origins, sums, squares, samples)
 
     @classmethod
-    def fake(
-        cls, k: Any, origins: list[Tensor], sums: list[Tensor], squares: Tensor, samples: int
-    ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(squares), torch.empty_like(squares)
+    def fake(cls, k: Any, a: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(a.squares), torch.empty_like(a.squares)
 
 
 _esnr, _update, _result = _Esnr(), _Update(), _Result()

@@ -13,7 +13,7 @@ from pwm_fast.backends.base import Call
 from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
 from pwm_fast.backends.select import declare, select
 from pwm_fast.fused import algebra
-from pwm_fast.ops import _checks, rollout_operators
+from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import can_fold, layer_tensors, unsupported_dynamics, without_width
 from pwm_fast.ops.dynamics import (
     FusedStep,
@@ -24,6 +24,7 @@ from pwm_fast.ops.dynamics import (
 )
 from pwm_fast.ops.mlp import RunNet, fused_mlp, mlp
 from pwm_fast.ops.mlp import reference_mlp as run_net
+from pwm_fast.ops.rollout import fused_rollout
 from pwm_fast.ops.simnorm import project_simplex
 from pwm_fast.ops.types import Layer, Method, VelocityFn
 from pwm_fast.ops.weights import pack
@@ -228,7 +229,7 @@ def flow_step(
     )
     n = z.numel() // width
     embedding = None if task is None else task.reshape(n, task.shape[-1])
-    following = rollout_operators.rollout(
+    following = fused_rollout(
         choice, packed, z.reshape(n, width), a.reshape(1, n, action), embedding
     )
     return following[1].view(z.shape)

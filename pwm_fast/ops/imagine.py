@@ -4,22 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
 from pwm_fast.backends.select import declare, for_part, select
+from pwm_fast.backends.specs import decode_layers, encode_layers, split_params
 from pwm_fast.fused import algebra
-from pwm_fast.ops import _checks, rollout_operators
+from pwm_fast.fused.imagine import imagine_backward, imagine_forward
+from pwm_fast.fused.mlp import saved_buffers
+from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.dynamics import Dynamics
 from pwm_fast.ops.mlp import RunNet, fused_mlp, mlp, reference_mlp
-from pwm_fast.ops.rollout import call_of, check_rows, check_steps, packed_step
+from pwm_fast.ops.operator import Operator
+from pwm_fast.ops.rollout import (
+    call_of,
+    check_rows,
+    check_steps,
+    constant_term,
+    packed_step,
+    saved_by_rollout,
+)
 from pwm_fast.ops.two_hot import two_hot_decode
 from pwm_fast.ops.types import Heads, ImaginedRollout, Layer, Policy
+from pwm_fast.ops.weights import flat, specs_of
 
 declare("imagine", "gemm")
+
+
+class _Imagine(Operator):
+    name, family, outputs, results = "imagine", "gemm", ("z", "action", "saved"), 2
+    grads = ("z0", "base", "w_a", "w_z", "w_tau", "params", "std", "actor")
+    refused = ("noise",)
+    flags = {"wgrad": ("w_z", "w_tau", "params"), "actor_wgrad": ("actor",)}  # noqa: RUF012
+    contiguous = ("z0", "noise")
+    rows, row_axes, broadcast = {"z0": 0, "noise": 1, "base": 0}, (1, 1), "base"
+
+    forward, backward = staticmethod(imagine_forward), staticmethod(imagine_backward)
+
+    @classmethod
+    def fake(cls, k: Kernels, a: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        horizon, batch = a.noise.shape[:2]
+        saved = saved_by_rollout(k, a, horizon, batch)
+        specs = decode_layers(a.actor_spec)
+        actor = split_params(specs, a.actor)
+        saved += saved_buffers(k, specs, actor, horizon, batch, a.save, a.actor_wgrad)
+        return a.z0.new_empty(horizon + 1, *a.z0.shape), a.z0.new_empty(a.noise.shape), saved
+
+    @classmethod
+    def fake_backward(cls, k: Kernels, a: Any) -> Any:
+        a.z0 = a.z[0]
+        return super().fake_backward(k, a)
+
+
+_imagine = _Imagine()
 
 
 def imagine(
@@ -128,8 +170,20 @@ def _roll_out(
         run = partial(fused_mlp, choice)
         return _reference(z0, noise, policy, dynamics, task, detach, run)
     packed = packed_step(choice, step, z0, noise.shape[-1], task)
-    return rollout_operators.imagine(
-        choice, packed, z0, noise, policy.layers, policy.std, task, detach
+    return _imagine(
+        z0,
+        noise,
+        constant_term(choice, packed, task),
+        packed.w_a,
+        packed.w_z,
+        packed.w_tau,
+        packed.params,
+        policy.std,
+        flat(policy.layers),
+        packed.spec,
+        encode_layers(specs_of(policy.layers, "act_norm")),
+        detach,
+        choice=choice,
     )
 
 

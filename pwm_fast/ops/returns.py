@@ -43,22 +43,12 @@ class _TdLambda(Operator):
         targets: Tensor,
         gamma: float,
         lam: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        drewards, dvalues, dcontinues = k.returns_bwd(
-            dtargets.contiguous(), values, continues, targets, gamma, lam
-        )
-        return drewards, dvalues, targets.new_empty(0) if dcontinues is None else dcontinues
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return k.returns_bwd(dtargets.contiguous(), values, continues, targets, gamma, lam)
 
     @classmethod
-    def fake(cls, k: Any, rewards: Tensor, *_: Any) -> Tensor:
-        return torch.empty_like(rewards)
-
-    @classmethod
-    def fake_backward(
-        cls, k: Any, dtargets: Tensor, values: Tensor, continues: Tensor | None, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ends = dtargets.new_empty(0) if continues is None else torch.empty_like(continues)
-        return torch.empty_like(dtargets), torch.empty_like(values), ends
+    def fake(cls, k: Any, a: Any) -> Tensor:
+        return torch.empty_like(a.rewards)
 
 
 _td_lambda = _TdLambda()

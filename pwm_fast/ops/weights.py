@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from pwm_fast.backends.transforms import compiled_or_mapped, watched
 from pwm_fast.fused import algebra, centre, weight_cache
 from pwm_fast.fused.gemm import fp32_mode
 from pwm_fast.ops.coverage import can_fold, layer_tensors
-from pwm_fast.ops.operator import Operator, filled, require_grad, savable
+from pwm_fast.ops.operator import Operator, require_grad, savable
 from pwm_fast.ops.types import Layer
 
 
@@ -37,33 +37,16 @@ class _Centre(Operator):
     name, family, outputs, results = "centred", "gemm", ("packed", "copies"), 2
     grads, eager = ("tensors",), False
 
-    @staticmethod
-    def forward(
-        k: Kernels, tensors: list[Tensor], spec: str, pad: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        return centre.pack(k, decode_layers(spec), tensors, pad)
-
-    @staticmethod
-    def backward(
-        k: Kernels, dpacked: list[Tensor | None], tensors: list[Tensor], spec: str
-    ) -> list[Tensor]:
-        grads = centre.pack_grads(k, decode_layers(spec), dpacked, tensors)
-        return filled(grads, tensors[0])
+    forward, backward = staticmethod(centre.pack), staticmethod(centre.pack_grads)
 
     @classmethod
-    def fake(
-        cls, k: Kernels, tensors: list[Tensor], spec: str, pad: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        return centre.empty(k, decode_layers(spec), tensors, pad)
+    def fake(cls, k: Kernels, a: Any) -> tuple[list[Tensor], list[Tensor]]:
+        return centre.empty(k, decode_layers(a.spec), a.tensors, a.pad)
 
     @classmethod
-    def fake_backward(
-        cls, k: Kernels, dpacked: list[Tensor | None], tensors: list[Tensor], spec: str
-    ) -> list[Tensor]:
-        return [
-            x.new_empty((0,) if g is None else x.shape)
-            for g, x in zip(dpacked, tensors, strict=True)
-        ]
+    def fake_backward(cls, k: Kernels, a: Any) -> list[Tensor]:
+        pairs = zip(a.dpacked, a.tensors, strict=True)
+        return [x.new_empty((0,) if g is None else x.shape) for g, x in pairs]
 
 
 _centre = _Centre()

@@ -34,9 +34,9 @@ CONSTANTS = {
     "ingress": Constant("what one SM reads from L2", 85.0, "GB/s", "assumed", "L2 read by one SM"),
     "l2": Constant("reading what L2 holds", 6.4, "TB/s", "literature", "L2 read, 12 MB"),
     "hbm": Constant("reading device memory", 4.3, "TB/s", "other code", "HBM read"),
-    "launch": Constant("start and drain of a product", 1.6, "µs", "assumed", "small product"),
+    "launch": Constant("start and drain of a GEMM", 1.6, "µs", "assumed", "small product"),
     "exchange": Constant(
-        "a row block's programs meeting, about a flag to and fro",
+        "the barrier of a row block's programs, about a flag to and fro",
         1.1,
         "µs",
         "assumed",
@@ -44,14 +44,14 @@ CONSTANTS = {
     ),
     "epilogue": Constant("elements of an epilogue a cycle and SM", 4.5, "/clk/SM", "assumed"),
     "clock": Constant("cycles of an SM", 1.755, "GHz", "assumed", "SM clock"),
-    "16": Constant("16-bit products", 790.0, "TF/s", "other code", "product fp16 8192"),
-    "tf32": Constant("products in tf32", 395.0, "TF/s", "assumed", "product tf32 8192"),
-    "ieee": Constant("products in float32", 50.0, "TF/s", "assumed", "product fp32 8192"),
+    "16": Constant("16-bit GEMMs", 790.0, "TF/s", "other code", "product fp16 8192"),
+    "tf32": Constant("GEMMs in tf32", 395.0, "TF/s", "assumed", "product tf32 8192"),
+    "ieee": Constant("GEMMs in float32", 50.0, "TF/s", "assumed", "product fp32 8192"),
     "wide": Constant("share of it by warpgroups, 64 rows a tile and more", 0.7, "", "assumed"),
     "narrow": Constant("share of it by tiles of fewer rows", 0.35, "", "assumed"),
-    "library": Constant("the library's float32 products, of tl.dot's", 2.0, "", "assumed"),
+    "library": Constant("the library's float32 GEMMs, of tl.dot's", 2.0, "", "assumed"),
     "flags": Constant(
-        "a meeting of a persistent rollout by flags, less its data", 0.8, "µs", "assumed"
+        "a barrier of a persistent rollout by flags, less its data", 0.8, "µs", "assumed"
     ),
     "words": Constant("the same by words", 0.5, "µs", "assumed"),
     "shared": Constant("what an SM reads of its shared memory a cycle", 128.0, "B", "literature"),
@@ -59,7 +59,7 @@ CONSTANTS = {
         "what else an evaluation of it takes: Mish, sums, barriers", 0.8, "µs", "assumed"
     ),
 }
-SMS = 132  # multiprocessors of the GPU that the rates of products are of
+SMS = 132  # multiprocessors of the GPU that the rates of GEMMs are of
 IN_L2 = 32e6  # bytes between two kernels that L2 still holds
 
 INGRESS = CONSTANTS["ingress"].value * 1e3  # bytes a microsecond

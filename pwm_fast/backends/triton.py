@@ -26,7 +26,7 @@ class TritonKernels:
     norm_act_bwd = staticmethod(norm_act.norm_act_bwd)
     act_norm_fwd = staticmethod(act_norm.act_norm_fwd)
     act_norm_bwd = staticmethod(act_norm.act_norm_bwd)
-    to_operand = staticmethod(axpby.to_operand)
+    cast = staticmethod(axpby.cast)
     scaled_rows = staticmethod(axpby.scaled_rows)
     axpby = staticmethod(axpby.axpby)  # after the others: the name then is no module
     centre = staticmethod(centre.centre)

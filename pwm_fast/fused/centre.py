@@ -48,12 +48,12 @@ def empty(
         assert weight is not None
         n, k = weight.shape
         rows, columns = n + padding(spec, n, pad), k + before
-        operand = None if kernels.centre is None else kernels.precision.operand
-        stride = columns if operand is None else -(-columns // ALIGNED) * ALIGNED
+        compute = None if kernels.centre is None else kernels.precision.compute
+        stride = columns if compute is None else -(-columns // ALIGNED) * ALIGNED
         packed.append(weight.new_empty(rows, stride)[:, :columns])
         packed += [x.new_empty(rows) for x in vectors if x is not None]
-        if operand is not None:
-            copies.append(weight.new_empty(rows, stride, dtype=operand)[:, :columns])
+        if compute is not None:
+            copies.append(weight.new_empty(rows, stride, dtype=compute)[:, :columns])
         before = rows - n
     return packed, copies
 
@@ -97,7 +97,7 @@ def _copy(kernels: Kernels, layer: Parts, out: Parts, centred: bool, copy: Tenso
     centre = kernels.centre
     if centre is not None:
         layer = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in layer]
-        centre(layer, out, centred=centred, operand=copy)
+        centre(layer, out, centred=centred, cast=copy)
         return
     for i, (x, y) in enumerate(zip(layer, out, strict=True)):
         if x is None or y is None:

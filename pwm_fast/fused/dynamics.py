@@ -145,16 +145,16 @@ class Dynamics(ABC):
         if self._cast is None:
             cast = self._cast_buffer(t, 0, z)
             if cast is not None:
-                self.kernels.to_operand(z, cast, None)
+                self.kernels.cast(z, cast, None)
                 self._cast = cast
         return z if self._cast is None else self._cast
 
     def _cast_buffer(self, t: int, e: int, z: Tensor) -> Tensor | None:
         """For evaluation ``e``'s latent in the compute dtype, None where that is its own."""
-        operand = self.kernels.precision.operand
+        compute = self.kernels.precision.compute
         if self.inputs_16bit:
             return self.inputs[0][t * self.stages + e]
-        return None if operand is None else torch.empty_like(z, dtype=operand)
+        return None if compute is None else torch.empty_like(z, dtype=compute)
 
     # --- backward -------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Dynamics(ABC):
 
 
 def to_fp32(x: Tensor, scale: Tensor | None) -> Tensor:
-    """Gradients in fp32 (or their own, wider dtype), multiplied by their row scales."""
+    """Gradients in fp32 (fp64 ones stay), multiplied by their row scales."""
     if scale is not None:
         return x * scale.unsqueeze(-1)
     return x.float() if x.dtype == torch.bfloat16 else x

@@ -364,17 +364,17 @@ def _takes_one(kernels: Kernels, weight: Tensor, inputs: Sequence[Tensor]) -> bo
 
 def _first_gemm(kernels: Kernels, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     members = weight.shape[0] if weight.dim() == 3 else 0
-    operand = kernels.precision.operand
-    if operand is not None and _takes_one(kernels, weight, inputs):
-        x, parts = side_by_side(inputs, operand)
+    compute = kernels.precision.compute
+    if compute is not None and _takes_one(kernels, weight, inputs):
+        x, parts = side_by_side(inputs, compute)
         for each, out in zip(inputs, parts, strict=True):
-            kernels.to_operand(each, out, None)
+            kernels.cast(each, out, None)
         return Gemm(kernels, weight)(x)
     h: Tensor | None = None
     for x, part in zip(inputs, columns_of(weight, inputs), strict=True):
         if h is None:
             h = Gemm(kernels, part).shared(x, members)
-        elif operand is None and not h.is_cuda:
+        elif compute is None and not h.is_cuda:
             if members:
                 shared = x.expand(members, -1, -1)
                 h.view(members, -1, h.shape[-1]).baddbmm_(shared, part.transpose(1, 2))

@@ -171,7 +171,7 @@ class MLPBackward:
         """
         if self._rounds(i):
             out, scale = self._output(i, e, None)
-            self.kernels.to_operand(dy, out, scale)
+            self.kernels.cast(dy, out, scale)
             return out, scale
         kept = self._dh[i]
         if kept is not None and self.mlp.evals == 1:

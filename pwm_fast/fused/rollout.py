@@ -122,11 +122,11 @@ def _persistent(
 
     if device.type != "cuda" and not INTERPRETING:
         return f"it runs on CUDA, the tensors are on {device}"
-    operand = kernels.precision.dtype(torch.float32)
+    compute = kernels.precision.dtype(torch.float32)
     if device.type != "cuda":
-        return choose_layout(sizes.batch, sizes.hidden, operand, 0, 0)
+        return choose_layout(sizes.batch, sizes.hidden, compute, 0, 0)
     index = device.index or 0
-    return choose_layout(sizes.batch, sizes.hidden, operand, *_limits(index), _tuned(index))
+    return choose_layout(sizes.batch, sizes.hidden, compute, *_limits(index), _tuned(index))
 
 
 @lru_cache(maxsize=16)

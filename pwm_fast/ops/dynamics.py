@@ -90,7 +90,7 @@ class Dynamics(Protocol):
         """The next latents, in plain PyTorch.
 
         Args:
-            z: latents ``[..., D]``, perhaps in a wider dtype than ``dtype``: what is carried from
+            z: latents ``[..., D]``, perhaps in fp32 where ``dtype`` is 16-bit: what is carried from
                 step to step need not be rounded.
             a: actions ``[..., A]``.
             task: task embeddings ``[..., E]``, or None.

@@ -37,7 +37,7 @@ class _Esnr(Operator):
 
 
 class _Update(Operator):
-    """Take a sample into a streamed estimate: see :class:`pwm_fast.backends.esnr.EsnrKernels`."""
+    """Take a sample into a streamed estimate: see :class:`pwm_fast.backends.esnr.EsnrReduction`."""
 
     name, family, outputs = "esnr_update", "stream", ()
     mutates = ("sums", "squares")

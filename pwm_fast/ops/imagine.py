@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
-from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
+from pwm_fast.backends.dtypes import at_least_fp32, common_dtype, fp32_dtype
 from pwm_fast.backends.select import declare, for_part, select
 from pwm_fast.backends.specs import decode_layers, encode_layers, split_params
 from pwm_fast.fused import algebra
@@ -115,9 +115,9 @@ def imagine(
     inputs = (z[:-1], *embedding, action)
 
     def on_inputs(layers: Sequence[Layer]) -> Tensor:
-        return wide(_over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs))
+        return in_dtype(_over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs))
 
-    def wide(x: Tensor) -> Tensor:  # autocast's products are 16 bits, what follows them is not
+    def in_dtype(x: Tensor) -> Tensor:  # autocast's GEMMs are 16 bits, what follows them is not
         return x.to(torch.promote_types(x.dtype, z0.dtype))
 
     logits = on_inputs(heads.reward)
@@ -141,7 +141,7 @@ def imagine(
             return mlp((states,), critics, order="act_norm", backend=backend)
 
         members = value_of(z[-1]) if last_value_only else _over_steps(value_of, 1, z)
-        value = wide(members.squeeze(-1)).amin(0)
+        value = in_dtype(members.squeeze(-1)).amin(0)
     return ImaginedRollout(z, action, reward, continues, value)
 
 
@@ -196,7 +196,7 @@ def _reference(
     detach: bool,
     run: RunNet = reference_mlp,
 ) -> tuple[Tensor, Tensor]:
-    latents, actions, state = [z], [], widen(z)
+    latents, actions, state = [z], [], at_least_fp32(z)
     for eps in noise.unbind(0):
         seen = latents[-1]
         mu = run((seen.detach() if detach else seen,), policy.layers, "act_norm")
@@ -209,8 +209,8 @@ def _reference(
 
 def squashed(mu: Tensor, std: Tensor, eps: Tensor) -> Tensor:
     """A Gaussian policy's action, ``tanh(mu + std eps)``."""
-    wide = wide_dtype(mu, std, eps)
-    action = torch.tanh(mu.to(wide) + std.to(wide) * eps.to(wide))
+    dtype = fp32_dtype(mu, std, eps)
+    action = torch.tanh(mu.to(dtype) + std.to(dtype) * eps.to(dtype))
     return action.to(common_dtype(mu, std, eps))
 
 

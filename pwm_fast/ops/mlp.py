@@ -196,7 +196,7 @@ def fused_mlp(
         layers, widths = centred(choice, layers)
     members = layers[0].weight.shape[0] if layers[0].weight.dim() == 3 else 0
     params = flat(layers)
-    if members == 1:  # a batched product of one is slower than a plain one
+    if members == 1:  # a batched GEMM of one is slower than a plain one
         params = [p.squeeze(0) for p in params]
     text = encode_layers(specs_of(layers, order, widths))
     y = run_mlp([as_rows(x) for x in inputs], params, text, choice=choice)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Call, Kernels
-from pwm_fast.backends.dtypes import widen
+from pwm_fast.backends.dtypes import at_least_fp32
 from pwm_fast.backends.select import Choice, declare, select
 from pwm_fast.backends.specs import LayerSpec, decode_dynamics, encode_layers
 from pwm_fast.fused import algebra
@@ -103,7 +103,7 @@ def _reference(
     run: RunNet = reference_mlp,
 ) -> Tensor:
     # What a flow carries from step to step is not rounded to 16 bits; what is handed out is.
-    latents, state = [z], widen(z)
+    latents, state = [z], at_least_fp32(z)
     for a in action.unbind(0):
         state = dynamics.step(state, a, task, z.dtype, run)
         latents.append(state.to(z.dtype))

@@ -149,22 +149,22 @@ class Packed(NamedTuple):
 
 
 def fold_pays(hidden: int, latent: int) -> bool:
-    """Fold replaces ``2 D U`` products an evaluation by ``U^2``: worth it where U is below 2 D."""
+    """Fold replaces ``2 D U`` multiply-adds a row by ``U^2``: worth it where U is below 2 D."""
     return hidden < 1.8 * latent
 
 
-def _fold_products(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
+def _folded(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
     """``W1z W3`` and ``W1z b3``, in float64: their rounding would enter every evaluation."""
-    wide = w_z.double()
-    return tuple((wide @ x.double()).to(w_z.dtype) for x in head)
+    left = w_z.double()
+    return tuple((left @ x.double()).to(w_z.dtype) for x in head)
 
 
-def _narrow_fold_products(operand: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
-    """The same in float32, where products round ``W1z W3`` to ``operand``."""
+def _folded_16bit(compute: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
+    """The same in fp32, where GEMMs round ``W1z W3`` to ``compute``."""
     with fp32_mode(False, w_z):
-        products = [w_z @ x for x in head]
-    weight_cache.attach(products[0], products[0].detach().to(operand))
-    return tuple(products)
+        folded = [w_z @ x for x in head]
+    weight_cache.attach(folded[0], folded[0].detach().to(compute))
+    return tuple(folded)
 
 
 def _folds(
@@ -174,7 +174,7 @@ def _folds(
     if asked is None:
         asked = algebra.in_force().fold
     if asked is None or (asked and not can_fold(net)):
-        # With weight gradients the fold's own products eat most of what it spares on a CPU, and its
+        # With weight gradients the fold's own GEMMs eat most of what it spares on a CPU, and its
         # rounding nearly doubles the float32 error of the last layer's gradient; that of 16-bit
         # operands hides it, and what is folded runs in one launch (docs/performance.md).
         asked = (choice.for_tensor_cores or not wgrad) and pays and can_fold(net)
@@ -182,9 +182,9 @@ def _folds(
 
 
 def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
-    """Copies of layers, that a backward pass finds as the fold's products were made of them.
+    """Copies of layers, that a backward pass finds as the fold's weights were made of them.
 
-    Else weights that somebody writes to after the forward pass would meet products of older ones.
+    Else weights that somebody writes to after the forward pass would meet a fold of older ones.
     """
     if watched() and not wgrad:  # who writes operators down must see the weights themselves
         return list(layers)
@@ -245,13 +245,13 @@ def pack(
     else:
         head = others[-1]
         params += flat(others[:-1])
-        products = (w_z, head.weight, *(() if head.bias is None else (head.bias,)))
-        make: Callable[..., tuple[Tensor, ...]] = _fold_products
-        operand = choice.precision.operand
-        if choice.for_tensor_cores and operand is not None:
-            make = partial(_narrow_fold_products, operand)
+        factors = (w_z, head.weight, *(() if head.bias is None else (head.bias,)))
+        make: Callable[..., tuple[Tensor, ...]] = _folded
+        compute = choice.precision.compute
+        if choice.for_tensor_cores and compute is not None:
+            make = partial(_folded_16bit, compute)
         anew = wgrad or watched()
-        params += make(*products) if anew else weight_cache.kept(("fold", operand), products, make)
+        params += make(*factors) if anew else weight_cache.kept(("fold", compute), factors, make)
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias.contiguous())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast.kernels.rollout import (
-    Adjoints,
+    GradBuffers,
     Network,
     RolloutLayout,
     Saved,
@@ -131,7 +131,7 @@ def _off_mean(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
-def buffers(problem: Problem, padded: int, dtype: torch.dtype) -> tuple[Saved, Adjoints]:
+def buffers(problem: Problem, padded: int, dtype: torch.dtype) -> tuple[Saved, GradBuffers]:
     """Buffers for a backward pass with weights, filled with NaN."""
     steps, batch, _ = problem.c.shape
     evals = steps * problem.scheme.evals
@@ -146,7 +146,7 @@ def buffers(problem: Problem, padded: int, dtype: torch.dtype) -> tuple[Saved, A
     y2 = rows(f32, padded)
     saved = Saved(wide[0], narrow[0], wide[1], narrow[1], wide[2], y2)
     scaled = dtype == torch.float16
-    adjoints = Adjoints(
+    adjoints = GradBuffers(
         wide[3], narrow[2] if scaled else None, wide[4], narrow[3] if scaled else None
     )
     return saved, adjoints
@@ -162,7 +162,7 @@ def run(
     p, c = (pad(_off_mean(x), padded).float() for x in (problem.p, problem.c))
     forward = rollout_forward(p, c, net, problem.scheme, plan, saved=saved)
     g, lp = (pad(x, padded).float() for x in (problem.g, problem.lp))
-    backward = rollout_backward(g, lp, net, problem.scheme, plan, saved, adjoints=adjoints)
+    backward = rollout_backward(g, lp, net, problem.scheme, plan, saved, grads=adjoints)
     assert backward.sums is not None and saved.y1 is not None and saved.y2 is not None
     assert not forward.total[..., u:].any() and not forward.p[..., u:].any()
     result = {"total": forward.total[..., :u], "p": forward.p[..., :u]}

@@ -329,7 +329,7 @@ def record(
     saved, adjoints = truth.buffers(problem, 64, torch.float16)
     rollout.rollout_forward(p, c, net, scheme, layout, saved=saved)
     if direction == "bwd":
-        rollout.rollout_backward(g, lp, net, scheme, layout, saved, adjoints=adjoints)
+        rollout.rollout_backward(g, lp, net, scheme, layout, saved, grads=adjoints)
     return events
 
 

@@ -73,7 +73,7 @@ def test_results_and_adjoints(
 
 @pytest.mark.interpreted
 def test_tiny_adjoints_do_not_vanish() -> None:
-    """Adjoints of 1e-7, below what fp16 holds, come out as accurately as those of 1."""
+    """Gradients of 1e-7, below what fp16 holds, come out as accurately as those of 1."""
     scheme = Scheme("heun", 2, 33, tf32=False)
     large = truth.problem(scheme, 6, 2)
     small = large._replace(g=large.g * 2.0**-23, lp=large.lp * 2.0**-23)
@@ -287,7 +287,7 @@ def test_what_weights_get_when_a_program_comes_too_late(
 
     def adjoints() -> list[Tensor]:
         _, rows = truth.buffers(problem, 64, torch.float16)
-        rollout_backward(g, 300 * lp, net, scheme, layout, saved, adjoints=rows)
+        rollout_backward(g, 300 * lp, net, scheme, layout, saved, grads=rows)
         dh2, dh2_scale, dq, dq_scale = rows
         assert dh2_scale is not None and dq_scale is not None
         return [dh2.float() * dh2_scale[..., None], dq.float() * dq_scale[..., None]]
@@ -469,9 +469,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="too many to count"):
         work.begin(1)
     with pytest.raises(ValueError, match="dq_scale must be given"):
-        rollout_backward(
-            c, p, net, scheme, layout, saved, adjoints=adjoints._replace(dq_scale=None)
-        )
+        rollout_backward(c, p, net, scheme, layout, saved, grads=adjoints._replace(dq_scale=None))
     with pytest.raises(ValueError, match="g must be"):
         rollout_backward(c[0], p, net, scheme, layout, saved)
 

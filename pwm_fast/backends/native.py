@@ -98,23 +98,11 @@ class NativeKernels(PlainKernels):
         self._axpby = extension().axpby
         self.precision = precision
 
-    def axpby(
-        self,
-        z: Tensor,
-        k1: Tensor,
-        k2: Tensor | None,
-        out: Tensor,
-        c1: float,
-        c2: float,
-        *,
-        cast: Tensor | None = None,
-        k1_scale: Tensor | None = None,
-        k2_scale: Tensor | None = None,
-    ) -> None:
+    def axpby(self, *given: Any, cast: Tensor | None = None, **scales: None) -> None:
         """See :class:`pwm_fast.backends.base.Kernels`; scales are for fp16, so None here."""
-        self._axpby(z, k1, k2, out, c1, c2)
+        self._axpby(*given)
         if cast is not None:
-            cast.copy_(out)
+            cast.copy_(given[3])
 
     def cast(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
         """See :class:`pwm_fast.backends.base.Kernels`."""

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pwm_fast.backends.transforms import compiled_or_mapped
 from pwm_fast.fused.fingerprint import fingerprint
 
 VARIABLE = "PWM_FAST_PACKS"
@@ -78,11 +79,6 @@ def _identity(x: Tensor) -> Key:
 
 def _storage(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
-
-
-def hidden() -> bool:
-    """Whether a compiler or a transform is between tensors and their values."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def one_call(function: Callable[P, T]) -> Callable[P, T]:
@@ -139,7 +135,7 @@ def capturing() -> Iterator[None]:
 
 def _plain(tensors: Iterable[Tensor]) -> bool:
     """Identity says where the tensors' values are."""
-    return not hidden() and all(type(x) in _PLAIN and not x.is_neg() for x in tensors)
+    return not compiled_or_mapped() and all(type(x) in _PLAIN and not x.is_neg() for x in tensors)
 
 
 def _on() -> bool:
@@ -317,7 +313,7 @@ def attach(pack: Tensor, copy: Tensor) -> None:
         pack: fills its storage but for the ends of rows, and is not written to any more.
         copy: with the same shape and strides.
     """
-    if hidden() or pack.is_inference():
+    if compiled_or_mapped() or pack.is_inference():
         return
     storage = pack.untyped_storage()
     with _lock:

@@ -22,7 +22,6 @@ from pwm_fast.backends.dtypes import at_least_fp32, full_precision
 from pwm_fast.backends.select import PRECISIONS, precision, requested
 from pwm_fast.fused.weight_cache import capturing, keeping
 from pwm_fast.ops.dynamics import (
-    FusedStep,
     Transitions,
     check_net,
     input_width,
@@ -31,6 +30,7 @@ from pwm_fast.ops.dynamics import (
 from pwm_fast.ops.imagine import squashed
 from pwm_fast.ops.mlp import RunNet
 from pwm_fast.ops.returns import discounted, discounted_return
+from pwm_fast.ops.types import FusedStep
 
 __all__ = [
     "PRECISIONS",

@@ -16,7 +16,6 @@ from pwm_fast.fused import algebra
 from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import can_fold, layer_tensors, unsupported_dynamics, without_width
 from pwm_fast.ops.dynamics import (
-    FusedStep,
     Transitions,
     check_net,
     input_width,
@@ -26,7 +25,7 @@ from pwm_fast.ops.mlp import RunNet, fused_mlp, mlp
 from pwm_fast.ops.mlp import reference_mlp as run_net
 from pwm_fast.ops.rollout import fused_rollout
 from pwm_fast.ops.simnorm import project_simplex
-from pwm_fast.ops.types import Layer, Method, VelocityFn
+from pwm_fast.ops.types import FusedStep, Layer, Method, VelocityFn
 from pwm_fast.ops.weights import pack
 
 
@@ -217,16 +216,7 @@ def flow_step(
     if not algebra.in_force().hoist:
         return _reference_step(z, a, net, substeps, method, task, partial(fused_mlp, choice))
     width, action = z.shape[-1], a.shape[-1]
-    packed = pack(
-        choice,
-        net,
-        method,
-        substeps,
-        width,
-        action,
-        task=0 if task is None else task.shape[-1],
-        fold=fold,
-    )
+    packed = pack(choice, FusedStep(net, method, substeps, fold=fold), width, action, task)
     n = z.numel() // width
     embedding = None if task is None else task.reshape(n, task.shape[-1])
     following = fused_rollout(

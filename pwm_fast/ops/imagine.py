@@ -26,12 +26,11 @@ from pwm_fast.ops.rollout import (
     check_rows,
     check_steps,
     constant_term,
-    packed_step,
     saved_by_rollout,
 )
 from pwm_fast.ops.two_hot import two_hot_decode
 from pwm_fast.ops.types import Heads, ImaginedRollout, Layer, Policy
-from pwm_fast.ops.weights import flat, specs_of
+from pwm_fast.ops.weights import flat, pack, specs_of
 
 declare("imagine", "gemm")
 
@@ -169,7 +168,7 @@ def _roll_out(
     if not algebra.in_force().hoist:
         run = partial(fused_mlp, choice)
         return _reference(z0, noise, policy, dynamics, task, detach, run)
-    packed = packed_step(choice, step, z0, noise.shape[-1], task)
+    packed = pack(choice, step, z0.shape[-1], noise.shape[-1], task)
     return _imagine(
         z0,
         noise,

@@ -17,9 +17,10 @@ from pwm_fast.fused.dynamics import dynamics_weights, saved_by_dynamics
 from pwm_fast.fused.rollout import rollout_backward, rollout_forward
 from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import layer_tensors, unsupported_dynamics, without_width
-from pwm_fast.ops.dynamics import Dynamics, FusedStep
+from pwm_fast.ops.dynamics import Dynamics
 from pwm_fast.ops.mlp import RunNet, fused_mlp, reference_mlp, run_mlp
 from pwm_fast.ops.operator import Operator, as_rows
+from pwm_fast.ops.types import FusedStep
 from pwm_fast.ops.weights import Packed, pack
 
 declare("latent_rollout", "gemm")
@@ -91,7 +92,7 @@ def latent_rollout(
         return _reference(z0, action, dynamics, task)
     if not algebra.in_force().hoist:
         return _reference(z0, action, dynamics, task, partial(fused_mlp, choice))
-    packed = packed_step(choice, step, z0, action.shape[-1], task)
+    packed = pack(choice, step, z0.shape[-1], action.shape[-1], task)
     return fused_rollout(choice, packed, z0, action, task)
 
 
@@ -153,23 +154,6 @@ def call_of(
             reason = without_width(inputs, step.net)
     tensors = [*tensors, *layer_tensors(dynamics.net)]
     return Call(tensors if task is None else [*tensors, task], reason)
-
-
-def packed_step(
-    choice: Choice, step: FusedStep, z: Tensor, action: int, task: Tensor | None
-) -> Packed:
-    """The network of a macro step, packed for the rollout operators."""
-    return pack(
-        choice,
-        step.net,
-        step.method,
-        step.substeps,
-        z.shape[-1],
-        action,
-        task=0 if task is None else task.shape[-1],
-        task_first=step.task_first,
-        fold=step.fold,
-    )
 
 
 def check_rows(name: str, z: Tensor) -> None:

@@ -23,12 +23,12 @@ from pwm_fast.backends.specs import (
     encode_dynamics,
     encode_layers,
 )
-from pwm_fast.backends.transforms import compiled_or_mapped, watched
+from pwm_fast.backends.transforms import watched
 from pwm_fast.fused import algebra, centre, weight_cache
 from pwm_fast.fused.gemm import fp32_mode
 from pwm_fast.ops.coverage import can_fold, layer_tensors
-from pwm_fast.ops.operator import Operator, require_grad, savable
-from pwm_fast.ops.types import Layer
+from pwm_fast.ops.operator import Operator, require_grad
+from pwm_fast.ops.types import FusedStep, Layer
 
 
 class _Centre(Operator):
@@ -116,7 +116,7 @@ def centred(choice: Choice, layers: Sequence[Layer]) -> tuple[list[Layer], list[
     kind = ("centred", spec, pad, choice.name, choice.precision)
     # Who watches operators, to write them down, must see what a pack is made of.
     anew = wgrad or watched()
-    made = make(*_kept_alive(wgrad, *tensors)) if anew else weight_cache.kept(kind, tensors, make)
+    made = make(*tensors) if anew else weight_cache.kept(kind, tensors, make)
     rest = list(made)
     result, widths = [], []
     for p in layers:
@@ -127,13 +127,6 @@ def centred(choice: Choice, layers: Sequence[Layer]) -> tuple[list[Layer], list[
         result.append(p._replace(weight=weight, bias=bias, ln_weight=gamma, ln_bias=beta))
         widths.append(p.weight.shape[0] if norm else 0)
     return result, widths
-
-
-def _kept_alive(save: bool, *tensors: Tensor) -> Sequence[Tensor]:
-    """The tensors; with ``save``, copies of those that autograd refuses to keep."""
-    if not save or compiled_or_mapped():
-        return tensors
-    return [savable(x) for x in tensors]
 
 
 class Packed(NamedTuple):
@@ -198,45 +191,30 @@ def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
 
 
 def pack(
-    choice: Choice,
-    net: Sequence[Layer],
-    method: str,
-    substeps: int,
-    latent: int,
-    action: int,
-    *,
-    task: int = 0,
-    task_first: bool = False,
-    fold: bool | None = None,
+    choice: Choice, step: FusedStep, latent: int, action: int, task: Tensor | None = None
 ) -> Packed:
     """Split the first weight by inputs and, where it pays, fold the head.
 
     Args:
         choice: what it is for.
-        net: layers; the first takes ``[z, a, tau, task]`` of a flow, ``[z, task, a]`` of a map.
-        method: ``"heun"``, ``"euler"`` or ``"map"``.
-        substeps: K.
+        step: the macro step.
         latent: D.
         action: A.
-        task: E.
-        task_first: the task embedding stands before the action.
-        fold: fold or not; None where it pays.
+        task: ``[..., E]`` or None.
     """
-    flow = method != "map"
-    wgrad = require_grad(layer_tensors(net))
-    hidden = net[0].weight.shape[0]
-    net, rms = centred(choice, net)
-    fold = flow and _folds(choice, net, fold_pays(hidden, latent), wgrad, fold)
+    flow, embedding = step.method != "map", 0 if task is None else task.shape[-1]
+    wgrad = require_grad(layer_tensors(step.net))
+    net, rms = centred(choice, step.net)
+    pays = fold_pays(step.net[0].weight.shape[0], latent)
+    fold = flow and _folds(choice, net, pays, wgrad, step.fold)
     if fold and not any(rms):  # what is centred is a copy
         net = _snapshot(net, wgrad)
     first, *others = net
-    widths = [latent, task, action] if task_first else [latent, action, int(flow), task]
-    parts = list(first.weight.split(widths, 1))
-    if task_first:
-        w_z, w_task, w_a = parts
+    if step.task_first:
+        w_z, w_task, w_a = first.weight.split([latent, embedding, action], 1)
         w_tau = None
     else:
-        w_z, w_a, tau, w_task = parts
+        w_z, w_a, tau, w_task = first.weight.split([latent, action, int(flow), embedding], 1)
         w_tau = tau.squeeze(1) if flow else None
     norm = [first.ln_weight, first.ln_bias]
     params = [t.contiguous() for t in norm if t is not None]
@@ -255,13 +233,13 @@ def pack(
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias.contiguous())
-    spec = DynamicsSpec(specs_of(net, widths=rms), method, substeps, fold)
+    spec = DynamicsSpec(specs_of(net, widths=rms), step.method, step.substeps, fold)
     return Packed(
         encode_dynamics(spec),
         w_z,
         w_a,
         None if w_tau is None else w_tau.contiguous(),
-        w_task if task else None,
+        w_task if embedding else None,
         first.bias,
         params,
     )

@@ -300,14 +300,16 @@ def saved_buffers(
     statistics, and the last layer's output, in the state's.
     """
     like = params[0].weight
-    compute = kernels.precision.dtype(like.dtype)
+    state, compute = like.dtype, kernels.precision.dtype(like.dtype)
     buffers = []
     for i, (slots, p) in enumerate(zip(_slots(specs, save, wgrad), params, strict=True)):
+        if not slots:
+            continue
+        whole = (evals, rows, p.weight.shape[-2])
         for name in slots:
-            width = (p.weight.shape[-2],) if name in ("hat", "y") else ()
+            shape = whole if name in ("hat", "y") else whole[:2]
             rounded = name == "hat" or (name == "y" and i < len(specs) - 1)
-            dtype = compute if rounded else like.dtype
-            buffers.append(like.new_empty((evals, rows, *width), dtype=dtype))
+            buffers.append(like.new_empty(shape, dtype=compute if rounded else state))
     return buffers
 
 

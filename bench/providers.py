@@ -12,8 +12,8 @@ import torch
 from bench.internals import gemm, select
 
 LABELS = {
-    "published": "eager fp32 as published",
-    "published_baseline": "MLP baseline, eager fp32 as published",
+    "published": "as published (PyTorch, eager fp32)",
+    "published_baseline": "MLP dynamics as published (PyTorch, eager fp32)",
     "separate": "a tensor a field, episodes not kept apart",
     "native": "native MuJoCo on all CPU threads",
     "mujoco_warp": "pwm_fast on mujoco-warp",

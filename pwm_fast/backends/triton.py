@@ -1,4 +1,4 @@
-"""The elementwise kernels in Triton (:mod:`pwm_fast.kernels`): float32 tensors on a CUDA GPU.
+"""The kernels in Triton (:mod:`pwm_fast.kernels`): float32 tensors on a CUDA GPU.
 
 This module imports triton: :mod:`pwm_fast.backends.triton_support` says before whether it can.
 
@@ -8,35 +8,54 @@ too slowly for anything but tests.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pwm_fast import kernels
 from pwm_fast.backends.fused_gemm import FusedGemms
 from pwm_fast.backends.precision import EXACT, Precision
 from pwm_fast.backends.triton_gemm import TritonGemms
-from pwm_fast.kernels import act_norm, axpby, centre, norm_act, simnorm, two_hot
+from pwm_fast.kernels import axpby
+
+
+def kernel(name: str) -> Any:
+    """The function ``name`` of ``kernels/<stem>.py``, whose name begins with the stem.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    stem = name
+    while stem:
+        if stem in kernels.STEMS:
+            return getattr(import_module(f"{kernels.__name__}.{stem}"), name)
+        stem = stem.rpartition("_")[0]
+    raise AttributeError(f"no module of pwm_fast.kernels has a kernel {name!r}")
 
 
 class TritonKernels:
-    """See :class:`pwm_fast.backends.base.Kernels`."""
+    """See :class:`pwm_fast.backends.base.Kernels`; kernels are found by their stems."""
 
     name = "triton"
     wgrad_16bit = True
     cast_at_once = True
     persistent = True
 
-    norm_act_fwd = staticmethod(norm_act.norm_act_fwd)
-    norm_act_bwd = staticmethod(norm_act.norm_act_bwd)
-    act_norm_fwd = staticmethod(act_norm.act_norm_fwd)
-    act_norm_bwd = staticmethod(act_norm.act_norm_bwd)
     cast = staticmethod(axpby.cast)
     scaled_rows = staticmethod(axpby.scaled_rows)
-    axpby = staticmethod(axpby.axpby)  # after the others: the name then is no module
-    centre = staticmethod(centre.centre)
-    simnorm_fwd = staticmethod(simnorm.simnorm_fwd)
-    simnorm_bwd = staticmethod(simnorm.simnorm_bwd)
-    two_hot_decode_fwd = staticmethod(two_hot.two_hot_decode_fwd)
-    two_hot_decode_bwd = staticmethod(two_hot.two_hot_decode_bwd)
-    two_hot_ce_fwd = staticmethod(two_hot.two_hot_ce_fwd)
-    two_hot_ce_bwd = staticmethod(two_hot.two_hot_ce_bwd)
+
+    if TYPE_CHECKING:
+        norm_act_fwd: Any
+        norm_act_bwd: Any
+        act_norm_fwd: Any
+        act_norm_bwd: Any
+        axpby: Any
+        centre: Any
 
     def __init__(self, precision: Precision = EXACT) -> None:
         self.precision = precision
         self.gemms: FusedGemms | None = TritonGemms(precision)
+
+    def __getattr__(self, name: str) -> Any:
+        function = kernel(name)
+        setattr(type(self), name, staticmethod(function))
+        return function

@@ -316,8 +316,10 @@ class Operator:
     def _wanted(self, name: str, grad: Any, needs: Any) -> Any:
         if isinstance(grad, list):
             each = needs if isinstance(needs, (tuple, list)) else [needs] * len(grad)
-            return [g if need else None for g, need in zip(grad, each, strict=True)]
-        return grad if needs else None
+            return [self._wanted(name, g, need) for g, need in zip(grad, each, strict=True)]
+        if grad is None or not needs:
+            return None
+        return None if tuple(grad.shape) == (0,) else grad  # an operator's empty one is None
 
     # --- vmap -----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""axpby and to_operand against float64."""
+"""axpby and cast against float64."""
 
 from __future__ import annotations
 

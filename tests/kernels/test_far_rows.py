@@ -117,7 +117,7 @@ def run_axpby(make: Make) -> list[Tensor]:
     return [out, operand]
 
 
-def run_to_operand(make: Make) -> list[Tensor]:
+def run_cast(make: Make) -> list[Tensor]:
     out, scale = make(matrix(24, torch.float16)), torch.empty(ROWS)
     axpby.cast(make(matrix(24)), out, scale)
     return [out, scale]
@@ -205,7 +205,7 @@ RUNS = [
     run_norm_simnorm,
     run_act_norm,
     run_axpby,
-    run_to_operand,
+    run_cast,
     run_two_hot,
     run_linear_norm_act,
     run_linear_act_norm,

@@ -1,17 +1,27 @@
-"""The examples of docs/ops.md run, one after another."""
+"""The examples of README and docs/ops.md run, one after another."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pwm_fast.acceleration import AccelerationWarning
 from pwm_fast.backends.native import why_missing
 
-PAGE = Path(__file__).parents[2] / "docs" / "ops.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "ops.md"
+
+
+def test_the_readme_example() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["z_next"].shape == (256, 64)
+    assert names["weight"].grad.isfinite().all()
 
 
 def test_examples(capsys: pytest.CaptureFixture) -> None:

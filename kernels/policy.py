@@ -290,15 +290,15 @@ def policy_step(
     if reason is not None:
         raise ValueError(f"policy_step: {reason}")
     _check(h, layers, widths, head, rows)
-    wide = {
+    fp32 = {
         "std": (std, (actions,)),
         "noise": (noise, (rows, actions)),
         "action": (action, (rows, actions)),
         "c": (c, (rows, columns)),
     }
     if head_bias is not None:
-        wide["head_bias"] = head_bias, (actions,)
-    for name, (x, shape) in wide.items():
+        fp32["head_bias"] = head_bias, (actions,)
+    for name, (x, shape) in fp32.items():
         check_dense(f"policy_step: {name}", x, shape, torch.float32)
     if w_a.shape != (columns, actions) or w_a.dtype != torch.float32:
         raise ValueError(f"policy_step: w_a must be float32 [U, {actions}], got {list(w_a.shape)}")

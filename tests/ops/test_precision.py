@@ -40,7 +40,7 @@ def test_errs_no_more_than_autocast(case: Case, backend: str, precision: str, pa
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fast"])
-def test_small_and_large_adjoints(precision: str) -> None:
+def test_small_and_large_gradients(precision: str) -> None:
     """Rows whose gradients are 1e-9 and 1e+4 of the others': neither is lost nor overflows."""
     torch.manual_seed(0)
     layers = [

@@ -282,7 +282,7 @@ class Update(Workload):
         self.z, self.k1 = self.normal(*shape), self.normal(*shape)
         self.out = self.empty(*shape, dtype=torch.float32)
         cast = self.operand != torch.float32
-        self.options = {"operand": self.empty(*shape) if cast else None}
+        self.options = {"cast": self.empty(*shape) if cast else None}
         self.bias = self.vectors[2]
 
     def fused(self, plan: GemmPlan) -> Callable[[], Any]:

@@ -1,7 +1,7 @@
-"""Updates of a state by velocities, and rounding of what a product takes.
+"""Updates of a state by velocities, and casts to what a GEMM takes.
 
 ``axpby`` is the Euler step, the Heun stage and the Heun sum; its result also goes, rounded to 16
-bits, into the next product's operand, so that nobody reads it twice.
+bits, for the next GEMM, so that nobody reads it twice.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def scaled_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A tile a program: each row times its factor over the largest one."""
+    """A tile a program: each row times its scale over the largest one."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row_in = row < rows
@@ -131,14 +131,14 @@ def axpby(
     c1: float,
     c2: float,
     *,
-    operand: Tensor | None = None,
+    cast: Tensor | None = None,
     k1_scale: Tensor | None = None,
     k2_scale: Tensor | None = None,
 ) -> None:
     """See :meth:`pwm_fast.backends.base.Kernels.axpby`."""
     z, k1, out = _matrix(z), _matrix(k1), _matrix(out)
     k2 = None if k2 is None else _matrix(k2)
-    operand = None if operand is None else _matrix(operand)
+    cast = None if cast is None else _matrix(cast)
     rows, n = z.shape
     tile = flat_tile(n)
     launch(
@@ -148,7 +148,7 @@ def axpby(
         k1,
         k2,
         out,
-        operand,
+        cast,
         k1_scale,
         k2_scale,
         c1,
@@ -159,13 +159,13 @@ def axpby(
         k1.stride(0),
         0 if k2 is None else k2.stride(0),
         out.stride(0),
-        0 if operand is None else operand.stride(0),
+        0 if cast is None else cast.stride(0),
         **tile.options,
     )
 
 
-def to_operand(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
-    """See :meth:`pwm_fast.backends.base.Kernels.to_operand`."""
+def cast(x: Tensor, out: Tensor, scale: Tensor | None) -> None:
+    """See :meth:`pwm_fast.backends.base.Kernels.cast`."""
     x, out = _matrix(x), _matrix(out)
     rows, n = x.shape
     tile = flat_tile(n) if scale is None else row_tile(n)
@@ -189,7 +189,7 @@ def scaled_rows(x: Tensor, out: Tensor, scale: Tensor, largest: Tensor) -> None:
     Args:
         x: ``[R', n]``, fp32 or 16-bit; its rows are taken over and over where R' divides R.
         out: ``[R, n]`` fp16 or bf16, written.
-        scale: ``[R]`` fp32, factors of the rows of the gradients that ``x`` meets.
+        scale: ``[R]`` fp32, row scales of the gradients that ``x`` meets.
         largest: their largest, one number.
     """
     rows, n = out.shape

@@ -1,7 +1,7 @@
 """Packed copies of a layer's tensors, in one launch: centred, padded with zeros, and rounded.
 
 ``W - mean(W)`` over outputs is what a LayerNorm sees of a weight; its bias likewise. The same
-kernel, from a packed layer's gradients to the layer's own, is the adjoint: the projection off the
+kernel, from a packed layer's gradients to the layer's own, is the transpose: the projection off the
 mean is its own transpose, and what was padded is cut off. Means are summed and taken off in
 float64, as what rounding leaves of them is not subtracted any more.
 """
@@ -94,7 +94,7 @@ def centre(
     out: Sequence[Tensor | None],
     *,
     centred: bool,
-    operand: Tensor | None = None,
+    cast: Tensor | None = None,
 ) -> None:
     """Copy a layer's weight, bias, gamma and beta; what is None there is None in ``out``.
 
@@ -103,7 +103,7 @@ def centre(
         out: ``[N', K']`` likewise, and ``[N']``, written: zeros beyond N and K; smaller ones get
             the first of the layer's rows and columns.
         centred: weight and bias lose their means over outputs, over the first min(N, N').
-        operand: ``[N', K']`` fp16 or bf16 with the weight's strides, written: the weight rounded.
+        cast: ``[N', K']`` fp16 or bf16 with the weight's strides, written: the weight rounded.
     """
     weight, weight_out = layer[0], out[0]
     rows = [x.shape[0] for x in (*layer, *out) if x is not None]
@@ -119,7 +119,7 @@ def centre(
         (triton.cdiv(k_out, COLUMNS) + 1,),
         *layer,
         *out,
-        operand,
+        cast,
         n,
         k,
         n_out,

@@ -59,7 +59,7 @@ CONSTANTS = {
     "shared": Constant("reads of an SM from its shared memory per cycle", 128.0, "B", "literature"),
     "rest": Constant("rest of an evaluation of it: Mish, sums, barriers", 0.8, "µs", "assumed"),
 }
-SMS = 132  # multiprocessors of the GPU that the rates of products are of
+SMS = 132  # multiprocessors of the GPU that the rates of GEMMs are of
 IN_L2 = 32e6  # bytes between two kernels that L2 still holds
 
 INGRESS = CONSTANTS["ingress"].value * 1e3  # bytes a microsecond

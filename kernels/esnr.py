@@ -209,10 +209,10 @@ def esnr_sums_kernel(
 
 
 class TritonEsnr:
-    """See :class:`pwm_fast.backends.esnr.EsnrKernels`."""
+    """See :class:`pwm_fast.backends.esnr.EsnrReduction`."""
 
     def moments(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         count = len(grads) // samples
         whole = [g.contiguous() for g in grads]  # named: alive until the launches are made
         table = tables.make([whole[s * count : (s + 1) * count] for s in range(samples)])
@@ -225,7 +225,7 @@ class TritonEsnr:
         sums: Sequence[Tensor],
         squares: Tensor,
     ) -> None:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         whole = [g.contiguous() for g in grads]
         table = tables.make([whole, origins, sums])
         _run(UPDATE, esnr_update_kernel, table, whole[0], None, squares)
@@ -233,7 +233,7 @@ class TritonEsnr:
     def result(
         self, origins: Sequence[Tensor], sums: Sequence[Tensor], squares: Tensor, samples: int
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         table = tables.make([origins, sums])
         return _run(RESULT, esnr_result_kernel, table, origins[0], samples, squares)
 
@@ -249,7 +249,8 @@ def _run(
     """Both stages; signal and noise ``[T]``, which an update leaves alone."""
     device = table.words.device
     slots = torch.empty(2 * table.chunks, dtype=torch.float64, device=device)
-    signal, noise = torch.empty(2, table.tensors, dtype=torch.float64, device=device).unbind()
+    signal = torch.empty(table.tensors, dtype=torch.float64, device=device)
+    noise = torch.empty_like(signal)  # an operator's outputs must not share memory
     launch(
         kernel,
         (table.chunks,),

@@ -83,7 +83,7 @@ def linear_act_norm_fwd_kernel(
     tl.store(y + far * stride_y + cols[None, :], rounded(v, y.dtype.element_ty), mask=kept)
 
 
-# Adjoints of 200 or 101 columns lie unaligned; the kernel is the same for aligned ones.
+# Gradients of 200 or 101 columns lie unaligned; the kernel is the same for aligned ones.
 @triton.jit(do_not_specialize_on_alignment=["K", "stride_dy"])
 def linear_act_norm_bwd_kernel(
     dy,
@@ -259,7 +259,7 @@ def linear_act_norm_bwd(
         gamma: ``[N]`` or ``[E, N]`` fp32, contiguous.
         act: ``"none"`` or ``"mish"``.
         plan: how to launch it; of whole rows, made for a backward pass.
-        dy_scale: ``[R]`` fp32: factors of the rows of ``dy``.
+        dy_scale: ``[R]`` fp32: row scales of ``dy``.
         dx_scale: ``[R]`` fp32, written: a power of two a row, so that the row's largest entry in
             ``dx`` lies in (0.5, 1]; 1 for a zero row.
         sums: ``[3, E, row blocks, N]`` fp32 contiguous (E = 1 without members), written: what each

@@ -93,7 +93,7 @@ def linear_axpby(
     bias: Tensor | None = None,
     x_scale: Tensor | None = None,
     raw: Tensor | None = None,
-    operand: Tensor | None = None,
+    cast: Tensor | None = None,
     input_precision: str = "tf32",
 ) -> None:
     """``out = c0 z + c1 k1 + c2 p`` with ``p = x_scale x weight^T + bias``.
@@ -106,16 +106,16 @@ def linear_axpby(
         weight: ``[N, K]`` of the same dtype, with any strides.
         z: ``[R, N]`` fp32.
         k1: ``[R, N]`` fp32 or None.
-        out: ``[R, N]`` fp32, written; None where only ``operand`` is wanted. May be ``z`` or
+        out: ``[R, N]`` fp32, written; None where only ``cast`` is wanted. May be ``z`` or
             ``k1``.
         c0: factor of ``z``.
         c1: factor of ``k1``.
         c2: factor of the GEMM.
         plan: how to launch it.
         bias: ``[N]`` fp32.
-        x_scale: ``[R]`` fp32, factors of ``x``'s rows.
+        x_scale: ``[R]`` fp32, row scales of ``x``.
         raw: ``[R, N]`` fp32, written: the GEMM ``p`` itself.
-        operand: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next GEMM; what fp16
+        cast: ``[R, N]`` fp16, bf16 or fp32, written: ``out`` for the next GEMM; what fp16
             cannot hold is infinite.
         input_precision: of fp32 operands: ``"tf32"`` or ``"ieee"``.
 
@@ -123,7 +123,7 @@ def linear_axpby(
         ValueError: tensors that do not fit one another or the plan.
     """
     n, k = weight.shape
-    results = {"z": z, "k1": k1, "out": out, "raw": raw, "operand": operand}
+    results = {"z": z, "k1": k1, "out": out, "raw": raw, "cast": cast}
     rows = check_operands("linear_axpby", x, weight, k, results, n)
     if bias is not None and (bias.shape != (n,) or not bias.is_contiguous()):
         raise ValueError(f"linear_axpby: bias must be contiguous, [{n}], got {list(bias.shape)}")
@@ -141,7 +141,7 @@ def linear_axpby(
             "k1": k1,
             "out": out,
             "raw": raw,
-            "operand": operand,
+            "operand": cast,
             "R": rows,
             "N": n,
             "K": k,
@@ -152,7 +152,7 @@ def linear_axpby(
             "stride_k1": 0 if k1 is None else k1.stride(0),
             "stride_out": 0 if out is None else out.stride(0),
             "stride_raw": 0 if raw is None else raw.stride(0),
-            "stride_operand": 0 if operand is None else operand.stride(0),
+            "stride_operand": 0 if cast is None else cast.stride(0),
             "c0": c0,
             "c1": c1,
             "c2": c2,

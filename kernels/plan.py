@@ -349,7 +349,7 @@ def plan(
     Args:
         gemm: what is to be computed.
         limits: of the device.
-        tuned: entries that come before the model, by :attr:`Product.key`: see :func:`entry_plan`.
+        tuned: entries that come before the model, by :attr:`GemmShape.key`: see :func:`entry_plan`.
 
     Raises:
         ValueError: see :func:`candidates`; or a tuned entry does not fit.

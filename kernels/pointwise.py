@@ -53,7 +53,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def operand(x, PRECISION: tl.constexpr):
-    """``x`` as a product takes it: in tf32 the nearest such number, as cuBLAS has it on Ampere.
+    """``x`` as a GEMM takes it: in tf32 the nearest such number, as cuBLAS has it on Ampere.
 
     Tensor cores do not look at the bits below, and cut off so they err 2.6 times as much.
     """

@@ -1,4 +1,4 @@
-"""A policy's step in one launch: from its first layer's product to the action and what follows it.
+"""A policy's step in one launch: from its first layer's GEMM to the action and what follows it.
 
 ``a = tanh(mu + std noise)`` and ``c = base + a W_a^T``, the term that the next macro step of a
 rollout takes, where ``mu`` is the rest of an MLP whose layers are Linear, activation, LayerNorm. A
@@ -6,10 +6,10 @@ policy is small and runs between macro steps, one small launch after another: at
 about as long to start as to compute.
 
 A program takes rows through all layers. Between two layers they pass through global memory, where
-what a product reads lies anyway (gradients of weights need it); nobody else reads them meanwhile,
+what a GEMM reads lies anyway (gradients of weights need it); nobody else reads them meanwhile,
 so a barrier of the program is enough.
 
-Products take 16-bit operands and add up in float32; statistics, parameters, and all from ``mu`` on
+GEMMs take 16-bit operands and add up in float32; statistics, parameters, and all from ``mu`` on
 are float32.
 """
 
@@ -41,7 +41,7 @@ STAGES = 3
 
 @triton.constexpr_function
 def _block(n: int) -> int:
-    """Columns of a tile that holds ``n``: what a product takes at least, and a power of two."""
+    """Columns of a tile that holds ``n``: what a GEMM takes at least, and a power of two."""
     return max(triton.next_power_of_2(n), 16)
 
 
@@ -49,7 +49,7 @@ class PolicyLayer(NamedTuple):
     """A hidden layer.
 
     Attributes:
-        weight: ``[N, K]`` fp16 or bf16; None of the first layer, whose product is the caller's.
+        weight: ``[N, K]`` fp16 or bf16; None of the first layer, whose GEMM is the caller's.
         bias: ``[N]`` fp32 or None.
         gamma: ``[N]`` fp32.
         beta: ``[N]`` fp32.
@@ -75,7 +75,7 @@ class PolicyLayer(NamedTuple):
 
 @triton.jit
 def _first(h, stride_h, own, R, N: tl.constexpr):
-    """Rows of the first layer's product, ``[BLOCK_M, N]`` and zeros up to a power of two."""
+    """Rows of the first layer's GEMM, ``[BLOCK_M, N]`` and zeros up to a power of two."""
     cols = tl.arange(0, _block(N))
     far = tl.minimum(own, R - 1)[:, None].to(tl.int64)
     return tl.load(h + far * stride_h + cols[None, :], mask=(cols < N)[None, :], other=0.0)
@@ -92,7 +92,7 @@ def _next(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The product of rows of K features, which this program has stored, with ``[N, K]``."""
+    """The GEMM of rows of K features, which this program has stored, with ``[N, K]``."""
     BLOCK: tl.constexpr = _block(N)
     T: tl.constexpr = GemmTile(BLOCK_M, BLOCK, BLOCK_K, N == BLOCK, K % BLOCK_K == 0, "tf32")
     return gemm(x, weight, tl.minimum(own, R - 1), tl.arange(0, BLOCK), N, K, K, K, 1, T)
@@ -128,7 +128,7 @@ def _act_norm(
         tl.store(mean + own, mu, mask=own < R)
         tl.store(rstd + own, r, mask=own < R)
     tl.store(y + at, rounded(v, y.dtype.element_ty), mask=kept)
-    tl.debug_barrier()  # the next product reads what other warps have stored
+    tl.debug_barrier()  # the next GEMM reads what other warps have stored
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def policy_step_kernel(
 
 
 def shared_bytes(widths: Sequence[int], actions: int, block_m: int) -> int:
-    """Shared memory of a program: of its widest product, the operands that are on their way."""
+    """Shared memory of a program: of its widest GEMM, the operands that are on their way."""
     widest = max(_block(n) for n in (*widths[1:], actions))
     return (STAGES - 1) * (block_m + widest) * _BLOCK_K * 2
 
@@ -220,15 +220,15 @@ def why_not(
     widths: Sequence[int],
     acts: Sequence[str],
     actions: int,
-    operand: torch.dtype,
+    compute: torch.dtype,
     shared: int | None = None,
 ) -> str | None:
     """Why there is no such kernel for hidden layers of these widths; None if there is.
 
     ``shared`` is what a program may have on the device, bytes; None: enough.
     """
-    if operand not in _OPERANDS:
-        return f"products of {operand} run layer by layer"
+    if compute not in _OPERANDS:
+        return f"GEMMs in {compute} run layer by layer"
     if not 1 <= len(widths) <= MOST_LAYERS:
         return f"{len(widths)} hidden layers are not 1 to {MOST_LAYERS}"
     if max(widths) > WIDEST:
@@ -240,7 +240,7 @@ def why_not(
         return f"there is no activation {other.pop()!r} here"
     need = shared_bytes(widths, actions, 32)
     if shared is not None and need > shared:
-        return f"its products take {need} bytes of shared memory, the device has {shared}"
+        return f"its GEMMs take {need} bytes of shared memory, the device has {shared}"
     return None
 
 
@@ -269,7 +269,7 @@ def policy_step(
     """The rest of a policy, its action and the hoisted term of the macro step that follows.
 
     Args:
-        h: ``[R, N]``, or its first N columns, fp32: the first layer's product without its bias.
+        h: ``[R, N]``, or its first N columns, fp32: the first layer's GEMM without its bias.
         layers: the hidden layers, from the first to the last.
         head: ``[A, K]``, the last Linear, in the operands' dtype.
         head_bias: ``[A]`` fp32 or None.
@@ -290,15 +290,15 @@ def policy_step(
     if reason is not None:
         raise ValueError(f"policy_step: {reason}")
     _check(h, layers, widths, head, rows)
-    wide = {
+    fp32 = {
         "std": (std, (actions,)),
         "noise": (noise, (rows, actions)),
         "action": (action, (rows, actions)),
         "c": (c, (rows, columns)),
     }
     if head_bias is not None:
-        wide["head_bias"] = head_bias, (actions,)
-    for name, (x, shape) in wide.items():
+        fp32["head_bias"] = head_bias, (actions,)
+    for name, (x, shape) in fp32.items():
         check_dense(f"policy_step: {name}", x, shape, torch.float32)
     if w_a.shape != (columns, actions) or w_a.dtype != torch.float32:
         raise ValueError(f"policy_step: w_a must be float32 [U, {actions}], got {list(w_a.shape)}")
@@ -358,7 +358,7 @@ def constants_of(
 def _check(
     h: Tensor, layers: Sequence[PolicyLayer], widths: Sequence[int], head: Tensor, rows: int
 ) -> None:
-    operand = head.dtype
+    compute = head.dtype
     if h.dim() != 2 or h.dtype != torch.float32 or h.shape[1] < widths[0] or h.stride(1) != 1:
         raise ValueError(
             f"policy_step: h must be float32 [R, {widths[0]}] with contiguous rows, got {h.dtype} "
@@ -373,7 +373,7 @@ def _check(
                 check_dense(f"policy_step: layer {i}'s {name}", x, (n,), torch.float32)
         for name, x in {"y": layer.y, "u": layer.u}.items():
             if x is not None:
-                check_dense(f"policy_step: layer {i}'s {name}", x, (rows, n), operand)
+                check_dense(f"policy_step: layer {i}'s {name}", x, (rows, n), compute)
         for name, x in {"mean": layer.mean, "rstd": layer.rstd}.items():
             if x is not None:
                 check_dense(f"policy_step: layer {i}'s {name}", x, (rows,), torch.float32)
@@ -381,8 +381,8 @@ def _check(
             raise ValueError("policy_step: all layers but the first have a weight")
         if layer.weight is not None:
             shape = (n, widths[i - 1])
-            if layer.weight.shape != shape or layer.weight.dtype != operand:
+            if layer.weight.shape != shape or layer.weight.dtype != compute:
                 raise ValueError(
-                    f"policy_step: layer {i}'s weight must be {list(shape)} of {operand}, got "
+                    f"policy_step: layer {i}'s weight must be {list(shape)} of {compute}, got "
                     f"{list(layer.weight.shape)} of {layer.weight.dtype}"
                 )

@@ -13,7 +13,7 @@ LayerNorm sees only what is left of its input without the mean, and so without e
     p += dt (w13 m2 + b13)        C p += dt (C w13 m2 + C b13)
 
 for the projection C off the mean: a centred ``p`` stays centred, and normalises to what the plain
-one does. Adjoints are those of the centred tensors; where a weight was centred, its transpose takes
+one does. Gradients are the centred tensors'; where a weight was centred, its transpose takes
 the mean out of what passes through it.
 
 **Precision.** Weights, exchanged activations and gradients, and saved ``xhat`` have the weights'
@@ -47,9 +47,9 @@ from pwm_fast.kernels.rollout_plan import (
 
 __all__ = [
     "LAYOUTS",
-    "Adjoints",
     "Backward",
     "Forward",
+    "GradBuffers",
     "Network",
     "RolloutLayout",
     "Saved",
@@ -86,7 +86,7 @@ class Saved(NamedTuple):
     """What the backward pass needs, one row a row of every evaluation, in the order of evaluation.
 
     Attributes:
-        xhat1: ``[T E, B, Up]``, operand dtype.
+        xhat1: ``[T E, B, Up]``, compute dtype.
         rstd1: ``[T E, B]`` float32.
         xhat2: as ``xhat1``.
         rstd2: as ``rstd1``.
@@ -102,12 +102,12 @@ class Saved(NamedTuple):
     y2: Tensor | None = None
 
 
-class Adjoints(NamedTuple):
+class GradBuffers(NamedTuple):
     """What gradients of the weights are made of.
 
     Attributes:
-        dh2: ``[T E, B, Up]`` operand dtype, towards the second layer's pre-activation.
-        dh2_scale: ``[T E, B]``: factors of the rows of ``dh2``; None unless it is fp16.
+        dh2: ``[T E, B, Up]`` compute dtype, towards the second layer's pre-activation.
+        dh2_scale: ``[T E, B]``: row scales of ``dh2``; None unless it is fp16.
         dq: likewise towards ``w13 m2 + b13``.
         dq_scale: likewise.
     """
@@ -203,7 +203,7 @@ def rollout_forward(
     """T macro steps from ``p`` under hoisted terms ``c``.
 
     Args:
-        p: ``[B, Up]`` float32, the first layer's product with the latent.
+        p: ``[B, Up]`` float32, the first layer's GEMM with the latent.
         c: ``[T, B, Up]`` float32: the rest of its pre-activation but for flow time.
         network: tensors of the folded network.
         scheme: what a macro step does.
@@ -220,13 +220,13 @@ def rollout_forward(
     p_out = torch.empty_like(p)
     if total is None:
         total = torch.empty_like(c)
-    operand = network.w2.dtype
-    narrow = total.dtype == operand
-    _buffer("total", total, c.shape, operand if narrow else torch.float32, p)
-    work = _workspace(workspace, plan, batch, padded, operand, p.device)
+    compute = network.w2.dtype
+    rounded = total.dtype == compute
+    _buffer("total", total, c.shape, compute if rounded else torch.float32, p)
+    work = _workspace(workspace, plan, batch, padded, compute, p.device)
     keep = saved is not None and saved.y1 is not None
     if saved is not None:
-        _check_saved(saved, steps * scheme.evals, batch, padded, operand)
+        _check_saved(saved, steps * scheme.evals, batch, padded, compute)
     none = p  # stands for what the constants of the launch leave unused
     kept = Saved(none, none, none, none) if saved is None else saved
     launch(
@@ -266,7 +266,7 @@ def rollout_forward(
         scheme.eps2,
         1.0 / scheme.substeps,
         0.0,
-        **constants_of(padded, plan, operand, scheme),
+        **constants_of(padded, plan, compute, scheme),
         SAVE=saved is not None,
         KEEP=keep,
         **options_of(plan),
@@ -282,10 +282,10 @@ def rollout_backward(
     plan: RolloutLayout,
     saved: Saved,
     *,
-    adjoints: Adjoints | None = None,
+    grads: GradBuffers | None = None,
     workspace: Workspace | None = None,
 ) -> Backward:
-    """Adjoint of :func:`rollout_forward`.
+    """Backward pass of :func:`rollout_forward`.
 
     Args:
         g: ``[T, B, Up]`` float32: gradients towards ``total``.
@@ -294,24 +294,24 @@ def rollout_backward(
         scheme: what a macro step does.
         plan: layout, of :func:`plan`.
         saved: filled by the forward pass.
-        adjoints: buffers to fill for gradients of the weights; the sums are formed with them.
+        grads: buffers to fill for gradients of the weights; the sums are formed with them.
         workspace: what the programs exchange through; None for a new one.
 
     Raises:
         ValueError: shapes, dtypes or the plan do not fit.
     """
     steps, batch, padded = _check(lp, g, "g", network, scheme, plan)
-    operand = network.w2.dtype
+    compute = network.w2.dtype
     evals = steps * scheme.evals
-    _check_saved(saved, evals, batch, padded, operand)
-    scaled = operand == torch.float16
-    if adjoints is not None:
-        _check_adjoints(adjoints, evals, batch, padded, operand)
+    _check_saved(saved, evals, batch, padded, compute)
+    scaled = compute == torch.float16
+    if grads is not None:
+        _check_grads(grads, evals, batch, padded, compute)
     dc, lp_out = torch.empty_like(g), torch.empty_like(lp)
-    work = _workspace(workspace, plan, batch, padded, operand, lp.device)
-    sums = lp.new_empty(work.groups, 7, padded) if adjoints is not None else lp
+    work = _workspace(workspace, plan, batch, padded, compute, lp.device)
+    sums = lp.new_empty(work.groups, 7, padded) if grads is not None else lp
     none = lp
-    kept = Adjoints(none, none, none, none) if adjoints is None else adjoints
+    kept = GradBuffers(none, none, none, none) if grads is None else grads
     w2, w13 = network.w2.t(), network.w13.t()
     launch(
         rollout_backward_kernel,
@@ -348,12 +348,12 @@ def rollout_backward(
         float(scheme.width2 or scheme.width),
         1.0 / scheme.substeps,
         0.0,
-        **constants_of(padded, plan, operand, scheme),
-        KEEP=adjoints is not None,
+        **constants_of(padded, plan, compute, scheme),
+        KEEP=grads is not None,
         SCALED=scaled,
         **options_of(plan),
     )
-    if adjoints is None:
+    if grads is None:
         return Backward(dc, lp_out, None)
     return Backward(dc, lp_out, sums.sum(0, dtype=torch.float64))
 
@@ -376,7 +376,7 @@ def _workspace(
 
 
 def constants_of(
-    padded: int, plan: RolloutLayout, operand: torch.dtype, scheme: Scheme
+    padded: int, plan: RolloutLayout, compute: torch.dtype, scheme: Scheme
 ) -> dict[str, Any]:
     """What both kernels are compiled for."""
     return {
@@ -384,9 +384,9 @@ def constants_of(
         "KP": triton.next_power_of_2(padded),
         "BM": plan.bm,
         "BN": plan.bn,
-        "DTYPE": _DTYPES[operand],
+        "DTYPE": _DTYPES[compute],
         # Of no account to 16-bit operands, so that it makes no second variant of them.
-        "PRECISION": "tf32" if scheme.tf32 or operand.itemsize == 2 else "ieee",
+        "PRECISION": "tf32" if scheme.tf32 or compute.itemsize == 2 else "ieee",
         "CHUNKS": plan.chunks,
         "FLIP": plan.bm > 8,
         "WORDS": plan.exchange == "words",
@@ -447,7 +447,7 @@ def _check(
     return steps, batch, padded
 
 
-def _check_saved(saved: Saved, evals: int, batch: int, padded: int, operand: torch.dtype) -> None:
+def _check_saved(saved: Saved, evals: int, batch: int, padded: int, compute: torch.dtype) -> None:
     like = saved.xhat1
     for field, x in zip(Saved._fields, saved, strict=True):
         if x is None:
@@ -455,24 +455,24 @@ def _check_saved(saved: Saved, evals: int, batch: int, padded: int, operand: tor
         if field.startswith("rstd"):
             _buffer(field, x, (evals, batch), torch.float32, like)
         else:
-            dtype = torch.float32 if field == "y2" else operand
+            dtype = torch.float32 if field == "y2" else compute
             _buffer(field, x, (evals, batch, padded), dtype, like)
     if (saved.y1 is None) != (saved.y2 is None):
         raise ValueError("y1 and y2 must both be given, or neither")
 
 
-def _check_adjoints(
-    adjoints: Adjoints, evals: int, batch: int, padded: int, operand: torch.dtype
+def _check_grads(
+    grads: GradBuffers, evals: int, batch: int, padded: int, compute: torch.dtype
 ) -> None:
-    scaled = operand == torch.float16
-    for field, x in zip(Adjoints._fields, adjoints, strict=True):
+    scaled = compute == torch.float16
+    for field, x in zip(GradBuffers._fields, grads, strict=True):
         if x is None:
             if scaled or not field.endswith("scale"):
-                raise ValueError(f"{field} must be given for weights in {operand}")
+                raise ValueError(f"{field} must be given for weights in {compute}")
         elif field.endswith("scale"):
-            _buffer(field, x, (evals, batch), torch.float32, adjoints.dh2)
+            _buffer(field, x, (evals, batch), torch.float32, grads.dh2)
         else:
-            _buffer(field, x, (evals, batch, padded), operand, adjoints.dh2)
+            _buffer(field, x, (evals, batch, padded), compute, grads.dh2)
 
 
 def _buffer(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:

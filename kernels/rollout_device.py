@@ -1,11 +1,11 @@
 """Device code of the persistent rollout: a folded two-hidden-layer flow, here forward.
 
-Tiles are features by rows, ``[BN, BM]``. With 8 rows the weight's slice is a product's first
+Tiles are features by rows, ``[BN, BM]``. With 8 rows the weight's slice is a GEMM's first
 operand; with 16 and more (``FLIP``) the rows are, and the result is transposed. Either way tensor
-cores work by warps: a product of warpgroups from shared memory would need a descriptor every 16
+cores work by warps: a GEMM of warpgroups from shared memory would need a descriptor every 16
 features, and those of two weights and two operands do not fit the registers. A program owns the
 features ``tile BN ...`` of both hidden layers for the rows ``group BM ...``, for the whole launch;
-its two slices of weights are loaded once. The G programs of a row group meet four times an
+its two slices of weights are loaded once. The G programs of a row group have four barriers an
 evaluation (:mod:`pwm_fast.kernels.rollout_exchange`), each time at another board: ``slots1``,
 ``board1``, ``slots2`` and ``board2`` forward. So no board is written twice without others between.
 

@@ -1,24 +1,24 @@
-"""Device code of the persistent rollout's exchanges: how programs of a group meet.
+"""Device code of the persistent rollout's exchanges: the barriers of a group's programs.
 
-At each meeting every program of a group publishes a part of a tensor in global memory and takes
+At each barrier every program of a group publishes a part of a tensor in global memory and takes
 what all have published. There are two ways, with the same results:
 
 **Flags.** A program stores its part, adds 1 to the group's counter (release), and waits until all
 have (acquire); then it reads. That takes a fence, an atomic and a flag on their way there, and the
 data after them.
 
-**Words.** Every number travels in one word with the number of its meeting, its *epoch*: 32 bits of
+**Words.** Every number travels in one word with the number of its barrier, its *epoch*: 32 bits of
 each in 64, or 16 in 32. Readers ask for the data itself, again and again, until every word carries
 the epoch; that takes one way there, and twice the bytes. No order in memory is needed between two
 words, since each says by itself that it has come: it is written and read as one relaxed access, and
 never torn. (NVIDIA's NCCL calls this its low-latency protocol.)
 
 **Who may overwrite.** No buffer is used by two meetings in succession. A program writes one again
-only after it has taken what all published at a meeting in between, and each of them published that
+only after it has taken what all published at a barrier in between, and each of them published that
 because of what it had taken before: so all have read what is overwritten. With words nothing but
 that dependence is needed, as a store cannot come before what decides whether it is made. So there
 need be no second half of a buffer either: it holds the epoch that is waited for or an earlier one,
-and epochs of 16 bits may wrap. Memory is cleared before the first meeting, whose epoch is not 0.
+and epochs of 16 bits may wrap. Memory is cleared before the first barrier, whose epoch is not 0.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Layout(NamedTuple):
         BM: rows of a group.
         BN: features of a program.
         DTYPE: of the weights.
-        PRECISION: of their products in float32.
-        CHUNKS: independent parts of a product's sum.
-        FLIP: rows are a product's first operand.
+        PRECISION: of their GEMMs in float32.
+        CHUNKS: independent parts of a GEMM's sum.
+        FLIP: rows are a GEMM's first operand.
         WORDS: programs exchange words, not flags.
         WARPS: of a program.
     """
@@ -244,7 +244,7 @@ def share_rows(values, slots, meeting, ok, place, L: tl.constexpr, COUNT: tl.con
 
 @triton.jit
 def share_tile(mine, board, meeting, ok, place, L: tl.constexpr):
-    """Publish ``mine`` ``[BN, BM]``; returns all features of the group's rows for a product.
+    """Publish ``mine`` ``[BN, BM]``; returns all features of the group's rows for a GEMM.
 
     They are chunks ``[KP / CHUNKS, BM]``, or flipped, and with them whether all came.
     """

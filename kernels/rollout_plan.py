@@ -23,7 +23,7 @@ class RolloutLayout(NamedTuple):
         bm: rows of a group.
         bn: features of a program.
         warps: of a program.
-        chunks: independent parts of a product's sum.
+        chunks: independent parts of a GEMM's sum.
         exchange: how programs exchange, of :data:`EXCHANGES`.
     """
 
@@ -48,7 +48,7 @@ def shared_bytes(plan: RolloutLayout, padded: int, size: int) -> int:
 
 # In the order of preference: few rows a program before few features, because the exchanged bytes
 # grow with the rows of all programs of a group. Of the same tile, first the layout with 4 warps: a
-# warp's share of a product is 16 features by 8 rows (of 8x32 and 8x64) or 16 rows by 8 features,
+# warp's share of a GEMM is 16 features by 8 rows (of 8x32 and 8x64) or 16 rows by 8 features,
 # and where there are fewer shares than warps, several warps read and multiply the same. With 8
 # warps that is everything twice for 8x64 and 16x32, and four times for 8x32. That 4 are faster is
 # an estimate. Tiles of more rows spill hundreds of bytes a thread with 4.
@@ -99,13 +99,12 @@ def modelled_time(layout: RolloutLayout, padded: int, element: int) -> float:
     shares = max(layout.bm * layout.bn // (16 * 8), layout.warps)
     bytes_read = shares * (16 + 8) * padded * element
     clock = cost.CONSTANTS["clock"].value * 1e3  # cycles a microsecond
-    product = bytes_read / (cost.CONSTANTS["shared"].value * clock)
+    gemm = bytes_read / (cost.CONSTANTS["shared"].value * clock)
     travels = 2 * element if layout.exchange == "words" else element
     data = layout.bm * padded * travels / cost.INGRESS
-    # Two layers, each with a product and two meetings, of which one is about all activations.
+    # Two layers, each with a GEMM and two barriers, of which one is about all activations.
     return (
-        2 * (product + 2 * cost.CONSTANTS[layout.exchange].value + data)
-        + cost.CONSTANTS["rest"].value
+        2 * (gemm + 2 * cost.CONSTANTS[layout.exchange].value + data) + cost.CONSTANTS["rest"].value
     )
 
 
@@ -117,8 +116,8 @@ def tuning_key(batch: int, padded: int, dtype: torch.dtype) -> str:
 def check_tuned(key: str, entry: Mapping[str, Any], sms: int, shared: int) -> None:
     """Raise ValueError where a tuned layout does not fit the sizes of its key, or the device."""
     dtype, batch, padded = key.split()
-    operand = getattr(torch, dtype)
-    _tuned_layout(entry, int(batch[1:]), int(padded[1:]), operand, sms, shared)
+    compute = getattr(torch, dtype)
+    _tuned_layout(entry, int(batch[1:]), int(padded[1:]), compute, sms, shared)
 
 
 def choose_layout(

@@ -8,7 +8,7 @@
      "times": {"linear_norm_act_fwd": {"16 R512 N512 K512": {"64x128": 5.1, "unfused": 7.2}}}}
 
 ``python -m bench.tune`` writes them: ``made`` says when and with what, ``times`` (microseconds)
-why; only ``kernels`` is read. A file counts for the GPU of exactly that name. A product's key holds
+why; only ``kernels`` is read. A file counts for the GPU of exactly that name. A GEMM's key holds
 its precision, the power of two that holds its rows, and its other sizes as they are; a rollout's
 all sizes as they are. There is no nearest entry: what no key names is chosen by each kernel's own
 heuristic. A file that is wrong anywhere is an error that names the entry, never passed over, and

@@ -22,8 +22,8 @@ from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.backends.specs import decode_dynamics
 from pwm_fast.backends.transforms import STANDS_FOR
-from pwm_fast.fused.rollout import Candidate, candidates
-from pwm_fast.ops.rollout_operators import dynamics_sizes
+from pwm_fast.fused.dynamics import dynamics_weights
+from pwm_fast.fused.rollout import Candidate, candidates, sizes_of
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ class _Trace(TorchDispatchMode):
             spec = decode_dynamics(told["spec"])
             self.fold = spec.fold if spec.method != "map" else None
             z0 = told["z0"]
-            sizes = dynamics_sizes(spec, told["w_z"], told["params"], z0.shape[0])
+            weights = dynamics_weights(spec, told["w_z"], told["w_tau"], told["params"])
+            sizes = sizes_of(spec, weights, z0.shape[0])
             kernels = select.kernels("gemm", told["backend"], told["precision"])
             found = candidates(kernels, spec, sizes, z0.device)
             self.architecture = tuple(found)

@@ -33,7 +33,7 @@ struct NormActFwd {
     if (act == act_simnorm) check_group(group, n);
     check_vector(gamma, n), check_vector(beta, n), check_vector(bias, n), check_vector(w_tau, n);
     if (add.given) {
-      check_least("the rows of add", add.rows, 1);
+      check_least("the rows of add", add.rows, x.rows ? 1 : 0);
       check_fp32(add), check_matrix(add, {"", nullptr, add.rows, n, n, fp32, true});
     }
     check_vector(tau, tau.rows * tau.cols == 1 ? 1 : x.rows);

@@ -10,7 +10,7 @@ from torch import Tensor
 from pwm_fast import ops
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
-from pwm_fast.ops.extend import discounted, widen
+from pwm_fast.ops.extend import at_least_fp32, discounted
 
 
 class WeightedLoss(NamedTuple):
@@ -87,7 +87,7 @@ def weighted_loss(
         total = total + discounted(config.termination_coef, loss.termination)
         parts["termination"] = loss.termination.detach()
     with torch.no_grad():
-        latent_std = widen(loss.target).flatten(0, 1).std(0, correction=0).mean()
+        latent_std = at_least_fp32(loss.target).flatten(0, 1).std(0, correction=0).mean()
     metrics = {"wm_loss": total.detach(), **{f"{name}_loss": x for name, x in parts.items()}}
     metrics["latent_std"] = latent_std
     termination = parts.get("termination", torch.zeros_like(parts["reward"]))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.ops.extend import widen
+from pwm_fast.ops.extend import at_least_fp32
 
 
 class RunningMeanStd(nn.Module):
@@ -77,7 +77,7 @@ class RunningMeanStd(nn.Module):
         Returns:
             As ``x``, computed in float32 at least.
         """
-        y = widen(x)  # in 16 bits a mean far from 0 would lose what is around it
+        y = at_least_fp32(x)  # in 16 bits a mean far from 0 would lose what is around it
         if centre:
             y = y - self.mean.to(y.dtype)
         y = y / self.scale(dtype=y.dtype)

@@ -4,18 +4,18 @@ A kernel fills buffers that its caller made, so that rollouts reuse memory and b
 gradients. Row-wise tensors are ``[R, n]`` with a last stride of 1; statistics are ``[R]``;
 accumulators of parameter gradients are float64 and added to.
 
-**Dtypes.** Pre-activations ``x``, parameters and statistics have the state's dtype. What a product
+**Dtypes.** Pre-activations ``x``, parameters and statistics have the state's dtype. What a GEMM
 takes (``y``, ``dx``) or what is kept for the backward pass (``xhat``, ``u``) may be 16-bit: kernels
 compute in the state's dtype and round once, on writing.
 
-**Scales.** A 16-bit adjoint has a factor a row, ``[R]``, so that fp16 neither overflows nor loses
-small rows: what it stands for is ``dx * dx_scale[:, None]``. A kernel that is given ``dx_scale``
+**Row scales.** A 16-bit gradient has a scale a row, ``[R]``, so that fp16 neither overflows nor
+loses small rows: it stands for ``dx * dx_scale[:, None]``. A kernel that is given ``dx_scale``
 writes it: the power of two that brings the row's largest entry into (0.5, 1], 1 for a row of zeros.
 
 **Width.** ``width > 0`` says that rows are centred and zero-padded: they have mean 0 over their
 first ``width`` features and are 0 beyond, as are ``gamma`` and ``beta``. LayerNorm then is
 ``x / sqrt(sum(x^2) / width + eps)``, and its gradient lacks the subtraction of a mean, which the
-centred weight's product makes up for.
+centred weight's GEMM makes up for.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Kernels(Protocol):
 
     Attributes:
         name: the backend's.
-        precision: what the operands of products are rounded to.
+        precision: of GEMMs.
         gemms: GEMMs fused with what surrounds them, or None.
         centre: packs a layer in one launch (:func:`pwm_fast.kernels.centre.centre`), or None.
         scaled_rows: scales rows in one launch (:func:`pwm_fast.kernels.axpby.scaled_rows`), or
@@ -235,16 +235,16 @@ class Kernels(Protocol):
         c1: float,
         c2: float,
         *,
-        operand: Tensor | None = None,
+        cast: Tensor | None = None,
         k1_scale: Tensor | None = None,
         k2_scale: Tensor | None = None,
     ) -> None:
-        """``out = z + c1 k1 + c2 k2``, and the same in 16 bit into ``operand``.
+        """``out = z + c1 k1 + c2 k2``, and the same in 16 bit into ``cast``.
 
         Scales belong to rows of ``k1`` and ``k2``.
         """
 
-    def to_operand(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
+    def cast(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
         """``out = x / scale`` in 16 bit; ``scale`` is written as above, or None for 1.
 
         What fp16 cannot hold becomes infinite: the loss or a gradient is then not finite, which

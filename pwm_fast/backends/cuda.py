@@ -30,7 +30,7 @@ def why_not(device: int) -> str | None:
 
 
 class CudaEsnr:
-    """See :class:`pwm_fast.backends.esnr.EsnrKernels`; float32, bfloat16 and float16.
+    """See :class:`pwm_fast.backends.esnr.EsnrReduction`; float32, bfloat16 and float16.
 
     Launches go to the current stream of the tensors' device. They copy nothing from the host's
     memory and wait for nothing, so a CUDA graph can capture them.
@@ -42,7 +42,7 @@ class CudaEsnr:
         self._c = native.extension()
 
     def moments(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         count = len(grads) // samples
         whole = [g.contiguous() for g in grads]  # named: alive until the launches are made
         signal, noise = _results(count, whole[0].device)
@@ -56,14 +56,14 @@ class CudaEsnr:
         sums: Sequence[Tensor],
         squares: Tensor,
     ) -> None:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         whole = [g.contiguous() for g in grads]
         self._call("_update", [*whole, *origins, *sums], 3, squares=squares)
 
     def result(
         self, origins: Sequence[Tensor], sums: Sequence[Tensor], squares: Tensor, samples: int
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         signal, noise = _results(len(origins), squares.device)
         results = {"signal": signal, "noise": noise}
         self._call("_result", [*origins, *sums], 2, squares=squares, m=samples, **results)
@@ -94,8 +94,8 @@ class CudaEsnr:
 
 
 def _results(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    signal, noise = torch.empty(2, count, dtype=torch.float64, device=device).unbind()
-    return signal, noise
+    signal = torch.empty(count, dtype=torch.float64, device=device)
+    return signal, torch.empty_like(signal)
 
 
 class Cuda(Backend):

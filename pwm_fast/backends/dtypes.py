@@ -20,14 +20,14 @@ def common_dtype(*tensors: Tensor | None) -> torch.dtype:
     return reduce(torch.promote_types, [x.dtype for x in tensors if x is not None])
 
 
-def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+def fp32_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype to compute in: theirs, float32 for 16 bits."""
     return torch.promote_types(common_dtype(*tensors), torch.float32)
 
 
-def widen(x: Tensor) -> Tensor:
-    """``x`` in the dtype to compute in."""
-    return x.to(wide_dtype(x))
+def at_least_fp32(x: Tensor) -> Tensor:
+    """``x`` in that dtype."""
+    return x.to(fp32_dtype(x))
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

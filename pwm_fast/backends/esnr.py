@@ -28,7 +28,7 @@ def moments(grads: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(signals), torch.stack(noises)
 
 
-class EsnrKernels(Protocol):
+class EsnrReduction(Protocol):
     """What a device provides; T tensors, at least one, of one dtype."""
 
     def moments(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class TorchEsnr:
     """The kernels in plain PyTorch: any device, any floating dtypes."""
 
     def moments(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         count = len(grads) // samples
         return moments([grads[s * count : (s + 1) * count] for s in range(samples)])
 
@@ -67,7 +67,7 @@ class TorchEsnr:
         sums: Sequence[Tensor],
         squares: Tensor,
     ) -> None:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         for t, (g, origin, total) in enumerate(zip(grads, origins, sums, strict=True)):
             distance = g.double() - origin.double()
             total += distance
@@ -76,7 +76,7 @@ class TorchEsnr:
     def result(
         self, origins: Sequence[Tensor], sums: Sequence[Tensor], squares: Tensor, samples: int
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         signal, noise = [], []
         for t, (origin, total) in enumerate(zip(origins, sums, strict=True)):
             way = total / samples

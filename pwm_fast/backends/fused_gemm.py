@@ -119,11 +119,11 @@ class FusedGemmAxpby(Protocol):
         bias: Tensor | None,
         x_scale: Tensor | None,
         raw: Tensor | None,
-        operand: Tensor | None,
+        cast: Tensor | None,
     ) -> None:
         """``out = z + c1 k1 + c2 p`` with ``p = x_scale x weight^T + bias``; ``out`` may be ``z``.
 
-        ``raw`` and ``operand`` are written where they are given: ``p`` itself, and ``out`` in the
+        ``raw`` and ``cast`` are written where they are given: ``p`` itself, and ``out`` in the
         compute dtype.
         """
 
@@ -186,7 +186,7 @@ class FusedGemms(Protocol):
         specs: Sequence[LayerSpec],
         widths: Sequence[int],
         rows: int,
-        operand: torch.dtype | None,
+        compute: torch.dtype | None,
         device: torch.device,
     ) -> FusedPolicy | None:
-        """For a policy of these layers; ``operand`` is None where GEMMs take the state's dtype."""
+        """For a policy of these layers; ``compute`` is None where GEMMs take the state's dtype."""

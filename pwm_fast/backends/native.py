@@ -1,4 +1,4 @@
-"""The element kernels in C++ (``csrc/``): float32 tensors on the CPU."""
+"""The elementwise kernels in C++ (``csrc/``): float32 tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -98,25 +98,13 @@ class NativeKernels(PlainKernels):
         self._axpby = extension().axpby
         self.precision = precision
 
-    def axpby(
-        self,
-        z: Tensor,
-        k1: Tensor,
-        k2: Tensor | None,
-        out: Tensor,
-        c1: float,
-        c2: float,
-        *,
-        operand: Tensor | None = None,
-        k1_scale: Tensor | None = None,
-        k2_scale: Tensor | None = None,
-    ) -> None:
+    def axpby(self, *given: Any, cast: Tensor | None = None, **scales: None) -> None:
         """See :class:`pwm_fast.backends.base.Kernels`; scales are for fp16, so None here."""
-        self._axpby(z, k1, k2, out, c1, c2)
-        if operand is not None:
-            operand.copy_(out)
+        self._axpby(*given)
+        if cast is not None:
+            cast.copy_(given[3])
 
-    def to_operand(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
+    def cast(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
         """See :class:`pwm_fast.backends.base.Kernels`."""
         out.copy_(x)
 
@@ -134,13 +122,13 @@ def words(numbers: Iterable[int]) -> Tensor:
 
 
 class NativeEsnr(TorchEsnr):
-    """See :class:`pwm_fast.backends.esnr.EsnrKernels`; only the moments are native."""
+    """See :class:`pwm_fast.backends.esnr.EsnrReduction`; only the moments are native."""
 
     def __init__(self) -> None:
         self._esnr = extension().esnr
 
     def moments(self, grads: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
-        """See :class:`EsnrKernels`."""
+        """See :class:`EsnrReduction`."""
         tensors = len(grads) // samples
         whole = [g.contiguous() for g in grads]  # named: alive until the call is over
         pointers = words(g.data_ptr() for g in whole)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.backends.transforms import transformed
+from pwm_fast.backends.transforms import PLAIN, transformed
 
 # tanh(softplus(x)) = n / (n + 2) with n = e (e + 2), e = exp(x). Beyond 20 it is 1 in float64 too.
 _SATURATION = 20.0
@@ -61,7 +61,7 @@ def mish(x: Tensor) -> Tensor:
     # rule of functionalize's; torch.jit.trace cannot write it, and what a subclass does is unknown.
     if transformed():
         return x * torch.tanh(F.softplus(x))  # PyTorch's own misses a derivative of its backward
-    plain = torch.compiler.is_dynamo_compiling() or type(x) in (Tensor, torch.nn.Parameter)
+    plain = torch.compiler.is_dynamo_compiling() or type(x) in PLAIN
     if plain and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         return _Mish.apply(x)[0]
     return F.mish(x)

@@ -1,4 +1,4 @@
-"""What the operands of matrix products are rounded to."""
+"""Precisions of GEMMs: the dtype that their operands are rounded to."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ class Precision(NamedTuple):
 
     Attributes:
         name: of :data:`BY_NAME`.
-        operand: dtype of products' operands; None for the state's own.
-        scaled: adjoints have a factor a row (see :mod:`pwm_fast.backends.base`).
-        tf32: float32 products may round their operands to tf32 (CUDA).
+        compute: the compute dtype, of GEMMs' operands; None for the state's own.
+        scaled: 16-bit gradients have row scales (see :mod:`pwm_fast.backends.base`).
+        tf32: fp32 GEMMs may round their operands to tf32 (CUDA).
     """
 
     name: str
-    operand: torch.dtype | None = None
+    compute: torch.dtype | None = None
     scaled: bool = False
     tf32: bool = False
 
     def dtype(self, state: torch.dtype) -> torch.dtype:
-        """Dtype of operands where the state has dtype ``state``."""
-        return state if self.operand is None else self.operand
+        """The compute dtype where the state has dtype ``state``."""
+        return state if self.compute is None else self.compute
 
 
 EXACT = Precision("exact")

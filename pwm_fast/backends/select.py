@@ -83,7 +83,7 @@ class Choice(NamedTuple):
     @property
     def for_tensor_cores(self) -> bool:
         """GEMMs take 16-bit operands on tensor cores."""
-        return self.backend.tensor_cores and self.precision.operand is not None
+        return self.backend.tensor_cores and self.precision.compute is not None
 
 
 class Verdict(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Backend, Call, PlainKernels, fused_why_not
-from pwm_fast.backends.dtypes import widen
+from pwm_fast.backends.dtypes import at_least_fp32
 from pwm_fast.backends.esnr import TorchEsnr
 from pwm_fast.backends.pointwise import mish
 from pwm_fast.backends.precision import EXACT, Precision
@@ -69,7 +69,7 @@ class TorchKernels(PlainKernels):
         width: int = 0,
     ) -> None:
         """See :class:`Kernels`."""
-        v = widen(x) if bias is None else widen(x) + bias
+        v = at_least_fp32(x) if bias is None else at_least_fp32(x) + bias
         if add is not None:
             v = (v.view(-1, *add.shape) + add).view(v.shape) if v.shape[0] else v
         if tau is not None and w_tau is not None:
@@ -113,7 +113,7 @@ class TorchKernels(PlainKernels):
         dx_scale: Tensor | None = None,
     ) -> None:
         """See :class:`Kernels`."""
-        rstd = widen(rstd)
+        rstd = at_least_fp32(rstd)
         dy, xhat = _scaled(dy.to(rstd.dtype), dy_scale), xhat.to(rstd.dtype)
         if act == "mish":
             du = dy * mish_grad(xhat * gamma + beta)
@@ -155,7 +155,7 @@ class TorchKernels(PlainKernels):
         rows_per_member: int = 0,
     ) -> None:
         """See :class:`Kernels`."""
-        v = widen(x) if bias is None else widen(x) + _rows(bias, rows_per_member)
+        v = at_least_fp32(x) if bias is None else at_least_fp32(x) + _rows(bias, rows_per_member)
         if u is not None:
             u.copy_(v)
         m = mish(v) if act == "mish" else v
@@ -186,7 +186,7 @@ class TorchKernels(PlainKernels):
         dx_scale: Tensor | None = None,
     ) -> None:
         """See :class:`Kernels`."""
-        u = widen(u)
+        u = at_least_fp32(u)
         dm = dy = _scaled(dy.to(u.dtype), dy_scale)
         if gamma is not None and mean is not None and rstd is not None:
             m = mish(u) if act == "mish" else u
@@ -212,22 +212,22 @@ class TorchKernels(PlainKernels):
         c1: float,
         c2: float,
         *,
-        operand: Tensor | None = None,
+        cast: Tensor | None = None,
         k1_scale: Tensor | None = None,
         k2_scale: Tensor | None = None,
     ) -> None:
         """See :class:`Kernels`."""
-        wide = widen(z)
-        into = out if out.dtype == wide.dtype else torch.empty_like(wide)
-        torch.add(wide, _scaled(k1, k1_scale), alpha=c1, out=into)
+        state = at_least_fp32(z)
+        into = out if out.dtype == state.dtype else torch.empty_like(state)
+        torch.add(state, _scaled(k1, k1_scale), alpha=c1, out=into)
         if k2 is not None:
             into.add_(_scaled(k2, k2_scale), alpha=c2)
         if into is not out:
             out.copy_(into)
-        if operand is not None:
-            _write(out, operand, None)
+        if cast is not None:
+            _write(out, cast, None)
 
-    def to_operand(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
+    def cast(self, x: Tensor, out: Tensor, scale: Tensor | None) -> None:
         """See :class:`Kernels`."""
         _write(x, out, scale)
 

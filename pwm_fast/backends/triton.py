@@ -40,7 +40,7 @@ class TritonKernels:
     cast_at_once = True
     persistent = True
 
-    to_operand = staticmethod(axpby.to_operand)
+    cast = staticmethod(axpby.cast)
     scaled_rows = staticmethod(axpby.scaled_rows)
 
     if TYPE_CHECKING:

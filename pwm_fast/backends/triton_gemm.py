@@ -66,18 +66,18 @@ class TritonGemms:
         specs: Sequence[LayerSpec],
         widths: Sequence[int],
         rows: int,
-        operand: torch.dtype | None,
+        compute: torch.dtype | None,
         device: torch.device,
     ) -> FusedPolicy | None:
         """See :class:`pwm_fast.backends.fused_gemm.FusedGemms`."""
         *hidden, head = specs
-        if operand is None or rows == 0 or not head.plain or not fusion_wanted():
+        if compute is None or rows == 0 or not head.plain or not fusion_wanted():
             return None
         if any(spec.order != "act_norm" or not spec.norm for spec in hidden):
             return None
         acts = [spec.act for spec in hidden]
         limits = device_limits(device)[1] if device.type == "cuda" else Limits(1)
-        if policy.why_not(widths[:-1], acts, widths[-1], operand, limits.shared) is not None:
+        if policy.why_not(widths[:-1], acts, widths[-1], compute, limits.shared) is not None:
             return None
         return _Policy(hidden, policy.rows_of(rows, limits.sms))
 
@@ -87,8 +87,8 @@ class TritonGemms:
             return None
         rows, n, k, dtype, device, members = shape
         count, precision = max(members, 1), self.input_precision
-        product = GemmShape(kernel, rows // count, n, k, count, dtype.itemsize, precision)
-        plan = device_plan(product, device)
+        gemm = GemmShape(kernel, rows // count, n, k, count, dtype.itemsize, precision)
+        plan = device_plan(gemm, device)
         if plan is None:
             return None
         return FUSED[kernel](plan, rows, device, precision, members)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
-from pwm_fast.backends.specs import LayerSpec
+from pwm_fast.backends.specs import LayerSpec, decode_layers
 from pwm_fast.fused.algebra import PAD_TO
 from pwm_fast.fused.gemm import ALIGNED
 
@@ -48,42 +48,41 @@ def empty(
         assert weight is not None
         n, k = weight.shape
         rows, columns = n + padding(spec, n, pad), k + before
-        operand = None if kernels.centre is None else kernels.precision.operand
-        stride = columns if operand is None else -(-columns // ALIGNED) * ALIGNED
+        compute = None if kernels.centre is None else kernels.precision.compute
+        stride = columns if compute is None else -(-columns // ALIGNED) * ALIGNED
         packed.append(weight.new_empty(rows, stride)[:, :columns])
         packed += [x.new_empty(rows) for x in vectors if x is not None]
-        if operand is not None:
-            copies.append(weight.new_empty(rows, stride, dtype=operand)[:, :columns])
+        if compute is not None:
+            copies.append(weight.new_empty(rows, stride, dtype=compute)[:, :columns])
         before = rows - n
     return packed, copies
 
 
 def pack(
-    kernels: Kernels, specs: Sequence[LayerSpec], tensors: Sequence[Tensor], pad: bool
+    kernels: Kernels, tensors: list[Tensor], spec: str, pad: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Layers whose weights and biases have no mean over outputs, where a LayerNorm follows."""
+    specs = decode_layers(spec)
     packed, copies = empty(kernels, specs, tensors, pad)
     layers, outs = split(specs, tensors), split(specs, packed)
-    for i, (spec, layer, out) in enumerate(zip(specs, layers, outs, strict=True)):
-        _copy(kernels, layer, out, spec.norm, copies[i] if copies else None)
+    for i, (each, layer, out) in enumerate(zip(specs, layers, outs, strict=True)):
+        _copy(kernels, layer, out, each.norm, copies[i] if copies else None)
     return packed, copies
 
 
 def pack_grads(
-    kernels: Kernels,
-    specs: Sequence[LayerSpec],
-    grads: Sequence[Tensor | None],
-    tensors: Sequence[Tensor],
-) -> Parts:
+    kernels: Kernels, dpacked: list[Tensor | None], tensors: list[Tensor], spec: str
+) -> list[Tensor | None]:
     """Gradients towards ``tensors`` for those towards what :func:`pack` made of them, or None."""
+    specs = decode_layers(spec)
     found: Parts = []
-    layers = zip(specs, split(specs, grads), split(specs, tensors), strict=True)
-    for spec, layer, like in layers:
+    layers = zip(specs, split(specs, dpacked), split(specs, tensors), strict=True)
+    for each, layer, like in layers:
         out = [
             None if g is None or x is None else torch.empty_like(x, memory_format=_CONTIGUOUS)
             for g, x in zip(layer, like, strict=True)
         ]
-        _copy(kernels, layer, out, spec.norm, None)
+        _copy(kernels, layer, out, each.norm, None)
         found += [o for o, x in zip(out, like, strict=True) if x is not None]
     return found
 
@@ -98,7 +97,7 @@ def _copy(kernels: Kernels, layer: Parts, out: Parts, centred: bool, copy: Tenso
     centre = kernels.centre
     if centre is not None:
         layer = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in layer]
-        centre(layer, out, centred=centred, operand=copy)
+        centre(layer, out, centred=centred, cast=copy)
         return
     for i, (x, y) in enumerate(zip(layer, out, strict=True)):
         if x is None or y is None:

@@ -94,15 +94,12 @@ class Dynamics(ABC):
         like = weights.w_z
         self.hidden, self.latent = like.shape
         self.compute_dtype = kernels.precision.dtype(like.dtype)
-        last = weights.layers[-1].weight.shape[1] if spec.fold else 0
-        # Inputs of the first GEMM are kept as its weight's gradient takes them.
         self.inputs_16bit = wgrad and not spec.fold and takes_16bit(kernels, like)
-        shapes = _input_shapes(spec, self.latent, last, horizon, batch, wgrad)
         if saved is None:
-            dtype = self.compute_dtype if self.inputs_16bit else like.dtype
-            self.inputs = [like.new_empty(shape, dtype=dtype) for shape in shapes]
+            self.inputs = _input_buffers(kernels, spec, weights, horizon, batch, wgrad)
         else:
-            self.inputs, saved = list(saved[: len(shapes)]), saved[len(shapes) :]
+            inputs = (2 if spec.fold else 1) if wgrad else 0
+            self.inputs, saved = list(saved[:inputs]), saved[inputs:]
         # Folded hidden layers run without the head: its input has two uses.
         self.specs = spec.layers[:-1] if spec.fold else spec.layers
         params = weights.layers[:-1] if spec.fold else weights.layers
@@ -148,16 +145,16 @@ class Dynamics(ABC):
         if self._cast is None:
             cast = self._cast_buffer(t, 0, z)
             if cast is not None:
-                self.kernels.to_operand(z, cast, None)
+                self.kernels.cast(z, cast, None)
                 self._cast = cast
         return z if self._cast is None else self._cast
 
     def _cast_buffer(self, t: int, e: int, z: Tensor) -> Tensor | None:
         """For evaluation ``e``'s latent in the compute dtype, None where that is its own."""
-        operand = self.kernels.precision.operand
+        compute = self.kernels.precision.compute
         if self.inputs_16bit:
             return self.inputs[0][t * self.stages + e]
-        return None if operand is None else torch.empty_like(z, dtype=operand)
+        return None if compute is None else torch.empty_like(z, dtype=compute)
 
     # --- backward -------------------------------------------------------------------------------
 
@@ -200,7 +197,7 @@ class Dynamics(ABC):
 
 
 def to_fp32(x: Tensor, scale: Tensor | None) -> Tensor:
-    """Gradients in fp32 (or their own, wider dtype), multiplied by their row scales."""
+    """Gradients in fp32 (fp64 ones stay), multiplied by their row scales."""
     if scale is not None:
         return x * scale.unsqueeze(-1)
     return x.float() if x.dtype == torch.bfloat16 else x
@@ -240,44 +237,47 @@ def flat_grads(spec: DynamicsSpec, grads: DynamicsGrads, count: int) -> list[Ten
     return flat
 
 
-def _input_shapes(
-    spec: DynamicsSpec, latent: int, last: int, horizon: int, batch: int, wgrad: bool
-) -> list[tuple[int, ...]]:
-    """Shapes of what :class:`Dynamics` keeps beside its MLP's buffers.
-
-    ``last`` is the width of the last hidden layer; only fold uses it.
-    """
-    if not wgrad:
-        return []
-    evals = horizon * len(spec.stages)
-    if spec.fold:
-        return [(horizon, batch, last), (evals, batch, last)]
-    return [(evals, batch, latent)]
-
-
-def dynamics_saved_buffers(
+def _input_buffers(
+    kernels: Kernels,
     spec: DynamicsSpec,
-    widths: Sequence[int],
-    latent: int,
+    weights: DynamicsWeights,
     horizon: int,
     batch: int,
+    wgrad: bool,
+) -> list[Tensor]:
+    """What :class:`Dynamics` keeps beside its MLP's buffers."""
+    if not wgrad:
+        return []
+    like, evals = weights.w_z, horizon * len(spec.stages)
+    if spec.fold:
+        last = weights.layers[-1].weight.shape[1]
+        return [like.new_empty(horizon, batch, last), like.new_empty(evals, batch, last)]
+    # As the first weight's gradient takes them.
+    rounded = takes_16bit(kernels, like)
+    dtype = kernels.precision.dtype(like.dtype) if rounded else like.dtype
+    return [like.new_empty(evals, batch, like.shape[1], dtype=dtype)]
+
+
+def saved_by_dynamics(
+    kernels: Kernels,
+    spec: DynamicsSpec,
+    weights: DynamicsWeights,
+    horizon: int,
+    batch: int,
+    *,
     save: bool,
     wgrad: bool,
-    operand: torch.dtype,
-    state: torch.dtype,
-    wgrad_16bit: bool,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of :meth:`Dynamics.saved`, in order; ``widths`` are of all layers.
-
-    ``wgrad_16bit``: weight gradients take 16-bit operands.
-    """
+) -> list[Tensor]:
+    """Buffers as those of :meth:`Dynamics.saved`."""
     if not save:
         return []
-    specs = spec.layers[:-1] if spec.fold else spec.layers
-    evals = horizon * len(spec.stages)
-    last = widths[len(specs) - 1] if spec.fold else 0
-    shapes = _input_shapes(spec, latent, last, horizon, batch, wgrad)
-    kept = operand if wgrad_16bit and not spec.fold else state
-    return [(shape, kept) for shape in shapes] + saved_buffers(
-        specs, widths[: len(specs)], evals, batch, save, wgrad, operand, state
+    hidden = len(spec.layers) - spec.fold
+    return _input_buffers(kernels, spec, weights, horizon, batch, wgrad) + saved_buffers(
+        kernels,
+        spec.layers[:hidden],
+        weights.layers[:hidden],
+        horizon * len(spec.stages),
+        batch,
+        save,
+        wgrad,
     )

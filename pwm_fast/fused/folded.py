@@ -69,7 +69,7 @@ class Folded(Dynamics):
         assert total is not None
         goes_on = self._cast_wanted and t + 1 < self.horizon
         self._cast = self._cast_buffer(t + 1, 0, z) if goes_on else None
-        self._latent_step(total, z, out, 1.0, operand=self._cast)
+        self._latent_step(total, z, out, 1.0, cast=self._cast)
         self._p = p
 
     def _total(self, t: int, like: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class Folded(Dynamics):
         scale: Tensor | None = None
         if self.wgrad and self._dq.dtype != dq.dtype:
             scale = None if self._dq_scale is None else self._dq_scale[n]
-            self.kernels.to_operand(dq, self._dq[n], scale)
+            self.kernels.cast(dq, self._dq[n], scale)
             dq = self._dq[n]
         elif self.wgrad:
             self._dq[n].copy_(dq)

@@ -98,7 +98,7 @@ class Gemm:
         self.kernels, self.weight = kernels, weight
         self.precision = kernels.precision
         self._rows = rows
-        self._prepack = self.precision.operand is None and prepacks(weight, rows)
+        self._prepack = self.precision.compute is None and prepacks(weight, rows)
         self._copies: dict[bool, Tensor] = {}
         self._reordered: dict[bool, tuple[Tensor, ...]] = {}
         self._rounded: Tensor | None = None
@@ -110,7 +110,7 @@ class Gemm:
         """
         if self._prepack and not members:
             return _prepacked(x, self._packed(False))
-        if self.precision.operand is not None and x.dtype != self.precision.operand:
+        if self.precision.compute is not None and x.dtype != self.precision.compute:
             x, _ = self._cast(x, False)
         return self._mm(x, self._copy(False), members, fp32)
 
@@ -142,9 +142,9 @@ class Gemm:
 
     def _cast(self, x: Tensor, scaled: bool) -> tuple[Tensor, Tensor | None]:
         x = x if x.stride(-1) == 1 else x.contiguous()
-        out = torch.empty(x.shape, dtype=self.precision.operand, device=x.device)
+        out = torch.empty(x.shape, dtype=self.precision.compute, device=x.device)
         scale = x.new_empty(x.shape[0]) if scaled else None
-        self.kernels.to_operand(x, out, scale)
+        self.kernels.cast(x, out, scale)
         return out, scale
 
     def _copy(self, transposed: bool) -> Tensor:
@@ -172,28 +172,28 @@ class Gemm:
 
     def cast_weight(self) -> Tensor:
         """The weight in the compute dtype."""
-        operand = self.precision.operand
-        if operand is None:
+        compute = self.precision.compute
+        if compute is None:
             return self.weight
         if self._rounded is None:
-            self._rounded = cast_weight(self.weight, operand)
+            self._rounded = cast_weight(self.weight, compute)
         return self._rounded
 
     def cast(
         self, x: Tensor, scale: Tensor | None, *, scaled: bool
     ) -> tuple[Tensor, Tensor | None]:
         """``x`` in the compute dtype and its row scales; new ones where ``scaled``."""
-        if self.precision.operand is None or x.dtype == self.precision.operand:
+        if self.precision.compute is None or x.dtype == self.precision.compute:
             return x, scale
         return self._cast(x, scaled)
 
     def _make_copy(self, transposed: bool) -> Tensor:
-        operand = self.precision.operand
-        if operand is None:
+        compute = self.precision.compute
+        if compute is None:
             return self.weight.transpose(-1, -2) if not transposed else self.weight
         if self._emulated(self.weight):
             rounded = _kept_copy(
-                ("emulated", operand), self.weight, lambda w: w.to(operand).float()
+                ("emulated", compute), self.weight, lambda w: w.to(compute).float()
             )
         else:
             rounded = self.cast_weight()
@@ -201,7 +201,7 @@ class Gemm:
 
     def _emulated(self, x: Tensor) -> bool:
         return x.device.type == "cpu" and not (
-            self.precision.operand is torch.bfloat16 and cpu_multiplies_bf16()
+            self.precision.compute is torch.bfloat16 and cpu_multiplies_bf16()
         )
 
     def _mm(self, a: Tensor, b: Tensor, members: int, fp32: bool) -> Tensor:
@@ -215,7 +215,7 @@ class Gemm:
             y = mm(a, b)
             if fp32 and y.dtype == torch.bfloat16:
                 y = y.float()
-        elif self.precision.operand is not None:
+        elif self.precision.compute is not None:
             y = mm_fp32(a, b)
         else:
             with fp32_mode(self.precision.tf32, a):
@@ -223,12 +223,12 @@ class Gemm:
         return y.view(-1, y.shape[-1]) if members else y
 
 
-def cast_weight(weight: Tensor, operand: torch.dtype) -> Tensor:
+def cast_weight(weight: Tensor, compute: torch.dtype) -> Tensor:
     """The weight rounded to a compute dtype."""
-    copy = weight_cache.attached(weight, operand)
+    copy = weight_cache.attached(weight, compute)
     if copy is not None:
         return copy
-    return _kept_copy(("operand", operand), weight, lambda w: w.to(operand))
+    return _kept_copy(("cast", compute), weight, lambda w: w.to(compute))
 
 
 def _kept_copy(
@@ -242,17 +242,17 @@ def _kept_copy(
 
 def cast_together(kernels: Kernels, weights: Sequence[Tensor]) -> None:
     """Make the copies of :func:`cast_weight` that are missing in one launch, if they are kept."""
-    operand = kernels.precision.operand
-    if operand is None or not weights[0].is_cuda:  # what launches nothing gains nothing
+    compute = kernels.precision.compute
+    if compute is None or not weights[0].is_cuda:  # what launches nothing gains nothing
         return
 
     def make(*some: Tensor) -> list[Tensor]:
-        copies = [torch.empty_like(w, dtype=operand) for w in some]
+        copies = [torch.empty_like(w, dtype=compute) for w in some]
         torch._foreach_copy_(copies, list(some))
         return copies
 
-    own = [w for w in weights if weight_cache.attached(w, operand) is None]
-    weight_cache.keep_each(("operand", operand), own, make)
+    own = [w for w in weights if weight_cache.attached(w, compute) is None]
+    weight_cache.keep_each(("cast", compute), own, make)
 
 
 @contextmanager

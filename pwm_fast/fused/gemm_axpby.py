@@ -45,7 +45,7 @@ class GemmAxpby:
         k1: Tensor | None = None,
         c1: float = 0.0,
         keep: bool = False,
-        operand: Tensor | None = None,
+        cast: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor | None:
         """Write ``out [R, N]``, which may be ``z`` or ``k1``; ``p`` is returned if ``keep``.
@@ -58,7 +58,7 @@ class GemmAxpby:
             k1: ``[R, N]`` or None.
             c1: its factor.
             keep: return the GEMM, for a later step.
-            operand: ``[R, N]`` in the compute dtype or None, written: ``out`` for a GEMM.
+            cast: ``[R, N]`` in the compute dtype or None, written: ``out`` for a GEMM.
             scale: row scales of a gradient ``x`` in the compute dtype, or None.
         """
         gemm = self.gemm
@@ -77,14 +77,14 @@ class GemmAxpby:
                 bias=self.bias,
                 x_scale=scale,
                 raw=raw,
-                operand=operand,
+                cast=cast,
             )
             return raw
         p = gemm.scaled_dgrad(x, 0, scale, fp32=True)[0] if self.dgrad else gemm(x)
         if self.bias is not None:
             p.add_(self.bias)
         if k1 is None:
-            gemm.kernels.axpby(z, p, None, out, c2, 0.0, operand=operand)
+            gemm.kernels.axpby(z, p, None, out, c2, 0.0, cast=cast)
         else:
-            gemm.kernels.axpby(z, k1, p, out, c1, c2, operand=operand)
+            gemm.kernels.axpby(z, k1, p, out, c1, c2, cast=cast)
         return p if keep else None

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
-from pwm_fast.backends.specs import DynamicsSpec, LayerSpec, split_params
-from pwm_fast.fused.dynamics import DynamicsGrads, dynamics_weights, flat_grads
+from pwm_fast.backends.specs import decode_dynamics, decode_layers, split_params
+from pwm_fast.fused.dynamics import dynamics_weights, flat_grads
 from pwm_fast.fused.gemm import Gemm
-from pwm_fast.fused.mlp import FusedMLP, saved_buffers
+from pwm_fast.fused.mlp import FusedMLP, count_saved
 from pwm_fast.fused.mlp_backward import MLPBackward, flatten_grads
 from pwm_fast.fused.policy import Policy
 from pwm_fast.fused.rollout import dynamics
@@ -22,17 +20,18 @@ from pwm_fast.fused.wgrad import weight_grad
 @one_call
 def imagine_forward(
     kernels: Kernels,
-    spec: DynamicsSpec,
-    actor_specs: Sequence[LayerSpec],
     z0: Tensor,
     noise: Tensor,
     base: Tensor,
     w_a: Tensor,
     w_z: Tensor,
     w_tau: Tensor | None,
-    params: Sequence[Tensor],
+    params: list[Tensor],
     std: Tensor,
-    actor: Sequence[Tensor],
+    actor: list[Tensor],
+    spec: str,
+    actor_spec: str,
+    detach: bool,
     save: bool,
     wgrad: bool,
     actor_wgrad: bool,
@@ -42,8 +41,9 @@ def imagine_forward(
     ``base [1 or B, U]`` is what the first GEMM has beside latent, action and flow time.
     """
     horizon, batch, width = noise.shape
-    weights = dynamics_weights(spec, w_z, w_tau, params)
-    way = dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
+    what, actor_specs = decode_dynamics(spec), decode_layers(actor_spec)
+    weights = dynamics_weights(what, w_z, w_tau, params)
+    way = dynamics(kernels, what, weights, horizon, batch, save=save, wgrad=wgrad)
     policy = Policy(
         kernels,
         actor_specs,
@@ -66,31 +66,43 @@ def imagine_forward(
 @one_call
 def imagine_backward(
     kernels: Kernels,
-    spec: DynamicsSpec,
-    actor_specs: Sequence[LayerSpec],
     dz: Tensor,
     daction: Tensor,
     z: Tensor,
     action: Tensor,
     noise: Tensor,
+    base: Tensor,
     w_a: Tensor,
     w_z: Tensor,
     w_tau: Tensor | None,
-    params: Sequence[Tensor],
+    params: list[Tensor],
     std: Tensor,
-    actor: Sequence[Tensor],
-    saved: Sequence[Tensor],
+    actor: list[Tensor],
+    saved: list[Tensor],
+    spec: str,
+    actor_spec: str,
     detach: bool,
     wgrad: bool,
     actor_wgrad: bool,
-) -> tuple[DynamicsGrads, list[Tensor | None], Tensor, Tensor, list[Tensor | None]]:
-    """Gradients: dynamics', its flat parameters', ``w_a``'s, ``std``'s, and the actor's."""
+) -> tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    list[Tensor | None],
+    Tensor,
+    list[Tensor | None],
+]:
+    """Gradients towards the arguments of :func:`imagine_forward` but ``noise``, in their order."""
     horizon, batch = noise.shape[:2]
-    weights = dynamics_weights(spec, w_z, w_tau, params)
+    dz, daction = dz.contiguous(), daction.contiguous()
+    what, actor_specs = decode_dynamics(spec), decode_layers(actor_spec)
+    weights = dynamics_weights(what, w_z, w_tau, params)
     layers = split_params(actor_specs, actor)
-    own = _count_actor_buffers(actor_specs, actor_wgrad)
+    own = count_saved(actor_specs, actor_wgrad)
     kept, actor_kept = saved[: len(saved) - own], saved[len(saved) - own :]
-    way = dynamics(kernels, spec, weights, horizon, batch, save=True, wgrad=wgrad, saved=kept)
+    way = dynamics(kernels, what, weights, horizon, batch, save=True, wgrad=wgrad, saved=kept)
     way.start_backward()
     # A detached policy passes nothing on to the latents: all its steps are one batch.
     evals, rows = (1, horizon * batch) if detach else (horizon, batch)
@@ -129,9 +141,8 @@ def imagine_backward(
     if actor_wgrad:
         states = z[:-1].reshape(evals, rows, z.shape[-1])
         dactor = flatten_grads(actor_specs, policy.param_grads(states))
-    return grads, flat_grads(spec, grads, len(params)), dw_a, dstd, dactor
-
-
-def _count_actor_buffers(specs: Sequence[LayerSpec], wgrad: bool) -> int:
-    f32 = torch.float32
-    return len(saved_buffers(specs, [1] * len(specs), 1, 1, True, wgrad, f32, f32))
+    dbase = grads.c.sum(0)
+    if base.shape[0] == 1:
+        dbase = dbase.sum(0, keepdim=True)
+    dparams = flat_grads(what, grads, len(params))
+    return grads.z0, dbase, dw_a, grads.w_z, grads.w_tau, dparams, dstd, dactor

@@ -73,11 +73,11 @@ class Layered(Dynamics):
         state, cast = out
         y = self._evaluate(t, e, *x, c, head=self._head is None)
         if self._head is not None:
-            return self._head(y, z, state, c2, k1=k1, c1=c1, keep=keep, operand=cast)
+            return self._head(y, z, state, c2, k1=k1, c1=c1, keep=keep, cast=cast)
         if k1 is None:
-            self.kernels.axpby(z, y, None, state, c2, 0.0, operand=cast)
+            self.kernels.axpby(z, y, None, state, c2, 0.0, cast=cast)
         else:
-            self.kernels.axpby(z, k1, y, state, c1, c2, operand=cast)
+            self.kernels.axpby(z, k1, y, state, c1, c2, cast=cast)
         return y if keep else None
 
     def _evaluate(
@@ -88,7 +88,7 @@ class Layered(Dynamics):
             kept = self.inputs[0][t * self.stages + e]
             if self.inputs_16bit:
                 if cast is None:
-                    self.kernels.to_operand(z, kept, None)
+                    self.kernels.cast(z, kept, None)
                 cast = kept
             elif kept.data_ptr() != z.data_ptr():
                 kept.copy_(z)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.fused_gemm import FusedForward, GemmCall
-from pwm_fast.backends.specs import LayerParams, LayerSpec, split_params
+from pwm_fast.backends.specs import LayerParams, LayerSpec, decode_layers, split_params
 from pwm_fast.fused.gemm import Gemm, cast_together
 from pwm_fast.fused.weight_cache import one_call
 from pwm_fast.fused.wgrad import side_by_side, takes_16bit
@@ -76,12 +76,7 @@ class FusedMLP:
         self.gemms = [Gemm(kernels, p.weight, rows) for p in params]
         self.widths = [p.weight.shape[-2] for p in params]
         if saved is None:
-            saved = [
-                first.new_empty(shape, dtype=dtype)
-                for shape, dtype in saved_buffers(
-                    specs, self.widths, evals, rows, save, wgrad, self.compute_dtype, self.dtype
-                )
-            ]
+            saved = saved_buffers(kernels, specs, params, evals, rows, save, wgrad)
         self.saved = list(saved)
         self._slots = _slots(specs, save, wgrad)
         self._fused: dict[int, FusedForward | None] = {}
@@ -285,27 +280,36 @@ def _slots(specs: Sequence[LayerSpec], save: bool, wgrad: bool) -> list[dict[str
     return slots
 
 
+def count_saved(specs: Sequence[LayerSpec], wgrad: bool) -> int:
+    """How many buffers :class:`FusedMLP` keeps."""
+    return sum(len(slots) for slots in _slots(specs, True, wgrad))
+
+
 def saved_buffers(
+    kernels: Kernels,
     specs: Sequence[LayerSpec],
-    widths: Sequence[int],
+    params: Sequence[LayerParams],
     evals: int,
     rows: int,
     save: bool,
     wgrad: bool,
-    operand: torch.dtype,
-    state: torch.dtype,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the buffers that :class:`FusedMLP` keeps, in order.
+) -> list[Tensor]:
+    """The buffers that :class:`FusedMLP` keeps, in order.
 
-    What a GEMM takes or the backward pass normalises by is kept in the compute dtype ``operand``;
-    the statistics, and the last layer's output, in the state's.
+    What a GEMM takes or the backward pass normalises by is kept in the compute dtype; the
+    statistics, and the last layer's output, in the state's.
     """
-    buffers: list[tuple[tuple[int, ...], torch.dtype]] = []
-    for i, (slots, width) in enumerate(zip(_slots(specs, save, wgrad), widths, strict=True)):
+    like = params[0].weight
+    state, compute = like.dtype, kernels.precision.dtype(like.dtype)
+    buffers = []
+    for i, (slots, p) in enumerate(zip(_slots(specs, save, wgrad), params, strict=True)):
+        if not slots:
+            continue
+        whole = (evals, rows, p.weight.shape[-2])
         for name in slots:
-            shape = (evals, rows, width) if name in ("hat", "y") else (evals, rows)
+            shape = whole if name in ("hat", "y") else whole[:2]
             rounded = name == "hat" or (name == "y" and i < len(specs) - 1)
-            buffers.append((shape, operand if rounded else state))
+            buffers.append(like.new_empty(shape, dtype=compute if rounded else state))
     return buffers
 
 
@@ -315,13 +319,14 @@ def saved_buffers(
 @one_call
 def mlp_forward(
     kernels: Kernels,
-    specs: Sequence[LayerSpec],
-    inputs: Sequence[Tensor],
-    params: Sequence[Tensor],
+    inputs: list[Tensor],
+    params: list[Tensor],
+    spec: str,
     save: bool,
     wgrad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """``[R, K_i]`` each, to ``[R, N]`` (``[E R, N]`` of an ensemble) and what backward needs."""
+    specs = decode_layers(spec)
     layers = split_params(specs, params)
     mlp = one_evaluation(kernels, specs, layers, inputs[0].shape[0], save=save, wgrad=wgrad)
     first = [layers[0].weight]
@@ -361,17 +366,17 @@ def _takes_one(kernels: Kernels, weight: Tensor, inputs: Sequence[Tensor]) -> bo
 
 def _first_gemm(kernels: Kernels, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     members = weight.shape[0] if weight.dim() == 3 else 0
-    operand = kernels.precision.operand
-    if operand is not None and _takes_one(kernels, weight, inputs):
-        x, parts = side_by_side(inputs, operand)
+    compute = kernels.precision.compute
+    if compute is not None and _takes_one(kernels, weight, inputs):
+        x, parts = side_by_side(inputs, compute)
         for each, out in zip(inputs, parts, strict=True):
-            kernels.to_operand(each, out, None)
+            kernels.cast(each, out, None)
         return Gemm(kernels, weight)(x)
     h: Tensor | None = None
     for x, part in zip(inputs, columns_of(weight, inputs), strict=True):
         if h is None:
             h = Gemm(kernels, part).shared(x, members)
-        elif operand is None and not h.is_cuda:
+        elif compute is None and not h.is_cuda:
             if members:
                 shared = x.expand(members, -1, -1)
                 h.view(members, -1, h.shape[-1]).baddbmm_(shared, part.transpose(1, 2))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.fused_gemm import FusedBackward
-from pwm_fast.backends.specs import LayerSpec, split_params
+from pwm_fast.backends.specs import LayerSpec, decode_layers, split_params
 from pwm_fast.fused.gemm import Gemm
 from pwm_fast.fused.mlp import FusedMLP, columns_of, one_evaluation
 from pwm_fast.fused.weight_cache import one_call
@@ -171,7 +171,7 @@ class MLPBackward:
         """
         if self._rounds(i):
             out, scale = self._output(i, e, None)
-            self.kernels.to_operand(dy, out, scale)
+            self.kernels.cast(dy, out, scale)
             return out, scale
         kept = self._dh[i]
         if kept is not None and self.mlp.evals == 1:
@@ -394,15 +394,16 @@ def flatten_grads(
 @one_call
 def mlp_backward(
     kernels: Kernels,
-    specs: Sequence[LayerSpec],
     dy: Tensor,
-    inputs: Sequence[Tensor],
-    params: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
+    inputs: list[Tensor],
+    params: list[Tensor],
+    saved: list[Tensor],
+    needs: list[bool],
+    spec: str,
     wgrad: bool,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients towards the inputs that ``needs`` names, and the parameters' if ``wgrad``."""
+    specs = decode_layers(spec)
     layers, rows = split_params(specs, params), inputs[0].shape[0]
     mlp = one_evaluation(kernels, specs, layers, rows, save=True, wgrad=wgrad, saved=saved)
     backward = MLPBackward(mlp, keep_first=False)

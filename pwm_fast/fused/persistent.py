@@ -15,7 +15,7 @@ from pwm_fast.fused.mlp_backward import LayerGrads
 from pwm_fast.fused.policy import Policy
 from pwm_fast.fused.wgrad import weight_grad
 from pwm_fast.kernels.rollout import (
-    Adjoints,
+    GradBuffers,
     Network,
     RolloutLayout,
     Saved,
@@ -51,7 +51,7 @@ class Persistent(Folded):
             "y1": self.mlp.buffer(0, "y"),
             "y2": self.inputs[1] if self.wgrad else None,
         }
-        self._grads: Adjoints | None = None
+        self._grads: GradBuffers | None = None
         self._sums: Tensor | None = None
         self._workspace: Workspace | None = None
 
@@ -177,7 +177,7 @@ class Persistent(Folded):
         def scale() -> Tensor | None:
             return like.new_empty(evals, batch) if self.compute_dtype == torch.float16 else None
 
-        self._grads = Adjoints(gradient(), scale(), gradient(), scale())
+        self._grads = GradBuffers(gradient(), scale(), gradient(), scale())
 
     def rollout_backward(self, dz: Tensor) -> Tensor:
         """See :class:`pwm_fast.fused.dynamics.Dynamics`."""
@@ -206,7 +206,7 @@ class Persistent(Folded):
         if grads is not None:
             begin, end = t * self.stages, (t + steps) * self.stages
             rows = (x if x is None else x[begin:end] for x in grads)
-            grads = Adjoints(*rows)  # type: ignore[arg-type]
+            grads = GradBuffers(*rows)  # type: ignore[arg-type]
         result = rollout_backward(
             g.contiguous(),
             self._dp.contiguous(),
@@ -214,7 +214,7 @@ class Persistent(Folded):
             self._scheme,
             self.plan,
             saved,
-            adjoints=grads,
+            grads=grads,
             workspace=self._exchange(),
         )
         if result.sums is not None:

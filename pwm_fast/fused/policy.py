@@ -72,11 +72,11 @@ class Policy:
         mlp, gemms = self.mlp, self.mlp.kernels.gemms
         if gemms is None:
             return None
-        device, operand = self.std.device, self.first.precision.operand
-        fused = gemms.policy(mlp.specs, mlp.widths, batch, operand, device)
+        device, compute = self.std.device, self.first.precision.compute
+        fused = gemms.policy(mlp.specs, mlp.widths, batch, compute, device)
         if fused is not None and not mlp.wgrad:  # else each step's outputs are kept
             self._between = [
-                torch.empty(batch, n, dtype=operand, device=device) for n in mlp.widths[:-1]
+                torch.empty(batch, n, dtype=compute, device=device) for n in mlp.widths[:-1]
             ]
         return fused
 
@@ -116,7 +116,7 @@ class Policy:
 
 
 def _carried(w: Tensor, w3: Tensor, b3: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``W1 W3`` and ``W1 b3`` in fp32, kept as other packs are."""
+    """``W1 W3`` and ``W1 b3`` in fp32, kept as other packed weights are."""
 
     def make(w: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
         with fp32_mode(False, w):

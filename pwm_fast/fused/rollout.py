@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
-from pwm_fast.backends.specs import DynamicsSpec
+from pwm_fast.backends.specs import DynamicsSpec, decode_dynamics
 from pwm_fast.fused.dynamics import (
     Dynamics,
-    DynamicsGrads,
     DynamicsWeights,
     dynamics_weights,
     flat_grads,
@@ -61,6 +60,12 @@ class Sizes(NamedTuple):
     batch: int
     hidden: int
     last: int
+
+
+def sizes_of(spec: DynamicsSpec, weights: DynamicsWeights, batch: int) -> Sizes:
+    """Those of a rollout of ``batch`` rows."""
+    last = weights.layers[-1].weight
+    return Sizes(batch, weights.w_z.shape[0], last.shape[1] if spec.fold else last.shape[0])
 
 
 def candidates(
@@ -117,11 +122,11 @@ def _persistent(
 
     if device.type != "cuda" and not INTERPRETING:
         return f"it runs on CUDA, the tensors are on {device}"
-    operand = kernels.precision.dtype(torch.float32)
+    compute = kernels.precision.dtype(torch.float32)
     if device.type != "cuda":
-        return choose_layout(sizes.batch, sizes.hidden, operand, 0, 0)
+        return choose_layout(sizes.batch, sizes.hidden, compute, 0, 0)
     index = device.index or 0
-    return choose_layout(sizes.batch, sizes.hidden, operand, *_limits(index), _tuned(index))
+    return choose_layout(sizes.batch, sizes.hidden, compute, *_limits(index), _tuned(index))
 
 
 @lru_cache(maxsize=16)
@@ -155,8 +160,7 @@ def dynamics(
 ) -> Dynamics:
     """Macro steps in the way that is taken; arguments are those of :class:`Dynamics`."""
     like = weights.w_z
-    last = weights.layers[-1].weight.shape[1] if spec.fold else weights.layers[-1].weight.shape[0]
-    sizes = Sizes(batch, like.shape[0], last)
+    sizes = sizes_of(spec, weights, batch)
     found = candidates(kernels, spec, sizes, like.device)
     taken = next(c.name for c in found if c.reason is None)
     shape = (kernels, spec, weights, horizon, batch)
@@ -176,19 +180,19 @@ def dynamics(
 @one_call
 def rollout_forward(
     kernels: Kernels,
-    spec: DynamicsSpec,
     z0: Tensor,
     c: Tensor,
     w_z: Tensor,
     w_tau: Tensor | None,
-    params: Sequence[Tensor],
+    params: list[Tensor],
+    spec: str,
     save: bool,
     wgrad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Latents ``[H+1, B, D]`` from ``z0 [B, D]`` and hoisted terms ``c [H, B, U]``."""
-    horizon, batch = c.shape[:2]
-    weights = dynamics_weights(spec, w_z, w_tau, params)
-    way = dynamics(kernels, spec, weights, horizon, batch, save=save, wgrad=wgrad)
+    what, (horizon, batch) = decode_dynamics(spec), c.shape[:2]
+    weights = dynamics_weights(what, w_z, w_tau, params)
+    way = dynamics(kernels, what, weights, horizon, batch, save=save, wgrad=wgrad)
     z = z0.new_empty(horizon + 1, *z0.shape)
     z[0] = z0
     way.rollout(z, c)
@@ -198,19 +202,19 @@ def rollout_forward(
 @one_call
 def rollout_backward(
     kernels: Kernels,
-    spec: DynamicsSpec,
     dz: Tensor,
     z0: Tensor,
     w_z: Tensor,
     w_tau: Tensor | None,
-    params: Sequence[Tensor],
-    saved: Sequence[Tensor],
+    params: list[Tensor],
+    saved: list[Tensor],
+    spec: str,
     wgrad: bool,
-) -> tuple[DynamicsGrads, list[Tensor | None]]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients towards ``z0``, ``c``, ``w_z``, ``w_tau``, and the flat parameters."""
-    horizon, batch = dz.shape[0] - 1, dz.shape[1]
-    weights = dynamics_weights(spec, w_z, w_tau, params)
-    way = dynamics(kernels, spec, weights, horizon, batch, save=True, wgrad=wgrad, saved=saved)
+    what, horizon, batch = decode_dynamics(spec), dz.shape[0] - 1, dz.shape[1]
+    weights = dynamics_weights(what, w_z, w_tau, params)
+    way = dynamics(kernels, what, weights, horizon, batch, save=True, wgrad=wgrad, saved=saved)
     way.start_backward()
-    grads = way.finish_backward(way.rollout_backward(dz), z0)
-    return grads, flat_grads(spec, grads, len(params))
+    grads = way.finish_backward(way.rollout_backward(dz.contiguous()), z0)
+    return grads.z0, grads.c, grads.w_z, grads.w_tau, flat_grads(what, grads, len(params))

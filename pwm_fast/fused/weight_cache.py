@@ -1,17 +1,17 @@
-"""Copies of weights in the form that GEMMs want, kept while the weights stay as they are.
+"""The packed-weight cache: weights in the form that GEMMs want, kept while they stay as they are.
 
-A pack (a folded, centred, padded, 16-bit or reordered copy) must never stand for weights that have
-changed, and nobody can be relied on to say that they have: writes through ``.data``, NumPy, shared
-memory or a fused optimiser move no version counter. So
+A packed weight (a folded, centred, padded, 16-bit or reordered copy) must never stand for weights
+that have changed, and nobody can be relied on to say that they have: writes through ``.data``,
+NumPy, shared memory or a fused optimiser move no version counter. So
 
-- on the CPU a pack is kept with a checksum of the weights' bytes, which every operation compares
-  before it takes the pack (:mod:`pwm_fast.fused.fingerprint`);
-- elsewhere, where comparing would wait for the device, a pack is made in each call, and kept by
-  version counters only between those who say when they write: of the weights that
-  :func:`keeping` names. A CUDA graph must make its own packs: while one is captured they come from
-  a store of that capture alone, if there is one (:func:`capturing`), and are not kept otherwise;
-- within an operation (:func:`one_call`) each pack is looked for once;
-- a pack of packs needs no check: nobody else has them.
+- on the CPU a packed weight is kept with a checksum of the weights' bytes, which every operation
+  compares before it takes the copy (:mod:`pwm_fast.fused.fingerprint`);
+- elsewhere, where comparing would wait for the device, it is made in each call, and kept by version
+  counters only between those who say when they write: of the weights that :func:`keeping` names. A
+  CUDA graph must make its own: while one is captured they come from a store of that capture alone,
+  if there is one (:func:`capturing`), and are not kept otherwise;
+- within an operation (:func:`one_call`) each is looked for once;
+- what is packed from packed weights needs no check: nobody else has them.
 
 Nothing is kept while a compiler traces. The store holds no weight alive: entries die with their
 tensors' memory.
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pwm_fast.backends.transforms import compiled_or_mapped
 from pwm_fast.fused.fingerprint import fingerprint
 
 VARIABLE = "PWM_FAST_PACKS"
@@ -59,7 +60,7 @@ Store = OrderedDict[Key, _Entry]
 _store: Store = OrderedDict()
 _recorded: Store | None = None  # of the capture that is going on
 _copies: dict[int, _Copy] = {}  # by storage
-_own: dict[int, StorageWeakRef] = {}  # storages of packs, which nobody writes to
+_own: dict[int, StorageWeakRef] = {}  # storages of packed weights; nobody writes to them
 _most = 64  # of them, before those that are gone are taken out
 _named: Counter[int] = Counter()  # storages whose writers tell, by those who named them
 _lock = threading.RLock()  # on CUDA autograd runs backward passes in threads of its own
@@ -80,13 +81,8 @@ def _storage(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-def hidden() -> bool:
-    """Whether a compiler or a transform is between tensors and their values."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def one_call(function: Callable[P, T]) -> Callable[P, T]:
-    """An operation, in which weights stay as they are: packs are looked for once."""
+    """An operation, in which weights stay as they are: each packed one is looked for once."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -102,7 +98,7 @@ def one_call(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def keeping(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, packs of these weights are kept on a GPU, in any thread.
+    """Inside, what is packed from these weights is kept on a GPU, in any thread.
 
     Meanwhile they are written to by what moves their version counters alone, or by what calls
     :func:`invalidate` afterwards.
@@ -123,7 +119,7 @@ def keeping(weights: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """Inside, where a CUDA graph is captured, it makes each of its packs once.
+    """Inside, where a CUDA graph is captured, it makes each packed weight once.
 
     For one capture, from before its beginning to its end; another thread may not capture meanwhile.
     """
@@ -139,7 +135,7 @@ def capturing() -> Iterator[None]:
 
 def _plain(tensors: Iterable[Tensor]) -> bool:
     """Identity says where the tensors' values are."""
-    return not hidden() and all(type(x) in _PLAIN and not x.is_neg() for x in tensors)
+    return not compiled_or_mapped() and all(type(x) in _PLAIN and not x.is_neg() for x in tensors)
 
 
 def _on() -> bool:
@@ -150,7 +146,7 @@ def _on() -> bool:
 
 
 def _place(tensors: Sequence[Tensor], key: Key) -> tuple[Store | None, Callable[[], Any]]:
-    """Where packs of the tensors are kept, if anywhere, and what tells their values' state."""
+    """Where what is packed from them is kept, if anywhere, and what tells their values' state."""
     store: Store | None = _store if _on() else None
     foreign = [x for x, identity in zip(tensors, key[1:], strict=True) if identity[0] not in _own]
     on_cuda = any(x.is_cuda for x in tensors)
@@ -221,8 +217,8 @@ def keep_each(
 
     Args:
         kind: as there.
-        tensors: what one pack each is made of.
-        make: takes those whose packs are missing, and returns these.
+        tensors: what one packed copy each is made of.
+        make: takes the tensors without a packed copy, and returns these copies.
     """
     call = _local.call
     if not _plain(tensors):
@@ -265,7 +261,7 @@ def _found(store: Store | None, key: Key, state: Any) -> _Entry | None:
 
 
 def _made(make: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
-    """A pack, which any mode of autograd can use."""
+    """A packed weight, which any mode of autograd can use."""
     global _most
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
@@ -297,7 +293,7 @@ def _keep(
     storages = tuple(StorageWeakRef(x.untyped_storage()) for x in tensors)
 
     def is_over(other: Key, entry: _Entry) -> bool:
-        changed = other[1:] == key[1:] and entry.state != before  # other packs of these weights
+        changed = other[1:] == key[1:] and entry.state != before  # other copies of these weights
         return changed or any(s.expired() for s in entry.storages)
 
     with _lock:
@@ -309,7 +305,7 @@ def _keep(
 
 
 def attach(pack: Tensor, copy: Tensor) -> None:
-    """Let :func:`attached` find a rounded copy of a pack, made with it.
+    """Let :func:`attached` find a rounded copy of a packed weight, made with it.
 
     Unlike what :func:`kept` keeps this holds in a captured graph: there both are made by it.
 
@@ -317,7 +313,7 @@ def attach(pack: Tensor, copy: Tensor) -> None:
         pack: fills its storage but for the ends of rows, and is not written to any more.
         copy: with the same shape and strides.
     """
-    if hidden() or pack.is_inference():
+    if compiled_or_mapped() or pack.is_inference():
         return
     storage = pack.untyped_storage()
     with _lock:
@@ -327,7 +323,7 @@ def attach(pack: Tensor, copy: Tensor) -> None:
 
 
 def attached(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The rounded copy of a pack, or of a view of one, if it has one of that dtype."""
+    """The rounded copy of a packed weight, or of a view of one, if it has one of that dtype."""
     if torch._C._are_functorch_transforms_active() or x.is_inference():
         return None
     with _lock:
@@ -360,7 +356,7 @@ def invalidate(weights: torch.nn.Module | Iterable[Tensor] | None = None) -> Non
 
 
 def _forget(store: Store, changed: set[int]) -> None:
-    # A pack may be made of a pack: take what hangs on it along.
+    # One copy may be made of another: take what hangs on it along.
     changed = set(changed)
     while True:
         stale = [key for key, e in store.items() if any(s.cdata in changed for s in e.storages)]

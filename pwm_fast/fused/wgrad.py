@@ -59,20 +59,20 @@ def weight_grad(
 
 def takes_16bit(kernels: Kernels, dh: Tensor) -> bool:
     """Whether weight gradients take 16-bit operands: on a GPU, not where a CPU emulates them."""
-    return kernels.precision.operand is not None and (dh.is_cuda or kernels.wgrad_16bit)
+    return kernels.precision.compute is not None and (dh.is_cuda or kernels.wgrad_16bit)
 
 
 def grad_to_16bit(
     kernels: Kernels, dh: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients in the 16-bit compute dtype, and their row scales."""
-    operand = kernels.precision.operand
-    if operand is None or dh.dtype == operand:
+    compute = kernels.precision.compute
+    if compute is None or dh.dtype == compute:
         return dh, scale
-    rounded = torch.empty(dh.shape, dtype=operand, device=dh.device)
+    rounded = torch.empty(dh.shape, dtype=compute, device=dh.device)
     scale = dh.new_empty(dh.shape[:-1]) if kernels.precision.scaled else None
     rows = None if scale is None else scale.flatten()
-    kernels.to_operand(dh.flatten(0, -2), rounded.flatten(0, -2), rows)
+    kernels.cast(dh.flatten(0, -2), rounded.flatten(0, -2), rows)
     return rounded, scale
 
 

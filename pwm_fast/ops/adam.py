@@ -49,10 +49,10 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     if all(g.dtype != torch.float64 for g in grads):
         norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float64)
         return torch.linalg.vector_norm(torch.stack(norms))
-    wide = [g.double() for g in grads if g.numel()]
-    if not wide:
+    exact = [g.double() for g in grads if g.numel()]
+    if not exact:
         return grads[0].new_zeros(())
-    largest = torch.stack(torch._foreach_norm(wide, math.inf)).amax()
+    largest = torch.stack(torch._foreach_norm(exact, math.inf)).amax()
     scale = torch.where((largest > 0.0) & (largest < math.inf), largest, 1.0)
-    norms = torch._foreach_norm(torch._foreach_div(wide, scale), 2.0)
+    norms = torch._foreach_norm(torch._foreach_div(exact, scale), 2.0)
     return scale * torch.linalg.vector_norm(torch.stack(norms))

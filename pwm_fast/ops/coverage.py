@@ -30,7 +30,7 @@ def unsupported(layers: Sequence[Layer], order: str = "norm_act") -> str | None:
 
 
 def unsupported_dynamics(net: Sequence[Layer]) -> str | None:
-    """The same of a dynamics network, whose first product is split by its inputs."""
+    """The same of a dynamics network, whose first GEMM is split by its inputs."""
     if net[0].ln_weight is None:
         return "the first layer has no LayerNorm"
     return unsupported(net)

@@ -10,26 +10,7 @@ from torch import Tensor
 
 from pwm_fast.ops import _checks
 from pwm_fast.ops.mlp import RunNet
-from pwm_fast.ops.types import Layer
-
-
-class FusedStep(NamedTuple):
-    """A macro step as the fused passes take it.
-
-    Attributes:
-        net: layers of the network that is evaluated, the first with a LayerNorm.
-        method: ``"heun"`` or ``"euler"`` integrate its output over tau in [0, 1], from an input
-            ``[z, a, tau, task]``; with ``"map"`` its output is the next latent.
-        substeps: K of the integration.
-        task_first: the task embedding stands before the action.
-        fold: see :class:`pwm_fast.ops.Flow`.
-    """
-
-    net: Sequence[Layer]
-    method: str = "map"
-    substeps: int = 1
-    task_first: bool = False
-    fold: bool | None = False
+from pwm_fast.ops.types import FusedStep, Layer
 
 
 class Transitions(NamedTuple):
@@ -90,7 +71,7 @@ class Dynamics(Protocol):
         """The next latents, in plain PyTorch.
 
         Args:
-            z: latents ``[..., D]``, perhaps in a wider dtype than ``dtype``: what is carried from
+            z: latents ``[..., D]``, perhaps in fp32 where ``dtype`` is 16-bit: what is carried from
                 step to step need not be rounded.
             a: actions ``[..., A]``.
             task: task embeddings ``[..., E]``, or None.

@@ -31,14 +31,13 @@ class _Esnr(Operator):
         return k.moments(grads, samples)
 
     @classmethod
-    def fake(cls, k: Any, grads: list[Tensor], samples: int) -> tuple[Tensor, Tensor]:
-        tensors = len(grads) // samples
-        signal, noise = grads[0].new_empty(2, tensors, dtype=torch.float64).unbind()
-        return signal, noise
+    def fake(cls, k: Any, a: Any) -> tuple[Tensor, Tensor]:
+        signal = a.grads[0].new_empty(len(a.grads) // a.samples, dtype=torch.float64)
+        return signal, torch.empty_like(signal)
 
 
 class _Update(Operator):
-    """Take a sample into a streamed estimate: see :class:`pwm_fast.backends.esnr.EsnrKernels`."""
+    """Take a sample into a streamed estimate: see :class:`pwm_fast.backends.esnr.EsnrReduction`."""
 
     name, family, outputs = "esnr_update", "stream", ()
     mutates = ("sums", "squares")
@@ -62,10 +61,8 @@ class _Result(Operator):
         return k.result(origins, sums, squares, samples)
 
     @classmethod
-    def fake(
-        cls, k: Any, origins: list[Tensor], sums: list[Tensor], squares: Tensor, samples: int
-    ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(squares), torch.empty_like(squares)
+    def fake(cls, k: Any, a: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(a.squares), torch.empty_like(a.squares)
 
 
 _esnr, _update, _result = _Esnr(), _Update(), _Result()

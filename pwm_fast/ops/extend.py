@@ -4,11 +4,11 @@ Dynamics of your own (:class:`pwm_fast.ops.Dynamics`) need :class:`Transitions`,
 :class:`FusedStep`, :data:`RunNet`, :func:`check_net`, :func:`input_width` and
 :func:`squared_error`.
 
-A training loop may set the :func:`precision` of matrix products, note with :func:`precisions_used`
+A training loop may set the :func:`precision` of GEMMs, note with :func:`precisions_used`
 which ones ran, keep packed weights between updates (:func:`keeping`), and record CUDA graphs
 (:func:`capturing`). :func:`discounted_return`, :func:`discounted`, :func:`squashed`,
-:func:`full_precision` and :func:`widen` are formulas that losses and policies share with the
-operations.
+:func:`full_precision` and :func:`at_least_fp32` are formulas that losses and policies share with
+the operations.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from contextlib import contextmanager
 
 from pwm_fast.backends import select
 from pwm_fast.backends.base import Call
-from pwm_fast.backends.dtypes import full_precision, widen
+from pwm_fast.backends.dtypes import at_least_fp32, full_precision
 from pwm_fast.backends.select import PRECISIONS, precision, requested
 from pwm_fast.fused.weight_cache import capturing, keeping
 from pwm_fast.ops.dynamics import (
-    FusedStep,
     Transitions,
     check_net,
     input_width,
@@ -31,12 +30,14 @@ from pwm_fast.ops.dynamics import (
 from pwm_fast.ops.imagine import squashed
 from pwm_fast.ops.mlp import RunNet
 from pwm_fast.ops.returns import discounted, discounted_return
+from pwm_fast.ops.types import FusedStep
 
 __all__ = [
     "PRECISIONS",
     "FusedStep",
     "RunNet",
     "Transitions",
+    "at_least_fp32",
     "capturing",
     "check_net",
     "discounted",
@@ -49,13 +50,12 @@ __all__ = [
     "requested",
     "squared_error",
     "squashed",
-    "widen",
 ]
 
 
 @contextmanager
 def precisions_used(found: set[str]) -> Iterator[None]:
-    """Inside, add to ``found`` the precision that each matrix product runs in."""
+    """Inside, add to ``found`` the precision that each GEMM runs in."""
 
     def note(operation: str, asked: str, taken: str | None, call: Call) -> None:
         op = select.OPERATIONS[operation]

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Call
-from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
+from pwm_fast.backends.dtypes import at_least_fp32, common_dtype, fp32_dtype
 from pwm_fast.backends.select import declare, select
 from pwm_fast.fused import algebra
-from pwm_fast.ops import _checks, rollout_operators
+from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import can_fold, layer_tensors, unsupported_dynamics, without_width
 from pwm_fast.ops.dynamics import (
-    FusedStep,
     Transitions,
     check_net,
     input_width,
@@ -24,8 +23,9 @@ from pwm_fast.ops.dynamics import (
 )
 from pwm_fast.ops.mlp import RunNet, fused_mlp, mlp
 from pwm_fast.ops.mlp import reference_mlp as run_net
+from pwm_fast.ops.rollout import fused_rollout
 from pwm_fast.ops.simnorm import project_simplex
-from pwm_fast.ops.types import Layer, Method, VelocityFn
+from pwm_fast.ops.types import FusedStep, Layer, Method, VelocityFn
 from pwm_fast.ops.weights import pack
 
 
@@ -38,7 +38,7 @@ class Flow(NamedTuple):
         method: ``"heun"`` or ``"euler"``.
         project: after every macro step clamp the latent at 0 and renormalise its groups of 8.
         fold: carry the first layer's pre-activation through the substeps in place of the latent,
-            which spares a product an evaluation where the head is linear and the net is narrow;
+            which spares a GEMM an evaluation where the head is linear and the net is narrow;
             None where it pays. The result is the same but for rounding.
     """
 
@@ -69,7 +69,7 @@ class Flow(NamedTuple):
     def step(
         self, z: Tensor, a: Tensor, task: Tensor | None, dtype: torch.dtype, run: RunNet
     ) -> Tensor:
-        """The velocity's integral, as wide as ``z``; see :class:`pwm_fast.ops.Dynamics`."""
+        """The velocity's integral, in the dtype of ``z``; see :class:`pwm_fast.ops.Dynamics`."""
         z = _reference_step(z, a, self.net, self.substeps, self.method, task, run, dtype)
         return project_simplex(z, 8) if self.project else z
 
@@ -131,7 +131,7 @@ def integrate(
     _checks.floating("z", z)
     _checks.positive_int("substeps", substeps)
     _checks.method(method)
-    return _march(velocity, widen(z), substeps, method, z.dtype).to(z.dtype)
+    return _march(velocity, at_least_fp32(z), substeps, method, z.dtype).to(z.dtype)
 
 
 def velocity_field(
@@ -216,19 +216,10 @@ def flow_step(
     if not algebra.in_force().hoist:
         return _reference_step(z, a, net, substeps, method, task, partial(fused_mlp, choice))
     width, action = z.shape[-1], a.shape[-1]
-    packed = pack(
-        choice,
-        net,
-        method,
-        substeps,
-        width,
-        action,
-        task=0 if task is None else task.shape[-1],
-        fold=fold,
-    )
+    packed = pack(choice, FusedStep(net, method, substeps, fold=fold), width, action, task)
     n = z.numel() // width
     embedding = None if task is None else task.reshape(n, task.shape[-1])
-    following = rollout_operators.rollout(
+    following = fused_rollout(
         choice, packed, z.reshape(n, width), a.reshape(1, n, action), embedding
     )
     return following[1].view(z.shape)
@@ -258,8 +249,8 @@ def flow_interpolate(z0: Tensor, z1: Tensor, tau: Tensor) -> tuple[Tensor, Tenso
     _checks.flow_time(tau, "z0", z0)
     if tau.dim() < z0.dim():
         tau = tau.unsqueeze(-1)
-    result, wide = common_dtype(z0, z1), wide_dtype(z0, z1)
-    start, end, time = z0.to(wide), z1.to(wide), tau.to(wide)
+    result, dtype = common_dtype(z0, z1), fp32_dtype(z0, z1)
+    start, end, time = z0.to(dtype), z1.to(dtype), tau.to(dtype)
     return ((1.0 - time) * start + time * end).to(result), (end - start).to(result)
 
 
@@ -303,7 +294,7 @@ def _reference_step(
     run: RunNet = run_net,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``z`` may be wider than ``dtype``, that of the network's inputs; the result is as wide."""
+    """``z`` may be fp32 where ``dtype``, of the network's inputs, is 16-bit; it keeps its dtype."""
     inputs = z.dtype if dtype is None else dtype
 
     def velocity(state: Tensor, tau: float) -> Tensor:
@@ -313,4 +304,4 @@ def _reference_step(
             (state, a, column) if task is None else (state, a, column, task), net, "norm_act"
         )
 
-    return _march(velocity, widen(z), substeps, method, inputs).to(z.dtype)
+    return _march(velocity, at_least_fp32(z), substeps, method, inputs).to(z.dtype)

@@ -4,22 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pwm_fast.backends.dtypes import common_dtype, wide_dtype, widen
+from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.dtypes import at_least_fp32, common_dtype, fp32_dtype
 from pwm_fast.backends.select import declare, for_part, select
+from pwm_fast.backends.specs import decode_layers, encode_layers, split_params
 from pwm_fast.fused import algebra
-from pwm_fast.ops import _checks, rollout_operators
+from pwm_fast.fused.imagine import imagine_backward, imagine_forward
+from pwm_fast.fused.mlp import saved_buffers
+from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.dynamics import Dynamics
 from pwm_fast.ops.mlp import RunNet, fused_mlp, mlp, reference_mlp
-from pwm_fast.ops.rollout import call_of, check_rows, check_steps, packed_step
+from pwm_fast.ops.operator import Operator
+from pwm_fast.ops.rollout import (
+    call_of,
+    check_rows,
+    check_steps,
+    constant_term,
+    saved_by_rollout,
+)
 from pwm_fast.ops.two_hot import two_hot_decode
 from pwm_fast.ops.types import Heads, ImaginedRollout, Layer, Policy
+from pwm_fast.ops.weights import flat, pack, specs_of
 
 declare("imagine", "gemm")
+
+
+class _Imagine(Operator):
+    name, family, outputs, results = "imagine", "gemm", ("z", "action", "saved"), 2
+    grads = ("z0", "base", "w_a", "w_z", "w_tau", "params", "std", "actor")
+    refused = ("noise",)
+    flags = {"wgrad": ("w_z", "w_tau", "params"), "actor_wgrad": ("actor",)}  # noqa: RUF012
+    contiguous = ("z0", "noise")
+    rows, row_axes, broadcast = {"z0": 0, "noise": 1, "base": 0}, (1, 1), "base"
+
+    forward, backward = staticmethod(imagine_forward), staticmethod(imagine_backward)
+
+    @classmethod
+    def fake(cls, k: Kernels, a: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        horizon, batch = a.noise.shape[:2]
+        saved = saved_by_rollout(k, a, horizon, batch)
+        specs = decode_layers(a.actor_spec)
+        actor = split_params(specs, a.actor)
+        saved += saved_buffers(k, specs, actor, horizon, batch, a.save, a.actor_wgrad)
+        return a.z0.new_empty(horizon + 1, *a.z0.shape), a.z0.new_empty(a.noise.shape), saved
+
+    @classmethod
+    def fake_backward(cls, k: Kernels, a: Any) -> Any:
+        a.z0 = a.z[0]
+        return super().fake_backward(k, a)
+
+
+_imagine = _Imagine()
 
 
 def imagine(
@@ -73,9 +114,9 @@ def imagine(
     inputs = (z[:-1], *embedding, action)
 
     def on_inputs(layers: Sequence[Layer]) -> Tensor:
-        return wide(_over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs))
+        return in_dtype(_over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs))
 
-    def wide(x: Tensor) -> Tensor:  # autocast's products are 16 bits, what follows them is not
+    def in_dtype(x: Tensor) -> Tensor:  # autocast's GEMMs are 16 bits, what follows them is not
         return x.to(torch.promote_types(x.dtype, z0.dtype))
 
     logits = on_inputs(heads.reward)
@@ -99,7 +140,7 @@ def imagine(
             return mlp((states,), critics, order="act_norm", backend=backend)
 
         members = value_of(z[-1]) if last_value_only else _over_steps(value_of, 1, z)
-        value = wide(members.squeeze(-1)).amin(0)
+        value = in_dtype(members.squeeze(-1)).amin(0)
     return ImaginedRollout(z, action, reward, continues, value)
 
 
@@ -127,9 +168,21 @@ def _roll_out(
     if not algebra.in_force().hoist:
         run = partial(fused_mlp, choice)
         return _reference(z0, noise, policy, dynamics, task, detach, run)
-    packed = packed_step(choice, step, z0, noise.shape[-1], task)
-    return rollout_operators.imagine(
-        choice, packed, z0, noise, policy.layers, policy.std, task, detach
+    packed = pack(choice, step, z0.shape[-1], noise.shape[-1], task)
+    return _imagine(
+        z0,
+        noise,
+        constant_term(choice, packed, task),
+        packed.w_a,
+        packed.w_z,
+        packed.w_tau,
+        packed.params,
+        policy.std,
+        flat(policy.layers),
+        packed.spec,
+        encode_layers(specs_of(policy.layers, "act_norm")),
+        detach,
+        choice=choice,
     )
 
 
@@ -142,7 +195,7 @@ def _reference(
     detach: bool,
     run: RunNet = reference_mlp,
 ) -> tuple[Tensor, Tensor]:
-    latents, actions, state = [z], [], widen(z)
+    latents, actions, state = [z], [], at_least_fp32(z)
     for eps in noise.unbind(0):
         seen = latents[-1]
         mu = run((seen.detach() if detach else seen,), policy.layers, "act_norm")
@@ -155,8 +208,8 @@ def _reference(
 
 def squashed(mu: Tensor, std: Tensor, eps: Tensor) -> Tensor:
     """A Gaussian policy's action, ``tanh(mu + std eps)``."""
-    wide = wide_dtype(mu, std, eps)
-    action = torch.tanh(mu.to(wide) + std.to(wide) * eps.to(wide))
+    dtype = fp32_dtype(mu, std, eps)
+    action = torch.tanh(mu.to(dtype) + std.to(dtype) * eps.to(dtype))
     return action.to(common_dtype(mu, std, eps))
 
 

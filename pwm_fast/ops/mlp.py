@@ -12,13 +12,13 @@ from torch import Tensor
 
 from pwm_fast.backends.base import Call, Kernels
 from pwm_fast.backends.select import Choice, declare, select
-from pwm_fast.backends.specs import LayerSpec, decode_layers, encode_layers
+from pwm_fast.backends.specs import decode_layers, encode_layers, split_params
 from pwm_fast.fused.mlp import mlp_forward, saved_buffers
 from pwm_fast.fused.mlp_backward import mlp_backward
 from pwm_fast.ops import _checks, batching
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.norm_act import activate, layer_norm
-from pwm_fast.ops.operator import Operator, as_rows, empty, filled
+from pwm_fast.ops.operator import Operator, as_rows
 from pwm_fast.ops.types import ORDERS, Layer, Order
 from pwm_fast.ops.weights import centred, flat, specs_of
 
@@ -34,61 +34,15 @@ class _Mlp(Operator):
     flags = {"wgrad": ("params",)}  # noqa: RUF012
     rows, row_axes = {"inputs": 0}, (0,)
 
-    @staticmethod
-    def forward(
-        k: Kernels, inputs: list[Tensor], params: list[Tensor], spec: str, save: bool, wgrad: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        return mlp_forward(k, decode_layers(spec), inputs, params, save, wgrad)
-
-    @staticmethod
-    def backward(
-        k: Kernels,
-        dy: Tensor,
-        inputs: list[Tensor],
-        params: list[Tensor],
-        saved: list[Tensor],
-        needs: list[bool],
-        spec: str,
-        wgrad: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        dinputs, dparams = mlp_backward(
-            k, decode_layers(spec), dy, inputs, params, saved, needs, wgrad
-        )
-        return filled(dinputs, dy), filled(dparams, dy)
+    forward, backward = staticmethod(mlp_forward), staticmethod(mlp_backward)
 
     @classmethod
-    def fake(
-        cls,
-        k: Kernels,
-        inputs: list[Tensor],
-        params: list[Tensor],
-        spec: str,
-        save: bool,
-        wgrad: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        specs, x = decode_layers(spec), inputs[0]
-        widths = widths_of(specs, params)
-        rows = x.shape[0] * (params[0].shape[0] if params[0].dim() == 3 else 1)
-        operand = k.precision.dtype(x.dtype)
-        buffers = saved_buffers(specs, widths, 1, rows, save, wgrad, operand, x.dtype)
-        return x.new_empty(rows, widths[-1]), empty(x, buffers)
-
-    @classmethod
-    def fake_backward(
-        cls,
-        k: Kernels,
-        dy: Tensor,
-        inputs: list[Tensor],
-        params: list[Tensor],
-        saved: list[Tensor],
-        needs: list[bool],
-        spec: str,
-        wgrad: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        return (
-            [x.new_empty(x.shape if n else (0,)) for x, n in zip(inputs, needs, strict=True)],
-            [p.new_empty(p.shape if wgrad else (0,)) for p in params],
-        )
+    def fake(cls, k: Kernels, a: Any) -> tuple[Tensor, list[Tensor]]:
+        specs = decode_layers(a.spec)
+        layers = split_params(specs, a.params)
+        rows = a.inputs[0].shape[0] * cls.members(vars(a))
+        saved = saved_buffers(k, specs, layers, 1, rows, a.save, a.wgrad)
+        return a.inputs[0].new_empty(rows, layers[-1].weight.shape[-2]), saved
 
     @classmethod
     def members(cls, args: Mapping[str, Any]) -> int:
@@ -116,15 +70,6 @@ class _Mlp(Operator):
 
 
 run_mlp = _Mlp()
-
-
-def widths_of(specs: Sequence[LayerSpec], params: Sequence[Tensor]) -> list[int]:
-    """Outputs of each layer of a flat list of parameters."""
-    widths, i = [], 0
-    for s in specs:
-        widths.append(params[i].shape[-2])
-        i += s.fields
-    return widths
 
 
 def linear_norm_act(x: Tensor, layer: Layer, *, backend: str | None = None) -> Tensor:
@@ -251,7 +196,7 @@ def fused_mlp(
         layers, widths = centred(choice, layers)
     members = layers[0].weight.shape[0] if layers[0].weight.dim() == 3 else 0
     params = flat(layers)
-    if members == 1:  # a batched product of one is slower than a plain one
+    if members == 1:  # a batched GEMM of one is slower than a plain one
         params = [p.squeeze(0) for p in params]
     text = encode_layers(specs_of(layers, order, widths))
     y = run_mlp([as_rows(x) for x in inputs], params, text, choice=choice)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast.backends.base import Call
-from pwm_fast.backends.dtypes import autocasts
+from pwm_fast.backends.dtypes import at_least_fp32, autocasts
 from pwm_fast.backends.pointwise import mish
 from pwm_fast.backends.select import declare, select
 from pwm_fast.backends.transforms import transformed
@@ -151,8 +151,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """
     if not transformed():
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    h = wide - wide.mean(-1, keepdim=True)
+    h = at_least_fp32(x)
+    h = h - h.mean(-1, keepdim=True)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         h = h * weight

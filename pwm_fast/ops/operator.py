@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import wraps
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +46,7 @@ _WHERE = ("backend", "precision")  # the last two arguments of every operator
 
 
 class _NoKernels:
-    """Kernels that do nothing: on fake tensors a forward function then gives its shapes."""
+    """Kernels that do nothing: on fake tensors a function then gives its shapes."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
@@ -57,7 +59,7 @@ class Operator:
     ``k`` are the kernels of the chosen backend, the annotations make the schema. The parameters of
     ``backward`` name what it needs: ``d<output>`` is the gradient of an output, ``needs`` says
     which tensors of the first input, a list, want a gradient, and any other name is an input or an
-    output of ``forward``. A list of gradients holds tensors: an empty one stands for None.
+    output of ``forward``. A gradient that nobody asked for is None.
 
     Attributes:
         name: of the operator.
@@ -109,7 +111,9 @@ class Operator:
                 _register_gradient(self.name, self._refuse, _nothing)
         else:
             self._needed = _parameters(self.backward)
-            _define(f"{self.name}_backward", self.backward, self.fake_backward, self.family)
+            _define(
+                f"{self.name}_backward", _filled(self.backward), self.fake_backward, self.family
+            )
             _first_order_only(f"{self.name}_backward")
             _register_gradient(self.name, self._gradient, self._setup)
             _register_vmap(
@@ -122,14 +126,32 @@ class Operator:
     # --- what a subclass may say otherwise ------------------------------------------------------
 
     @classmethod
-    def fake(cls, k: Any, *args: Any) -> Any:
-        """What ``forward`` returns, in shapes alone; by itself with kernels that do nothing."""
-        return cls.forward(_NoKernels(), *args)
+    def fake(cls, k: Any, a: Any) -> Any:
+        """Shapes of what ``forward`` returns for arguments ``a``, its attributes."""
+        return cls.forward(_NoKernels(), **vars(a))
 
     @classmethod
-    def fake_backward(cls, k: Any, *args: Any) -> Any:
-        """The same of ``backward``."""
-        return cls.backward(_NoKernels(), *args)
+    def fake_backward(cls, k: Any, a: Any) -> Any:
+        """Shapes of the gradients: those of the inputs, empty where nobody asks for one.
+
+        An input that ``backward`` does not take is shaped as the first result, unless a subclass
+        sets it as an attribute of ``a``.
+        """
+        like = getattr(a, f"d{cls.outputs[0]}")
+        flagged = {n: getattr(a, flag) for flag, names in cls.flags.items() for n in names}
+
+        def shaped(x: Tensor | None, wanted: bool) -> Tensor:
+            return like.new_empty((0,) if x is None or not wanted else x.shape)
+
+        grads: list[Any] = []
+        for n in cls.grads:
+            x, wanted = getattr(a, n, like), flagged.get(n, True)
+            if isinstance(x, list):
+                each = a.needs if n == cls.grads[0] and hasattr(a, "needs") else [wanted] * len(x)
+                grads.append([shaped(y, need) for y, need in zip(x, each, strict=True)])
+            else:
+                grads.append(shaped(x, wanted))
+        return grads[0] if len(grads) == 1 else tuple(grads)
 
     @classmethod
     def members(cls, args: Mapping[str, Any]) -> int:
@@ -295,7 +317,9 @@ class Operator:
         if isinstance(grad, list):
             each = needs if isinstance(needs, (tuple, list)) else [needs] * len(grad)
             return [self._wanted(name, g, need) for g, need in zip(grad, each, strict=True)]
-        return grad if needs and tuple(grad.shape) != (0,) else None  # an empty one is None
+        if grad is None or not needs:
+            return None
+        return None if tuple(grad.shape) == (0,) else grad  # an operator's empty one is None
 
     # --- vmap -----------------------------------------------------------------------------------
 
@@ -397,6 +421,23 @@ def _several(found: Any, grads: Sequence[str]) -> Sequence[Any]:
     return (found,) if len(grads) == 1 else found
 
 
+def _filled(backward: Any) -> Any:
+    """A backward function with an empty tensor for each None, which no schema can return."""
+
+    @wraps(backward)
+    def run(k: Any, *args: Any) -> Any:
+        def fill(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return type(x)(fill(y) for y in x)
+            if x is not None:
+                return x
+            return next(y for y in pytree.tree_leaves(args) if isinstance(y, Tensor)).new_empty(0)
+
+        return fill(backward(k, *args))
+
+    return run
+
+
 def _parameters(function: Any) -> tuple[str, ...]:
     """Names of a function's parameters after the kernels."""
     return tuple(inspect.signature(function).parameters)[1:]
@@ -431,11 +472,11 @@ def _schema(function: Any, mutates: Sequence[str]) -> str:
             kind = kind.replace("Tensor", f"Tensor({chr(ord('a') + i)}!)")
         arguments.append(f"{kind} {p.name}")
     arguments += [f"str {name}" for name in _WHERE]
-    returned = inspect.signature(function).return_annotation
+    returned = inspect.signature(function).return_annotation.replace(" | None", "")
     if returned == "None":
         result = "()"
     elif returned.startswith("tuple["):
-        result = f"({', '.join(_TYPES[t.strip()] for t in returned[6:-1].split(', '))})"
+        result = f"({', '.join(_TYPES[t] for t in returned[6:-1].split(', '))})"
     else:
         result = _TYPES[returned]
     return f"({', '.join(arguments)}) -> {result}"
@@ -455,9 +496,12 @@ def _define(name: str, function: Any, fake: Any, family: str, mutates: Sequence[
             _check_tangents(name, args)
         return inside(*args)
 
+    parameters = _parameters(function)
+
     def shapes(*args: Any) -> Any:
         *own, backend, precision = args
-        return fake(select.kernels(family, backend, precision), *own)
+        named = SimpleNamespace(**dict(zip(parameters, own, strict=True)))
+        return fake(select.kernels(family, backend, precision), named)
 
     _LIB.define(f"{name}{_schema(function, mutates)}")
     _LIB.impl(name, run, "CompositeExplicitAutograd")
@@ -520,16 +564,6 @@ def no_gradient(name: str, argument: str) -> RuntimeError:
     return RuntimeError(
         f"pwm_fast::{name} has no gradient towards {argument}; use backend='reference'"
     )
-
-
-def empty(like: Tensor, buffers: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
-    """Tensors of the given shapes and dtypes."""
-    return [like.new_empty(shape, dtype=dtype) for shape, dtype in buffers]
-
-
-def filled(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """A schema's list of gradients holds tensors: an empty one stands for None."""
-    return [like.new_empty(0) if g is None else g for g in grads]
 
 
 def require_grad(*groups: Sequence[Tensor]) -> bool:

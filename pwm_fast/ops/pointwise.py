@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast.backends import pointwise
-from pwm_fast.backends.dtypes import full_precision, widen
+from pwm_fast.backends.dtypes import at_least_fp32, full_precision
 from pwm_fast.ops import _checks
 
 
@@ -34,7 +34,7 @@ def symlog(x: Tensor) -> Tensor:
     """
     _checks.floating("x", x)
     with full_precision(x):
-        y = widen(x)
+        y = at_least_fp32(x)
         return (torch.log1p(y.clamp_min(0.0)) - torch.log1p(F.relu(-y))).to(x.dtype)
 
 
@@ -46,7 +46,7 @@ def symexp(x: Tensor) -> Tensor:
     """
     _checks.floating("x", x)
     with full_precision(x):
-        y = widen(x)
+        y = at_least_fp32(x)
         return (_expm1(y.clamp_min(0.0)) - _expm1(F.relu(-y))).to(x.dtype)
 
 

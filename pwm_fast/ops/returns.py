@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pwm_fast.backends.base import Call
-from pwm_fast.backends.dtypes import common_dtype, full_precision, wide_dtype
+from pwm_fast.backends.dtypes import common_dtype, fp32_dtype, full_precision
 from pwm_fast.backends.select import Choice, declare, select
 from pwm_fast.backends.transforms import functionalized, hidden
 from pwm_fast.ops import _checks
@@ -43,22 +43,12 @@ class _TdLambda(Operator):
         targets: Tensor,
         gamma: float,
         lam: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        drewards, dvalues, dcontinues = k.returns_bwd(
-            dtargets.contiguous(), values, continues, targets, gamma, lam
-        )
-        return drewards, dvalues, targets.new_empty(0) if dcontinues is None else dcontinues
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return k.returns_bwd(dtargets.contiguous(), values, continues, targets, gamma, lam)
 
     @classmethod
-    def fake(cls, k: Any, rewards: Tensor, *_: Any) -> Tensor:
-        return torch.empty_like(rewards)
-
-    @classmethod
-    def fake_backward(
-        cls, k: Any, dtargets: Tensor, values: Tensor, continues: Tensor | None, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ends = dtargets.new_empty(0) if continues is None else torch.empty_like(continues)
-        return torch.empty_like(dtargets), torch.empty_like(values), ends
+    def fake(cls, k: Any, a: Any) -> Tensor:
+        return torch.empty_like(a.rewards)
 
 
 _td_lambda = _TdLambda()
@@ -142,10 +132,10 @@ def discounted_return(
         return _run(rewards, last_value.unsqueeze(0), continues, gamma, 1.0, choice)[0]
     if rewards.shape[0] and continues is not None:
         return _reference(rewards, last_value.unsqueeze(0), continues, gamma, 1.0)[0]
-    wide = wide_dtype(rewards, last_value)
+    dtype = fp32_dtype(rewards, last_value)
     with full_precision(rewards):
-        total = last_value.to(wide)
-        for reward in reversed(rewards.to(wide).unbind(0)):
+        total = last_value.to(dtype)
+        for reward in reversed(rewards.to(dtype).unbind(0)):
             total = reward + discounted(gamma, total)
         return total.to(common_dtype(rewards, last_value))
 
@@ -185,12 +175,12 @@ def _reference(
     rewards: Tensor, values: Tensor, continues: Tensor | None, gamma: float, lam: float
 ) -> Tensor:
     """The reference of :func:`td_lambda`."""
-    result, wide = common_dtype(rewards, values, continues), wide_dtype(rewards, values, continues)
+    result, dtype = common_dtype(rewards, values, continues), fp32_dtype(rewards, values, continues)
     if rewards.shape[0] == 0:
         return rewards.clone().to(result)
     with full_precision(rewards):
-        discounts = gamma if continues is None else gamma * continues.to(wide)
-        return lambda_returns(rewards.to(wide), values.to(wide), discounts, lam).to(result)
+        discounts = gamma if continues is None else gamma * continues.to(dtype)
+        return lambda_returns(rewards.to(dtype), values.to(dtype), discounts, lam).to(result)
 
 
 def discounted(weight: Tensor | float, x: Tensor) -> Tensor:
@@ -270,21 +260,21 @@ class _LambdaReturns(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, discounts, targets = ctx.saved_tensors
         lam, horizon = ctx.lam, discounts.shape[0]
-        adjoints = [grad[0]]  # of targets
+        grads = [grad[0]]  # of targets
         for t in range(horizon - 1):
-            adjoints.append(grad[t + 1] + lam * _zero_wins(discounts[t], adjoints[t]))
-        adjoint = torch.stack(adjoints)
-        passed = _zero_wins(discounts, adjoint)  # to the bootstraps
+            grads.append(grad[t + 1] + lam * _zero_wins(discounts[t], grads[t]))
+        to_targets = torch.stack(grads)
+        passed = _zero_wins(discounts, to_targets)  # to the bootstraps
         later = torch.cat((targets[1:], values[-1:]))
         bootstraps = later if lam == 1.0 else _mixed(values[1:], later, lam)
         # Towards a discount of 0 the derivative is the bootstrap, as long as that is a number.
-        unseen = _lost(adjoint, bootstraps) | _lost(discounts, bootstraps)
-        to_discounts = adjoint * torch.where(unseen, 0.0, bootstraps)
+        unseen = _lost(to_targets, bootstraps) | _lost(discounts, bootstraps)
+        to_discounts = to_targets * torch.where(unseen, 0.0, bootstraps)
         if values.shape[0] == 1:
-            return adjoint, passed[-1:], to_discounts, None
+            return to_targets, passed[-1:], to_discounts, None
         # The last step bootstraps from its value alone.
         to_values = (torch.zeros_like(values[:1]), (1.0 - lam) * passed[:-1], passed[-1:])
-        return adjoint, torch.cat(to_values), to_discounts, None
+        return to_targets, torch.cat(to_values), to_discounts, None
 
 
 def _lost(weight: Tensor, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Call
-from pwm_fast.backends.dtypes import widen
+from pwm_fast.backends.dtypes import at_least_fp32
 from pwm_fast.backends.select import declare, select
 from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import without_width
@@ -84,5 +84,5 @@ def project_simplex(x: Tensor, dim: int = 8) -> Tensor:
     """
     _checks.vectors("x", x)
     _checks.simnorm_width("x", x.shape[-1], "dim", dim)
-    groups = widen(x).unflatten(-1, (-1, dim)).clamp_min(0.0)
+    groups = at_least_fp32(x).unflatten(-1, (-1, dim)).clamp_min(0.0)
     return (groups / groups.sum(-1, keepdim=True).clamp_min(1e-6)).flatten(-2).to(x.dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast.backends.base import Call
-from pwm_fast.backends.dtypes import common_dtype, full_precision, wide_dtype, widen
+from pwm_fast.backends.dtypes import at_least_fp32, common_dtype, fp32_dtype, full_precision
 from pwm_fast.backends.select import declare, select
 from pwm_fast.backends.transforms import hidden
 from pwm_fast.ops import _checks
@@ -148,9 +148,9 @@ def two_hot_decode(
         value = _decode(as_rows(logits), vmin, vmax, transform, choice=choice)
         return value.view(logits.shape[:-1])
     with full_precision(logits):
-        wide = widen(logits)
-        centres = torch.linspace(vmin, vmax, wide.shape[-1], dtype=wide.dtype, device=logits.device)
-        value = torch.softmax(wide, dim=-1) @ centres
+        x = at_least_fp32(logits)
+        centres = torch.linspace(vmin, vmax, x.shape[-1], dtype=x.dtype, device=x.device)
+        value = torch.softmax(x, dim=-1) @ centres
         return (symexp(value) if transform else value).to(logits.dtype)
 
 
@@ -195,10 +195,10 @@ def two_hot_cross_entropy(
             x.shape
         )
     with full_precision(logits):
-        wide = wide_dtype(logits, x)
+        dtype = fp32_dtype(logits, x)
         lower, upper = _two_hot(_exact(x), logits.shape[-1], vmin, vmax, transform)
-        log_p = F.log_softmax(logits.to(wide), dim=-1)
-        weights = torch.cat((1.0 - upper, upper), -1).to(wide)
+        log_p = F.log_softmax(logits.to(dtype), dim=-1)
+        weights = torch.cat((1.0 - upper, upper), -1).to(dtype)
         taken = discounted(weights, log_p.gather(-1, torch.cat((lower, lower + 1), -1)))
         # A bin without weight counts nothing, even where its logit is -inf.
         return taken.sum(-1).neg().to(common_dtype(logits, x))

@@ -39,6 +39,25 @@ class Layer(NamedTuple):
     eps: float = 1e-5
 
 
+class FusedStep(NamedTuple):
+    """A macro step as the fused passes take it.
+
+    Attributes:
+        net: layers of the network that is evaluated, the first with a LayerNorm.
+        method: ``"heun"`` or ``"euler"`` integrate its output over tau in [0, 1], from an input
+            ``[z, a, tau, task]``; with ``"map"`` its output is the next latent.
+        substeps: K of the integration.
+        task_first: the task embedding stands before the action.
+        fold: see :class:`pwm_fast.ops.Flow`.
+    """
+
+    net: Sequence[Layer]
+    method: str = "map"
+    substeps: int = 1
+    task_first: bool = False
+    fold: bool | None = False
+
+
 class Policy(NamedTuple):
     """A Gaussian policy ``a = tanh(mu(z) + std noise)``.
 

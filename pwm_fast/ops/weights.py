@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +23,12 @@ from pwm_fast.backends.specs import (
     encode_dynamics,
     encode_layers,
 )
-from pwm_fast.backends.transforms import compiled_or_mapped, watched
+from pwm_fast.backends.transforms import watched
 from pwm_fast.fused import algebra, centre, weight_cache
 from pwm_fast.fused.gemm import fp32_mode
 from pwm_fast.ops.coverage import can_fold, layer_tensors
-from pwm_fast.ops.operator import Operator, filled, require_grad, savable
-from pwm_fast.ops.types import Layer
+from pwm_fast.ops.operator import Operator, require_grad
+from pwm_fast.ops.types import FusedStep, Layer
 
 
 class _Centre(Operator):
@@ -37,33 +37,16 @@ class _Centre(Operator):
     name, family, outputs, results = "centred", "gemm", ("packed", "copies"), 2
     grads, eager = ("tensors",), False
 
-    @staticmethod
-    def forward(
-        k: Kernels, tensors: list[Tensor], spec: str, pad: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        return centre.pack(k, decode_layers(spec), tensors, pad)
-
-    @staticmethod
-    def backward(
-        k: Kernels, dpacked: list[Tensor | None], tensors: list[Tensor], spec: str
-    ) -> list[Tensor]:
-        grads = centre.pack_grads(k, decode_layers(spec), dpacked, tensors)
-        return filled(grads, tensors[0])
+    forward, backward = staticmethod(centre.pack), staticmethod(centre.pack_grads)
 
     @classmethod
-    def fake(
-        cls, k: Kernels, tensors: list[Tensor], spec: str, pad: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        return centre.empty(k, decode_layers(spec), tensors, pad)
+    def fake(cls, k: Kernels, a: Any) -> tuple[list[Tensor], list[Tensor]]:
+        return centre.empty(k, decode_layers(a.spec), a.tensors, a.pad)
 
     @classmethod
-    def fake_backward(
-        cls, k: Kernels, dpacked: list[Tensor | None], tensors: list[Tensor], spec: str
-    ) -> list[Tensor]:
-        return [
-            x.new_empty((0,) if g is None else x.shape)
-            for g, x in zip(dpacked, tensors, strict=True)
-        ]
+    def fake_backward(cls, k: Kernels, a: Any) -> list[Tensor]:
+        pairs = zip(a.dpacked, a.tensors, strict=True)
+        return [x.new_empty((0,) if g is None else x.shape) for g, x in pairs]
 
 
 _centre = _Centre()
@@ -133,7 +116,7 @@ def centred(choice: Choice, layers: Sequence[Layer]) -> tuple[list[Layer], list[
     kind = ("centred", spec, pad, choice.name, choice.precision)
     # Who watches operators, to write them down, must see what a pack is made of.
     anew = wgrad or watched()
-    made = make(*_kept_alive(wgrad, *tensors)) if anew else weight_cache.kept(kind, tensors, make)
+    made = make(*tensors) if anew else weight_cache.kept(kind, tensors, make)
     rest = list(made)
     result, widths = [], []
     for p in layers:
@@ -144,13 +127,6 @@ def centred(choice: Choice, layers: Sequence[Layer]) -> tuple[list[Layer], list[
         result.append(p._replace(weight=weight, bias=bias, ln_weight=gamma, ln_bias=beta))
         widths.append(p.weight.shape[0] if norm else 0)
     return result, widths
-
-
-def _kept_alive(save: bool, *tensors: Tensor) -> Sequence[Tensor]:
-    """The tensors; with ``save``, copies of those that autograd refuses to keep."""
-    if not save or compiled_or_mapped():
-        return tensors
-    return [savable(x) for x in tensors]
 
 
 class Packed(NamedTuple):
@@ -166,22 +142,22 @@ class Packed(NamedTuple):
 
 
 def fold_pays(hidden: int, latent: int) -> bool:
-    """Fold replaces ``2 D U`` products an evaluation by ``U^2``: worth it where U is below 2 D."""
+    """Fold replaces ``2 D U`` multiply-adds a row by ``U^2``: worth it where U is below 2 D."""
     return hidden < 1.8 * latent
 
 
-def _fold_products(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
+def _folded(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
     """``W1z W3`` and ``W1z b3``, in float64: their rounding would enter every evaluation."""
-    wide = w_z.double()
-    return tuple((wide @ x.double()).to(w_z.dtype) for x in head)
+    left = w_z.double()
+    return tuple((left @ x.double()).to(w_z.dtype) for x in head)
 
 
-def _narrow_fold_products(operand: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
-    """The same in float32, where products round ``W1z W3`` to ``operand``."""
+def _folded_16bit(compute: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
+    """The same in fp32, where GEMMs round ``W1z W3`` to ``compute``."""
     with fp32_mode(False, w_z):
-        products = [w_z @ x for x in head]
-    weight_cache.attach(products[0], products[0].detach().to(operand))
-    return tuple(products)
+        folded = [w_z @ x for x in head]
+    weight_cache.attach(folded[0], folded[0].detach().to(compute))
+    return tuple(folded)
 
 
 def _folds(
@@ -191,7 +167,7 @@ def _folds(
     if asked is None:
         asked = algebra.in_force().fold
     if asked is None or (asked and not can_fold(net)):
-        # With weight gradients the fold's own products eat most of what it spares on a CPU, and its
+        # With weight gradients the fold's own GEMMs eat most of what it spares on a CPU, and its
         # rounding nearly doubles the float32 error of the last layer's gradient; that of 16-bit
         # operands hides it, and what is folded runs in one launch (docs/performance.md).
         asked = (choice.for_tensor_cores or not wgrad) and pays and can_fold(net)
@@ -199,9 +175,9 @@ def _folds(
 
 
 def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
-    """Copies of layers, that a backward pass finds as the fold's products were made of them.
+    """Copies of layers, that a backward pass finds as the fold's weights were made of them.
 
-    Else weights that somebody writes to after the forward pass would meet products of older ones.
+    Else weights that somebody writes to after the forward pass would meet a fold of older ones.
     """
     if watched() and not wgrad:  # who writes operators down must see the weights themselves
         return list(layers)
@@ -215,45 +191,30 @@ def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
 
 
 def pack(
-    choice: Choice,
-    net: Sequence[Layer],
-    method: str,
-    substeps: int,
-    latent: int,
-    action: int,
-    *,
-    task: int = 0,
-    task_first: bool = False,
-    fold: bool | None = None,
+    choice: Choice, step: FusedStep, latent: int, action: int, task: Tensor | None = None
 ) -> Packed:
     """Split the first weight by inputs and, where it pays, fold the head.
 
     Args:
         choice: what it is for.
-        net: layers; the first takes ``[z, a, tau, task]`` of a flow, ``[z, task, a]`` of a map.
-        method: ``"heun"``, ``"euler"`` or ``"map"``.
-        substeps: K.
+        step: the macro step.
         latent: D.
         action: A.
-        task: E.
-        task_first: the task embedding stands before the action.
-        fold: fold or not; None where it pays.
+        task: ``[..., E]`` or None.
     """
-    flow = method != "map"
-    wgrad = require_grad(layer_tensors(net))
-    hidden = net[0].weight.shape[0]
-    net, rms = centred(choice, net)
-    fold = flow and _folds(choice, net, fold_pays(hidden, latent), wgrad, fold)
+    flow, embedding = step.method != "map", 0 if task is None else task.shape[-1]
+    wgrad = require_grad(layer_tensors(step.net))
+    net, rms = centred(choice, step.net)
+    pays = fold_pays(step.net[0].weight.shape[0], latent)
+    fold = flow and _folds(choice, net, pays, wgrad, step.fold)
     if fold and not any(rms):  # what is centred is a copy
         net = _snapshot(net, wgrad)
     first, *others = net
-    widths = [latent, task, action] if task_first else [latent, action, int(flow), task]
-    parts = list(first.weight.split(widths, 1))
-    if task_first:
-        w_z, w_task, w_a = parts
+    if step.task_first:
+        w_z, w_task, w_a = first.weight.split([latent, embedding, action], 1)
         w_tau = None
     else:
-        w_z, w_a, tau, w_task = parts
+        w_z, w_a, tau, w_task = first.weight.split([latent, action, int(flow), embedding], 1)
         w_tau = tau.squeeze(1) if flow else None
     norm = [first.ln_weight, first.ln_bias]
     params = [t.contiguous() for t in norm if t is not None]
@@ -262,23 +223,23 @@ def pack(
     else:
         head = others[-1]
         params += flat(others[:-1])
-        products = (w_z, head.weight, *(() if head.bias is None else (head.bias,)))
-        make: Callable[..., tuple[Tensor, ...]] = _fold_products
-        operand = choice.precision.operand
-        if choice.for_tensor_cores and operand is not None:
-            make = partial(_narrow_fold_products, operand)
+        factors = (w_z, head.weight, *(() if head.bias is None else (head.bias,)))
+        make: Callable[..., tuple[Tensor, ...]] = _folded
+        compute = choice.precision.compute
+        if choice.for_tensor_cores and compute is not None:
+            make = partial(_folded_16bit, compute)
         anew = wgrad or watched()
-        params += make(*products) if anew else weight_cache.kept(("fold", operand), products, make)
+        params += make(*factors) if anew else weight_cache.kept(("fold", compute), factors, make)
         params.append(head.weight)
         if head.bias is not None:
             params.append(head.bias.contiguous())
-    spec = DynamicsSpec(specs_of(net, widths=rms), method, substeps, fold)
+    spec = DynamicsSpec(specs_of(net, widths=rms), step.method, step.substeps, fold)
     return Packed(
         encode_dynamics(spec),
         w_z,
         w_a,
         None if w_tau is None else w_tau.contiguous(),
-        w_task if task else None,
+        w_task if embedding else None,
         first.bias,
         params,
     )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.backends.dtypes import common_dtype, full_precision, wide_dtype
+from pwm_fast.backends.dtypes import common_dtype, fp32_dtype, full_precision
 from pwm_fast.backends.select import for_part
 from pwm_fast.ops import _checks
 from pwm_fast.ops.dynamics import Dynamics, Transitions
@@ -64,7 +64,7 @@ def world_model_loss(
     ``z_tau = (1 - tau) z_t + tau e_t`` for a :class:`Flow`; of the reward's cross-entropy (a scalar
     head: squared error) and the termination's binary cross-entropy at ``z_t``. Only the latent
     rollout is sequential; all else runs once over H * B rows, and every weight gets its gradient
-    from one product over all steps.
+    from one GEMM over all steps.
 
     Args:
         obs: ``[H+1, B, O]``, time first.
@@ -121,7 +121,7 @@ def world_model_loss(
             following = latents[1:]
 
     embedding = repeated(horizon)
-    result, wide = common_dtype(obs, action, reward), wide_dtype(obs, action, reward)
+    result, dtype = common_dtype(obs, action, reward), fp32_dtype(obs, action, reward)
     error = dynamics.error(
         Transitions(
             z,
@@ -129,7 +129,7 @@ def world_model_loss(
             following,
             target,
             embedding[0] if embedding else None,
-            wide,
+            dtype,
             tau,
             start_noise,
             target_grad,
@@ -137,13 +137,13 @@ def world_model_loss(
         )
     )
 
-    logits = mlp((z, *embedding, action), heads.reward, backend=backend).to(wide)
+    logits = mlp((z, *embedding, action), heads.reward, backend=backend).to(dtype)
     ending = None
     if heads.termination is not None:
         ending = mlp((z, *embedding, action), heads.termination, backend=backend)
 
     with full_precision(obs):
-        discount = gamma ** torch.arange(horizon, dtype=wide, device=error.device)
+        discount = gamma ** torch.arange(horizon, dtype=dtype, device=error.device)
 
         def average(values: Tensor) -> Tensor:
             if gamma == 0.0:  # later steps have no weight, and may not be finite
@@ -151,11 +151,11 @@ def world_model_loss(
             return ((discount[: len(values)] * values.mean(1)).sum() / horizon).to(result)
 
         if logits.shape[-1] == 1:
-            reward_error = (logits.squeeze(-1) - reward.to(wide)).square()
+            reward_error = (logits.squeeze(-1) - reward.to(dtype)).square()
         else:
             reward_error = two_hot_cross_entropy(
                 logits,
-                reward.to(wide),
+                reward.to(dtype),
                 heads.vmin,
                 heads.vmax,
                 transform=heads.symlog,
@@ -163,9 +163,9 @@ def world_model_loss(
             )
         termination = None
         if ending is not None and terminated is not None:
-            flags = terminated.to(wide)
+            flags = terminated.to(dtype)
             each = F.binary_cross_entropy_with_logits(
-                ending.squeeze(-1).to(wide), flags, reduction="none"
+                ending.squeeze(-1).to(dtype), flags, reduction="none"
             )
             termination = average(each)
         return WindowLoss(average(error), average(reward_error), termination, target)

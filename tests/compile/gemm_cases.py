@@ -93,7 +93,7 @@ def tile_cases(
 
 
 def absent_scales(operand: str, wide: bool) -> tuple[str, ...]:
-    """Factors of adjoints' rows that there are not: only fp16 ones have any."""
+    """Row scales that there are not: only fp16 gradients have any."""
     if operand != "fp16":
         return ("dy_scale", "dx_scale")
     return ("dx_scale",) if wide else ()

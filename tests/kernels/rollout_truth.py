@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast.kernels.rollout import (
-    Adjoints,
+    GradBuffers,
     Network,
     RolloutLayout,
     Saved,
@@ -32,7 +32,7 @@ def plain(x: Tensor, w: Tensor) -> Tensor:
 
 
 def in_half(x: Tensor, w: Tensor) -> Tensor:
-    """Products of fp16 operands and adjoints, as PyTorch's autocast forms them."""
+    """Products of fp16 operands and gradients, as PyTorch's autocast forms them."""
     return F.linear(x.half(), w.half()).float()
 
 
@@ -131,7 +131,7 @@ def _off_mean(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
-def buffers(problem: Problem, padded: int, dtype: torch.dtype) -> tuple[Saved, Adjoints]:
+def buffers(problem: Problem, padded: int, dtype: torch.dtype) -> tuple[Saved, GradBuffers]:
     """Buffers for a backward pass with weights, filled with NaN."""
     steps, batch, _ = problem.c.shape
     evals = steps * problem.scheme.evals
@@ -146,10 +146,10 @@ def buffers(problem: Problem, padded: int, dtype: torch.dtype) -> tuple[Saved, A
     y2 = rows(f32, padded)
     saved = Saved(wide[0], narrow[0], wide[1], narrow[1], wide[2], y2)
     scaled = dtype == torch.float16
-    adjoints = Adjoints(
+    gradients = GradBuffers(
         wide[3], narrow[2] if scaled else None, wide[4], narrow[3] if scaled else None
     )
-    return saved, adjoints
+    return saved, gradients
 
 
 def run(
@@ -158,11 +158,11 @@ def run(
     """The same results by the kernels, as the user's gradients are: centred and cut."""
     u = problem.scheme.width
     net = network(problem, padded, dtype)
-    saved, adjoints = buffers(problem, padded, dtype)
+    saved, gradients = buffers(problem, padded, dtype)
     p, c = (pad(_off_mean(x), padded).float() for x in (problem.p, problem.c))
     forward = rollout_forward(p, c, net, problem.scheme, plan, saved=saved)
     g, lp = (pad(x, padded).float() for x in (problem.g, problem.lp))
-    backward = rollout_backward(g, lp, net, problem.scheme, plan, saved, adjoints=adjoints)
+    backward = rollout_backward(g, lp, net, problem.scheme, plan, saved, grads=gradients)
     assert backward.sums is not None and saved.y1 is not None and saved.y2 is not None
     assert not forward.total[..., u:].any() and not forward.p[..., u:].any()
     result = {"total": forward.total[..., :u], "p": forward.p[..., :u]}
@@ -172,8 +172,8 @@ def run(
         x = x[:u].float()
         result[f"d_{name}"] = _off_mean(x) if name in CENTRED else x
     for name, dh, scale, y in (
-        ("w2", adjoints.dh2, adjoints.dh2_scale, saved.y1),
-        ("w13", adjoints.dq, adjoints.dq_scale, saved.y2),
+        ("w2", gradients.dh2, gradients.dh2_scale, saved.y1),
+        ("w13", gradients.dq, gradients.dq_scale, saved.y2),
     ):
         dh = dh.double() if scale is None else dh.double() * scale.double().unsqueeze(-1)
         dw = dh.flatten(0, 1).t() @ y.double().flatten(0, 1)

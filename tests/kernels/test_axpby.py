@@ -1,4 +1,4 @@
-"""axpby and to_operand against float64."""
+"""axpby and cast against float64."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_axpby(device: str, given: str, dtype: torch.dtype) -> None:
             out.tensor,
             0.3,
             -0.7,
-            operand=operand.tensor if "operand" in given else None,
+            cast=operand.tensor if "operand" in given else None,
             k1_scale=there.get("k1_scale"),
             k2_scale=there.get("k2_scale"),
         )
@@ -76,7 +76,7 @@ def test_scaled_operand(device: str) -> None:
             x[1] = 0.0
             x[2] = 0.5  # exactly a power of two
         out, scale = Rows(rows, n, FP16, device, 3), Rows(1, rows, FP32, device)
-        axpby.to_operand(Rows.of(x, FP32, device, 2).tensor, out.tensor, scale.tensor[0])
+        axpby.cast(Rows.of(x, FP32, device, 2).tensor, out.tensor, scale.tensor[0])
         factors = scale.written()[0]
         assert_row_scales(out.written(), factors, x.double())
         exact = (x.double() / factors.double()[:, None]).to(FP16)
@@ -107,6 +107,6 @@ def test_plain_operand(device: str) -> None:
     x = torch.randn(7, 33)
     x[3, :4] = torch.tensor([1e6, -1e6, float("nan"), float("inf")])
     out = Rows(7, 33, FP16, device, 1)
-    axpby.to_operand(x.to(device), out.tensor, None)
+    axpby.cast(x.to(device), out.tensor, None)
     expected = x.half()
     torch.testing.assert_close(out.written(), expected, rtol=0, atol=0, equal_nan=True)

@@ -51,7 +51,7 @@ def test_kernel(device: str, centred: bool, monkeypatch: pytest.MonkeyPatch) -> 
             [Rows.of(i["weight"], FP32, device, 2).tensor, *(i[m].to(device) for m in NAMES[1:])],
             [out.tensor, *(v.tensor[0] for v in vectors)],
             centred=centred,
-            operand=operand.tensor,
+            cast=operand.tensor,
         )
         written = (v.written()[0] for v in vectors)
         ours = {"weight": out.written(), **dict(zip(NAMES[1:], written, strict=True))}

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from pwm_fast import ops
 from pwm_fast.backends import cuda
 from pwm_fast.backends.cuda import CudaEsnr
-from pwm_fast.backends.esnr import EsnrKernels
+from pwm_fast.backends.esnr import EsnrReduction
 from pwm_fast.kernels import table
 from pwm_fast.kernels.esnr import TritonEsnr
 from tests.kernels.harness import on_devices
@@ -36,7 +36,7 @@ HALVES = (torch.float32, torch.float16)  # the interpreter rounds bfloat16 wrong
 RTOL = {"cuda": 2e-7, "triton": 2e-6}
 
 
-def kernels(backend: str) -> EsnrKernels:
+def kernels(backend: str) -> EsnrReduction:
     if backend == "triton":
         return TritonEsnr()
     if (reason := cuda.why_not(0)) is not None:

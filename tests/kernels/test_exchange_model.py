@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-# Boards of an evaluation, in order: statistics and activations of two layers forward; an adjoint
-# and statistics of two layers backward, after the size of the first adjoint.
+# Boards of an evaluation, in order: statistics and activations of two layers forward; a gradient
+# and statistics of two layers backward, after the size of the first gradient.
 FORWARD = ("slots1", "board1", "slots2", "board2")
 BACKWARD = ("board1", "slots2", "board2", "slots1")
 
@@ -326,10 +326,10 @@ def record(
     net = truth.network(problem, 64, torch.float16)
     layout = rollout.RolloutLayout(8, 64, 4, 2, exchange)
     p, c, g, lp = (truth.pad(x.float(), 64) for x in problem[2:])
-    saved, adjoints = truth.buffers(problem, 64, torch.float16)
+    saved, gradients = truth.buffers(problem, 64, torch.float16)
     rollout.rollout_forward(p, c, net, scheme, layout, saved=saved)
     if direction == "bwd":
-        rollout.rollout_backward(g, lp, net, scheme, layout, saved, adjoints=adjoints)
+        rollout.rollout_backward(g, lp, net, scheme, layout, saved, grads=gradients)
     return events
 
 

@@ -113,13 +113,13 @@ def run_act_norm(make: Make) -> list[Tensor]:
 def run_axpby(make: Make) -> list[Tensor]:
     out, operand = make(matrix(24)), make(matrix(24, torch.float16))
     k1, k2 = make(matrix(24, seed=1)), make(matrix(24, seed=2))
-    axpby.axpby(make(matrix(24)), k1, k2, out, 0.5, 0.25, operand=operand)
+    axpby.axpby(make(matrix(24)), k1, k2, out, 0.5, 0.25, cast=operand)
     return [out, operand]
 
 
-def run_to_operand(make: Make) -> list[Tensor]:
+def run_cast(make: Make) -> list[Tensor]:
     out, scale = make(matrix(24, torch.float16)), torch.empty(ROWS)
-    axpby.to_operand(make(matrix(24)), out, scale)
+    axpby.cast(make(matrix(24)), out, scale)
     return [out, scale]
 
 
@@ -195,7 +195,7 @@ def run_linear_axpby(make: Make) -> list[Tensor]:
         0.25,
         plan=dataclasses.replace(WHOLE),
         raw=raw,
-        operand=operand,
+        cast=operand,
     )
     return [out, raw, operand]
 
@@ -205,7 +205,7 @@ RUNS = [
     run_norm_simnorm,
     run_act_norm,
     run_axpby,
-    run_to_operand,
+    run_cast,
     run_two_hot,
     run_linear_norm_act,
     run_linear_act_norm,

@@ -71,7 +71,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     def counted_update(*args: object, **kwargs: object) -> None:
         seen["update"] += 1
-        seen["operand"] += kwargs["operand"] is not None
+        seen["cast"] += kwargs["cast"] is not None
         update(*args, **kwargs)  # type: ignore[arg-type]
 
     def counted_backward(*args: object, **kwargs: object) -> None:
@@ -121,7 +121,7 @@ def test_as_right_as_products_and_updates_apart(
     assert found["update"] == (evals + HORIZON if fold else 2 * evals)
     assert found["add"] == (evals if fold else 0)
     # No product takes the rollout's last latent.
-    assert found["operand"] == (evals - 1 if precision == "fast" and not fold else 0)
+    assert found["cast"] == (evals - 1 if precision == "fast" and not fold else 0)
 
 
 @pytest.mark.parametrize("fold", [False, True])

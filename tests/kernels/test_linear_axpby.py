@@ -29,11 +29,11 @@ def check(plan: GemmPlan, dtype: torch.dtype, scaled: bool, rows: int, n: int, k
     there = [None if t is None else t.to(device) for t in (x, weight, z, k1, bias, x_scale)]
     out, raw = nan(rows, n, device=device), nan(rows, n, device=device)
     operand = nan(rows, n, dtype=dtype, device=device)
-    # The weight as an adjoint meets it: its columns contiguous.
+    # The weight as a gradient meets it: its columns contiguous.
     w = there[1].t().contiguous().t() if scaled else there[1]
     linear_axpby(
         there[0], w, there[2], there[3], out, 0.5, 0.25, 0.125, plan=plan,
-        bias=there[4], x_scale=there[5], raw=raw, operand=operand, input_precision="ieee",
+        bias=there[4], x_scale=there[5], raw=raw, cast=operand, input_precision="ieee",
     )  # fmt: skip
 
     def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ def test_forward(plan, rows, n, k, width, act, dtype) -> None:
         assert not ours[1][:, width:].any()
 
 
-def adjoint(rows: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def gradient(rows: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Rows of very different size, as fp16 with a power of two each, or as they are."""
     dy = torch.randn(rows, k) * 10.0 ** torch.linspace(-7, 2, rows).unsqueeze(1)
     if dtype != torch.float16:
@@ -166,7 +166,7 @@ class Backward:
         layer = Layer(rows, n, k, width, dtype)
         _, hat, rstd = layer.to(torch.float32, "cpu").plain("none")
         self.hat, self.rstd, self.gamma, self.beta = hat.to(dtype), rstd, layer.gamma, layer.beta
-        self.dy, self.dy_scale = adjoint(rows, k, dtype)
+        self.dy, self.dy_scale = gradient(rows, k, dtype)
         self.weight = (torch.randn(k, n) / k**0.5).to(dtype)  # of the layer that follows
         self.add = torch.randn(rows, n) * 10.0 ** torch.linspace(-7, 2, rows).unsqueeze(1)
         if width:  # only its centred columns come in

@@ -249,7 +249,7 @@ def test_backward_activations(device: str, act: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_backward_scales(device: str, centred: bool) -> None:
-    """Adjoints far below fp16's range keep their accuracy; a row of zeros has scale 1."""
+    """Gradients far below fp16's range keep their accuracy; a row of zeros has scale 1."""
     rows, n, width = 6, 64, 61 if centred else 0
     i = backward_inputs(rows, n, "mish", FP16)
     if centred:

@@ -216,7 +216,7 @@ def test_shared_memory_of_small_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         need = policy.shared_bytes(constants["WIDTHS"], constants["ACTIONS"], constants["BLOCK_M"])
         assert aot.usage(aot.compile_case(case, 90)).shared == need <= 99 * 1024, case.name
     why = policy.why_not([400, 512], ["mish"] * 2, 8, F16, 99 * 1024)
-    assert str(why) == "its products take 139264 bytes of shared memory, the device has 101376"
+    assert str(why) == "its GEMMs take 139264 bytes of shared memory, the device has 101376"
     small = "small GPU", Limits(128, 99 * 1024)
     monkeypatch.setattr(triton_gemm, "device_limits", lambda device: small)
     products, device = triton_gemm.TritonGemms(), torch.device("cuda")

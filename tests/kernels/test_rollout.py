@@ -1,4 +1,4 @@
-"""The persistent rollout against float64: results, every adjoint, exchange, layouts, checks."""
+"""The persistent rollout against float64: results, every gradient, exchange, layouts, checks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _poisoned() -> Iterator[None]:
         ("euler", 3, 1, 17, 16),
     ],
 )
-def test_results_and_adjoints(
+def test_results_and_gradients(
     method: str,
     substeps: int,
     steps: int,
@@ -72,8 +72,8 @@ def test_results_and_adjoints(
 
 
 @pytest.mark.interpreted
-def test_tiny_adjoints_do_not_vanish() -> None:
-    """Adjoints of 1e-7, below what fp16 holds, come out as accurately as those of 1."""
+def test_tiny_gradients_do_not_vanish() -> None:
+    """Gradients of 1e-7, below what fp16 holds, come out as accurately as those of 1."""
     scheme = Scheme("heun", 2, 33, tf32=False)
     large = truth.problem(scheme, 6, 2)
     small = large._replace(g=large.g * 2.0**-23, lp=large.lp * 2.0**-23)
@@ -274,7 +274,7 @@ def test_a_program_that_comes_too_late(
 def test_what_weights_get_when_a_program_comes_too_late(
     late: int, exchange: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each adjoint with its row's factor is right or NaN: who gave up knows no common factor."""
+    """Each gradient with its row scale is right or NaN: who gave up knows no common scale."""
     monkeypatch.setattr(module, "LIMIT", 1 << 20)
     monkeypatch.setattr(module, "launch", _in_processes())
     scheme = Scheme("euler", 1, 50, tf32=False)
@@ -285,17 +285,17 @@ def test_what_weights_get_when_a_program_comes_too_late(
     saved, _ = truth.buffers(problem, 64, torch.float16)
     rollout_forward(p, c, net, scheme, layout, saved=saved)
 
-    def adjoints() -> list[Tensor]:
+    def gradients() -> list[Tensor]:
         _, rows = truth.buffers(problem, 64, torch.float16)
-        rollout_backward(g, 300 * lp, net, scheme, layout, saved, adjoints=rows)
+        rollout_backward(g, 300 * lp, net, scheme, layout, saved, grads=rows)
         dh2, dh2_scale, dq, dq_scale = rows
         assert dh2_scale is not None and dq_scale is not None
         return [dh2.float() * dh2_scale[..., None], dq.float() * dq_scale[..., None]]
 
-    right = adjoints()
+    right = gradients()
     monkeypatch.setattr(module, "LIMIT", 300)
     monkeypatch.setattr(module, "launch", _in_processes(last=[late]))
-    for found, expected in zip(adjoints(), right, strict=True):
+    for found, expected in zip(gradients(), right, strict=True):
         assert found.isnan().any() and not expected.isnan().any()
         assert ((found == expected) | found.isnan()).all()
 
@@ -437,7 +437,7 @@ def test_wrong_arguments_are_named() -> None:
     scheme = Scheme("heun", 1, 50)
     problem = truth.problem(scheme, 3, 2)
     net = truth.network(problem, 64, torch.float16)
-    saved, adjoints = truth.buffers(problem, 64, torch.float16)
+    saved, gradients = truth.buffers(problem, 64, torch.float16)
     layout = RolloutLayout(8, 64, 4, 2)
     p, c = truth.pad(problem.p, 64).float(), truth.pad(problem.c, 64).float()
 
@@ -469,9 +469,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="too many to count"):
         work.begin(1)
     with pytest.raises(ValueError, match="dq_scale must be given"):
-        rollout_backward(
-            c, p, net, scheme, layout, saved, adjoints=adjoints._replace(dq_scale=None)
-        )
+        rollout_backward(c, p, net, scheme, layout, saved, grads=gradients._replace(dq_scale=None))
     with pytest.raises(ValueError, match="g must be"):
         rollout_backward(c[0], p, net, scheme, layout, saved)
 
@@ -503,7 +501,7 @@ def _real_problem(
     ("device", "batch", "substeps", "steps"),
     on_devices([(3, 1, 1)], [(batch, 4, 4) for batch in (1, 64, 100, 128, 199, 512)]),
 )
-def test_results_and_adjoints_of_a_real_net(
+def test_results_and_gradients_of_a_real_net(
     device: str,
     batch: int,
     substeps: int,

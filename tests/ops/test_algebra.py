@@ -14,6 +14,7 @@ from pwm_fast.backends.native import why_missing
 from pwm_fast.backends.specs import decode_dynamics
 from pwm_fast.fused import algebra
 from pwm_fast.ops import weights
+from pwm_fast.ops.types import FusedStep
 from tests.helpers import choice, random_layer
 from tests.ops.contract import CASES, ROLLOUTS, Case, check
 
@@ -113,7 +114,7 @@ def test_centred_layers(width: int, pad: bool) -> None:
     ],
 )
 def test_what_is_folded_by_default(backend: str, frozen: bool, trained: bool) -> None:
-    """Trained dynamics only where 16-bit operands hide the rounding of the fold's own products."""
+    """Trained dynamics only where 16-bit operands hide the rounding of the fold's own GEMMs."""
     latent, hidden, action = 16, 24, 3
     net = [
         random_layer(latent + action + 1, hidden, "mish", dtype=torch.float32),
@@ -123,7 +124,8 @@ def test_what_is_folded_by_default(backend: str, frozen: bool, trained: bool) ->
 
     def folded(layers: list[ops.Layer]) -> bool:
         with ops.algebra(centre=False):  # which takes a kernel
-            packed = weights.pack(choice(*backend.split("+")), layers, "heun", 2, latent, action)
+            step = FusedStep(layers, "heun", 2, fold=None)
+            packed = weights.pack(choice(*backend.split("+")), step, latent, action)
         return decode_dynamics(packed.spec).fold
 
     for grad, expected in ((False, frozen), (True, trained)):

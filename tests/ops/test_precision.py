@@ -40,7 +40,7 @@ def test_errs_no_more_than_autocast(case: Case, backend: str, precision: str, pa
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fast"])
-def test_small_and_large_adjoints(precision: str) -> None:
+def test_small_and_large_gradients(precision: str) -> None:
     """Rows whose gradients are 1e-9 and 1e+4 of the others': neither is lost nor overflows."""
     torch.manual_seed(0)
     layers = [
@@ -78,7 +78,7 @@ def test_scales_are_powers_of_two() -> None:
 def test_fp16_overflows_to_infinity() -> None:
     x = torch.tensor([[1e6, -1e6, float("nan"), 2.0]])
     out = torch.empty(1, 4, dtype=torch.float16)
-    TorchKernels(FAST).to_operand(x, out, None)
+    TorchKernels(FAST).cast(x, out, None)
     assert out[0, 0] == float("inf")
     assert out[0, 1] == -float("inf")
     assert out[0, 2].isnan()

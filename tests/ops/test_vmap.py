@@ -315,10 +315,10 @@ def test_what_vmap_cannot_hide() -> None:
     """Inside vmap nobody sees that a gradient is asked for; where there is none, it is an error."""
     usable("native")
     logits, x = torch.randn(2, 3, 11), torch.randn(2, 3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no gradient towards argument 1"):
+    with pytest.raises(RuntimeError, match="no gradient towards x"):
         vmap(lambda v, x: ops.two_hot_cross_entropy(v, x, backend="native"))(logits, x)
     grads = torch.randn(4, 2, 5, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no gradient towards argument 0"):
+    with pytest.raises(RuntimeError, match="no gradient towards grads"):
         vmap(lambda g: ops.esnr(g, backend="native").ratio)(grads)
     ratios = vmap(lambda g: ops.esnr(g, backend="native").ratio)(grads.detach())
     expected = [ops.esnr(g, backend="reference").ratio for g in grads.detach()]

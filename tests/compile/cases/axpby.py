@@ -68,7 +68,7 @@ def _scaled_rows_case(n: int, x: str, out: str) -> Case:
 
 
 def cases() -> list[Case]:
-    """Euler, Heun and adjoint updates, and operands, of aligned and odd widths."""
+    """Euler, Heun and gradient updates, and casts, of aligned and odd widths."""
     return [
         _axpby_case(512, "fp32", None, ""),
         _axpby_case(512, "fp32", "fp16", "k2"),

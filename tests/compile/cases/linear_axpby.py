@@ -8,7 +8,7 @@ from tests.compile.gemm_cases import OPERANDS, SOME, tile_cases
 
 
 def cases() -> list[Case]:
-    """A state's step, and an adjoint's, with all that they can be given."""
+    """A state's step, and a gradient's, with all that they can be given."""
     found = []
     for operand in OPERANDS:
         unscaled = () if operand == "fp16" else ("x_scale",)

@@ -12,8 +12,8 @@ _SIZES = ((512, 512), (1792, 1792))  # padded hidden layers: whole rows, and row
 def cases() -> list[Case]:
     """Every tile with all that it can be given.
 
-    16-bit weights are centred, tf32 ones are not, unless asked for. A stack's first adjoint and its
-    last layer's output, SimNorm's as a rule, are fp32.
+    16-bit weights are centred, tf32 ones are not, unless asked for. A stack's first gradient and
+    its last layer's output, SimNorm's as a rule, are fp32.
     """
     found = [
         *_forward("fp16", True, "mish"),

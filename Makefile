@@ -41,7 +41,7 @@ test: setup ## run the tests, on every core
 QUICK := $(addprefix tests/,data envs test_config.py test_make_setup.py test_replay.py \
 	$(patsubst %,launch/test_%.py,options resources submit) \
 	$(patsubst %,native/test_%.py,arguments build_options cuda_build) \
-	$(patsubst %,ops/test_%.py,compile dispatch docs errors explain heads imports library vmap) \
+	$(patsubst %,ops/test_%.py,compile docs errors explain imports operator select two_hot vmap) \
 	$(patsubst %,run/test_%.py,checkpoint collection evaluation files metrics offline provenance train))
 
 test-quick: setup ## run the part of the tests that CI runs on every Python

@@ -599,7 +599,7 @@ CASES = (
     _pointwise("symlog", ops.symlog, lambda x: x.sign() * x.abs().log1p()),
     _pointwise("symexp", ops.symexp, lambda x: x.sign() * x.abs().expm1()),
     # A two-hot code is piecewise linear: rounding moves its kinks, so x gets its gradient tested in
-    # float64 only (test_heads.py). The tensor "bins" stands for its length.
+    # float64 only (test_two_hot.py). The tensor "bins" stands for its length.
     Case(
         "two_hot_encode",
         lambda b, w, g: {"x": _normal(g, b, scale=5.0), "bins": torch.zeros(w + 1)},

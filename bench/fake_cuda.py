@@ -134,7 +134,7 @@ class FakeCuda(TorchDispatchMode):
         if name in WAITING:
             raise HostSyncError(f"{func} waits for the device")
         if func.namespace == "pwm_fast":
-            from pwm_fast.ops.operator import IMPLEMENTATIONS
+            from pwm_fast.ops.registration import IMPLEMENTATIONS
 
             with self:
                 return IMPLEMENTATIONS[name](*args, **kwargs)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import wraps
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -27,22 +26,18 @@ from pwm_fast.backends import select
 from pwm_fast.backends.select import Choice
 from pwm_fast.backends.transforms import PLAIN, compiled_or_mapped, watched
 from pwm_fast.ops import batching
-
-_LIB = torch.library.Library("pwm_fast", "DEF")
-IMPLEMENTATIONS: dict[str, Any] = {}  # what runs inside each operator, for looking into it
-
-_TYPES = {
-    "Tensor": "Tensor",
-    "Tensor | None": "Tensor?",
-    "list[Tensor]": "Tensor[]",
-    "list[Tensor | None]": "Tensor?[]",
-    "list[bool]": "bool[]",
-    "bool": "bool",
-    "int": "int",
-    "float": "float",
-    "str": "str",
-}
-_WHERE = ("backend", "precision")  # the last two arguments of every operator
+from pwm_fast.ops.registration import (
+    WHERE,
+    check_alone,
+    define,
+    first_order_only,
+    keep_nothing,
+    no_gradient,
+    parameters,
+    register_gradient,
+    register_vmap,
+    registered,
+)
 
 
 class _NoKernels:
@@ -97,7 +92,7 @@ class Operator:
     backward: ClassVar[Any] = None
 
     def __init__(self) -> None:
-        self.inputs = _parameters(self.forward)
+        self.inputs = parameters(self.forward)
         self._position = {name: i for i, name in enumerate(self.inputs)}
         self._decided = [n for n in self.inputs if n == "save" or n in self.flags]
         types = inspect.signature(self.forward).parameters
@@ -105,21 +100,19 @@ class Operator:
         self._tensors = [n for n in self.inputs if "Tensor" in types[n].annotation]
         self._refused = [(n, self._position[n]) for n in self.refused]
         self._contiguous = [self._position[n] for n in self.contiguous]
-        _define(self.name, self.forward, self.fake, self.family, self.mutates)
+        define(self.name, self.forward, self.fake, self.family, self.mutates)
         if self.backward is None:
             if self.refused:
-                _register_gradient(self.name, self._refuse, _nothing)
+                register_gradient(self.name, self._refuse, keep_nothing)
         else:
-            self._needed = _parameters(self.backward)
-            _define(
-                f"{self.name}_backward", _filled(self.backward), self.fake_backward, self.family
+            self._needed = parameters(self.backward)
+            define(f"{self.name}_backward", _filled(self.backward), self.fake_backward, self.family)
+            first_order_only(f"{self.name}_backward")
+            register_gradient(self.name, self._gradient, self._setup)
+            register_vmap(
+                f"{self.name}_backward", batching.rule(registered(f"{self.name}_backward"))
             )
-            _first_order_only(f"{self.name}_backward")
-            _register_gradient(self.name, self._gradient, self._setup)
-            _register_vmap(
-                f"{self.name}_backward", batching.rule(_operator(f"{self.name}_backward"))
-            )
-        self._operator = _operator(self.name)
+        self._operator = registered(self.name)
         if not self.mutates:
             self._map()
 
@@ -301,12 +294,12 @@ class Operator:
         return args
 
     def _gradient(self, ctx: Any, *grads: Any) -> Any:
-        size = len(self.inputs) + len(_WHERE)
+        size = len(self.inputs) + len(WHERE)
         if all(g is None for g in grads[: self.results]) and not isinstance(grads[0], list):
             return (None,) * size
         needs = ctx.needs_input_grad
         args = self._arguments(ctx, grads, needs)
-        found = _operator(f"{self.name}_backward")(*args, *ctx.where)
+        found = registered(f"{self.name}_backward")(*args, *ctx.where)
         result: list[Any] = [None] * size
         for n, grad in zip(self.grads, _several(found, self.grads), strict=True):
             i = self._position[n]
@@ -334,7 +327,7 @@ class Operator:
             return [*self.prepare(own)[0], *where]
 
         def named(values: Sequence[Any]) -> dict[str, Any]:
-            return dict(zip((*self.inputs, *_WHERE), values, strict=True))
+            return dict(zip((*self.inputs, *WHERE), values, strict=True))
 
         def ensemble(size: int, dims: Sequence[Any], args: Sequence[Any]) -> Any:
             return self.ensemble(size, named(dims), named(args))
@@ -348,7 +341,7 @@ class Operator:
             broadcast=None if self.broadcast is None else self._position[self.broadcast],
             ensemble=ensemble,
         )
-        _register_vmap(self.name, rule)
+        register_vmap(self.name, rule)
 
 
 class _Eager(torch.autograd.Function):
@@ -398,7 +391,7 @@ class _Eager(torch.autograd.Function):
         args = operator._arguments(ctx, grads, needs)
         # Where the gradient is itself to be differentiated, the operator refuses.
         if torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0:
-            found = _operator(f"{operator.name}_backward")(*args, *ctx.where)
+            found = registered(f"{operator.name}_backward")(*args, *ctx.where)
         else:
             found = operator.backward(select.kernels(operator.family, *ctx.where), *args)
         result: list[Any] = [None] * 3
@@ -438,11 +431,6 @@ def _filled(backward: Any) -> Any:
     return run
 
 
-def _parameters(function: Any) -> tuple[str, ...]:
-    """Names of a function's parameters after the kernels."""
-    return tuple(inspect.signature(function).parameters)[1:]
-
-
 def _contiguous(x: Any) -> Any:
     return x.contiguous() if isinstance(x, Tensor) else x
 
@@ -458,112 +446,6 @@ def savable(x: Any) -> Any:
     if isinstance(x, list):
         return [savable(y) for y in x]
     return x.clone() if x is not None and x.is_inference() else x
-
-
-# --- registration -------------------------------------------------------------------------------
-
-
-def _schema(function: Any, mutates: Sequence[str]) -> str:
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    arguments = []
-    for i, p in enumerate(parameters):
-        kind = _TYPES[p.annotation]
-        if p.name in mutates:
-            kind = kind.replace("Tensor", f"Tensor({chr(ord('a') + i)}!)")
-        arguments.append(f"{kind} {p.name}")
-    arguments += [f"str {name}" for name in _WHERE]
-    returned = inspect.signature(function).return_annotation.replace(" | None", "")
-    if returned == "None":
-        result = "()"
-    elif returned.startswith("tuple["):
-        result = f"({', '.join(_TYPES[t] for t in returned[6:-1].split(', '))})"
-    else:
-        result = _TYPES[returned]
-    return f"({', '.join(arguments)}) -> {result}"
-
-
-def _define(name: str, function: Any, fake: Any, family: str, mutates: Sequence[str] = ()) -> None:
-    """Register ``pwm_fast::name``: its schema, what runs, and the shapes that it returns."""
-
-    def inside(*args: Any) -> Any:
-        *own, backend, precision = args
-        return function(select.kernels(family, backend, precision), *own)
-
-    IMPLEMENTATIONS[name] = inside
-
-    def run(*args: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            _check_tangents(name, args)
-        return inside(*args)
-
-    parameters = _parameters(function)
-
-    def shapes(*args: Any) -> Any:
-        *own, backend, precision = args
-        named = SimpleNamespace(**dict(zip(parameters, own, strict=True)))
-        return fake(select.kernels(family, backend, precision), named)
-
-    _LIB.define(f"{name}{_schema(function, mutates)}")
-    _LIB.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pwm_fast::{name}", shapes, lib=_LIB)
-
-
-def _check_tangents(name: str, args: Sequence[Any]) -> None:
-    """Raise if a forward-mode derivative would be lost."""
-    for x in pytree.tree_leaves(args):
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(
-                f"pwm_fast::{name} has no forward-mode derivative; use backend='reference'"
-            )
-
-
-def check_alone(name: str, *grads: Any) -> None:
-    """Raise if gradients come many at a time by autograd's own batching, which has no rules."""
-    if torch.compiler.is_dynamo_compiling():
-        return
-    for g in grads:
-        if isinstance(g, Tensor) and torch._C._functorch.is_legacy_batchedtensor(g):
-            raise RuntimeError(
-                f"pwm_fast::{name} takes no gradients from is_grads_batched or vectorize=True; use "
-                "torch.func.vmap, or backend='reference'"
-            )
-
-
-def _operator(name: str) -> Any:
-    return getattr(torch.ops.pwm_fast, name).default
-
-
-def _register_vmap(name: str, rule: Any) -> None:
-    torch.library.register_vmap(f"pwm_fast::{name}", rule, lib=_LIB)
-
-
-def _register_gradient(name: str, backward: Any, setup_context: Any) -> None:
-    torch.library.register_autograd(
-        f"pwm_fast::{name}", backward, setup_context=setup_context, lib=_LIB
-    )
-
-
-def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
-    """Keep nothing."""
-
-
-def _first_order_only(name: str) -> None:
-    """Make differentiating a backward operator an error."""
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"pwm_fast::{name} has no second derivative; use backend='reference' to differentiate "
-            "twice"
-        )
-
-    _register_gradient(name, backward, _nothing)
-
-
-def no_gradient(name: str, argument: str) -> RuntimeError:
-    """What is raised where a gradient is asked for that an operator does not compute."""
-    return RuntimeError(
-        f"pwm_fast::{name} has no gradient towards {argument}; use backend='reference'"
-    )
 
 
 def require_grad(*groups: Sequence[Tensor]) -> bool:

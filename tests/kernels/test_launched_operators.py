@@ -22,7 +22,7 @@ import pwm_fast.kernels
 from bench.launches import count
 from bench.plain import algorithm
 from pwm_fast.backends import select
-from pwm_fast.ops import operator
+from pwm_fast.ops import registration
 from tests.kernels.launched import (
     OPERATIONS,
     PRECISIONS,
@@ -86,19 +86,19 @@ def entries() -> set[str]:
 def test_every_operator_and_every_kernel_is_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of what these two files launch, without compiling it again."""
     called = set()
-    for name, inside in operator.IMPLEMENTATIONS.items():
+    for name, inside in registration.IMPLEMENTATIONS.items():
 
         def implementation(*args, _name=name, _inside=inside):
             called.add(_name)
             return _inside(*args)
 
-        monkeypatch.setitem(operator.IMPLEMENTATIONS, name, implementation)
+        monkeypatch.setitem(registration.IMPLEMENTATIONS, name, implementation)
     cuda = Watched(compile=False)
     for precision in ("fast", "exact"):
         for case in OPERATIONS:
             run(cuda, precision, case)
     with cuda:
         run_esnr(torch.float32)
-    assert called == set(operator.IMPLEMENTATIONS)
+    assert called == set(registration.IMPLEMENTATIONS)
     count(algorithm("pwm_5M_flow"), "triton", "fast", cuda=cuda)
     assert cuda.kernels == entries()

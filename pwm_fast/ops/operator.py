@@ -259,7 +259,6 @@ class Operator:
             elif n in named:
                 ctx.kept[n] = (value,)
         ctx.save = named.get("save", True)
-        ctx.flags = {n: named[n] for n in self.flags}
         ctx.save_for_backward(*tensors)
 
     def _arguments(self, ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[Any]) -> Any:
@@ -303,13 +302,13 @@ class Operator:
         result: list[Any] = [None] * size
         for n, grad in zip(self.grads, _several(found, self.grads), strict=True):
             i = self._position[n]
-            result[i] = self._wanted(n, grad, needs[i])
+            result[i] = self._wanted(grad, needs[i])
         return tuple(result)
 
-    def _wanted(self, name: str, grad: Any, needs: Any) -> Any:
+    def _wanted(self, grad: Any, needs: Any) -> Any:
         if isinstance(grad, list):
             each = needs if isinstance(needs, (tuple, list)) else [needs] * len(grad)
-            return [self._wanted(name, g, need) for g, need in zip(grad, each, strict=True)]
+            return [self._wanted(g, need) for g, need in zip(grad, each, strict=True)]
         if grad is None or not needs:
             return None
         return None if tuple(grad.shape) == (0,) else grad  # an operator's empty one is None
@@ -403,9 +402,9 @@ class _Eager(torch.autograd.Function):
             if grad is None:
                 result += [None] * (1 if count is None else count)
             elif count is None:
-                result.append(operator._wanted(n, grad, need))
+                result.append(operator._wanted(grad, need))
             else:
-                result += operator._wanted(n, grad, need)
+                result += operator._wanted(grad, need)
         return tuple(result)
 
 

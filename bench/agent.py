@@ -208,7 +208,7 @@ def build_critic(
 
 # --- whole epochs -------------------------------------------------------------------------------
 
-WORLDS = 128
+NUM_ENVS = 128
 EPOCH = "training epoch, 128 Ants"
 UPDATES = "updates of a training epoch"
 RECORDED = 3  # calls after which the agent's updates are replayed from CUDA graphs
@@ -222,7 +222,7 @@ def epochs(device: torch.device) -> list[Case]:
     return [
         Case(
             f"{kind}-{size}",
-            {"work": title, "model": f"{size}_flow", "batch": WORLDS, "K": 2},
+            {"work": title, "model": f"{size}_flow", "batch": NUM_ENVS, "K": 2},
             partial(
                 build_epoch, alg_config(f"{size}_flow"), alg_config(size), physics=kind == "epoch"
             ),
@@ -238,18 +238,18 @@ def epochs(device: torch.device) -> list[Case]:
     ]
 
 
-class Worlds:
+class Stepped:
     """The part of an epoch that every provider shares: robots and replay."""
 
-    def __init__(self, device: torch.device, worlds: int, horizon: int) -> None:
+    def __init__(self, device: torch.device, num_envs: int, horizon: int) -> None:
         try:
-            self.env = envs.make("ant", worlds, seed=0, device=device)
+            self.env = envs.make("ant", num_envs, seed=0, device=device)
         except ImportError as error:
             raise Absent(f"no physics engine: {error}") from error
-        self.replay = Replay(worlds * 400, worlds, OBS, ACTION, horizon, device)
+        self.replay = Replay(num_envs * 400, num_envs, OBS, ACTION, horizon, device)
         self.obs, _ = self.env.reset()
         for _ in range(3 * horizon):
-            self.step(torch.rand(worlds, ACTION) * 2 - 1)
+            self.step(torch.rand(num_envs, ACTION) * 2 - 1)
 
     def step(self, action: Tensor) -> None:
         obs = self.obs
@@ -260,38 +260,38 @@ class Worlds:
 class Recorded:
     """The same without physics: a replay full of random transitions, which nothing is added to."""
 
-    def __init__(self, device: torch.device, worlds: int, horizon: int) -> None:
+    def __init__(self, device: torch.device, num_envs: int, horizon: int) -> None:
         g = torch.Generator().manual_seed(0)
-        self.replay = Replay(worlds * 400, worlds, OBS, ACTION, horizon, device)
-        never = torch.zeros(worlds, dtype=torch.bool)
+        self.replay = Replay(num_envs * 400, num_envs, OBS, ACTION, horizon, device)
+        never = torch.zeros(num_envs, dtype=torch.bool)
         for _ in range(3 * horizon):
-            obs, following = (torch.randn(worlds, OBS, generator=g) for _ in range(2))
-            action = torch.rand(worlds, ACTION, generator=g) * 2 - 1
-            reward = torch.randn(worlds, generator=g)
+            obs, following = (torch.randn(num_envs, OBS, generator=g) for _ in range(2))
+            action = torch.rand(num_envs, ACTION, generator=g) * 2 - 1
+            reward = torch.randn(num_envs, generator=g)
             self.replay.add(obs, action, reward, never, never, following)
 
 
 def run(
-    worlds: Worlds | Recorded,
+    source: Stepped | Recorded,
     alg: AlgConfig,
     act: Callable[[Tensor], Tensor],
     update_world_model: Callable[[Windows], object],
     update_policy: Callable[[Tensor], object],
 ) -> None:
     """The epoch, in the trainer's order."""
-    for _ in range(alg.steps_per_epoch if isinstance(worlds, Worlds) else 0):
-        worlds.step(act(worlds.obs.to(worlds.replay.device)))
+    for _ in range(alg.steps_per_epoch if isinstance(source, Stepped) else 0):
+        source.step(act(source.obs.to(source.replay.device)))
     for _ in range(alg.model_learning.updates):
-        update_world_model(worlds.replay.sample(alg.model_learning.batch_size))
+        update_world_model(source.replay.sample(alg.model_learning.batch_size))
     for _ in range(alg.actor.updates):
-        update_policy(worlds.replay.sample_obs(alg.actor.batch_size))
+        update_policy(source.replay.sample_obs(alg.actor.batch_size))
 
 
 def build_epoch(
     flow: AlgConfig,
     baseline: AlgConfig,
     device: torch.device,
-    worlds: int = WORLDS,
+    num_envs: int = NUM_ENVS,
     horizon: int = HORIZON,
     physics: bool = True,
 ) -> Workload:
@@ -321,7 +321,9 @@ def build_epoch(
         plain, alg = base.startswith("published"), baseline if base in BASELINE else flow
         if not plain:
             providers.need(name, device)
-        own = (Worlds if physics else Recorded)(device, worlds, horizon)  # the first to be absent
+        own = (Stepped if physics else Recorded)(
+            device, num_envs, horizon
+        )  # the first to be absent
         precision = providers.PRECISIONS.get(base, "auto")
         agent = make_agent(alg, device, graphs=base != name, precision=precision)
         learner = published.Learner(agent) if plain else agent

@@ -17,22 +17,22 @@ from pwm_fast.replay import Replay
 from pwm_fast.run.installation import usable_cpus
 
 ENGINES = {"native": "mujoco", "mujoco_warp": "mujoco_warp"}  # by provider, on a GPU
-WORLDS, CAPACITY = 128, 1_000_000
+NUM_ENVS, CAPACITY = 128, 1_000_000
 SHORT = Effort(seconds=3.0)
 
 
 def cases(device: torch.device) -> list[Case]:
     found = []
     robots = [("cartpole", 64), ("hopper", 64), ("ant", 128)]
-    for robot, worlds in robots if device.type == "cpu" else [*robots, ("ant", 4096)]:
+    for robot, num_envs in robots if device.type == "cpu" else [*robots, ("ant", 4096)]:
         found.append(
             Case(
-                f"env-{robot}" if worlds < 4096 else f"env-{robot}-b{worlds}",
-                {"work": "environment step", "model": robot, "batch": worlds},
-                partial(build_env, robot, worlds),
+                f"env-{robot}" if num_envs < 4096 else f"env-{robot}-b{num_envs}",
+                {"work": "environment step", "model": robot, "batch": num_envs},
+                partial(build_env, robot, num_envs),
                 ("floor", "fast") if device.type == "cpu" else ("native", "mujoco_warp"),
                 quick=QUICK | {"native", "mujoco_warp"}
-                if (robot, worlds) == ("ant", 128)
+                if (robot, num_envs) == ("ant", 128)
                 else frozenset(),
                 effort=SHORT,
             )
@@ -52,7 +52,7 @@ def cases(device: torch.device) -> list[Case]:
     found.append(
         Case(
             "replay_add",
-            {"work": "replay: add a step", "model": "ant", "batch": WORLDS},
+            {"work": "replay: add a step", "model": "ant", "batch": NUM_ENVS},
             build_add,
             ("separate", "fast"),
             quick=QUICK,
@@ -63,17 +63,17 @@ def cases(device: torch.device) -> list[Case]:
     return found
 
 
-def build_env(robot: str, worlds: int, device: torch.device) -> Workload:
-    """One control step of all worlds, with actions and observations where the agent is.
+def build_env(robot: str, num_envs: int, device: torch.device) -> Workload:
+    """One control step of all envs, with actions and observations where the agent is.
 
     On a CPU the floor is the physics alone, on the same states. For an agent on a GPU, native
     MuJoCo on all CPU threads, with the copies, stands beside mujoco-warp.
     """
-    actions = torch.rand(worlds, envs.TASKS[robot].action_dim, device=device) * 2 - 1
+    actions = torch.rand(num_envs, envs.TASKS[robot].action_dim, device=device) * 2 - 1
 
     def make(engine: str) -> envs.VectorEnv:
         threads = usable_cpus() if engine == "mujoco" and device.type == "cuda" else 1
-        env = envs.make(robot, worlds, seed=0, engine=engine, device=device, threads=threads)
+        env = envs.make(robot, num_envs, seed=0, engine=engine, device=device, threads=threads)
         for _ in range(60):  # past the fall onto the ground
             env.step(actions)
         return env
@@ -114,13 +114,13 @@ class SeparateTensors:
     """
 
     def __init__(self, device: torch.device) -> None:
-        rows = CAPACITY // WORLDS
+        rows = CAPACITY // NUM_ENVS
         self.rows, self.device, self.cursor, self.filled = rows, device, 0, 0
         self.fields = {
-            "obs": torch.zeros(rows, WORLDS, OBS, device=device),
-            "action": torch.zeros(rows, WORLDS, ACTION, device=device),
-            "reward": torch.zeros(rows, WORLDS, device=device),
-            "terminated": torch.zeros(rows, WORLDS, device=device),
+            "obs": torch.zeros(rows, NUM_ENVS, OBS, device=device),
+            "action": torch.zeros(rows, NUM_ENVS, ACTION, device=device),
+            "reward": torch.zeros(rows, NUM_ENVS, device=device),
+            "terminated": torch.zeros(rows, NUM_ENVS, device=device),
         }
 
     def add(self, **row: Tensor) -> None:
@@ -131,10 +131,10 @@ class SeparateTensors:
 
     def sample(self, batch: int) -> dict[str, Tensor]:
         start = torch.randint(self.filled - HORIZON, (batch,), device=self.device)
-        world = torch.randint(WORLDS, (batch,), device=self.device)
+        env = torch.randint(NUM_ENVS, (batch,), device=self.device)
         index = start + torch.arange(HORIZON + 1, device=self.device).unsqueeze(-1)
         return {
-            name: field[index if name == "obs" else index[:-1], world]
+            name: field[index if name == "obs" else index[:-1], env]
             for name, field in self.fields.items()
         }
 
@@ -142,10 +142,10 @@ class SeparateTensors:
 def _rows(step: int, device: torch.device) -> dict[str, Tensor]:
     """Observations that count the steps, so that a window shows whether it is one."""
     return {
-        "obs": torch.full((WORLDS, OBS), float(step), device=device),
-        "action": torch.zeros(WORLDS, ACTION, device=device),
-        "reward": torch.zeros(WORLDS, device=device),
-        "terminated": torch.zeros(WORLDS, device=device),
+        "obs": torch.full((NUM_ENVS, OBS), float(step), device=device),
+        "action": torch.zeros(NUM_ENVS, ACTION, device=device),
+        "reward": torch.zeros(NUM_ENVS, device=device),
+        "terminated": torch.zeros(NUM_ENVS, device=device),
     }
 
 
@@ -153,8 +153,11 @@ STEPS = 1000
 
 
 def _filled(device: torch.device) -> tuple[Replay, SeparateTensors]:
-    ours, separate = Replay(CAPACITY, WORLDS, OBS, ACTION, HORIZON, device), SeparateTensors(device)
-    ended = torch.zeros(WORLDS, dtype=torch.bool, device=device)
+    ours, separate = (
+        Replay(CAPACITY, NUM_ENVS, OBS, ACTION, HORIZON, device),
+        SeparateTensors(device),
+    )
+    ended = torch.zeros(NUM_ENVS, dtype=torch.bool, device=device)
     for i in range(STEPS):
         row = _rows(i, device)
         separate.add(**row)
@@ -183,10 +186,10 @@ def build_sample(batch: int, device: torch.device) -> Workload:
 
 
 def build_add(device: torch.device) -> Workload:
-    """One step of 128 worlds into the replay."""
+    """One step of 128 envs into the replay."""
     ours, separate = _filled(device)
     row = _rows(0, device)
-    ended = torch.zeros(WORLDS, dtype=torch.bool, device=device)
+    ended = torch.zeros(NUM_ENVS, dtype=torch.bool, device=device)
 
     def add() -> None:
         ours.add(row["obs"], row["action"], row["reward"], ended, ended, row["obs"] + 1)
@@ -194,8 +197,8 @@ def build_add(device: torch.device) -> Workload:
     def check() -> None:
         before = len(ours)
         add()
-        if len(ours) != before + WORLDS:
-            raise Mismatch(f"{len(ours) - before} transitions were added, not {WORLDS}")
+        if len(ours) != before + NUM_ENVS:
+            raise Mismatch(f"{len(ours) - before} transitions were added, not {NUM_ENVS}")
 
     make = {"separate": Provider(lambda: separate.add(**row)), "fast": Provider(add, check)}
     return Workload({name: lambda found=found: found for name, found in make.items()})

@@ -152,7 +152,7 @@ def _small_epoch(build: partial[Workload], device: torch.device) -> Workload:
     for alg in small:
         alg.model_learning.updates, alg.steps_per_epoch = 2, 4
         alg.actor.batch_size, alg.model_learning.batch_size = 100, 20
-    return build.func(*small, device, worlds=4, horizon=4, **build.keywords)
+    return build.func(*small, device, num_envs=4, horizon=4, **build.keywords)
 
 
 # --- in which order -----------------------------------------------------------------------------

@@ -37,11 +37,11 @@ def updates(alg: str) -> dict[str, Callable[[], object]]:
     """A world-model and a policy update of an agent on random transitions."""
     cpu = torch.device("cpu")
     run = config.compose(f"alg={alg}", "env=cartpole", "device=cpu")
-    with closing(build.make_env(run, run.worlds, 0)) as env:
+    with closing(build.make_env(run, run.env_count, 0)) as env:
         agent, replay = build.make_agent(run, env, cpu), build.make_replay(run, env, cpu)
         obs, _ = env.reset()
         for _ in range(STEPS):
-            action = torch.rand(run.worlds, agent.action_dim) * 2 - 1
+            action = torch.rand(run.env_count, agent.action_dim) * 2 - 1
             new, reward, terminated, truncated, info = env.step(action)
             over = terminated | truncated
             replay.add(obs, action, reward, terminated, over, info["final_obs"])

@@ -92,7 +92,7 @@ def train(run: TrainConfig, minutes: float) -> dict[str, Any]:
 
     device = build.select_device(run.device)
     build.seed_everything(run.seed)
-    with closing(build.make_env(run, run.worlds, run.seed, device)) as env:
+    with closing(build.make_env(run, run.env_count, run.seed, device)) as env:
         agent = build.make_agent(run, env, device)
         replay = build.make_replay(run, env, device)
         with RunDirectory(Path(run.run_dir)) as directory, TimeLimit(60.0 * minutes) as stop:
@@ -108,15 +108,15 @@ def train(run: TrainConfig, minutes: float) -> dict[str, Any]:
             )
             logger = RunLogger(run, directory)
             logger.say(
-                f"ant x {run.worlds} on {engine_of(run, device)}, {run.alg.name} on {device}, "
+                f"ant x {run.env_count} on {engine_of(run, device)}, {run.alg.name} on {device}, "
                 f"{minutes:g} minutes"
             )
             summary = trainer.run(logger, stop)
         rows = metrics.read(directory.metrics)
-    per_epoch = run.alg.steps_per_epoch * run.worlds
+    per_epoch = run.alg.steps_per_epoch * run.env_count
     return {
         "alg": run.alg.name,
-        "worlds": run.worlds,
+        "worlds": run.env_count,
         "seed": run.seed,
         "engine": engine_of(run, device),
         "status": summary["status"],

@@ -69,12 +69,12 @@ def test_defaults_and_overrides() -> None:
         "resume=null",
         "num_envs=7",
     )
-    assert config.env.name == "ant" and config.env.num_envs == 128 and config.worlds == 7
+    assert config.env.name == "ant" and config.env.num_envs == 128 and config.env_count == 7
     assert config.alg.world_model.units == [100, 200]
     assert config.alg.actor.lr == 0.001
     assert config.seed == 42 and config.resume is None
     assert config.run_dir == "runs/ant/pwm_5M_flow/seed_42"
-    assert compose("env=ant").worlds == 128
+    assert compose("env=ant").env_count == 128
 
 
 @pytest.mark.parametrize("name", ["pwm", "pwm_flow"])

@@ -109,7 +109,7 @@ class Costs(NamedTuple):
 
     Attributes:
         macro_step: the dynamics alone, for one latent.
-        act: encoder and policy, for one environment step in one world.
+        act: encoder and policy, for one environment step in one env.
         world_model_update: one update, on ``model_learning.batch_size`` windows of H steps.
         actor_update: one update, on ``actor.batch_size`` imagined rollouts of H steps.
         critic_updates: all critic updates that follow one actor update, with their targets.
@@ -126,11 +126,11 @@ class Costs(NamedTuple):
 
     @property
     def per_step(self) -> float:
-        """Acting and learning, for one environment step in one world."""
+        """Acting and learning, for one environment step in one env."""
         return self.act.total + self.learning_per_step
 
 
-def count_flops(config: AlgConfig, spaces: Spaces, worlds: int) -> Costs:
+def count_flops(config: AlgConfig, spaces: Spaces, num_envs: int) -> Costs:
     """FLOPs of acting and of every update, counted by running the real losses on meta tensors.
 
     Windows and rollouts of 2 and 3 steps are run; every further step costs what the third does. It
@@ -144,7 +144,7 @@ def count_flops(config: AlgConfig, spaces: Spaces, worlds: int) -> Costs:
     Args:
         config: of the agent.
         spaces: of its environment; its termination head is counted where it has one.
-        worlds: N, worlds that act at once.
+        num_envs: N, envs that act at once.
     """
     short = min(config.horizon, 2)
     with META:
@@ -166,7 +166,7 @@ def count_flops(config: AlgConfig, spaces: Spaces, worlds: int) -> Costs:
         world_model_update,
         actor_update,
         critic_updates,
-        epoch / (config.steps_per_epoch * worlds),
+        epoch / (config.steps_per_epoch * num_envs),
     )
 
 

@@ -145,7 +145,7 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
     device = build.select_device(config.device)
     subjects = [_subject(path, config, device) for path in config.paths]
     if config.pool:
-        _refuse_other_worlds(subjects)
+        _refuse_other_envs(subjects)
         pooled = [episode for subject in subjects for episode in subject.episodes]
         subjects = [subject._replace(episodes=pooled) for subject in subjects]
     settings = {k: v for k, v in vars(config).items() if k not in ("checkpoint", "out")}
@@ -279,7 +279,7 @@ def _columns(values: dict[str, Tensor], steps: range) -> dict[str, list[float]]:
     return {"step": list(steps), **columns}
 
 
-def _refuse_other_worlds(subjects: list[Subject]) -> None:
+def _refuse_other_envs(subjects: list[Subject]) -> None:
     first = subjects[0]
     for subject in subjects[1:]:
         here, there = (

@@ -280,10 +280,10 @@ def check_pair(request: Request, pair: tuple[str, str]) -> int:
     config, against = request.configs(pair)
     spaces = spaces_of(config)
     parity = compare_parameters(config, against, spaces)
-    costs = [count_flops(c.alg, spaces, c.worlds) for c in (against, config)]
+    costs = [count_flops(c.alg, spaces, c.env_count) for c in (against, config)]
     print(
         f"{config.env.name}: observations {spaces.obs_dim}, actions {spaces.action_dim}, "
-        f"{config.worlds} worlds\n"
+        f"{config.env_count} envs\n"
     )
     print(f"{parameter_table(parity)}\n{NOTE}\n")
     print(f"{flops_table(costs[0], costs[1], (parity.against, parity.alg))}\n{RULE}\n")
@@ -309,7 +309,7 @@ def check_all(request: Request) -> int:
                 f"{'FLOPs':>8}{width}  verdict"
             )
         parity = compare_parameters(config, against, spaces)
-        base, ours = (count_flops(c.alg, spaces, c.worlds).per_step for c in (against, config))
+        base, ours = (count_flops(c.alg, spaces, c.env_count).per_step for c in (against, config))
         if request.suggest:
             best = suggest(config.alg.world_model, parity.base["world_model"], spaces)
             width = f"{best.best:>12}"

@@ -102,8 +102,8 @@ def arrange(runs: Sequence[Run]) -> tuple[list[Environment], list[LeftOut]]:
     for run in runs:
         where = {k: v for k, v in run.config.items() if within(k, ENVIRONMENT)}
         config = {k: v for k, v in run.config.items() if not within(k, (*IGNORED, *ENVIRONMENT))}
-        worlds = config.pop("num_envs", None), config.pop("env.num_envs", None)
-        config["num_envs"] = worlds[0] or worlds[1]
+        given = config.pop("num_envs", None), config.pop("env.num_envs", None)
+        config["num_envs"] = given[0] or given[1]
         place, key = repr(sorted(where.items())), repr(sorted(config.items()))
         if place not in environments:
             environments[place] = _environment(where)

@@ -42,7 +42,7 @@ def across(
 ) -> list[Score]:
     """Scores of the agents that ran in all environments with a reference.
 
-    An agent is the same where all of ``alg`` is: the numbers of worlds and epochs may be each
+    An agent is the same where all of ``alg`` is: the numbers of envs and epochs may be each
     environment's own. One with several such groups in one environment is left out.
 
     Args:

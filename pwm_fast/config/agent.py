@@ -232,11 +232,11 @@ class AlgConfig(Checked):
         horizon: H, macro steps of replay windows and imagined rollouts.
         imagination_horizon: macro steps of imagined rollouts where they differ from ``horizon``.
         gamma: discount a step.
-        steps_per_epoch: environment steps every world takes an epoch.
+        steps_per_epoch: environment steps every env takes an epoch.
         random_epochs: epochs of uniform random actions before any update.
         random_hold: steps that a random action is held for on average. Actions drawn anew at every
             step of 1/60 s hardly move a robot.
-        replay_capacity: transitions that replay holds, over all worlds.
+        replay_capacity: transitions that replay holds, over all envs.
         normalize_obs: encode observations less their running mean, divided by their running
             standard deviation.
         obs_clip: normalised observations are clipped to plus and minus this; null clips nothing.

@@ -128,11 +128,11 @@ class DataConfig(Checked):
 
 @dataclass
 class EnvConfig(Checked):
-    """Worlds to act in.
+    """The environment to act in.
 
     Attributes:
         name: of the robot or adapter.
-        num_envs: default number of worlds.
+        num_envs: default number of envs.
         max_episode_steps: time limit; null is the task's own.
         threads: physics threads of the native engine.
         engine: physics of the built-in robots: ``mujoco`` (native, CPU threads), ``mujoco_warp``
@@ -156,11 +156,11 @@ class TrainConfig(Checked):
     """One training run; ``python -m pwm_fast.train --cfg job`` prints it resolved.
 
     Attributes:
-        env: the worlds.
+        env: the environment.
         alg: the agent.
         seed: of every random number; runs of other seeds share no start state.
-        epochs: epochs of ``alg.steps_per_epoch`` steps in each world.
-        num_envs: number of worlds; null is ``env.num_envs``.
+        epochs: epochs of ``alg.steps_per_epoch`` steps in each env.
+        num_envs: number of envs; null is ``env.num_envs``.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         precision: of matrix products: ``auto`` (``fast`` on a GPU, ``exact`` on a CPU), ``exact``,
             ``tf32``, ``bf16`` or ``fast`` (fp16). A run whose ``fast`` updates were skipped as
@@ -176,7 +176,7 @@ class TrainConfig(Checked):
         resume: ``auto`` continues a run found in ``run_dir``, a path continues that checkpoint,
             null refuses a ``run_dir`` that holds a run.
         init: a checkpoint whose networks and running statistics a new run starts with, whatever
-            its number of worlds; null starts with random weights. A run that goes on has its own.
+            its number of envs; null starts with random weights. A run that goes on has its own.
         data: offline data.
         checkpoint: checkpoints.
         eval: evaluation.
@@ -225,8 +225,8 @@ class TrainConfig(Checked):
         require(ok, "esnr.samples", samples, f"at most alg.actor.batch_size ({batch})")
 
     @property
-    def worlds(self) -> int:
-        """Number of worlds of the run."""
+    def env_count(self) -> int:
+        """Number of envs of the run."""
         return self.num_envs or self.env.num_envs
 
 

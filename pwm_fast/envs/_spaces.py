@@ -86,7 +86,7 @@ def check_observations(env: str, space: Any) -> None:
     )
     if picture:
         raise ValueError(
-            f"{env}: the observation space {shape} of {dtype} is one of images, and the world "
+            f"{env}: the observation space {shape} of {dtype} is one of images, and the env "
             "model's encoder takes vectors: choose observations of the state; what is no image "
             "passes as a vector (gymnasium.wrappers.FlattenObservation)"
         )

@@ -21,7 +21,7 @@ class PolicyNotFinite(RuntimeError):
     """
 
     def __init__(self, found: str | None) -> None:
-        found = found or "the actions of some worlds were not finite"
+        found = found or "the actions of some envs were not finite"
         super().__init__(f"the policy cannot act: {found}")
 
 
@@ -29,7 +29,7 @@ class PolicyNotFinite(RuntimeError):
 def acting(agent: PWM, obs: Tensor) -> Iterator[None]:
     """Inside, an environment takes actions that ``agent`` chose for ``obs``.
 
-    On a GPU environments do not look at them: such a world ends as diverged.
+    On a GPU environments do not look at them: such an env ends as diverged.
 
     Raises:
         PolicyNotFinite: they are not finite.

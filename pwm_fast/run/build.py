@@ -162,7 +162,7 @@ def physics(config: TrainConfig, device: torch.device) -> Engine | None:
 def make_env(
     config: TrainConfig, num_envs: int, seed: int, device: torch.device = CPU
 ) -> VectorEnv:
-    """The environment of a run, with ``num_envs`` worlds.
+    """The environment of a run, with ``num_envs`` envs.
 
     Args:
         config: of the run.
@@ -173,7 +173,7 @@ def make_env(
     Raises:
         ConfigError: it cannot be made.
     """
-    with _usable(f"{num_envs} worlds of env={config.env.name} do", memory.ENVS):
+    with _usable(f"{num_envs} envs of env={config.env.name} do", memory.ENVS):
         return make(
             config.env.name,
             num_envs,
@@ -285,7 +285,7 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
             "alg.replay_capacity",
             device,
         )
-        return Replay(capacity, config.worlds, obs_dim, action_dim, config.alg.horizon, device)
+        return Replay(capacity, config.env_count, obs_dim, action_dim, config.alg.horizon, device)
 
 
 def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) -> None:
@@ -315,7 +315,7 @@ def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) ->
     ):
         memory.require(
             episodes * 4 * (4 * obs_dim + action_dim + 8),
-            f"{key}={episodes} worlds",
+            f"{key}={episodes} envs",
             key,
             env.device,
         )

@@ -151,7 +151,7 @@ def _scalar(value: Any) -> bool:
 
 
 def _rows(value: Any) -> bool:
-    """A finite matrix, one row a world."""
+    """A finite matrix, one row an env."""
     fits = isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
     return fits and bool(value.isfinite().all())
 
@@ -201,8 +201,8 @@ RULES: dict[str, Rule] = {
     "latest_eval": (_evaluated, "empty, or reward and episode_length of an evaluation"),
     "progress": (_progress, "done, sums and counts of an epoch's steps"),
     "agent": (_of_dicts, "parameters, statistics and optimisers"),
-    "obs": (_rows, "finite observations of all worlds"),
-    "held_action": (_rows, "finite actions of all worlds"),
+    "obs": (_rows, "finite observations of all envs"),
+    "held_action": (_rows, "finite actions of all envs"),
     "env": (lambda v: v is None or isinstance(v, dict), "the state of an environment, or None"),
     "rng": (_rng, "states of random number generators"),
     "replay": (lambda v: v is None or isinstance(v, dict), "a replay, or None"),
@@ -222,19 +222,19 @@ def _replay_problems(replay: dict[str, Any] | None) -> Iterator[tuple[str, str]]
         return
     shape = replay.get("shape")
     if not (isinstance(shape, (list, tuple)) and len(shape) == 5 and all(map(_count, shape))):
-        yield "shape", "five numbers: worlds, rows, obs, action, horizon"
+        yield "shape", "five numbers: envs, rows, obs, action, horizon"
         return
-    worlds, rows, obs, action, _ = shape
+    num_envs, rows, obs, action, _ = shape
     width = obs + action + 2
     data = replay.get("data")
     used = data.shape[1] if isinstance(data, Tensor) and data.dim() == 3 else 0
-    if used > rows or not _like(data, torch.float32, worlds, used, width):
-        yield "data", f"float32 [{worlds}, up to {rows}, {width}]"
+    if used > rows or not _like(data, torch.float32, num_envs, used, width):
+        yield "data", f"float32 [{num_envs}, up to {rows}, {width}]"
         return
     for key, dtype, shape in (
-        ("run", torch.int32, (worlds, used)),
-        ("cursor", torch.int64, (worlds,)),
-        ("length", torch.int32, (worlds,)),
+        ("run", torch.int32, (num_envs, used)),
+        ("cursor", torch.int64, (num_envs,)),
+        ("length", torch.int32, (num_envs,)),
     ):
         value = replay.get(key)
         if not (_like(value, dtype, *shape) and bool((value >= 0).all())):

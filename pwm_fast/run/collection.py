@@ -31,21 +31,21 @@ def renew_random_actions(held: Tensor, hold: int) -> Tensor:
 
 
 class MixedPolicy:
-    """Acts as an agent does, or at random in a share of the worlds.
+    """Acts as an agent does, or at random in a share of the envs.
 
-    The random worlds are spread evenly among all. Random actions are held as in the first epochs of
+    The random envs are spread evenly among all. Random actions are held as in the first epochs of
     a training run.
 
     Args:
-        agent: acts; may be None where all worlds act at random.
+        agent: acts; may be None where all envs act at random.
         num_envs: N.
         action_dim: A.
         policy: one of :data:`POLICIES`.
-        random_share: share of the worlds that act at random whatever ``policy`` is, in [0, 1].
+        random_share: share of the envs that act at random whatever ``policy`` is, in [0, 1].
         random_hold: see :func:`renew_random_actions`.
 
     Raises:
-        ConfigError: an argument out of range, or no agent for worlds that need one.
+        ConfigError: an argument out of range, or no agent for envs that need one.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class MixedPolicy:
         share = 1.0 if policy == "random" else random_share
         if agent is None and share < 1.0:
             raise ConfigError(f"policy must be random without a checkpoint, got {policy!r}")
-        worlds = torch.arange(num_envs, device="cpu")
-        # Bresenham's line: the first k worlds hold round(k * share) random ones, for every k.
-        self.random = ((worlds + 1) * share + 0.5).floor() > (worlds * share + 0.5).floor()
+        index = torch.arange(num_envs, device="cpu")
+        # Bresenham's line: the first k envs hold round(k * share) random ones, for every k.
+        self.random = ((index + 1) * share + 0.5).floor() > (index * share + 0.5).floor()
         self._agent = None if share == 1.0 else agent
         self._deterministic = policy == "deterministic"
         self._hold = random_hold
@@ -96,12 +96,12 @@ def check_policy(policy: str, random_share: float) -> None:
 
 @torch.no_grad()
 def first_episodes(env: VectorEnv, act: Act, seed: int) -> list[Episode]:
-    """The first episode of every world, from start to end, on the CPU.
+    """The first episode of every env, from start to end, on the CPU.
 
     The first of each, not those that end first: short episodes would be too many among these.
 
     Args:
-        env: one world an episode.
+        env: one env an episode.
         act: the policy.
         seed: of the start states.
 
@@ -132,14 +132,14 @@ def first_episodes(env: VectorEnv, act: Act, seed: int) -> list[Episode]:
         torch.stack(part) for part in zip(*steps, strict=True)
     )
     episodes = []
-    for world, length in enumerate(lengths.tolist()):
-        last = final_obs[length - 1, world]
+    for i, length in enumerate(lengths.tolist()):
+        last = final_obs[length - 1, i]
         episodes.append(
             Episode(
-                torch.cat([all_obs[:length, world], last[None]]),
-                action[:length, world].clamp(-1.0, 1.0),
-                reward[:length, world].clone(),
-                terminated[:length, world].clone(),
+                torch.cat([all_obs[:length, i], last[None]]),
+                action[:length, i].clamp(-1.0, 1.0),
+                reward[:length, i].clone(),
+                terminated[:length, i].clone(),
             )
         )
     return episodes

@@ -78,11 +78,11 @@ def evaluate(
     deterministic: bool = True,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Run the first episode of every world of ``env`` to its end.
+    """Run the first episode of every env of ``env`` to its end.
 
     Args:
         agent: acts; its random numbers are untouched where ``deterministic``.
-        env: one world an episode.
+        env: one env an episode.
         seed: of the start states.
         deterministic: act with the mean of the policy.
         check: called before every step; it may raise to stop.
@@ -137,7 +137,7 @@ class EvaluateConfig(Checked):
 
     Attributes:
         checkpoint: file of a training run; its configuration makes the environment and the agent.
-        episodes: number of episodes, each in a world of its own.
+        episodes: number of episodes, each in an env of its own.
         seed: of the start states, the same for every checkpoint and in no training run.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
@@ -176,7 +176,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
         "alg": run.alg.name,
         "training_seed": run.seed,
         "epoch": content["epoch"],
-        "env_steps": content["epoch"] * run.alg.steps_per_epoch * run.worlds,
+        "env_steps": content["epoch"] * run.alg.steps_per_epoch * run.env_count,
         "seed": config.seed,
         "physics": None if engine is None else engine.name,
         **result.summary(),

@@ -19,7 +19,7 @@ from pwm_fast.run.acting import policy_of
 from pwm_fast.run.collection import MixedPolicy, check_policy, first_episodes
 from pwm_fast.seeding import Purpose
 
-WORLDS = 64  # at once
+NUM_ENVS = 64  # at once
 
 
 @dataclass
@@ -80,16 +80,16 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
     run, content = _source(config)
     hold = config.random_hold or (run.alg.random_hold if content is not None else 1)
     policy = config.policy or ("random" if content is None else "stochastic")
-    worlds = min(config.episodes, WORLDS)
+    num_envs = min(config.episodes, NUM_ENVS)
     seed = seeding.stream(config.seed, Purpose.EXPORT)
-    with closing(build.make_env(run, worlds, seed, device)) as env:
+    with closing(build.make_env(run, num_envs, seed, device)) as env:
         agent = None
         if content is not None:
             path = checkpoint.named(str(config.checkpoint))
             agent = build.restore_agent(path, run, content, env, device)
         act = MixedPolicy(
             agent,
-            worlds,
+            num_envs,
             build.dims(env)[1],
             policy=policy,
             random_share=config.random_share,
@@ -97,7 +97,7 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
         )
         out.mkdir(parents=True, exist_ok=True)
         width, transitions = len(str(config.episodes - 1)), 0
-        for first in range(0, config.episodes, worlds):
+        for first in range(0, config.episodes, num_envs):
             starts = seeding.stream(config.seed, Purpose.EXPORT, first)
             with policy_of(config.checkpoint):
                 batch = first_episodes(env, act, starts)[: config.episodes - first]

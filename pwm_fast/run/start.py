@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
     )
     with (
         build.deterministic(config.deterministic),
-        closing(build.make_env(config, config.worlds, training, device)) as env,
+        closing(build.make_env(config, config.env_count, training, device)) as env,
     ):
         build.require_memory(config, env, device)
         agent = build.make_agent(config, env, device)
@@ -129,7 +129,7 @@ def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:
     shown = ", ".join(f"{name} {n:,}" for name, n in counts.items())
     engine = build.physics(config, device)
     return (
-        f"{config.env.name} x {config.worlds}, {config.alg.name} on {device} "
+        f"{config.env.name} x {config.env_count}, {config.alg.name} on {device} "
         f"({torch.get_num_threads()} CPU threads), precision {config.precision}, "
         f"seed {config.seed}, {config.epochs} epochs\n"
         + ("" if engine is None else f"{engine.describe(config.env.threads)}\n")

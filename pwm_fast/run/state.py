@@ -31,7 +31,7 @@ class RunState:
 
     Args:
         config: of the run.
-        env: worlds to collect in.
+        env: envs to collect in.
         agent: learns.
         replay: what it learns from.
         data: offline data, which :meth:`use_data` or :meth:`restore` put into the replay.
@@ -48,7 +48,7 @@ class RunState:
         torn: an environment failed; True where it is the one of training, in the middle of a step.
         skips_seen: skipped updates at the last look.
         progress: of the epoch that runs.
-        obs: observations of all worlds.
+        obs: observations of all envs.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class RunState:
         self.skips_seen = 0
         self.progress = EpochProgress()
         self.obs, _ = env.reset()
-        self._held_action = torch.zeros(config.worlds, agent.action_dim, device=agent.device)
+        self._held_action = torch.zeros(config.env_count, agent.action_dim, device=agent.device)
 
     @property
     def env_steps(self) -> int:
-        """Environment steps taken in completed epochs, over all worlds."""
-        return self.epoch * self.config.alg.steps_per_epoch * self.config.worlds
+        """Environment steps taken in completed epochs, over all envs."""
+        return self.epoch * self.config.alg.steps_per_epoch * self.config.env_count
 
     def ended_so_far(self) -> dict[str, int] | None:
         """Training episodes that ended, with those of this epoch."""
@@ -207,7 +207,7 @@ class RunState:
             ) from error
 
     def _begin_anew(self, content: dict[str, Any]) -> None:
-        """Start new episodes in all worlds, whose state a checkpoint could not save.
+        """Start new episodes in all envs, whose state a checkpoint could not save.
 
         The episodes that were open end here, as truncated, and the new ones do not repeat those
         that the run began with.

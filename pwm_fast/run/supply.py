@@ -17,7 +17,7 @@ class NothingToLearn(ConfigError):
 
 
 class Shortage(NamedTuple):
-    """Replay has no window, though every world has ended an episode.
+    """Replay has no window, though every env has ended an episode.
 
     Attributes:
         text: what is wrong and what to set.
@@ -48,7 +48,7 @@ def shortage(
         why: that came to be, if it is known.
 
     Returns:
-        None where an episode that goes on may still get long enough in some world.
+        None where an episode that goes on may still get long enough in some env.
     """
     alg = config.alg
     ended = replay.ended()

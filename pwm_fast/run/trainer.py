@@ -41,10 +41,10 @@ class Trainer:
     Args:
         config: of the run.
         directory: where it is written.
-        env: worlds to collect in.
+        env: envs to collect in.
         agent: learns.
         replay: what it learns from.
-        make_eval_env: makes an environment of so many worlds for an evaluation.
+        make_eval_env: makes that many envs for an evaluation.
         data: offline data, which :meth:`RunState.use_data` or :meth:`restore` put into the replay.
     """
 
@@ -161,7 +161,7 @@ class Trainer:
         row["fell_back"] = int(self.state.fallen_back is not None)
         row.update(rates)
         row["replay_size"] = len(self.state.replay)
-        row["steps_per_second"] = self.config.alg.steps_per_epoch * self.config.worlds / elapsed
+        row["steps_per_second"] = self.config.alg.steps_per_epoch * self.config.env_count / elapsed
         self.state.epoch += 1
         row["env_steps"] = self.state.env_steps
         self.state.ended = self.state.ended_so_far()

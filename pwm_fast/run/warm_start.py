@@ -26,7 +26,7 @@ def warm_start(agent: PWM, config: TrainConfig) -> dict[str, Any]:
     """Give an agent the networks and running statistics of ``config.init``, and nothing else of it.
 
     Its optimisers, learning rates, replay, epochs and random numbers are those of a new run, so the
-    number of worlds does not matter.
+    number of envs does not matter.
 
     Args:
         agent: of the new run.

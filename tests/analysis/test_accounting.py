@@ -92,14 +92,14 @@ def test_nothing_is_allocated() -> None:
 )
 def test_macro_step(changes: dict, evaluations: int) -> None:
     """A multiply-add is 2 FLOPs, and Heun evaluates the field twice a substep."""
-    costs = count_flops(config(**changes), Spaces(O, A, False), worlds=2)
+    costs = count_flops(config(**changes), Spaces(O, A, False), num_envs=2)
     inputs = D + A if changes.get("kind") == "mlp" else D + A + 1
     macs = inputs * 14 + 14 * 12 + 12 * D
     assert costs.macro_step == Flops(2 * macs * evaluations, 2 * macs * evaluations)
 
 
 def test_acting() -> None:
-    costs = count_flops(config(), Spaces(O, A, False), worlds=2)
+    costs = count_flops(config(), Spaces(O, A, False), num_envs=2)
     macs = O * 11 + 11 * D + D * 13 + 13 * A
     assert costs.act == Flops(2 * macs, 2 * macs)
 
@@ -118,7 +118,7 @@ def test_updates_are_those_of_a_real_agent(name: str) -> None:
     """The agent's own update methods, on real tensors, at the full horizon."""
     changes, terminates, horizon = VARIANTS[name]
     alg = dataclasses.replace(config(**changes), horizon=horizon)
-    costs = count_flops(alg, Spaces(O, A, terminates), worlds=2)
+    costs = count_flops(alg, Spaces(O, A, terminates), num_envs=2)
     agent = PWM(O, A, alg, can_terminate=terminates)
     windows = Windows(
         torch.randn(horizon + 1, B, O),
@@ -141,8 +141,8 @@ def test_updates_are_those_of_a_real_agent(name: str) -> None:
 
 
 def test_learning_is_spread_over_the_steps() -> None:
-    """3 model updates and 2 policy updates after 4 steps in each of 5 worlds."""
-    costs = count_flops(config(), Spaces(O, A, False), worlds=5)
+    """3 model updates and 2 policy updates after 4 steps in each of 5 envs."""
+    costs = count_flops(config(), Spaces(O, A, False), num_envs=5)
     epoch = 3 * costs.world_model_update.total
     epoch += 2 * (costs.actor_update.total + costs.critic_updates.total)
     assert costs.learning_per_step == pytest.approx(epoch / 20)

@@ -32,7 +32,7 @@ except ImportError:
 
 ROOT = Path(__file__).parents[2]
 
-# A run of a fraction of a second: 6 epochs of 4 steps in 4 worlds, with episodes of 12 steps.
+# A run of a fraction of a second: 6 epochs of 4 steps in 4 envs, with episodes of 12 steps.
 TINY = {
     "env.max_episode_steps": 12,
     "num_envs": 4,

@@ -105,8 +105,8 @@ def test_a_start_that_is_not_finite_ends_the_run_with_its_source(
 ) -> None:
     reset = Walk.reset
 
-    def spoilt(world: Walk, **options: Any) -> Any:
-        obs, info = reset(world, **options)
+    def spoilt(env: Walk, **options: Any) -> Any:
+        obs, info = reset(env, **options)
         return (obs * float("nan") if Counted.calls > 30 else obs), info
 
     monkeypatch.setattr(Walk, "reset", spoilt)
@@ -116,19 +116,19 @@ def test_a_start_that_is_not_finite_ends_the_run_with_its_source(
     assert Counted.made == Counted.closed
 
 
-def test_diverged_worlds_are_counted_in_the_metrics(
+def test_diverged_envs_are_counted_in_the_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Walk.step
 
-    def spoilt(world: Walk, action: Any) -> Any:
-        obs, reward, *rest = step(world, action)
-        return (obs, float("nan") if world.t == 5 else reward, *rest)
+    def spoilt(env: Walk, action: Any) -> Any:
+        obs, reward, *rest = step(env, action)
+        return (obs, float("nan") if env.t == 5 else reward, *rest)
 
     monkeypatch.setattr(Walk, "step", spoilt)
     with pytest.warns(RuntimeWarning, match=rf"{ID}: \d of \d envs diverged"):
         start.train(config(tmp_path))
-    # 24 steps in each of 4 worlds, whose every fifth diverges; 4 steps an epoch.
+    # 24 steps in each of 4 envs, whose every fifth diverges; 4 steps an epoch.
     counts = [row["diverged"] for row in rows(tmp_path / "run")[1:]]
     assert sum(counts) == 4 * 4 and set(counts) == {0, 4}
     replay = torch.load(tmp_path / "run" / "checkpoints" / "latest.pt", weights_only=True)["replay"]

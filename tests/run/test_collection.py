@@ -16,7 +16,7 @@ from tests.run.conftest import tiny_config
 
 
 class Counting:
-    """Worlds whose episodes have known lengths; ``obs = [world, episode, step]``."""
+    """Envs whose episodes have known lengths; ``obs = [env, episode, step]``."""
 
     device = torch.device("cpu")
     max_episode_steps = 9
@@ -44,10 +44,10 @@ def test_first_episodes() -> None:
     env = Counting([3, 1, 9, 4])
     episodes = first_episodes(env, lambda obs: obs[:, :1] * 0 + obs[:, 2:] / 10, 0)  # type: ignore[arg-type]
     assert [len(e.action) for e in episodes] == [3, 1, 9, 4], "also those that end late"
-    for world, episode in enumerate(episodes):
+    for env, episode in enumerate(episodes):
         length = len(episode.action)
         steps = torch.arange(length + 1.0)
-        expected = torch.stack([torch.full_like(steps, world), 0 * steps, steps], dim=-1)
+        expected = torch.stack([torch.full_like(steps, env), 0 * steps, steps], dim=-1)
         assert torch.equal(episode.obs, expected), "the last observation is of this episode"
         assert torch.equal(episode.reward, steps[:-1])
         assert torch.allclose(episode.action[:, 0], steps[:-1] / 10)
@@ -62,21 +62,21 @@ def test_an_episode_without_an_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "worlds", "random"),
+    ("share", "num_envs", "random"),
     [(0.0, 8, 0), (0.25, 8, 2), (0.5, 5, 3), (1.0, 8, 8), (0.3, 70, 21)],
 )
-def test_share_of_random_worlds(share: float, worlds: int, random: int, tmp_path: Path) -> None:
+def test_share_of_random_envs(share: float, num_envs: int, random: int, tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     agent = make_agent(config, make_env(config, 1, 0), torch.device("cpu"))
-    act = MixedPolicy(agent, worlds, 1, policy="deterministic", random_share=share)
+    act = MixedPolicy(agent, num_envs, 1, policy="deterministic", random_share=share)
     assert int(act.random.sum()) == random
-    obs = torch.randn(worlds, 5)
+    obs = torch.randn(num_envs, 5)
     own, first, second = agent.act(obs, deterministic=True), act(obs), act(obs)
     assert torch.equal(first[~act.random], own[~act.random])
     assert torch.equal(second[~act.random], own[~act.random])
     assert not (first[act.random] == second[act.random]).any()
     # Whatever part of the episodes is kept has its share.
-    for k in range(1, worlds + 1):
+    for k in range(1, num_envs + 1):
         assert abs(int(act.random[:k].sum()) - k * share) <= 1
 
 

@@ -114,7 +114,7 @@ WRONG = {
     "no value": (["epochs"], "'epochs' cannot be read as key=value"),
     "no grammar": (["wandb.name=~me"], "'wandb.name=~me' cannot be read"),
     "negative": (["epochs=-1"], "epochs must be 0 or more, got -1"),
-    "no worlds": (["num_envs=0"], "num_envs must be positive"),
+    "no envs": (["num_envs=0"], "num_envs must be positive"),
     "no episodes": (["eval.episodes=0"], "eval.episodes must be positive"),
     "not a number": (["alg.actor.lr=nan"], "alg.actor.lr must be positive"),
     "esnr": (["esnr.samples=9"], "esnr.samples must be at most alg.actor.batch_size (8), got 9"),
@@ -124,7 +124,7 @@ WRONG = {
     "device": (["device=tpu"], "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
     "wandb mode": (["wandb.mode=maybe"], "wandb.mode must be one of disabled, offline, online"),
     "resume": (["resume=nowhere.pt"], "resume=nowhere.pt: there is no such file"),
-    "worlds": (["num_envs=10000000000"], "10000000000 envs of cartpole need at least "),
+    "envs": (["num_envs=10000000000"], "10000000000 envs of cartpole need at least "),
     "episodes": (["eval.episodes=9000000000"], "lower eval.episodes"),
     "last episodes": (["eval.final_episodes=9000000000"], "lower eval.final_episodes"),
     "windows": (
@@ -226,7 +226,7 @@ NOT_MADE = {
 
 
 @pytest.mark.parametrize("given", NOT_MADE)
-def test_worlds_that_cannot_be_made(given: str, launcher: Launcher, tmp_path: Path) -> None:
+def test_envs_that_cannot_be_made(given: str, launcher: Launcher, tmp_path: Path) -> None:
     """One line, of training and of an export, and no directory."""
     pytest.importorskip("gymnasium.envs.mujoco", reason="needs pip install 'pwm-fast[gym]'")
     if "dmc" in given:

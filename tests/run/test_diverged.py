@@ -257,7 +257,7 @@ def test_commands_name_the_checkpoint(name: str, overflowing: str, tmp_path: Pat
 
 
 class Blind:
-    """Worlds of one step that end as diverged where an action is not finite, as on a GPU."""
+    """Envs of one step that end as diverged where an action is not finite, as on a GPU."""
 
     num_envs, max_episode_steps, device = 3, 5, torch.device("cpu")
 
@@ -307,13 +307,13 @@ def test_training_where_the_environment_does_not_look(
     assert checkpoint.load(tmp_path / "run" / "checkpoints" / "latest.pt")["epoch"] == 3
 
 
-def test_random_worlds_do_not_need_the_policy(overflowing: str, tmp_path: Path) -> None:
+def test_random_envs_do_not_need_the_policy(overflowing: str, tmp_path: Path) -> None:
     options: Any = {"policy": "random", "episodes": 2, "device": "cpu"}
     assert export(ExportConfig(str(tmp_path / "out"), overflowing, **options))[1] == 16
 
 
 def test_looking_draws_no_random_numbers(overflowing: str) -> None:
-    """So a run is the same whether a world diverged or not."""
+    """So a run is the same whether an env diverged or not."""
     from pwm_fast.run import build
 
     run, content = build.load_run(Path(overflowing))
@@ -340,17 +340,17 @@ REASONS = {
 
 @pytest.mark.filterwarnings(BROKEN)
 @pytest.mark.parametrize(("where", "value"), REASONS)
-@pytest.mark.parametrize("worlds", [2, 5])
-def test_only_diverged_episodes(where: Any, value: str, worlds: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_envs", [2, 5])
+def test_only_diverged_episodes(where: Any, value: str, num_envs: int, tmp_path: Path) -> None:
     kwargs = {"breaks": 3, "where": where, "value": value}
     with pytest.raises(NothingToLearn) as caught:
-        train(config(tmp_path / "run", kwargs, num_envs=worlds, epochs=5))
+        train(config(tmp_path / "run", kwargs, num_envs=num_envs, epochs=5))
     # 20 steps, of which every third ends an episode.
-    assert caught.match(f"all {6 * worlds} episodes ended as diverged")
+    assert caught.match(f"all {6 * num_envs} episodes ended as diverged")
     assert caught.match(f"env 0, step 3 of its episode: {REASONS[where, value]}")
     assert "set alg.horizon" not in str(caught.value)
-    again = config(tmp_path / "run", kwargs, num_envs=worlds, epochs=5)
-    with pytest.raises(NothingToLearn, match=f"all {6 * worlds} episodes ended as diverged"):
+    again = config(tmp_path / "run", kwargs, num_envs=num_envs, epochs=5)
+    with pytest.raises(NothingToLearn, match=f"all {6 * num_envs} episodes ended as diverged"):
         train(again)  # of a checkpoint, without knowing why
 
 
@@ -358,23 +358,23 @@ def test_only_diverged_episodes(where: Any, value: str, worlds: int, tmp_path: P
 def test_some_diverged_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Fragile.step
 
-    def short(world: Fragile, action: Any) -> Any:
-        obs, reward, _, truncated, info = step(world, action)
-        return obs, reward, world.t == 2, truncated, info
+    def short(env: Fragile, action: Any) -> Any:
+        obs, reward, _, truncated, info = step(env, action)
+        return obs, reward, env.t == 2, truncated, info
 
     monkeypatch.setattr(Fragile, "step", short)
     made = Fragile.__init__
 
-    def every_other(world: Fragile, **kwargs: Any) -> None:
-        made(world, **kwargs)
+    def every_other(env: Fragile, **kwargs: Any) -> None:
+        made(env, **kwargs)
         every_other.count += 1  # type: ignore[attr-defined]
-        world.breaks = every_other.count % 2  # type: ignore[attr-defined]
+        env.breaks = every_other.count % 2  # type: ignore[attr-defined]
 
     every_other.count = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(Fragile, "__init__", every_other)
     with pytest.raises(NothingToLearn) as caught:
         train(config(tmp_path / "run", num_envs=4, epochs=2))
-    # Two worlds diverge in each of 8 steps, two end in every second one.
+    # Two envs diverge in each of 8 steps, two end in every second one.
     assert caught.match("the longest of 24 episodes had 2; set alg.horizon=2 or less")
     assert caught.match("16 episodes ended as diverged .*: the reward is nan")
 
@@ -407,7 +407,7 @@ def test_an_environment_that_raises(
 
 
 @pytest.mark.parametrize("evaluating", [False, True])
-def test_only_a_torn_step_loses_the_worlds(
+def test_only_a_torn_step_loses_the_envs(
     evaluating: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault within an evaluation leaves a run that goes on as if there had been none."""

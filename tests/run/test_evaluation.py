@@ -1,4 +1,4 @@
-"""Evaluation counts the first episode of every world, and nothing else."""
+"""Evaluation counts the first episode of every env, and nothing else."""
 
 from __future__ import annotations
 

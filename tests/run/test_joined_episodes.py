@@ -63,16 +63,16 @@ def pendulum_turns_on(windows: torch.Tensor) -> torch.Tensor:
 
 def every_window(replay: Replay) -> torch.Tensor:
     """Observations ``[windows, H+1, O]`` of all that :meth:`Replay.sample` draws from."""
-    world, end = replay._window_ends().nonzero(as_tuple=True)
+    env, end = replay._window_ends().nonzero(as_tuple=True)
     rows = (end[:, None] + torch.arange(1 - replay.horizon, 2)) % replay.rows
-    return replay._data[world[:, None], rows, : replay.obs_dim]
+    return replay._data[env[:, None], rows, : replay.obs_dim]
 
 
 def look_at(run_dir: Path, follows: Check) -> int:
     """Check the replay of the latest checkpoint; return how many windows it has."""
     state = checkpoint.load(run_dir / "checkpoints" / "latest.pt")["replay"]
-    worlds, ring, obs, action, horizon = state["shape"]
-    replay = Replay(worlds * ring, worlds, obs, action, horizon)
+    num_envs, ring, obs, action, horizon = state["shape"]
+    replay = Replay(num_envs * ring, num_envs, obs, action, horizon)
     replay.load_state_dict(state)
     good = follows(every_window(replay))
     assert good.all(), f"{int((~good).sum())} of {len(good)} windows join two episodes"
@@ -118,7 +118,7 @@ KINDS: dict[str, tuple[dict[str, Any], Check]] = {
     "gym, Pendulum": ({"env.id": "Pendulum-v1"}, pendulum_turns_on),
     "cartpole": ({"env.name": "cartpole"}, cart_moves_on),
     "cartpole, not saved": ({"env.name": "cartpole"}, cart_moves_on),
-    "dmc": (  # which compiles its model anew for every world, also of evaluations
+    "dmc": (  # which compiles its model anew for every env, also of evaluations
         {
             "env.name": "dmc",
             "env.domain": "cartpole",
@@ -186,7 +186,7 @@ def test_no_window_joins_two_episodes(
 @pytest.mark.parametrize("steps", range(12))
 @pytest.mark.parametrize("rows_each", [6, 7, 40])
 def test_ended_episodes_in_the_ring(rows_each: int, steps: int) -> None:
-    """Whatever the rings hold, and some worlds between two episodes."""
+    """Whatever the rings hold, and some envs between two episodes."""
     replay = Replay(3 * rows_each, 3, 3, 1, HORIZON)
 
     def add(process: int, t: torch.Tensor, done: torch.Tensor) -> None:

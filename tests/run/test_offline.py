@@ -386,8 +386,8 @@ def test_export_of_random_actions(tmp_path: Path) -> None:
     assert export(other)[2] != sha256
 
 
-def test_more_episodes_than_worlds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pwm_fast.run.export.WORLDS", 4)
+def test_more_episodes_than_envs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pwm_fast.run.export.NUM_ENVS", 4)
     env = {"name": "cartpole", "max_episode_steps": 5}
     out, transitions, _ = export(ExportConfig(out=str(tmp_path / "o"), env=env, episodes=10))
     files = sorted(out.glob("*.npz"))

@@ -1,7 +1,7 @@
 """Runs that an older version stopped in the middle go on as that version would have gone on.
 
 ``tests/data/old_runs/make.py`` made them. Each is a run directory with what a continuation needs.
-Beside it lies the end that the old version came to: ``.npz`` holds the agent, the world and the
+Beside it lies the end that the old version came to: ``.npz`` holds the agent, the env and the
 states of random generators, ``.json`` the rows and where they were computed. On that processor,
 torch and MuJoCo the end is the same to the bit. Elsewhere sums are rounded in another order.
 """

@@ -258,7 +258,7 @@ LIBRARIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_killed_in_another_library(library: str, launcher: Launcher, tmp_path: Path) -> None:
-    """To the bit where the worlds can be saved, and else with every epoch once."""
+    """To the bit where the envs can be saved, and else with every epoch once."""
     pytest.importorskip("dm_control" if library == "dmc" else "gymnasium.envs.mujoco")
     arguments = tiny_arguments(tmp_path / "run", *LIBRARIES[library], "checkpoint.every=1")
     whole = [*arguments, f"run_dir={tmp_path / 'whole'}"]

@@ -38,12 +38,12 @@ def refused(run_dir: Path, longest: int, **changes: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("longest", "worlds", "horizon"), [(3, 8, 4), (2, 3, 4), (5, 16, 11)])
+@pytest.mark.parametrize(("longest", "num_envs", "horizon"), [(3, 8, 4), (2, 3, 4), (5, 16, 11)])
 def test_short_episodes(
-    longest: int, worlds: int, horizon: int, tmp_path: Path, capsys: pytest.CaptureFixture
+    longest: int, num_envs: int, horizon: int, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     changes = {
-        "num_envs": worlds,
+        "num_envs": num_envs,
         "epochs": 400,
         "checkpoint.every": 0,
         "alg.horizon": horizon,
@@ -57,7 +57,7 @@ def test_short_episodes(
     assert "warning: after epoch 3 there is nothing to learn from: a window has " in out
     assert out.count("warning") == 1
     done = checkpoint.load(tmp_path / "run" / "checkpoints" / "latest.pt")["epoch"]
-    steps = 4 * worlds * (done + 1)
+    steps = 4 * num_envs * (done + 1)
     assert 3 < done < 400 and steps / longest >= ENOUGH / 2, "not before it is known"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["epochs"]) == ("nothing to learn", done)

@@ -268,7 +268,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], dict[str, Any], type[Exception]
         CheckpointError,
         r"best\.pt does not fit this run: .* instead of \[8",
     ),
-    "other worlds": (
+    "other num_envs": (
         nothing,
         {"resume": "{}/checkpoints/latest.pt", "num_envs": 5},
         CheckpointError,

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a run in 8 worlds, with running statistics; not to be written."""
+    """A checkpoint of a run in 8 envs, with running statistics; not to be written."""
     directory = tmp_path_factory.mktemp("source") / "run"
     config = tiny_config(directory, num_envs=8, alg__replay_capacity=800, **STATISTICS)
     train_without_plots(config)
@@ -40,13 +40,13 @@ def saved_evaluation(path: Path, seed: int, episodes: int) -> float:
     return evaluate(agent, env, seed).returns.mean().item()
 
 
-@pytest.mark.parametrize("worlds", [1, 4, 8])
-def test_first_evaluation_is_the_checkpoints(source: Path, tmp_path: Path, worlds: int) -> None:
-    config = tiny_config(tmp_path / "run", num_envs=worlds, init=str(source), **STATISTICS)
+@pytest.mark.parametrize("num_envs", [1, 4, 8])
+def test_first_evaluation_is_the_checkpoints(source: Path, tmp_path: Path, num_envs: int) -> None:
+    config = tiny_config(tmp_path / "run", num_envs=num_envs, init=str(source), **STATISTICS)
     assert train(config)[0]["status"] == "finished"
     logged = rows(tmp_path / "run")
     assert [row["epoch"] for row in logged] == list(range(7)), "its epochs begin anew"
-    assert logged[0]["env_steps"] == 0 and logged[1]["replay_size"] == 4 * worlds
+    assert logged[0]["env_steps"] == 0 and logged[1]["replay_size"] == 4 * num_envs
     seed = stream(config.seed, Purpose.EVALUATION)
     assert logged[0]["reward"] == saved_evaluation(source, seed, config.eval.episodes)
 

@@ -73,7 +73,7 @@ class Output:
         except OSError as error:
             raise ResultError(f"cannot write to {error.filename}: {error.strerror}") from error
         if found.folder == named:
-            others = {p.name for p in named.iterdir()} - {*LOGS, name}
+            others = {p.name for p in named.iterdir()} - {*LOGS, name, f".{name}.tmp"}
             if len(others) + len(LOGS) + 2 > FILES:
                 raise ResultError(
                     f"{named} holds {', '.join(sorted(others)[:3])}: name a folder of the run's "

@@ -22,9 +22,7 @@ from bench.stages import Deadline, Outcome, Record
 from pwm_fast.run.installation import usable_cpus
 
 HANGS = 90.0  # seconds in which one test must end, with the kernels that it compiles
-TOGETHER = min(
-    max(usable_cpus() - 2, 2), 12
-)  # processes: most of their time is spent compiling kernels
+TOGETHER = min(max(usable_cpus() - 2, 2), 12)  # processes; they mostly compile kernels
 OUTCOMES = ("passed", "failed", "skipped")
 MESSAGES = 10  # kept of a file
 NEEDED = {"pytest": 9, "pytest-xdist": 3}  # the first ends a process whose test hangs

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import plain
+from bench import pages, plain
 from bench.fake_cuda import DEVICE, FakeCuda
 from bench.internals import select, weight_cache
-from bench.pages import PERFORMANCE, put
 from bench.sizes import ACTION, OBS
 from pwm_fast.agent import PWM
 from pwm_fast.config import (
@@ -35,7 +34,6 @@ from pwm_fast.replay import Windows
 
 STEPS = ("rollout", "actor", "critics", "world model")
 STORED = Path(__file__).with_name("launches.json")
-PAGE = PERFORMANCE
 NODE_US = 1.3  # of a graph's node on the device, assumed
 # `tests`: a small agent, as the bound of the tests.
 ALGS = ("tests", "pwm_5M_flow", "pwm_5M", "pwm_48M_flow")
@@ -184,9 +182,9 @@ def load() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(STORED.read_text())
 
 
-def page(text: str, results: dict[str, dict[str, dict[str, int]]]) -> str:
-    """The page's text with the table of ``results``."""
-    return put(text, "launches", f"{table(results)}\n\n{summary(results)}")
+def section(results: dict[str, dict[str, dict[str, int]]]) -> str:
+    """What stands in ``docs/performance.md``."""
+    return f"{table(results)}\n\n{summary(results)}"
 
 
 def summary(results: dict[str, dict[str, dict[str, int]]]) -> str:
@@ -201,7 +199,7 @@ def summary(results: dict[str, dict[str, dict[str, int]]]) -> str:
 def write(results: dict[str, dict[str, dict[str, int]]]) -> None:
     """Store the counts and put their table into ``docs/performance.md``."""
     STORED.write_text(json.dumps(results, indent=2) + "\n")
-    PAGE.write_text(page(PAGE.read_text(), results))
+    pages.write(pages.PERFORMANCE, "launches", section(results))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -188,8 +188,8 @@ def _readme_table(result: Result) -> str:
     lines = [
         machine_line(result) + ":",
         "",
-        "| | compared with | its time | best of plain PyTorch | pwm_fast fp32 | pwm_fast bf16 "
-        "| its peak memory to pwm_fast fp32's |",
+        "| | baseline | its time | best of plain PyTorch | pwm_fast fp32 | pwm_fast bf16 "
+        "| peak memory, baseline to pwm_fast fp32 |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in README_CASES:

@@ -35,7 +35,7 @@ class Change(NamedTuple):
         case: name of the case.
         provider: of the row.
         verdict: ``slower``, ``faster``, ``same``, ``failed`` (its result is wrong), ``lost``
-            (measured before, absent now).
+            (measured before; absent or out of memory now).
         detail: in words.
     """
 
@@ -65,7 +65,7 @@ def _rows(group: Group, before: Group, threshold: float) -> Iterator[Change]:
         if row.status == "failed":
             yield Change(group.name, provider, "failed", row.reason or "")
         elif provider in OURS and old is not None and old.status == "ok":
-            if row.status == "absent":
+            if row.status != "ok":
                 yield Change(group.name, provider, "lost", row.reason or "")
             else:
                 yield from _compare(group, row, before, old, threshold)

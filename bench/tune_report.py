@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench import results
+from bench.internals import CONSTANTS
 from bench.pages import PERFORMANCE, write
-from bench.readings import CONSTANTS
 from bench.results import Spread
 
 if TYPE_CHECKING:

@@ -34,7 +34,6 @@ COUNTER_STRIDE = 32
 #: interpreters that run programs one after another.
 SPIN, PUBLISH, CONSUME = 0, 1, 2
 
-_COUNTER_STRIDE = tl.constexpr(COUNTER_STRIDE)
 _POLLS = tl.constexpr(POLLS)
 
 

@@ -6,7 +6,7 @@ of the *following* layer's gradient goes straight into the gradient of this laye
 activation.
 
 Operands and ``y``, ``u``, ``dx`` are fp16, bf16 or fp32; all sums, statistics and parameters fp32.
-The plain form of the arithmetic is ``act_norm_fwd`` of ``pwm_fast.backends.base``.
+The plain form of the arithmetic is ``act_norm_fwd`` of ``pwm_fast.backends.torch``.
 """
 
 from __future__ import annotations

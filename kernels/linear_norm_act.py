@@ -6,7 +6,7 @@ activation and norm. Where a row lies in several tiles their programs exchange p
 (:mod:`pwm_fast.kernels.gemm_tile`); :func:`pwm_fast.kernels.plan.plan` chooses.
 
 Operands and ``y``, ``xhat``, ``dx`` are fp16, bf16 or fp32; all sums, statistics and parameters
-fp32. The plain form of the arithmetic is ``pwm_fast.backends.base``.
+fp32. The plain form of the arithmetic is ``norm_act_fwd`` of ``pwm_fast.backends.torch``.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def rollout_forward(
         c: ``[T, B, Up]`` float32: the rest of its pre-activation but for flow time.
         network: tensors of the folded network.
         scheme: what a macro step does.
-        plan: layout, of :func:`plan`.
+        plan: layout, of :func:`choose_layout`.
         saved: buffers to fill for a backward pass; with ``y1`` and ``y2`` one for weights too.
         total: ``[T, B, Up]`` float32, or rounded to the weights' dtype, written and returned; None
             for a new one in float32.
@@ -292,7 +292,7 @@ def rollout_backward(
         lp: ``[B, Up]`` float32: gradient towards the ``p`` after the last macro step.
         network: tensors of the folded network, as in the forward pass.
         scheme: what a macro step does.
-        plan: layout, of :func:`plan`.
+        plan: layout, of :func:`choose_layout`.
         saved: filled by the forward pass.
         grads: buffers to fill for gradients of the weights; the sums are formed with them.
         workspace: what the programs exchange through; None for a new one.

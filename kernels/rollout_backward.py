@@ -20,7 +20,7 @@ from pwm_fast.kernels.rollout_exchange import PARTS, Layout, Place, share_rows, 
 def _hidden_dgrad(
     dy, xhat, gamma, beta, slots, base, meeting, ok, rstd, place, width, L: tl.constexpr
 ):
-    """Gradient of :func:`_hidden` towards its ``h``, from the one towards its output.
+    """Gradient of ``rollout_device._hidden`` towards its ``h``, from the one towards its output.
 
     Returns it, ``[BN, BM]``, with ``du`` (towards LayerNorm's output) and, over all
     features of a row, the largest ``|dh|`` but for a factor up to ``1 + |xhat|``, and ``|base|``.

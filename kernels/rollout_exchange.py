@@ -13,7 +13,7 @@ the epoch; that takes one way there, and twice the bytes. No order in memory is 
 words, since each says by itself that it has come: it is written and read as one relaxed access, and
 never torn. (NVIDIA's NCCL calls this its low-latency protocol.)
 
-**Who may overwrite.** No buffer is used by two meetings in succession. A program writes one again
+**Who may overwrite.** No buffer is used by two barriers in succession. A program writes one again
 only after it has taken what all published at a barrier in between, and each of them published that
 because of what it had taken before: so all have read what is overwritten. With words nothing but
 that dependence is needed, as a store cannot come before what decides whether it is made. So there

@@ -136,8 +136,9 @@ def choose_layout(
         dtype: of the weights.
         sms: multiprocessors; every program needs one of its own, as they wait for each other.
         shared: bytes of shared memory that a program may have.
-        tuned: layouts measured on the GPU, by :func:`tuning_key`: the fields of a :class:`Plan`
-            (``exchange`` may be left out), or ``{"bm": 0}`` where layer by layer was faster.
+        tuned: layouts measured on the GPU, by :func:`tuning_key`: the fields of a
+            :class:`RolloutLayout` (``exchange`` may be left out), or ``{"bm": 0}`` where layer by
+            layer was faster.
 
     Raises:
         ValueError: a tuned layout is none, or does not fit.
@@ -163,9 +164,7 @@ def _tuned_layout(
         return "layer by layer was measured to be faster"
     fields = RolloutLayout._fields
     if set(entry) | {"exchange"} != set(fields):
-        raise ValueError(
-            f"a tuned rollout has {', '.join(RolloutLayout._fields)}, got {dict(entry)}"
-        )
+        raise ValueError(f"a tuned rollout has {', '.join(fields)}, got {dict(entry)}")
     layout = RolloutLayout(**entry)
     if layout not in LAYOUTS:
         known = ", ".join(str(tuple(p)) for p in LAYOUTS)

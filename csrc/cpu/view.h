@@ -34,7 +34,7 @@ void check_width(int64_t width, int64_t n);
 void check_group(int64_t group, int64_t n);
 void check_member_act(Act act);  // none or mish
 
-// Tensors; one that is absent passes, and need not be given unless it is the first of a kernel.
+// Tensors. One that is absent passes all checks but check_given and check_same_type.
 // Rows of the shape of `like`, in fp32 or bf16: any distance apart, or without a gap.
 void check_matrix(const View& x, const View& like);
 void check_saved(const View& x, const View& like);

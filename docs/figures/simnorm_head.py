@@ -22,18 +22,18 @@ from pwm_fast.envs import make
 from pwm_fast.replay import Replay, Windows
 
 HERE = Path(__file__).resolve().parent
-HORIZON, GAMMA, UPDATES, BATCH, WORLDS, STEPS, SEED = 16, 0.99, 600, 32, 32, 240, 0
+HORIZON, GAMMA, UPDATES, BATCH, NUM_ENVS, STEPS, SEED = 16, 0.99, 600, 32, 32, 240, 0
 FLOOR = sum(GAMMA**t * ((t + 1) / 8) ** 2 for t in range(HORIZON)) / HORIZON
 HEADS = ("simnorm", "linear")
 
 
 def collect(seed: int) -> Replay:
-    """One episode of uniform random actions in each world."""
-    env = make("cartpole", WORLDS, seed=seed)
-    replay = Replay(WORLDS * (STEPS + HORIZON), WORLDS, 5, 1, HORIZON)
+    """One episode of uniform random actions in each env."""
+    env = make("cartpole", NUM_ENVS, seed=seed)
+    replay = Replay(NUM_ENVS * (STEPS + HORIZON), NUM_ENVS, 5, 1, HORIZON)
     obs, _ = env.reset()
     for _ in range(STEPS):
-        action = torch.rand(WORLDS, 1) * 2.0 - 1.0
+        action = torch.rand(NUM_ENVS, 1) * 2.0 - 1.0
         following, reward, terminated, truncated, info = env.step(action)
         done = terminated | truncated
         replay.add(obs, action, reward, terminated, done, info["final_obs"])

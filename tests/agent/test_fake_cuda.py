@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import launches as command
+from bench import pages
 from bench.fake_cuda import CHUNK, DEVICE, FakeCuda, HostSyncError
 from bench.launches import STEPS, count, count_row, load, rows
 from tests.agent.agents import AGENTS, alg_config
@@ -95,8 +96,8 @@ def test_stored_counts_are_the_commands(alg: str, provider: str) -> None:
 def test_the_page_has_the_stored_counts() -> None:
     """All rows that there are, and no number of another run beside them."""
     assert {(alg, p) for alg, counts in STORED.items() for p in counts} == set(rows())
-    text = command.PAGE.read_text()
-    assert command.page(text, STORED) == text, WRITE
+    text = pages.PERFORMANCE.read_text("utf-8")
+    assert pages.put(text, "launches", command.section(STORED)) == text, WRITE
 
 
 def test_kernels_launch_less_than_plain_pytorch() -> None:

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from bench import (
-    fake_driver,
     gpu,
     gpu_checks,
     matrix,
@@ -37,8 +36,6 @@ from bench.worker import Ended
 from pwm_fast import config
 from pwm_fast.config import ConfigError
 from tests.bench.synthetic import FACTS
-
-triton = pytest.importorskip("triton")
 
 # As on a machine that has torch, triton and nvcc alone.
 BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax", "pytest")
@@ -153,6 +150,7 @@ def test_nobody_shares_a_process_with_jax(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_constant_of_the_model_has_a_measurement() -> None:
+    pytest.importorskip("triton")
     from bench.micro import kernels
 
     text = Path(micro.__file__).read_text("utf-8")
@@ -162,6 +160,8 @@ def test_every_constant_of_the_model_has_a_measurement() -> None:
 
 
 def test_the_kernels_that_measure_compile(tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    from bench import fake_driver
     from bench.fake_cuda import DEVICE, FakeCuda
     from bench.micro import kernels
 

@@ -60,6 +60,7 @@ def test_there_are_at_most_eight_files(tmp_path: Path) -> None:
         output.append(name, "x")
     Record(output.result, copy.deepcopy(FACTS)).save()
     assert len(list(tmp_path.iterdir())) == FILES - 1
+    (tmp_path / f".{NAME}.tmp").touch()  # of a run that was killed while it saved
     Output.of(tmp_path, NAME)  # its own files are no others
     (tmp_path / "other").touch()
     with pytest.raises(ResultError, match="holds other: name a folder of the run's own"):

@@ -52,9 +52,12 @@ def test_a_red_check_is_told_even_of_a_new_row() -> None:
     assert "error 2" in changes["fast"].detail
 
 
-def test_a_row_of_ours_that_is_gone_is_told() -> None:
+@pytest.mark.parametrize(
+    ("status", "reason"), [("absent", "the extension does not load"), ("memory", "2 TiB")]
+)
+def test_a_row_of_ours_that_is_gone_is_told(status: str, reason: str) -> None:
     new = rollout()
-    new.rows["fast"] = Row("fast", "absent", "the extension does not load")
+    new.rows["fast"] = Row("fast", status, reason)
     assert verdicts(new, rollout())["fast"] == "lost"
 
 

@@ -14,8 +14,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.pages import write
 from tests.compile.aot import run_tool
-from tests.compile.report import store, stored
+from tests.compile.report import stored
 
 SECTION = "cuda"
 
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     used = examine()
     bad, text = faults(used), table(used)
     if not args.check:
-        store(args.page, text, SECTION)
+        write(args.page, SECTION, text)
     elif not stored(args.page, SECTION).startswith(f"{compiler()}:"):
         print(f"not compared: the table is of another compiler than {compiler()}")
     elif stored(args.page, SECTION).rstrip() != text:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import triton
 
 import pwm_fast.kernels
+from bench.pages import write
 from tests.compile.aot import SHARED_LIMIT, Case, Usage, compile_case, usage
 
 CASES = Path(__file__).parent / "cases"
@@ -215,14 +216,6 @@ def stored(page: Path, section: str = SECTION) -> str:
     return found[1]
 
 
-def store(page: Path, text: str, section: str = SECTION) -> None:
-    """Put a table in the place of the one that a page holds in a section."""
-    stored(page, section)
-    before, begin, rest = page.read_text().partition(f"<!-- {section}:begin -->\n")
-    _, end, after = rest.partition(f"<!-- {section}:end -->")
-    page.write_text(f"{before}{begin}{text}\n{end}{after}")
-
-
 def made_with(text: str) -> tuple[str, str] | None:
     """The version of Triton, and the fingerprint, that a table was made with."""
     found = re.match(r"Triton (\S+), kernels (\w+):", text)
@@ -243,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.modules:
         print(text)
     elif not args.check:
-        store(args.page, text)
+        write(args.page, SECTION, text)
     elif (made_with(stored(args.page)) or ("?",))[0] != triton.__version__:
         print("not compared: the table is of another Triton")
     elif stored(args.page).rstrip() != text:

@@ -143,7 +143,7 @@ def test_a_table_is_stored_and_read_again(tmp_path: Path) -> None:
         report.Entry("some", "one", 90, None, ("does not compile: why",)),
     ]
     for _ in range(2):
-        report.store(page, report.table(made))
+        report.write(page, report.SECTION, report.table(made))
     text = page.read_text()
     assert report.stored(page) == report.table(made)
     assert "| one | 32 / 0 / 64 / HMMA | **does not compile** | not built |" in text

@@ -14,7 +14,7 @@ def cases() -> list[Case]:
         unscaled = () if operand == "fp16" else ("x_scale",)
         for what, absent, order in (
             ("", ("x_scale",), "stride_wk"),
-            (" adjoint", ("bias", *unscaled), "stride_wn"),
+            (" gradient", ("bias", *unscaled), "stride_wn"),
         ):
             found += tile_cases(
                 f"linear_axpby{what}",

@@ -37,7 +37,16 @@ def pytest_xdist_auto_num_workers() -> int:
     return int(asked) if asked else cores + 1
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also tests marked repeats")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all", default=False) and "repeats" not in config.option.markexpr:
+        repeating = [item for item in items if item.get_closest_marker("repeats")]
+        if repeating:
+            config.hook.pytest_deselected(items=repeating)
+            items[:] = [item for item in items if not item.get_closest_marker("repeats")]
     if _workers:
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)

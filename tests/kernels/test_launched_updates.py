@@ -23,12 +23,16 @@ from tests.kernels.launched import PRECISIONS, Watched, needs_launcher
 
 pytestmark = [pytest.mark.slow, needs_launcher]
 
-ALGS = ("pwm_5M_flow", "pwm_5M", "pwm_48M_flow")
+# Wider networks have kernels of their own, which differ by the compute dtype as the others do.
+RUNS = [
+    *((alg, precision) for alg in ("pwm_5M_flow", "pwm_5M") for precision in PRECISIONS),
+    *(("pwm_48M_flow", precision) for precision in ("fast", "exact")),
+    *(pytest.param("pwm_48M_flow", x, marks=pytest.mark.repeats) for x in ("tf32", "bf16")),
+]
 ROLLOUT = {"rollout_forward_kernel", "rollout_backward_kernel"}
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("alg", ALGS)
+@pytest.mark.parametrize(("alg", "precision"), RUNS)
 def test_updates_are_launched(alg: str, precision: str) -> None:
     """Half of them of a task that terminates: the returns are others, and there is a head more."""
     cuda = Watched()

@@ -16,7 +16,7 @@
 # themselves still take it and say nothing, so that one that is made without gymnasium.make, or with
 # disable_env_checker=True, gives the wrong final_obs in silence as before.
 #
-# What it means for pwm_fast: its Gymnasium adapter copies each observation within the world's step, also
+# What it means for pwm_fast: its Gymnasium adapter copies each observation within the env's step, also
 # in the processes of an AsyncVectorEnv (pwm_fast/envs/_guard.py).
 set -euo pipefail
 folder=$(mktemp -d)

@@ -11,7 +11,7 @@
 # a world model's latents are while its rollout is linearised in the action.
 #
 # What it means for pwm_fast: while make_fx traces at a dual level its operations run on the plain PyTorch
-# reference, which needs no such question (pwm_fast/backends/select.py).
+# reference, which needs no such question (pwm_fast/backends/transforms.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -9,4 +9,7 @@ Diagnosing a world model: :mod:`prediction` has its errors, :mod:`jacobians` its
 function takes plain callables and tensors, so that it works on any model;
 ``python -m pwm_fast.diagnose`` runs them on checkpoints. ``docs/diagnostics.md`` defines each
 quantity and its unit.
+
+Sizes of agents: :mod:`accounting` counts parameters and FLOPs, :mod:`fairness` says whether two
+agents are of one size; ``python -m pwm_fast.parity`` is the command.
 """

@@ -18,6 +18,7 @@ from pwm_fast.config import AlgConfig, WorldModelConfig
 from pwm_fast.envs import VectorEnv
 from pwm_fast.models import CriticEnsemble, GaussianActor, LatentModel, make_world_model
 from pwm_fast.ops.extend import discounted_return
+from pwm_fast.run import build
 
 META = torch.device("meta")
 
@@ -38,11 +39,7 @@ class Spaces(NamedTuple):
     @classmethod
     def of(cls, env: VectorEnv) -> Spaces:
         """Those of ``env``."""
-        return cls(
-            env.single_observation_space.shape[0],
-            env.single_action_space.shape[0],
-            env.can_terminate,
-        )
+        return cls(*build.dims(env), env.can_terminate)
 
 
 class Networks(NamedTuple):

@@ -23,7 +23,17 @@ LIMIT = 2.0  # percent
 FLOW = "_flow"  # a shipped flow configuration is its baseline's name and this
 SAME = ("encoder", "reward")  # what has to be the baseline's own, layer by layer
 SUMS = ("world_model", "total")
-TRANSITIONS = ("dynamics", "velocity")
+TRANSITION = ""  # stands for what else a world model has: its dynamics, whatever they are called
+LABELS = {
+    "encoder": "encoder",
+    TRANSITION: "",
+    "reward": "reward",
+    "task_emb": "task embedding",
+    "world_model": "world model",
+    "actor": "actor",
+    "critics": "critics",
+    "total": "total",
+}
 NOTE = "The termination head is left out on both sides: the published models have none."
 RULE = (
     "A multiply-add in a matrix product is 2 FLOPs, counted by running the trainer's losses on\n"
@@ -223,23 +233,14 @@ def suggestion_line(suggestion: Suggestion, layers: int) -> str:
 
 def _components(parity: Parity) -> list[tuple[str, str]]:
     """Names and labels in the order of the table; the two transitions share a line."""
-    transitions = [n for n in TRANSITIONS if n in parity.base or n in parity.counts]
-    labels = {
-        "encoder": "encoder",
-        transitions[0]: " / ".join(transitions),
-        "reward": "reward",
-        "task_emb": "task embedding",
-        "world_model": "world model",
-        "actor": "actor",
-        "critics": "critics",
-        "total": "total",
-    }
+    present = {k for counts in (parity.base, parity.counts) for k, n in counts.items() if n}
+    labels = {**LABELS, TRANSITION: " / ".join(sorted(present - {*LABELS}))}
     return [(k, v) for k, v in labels.items() if _of(parity.base, k) or _of(parity.counts, k)]
 
 
 def _of(counts: dict[str, int], name: str) -> int:
-    if name in TRANSITIONS:
-        return sum(counts.get(transition, 0) for transition in TRANSITIONS)
+    if name == TRANSITION:
+        return sum(count for key, count in counts.items() if key not in LABELS)
     return counts.get(name, 0)
 
 

@@ -15,14 +15,11 @@ from pwm_fast.config.agent import (
     world_model_kinds,
 )
 from pwm_fast.config.checks import (
-    COUNT,
     MAX_THREADS,
     MISSING,
-    THREADS,
     Checked,
     ConfigError,
     allotted_threads,
-    are_threads,
     at_most,
 )
 from pwm_fast.config.loading import (
@@ -50,10 +47,8 @@ from pwm_fast.config.training import (
 )
 
 __all__ = [
-    "COUNT",
     "MAX_THREADS",
     "MISSING",
-    "THREADS",
     "WORLD_MODELS",
     "ActorConfig",
     "AlgConfig",
@@ -70,7 +65,6 @@ __all__ = [
     "WandbConfig",
     "WorldModelConfig",
     "allotted_threads",
-    "are_threads",
     "at_most",
     "check_choices",
     "check_layers",

@@ -68,7 +68,8 @@ class WorldModelConfig(Checked):
         vmin: first bin centre, in symlog space.
         vmax: last bin centre, in symlog space.
         task_dim: width E of the task embedding; 0 is a single-task model.
-        num_tasks: number of tasks with an embedding. A training run has 1 (:func:`check_tasks`).
+        num_tasks: number of tasks with an embedding. A training run has 1
+            (:func:`pwm_fast.config.check_tasks`).
         zero_velocity: start with a zero last weight of a linear velocity head, so that the model
             starts as the identity, which is close to the truth, and not as a random drift.
         head: last layer of the velocity field, ``linear`` or ``simnorm`` (cannot fit its target).

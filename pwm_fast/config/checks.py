@@ -33,7 +33,6 @@ FLOAT = 3e38  # float32 has no larger numbers
 LOGSTD = 88.0  # whose exponential is a float32
 
 MAX_THREADS = 1024  # with many more the system has none left, for anybody
-THREADS = f"positive and at most {MAX_THREADS}, or null"
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -147,17 +146,13 @@ def not_empty(expected: str) -> Check:
 
 def thread_count(key: str, value: int | None) -> None:
     """A number of CPU threads, or null."""
-    require(are_threads(value), key, value, THREADS)
+    expected = f"positive and at most {MAX_THREADS}, or null"
+    require(value is None or 0 < value <= MAX_THREADS, key, value, expected)
 
 
 def seed_range(key: str, value: int) -> None:
     """A seed."""
     require(seeding.in_range(value), key, value, "in [0, 2^63)")
-
-
-def are_threads(value: int | None) -> bool:
-    """Whether a number of CPU threads is one, or null."""
-    return value is None or 0 < value <= MAX_THREADS
 
 
 def allotted_threads() -> int | None:

@@ -71,6 +71,15 @@ def test_limit() -> None:
     )
 
 
+def test_dynamics_of_any_name_have_a_line() -> None:
+    ours = result()._replace(counts={"encoder": 10, "field": 70, "world_model": 120, "total": 200})
+    lines = fairness.parameter_table(ours).splitlines()
+    table = {line.split("  ")[0]: line.split() for line in lines}
+    assert table["dynamics / field"][3:] == ["50", "70", "+40.00", "%"]
+    both = ours._replace(base=ours.counts)
+    assert "\nfield " in fairness.parameter_table(both)
+
+
 def test_same_size_of_other_layers_is_seen() -> None:
     """An encoder with two layers swapped has other shapes, whatever its count."""
     ours = configuration.compose("alg=pwm_5M_flow", "alg.world_model.encoder_units=[256,300]")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pwm_fast.launch import sweep
-from pwm_fast.run import checkpoint, metrics
+from pwm_fast.run import checkpoint, metrics, provenance
 from tests.launch.slurm import wait_until
 from tests.run.conftest import ROOT, Launcher, rows, tiny_arguments
 
@@ -42,6 +42,8 @@ def test_seeds_in_parallel(
     log = (tmp_path / "sweep" / "1_seed=1.log").read_text()
     assert "(1 CPU threads), precision auto, seed 1" in log and "finished: 6 epochs" in log
     assert "launch" not in (tmp_path / "run_0" / "config.yaml").read_text()
+    (record,) = provenance.read(tmp_path / "run_1" / "provenance.json")
+    assert "seed=1" in record["overrides"].split() and record["seed"] == 1
 
 
 def test_a_failing_run(launcher: Launcher, tmp_path: Path, quick: dict[str, str]) -> None:

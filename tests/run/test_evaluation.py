@@ -14,7 +14,7 @@ from pwm_fast.run.evaluation import GOAL_STEPS, evaluate
 
 
 class Scripted:
-    """World i ends after ``lengths[i]`` steps, and starts again; step t rewards t."""
+    """Env i ends after ``lengths[i]`` steps, and starts again; step t rewards t."""
 
     def __init__(
         self,

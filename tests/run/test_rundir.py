@@ -224,7 +224,7 @@ def test_a_kill_leaves_no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_killed_just_after_going_back(middle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same middle then goes on from there, and not from the latest checkpoint before."""
+    """The same directory then goes on from there, and not from the latest checkpoint before."""
     best = middle / "checkpoints" / "best.pt"
     killed(middle, monkeypatch, resume=str(best), checkpoint__every=0)
     assert checkpoint.load(middle / "checkpoints" / "latest.pt")["epoch"] == 4

@@ -167,7 +167,7 @@ class TrainConfig(Checked):
             non-finite goes on in ``bf16``.
         graphs: replay updates from CUDA graphs: ``auto`` (on a GPU), ``true`` or ``false``.
         threads: torch's CPU threads; null is SLURM_CPUS_PER_TASK or OMP_NUM_THREADS where they are
-            set, else as many of the machine's cores as the agent's products have work for (one for
+            set, else as many of the machine's cores as the agent's GEMMs have work for (one for
             a small agent on a CPU).
         deterministic: the same metrics to the bit whenever the run is repeated on one machine with
             as many threads; an operation that cannot give that raises.

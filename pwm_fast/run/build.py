@@ -59,7 +59,7 @@ def set_threads(
 
     Args:
         threads: their number; None is what Slurm allots, else OMP_NUM_THREADS, else as many of
-            torch's own choice as the agent's products have work for: the layers of a small one are
+            torch's own choice as the agent's GEMMs have work for: the layers of a small one are
             too short to be shared. None is at most :data:`config.MAX_THREADS`.
         alg: the agent; None is not to look at that.
         device: the agent's; only one on the CPU is looked at.
@@ -217,7 +217,7 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
 
 
 def why_not_precision(precision: str, device: torch.device) -> str | None:
-    """Why no backend computes an agent's products in ``precision`` on ``device``, or None."""
+    """Why no backend computes an agent's GEMMs in ``precision`` on ``device``, or None."""
     sample = torch.empty(1, device=device)
     with select.precision(precision):
         try:

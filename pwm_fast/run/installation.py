@@ -108,7 +108,7 @@ def _products() -> dict[str, str]:
     except ValueError as error:
         fp32 = f"fail: {error}"
     bf16 = "in hardware" if gemm.cpu_multiplies_bf16() else "rounded, multiplied in fp32"
-    return {"products on the CPU": f"fp32: {fp32}; bf16: {bf16}"}
+    return {"GEMMs on the CPU": f"fp32: {fp32}; bf16: {bf16}"}
 
 
 def _native_cuda(native: Any, build: Mapping[str, str | bool]) -> str:

@@ -272,7 +272,7 @@ class Trainer:
         self.state.fallen_back = precision
         self._logger.say(
             f"{new} updates had a non-finite loss or gradient in fp16 and were skipped, in epoch "
-            f"{self.state.epoch + 1}: from here on products are computed in precision={precision}"
+            f"{self.state.epoch + 1}: from here on GEMMs run in precision={precision}"
         )
         return True
 

@@ -344,7 +344,7 @@ class Operator:
 
 
 class _Eager(torch.autograd.Function):
-    """An operator without the dispatcher."""
+    """An operator with a gradient, without the dispatcher."""
 
     @staticmethod
     def forward(
@@ -367,10 +367,9 @@ class _Eager(torch.autograd.Function):
                 i += count
         out = operator.forward(select.kernels(operator.family, *where), *inputs)
         outputs = out if isinstance(out, tuple) else (out,)
-        if operator.backward is not None:
-            ctx.set_materialize_grads(False)
-            operator._keep(ctx, inputs, outputs)
-            ctx.operator, ctx.counts, ctx.where = operator, counts, where
+        ctx.set_materialize_grads(False)
+        operator._keep(ctx, inputs, outputs)
+        ctx.operator, ctx.counts, ctx.where = operator, counts, where
         return outputs[0] if operator.results == 1 else outputs[: operator.results]
 
     @staticmethod

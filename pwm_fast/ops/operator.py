@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from pwm_fast.backends import select
 from pwm_fast.backends.select import Choice
-from pwm_fast.backends.transforms import PLAIN, compiled_or_mapped, watched
+from pwm_fast.backends.transforms import PLAIN, compiled_or_mapped, in_memory, watched
 from pwm_fast.ops import batching
 from pwm_fast.ops.registration import (
     WHERE,
@@ -106,6 +106,8 @@ class Operator:
                 register_gradient(self.name, self._refuse, keep_nothing)
         else:
             self._needed = parameters(self.backward)
+            annotations = inspect.get_annotations(self.backward).values()
+            self._alone = any("list" in text for text in annotations)
             define(f"{self.name}_backward", _filled(self.backward), self.fake_backward, self.family)
             first_order_only(f"{self.name}_backward")
             register_gradient(self.name, self._gradient, self._setup)
@@ -228,7 +230,7 @@ class Operator:
             if isinstance(x, list):
                 if not all(type(y) in PLAIN for y in x):
                     return False
-            elif x is not None and type(x) not in PLAIN:
+            elif x is not None and not (type(x) in PLAIN and in_memory(x)):
                 return False
         return True
 
@@ -269,7 +271,8 @@ class Operator:
                 f"pwm_fast::{self.name} kept nothing for a backward pass: its tensors did not seem "
                 "to require a gradient; use backend='reference'"
             )
-        check_alone(self.name, *grads)
+        if self._alone:
+            check_alone(self.name, *grads)
         for n, i in self._refused:
             if needs[i]:
                 raise no_gradient(self.name, n)
@@ -388,7 +391,8 @@ class _Eager(torch.autograd.Function):
                 needs.append([next(flags) for _ in range(count)])
         args = operator._arguments(ctx, grads, needs)
         # Where the gradient is itself to be differentiated, the operator refuses.
-        if torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0:
+        seen = torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0
+        if seen or not all(g is None or in_memory(g) for g in grads):
             found = registered(f"{operator.name}_backward")(*args, *ctx.where)
         else:
             found = operator.backward(select.kernels(operator.family, *ctx.where), *args)

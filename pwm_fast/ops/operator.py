@@ -105,6 +105,8 @@ class Operator:
             if self.refused:
                 register_gradient(self.name, self._refuse, keep_nothing)
         else:
+            # Of its own name, which PyTorch's messages have: "output 0 of pwm_fast_simnorm".
+            self._eager: Any = type(f"pwm_fast_{self.name}", (_Eager,), {})
             self._needed = parameters(self.backward)
             annotations = inspect.get_annotations(self.backward).values()
             self._alone = any("list" in text for text in annotations)
@@ -191,7 +193,7 @@ class Operator:
                 flat.append(value)
             else:
                 counts.append((value,))
-        return _Eager.apply(self, counts, where, *flat)
+        return self._eager.apply(self, counts, where, *flat)
 
     def prepare(self, args: list[Any]) -> tuple[list[Any], bool]:
         """The inputs of ``forward`` with its flags, and whether there will be a backward pass.

@@ -259,6 +259,23 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", ROWS)
+def test_no_rows(name: str) -> None:
+    """Of any strides, which are all contiguous to PyTorch: an input's, and a gradient's."""
+    usable("native")
+    function = {**ROWS, "two_hot_cross_entropy": cross_entropy_of_nothing}[name]
+    strided = torch.zeros(0, D, 2)[..., 0].requires_grad_()
+    with select.backend("native"):
+        y = function(strided)
+        assert y.shape[0] == 0
+        (found,) = torch.autograd.grad(y.sum(), strided)  # a gradient without strides
+        assert found.shape == strided.shape
+
+
+def cross_entropy_of_nothing(x: Tensor) -> Tensor:
+    return ops.two_hot_cross_entropy(x, torch.zeros(0, 2)[:, 0])
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_many_gradients_at_a_time(name: str) -> None:
     """Operators without lists need no rule: autograd's batching runs them one after another."""
     usable("native")
@@ -268,6 +285,18 @@ def test_many_gradients_at_a_time(name: str) -> None:
     with select.backend("native"):
         found = jacobian(function, x, vectorize=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_nodes_of_the_graph_have_names(name: str) -> None:
+    """So have errors: that something was changed in place before the backward pass."""
+    usable("native")
+    with select.backend("native"):
+        y = ROWS[name](normal(B, D, dtype=torch.float32).requires_grad_())
+    node = y.grad_fn
+    while node is not None and name not in node.name():  # views of the result
+        node = node.next_functions[0][0]
+    assert node is not None
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -62,13 +62,20 @@ Type type_of(const char* name, const dlpack::Tensor& tensor) {
   fail(name, "float32, bfloat16, float64 or int64", kind + std::to_string(tensor.bits));
 }
 
-// All leading dimensions as one: rows must be equally far apart.
+// All leading dimensions as one: rows must be equally far apart. Without rows no stride matters, and
+// PyTorch takes any for contiguous.
 void set_rows(View& view, const dlpack::Tensor& tensor) {
   const std::int64_t *shape = tensor.shape, *strides = tensor.strides;
   const std::int32_t last = tensor.ndim - 1;
   view.rows = view.cols = 1;
   if (tensor.ndim == 0) return;
   view.cols = view.stride = shape[last];
+  for (std::int32_t i = 0; i < last; ++i) {
+    if (shape[i] == 0) {
+      view.rows = 0;
+      return;
+    }
+  }
   if (view.cols > 1 && strides[last] != 1) {
     fail(view.name, "a tensor whose last stride is 1", std::to_string(strides[last]));
   }

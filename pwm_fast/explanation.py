@@ -46,7 +46,7 @@ class Selection:
     """A choice of backend.
 
     Attributes:
-        operation: name in the dispatch table.
+        operation: the name that it was declared with.
         asked: what was asked for by argument, context or environment: a backend, or ``auto``.
         backend: the one that runs, or None where what was asked for cannot.
         verdicts: of all backends, in the order of preference.

@@ -11,8 +11,7 @@ Backends of an operation are tried in order; each says why it cannot run, or Non
   twice, and is the truth.
 
 ``auto`` takes the first that can run. The choice is made by, in this order: the ``backend``
-argument of a call, the innermost :func:`pwm_fast.backend`
-context, the environment variable
+argument of a call, the innermost :func:`pwm_fast.backend` context, the environment variable
 ``PWM_FAST_BACKEND``, ``auto``.
 
 Not every backend has every operation: it declares what it has kernels for, and no name stands for

@@ -26,7 +26,7 @@ def fp32_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """``x`` in that dtype."""
+    """``x`` in the dtype to compute in."""
     return x.to(fp32_dtype(x))
 
 

@@ -70,6 +70,15 @@ def watched() -> bool:
     )
 
 
+def in_memory(x: Tensor) -> bool:
+    """Whether a plain tensor's memory holds its values, as kernels read them.
+
+    It does not where the sign is still to be turned (``conj().imag``), nor of many gradients at a
+    time (``is_grads_batched``): PyTorch's dispatcher sees to both.
+    """
+    return not (x.is_neg() or torch._C._functorch.is_legacy_batchedtensor(x))
+
+
 def subclass(x: Tensor) -> str | None:
     """Why operators cannot take a tensor because of its class; None if they can."""
     if type(x) in PLAIN:

@@ -121,9 +121,9 @@ class Gemm:
         x, _ = self.cast(x, None, scaled=False)
         return self._mm(x.expand(members, -1, -1), self._copy(False), members, True)
 
-    def dgrad(self, dy: Tensor, members: int = 0) -> Tensor:
+    def dgrad(self, dy: Tensor) -> Tensor:
         """``dy W``: ``[R, N]`` to ``[R, K]``."""
-        return self.scaled_dgrad(dy, members, None, fp32=True)[0]
+        return self.scaled_dgrad(dy, 0, None, fp32=True)[0]
 
     def scaled_dgrad(
         self, dy: Tensor, members: int, scale: Tensor | None, *, fp32: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Transitions(NamedTuple):
     backend: str | None = None
 
 
+@runtime_checkable
 class Dynamics(Protocol):
     """Latent dynamics ``z' = F(z, a, task)``.
 

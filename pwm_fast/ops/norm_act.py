@@ -130,8 +130,8 @@ def layer_norm_act(
     choice = select("layer_norm_act", backend, call)
     if choice.is_reference:
         return activate(layer_norm(x, weight, bias, eps), act, simnorm_dim)
-    rows = as_rows(x)
-    return _layer_norm_act(rows, weight, bias, act, simnorm_dim, eps, choice=choice).view(x.shape)
+    rows, group = as_rows(x), int(simnorm_dim)  # NumPy's own too: without SimNorm it is not checked
+    return _layer_norm_act(rows, weight, bias, act, group, eps, choice=choice).view(x.shape)
 
 
 def activate(x: Tensor, act: Activation, simnorm_dim: int) -> Tensor:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from pwm_fast.backends import select
 from pwm_fast.backends.select import Choice
-from pwm_fast.backends.transforms import PLAIN, compiled_or_mapped, watched
+from pwm_fast.backends.transforms import PLAIN, compiled_or_mapped, in_memory, watched
 from pwm_fast.ops import batching
 from pwm_fast.ops.registration import (
     WHERE,
@@ -105,7 +105,11 @@ class Operator:
             if self.refused:
                 register_gradient(self.name, self._refuse, keep_nothing)
         else:
+            # Of its own name, which PyTorch's messages have: "output 0 of pwm_fast_simnorm".
+            self._eager: Any = type(f"pwm_fast_{self.name}", (_Eager,), {})
             self._needed = parameters(self.backward)
+            annotations = inspect.get_annotations(self.backward).values()
+            self._alone = any("list" in text for text in annotations)
             define(f"{self.name}_backward", _filled(self.backward), self.fake_backward, self.family)
             first_order_only(f"{self.name}_backward")
             register_gradient(self.name, self._gradient, self._setup)
@@ -189,7 +193,7 @@ class Operator:
                 flat.append(value)
             else:
                 counts.append((value,))
-        return _Eager.apply(self, counts, where, *flat)
+        return self._eager.apply(self, counts, where, *flat)
 
     def prepare(self, args: list[Any]) -> tuple[list[Any], bool]:
         """The inputs of ``forward`` with its flags, and whether there will be a backward pass.
@@ -228,7 +232,7 @@ class Operator:
             if isinstance(x, list):
                 if not all(type(y) in PLAIN for y in x):
                     return False
-            elif x is not None and type(x) not in PLAIN:
+            elif x is not None and not (type(x) in PLAIN and in_memory(x)):
                 return False
         return True
 
@@ -269,7 +273,8 @@ class Operator:
                 f"pwm_fast::{self.name} kept nothing for a backward pass: its tensors did not seem "
                 "to require a gradient; use backend='reference'"
             )
-        check_alone(self.name, *grads)
+        if self._alone:
+            check_alone(self.name, *grads)
         for n, i in self._refused:
             if needs[i]:
                 raise no_gradient(self.name, n)
@@ -344,7 +349,7 @@ class Operator:
 
 
 class _Eager(torch.autograd.Function):
-    """An operator without the dispatcher."""
+    """An operator with a gradient, without the dispatcher."""
 
     @staticmethod
     def forward(
@@ -367,10 +372,9 @@ class _Eager(torch.autograd.Function):
                 i += count
         out = operator.forward(select.kernels(operator.family, *where), *inputs)
         outputs = out if isinstance(out, tuple) else (out,)
-        if operator.backward is not None:
-            ctx.set_materialize_grads(False)
-            operator._keep(ctx, inputs, outputs)
-            ctx.operator, ctx.counts, ctx.where = operator, counts, where
+        ctx.set_materialize_grads(False)
+        operator._keep(ctx, inputs, outputs)
+        ctx.operator, ctx.counts, ctx.where = operator, counts, where
         return outputs[0] if operator.results == 1 else outputs[: operator.results]
 
     @staticmethod
@@ -389,7 +393,8 @@ class _Eager(torch.autograd.Function):
                 needs.append([next(flags) for _ in range(count)])
         args = operator._arguments(ctx, grads, needs)
         # Where the gradient is itself to be differentiated, the operator refuses.
-        if torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0:
+        seen = torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0
+        if seen or not all(g is None or in_memory(g) for g in grads):
             found = registered(f"{operator.name}_backward")(*args, *ctx.where)
         else:
             found = operator.backward(select.kernels(operator.family, *ctx.where), *args)

@@ -91,7 +91,7 @@ def _check_tangents(name: str, args: Sequence[Any]) -> None:
 
 
 def check_alone(name: str, *grads: Any) -> None:
-    """Raise if gradients come many at a time by autograd's own batching, which has no rules."""
+    """Raise if gradients come many at a time by autograd's own batching, which takes no lists."""
     if torch.compiler.is_dynamo_compiling():
         return
     for g in grads:

@@ -145,7 +145,7 @@ def two_hot_decode(
     _checks.value_range(logits.shape[-1], vmin, vmax)
     choice = select("two_hot_decode", backend, Call([logits]))
     if not choice.is_reference:
-        value = _decode(as_rows(logits), vmin, vmax, transform, choice=choice)
+        value = _decode(as_rows(logits), vmin, vmax, bool(transform), choice=choice)
         return value.view(logits.shape[:-1])
     with full_precision(logits):
         x = at_least_fp32(logits)
@@ -191,9 +191,8 @@ def two_hot_cross_entropy(
     choice = select("two_hot_cross_entropy", backend, Call([logits, x], reason))
     if not choice.is_reference:
         rows = as_rows(logits)
-        return _cross_entropy(rows, x.reshape(-1), vmin, vmax, transform, choice=choice).view(
-            x.shape
-        )
+        loss = _cross_entropy(rows, x.reshape(-1), vmin, vmax, bool(transform), choice=choice)
+        return loss.view(x.shape)
     with full_precision(logits):
         dtype = fp32_dtype(logits, x)
         lower, upper = _two_hot(_exact(x), logits.shape[-1], vmin, vmax, transform)

@@ -105,6 +105,26 @@ def test_operator(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_vmap(device: str) -> None:
+    """Mapped axes join the rows, of a gradient too; what is not mapped is repeated."""
+    r, v = torch.randn(2, 3, 7, device=device), torch.randn(4, 7, device=device)
+    c = torch.rand(3, 2, 7, device=device)
+
+    def run(r: Tensor, c: Tensor) -> Tensor:
+        return ops.td_lambda(r, v, continues=c, backend="triton")
+
+    leaves = r.requires_grad_(), c.requires_grad_()
+    mapped = torch.vmap(run, (0, 1), 1)(*leaves)
+    each = torch.stack([run(r[i], c[:, i]) for i in range(2)], 1)
+    assert torch.equal(mapped, each)
+    w = torch.randn_like(each)
+    for ours, wanted in zip(
+        *(torch.autograd.grad((y * w).sum(), leaves) for y in (mapped, each)), strict=True
+    ):
+        torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_nothing_to_sum_is_left_to_the_reference(device: str) -> None:
     rewards, values = torch.ones(0, 2, device=device), torch.ones(1, 2, device=device)
     with pytest.raises(select.BackendError, match="there are no rewards"):

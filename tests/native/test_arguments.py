@@ -205,6 +205,16 @@ def test_leading_dimensions_are_rows() -> None:
         _C.simnorm_fwd(x=torch.randn(3, 2, N).transpose(0, 1), y=y, group=4)
 
 
+def test_strides_without_rows() -> None:
+    """They may be any: PyTorch takes such a tensor for contiguous."""
+    for strides in ((0, 0), (32, 2), (1, 7)):
+        x = torch.zeros(0, N).as_strided((0, N), strides)
+        _C.simnorm_fwd(x=x, y=x, group=4)
+        _C.simnorm_bwd(dy=x, y=x, dx=x, group=4)
+    apart = torch.zeros(3, 0, N).as_strided((3, 0, N), (1, 5, 2))
+    _C.simnorm_fwd(x=apart, y=apart, group=4)
+
+
 def test_parameters_that_need_a_gradient() -> None:
     gamma = torch.nn.Parameter(torch.ones(N))
     given = good("norm_act_fwd") | {"gamma": gamma, "beta": gamma}

@@ -173,6 +173,12 @@ def test_layer_norm_act_of_constant_rows() -> None:
     assert_equal(ours, np.tile(np_act(bias.numpy(), "mish", 8), (2, 1)))
 
 
+def test_a_group_width_that_nobody_uses_may_be_numpy_s() -> None:
+    x, w, b = torch.randn(3, 8), torch.randn(8), torch.randn(8)
+    ours = ops.layer_norm_act(x, w, b, simnorm_dim=np.int64(4))  # type: ignore[arg-type]
+    assert torch.equal(ours, ops.layer_norm_act(x, w, b))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_layer_norm_mish_far_out(dtype: torch.dtype) -> None:
     """Mish neither overflows nor loses its value where exp(x) does, and neither does its slope."""

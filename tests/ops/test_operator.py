@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.functional import jacobian
 from torch.library import opcheck
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pwm_fast import ops
+from pwm_fast.backends import select
 from pwm_fast.ops import Layer
 from tests.helpers import random_layer
 
@@ -245,3 +247,74 @@ def test_every_operator_is_checked() -> None:
     }
     only_triton = {"pwm_fast::td_lambda", "pwm_fast::td_lambda_backward"}  # kernels/test_returns.py
     assert seen | only_triton == registered and not seen & only_triton
+
+
+# Operations over rows by their first argument.
+ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer_norm_act": lambda x: ops.layer_norm_act(x, torch.arange(8.0), torch.ones(8)),
+    "simnorm": lambda x: ops.simnorm(x, 4),
+    "two_hot_decode": lambda x: ops.two_hot_decode(x),
+    "two_hot_cross_entropy": lambda x: ops.two_hot_cross_entropy(x, torch.linspace(-9, 9, B)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_rows(name: str) -> None:
+    """Of any strides, which are all contiguous to PyTorch: an input's, and a gradient's."""
+    usable("native")
+    function = {**ROWS, "two_hot_cross_entropy": cross_entropy_of_nothing}[name]
+    strided = torch.zeros(0, D, 2)[..., 0].requires_grad_()
+    with select.backend("native"):
+        y = function(strided)
+        assert y.shape[0] == 0
+        (found,) = torch.autograd.grad(y.sum(), strided)  # a gradient without strides
+        assert found.shape == strided.shape
+
+
+def cross_entropy_of_nothing(x: Tensor) -> Tensor:
+    return ops.two_hot_cross_entropy(x, torch.zeros(0, 2)[:, 0])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_many_gradients_at_a_time(name: str) -> None:
+    """Operators without lists need no rule: autograd's batching runs them one after another."""
+    usable("native")
+    x, function = normal(B, D, dtype=torch.float32), ROWS[name]
+    with select.backend("reference"):
+        expected = jacobian(function, x)
+    with select.backend("native"):
+        found = jacobian(function, x, vectorize=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_nodes_of_the_graph_have_names(name: str) -> None:
+    """So have errors: that something was changed in place before the backward pass."""
+    usable("native")
+    with select.backend("native"):
+        y = ROWS[name](normal(B, D, dtype=torch.float32).requires_grad_())
+    node = y.grad_fn
+    while node is not None and name not in node.name():  # views of the result
+        node = node.next_functions[0][0]
+    assert node is not None
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_sign_that_is_still_to_be_turned(name: str) -> None:
+    """Of an input, and of a gradient: kernels must not read the memory as it is."""
+    usable("native")
+    x, function = normal(B, D, dtype=torch.float32), ROWS[name]
+    with select.backend("native"):
+        assert torch.equal(function(torch._neg_view(x)), function(-x))
+        y = function(x.requires_grad_())
+        g = normal(*y.shape, dtype=torch.float32)
+        (found,) = torch.autograd.grad(y, x, torch._neg_view(g), retain_graph=True)
+        assert torch.equal(found, torch.autograd.grad(y, x, -g)[0])
+
+
+def test_one_number_that_is_the_negative_of_another() -> None:
+    usable("native")
+    logits, x = normal(1, D, dtype=torch.float32), torch.tensor([0.3 + 2.0j]).conj().imag
+    assert x.is_neg() and x.is_contiguous()
+    found = ops.two_hot_cross_entropy(logits, x, backend="native")
+    assert torch.equal(found, ops.two_hot_cross_entropy(logits, x.clone(), backend="native"))

@@ -118,6 +118,11 @@ def test_errors(name: str) -> None:
         call()
 
 
+def test_dynamics_are_known_by_their_parts() -> None:
+    assert isinstance(MAP, ops.Dynamics) and isinstance(Flow(MAP.net), ops.Dynamics)
+    assert not isinstance(MAP.net, ops.Dynamics)
+
+
 def test_a_backend_that_cannot_run_says_why() -> None:
     with pytest.raises(select.BackendError, match=r"native' cannot run latent_rollout: .*float64"):
         rollout(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,3 +249,12 @@ def test_encode_gradient_outside_the_range_is_zero() -> None:
     p = ops.two_hot_encode(x, 5, -1.0, 1.0, transform=False)
     (gradient,) = torch.autograd.grad((p * torch.arange(5.0)).sum(), x)
     assert gradient.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("yes", [np.True_, 1])
+def test_what_counts_as_true_is_true(yes: Any) -> None:
+    """NumPy's own too, on every backend."""
+    logits, x = torch.randn(4, 7), torch.randn(4)
+    assert torch.equal(ops.two_hot_decode(logits, transform=yes), ops.two_hot_decode(logits))
+    ours = ops.two_hot_cross_entropy(logits, x, transform=yes)
+    assert torch.equal(ours, ops.two_hot_cross_entropy(logits, x))

@@ -2,8 +2,8 @@
 
 ``tests/data/old_runs/make.py`` made them. Each is a run directory with what a continuation needs.
 Beside it lies the end that the old version came to: ``.npz`` holds the agent, the env and the
-states of random generators, ``.json`` the rows and how torch and MuJoCo round. If they round here as
-they did there, the end is the same to the bit. Elsewhere sums are rounded in another order.
+states of random generators, ``.json`` the rows and how torch and MuJoCo round. If they round here
+as they did there, the end is the same to the bit. Elsewhere sums are rounded in another order.
 """
 
 from __future__ import annotations

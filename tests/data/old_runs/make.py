@@ -66,7 +66,8 @@ KINDS = {"flow": "pwm_tiny_flow", "mlp": "pwm_tiny"}
 
 PENDULUM = """<mujoco><worldbody><body>
 <joint type="slide" axis="1 0 0" damping="0.1"/><geom size="0.1"/>
-<body><joint type="hinge" axis="0 1 0"/><geom type="capsule" fromto="0 0 0 0 0 1" size="0.05"/></body>
+<body><joint type="hinge" axis="0 1 0"/>
+<geom type="capsule" fromto="0 0 0 0 0 1" size="0.05"/></body>
 </body></worldbody></mujoco>"""
 
 STOP = """

@@ -115,7 +115,7 @@ def report(
     Args:
         names: the modules.
         workers: processes; None: one a CPU.
-        every: compile only every so manieth case of each module, for one generation after another.
+        every: do only every so manieth of :func:`jobs`.
 
     Raises:
         ValueError: see :func:`jobs`.

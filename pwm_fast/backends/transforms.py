@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Attribute of a fake tensor: the class of the tensor that it stands for.
 STANDS_FOR = "_pwm_fast_stands_for"
 
-#: Any other class may be a tracer's, without values.
+#: Any other class may be a tracer's, without values, or hold them elsewhere.
 PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -31,11 +31,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pwm_fast.backends.transforms import compiled_or_mapped
+from pwm_fast.backends.transforms import PLAIN, compiled_or_mapped
 from pwm_fast.fused.fingerprint import fingerprint
 
 VARIABLE = "PWM_FAST_PACKS"
-_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, whose values may lie elsewhere
 LIMIT = 256  # entries; a world model with its critics has about 20
 
 P = ParamSpec("P")
@@ -135,7 +134,7 @@ def capturing() -> Iterator[None]:
 
 def _plain(tensors: Iterable[Tensor]) -> bool:
     """Identity says where the tensors' values are."""
-    return not compiled_or_mapped() and all(type(x) in _PLAIN and not x.is_neg() for x in tensors)
+    return not compiled_or_mapped() and all(type(x) in PLAIN and not x.is_neg() for x in tensors)
 
 
 def _on() -> bool:

@@ -216,7 +216,7 @@ def test_nothing_is_kept_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> No
         is_cuda = True
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(weight_cache, "_PLAIN", (*weight_cache._PLAIN, OnCuda))
+    monkeypatch.setattr(weight_cache, "PLAIN", (*weight_cache.PLAIN, OnCuda))
     x, make = torch.randn(3).as_subclass(OnCuda), Counted()
     double(x, make)
     double(x, make)

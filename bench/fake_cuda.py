@@ -244,7 +244,7 @@ def _patches() -> list[Any]:
             "_get_foreach_kernels_supported_devices",
             lambda: ["cuda", "meta"],
         ),
-        mock.patch.object(weight_cache, "_PLAIN", (*weight_cache._PLAIN, FakeTensor)),
+        mock.patch.object(weight_cache, "PLAIN", (*weight_cache.PLAIN, FakeTensor)),
         mock.patch.object(torch.cuda, "get_device_properties", properties),
         mock.patch.object(torch.cuda, "get_device_capability", mock.Mock(return_value=(9, 0))),
         mock.patch.object(torch.cuda, "get_device_name", mock.Mock(return_value=PROPERTIES.name)),

@@ -18,8 +18,8 @@ from tests.compile.aot import SHARED_LIMIT, Case, Usage, compile_case, run_tool,
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 
-# Every so manieth job is done here; the fingerprint vouches for the others. It has no factor in common
-# with the 3 generations of a case, so that each generation has its turn.
+# Every so manieth job is done here; the fingerprint vouches for the others. It has no factor in
+# common with the 3 generations of a case, so that each generation has its turn.
 SHARE = 10
 
 

@@ -109,13 +109,18 @@ def fused_why_not(call: Call) -> str | None:
     return forward_mode(call.tensors) or transform()
 
 
-def one_device(call: Call) -> str | None:
-    """Why the tensors of a reduction cannot be read together; None if they can."""
+_REDUCED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def reduction_why_not(call: Call) -> str | None:
+    """What a reduction on a GPU needs: tensors on one device, of a dtype that its kernels read."""
     first = call.tensors[0]
     for x in call.tensors:
         if x.device != first.device:
             return f"the tensors are on different devices: {first.device} and {x.device}"
-    return None
+    if first.dtype not in _REDUCED:
+        return f"the tensors are {first.dtype}; it takes float32, float16 and bfloat16"
+    return fused_why_not(call)
 
 
 class Kernels(Protocol):

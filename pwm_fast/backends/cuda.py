@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends import native
-from pwm_fast.backends.base import Backend, Call, fused_why_not, one_device
+from pwm_fast.backends.base import Backend, Call, reduction_why_not
 from pwm_fast.backends.precision import Precision
 from pwm_fast.backends.transforms import constant_result
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-DTYPES = tuple(_TYPES)
 
 
 @constant_result
@@ -109,10 +107,7 @@ class Cuda(Backend):
         first = call.tensors[0]
         if first.device.type != "cuda":
             return f"the tensors are on {first.device}; it runs on CUDA GPUs"
-        reason = one_device(call)
-        if reason is None and first.dtype not in DTYPES:
-            reason = f"the tensors are {first.dtype}; it takes float32, float16 and bfloat16"
-        return reason or fused_why_not(call) or why_not(first.device.index or 0)
+        return reduction_why_not(call) or why_not(first.device.index or 0)
 
     def kernels(self, family: str, precision: Precision) -> CudaEsnr:
         """See :class:`Backend`."""

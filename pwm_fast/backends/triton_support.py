@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from pwm_fast.backends.base import Backend, Call, fused_why_not, one_device
+from pwm_fast.backends.base import Backend, Call, fused_why_not, reduction_why_not
 from pwm_fast.backends.precision import Precision
 from pwm_fast.backends.transforms import constant_result
 
 _CAPABILITY = (8, 0)
 _MODULES = {"returns": "returns", "optimizer": "adam"}  # of kernels/, by family
-_REDUCED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @constant_result
@@ -54,10 +53,7 @@ class Triton(Backend):
         if reason is not None:
             return reason
         if family in ("reduction", "stream"):
-            reason = one_device(call)
-            if reason is None and first.dtype not in _REDUCED:
-                reason = f"the tensors are {first.dtype}; it takes float32, float16 and bfloat16"
-            return reason or fused_why_not(call)
+            return reduction_why_not(call)
         if first.dtype != torch.float32:
             return f"the tensors are {first.dtype}; it computes in float32"
         if call.precision == "tf32" and first.device.type != "cuda":

@@ -24,7 +24,7 @@ class _Esnr(Operator):
     """Signal and noise of each tensor, float64; ``grads`` holds sample after sample."""
 
     name, family, outputs, results = "esnr", "reduction", ("signal", "noise"), 2
-    refused, contiguous = ("grads",), ("grads",)
+    refused = ("grads",)
 
     @staticmethod
     def forward(k: Any, grads: list[Tensor], samples: int) -> tuple[Tensor, Tensor]:

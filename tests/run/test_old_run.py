@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,12 @@ def _is_as_recorded(end: dict[str, Any]) -> bool:
     """Whether our kernels are those, and torch and MuJoCo round, as where the end was made."""
     if installation.native_isa() not in ("avx2", "avx512"):
         return False
-    return _run([sys.executable, make.__file__], OLD).strip() == end["rounding"]
+    return _rounding() == end["rounding"]
+
+
+@cache
+def _rounding() -> str:
+    return _run([sys.executable, make.__file__], OLD).strip()
 
 
 def _compare_rows(ours: list[Any], theirs: list[dict[str, Any]], same: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,23 @@ class Stage:
 
 
 class Until(Deadline):
-    """Over when there is a file of that name."""
+    """Over when there is a file of that name, and a test of that name was told of as passed.
 
-    def __init__(self, path: Path) -> None:
+    Two processes run the tests: of two tests, the later to start may be the first to be seen.
+    """
+
+    def __init__(self, path: Path, passed: str) -> None:
         super().__init__(120.0)
-        self._path = path
+        self._path, self._passed = path, passed
 
     @property
     def left(self) -> float:
-        return 0.0 if self._path.exists() else super().left
+        return 0.0 if self._path.exists() and self._told() else super().left
+
+    def _told(self) -> bool:
+        lines = (self._path.parent / "tests.jsonl").read_text("utf-8").splitlines(keepends=True)
+        told = [json.loads(line) for line in lines if line.endswith("\n")]
+        return any(x["outcome"] == "passed" and self._passed in x["tests"] for x in told)
 
 
 @pytest.fixture
@@ -147,7 +156,7 @@ def test_the_first_case_of_each_test_comes_first(stage: Stage) -> None:
     outcome = stage.run(first=True)
     assert outcome == ("ok", "2 passed, 0 failed, 0 skipped in 0 of 1 files")
     assert sorted(stage.found(name)["done"]) == ["test_cases[1]", "test_other"]
-    assert stage.run(Until(stage.folder / "waits")).status == "partial"
+    assert stage.run(Until(stage.folder / "waits", "test_cases[2]")).status == "partial"
     assert counts(stage.found(name)) == (3, 0, 0)
     (stage.folder / "second").touch()
     assert stage.run().status == "ok"

@@ -107,20 +107,17 @@ def jobs(names: Sequence[str] | None = None) -> list[tuple[str, int, int]]:
     return found
 
 
-def report(
-    names: Sequence[str] | None = None, workers: int | None = None, every: int = 1
-) -> list[Entry]:
+def report(names: Sequence[str] | None = None, workers: int | None = None) -> list[Entry]:
     """Compile the cases of some modules (None: of all), in several processes.
 
     Args:
         names: the modules.
         workers: processes; None: one a CPU.
-        every: do only every so manieth of :func:`jobs`.
 
     Raises:
         ValueError: see :func:`jobs`.
     """
-    wanted = jobs(names)[::every]
+    wanted = jobs(names)
     workers = workers or os.cpu_count() or 1
     # Spawned, not forked: the parent may have threads, and triton holds native state.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -67,23 +67,50 @@ def test_barriers_stand_around_each_release_and_acquire(module: str, name: str) 
     assert compiled.metadata.launch_cooperative_grid  # all programs are there to be waited for
 
 
-@pytest.mark.parametrize("case", cases_of("policy"), ids=lambda case: case.name)
-def test_a_policys_rows_pass_a_barrier_between_layers(case: Case) -> None:
-    """What some warps have stored others load, and no pipeline begins before all have stored."""
-    ptx = compile_case(case, 90).asm["ptx"]
-    assert ".nc" not in ptx  # nothing that is taken to be constant
-    kinds = {r"cp\.async\.c[ag]": "load", r"bar\.sync": "barrier", r"st\.global": "store"}
-    found = re.findall("|".join(f"({pattern})" for pattern in kinds), ptx)
-    events = [k for each in found for k, hit in zip(kinds.values(), each, strict=True) if hit]
-    merged = " ".join(k for k, before in zip(events, ["", *events], strict=False) if k != before)
-    ways = re.findall(r"store (?:barrier )?load", merged)
-    layers = case.constants["LAYERS"]  # each into a product, and the action into the last one
-    assert ways[: layers + 1] == ["store barrier load"] * (layers + 1)
-    # In the loop of that last one what is loaded is the action again, after stores of its results.
-    assert len(ways) <= layers + 2
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_the_compiled_exchange_is_ordered(direction: str) -> None:
+    """All threads' stores, a barrier, one release and acquire, a barrier, then loads past L1."""
+    name = f"rollout_{direction} U512 fp16 8x64 w4 weights"
+    case = next(c for c in cases_of("rollout") if c.name == name)
+    lines = compile_case(case, 90).asm["ptx"].splitlines()
+    marks = ("st.global", "ld.global.cg", "bar.sync", "atom.global")
+    events = [m for line in lines for m in marks if m in line]
+    text = " ".join(events)
+    exchanges = events.count("atom.global")
+    assert exchanges == {"fwd": 4, "bwd": 5}[direction]
+    assert sum("atom.global.gpu.acq_rel" in line for line in lines) == exchanges
+    assert text.count("st.global bar.sync atom.global bar.sync") == exchanges
+    assert "ld.global.gpu.acquire" in "".join(lines)
+    after = [part.split() for part in text.split("atom.global")[1:]]
+    loads = [part for part in after if "ld.global.cg" in part]
+    assert len(loads) >= exchanges - 1  # a block of the code may lie before where it comes from
+    assert all(part.index("bar.sync") < part.index("ld.global.cg") for part in loads)
 
 
-WORDS = [case for case in cases_of("rollout") if "words" in case.name and 90 in case.archs]
+@pytest.mark.parametrize(("name", "times"), [("8x64 w4", 1), ("8x64 w8", 2), ("16x64 w8", 1)])
+def test_how_often_a_product_is_computed(name: str, times: int) -> None:
+    """Warps without a share of their own repeat another's: so 4 come before 8."""
+    case = next(c for c in cases_of("rollout") if c.name == f"rollout_fwd U512 fp16 {name} weights")
+    found = set(
+        re.findall(
+            r"nvidia_mma<.*?warpsPerCTA = \[(\d+), (\d+)\].*?instrShape = \[16, 8\]",
+            compile_case(case, 90).asm["ttgir"],
+        )
+    )
+    assert len(found) == 1
+    down, across = (int(warps) for warps in found.pop())
+    bm, bn = case.constants["BM"], case.constants["BN"]
+    tall, wide = (bm, bn) if case.constants["FLIP"] else (bn, bm)
+    assert max(down * 16 // tall, 1) * max(across * 8 // wide, 1) == times
+
+
+# A layout of more rows comes a second time without what the weights' gradients need, as the other
+# does: the exchange is the same.
+WORDS = [
+    pytest.param(case, marks=pytest.mark.repeats if case.name.endswith("16x64 w8 words") else ())
+    for case in cases_of("rollout")
+    if "words" in case.name and 90 in case.archs
+]
 
 
 @pytest.mark.parametrize("case", WORDS, ids=lambda case: case.name)

@@ -108,10 +108,21 @@ def check(
     return found
 
 
+# Each pair of a fold, an integrator and a precision.
+PAIRS = [
+    (False, "heun", "fast"),
+    (False, "euler", "exact"),
+    (True, "heun", "exact"),
+    (True, "euler", "fast"),
+]
+OTHERS = [(not fold, method, precision) for fold, method, precision in PAIRS]
+
+
 @pytest.mark.interpreted
-@pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("method", ["heun", "euler"])
-@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize(
+    ("fold", "method", "precision"),
+    [*PAIRS, *(pytest.param(*x, marks=pytest.mark.repeats) for x in OTHERS)],
+)
 def test_as_right_as_products_and_updates_apart(
     fold: bool, method: ops.Method, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,11 +23,16 @@ from tests.kernels.launched import PRECISIONS, Watched, needs_launcher
 
 pytestmark = [pytest.mark.slow, needs_launcher]
 
-# Wider networks have kernels of their own, which differ by the compute dtype as the others do.
+# Other dynamics and wider networks have kernels of their own, which differ by the compute dtype as
+# those of pwm_5M_flow do.
 RUNS = [
-    *((alg, precision) for alg in ("pwm_5M_flow", "pwm_5M") for precision in PRECISIONS),
-    *(("pwm_48M_flow", precision) for precision in ("fast", "exact")),
-    *(pytest.param("pwm_48M_flow", x, marks=pytest.mark.repeats) for x in ("tf32", "bf16")),
+    *(("pwm_5M_flow", precision) for precision in PRECISIONS),
+    *((alg, precision) for alg in ("pwm_5M", "pwm_48M_flow") for precision in ("fast", "exact")),
+    *(
+        pytest.param(alg, precision, marks=pytest.mark.repeats)
+        for alg in ("pwm_5M", "pwm_48M_flow")
+        for precision in ("tf32", "bf16")
+    ),
 ]
 ROLLOUT = {"rollout_forward_kernel", "rollout_backward_kernel"}
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -374,21 +372,14 @@ def test_programs_wait_for_one_another(tmp_path: Path) -> None:
     """Three programs of a row block in three processes, three launches on the same counters."""
     exchange = shared_exchange(tmp_path)
     exchange.counters.zero_()
-    code = (
-        "import sys, pathlib, importlib.util as u\n"
-        f"spec = u.spec_from_file_location('waiting', {__file__!r})\n"
-        "module = u.module_from_spec(spec)\n"
-        "sys.modules['waiting'] = module\n"
-        "spec.loader.exec_module(module)\n"
-        "module.one_program(int(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
-    )
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, str(p), str(tmp_path)], env=env)
-        for p in range(PROGRAMS)
-    ]
+    fork = multiprocessing.get_context("fork")  # with all that is imported
+    workers = [fork.Process(target=one_program, args=(p, tmp_path)) for p in range(PROGRAMS)]
     try:
-        assert [w.wait(120) for w in workers] == [0] * PROGRAMS
+        for w in workers:
+            w.start()
+        for w in workers:
+            w.join(120)
+        assert [w.exitcode for w in workers] == [0] * PROGRAMS
     finally:
         for w in workers:
             w.kill()

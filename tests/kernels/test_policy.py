@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -224,6 +225,22 @@ def test_shared_memory_of_small_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = [hidden, hidden, replace(hidden, act="none", norm=False)]
     assert products.policy(specs, [512, 256, 8], 128, F16, device) is not None
     assert products.policy(specs, [256, 512, 8], 128, F16, device) is None
+
+
+@pytest.mark.parametrize("case", cases_of("policy"), ids=lambda case: case.name)
+def test_a_policys_rows_pass_a_barrier_between_layers(case: aot.Case) -> None:
+    """What some warps have stored others load, and no pipeline begins before all have stored."""
+    ptx = aot.compile_case(case, 90).asm["ptx"]
+    assert ".nc" not in ptx  # nothing that is taken to be constant
+    kinds = {r"cp\.async\.c[ag]": "load", r"bar\.sync": "barrier", r"st\.global": "store"}
+    found = re.findall("|".join(f"({pattern})" for pattern in kinds), ptx)
+    events = [k for each in found for k, hit in zip(kinds.values(), each, strict=True) if hit]
+    merged = " ".join(k for k, before in zip(events, ["", *events], strict=False) if k != before)
+    ways = re.findall(r"store (?:barrier )?load", merged)
+    layers = case.constants["LAYERS"]  # each into a product, and the action into the last one
+    assert ways[: layers + 1] == ["store barrier load"] * (layers + 1)
+    # In the loop of that last one what is loaded is the action again, after stores of its results.
+    assert len(ways) <= layers + 2
 
 
 def test_rows_of_a_program() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +24,6 @@ from pwm_fast.kernels.rollout import (
     why_not,
 )
 from pwm_fast.kernels.rollout_plan import EXCHANGES, modelled_time
-from tests.compile.cases.rollout import cases
 from tests.kernels import rollout_truth as truth
 from tests.kernels.harness import gpu, on_devices
 
@@ -298,47 +296,6 @@ def test_what_weights_get_when_a_program_comes_too_late(
     for found, expected in zip(gradients(), right, strict=True):
         assert found.isnan().any() and not expected.isnan().any()
         assert ((found == expected) | found.isnan()).all()
-
-
-@pytest.mark.parametrize("direction", ["fwd", "bwd"])
-def test_the_compiled_exchange_is_ordered(direction: str) -> None:
-    """All threads' stores, a barrier, one release and acquire, a barrier, then loads past L1."""
-    from tests.compile.aot import compile_case
-
-    name = f"rollout_{direction} U512 fp16 8x64 w4 weights"
-    case = next(c for c in cases() if c.name == name)
-    lines = compile_case(case, 90).asm["ptx"].splitlines()
-    marks = ("st.global", "ld.global.cg", "bar.sync", "atom.global")
-    events = [m for line in lines for m in marks if m in line]
-    text = " ".join(events)
-    exchanges = events.count("atom.global")
-    assert exchanges == {"fwd": 4, "bwd": 5}[direction]
-    assert sum("atom.global.gpu.acq_rel" in line for line in lines) == exchanges
-    assert text.count("st.global bar.sync atom.global bar.sync") == exchanges
-    assert "ld.global.gpu.acquire" in "".join(lines)
-    after = [part.split() for part in text.split("atom.global")[1:]]
-    loads = [part for part in after if "ld.global.cg" in part]
-    assert len(loads) >= exchanges - 1  # a block of the code may lie before where it comes from
-    assert all(part.index("bar.sync") < part.index("ld.global.cg") for part in loads)
-
-
-@pytest.mark.parametrize(("name", "times"), [("8x64 w4", 1), ("8x64 w8", 2), ("16x64 w8", 1)])
-def test_how_often_a_product_is_computed(name: str, times: int) -> None:
-    """Warps without a share of their own repeat another's: so 4 come before 8."""
-    from tests.compile.aot import compile_case
-
-    case = next(c for c in cases() if c.name == f"rollout_fwd U512 fp16 {name} weights")
-    found = set(
-        re.findall(
-            r"nvidia_mma<.*?warpsPerCTA = \[(\d+), (\d+)\].*?instrShape = \[16, 8\]",
-            compile_case(case, 90).asm["ttgir"],
-        )
-    )
-    assert len(found) == 1
-    down, across = (int(warps) for warps in found.pop())
-    bm, bn = case.constants["BM"], case.constants["BN"]
-    tall, wide = (bm, bn) if case.constants["FLIP"] else (bn, bm)
-    assert max(down * 16 // tall, 1) * max(across * 8 // wide, 1) == times
 
 
 # --- layouts and checks -------------------------------------------------------------------------

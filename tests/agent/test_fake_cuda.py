@@ -91,9 +91,7 @@ REPEATING = (("pwm_48M_flow", "reference, exact"), ("pwm_5M_flow", "torch, exact
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("alg", "provider"),
-    [
-        pytest.param(*row, marks=pytest.mark.repeats if row in REPEATING else ()) for row in rows()
-    ],
+    [pytest.param(*row, marks=pytest.mark.repeats if row in REPEATING else ()) for row in rows()],
     ids=lambda name: name.replace(", ", "-"),
 )
 def test_stored_counts_are_the_commands(alg: str, provider: str) -> None:

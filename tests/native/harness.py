@@ -78,6 +78,7 @@ def check(
         what: named in the message.
         floors: errors allowed by name, for sums whose terms are larger than they are.
     """
+
     def pair(given: Values) -> tuple[Values, Values]:
         same = reference({k: v.float() for k, v in given.items()}, torch.float32)
         return same, reference({k: v.float().double() for k, v in given.items()}, torch.float64)
@@ -105,7 +106,7 @@ def check(
         found, theirs, title = value.to(dtype), same[name].to(dtype), f"{what}: {name}"
         try:
             assert_2x(found, theirs, truth[name], title)
-        except AssertionError:  # PyTorch's errors nearby allow more; its own is nearly always enough
+        except AssertionError:  # PyTorch's errors nearby allow more; one is nearly always enough
             near = [(s[name].to(dtype), t[name]) for s, t in nearby()]
             assert_2x(found, theirs, truth[name], title, near)
 

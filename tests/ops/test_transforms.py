@@ -550,8 +550,8 @@ COMPILED: dict[str, Callable[[Function, Tensor, Tensor], Tensor | None]] = {
 }
 
 
-# An operator of lists and one of tensors in every way; two more of tensors, and an operation without
-# operators, in two ways each.
+# An operator of lists and one of tensors in every way; two more of tensors, and an operation that
+# has no operator, in two ways each.
 COMPILED_CASES = [
     *((name, way) for name in ("simnorm", "mlp") for way in COMPILED),
     *(("layer_norm_act", way) for way in ("compile of jvp", "jvp of compile")),

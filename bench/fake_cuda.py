@@ -154,9 +154,16 @@ class FakeCuda(TorchDispatchMode):
         return result
 
     def _refuse_host(self, func: Any, values: Any) -> None:
-        for x in torch.utils._pytree.tree_leaves(values):
-            if isinstance(x, FakeTensor) and x.fake_device.type != "cuda":
-                raise HostSyncError(f"{func} takes or makes a tensor on {x.fake_device}")
+        left = [values]  # torch's pytree would take a fifth of all the time that counting takes
+        while left:
+            x = left.pop()
+            if isinstance(x, FakeTensor):
+                if x.fake_device.type != "cuda":
+                    raise HostSyncError(f"{func} takes or makes a tensor on {x.fake_device}")
+            elif isinstance(x, list | tuple):
+                left.extend(x)
+            elif isinstance(x, dict):
+                left.extend(x.values())
 
     def _triton(self) -> AbstractContextManager[Any]:
         """Triton's launches are seen on their way, on a device of :data:`PROPERTIES`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from tests.models.builders import compose
 UPDATES = 50
 
 
+@functools.cache  # the reference's are those of two backends
 def curves(backend: str, alg: str) -> dict[str, torch.Tensor]:
     """Losses of ``UPDATES`` updates of the model and the policy on learnable data."""
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from tests.agent.agents import AGENTS, changed, make_agent, make_obs, make_windo
 from tests.agent.no_sync import HostSyncError
 from tests.agent.recorder import make_captured
 
-UPDATES = 20
+UPDATES = 10  # two are plain, one is poisoned, and four come after it
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

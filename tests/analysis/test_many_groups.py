@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def case(
     yield request.param, top, drawn
 
 
+@functools.cache
 def environment(top: Path) -> Any:
+    """Read once for all tests of a case: nothing writes to its runs."""
     runs = [load(path) for path in sorted((top / "runs").glob("*/*"))]
     [found], left_out = arrange([run for run in runs if isinstance(run, Run)])
     assert left_out == []
@@ -124,7 +127,7 @@ def test_figures_have_room(case: tuple[str, Path, dict[str, Any]]) -> None:
     name, _, drawn = case
     assert len(drawn) == 7
     for which, figure in drawn.items():
-        figure.canvas.draw()
+        figure.draw_without_rendering()  # places everything
         renderer = figure.canvas.get_renderer()
         whole = figure.bbox
         for axes in figure.axes:

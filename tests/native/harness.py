@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -77,27 +78,37 @@ def check(
         what: named in the message.
         floors: errors allowed by name, for sums whose terms are larger than they are.
     """
-    generator = torch.Generator().manual_seed(1)
-    pairs = []
-    for nudge in (0.0, 1e-3, 1e-3, 1e-3):
-        near = {
-            name: value
-            if nudge == 0.0
-            else value * (1.0 + nudge * torch.randn(value.shape, generator=generator))
-            for name, value in inputs.items()
-        }
-        same = reference({k: v.float() for k, v in near.items()}, torch.float32)
-        truth = reference({k: v.float().double() for k, v in near.items()}, torch.float64)
-        pairs.append((same, truth))
-    same, truth = pairs[0]
+
+    def pair(given: Values) -> tuple[Values, Values]:
+        same = reference({k: v.float() for k, v in given.items()}, torch.float32)
+        return same, reference({k: v.float().double() for k, v in given.items()}, torch.float64)
+
+    @functools.cache
+    def nearby() -> list[tuple[Values, Values]]:
+        generator = torch.Generator().manual_seed(1)
+        return [
+            pair(
+                {
+                    name: value * (1.0 + 1e-3 * torch.randn(value.shape, generator=generator))
+                    for name, value in inputs.items()
+                }
+            )
+            for _ in range(3)
+        ]
+
+    same, truth = pair(inputs)
     assert ours.keys() <= truth.keys()
     for name, value in ours.items():
         if floors and name in floors:
             assert (value - truth[name]).abs().max() <= floors[name], f"{what}: {name}"
             continue
         dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32
-        nearby = [(s[name].to(dtype), t[name]) for s, t in pairs[1:]]
-        assert_2x(value.to(dtype), same[name].to(dtype), truth[name], f"{what}: {name}", nearby)
+        found, theirs, title = value.to(dtype), same[name].to(dtype), f"{what}: {name}"
+        try:
+            assert_2x(found, theirs, truth[name], title)
+        except AssertionError:  # PyTorch's errors nearby allow more; one is nearly always enough
+            near = [(s[name].to(dtype), t[name]) for s, t in nearby()]
+            assert_2x(found, theirs, truth[name], title, near)
 
 
 def activate(u: Tensor, act: str, group: int) -> Tensor:

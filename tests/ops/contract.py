@@ -9,6 +9,7 @@ ESNR is not in the table: its result is float64 whatever the inputs are (see tes
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,8 +93,9 @@ def check(case: Case, inputs: Inputs, *, summed: bool = False) -> None:
         return found
 
     # A few draws of PyTorch's own error say little of its range in a tensor of few numbers: what
-    # exceeds twice their worst is judged by more of them.
-    if not refused(3) or not (found := refused(16)):
+    # exceeds twice their worst is judged by more of them. More draws only allow more: they are not
+    # made where one is enough, as nearly always.
+    if not refused(0) or not refused(3) or not (found := refused(16)):
         return
     # One draw of ours against the worst of PyTorch's is a gamble, too, where a gradient is a few
     # sums of many terms. Then both err on all the draws: ours at most twice as much in the root
@@ -146,20 +148,24 @@ def check_precision(
             found = values_and_gradients(case, case.torch_call, given, False)
         return {k: v.float() for k, v in found.items()}
 
-    draws = []
-    for seed in range(4):
-        drawn = case.inputs(batch, width, torch.float32, seed)
-        inputs = {k: v.to(device) for k, v in drawn.items()}
+    @functools.cache
+    def drawn(seed: int) -> tuple[Inputs, dict[str, Tensor], dict[str, Tensor]]:
+        found = case.inputs(batch, width, torch.float32, seed)
+        inputs = {k: v.to(device) for k, v in found.items()}
         double = {k: v.double() for k, v in inputs.items()}
-        truth = values_and_gradients(case, case.torch_call, double, False)
-        draws.append((inputs, own(inputs), truth))
-    (inputs, torch_own, truth), *others = draws
+        return inputs, own(inputs), values_and_gradients(case, case.torch_call, double, False)
+
+    inputs, torch_own, truth = drawn(0)
     with select.precision(precision):
         ours = values_and_gradients(case, case.call, inputs, False)
     rounding = 0.0
     for key, expected in truth.items():
-        near = [(theirs[key], ref[key]) for _, theirs, ref in others]
-        assert_2x(ours[key], torch_own[key], expected, f"{case.name}: {key}", near)
+        what = f"{case.name}: {key}"
+        try:
+            assert_2x(ours[key], torch_own[key], expected, what)
+        except AssertionError:  # more draws allow more; one is nearly always enough
+            near = [(theirs[key], ref[key]) for _, theirs, ref in map(drawn, (1, 2, 3))]
+            assert_2x(ours[key], torch_own[key], expected, what, near)
         if expected.numel():
             rounding = max(rounding, (ours[key].double() - expected).abs().max().item())
     assert rounding > 1e-6 or batch == 0  # it is no float32 in disguise

@@ -96,20 +96,17 @@ WRITERS: dict[str, Writer] = {
 def from_another_process(weights: list[Tensor], new: list[Tensor]) -> None:
     """``weights`` are of :func:`mapped`: another process writes to their file."""
     name = weights[0].untyped_storage().filename
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        torch.save([x.detach() for x in new], file.name)
+    with tempfile.NamedTemporaryFile() as file:
+        torch.cat([x.detach().flatten() for x in new]).numpy().tofile(file.name)
         subprocess.run([sys.executable, "-c", _CHILD, name, file.name], check=True)
 
 
 _CHILD = """
 import sys
-import numpy
-import torch
+import numpy  # and no torch, which would take seconds to import
+new = numpy.fromfile(sys.argv[2], dtype="float32")
 flat = numpy.memmap(sys.argv[1], dtype="float32", mode="r+")
-start = 0
-for x in torch.load(sys.argv[2]):
-    flat[start : start + x.numel()] = x.flatten().numpy()
-    start += x.numel()
+flat[: len(new)] = new
 """
 
 

@@ -239,9 +239,11 @@ def test_wrong_contents(finished: Path, tmp_path: Path, name: str) -> None:
     draw = random.Random(name)
     # One epoch that learns; without a replay two before it fill one.
     epochs = content["epoch"] + (3 if content["replay"] is None else 1)
-    for place in sampled(content, 40):
+    cheap = {"epochs": epochs, "esnr.every": 0, "eval.episodes": 1, "eval.final_episodes": 1}
+    # What lies deeper is restored from both in the same way: the best one lacks env and replay.
+    for place in sampled(content, 40 if name == "latest" else 10):
         wrong = placed(content, place, draw.choice(WRONG))
-        restores(wrong, tmp_path / "a.pt", tmp_path / "run", epochs=epochs)
+        restores(wrong, tmp_path / "a.pt", tmp_path / "run", **cheap)
 
 
 @pytest.mark.parametrize(

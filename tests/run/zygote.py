@@ -1,8 +1,8 @@
 """Starts commands by forking a process that has imported everything, which saves seconds a run.
 
 A child is the command as a user runs it, from ``sys.argv`` to the exit status; ``hook`` is code run
-before it. One that is ``composed`` trains with a configuration that Hydra made in this process, once
-for all children with the same arguments: a command takes as long to compose as for a tiny run. Reads one
+before it. One that is ``composed`` trains with a configuration that Hydra made in this process once
+for all children with the same arguments: composing takes a command as long as a tiny run. Reads one
 JSON request a line from stdin, answers with one a line.
 """
 
@@ -20,7 +20,6 @@ import traceback
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
-
 
 SIMULATORS = {"env=dmc": "dm_control.suite", "env=gym": "gymnasium.envs.mujoco"}
 

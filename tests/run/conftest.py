@@ -229,9 +229,11 @@ def clean_environment() -> dict[str, str]:
     return {**kept, **ours}
 
 
-def command(module: str, *arguments: str) -> list[str]:
+def command(module: str, *arguments: str, plots: bool = True) -> list[str]:
     """A command to start with :mod:`subprocess`, where a warm process will not do."""
-    return [sys.executable, "-m", module, *arguments]
+    code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    how = ["-m", module] if plots else ["-c", NO_PLOTS + code]
+    return [sys.executable, *how, *arguments]
 
 
 def wait_for_change(path: Path, seconds: float = 60.0) -> None:

@@ -300,9 +300,16 @@ def test_wrong_parts_are_named(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
-    "module", ["world_model", "actor", "critic", "obs_rms", "rew_rms", "ret_rms"]
+    ("module", "value"),
+    [  # networks and statistics each with every value
+        ("world_model", float("nan")),
+        ("actor", float("inf")),
+        ("critic", -float("inf")),
+        ("obs_rms", float("nan")),
+        ("rew_rms", float("inf")),
+        ("ret_rms", -float("inf")),
+    ],
 )
 def test_weights_that_are_not_finite(
     finished: Path, tmp_path: Path, module: str, value: float

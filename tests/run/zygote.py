@@ -92,6 +92,7 @@ def main() -> None:
     import pwm_fast.run.trainer  # noqa: F401
 
     torch.set_num_threads(1)
+    composed(("env=cartpole",))  # fills the caches of Hydra's parser
     gc.collect()
     gc.freeze()  # children need not look at what they share
     print("ready", flush=True)

@@ -14,6 +14,7 @@ import functools
 import gc
 import json
 import os
+import pickle
 import runpy
 import sys
 import traceback
@@ -26,22 +27,25 @@ SIMULATORS = {"env=dmc": "dm_control.suite", "env=gym": "gymnasium.envs.mujoco"}
 
 @functools.cache
 def composed(arguments: tuple[str, ...]) -> Any:
-    """The configuration of a run; children that compose find Hydra as if there were none.
+    """The configuration of a run, made in a child: Hydra would know here where plugins lie.
 
-    What the env is simulated with is imported, too.
+    What the env is simulated with is imported here.
     """
-    from hydra.core.singleton import Singleton
-
-    from pwm_fast import config
-
     for argument in arguments:
         if argument in SIMULATORS and find_spec(SIMULATORS[argument].partition(".")[0]):
             import_module(SIMULATORS[argument])
-    state = Singleton.get_state()
-    try:
-        return config.compose(*arguments)
-    finally:
-        Singleton.set_state(state)
+    ours, theirs = os.pipe()
+    if (pid := os.fork()) == 0:
+        from pwm_fast import config
+
+        with os.fdopen(theirs, "wb") as pipe:
+            pickle.dump(config.compose(*arguments), pipe)
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as pipe:
+        found = pickle.load(pipe)
+    os.waitpid(pid, 0)
+    return found
 
 
 def train(config: Any, changes: dict[str, str]) -> None:
@@ -92,7 +96,6 @@ def main() -> None:
     import pwm_fast.run.trainer  # noqa: F401
 
     torch.set_num_threads(1)
-    composed(("env=cartpole",))  # fills the caches of Hydra's parser
     gc.collect()
     gc.freeze()  # children need not look at what they share
     print("ready", flush=True)

@@ -151,6 +151,7 @@ def _small_epoch(build: partial[Workload], device: torch.device) -> Workload:
     small = alg_config("tiny_flow"), alg_config("tiny")
     for alg in small:
         alg.model_learning.updates, alg.steps_per_epoch = 2, 4
+        alg.actor.updates, alg.critic.passes, alg.critic.minibatches = 1, 1, 2
         alg.actor.batch_size, alg.model_learning.batch_size = 100, 20
     return build.func(*small, device, num_envs=4, horizon=4, **build.keywords)
 

@@ -37,25 +37,39 @@ from pwm_fast import config
 from pwm_fast.config import ConfigError
 from tests.bench.synthetic import FACTS
 
-# As on a machine that has torch, triton and nvcc alone.
+# As on a machine that has torch, triton and nvcc alone. What torch.compile traces runs without
+# Inductor, whose kernels in C++ would take g++ a minute and are PyTorch's matter.
 BLOCKED = ("hydra", "omegaconf", "mujoco", "wandb", "yaml", "gymnasium", "jax", "pytest")
+INDUCTOR = "torch._inductor.compile_fx"
 SITE = f"""
+import importlib.util
 import sys
 
 
 class Absent:
     def find_spec(name, path=None, target=None):
+        if name == {INDUCTOR!r}:
+            return importlib.util.spec_from_file_location(name, __file__[:-3] + "_inductor.py")
         if name.partition(".")[0] in {BLOCKED!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}} in this test", name=name)
 
 
 sys.meta_path.insert(0, Absent)
 """
+NO_INDUCTOR = """
+from torch._dynamo.backends.debugging import aot_eager
+
+
+def compile_fx(model, inputs, **_):
+    print("compiled without Inductor")
+    return aot_eager(model, inputs)
+"""
 
 
 def start_bare(tmp_path: Path, *args: str, **variables: str) -> subprocess.Popen[str]:
     """Start Python as on such a machine, its child processes too."""
     (tmp_path / "sitecustomize.py").write_text(SITE, "utf-8")
+    (tmp_path / "sitecustomize_inductor.py").write_text(NO_INDUCTOR, "utf-8")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     return subprocess.Popen(
         [sys.executable, *args],
@@ -288,7 +302,9 @@ def test_a_run_is_terminated_and_gone_on_with(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = results.load(out / "gpu_cpu.json")
     rows = {f"{g.name} {r.provider}": r for g in result.groups.values() for r in g.rows.values()}
-    assert rows["rollout-tiny_flow-b7-K1-backward published"].status == "ok"
+    for provider in ("published", "compile"):
+        assert rows[f"rollout-tiny_flow-b7-K1-backward {provider}"].status == "ok"
+    assert "compiled without Inductor" in _text(out / "worker.log")
     assert rows["updates-tiny published"].status == "ok"
     assert report.report(result)
 

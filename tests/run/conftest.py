@@ -155,6 +155,8 @@ class Command:
 class Launcher:
     """Starts commands of pwm_fast in processes of their own."""
 
+    _composed = False
+
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("zygote.py"))],
@@ -166,6 +168,12 @@ class Launcher:
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
+
+    def composing_once(self) -> Launcher:
+        """The same for training runs of which Hydra's part is not what is tested."""
+        other = copy.copy(self)
+        other._composed = True
+        return other
 
     def ask(self, request: dict) -> object:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -182,6 +190,11 @@ class Launcher:
         plots: bool = False,
         env: dict[str, str] | None = None,
     ) -> Command:
+        changes = None
+        if self._composed and module == "pwm_fast.train":
+            pairs = (a.partition("=") for a in arguments)
+            changes = {key: value for key, _, value in pairs if key in ("run_dir", "resume")}
+            arguments = tuple(a for a in arguments if a.partition("=")[0] not in changes)
         cwd.mkdir(parents=True, exist_ok=True)
         files = (cwd / "stdout.txt", cwd / "stderr.txt")
         pid = self.ask(
@@ -191,6 +204,7 @@ class Launcher:
                 "hook": hook if plots else NO_PLOTS + hook,  # they take the longest
                 "cwd": str(cwd),
                 "env": env or {},
+                "composed": changes,
                 "stdout": str(files[0]),
                 "stderr": str(files[1]),
             }
@@ -215,9 +229,11 @@ def clean_environment() -> dict[str, str]:
     return {**kept, **ours}
 
 
-def command(module: str, *arguments: str) -> list[str]:
+def command(module: str, *arguments: str, plots: bool = True) -> list[str]:
     """A command to start with :mod:`subprocess`, where a warm process will not do."""
-    return [sys.executable, "-m", module, *arguments]
+    code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    how = ["-m", module] if plots else ["-c", NO_PLOTS + code]
+    return [sys.executable, *how, *arguments]
 
 
 def wait_for_change(path: Path, seconds: float = 60.0) -> None:
@@ -236,6 +252,12 @@ def launcher() -> Iterator[Launcher]:
     started = Launcher()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def starter(launcher: Launcher) -> Launcher:
+    """Starts training runs whose arguments Hydra composes once for all of them."""
+    return launcher.composing_once()
 
 
 @pytest.fixture(scope="session")

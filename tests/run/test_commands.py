@@ -75,7 +75,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     terminal, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     process = subprocess.Popen(
-        command("pwm_fast.train", *tiny_arguments(tmp_path / "run", "epochs=30")),
+        command("pwm_fast.train", *tiny_arguments(tmp_path / "run", "epochs=30"), plots=False),
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -319,7 +319,7 @@ def test_hydras_own_sweep_stops_when_interrupted(launcher: Launcher, tmp_path: P
 
 def test_lost_reader_does_not_stop_a_run(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        command("pwm_fast.train", *tiny_arguments(tmp_path / "run")),
+        command("pwm_fast.train", *tiny_arguments(tmp_path / "run"), plots=False),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=clean_environment(),

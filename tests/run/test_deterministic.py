@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from pwm_fast.config import ConfigError
 from pwm_fast.run import build, checkpoint, trainer
 from pwm_fast.run.start import train
-from tests.run.conftest import clean_environment, rows, tiny_arguments, tiny_config
+from tests.run.conftest import clean_environment, command, rows, tiny_arguments, tiny_config
 
 # Wide enough that torch parts the work among its threads, which it does from 32,768 elements on.
 WIDE = (
@@ -34,13 +33,11 @@ def run(cwd: Path, threads: int, *extra: str) -> Path:
     """A run in a process of its own; ``rows`` leaves out wall_time and steps_per_second."""
     cwd.mkdir()
     # Not forked from a warm process: the two are to share nothing.
-    code = "from pwm_fast.run import trainer; trainer.plot_run = lambda *_: []\n"
-    code += "import runpy; runpy.run_module('pwm_fast.train', run_name='__main__', alter_sys=True)"
     environment = {**clean_environment(), "PYTHONHASHSEED": "random"}
     environment.pop("OMP_NUM_THREADS")
     arguments = tiny_arguments(cwd / "run", *WIDE, f"threads={threads}", *extra)
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        command("pwm_fast.train", *arguments, plots=False),
         cwd=cwd,
         env=environment,
         capture_output=True,

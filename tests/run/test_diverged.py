@@ -383,13 +383,19 @@ def test_some_diverged_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 FAULTS = [RuntimeError("lost the simulator"), EnvironmentFault("x"), KeyError("y")]
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: type(f).__name__)
 # 2 x 8 steps of the first evaluation, then 4 x 4 an epoch; epoch 2 is evaluated.
-@pytest.mark.parametrize(("at", "epoch"), [(5, 0), (16 + 1, 0), (16 + 16 + 7, 1), (16 + 32 + 5, 1)])
+PLACES = [(5, 0), (16 + 1, 0), (16 + 16 + 7, 1), (16 + 32 + 5, 1)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "at", "epoch"),
+    [  # each in an evaluation and in a step
+        pytest.param(FAULTS[fault], *PLACES[place], id=f"{type(FAULTS[fault]).__name__}-{place}")
+        for fault, place in ((0, 0), (0, 2), (1, 3), (1, 1), (2, 3), (2, 2))
+    ],
+)
 def test_an_environment_that_raises(
-    at: int, epoch: int, fault: BaseException, tmp_path: Path, capsys: pytest.CaptureFixture
+    fault: BaseException, at: int, epoch: int, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     Fragile.fault, Fragile.fault_at = fault, at
     run_dir = tmp_path / "run"

@@ -54,13 +54,13 @@ def test_limited_files(
     call: int,
     file: str,
     epoch: int | None,
-    launcher: Launcher,
+    starter: Launcher,
     whole_run: Path,
     tmp_path: Path,
 ) -> None:
     code = LIMIT.format(owner=owner, name=name, argument=argument, call=call)
     arguments = tiny_arguments(tmp_path / "run")
-    outcome = launcher.run(tmp_path, *arguments, hook=code, plots=name == "plot_run")
+    outcome = starter.run(tmp_path, *arguments, hook=code, plots=name == "plot_run")
     assert_stopped(outcome, str(tmp_path / "run" / file), "File too large")
     latest = tmp_path / "run" / "checkpoints" / "latest.pt"
     assert latest.exists() == (epoch is not None)
@@ -68,7 +68,7 @@ def test_limited_files(
         assert checkpoint.load(latest)["epoch"] == epoch
     left = [p for p in (tmp_path / "run").rglob(".*") if p.name != ".lock"]
     assert left == [], "no half files"
-    assert launcher.run(tmp_path, *arguments).status == 0, "with room again it goes on"
+    assert starter.run(tmp_path, *arguments).status == 0, "with room again it goes on"
     assert rows(tmp_path / "run") == rows(whole_run)
 
 
@@ -85,7 +85,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_full_disk(small_disk: Path, launcher: Launcher, whole_run: Path, tmp_path: Path) -> None:
+def test_full_disk(small_disk: Path, starter: Launcher, whole_run: Path, tmp_path: Path) -> None:
     arguments = tiny_arguments(small_disk / "run")
     filler = (
         "import os, shutil\n"
@@ -101,14 +101,14 @@ def test_full_disk(small_disk: Path, launcher: Launcher, whole_run: Path, tmp_pa
         "    save(self, name)\n"
         "trainer.Trainer.save = full\n"
     )
-    outcome = launcher.run(tmp_path / "cwd", *arguments, hook=filler)
+    outcome = starter.run(tmp_path / "cwd", *arguments, hook=filler)
     assert_stopped(outcome, "latest.pt: No space left on device; the last one is unchanged")
     assert checkpoint.load(small_disk / "run" / "checkpoints" / "latest.pt")["epoch"] == 2
     assert len(metrics.read(small_disk / "run" / "metrics.jsonl")) == 5
 
     # Still full: it goes on from the checkpoint and stops where that cannot be written.
-    again = launcher.run(tmp_path / "cwd", *arguments)
+    again = starter.run(tmp_path / "cwd", *arguments)
     assert_stopped(again, "No space left on device")
     os.remove(small_disk / "filler")
-    assert launcher.run(tmp_path / "cwd", *arguments).status == 0
+    assert starter.run(tmp_path / "cwd", *arguments).status == 0
     assert rows(small_disk / "run") == rows(whole_run)

@@ -108,23 +108,23 @@ PWM.observe = hangs_up
 
 
 @needs_hangup
-def test_hangup_writes_a_checkpoint(launcher: Launcher, whole_run: Path, tmp_path: Path) -> None:
+def test_hangup_writes_a_checkpoint(starter: Launcher, whole_run: Path, tmp_path: Path) -> None:
     arguments = tiny_arguments(tmp_path / "run")
-    outcome = launcher.run(tmp_path, *arguments, hook=HANGS_UP.format(before="SIG_DFL"))
+    outcome = starter.run(tmp_path, *arguments, hook=HANGS_UP.format(before="SIG_DFL"))
     assert outcome.status == 128 + signal.SIGHUP
     assert outcome.err == "\nSIGHUP: stopping; a checkpoint will be written\n"
     assert outcome.out.splitlines()[-1].startswith("interrupted: 2 epochs"), "no terminal: kept"
     saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "latest.pt")
     assert (saved["epoch"], saved["progress"]["done"]) == (2, {"steps": 1})
-    assert launcher.run(tmp_path, *arguments).status == 0
+    assert starter.run(tmp_path, *arguments).status == 0
     assert rows(tmp_path / "run") == rows(whole_run)
 
 
 @needs_hangup
-def test_ignored_hangup_stays_ignored(launcher: Launcher, whole_run: Path, tmp_path: Path) -> None:
+def test_ignored_hangup_stays_ignored(starter: Launcher, whole_run: Path, tmp_path: Path) -> None:
     """As nohup wants it."""
     arguments = tiny_arguments(tmp_path / "run")
-    outcome = launcher.run(tmp_path, *arguments, hook=HANGS_UP.format(before="SIG_IGN"))
+    outcome = starter.run(tmp_path, *arguments, hook=HANGS_UP.format(before="SIG_IGN"))
     assert (outcome.status, outcome.err) == (0, "")
     assert rows(tmp_path / "run") == rows(whole_run)
 

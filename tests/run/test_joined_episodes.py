@@ -124,8 +124,6 @@ KINDS: dict[str, tuple[dict[str, Any], Check]] = {
             "env.domain": "cartpole",
             "env.task": "swingup",
             "num_envs": 2,
-            "eval.episodes": 1,
-            "eval.final_episodes": 1,
         },
         lambda windows: (windows[..., 1:, 0] - windows[..., :-1, 0]).abs().le(0.1).all(-1),
     ),
@@ -167,8 +165,12 @@ def test_no_window_joins_two_episodes(
     changes: dict[str, Any] = {
         "env.name": "gym",
         "env.max_episode_steps": None if kind == "gym, processes" else 20,
-        "epochs": 14,
+        "epochs": 10,
         "checkpoint.every": 3,
+        "eval.every": 5,
+        "eval.episodes": 1,
+        "eval.final_episodes": 1,
+        "esnr.every": 0,
         "alg.replay_capacity": capacity,
         "alg.horizon": HORIZON,
         **own,
@@ -191,7 +193,7 @@ def test_no_window_joins_two_episodes(
         assert ends < 100
     assert ends >= 5 and seen > 20
     logged = rows(tmp_path / "run")
-    assert [row["epoch"] for row in logged] == list(range(15))
+    assert [row["epoch"] for row in logged] == list(range(11))
     if follows is numbers_follow:
         whole = [row["train_reward"] for row in logged if row.get("train_reward") is not None]
         assert whole and set(whole) == {2.0}, "no part of an episode counts as a whole one"

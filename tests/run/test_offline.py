@@ -146,17 +146,17 @@ def test_changed_data_are_refused(
     message: str,
     resumed: bool,
     data: Path,
-    launcher: Launcher,
+    starter: Launcher,
     tmp_path: Path,
 ) -> None:
     """At the start and when a run goes on: by name, in one line, with nothing written."""
     run_dir = tmp_path / "run"
     if resumed:
-        first = launcher.run(tmp_path, *tiny_arguments(run_dir, f"data.path={data}", "epochs=2"))
+        first = starter.run(tmp_path, *tiny_arguments(run_dir, f"data.path={data}", "epochs=2"))
         assert first.status == 0, first.err
     change(data)
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
-    outcome = launcher.run(tmp_path, *tiny_arguments(run_dir, f"data.path={data}"))
+    outcome = starter.run(tmp_path, *tiny_arguments(run_dir, f"data.path={data}"))
     assert outcome.status == 2 and outcome.out == ""
     assert len(outcome.err.splitlines()) == 1 and message in outcome.err, outcome.err
     if resumed:
@@ -217,7 +217,7 @@ def test_a_manifest_without_data(tmp_path: Path) -> None:
 # Going on
 
 
-def test_a_stopped_run_goes_on_to_the_bit(data: Path, launcher: Launcher, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_bit(data: Path, starter: Launcher, tmp_path: Path) -> None:
     """The data are in the saved replay; they are not added a second time."""
     code = (
         "import os, signal\n"
@@ -232,10 +232,10 @@ def test_a_stopped_run_goes_on_to_the_bit(data: Path, launcher: Launcher, tmp_pa
         "PWM.update_policy = counted\n"
     )
     extra = (f"data.path={data}", "alg.normalize_obs=true")
-    assert launcher.run(tmp_path, *tiny_arguments(tmp_path / "whole", *extra)).status == 0
+    assert starter.run(tmp_path, *tiny_arguments(tmp_path / "whole", *extra)).status == 0
     arguments = tiny_arguments(tmp_path / "run", *extra)
-    assert launcher.run(tmp_path, *arguments, hook=code).status == 143
-    assert launcher.run(tmp_path, *arguments).status == 0
+    assert starter.run(tmp_path, *arguments, hook=code).status == 143
+    assert starter.run(tmp_path, *arguments).status == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert record(tmp_path / "run", 0) == record(tmp_path / "run", 1)
 

@@ -1,19 +1,63 @@
 """Starts commands by forking a process that has imported everything, which saves seconds a run.
 
 A child is the command as a user runs it, from ``sys.argv`` to the exit status; ``hook`` is code run
-before it. Reads one JSON request a line from stdin, answers with one a line.
+before it. One that is ``composed`` trains with a configuration that Hydra made in this process once
+for all children with the same arguments: composing takes a command as long as a tiny run. Reads one
+JSON request a line from stdin, answers with one a line.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import gc
 import json
 import os
+import pickle
 import runpy
 import sys
 import traceback
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+SIMULATORS = {"env=dmc": "dm_control.suite", "env=gym": "gymnasium.envs.mujoco"}
 
 
-def child(request: dict) -> None:
+@functools.cache
+def composed(arguments: tuple[str, ...]) -> Any:
+    """The configuration of a run, made in a child: Hydra would know here where plugins lie.
+
+    What the env is simulated with is imported here.
+    """
+    for argument in arguments:
+        if argument in SIMULATORS and find_spec(SIMULATORS[argument].partition(".")[0]):
+            import_module(SIMULATORS[argument])
+    ours, theirs = os.pipe()
+    if (pid := os.fork()) == 0:
+        from pwm_fast import config
+
+        with os.fdopen(theirs, "wb") as pipe:
+            pickle.dump(config.compose(*arguments), pipe)
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as pipe:
+        found = pickle.load(pipe)
+    os.waitpid(pid, 0)
+    return found
+
+
+def train(config: Any, changes: dict[str, str]) -> None:
+    """What ``pwm_fast.train`` does once it has composed."""
+    from pwm_fast import cli
+    from pwm_fast.run import start
+
+    own = dataclasses.replace(copy.deepcopy(config), **changes)
+    raise SystemExit(cli.exit_status(lambda: start.train(own)[1]))
+
+
+def child(request: dict, config: Any) -> None:
     os.setpgid(0, 0)
     out = os.open(request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     err = os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -26,6 +70,8 @@ def child(request: dict) -> None:
     status = 1
     try:
         exec(request["hook"], {})
+        if config is not None:
+            train(config, request["composed"])
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as stop:
@@ -50,6 +96,8 @@ def main() -> None:
     import pwm_fast.run.trainer  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # children need not look at what they share
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -57,9 +105,12 @@ def main() -> None:
             _, status = os.waitpid(request["wait"], 0)
             print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
             continue
+        config = None
+        if request["composed"] is not None:
+            config = composed(tuple(request["arguments"]))
         pid = os.fork()
         if pid == 0:
-            child(request)
+            child(request, config)
         print(json.dumps(pid), flush=True)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pwm_fast.launch import resources, sweep
-from pwm_fast.run.interrupt import WARNINGS  # submitit has one, SIGUSR2 unless told else
+from pwm_fast.run.interrupt import WARNINGS, hand_on  # submitit has one, SIGUSR2 unless told else
 
 
 class SlurmJob:
@@ -44,7 +44,7 @@ class SlurmJob:
             for signum in WARNINGS:
                 handler = signal.getsignal(signum)
                 if callable(handler):
-                    handler(signum, None)  # submitit's: requeues the job and exits
+                    hand_on(signum, handler)  # submitit's: requeues the job and exits
         raise SystemExit(sweep.exit_status(outcome.statuses, outcome.signals))
 
     def checkpoint(self, runs: Sequence[sweep.Run]) -> Any:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -64,7 +64,7 @@ class Interrupt:
         for s, handler in self._before.items():
             signal.signal(s, handler)
         if kind is None and self._warning is not None and callable(self._before[self._warning]):
-            self._before[self._warning](self._warning, None)
+            hand_on(self._warning, self._before[self._warning])
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum in WARNINGS:  # also after a SIGTERM: some clusters send both
@@ -81,6 +81,19 @@ class Interrupt:
             os.write(sys.stderr.fileno(), text.encode())
         if signum == HANGUP:
             silence(self._terminals)
+
+
+def hand_on(signum: int, handler: Callable[[int, None], Any]) -> None:
+    """Call a library's handler of a warning, as submitit's, which requeues its job.
+
+    Slurm then ends all processes of the job by SIGTERM, ``scontrol requeue`` too if that has not
+    returned yet, which submitit would take for a failure. So what the handler starts ignores it.
+    """
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        handler(signum, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def silence(descriptors: Iterable[int]) -> None:

@@ -69,6 +69,20 @@ def test_warning_goes_on_to_whom_it_belonged(before: list[int]) -> None:
     assert events == ["checkpoint", "SIGUSR2"]
 
 
+def test_what_the_owner_of_a_warning_starts_ignores_sigterm() -> None:
+    """Slurm sends it to ``scontrol requeue`` as well, which must not fail by it."""
+    events: list[int] = []
+    child = ["sh", "-c", "kill -TERM $$"]
+    assert subprocess.run(child).returncode == -signal.SIGTERM
+    signal.signal(
+        signal.SIGUSR2, lambda signum, frame: events.append(subprocess.run(child).returncode)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt():
+        os.kill(os.getpid(), signal.SIGUSR2)
+    assert events == [0] and signal.getsignal(signal.SIGTERM) == before
+
+
 def test_warning_is_not_handed_on_after_an_error() -> None:
     """Without a checkpoint a requeue would lead nowhere."""
     events: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -186,18 +187,16 @@ def check(problem: Problem, results: dict[str, Tensor], dtype: torch.dtype) -> N
     """The 2x rule for every result and gradient."""
     truth = evaluate(problem, torch.float64, plain)
     theirs = evaluate(problem, torch.float32, in_half if dtype == torch.float16 else plain)
+
     # One draw of PyTorch's rounding may be next to nothing by luck: that of other draws counts too.
-    others = []
-    for seed in range(101, 105):
-        other = problem_like(problem, seed)
-        others.append(
-            (
-                evaluate(other, torch.float32, in_half if dtype == torch.float16 else plain),
-                evaluate(other, torch.float64, plain),
-            )
-        )
+    @functools.cache
+    def other(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        like = problem_like(problem, seed)
+        rounded = evaluate(like, torch.float32, in_half if dtype == torch.float16 else plain)
+        return rounded, evaluate(like, torch.float64, plain)
+
     for name, reference in truth.items():
-        nearby = [(t[name], r[name]) for t, r in others]
+        nearby = ((other(seed)[0][name], other(seed)[1][name]) for seed in range(101, 105))
         assert_2x(results[name], theirs[name], reference, name, nearby)
 
 

@@ -105,9 +105,10 @@ void Signature::add(const char* name, bool is_optional) {
   if (is_optional) text += "=None";
 }
 
-void Arguments::set(const char* name, PyObject* value, View& view, bool may_be_none) {
+View view_of(const char* name, PyObject* value, bool may_be_none) {
+  View view = {};
   view.name = name;
-  if (may_be_none && (value == nullptr || value == Py_None)) return;
+  if (may_be_none && (value == nullptr || value == Py_None)) return view;
   const dlpack::Exchange* exchange = exchange_of(Py_TYPE(value));
   if (exchange == nullptr) fail_type(name, may_be_none ? "a tensor or None" : "a tensor", value);
   dlpack::Tensor tensor;
@@ -120,6 +121,7 @@ void Arguments::set(const char* name, PyObject* value, View& view, bool may_be_n
   view.type = type_of(name, tensor);
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   set_rows(view, tensor);
+  return view;
 }
 
 void Arguments::set(const char* name, PyObject* value, int64_t& field, bool may_be_none) {

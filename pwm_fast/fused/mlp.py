@@ -11,7 +11,9 @@ from torch import Tensor
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.fused_gemm import FusedForward, GemmCall
 from pwm_fast.backends.specs import LayerParams, LayerSpec, decode_layers, split_params
+from pwm_fast.fused import blocked_mlp, row_program
 from pwm_fast.fused.gemm import Gemm, cast_together
+from pwm_fast.fused.saved import saved_buffers, slots_of
 from pwm_fast.fused.weight_cache import one_call
 from pwm_fast.fused.wgrad import side_by_side, takes_16bit
 
@@ -78,7 +80,7 @@ class FusedMLP:
         if saved is None:
             saved = saved_buffers(kernels, specs, params, evals, rows, save, wgrad)
         self.saved = list(saved)
-        self._slots = _slots(specs, save, wgrad)
+        self._slots = slots_of(specs, save, wgrad)
         self._fused: dict[int, FusedForward | None] = {}
 
     def buffer(self, layer: int, name: str) -> Tensor | None:
@@ -262,57 +264,6 @@ class FusedMLP:
         return h if kept is None else kept.copy_(h)
 
 
-def _slots(specs: Sequence[LayerSpec], save: bool, wgrad: bool) -> list[dict[str, int]]:
-    """Where each layer's buffers lie in ``saved``."""
-    slots: list[dict[str, int]] = []
-    n = 0
-    for i, spec in enumerate(specs):
-        names = []
-        if save and not spec.plain:
-            names.append("hat")
-            if spec.norm:
-                names += ["rstd"] if spec.order == "norm_act" else ["mean", "rstd"]
-        inner = i < len(specs) - 1
-        if save and ((wgrad and inner) or spec.act == "simnorm"):
-            names.append("y")
-        slots.append({name: n + j for j, name in enumerate(names)})
-        n += len(names)
-    return slots
-
-
-def count_saved(specs: Sequence[LayerSpec], wgrad: bool) -> int:
-    """How many buffers :class:`FusedMLP` keeps."""
-    return sum(len(slots) for slots in _slots(specs, True, wgrad))
-
-
-def saved_buffers(
-    kernels: Kernels,
-    specs: Sequence[LayerSpec],
-    params: Sequence[LayerParams],
-    evals: int,
-    rows: int,
-    save: bool,
-    wgrad: bool,
-) -> list[Tensor]:
-    """The buffers that :class:`FusedMLP` keeps, in order.
-
-    What a GEMM takes or the backward pass normalises by is kept in the compute dtype; the
-    statistics, and the last layer's output, in the state's.
-    """
-    like = params[0].weight
-    state, compute = like.dtype, kernels.precision.dtype(like.dtype)
-    buffers = []
-    for i, (slots, p) in enumerate(zip(_slots(specs, save, wgrad), params, strict=True)):
-        if not slots:
-            continue
-        whole = (evals, rows, p.weight.shape[-2])
-        for name in slots:
-            shape = whole if name in ("hat", "y") else whole[:2]
-            rounded = name == "hat" or (name == "y" and i < len(specs) - 1)
-            buffers.append(like.new_empty(shape, dtype=compute if rounded else state))
-    return buffers
-
-
 # --- the operator -------------------------------------------------------------------------------
 
 
@@ -328,6 +279,8 @@ def mlp_forward(
     """``[R, K_i]`` each, to ``[R, N]`` (``[E R, N]`` of an ensemble) and what backward needs."""
     specs = decode_layers(spec)
     layers = split_params(specs, params)
+    if row_program.runs(kernels, [p.weight for p in layers], specs):
+        return blocked_mlp.mlp_forward(kernels, inputs, specs, layers, save, wgrad)
     mlp = one_evaluation(kernels, specs, layers, inputs[0].shape[0], save=save, wgrad=wgrad)
     first = [layers[0].weight]
     if not _takes_one(kernels, first[0], inputs):

@@ -11,6 +11,7 @@ from torch import Tensor
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.fused_gemm import FusedBackward
 from pwm_fast.backends.specs import LayerSpec, decode_layers, split_params
+from pwm_fast.fused import blocked_mlp, row_program
 from pwm_fast.fused.gemm import Gemm
 from pwm_fast.fused.mlp import FusedMLP, columns_of, one_evaluation
 from pwm_fast.fused.weight_cache import one_call
@@ -405,6 +406,8 @@ def mlp_backward(
     """Gradients towards the inputs that ``needs`` names, and the parameters' if ``wgrad``."""
     specs = decode_layers(spec)
     layers, rows = split_params(specs, params), inputs[0].shape[0]
+    if row_program.runs(kernels, [p.weight for p in layers], specs):
+        return blocked_mlp.mlp_backward(kernels, dy, inputs, specs, layers, saved, needs, wgrad)
     mlp = one_evaluation(kernels, specs, layers, rows, save=True, wgrad=wgrad, saved=saved)
     backward = MLPBackward(mlp, keep_first=False)
     # A layer with a norm writes its gradient over what comes in.

@@ -13,8 +13,9 @@ from torch import Tensor
 from pwm_fast.backends.base import Call, Kernels
 from pwm_fast.backends.select import Choice, declare, select
 from pwm_fast.backends.specs import decode_layers, encode_layers, split_params
-from pwm_fast.fused.mlp import mlp_forward, saved_buffers
+from pwm_fast.fused.mlp import mlp_forward
 from pwm_fast.fused.mlp_backward import mlp_backward
+from pwm_fast.fused.saved import saved_buffers
 from pwm_fast.ops import _checks, batching
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.norm_act import activate, layer_norm

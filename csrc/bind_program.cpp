@@ -69,11 +69,15 @@ class Program {
 
   void add_slot(const py::tuple& given) {
     const Slot made = {given[1].cast<int64_t>(), given[2].cast<int64_t>(), given[3].cast<int64_t>(),
-                       given[4].cast<int64_t>(), false};
+                       given[4].cast<int64_t>(), given[5].cast<int64_t>(),
+                       given[6].cast<int64_t>(), false};
     if (made.kind < slot_rows || made.kind > slot_scratch) refuse("there is no such kind of slot");
     check_least("planes", made.planes, 1);
     check_least("n", made.n, 1);
     check_least("cols", made.cols, 1);
+    check_least("begin", made.begin, 0);
+    check_least("whole", made.whole, made.begin + made.cols);
+    if (made.kind != slot_weight && made.whole != made.cols) refuse("weights alone have columns");
     names_.push_back(given[0].cast<std::string>());
     slots_.push_back(made);
     if (made.kind != slot_scratch) ++tensors_;
@@ -256,19 +260,19 @@ class Program {
                            : s.kind == slot_weight ? s.planes * s.n
                                                    : s.planes;
     const bool gapless = x.rows <= 1 || x.stride == x.cols;
-    if (gapless && x.rows * x.cols == wanted * s.cols && (x.rows != wanted || x.cols != s.cols)) {
+    if (gapless && x.rows * x.cols == wanted * s.whole && (x.rows != wanted || x.cols != s.whole)) {
       // The same numbers under another shape: a vector, or a number for each row.
       if (s.kind == slot_shared || s.cols == 1) return {data, s.cols};
     }
-    if (x.rows * (wanted ? x.cols : 0) != wanted * s.cols || (wanted && x.rows != wanted)) {
-      refuse(names_[index] + " must be [" + std::to_string(wanted) + ", " + std::to_string(s.cols) +
+    if (x.rows * (wanted ? x.cols : 0) != wanted * s.whole || (wanted && x.rows != wanted)) {
+      refuse(names_[index] + " must be [" + std::to_string(wanted) + ", " + std::to_string(s.whole) +
              "], got [" + std::to_string(x.rows) + ", " + std::to_string(x.cols) + "]");
     }
     if (s.gapless && !gapless) {
       refuse(names_[index] + " must have rows that follow one another, got a row stride of " +
              std::to_string(x.stride) + " for " + std::to_string(x.cols));
     }
-    return {data, x.rows > 1 ? x.stride : s.cols};
+    return {data + s.begin, x.rows > 1 ? x.stride : s.whole};
   }
 
   std::vector<std::string> names_;

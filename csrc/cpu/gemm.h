@@ -97,20 +97,47 @@ PWM_FAST_INLINE void each_tile(int64_t n, Body body) {
   }
 }
 
+// Four rows of four numbers, turned: the columns as rows.
+typedef float v4 __attribute__((vector_size(16)));
+PWM_FAST_INLINE void turn(const float* from, int64_t stride, float* to) {
+  v4 rows[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&rows[i], from + i * stride, sizeof rows[i]);
+#if defined(__clang__)
+  const v4 a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+  const v4 b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+  const v4 c = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const v4 d = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+  rows[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  rows[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  rows[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  rows[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+#else
+  typedef int32_t i4 __attribute__((vector_size(16)));
+  const i4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, left = {0, 1, 4, 5}, right = {2, 3, 6, 7};
+  const v4 a = __builtin_shuffle(rows[0], rows[1], low), b = __builtin_shuffle(rows[2], rows[3], low);
+  const v4 c = __builtin_shuffle(rows[0], rows[1], high);
+  const v4 d = __builtin_shuffle(rows[2], rows[3], high);
+  rows[0] = __builtin_shuffle(a, b, left), rows[1] = __builtin_shuffle(a, b, right);
+  rows[2] = __builtin_shuffle(c, d, left), rows[3] = __builtin_shuffle(c, d, right);
+#endif
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * tile_cols, &rows[i], sizeof rows[i]);
+}
+
 // w[n, k] with a row stride to panels of tile_cols of its rows: [panels, k, tile_cols], so that
 // x packed is x w^T.
 void pack_rows(const float* w, int64_t stride, int64_t n, int64_t k, float* packed) {
   for (int64_t first = 0; first < n; first += tile_cols, packed += k * tile_cols) {
     const int64_t count = smaller(tile_cols, n - first);
-    // In squares, so that the lines written stay in the first-level cache.
-    for (int64_t start = 0; start < k; start += tile_cols) {
-      const int64_t stop = smaller(k, start + tile_cols);
-      for (int64_t j = 0; j < count; ++j) {
-        const float* source = w + (first + j) * stride;
-        for (int64_t i = start; i < stop; ++i) packed[i * tile_cols + j] = source[i];
+    const float* panel = w + first * stride;
+    for (int64_t j = 0; j < tile_cols; j += 4) {
+      int64_t i = 0;
+      if (j + 4 <= count) {
+        for (; i + 4 <= k; i += 4) turn(panel + j * stride + i, stride, packed + i * tile_cols + j);
       }
-      for (int64_t j = count; j < tile_cols; ++j) {
-        for (int64_t i = start; i < stop; ++i) packed[i * tile_cols + j] = 0.0f;
+      for (; i < k; ++i) {
+        for (int64_t l = j; l < j + 4; ++l) {
+          packed[i * tile_cols + l] = l < count ? panel[l * stride + i] : 0.0f;
+        }
       }
     }
   }

@@ -17,6 +17,7 @@ enum SlotKind : int64_t {
 };
 struct Slot {
   int64_t kind, planes, n, cols;
+  int64_t begin, whole;  // of a weight: its columns are some of the tensor's
   bool gapless;  // its rows must follow one another
 };
 

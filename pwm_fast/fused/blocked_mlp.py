@@ -68,11 +68,14 @@ def layer_tensors(params: Sequence[LayerParams], *, first: bool = True) -> list[
     return found
 
 
-def _pieces(weight: Tensor, inputs: Sequence[int]) -> list[Tensor]:
-    """The columns of a first weight that each input meets, as a program reads them."""
-    if len(inputs) == 1:
-        return [indexed(weight)]
-    return [indexed(piece) for piece in weight.split(list(inputs), -1)]
+def _pieces(b: Builder, name: str, shape: _Shape) -> list[int]:
+    """Declare the columns of the first weight that each input meets; each is given the whole."""
+    slots, begin, whole = [], 0, sum(shape.inputs)
+    for i, k in enumerate(shape.inputs):
+        what = f"{name} of inputs[{i}]"
+        slots.append(b.weight(what, shape.widths[0], k, shape.planes, begin=begin, whole=whole))
+        begin += k
+    return slots
 
 
 def _layers(b: Builder, name: str, specs: Specs, shape: _Shape) -> list[LayerSlots]:
@@ -83,14 +86,17 @@ def _layers(b: Builder, name: str, specs: Specs, shape: _Shape) -> list[LayerSlo
     ]
 
 
+def _weights(params: Sequence[LayerParams], shape: _Shape) -> tuple[list[Tensor], list[Tensor]]:
+    """The first weight, once for each input, and all other tensors."""
+    first, *rest = layer_tensors(params)
+    return [first] * len(shape.inputs), rest
+
+
 @lru_cache(maxsize=PROGRAMS)
 def _mlp_forward(make: Any, specs: Specs, shape: _Shape, save: bool, wgrad: bool) -> Any:
     b = Builder(make)
     inputs = [Operand(b.rows(f"inputs[{i}]", k)) for i, k in enumerate(shape.inputs)]
-    n = shape.widths[0]
-    pieces = [
-        b.weight(f"weight of inputs[{i}]", n, k, shape.planes) for i, k in enumerate(shape.inputs)
-    ]
+    pieces = _pieces(b, "weight", shape)
     layers = _layers(b, "layer", specs, shape)
     stack = Stack(b, specs, shape.widths, layers, shape.planes, save=save, wgrad=wgrad)
     y = b.rows("y", shape.widths[-1], shape.planes)
@@ -116,11 +122,12 @@ def mlp_forward(
     shape, rows = _shape(params, inputs), inputs[0].shape[0]
     saved = saved_buffers(kernels, specs, params, 1, rows * shape.planes, save, wgrad)
     y = inputs[0].new_empty(rows * shape.planes, shape.widths[-1])
+    first, rest = _weights(params, shape)
     _mlp_forward(kernels.row_program, specs, shape, save, wgrad).run(
         [
             *(indexed(x) for x in inputs),
-            *_pieces(params[0].weight, shape.inputs),
-            *layer_tensors(params)[1:],
+            *first,
+            *rest,
             *saved,
             y,
         ],
@@ -137,10 +144,7 @@ def _mlp_backward(
     b = Builder(make)
     dy = b.rows("dy", shape.widths[-1], shape.planes)
     inputs = [Operand(b.rows(f"inputs[{i}]", k)) for i, k in enumerate(shape.inputs)]
-    n = shape.widths[0]
-    pieces = [
-        b.weight(f"weight of inputs[{i}]", n, k, shape.planes) for i, k in enumerate(shape.inputs)
-    ]
+    pieces = _pieces(b, "weight", shape)
     layers = _layers(b, "layer", specs, shape)
     stack = Stack(b, specs, shape.widths, layers, shape.planes, save=True, wgrad=wgrad)
     dinputs = [
@@ -149,10 +153,7 @@ def _mlp_backward(
     ]
     grads = dpieces = None
     if wgrad:
-        dpieces = [
-            b.weight(f"gradient of the weight of inputs[{i}]", n, k, shape.planes)
-            for i, k in enumerate(shape.inputs)
-        ]
+        dpieces = _pieces(b, "gradient of the weight", shape)
         grads = _layers(b, "gradients of layer", specs, shape)
     for member in range(shape.planes):
         dh = stack.backward(member, Operand(dy, member), grads, member=member)
@@ -181,34 +182,22 @@ def mlp_backward(
         for x, need in zip(inputs, needs, strict=True)
     ]
     grads: list[Tensor | None] = [None for p in params for x in p if x is not None]
-    dpieces: list[Tensor] = []
     if wgrad:
-        grads, dpieces = _empty_grads(params, shape.inputs)
+        tensors = [x for p in params for x in p if x is not None]
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    first, rest = _weights(params, shape)
     _mlp_backward(kernels.row_program, specs, shape, wgrad, tuple(needs)).run(
         [
             dy.contiguous(),
             *(indexed(x) for x in inputs),
-            *_pieces(params[0].weight, shape.inputs),
-            *layer_tensors(params)[1:],
+            *first,
+            *rest,
             *saved,
             *(x for x in dinputs if x is not None),
-            *dpieces,
+            *(grads[:1] * len(inputs) if wgrad else ()),
             *(grads[1:] if wgrad else ()),
         ],
         inputs[0].shape[0],
         torch.get_num_threads(),
     )
     return dinputs, grads
-
-
-def _empty_grads(
-    params: Sequence[LayerParams], inputs: Sequence[int]
-) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Room for gradients of layers' tensors, and the pieces of the first one by inputs."""
-    contiguous = torch.contiguous_format
-    grads = [
-        torch.empty_like(x, memory_format=contiguous) for p in params for x in p if x is not None
-    ]
-    first = grads[0]
-    pieces = [first] if len(inputs) == 1 else list(first.split(list(inputs), -1))
-    return list(grads), pieces

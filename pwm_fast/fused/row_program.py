@@ -49,7 +49,7 @@ class Builder:
 
     def __init__(self, make: Any) -> None:
         self._make = make
-        self._slots: list[tuple[str, int, int, int, int]] = []
+        self._slots: list[tuple[str, int, int, int, int, int, int]] = []
         self._packs: dict[tuple[Operand, bool], int] = {}
         self._totals: dict[Operand, int] = {}
         self._steps: list[tuple[int, tuple[Operand, ...], tuple[int, ...], tuple[float, ...]]] = []
@@ -65,9 +65,11 @@ class Builder:
         """A tensor ``[planes, cols]`` that all rows have in common."""
         return self._slot(name, _SHARED, planes, 1, cols)
 
-    def weight(self, name: str, n: int, k: int, planes: int = 1) -> int:
-        """A tensor ``[planes, n, k]``."""
-        return self._slot(name, _WEIGHT, planes, n, k)
+    def weight(
+        self, name: str, n: int, k: int, planes: int = 1, *, begin: int = 0, whole: int = 0
+    ) -> int:
+        """A tensor ``[planes, n, k]``, or k columns from ``begin`` of one of ``whole`` columns."""
+        return self._slot(name, _WEIGHT, planes, n, k, begin, whole)
 
     def scratch(self, name: str, cols: int) -> Operand:
         """Memory for a block's rows; the same for the same name and width."""
@@ -77,8 +79,17 @@ class Builder:
             self._scratch[name, cols] = found
         return found
 
-    def _slot(self, name: str, kind: int, planes: int, n: int, cols: int) -> int:
-        self._slots.append((name, kind, planes, n, cols))
+    def _slot(
+        self,
+        name: str,
+        kind: int,
+        planes: int,
+        n: int,
+        cols: int,
+        begin: int = 0,
+        whole: int = 0,
+    ) -> int:
+        self._slots.append((name, kind, planes, n, cols, begin, whole or cols))
         return len(self._slots) - 1
 
     def width(self, operand: Operand) -> int:

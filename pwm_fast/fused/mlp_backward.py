@@ -533,6 +533,8 @@ def _first_weight_grad(
         inputs = [x.expand(members, -1, -1) for x in inputs]
     if takes_16bit(kernels, dh):
         return weight_grad_16bit(kernels, dh, inputs, scale, backward.largest_scale(0))
+    if len(inputs) == 1:
+        return weight_grad(kernels, dh, inputs[0])
     found = torch.empty_like(weight)
     for columns, x in zip(columns_of(found, inputs), inputs, strict=True):
         columns.copy_(weight_grad(kernels, dh, x))

@@ -96,7 +96,7 @@ class TdMpc2World(nn.Module):
         }
 
 
-# --- functional ensembles, whose members' parameters are stacked ------------------------------------
+# --- functional ensembles, whose parameters are stacked -------------------------------------------
 
 
 class Stacked(nn.Module):

@@ -185,8 +185,33 @@ def mlp(
     width = sum(x.shape[-1] for x in inputs)
     _checks.layers("layers", layers, width, inputs[0].device, ensemble=ensemble, lead=lead)
     if which is not None:
-        layers = [_members_of(p, which) for p in layers]
+        return _run_members(inputs, layers, which, order, backend)
     return _run(inputs, layers, order, backend)
+
+
+def _run_members(
+    inputs: Sequence[Tensor],
+    layers: Sequence[Layer],
+    which: Sequence[int] | Tensor,
+    order: Order,
+    backend: str | None,
+) -> Tensor:
+    falling = not isinstance(which, Tensor) and len(which) > 1 and _evenly(which[::-1])
+    if not falling:
+        return _run(inputs, [_members_of(p, which) for p in layers], order, backend)
+    # No stride goes backwards: the rising numbers, and the result turned round.
+    chosen = [_members_of(p, which[::-1]) for p in layers]
+    chosen = [
+        p._replace(dropout=p.dropout.flip(0)) if isinstance(p.dropout, Tensor) else p
+        for p in chosen
+    ]
+    return _run(inputs, chosen, order, backend).flip(0)
+
+
+def _evenly(numbers: Sequence[int]) -> bool:
+    """Whether they rise by equal steps."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    return step > 0 and [*numbers] == [*range(numbers[0], numbers[-1] + 1, step)]
 
 
 def _numbers(members: Sequence[int] | Tensor, count: int) -> Sequence[int] | Tensor:
@@ -207,9 +232,8 @@ def _members_of(layer: Layer, which: Sequence[int] | Tensor) -> Layer:
     def chosen(x: Tensor) -> Tensor:
         if isinstance(which, Tensor):
             return x.index_select(0, which.to(x.device))
-        step = which[1] - which[0] if len(which) > 1 else 1
-        if step > 0 and [*which] == [*range(which[0], which[-1] + 1, step)]:
-            return x[which[0] : which[-1] + 1 : step]
+        if _evenly(which):
+            return x[which[0] : which[-1] + 1 : which[1] - which[0] if len(which) > 1 else 1]
         return torch.stack([x[e] for e in which])  # of which a CUDA graph can be captured
 
     weight, *vectors = layer[:4]

@@ -717,6 +717,26 @@ def test_ensembles_are_copied() -> None:
             with select.observed(lambda operation, *_, calls=calls: calls.append(operation)):
                 module(torch.randn(4, 10))
             assert calls == operations
+        fast = accelerated(make(q_functions(dropout=0.0)))
+        twin = copy.deepcopy(fast)
+        x = torch.randn(4, 10)
+        assert torch.equal(twin(x), fast(x))
+        with torch.no_grad():
+            for p in twin.parameters():
+                if not p.is_meta:
+                    p.zero_()
+        assert fast(x).abs().min() > 0.0 == twin(x).abs().max()
+
+
+@pytest.mark.parametrize("make", [m.TdMpc2Ensemble, m.FuncEnsemble])
+def test_ensembles_compile(make: Callable[..., nn.Module]) -> None:
+    """Around the whole of them, with dropout."""
+    plain = make(q_functions())
+    fast, x = accelerated(plain), torch.randn(4, 10)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(x), compiled(x))
+    expected = plain.eval()(x)
+    torch.testing.assert_close(compiled.eval()(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_ensemble_whose_module_cannot_be_found() -> None:

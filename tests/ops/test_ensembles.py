@@ -322,6 +322,22 @@ def test_members_drop_out_by_themselves() -> None:
         vmap(call)(weights)
 
 
+def test_dropout_under_compile() -> None:
+    """One graph, which draws anew each time; gradients are of that draw."""
+    layers = [p._replace(dropout=0.5) for p in ensemble(torch.float32)[:1]]
+    x = torch.randn(B, WIDTHS[0], requires_grad=True)
+    compiled = torch.compile(
+        lambda x: ops.mlp([x], layers, backend="torch"), fullgraph=True, backend="aot_eager"
+    )
+    assert not torch.equal(compiled(x), compiled(x))
+    found = []
+    for call in (compiled, lambda x: ops.mlp([x], layers)):
+        torch.manual_seed(4)
+        y = call(x)
+        found.append([y, torch.autograd.grad(y.square().sum(), x)[0]])
+    assert_near(*found)
+
+
 def test_dropout_where_there_is_none() -> None:
     """Rollouts have no dropout, and say so."""
     net = [random_layer(5, 8, "mish", dtype=torch.float32), random_layer(8, 2, norm=False)]

@@ -387,6 +387,8 @@ def why_not(kernels: Kernels, specs: Sequence[LayerSpec], widest: int) -> str | 
         return f"its GEMMs are exact, precision is {kernels.precision.name}"
     if any(spec.width for spec in specs):
         return "weights are centred"
+    if any(spec.drop for spec in specs):
+        return "a layer has a dropout mask"
     limit = native_widths()
     if widest > limit:
         return f"{widest} features are more than {limit:g}, up to which it is faster"

@@ -22,12 +22,12 @@ constexpr int64_t packed_floats(int64_t n, int64_t k) { return panels(n) * tile_
 
 // c[M, tile_cols] = from + a[M, k] b[k, tile_cols]; `from` null: 0.
 template <int M>
-void tile(const float* a, int64_t lda, const float* b, int64_t k, const float* from,
+void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, const float* from,
           int64_t from_stride, float* c, int64_t ldc) {
   vf left[M], right[M];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) left[i] = right[i] = vf{};
-  for (int64_t j = 0; j < k; ++j, b += tile_cols) {
+  for (int64_t j = 0; j < k; ++j, b += ldb) {
     const vf b_left = load(b), b_right = load(b + W);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
@@ -71,8 +71,8 @@ void grad_tile(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_
   }
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, int64_t, const float*, int64_t, float*,
-                      int64_t);
+using Tile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, const float*, int64_t,
+                      float*, int64_t);
 using GradTile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
 
 #if PWM_FAST_LANES == 16
@@ -173,7 +173,7 @@ void gemm(const float* a, int64_t lda, const float* packed, int64_t rows, int64_
         const float* own = from == nullptr ? nullptr : from + r * from_stride + first;
         float* out = c + r * ldc + first;
         if (cols == tile_cols) {
-          tiles[count](a_rows, lda, b, run, own, from_stride, out, ldc);
+          tiles[count](a_rows, lda, b, tile_cols, run, own, from_stride, out, ldc);
           return;
         }
         // Nothing past the end of a row is read or written.
@@ -183,11 +183,99 @@ void gemm(const float* a, int64_t lda, const float* packed, int64_t rows, int64_
             for (int64_t j = 0; j < cols; ++j) part[i * tile_cols + j] = own[i * from_stride + j];
           }
         }
-        tiles[count](a_rows, lda, b, run, part, tile_cols, part, tile_cols);
+        tiles[count](a_rows, lda, b, tile_cols, run, part, tile_cols, part, tile_cols);
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t j = 0; j < cols; ++j) out[i * ldc + j] = part[i * tile_cols + j];
         }
       });
+    }
+  }
+}
+
+// --- few rows, for which packing would take longer than multiplying -----------------------------
+
+constexpr int64_t few_rows = 8;
+constexpr int dot_rows = 4, dot_cols = W == 16 ? 4 : 2;
+
+// c[R, C] = from + a[R, k] w[C, k]^T.
+template <int R, int C>
+void dots(const float* a, int64_t lda, const float* w, int64_t ldw, int64_t k, const float* from,
+          int64_t from_stride, float* c, int64_t ldc) {
+  vf sums[R][C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) sums[r][j] = vf{};
+  }
+  each_vector<1>(k, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
+    vf columns[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) columns[j] = load_row(kind, w + j * ldw, i, k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf x = load_row(kind, a + r * lda, i, k);
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j) sums[r][j] += x * columns[j];
+    }
+  });
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < C; ++j) {
+      const float start = from == nullptr ? 0.0f : from[r * from_stride + j];
+      c[r * ldc + j] = start + sum(sums[r][j]);
+    }
+  }
+}
+using Dots = void (*)(const float*, int64_t, const float*, int64_t, int64_t, const float*, int64_t,
+                      float*, int64_t);
+template <int C>
+constexpr Dots dots_of[dot_rows + 1] = {nullptr, dots<1, C>, dots<2, C>, dots<3, C>, dots<4, C>};
+
+// c[rows, n] = from + a[rows, k] w[n, k]^T, as gemm.
+void gemm_few(const float* a, int64_t lda, const float* w, int64_t ldw, int64_t rows, int64_t n,
+              int64_t k, const float* from, int64_t from_stride, float* c, int64_t ldc) {
+  for (int64_t r = 0; r < rows; r += dot_rows) {
+    const int64_t count = smaller(dot_rows, rows - r);
+    const float* own = from == nullptr ? nullptr : from + r * from_stride;
+    int64_t j = 0;
+    const auto at = [&](Dots run) PWM_FAST_INLINE_LAMBDA {
+      run(a + r * lda, lda, w + j * ldw, ldw, k, own == nullptr ? nullptr : own + j, from_stride,
+          c + r * ldc + j, ldc);
+    };
+    for (; j + dot_cols <= n; j += dot_cols) at(dots_of<dot_cols>[count]);
+    for (; j < n; ++j) at(dots_of<1>[count]);
+  }
+}
+
+// c[rows, k] = from + dy[rows, n] w[n, k], as gemm.
+void dgrad_few(const float* dy, int64_t ldy, const float* w, int64_t ldw, int64_t rows, int64_t n,
+               int64_t k, const float* from, int64_t from_stride, float* c, int64_t ldc) {
+  for (int64_t start = 0; start == 0 || start < n; start += longest) {
+    const int64_t run = smaller(longest, n - start);
+    if (start > 0) {
+      from = c;
+      from_stride = ldc;
+    }
+    for (int64_t r = 0; r < rows; r += tile_rows) {
+      const int64_t count = smaller(tile_rows, rows - r);
+      const float* a = dy + r * ldy + start;
+      const float* own = from == nullptr ? nullptr : from + r * from_stride;
+      int64_t j = 0;
+      for (; j + tile_cols <= k; j += tile_cols) {
+        tiles[count](a, ldy, w + start * ldw + j, ldw, run, own == nullptr ? nullptr : own + j,
+                     from_stride, c + r * ldc + j, ldc);
+      }
+      for (; j < k; j += W) {
+        const int64_t cols = smaller(W, k - j);
+        for (int64_t i = 0; i < count; ++i) {
+          vf total = {};
+          for (int64_t l = 0; l < run; ++l) {
+            const float* source = w + (start + l) * ldw + j;
+            total += a[i * ldy + l] * (cols == W ? load(source) : load_part(source, int(cols)));
+          }
+          if (own != nullptr) total += load_part(own + i * from_stride + j, int(cols));
+          store_part(c + (r + i) * ldc + j, total, int(cols));
+        }
+      }
     }
   }
 }

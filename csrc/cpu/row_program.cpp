@@ -31,11 +31,11 @@ constexpr int64_t scratch_stride(int64_t cols) {
 // Where what all steps need lies: packed weights, and the totals of each group.
 class Layout {
  public:
-  explicit Layout(const RowProgram& p) : program_(p) {
+  Layout(const RowProgram& p, int64_t groups) : program_(p), groups_(groups) {
     for (int64_t i = 0; i < p.slot_count; ++i) {
       if (p.slots[i].kind == slot_scratch) scratch_ += Division::most * scratch_stride(p.slots[i].cols);
     }
-    for (int64_t i = 0; i < p.pack_count; ++i) packed_ += floats_of(p.packs[i]);
+    for (int64_t i = 0; i < p.pack_count && p.rows > few_rows; ++i) packed_ += floats_of(p.packs[i]);
     for (int64_t i = 0; i < p.total_count; ++i) totals_ += floats_of(p.totals[i]);
   }
   int64_t scratch() const { return scratch_; }
@@ -46,15 +46,27 @@ class Layout {
     const Slot& w = program_.slots[pack.weight.slot];
     return pack.by_cols ? packed_floats(w.cols, w.n) : packed_floats(w.n, w.cols);
   }
-  // Those of a vector are fp64.
-  static int64_t floats_of(const Total& t) {
+  // Those of a vector are fp64. One group's weight is summed in place, where its rows are panels.
+  int64_t floats_of(const Total& t) const {
+    if (in_place(t)) return 0;
     return t.k > 0 ? t.n * panels(t.k) * tile_cols : 2 * padded(t.n);
+  }
+  bool in_place(const Total& t) const {
+    return groups_ == 1 && t.k > 0 && t.k % tile_cols == 0 &&
+           program_.places[t.out.slot].stride == t.k;
   }
 
  private:
   const RowProgram& program_;
+  int64_t groups_;
   int64_t scratch_ = 0, packed_ = 0, totals_ = 0;
 };
+
+// Where the weight that a pack is of lies.
+Place weight_of(const RowProgram& p, const Pack& pack) {
+  const Place& place = p.places[pack.weight.slot];
+  return {place.data + pack.weight.plane * p.slots[pack.weight.slot].n * place.stride, place.stride};
+}
 
 // The pointers of one thread, and the block that it is at.
 class Executor {
@@ -150,8 +162,16 @@ class Executor {
   void product(const Instruction& at) const {
     const View out = view(at.operand[0]), in = view(at.operand[1]), from = view(at.operand[2]);
     const int64_t shared = from.given && p_.slots[at.operand[2].slot].kind == slot_shared;
-    gemm(numbers(in), in.stride, packs_[at.number[0]], rows_, out.cols, in.cols, numbers(from),
-         shared ? 0 : from.stride, numbers(out), out.stride);
+    const int64_t from_stride = shared ? 0 : from.stride;
+    if (p_.rows > few_rows) {
+      return gemm(numbers(in), in.stride, packs_[at.number[0]], rows_, out.cols, in.cols,
+                  numbers(from), from_stride, numbers(out), out.stride);
+    }
+    const bool by_cols = p_.packs[at.number[0]].by_cols;  // whose sums are over the weight's rows
+    (by_cols ? dgrad_few : gemm_few)(
+        numbers(in), in.stride, packs_[at.number[0]], weight_of(p_, p_.packs[at.number[0]]).stride,
+        rows_, by_cols ? in.cols : out.cols, by_cols ? out.cols : in.cols, numbers(from),
+        from_stride, numbers(out), out.stride);
   }
 
   void sum_weight(const Instruction& at) const {
@@ -251,8 +271,8 @@ void write_total(const RowProgram& p, const Total& total, const float* first, in
 }  // namespace
 
 void row_program(const RowProgram& p) {
-  const Layout layout(p);
   const Division division(p.rows, p.total_count > 0);
+  const Layout layout(p, division.groups);
   const int64_t threads = useful_threads(p.threads, division.groups, p.rows * p.work);
 
   const Memory<int64_t> scratch_at(p.slot_count);
@@ -270,18 +290,27 @@ void row_program(const RowProgram& p) {
   for (int64_t i = 0; i < p.pack_count && p.rows > 0; ++i) {
     const Pack& pack = p.packs[i];
     const Slot& slot = p.slots[pack.weight.slot];
-    const Place& place = p.places[pack.weight.slot];
-    const float* weight = place.data + pack.weight.plane * slot.n * place.stride;
-    (pack.by_cols ? pack_cols : pack_rows)(weight, place.stride, slot.n, slot.cols, packed.at(at));
+    const Place weight = weight_of(p, pack);
+    *packs.at(i) = weight.data;
+    if (p.rows <= few_rows) continue;
+    (pack.by_cols ? pack_cols : pack_rows)(weight.data, weight.stride, slot.n, slot.cols,
+                                           packed.at(at));
     *packs.at(i) = packed.at(at);
     at += layout.floats_of(pack);
   }
   at = 0;
   for (int64_t i = 0; i < p.total_count; ++i) {
+    const Total& total = p.totals[i];
+    if (layout.in_place(total)) {
+      float* const out = p.places[total.out.slot].data + total.out.plane * total.n * total.k;
+      __builtin_memset(out, 0, uint64_t(total.n * total.k) * sizeof(float));
+      *totals.at(i) = out;
+      continue;
+    }
     for (int64_t g = 0; g < division.groups; ++g) {
       *totals.at(g * p.total_count + i) = sums.at(g * layout.totals() + at);
     }
-    at += Layout::floats_of(p.totals[i]);
+    at += layout.floats_of(p.totals[i]);
   }
 
   in_parallel(threads, division.groups, [&](int64_t thread, int64_t begin, int64_t end) {
@@ -300,8 +329,9 @@ void row_program(const RowProgram& p) {
 
   at = 0;
   for (int64_t i = 0; i < p.total_count; ++i) {
+    if (layout.in_place(p.totals[i])) continue;
     write_total(p, p.totals[i], sums.at(at), division.groups, layout.totals());
-    at += Layout::floats_of(p.totals[i]);
+    at += layout.floats_of(p.totals[i]);
   }
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -107,19 +106,21 @@ class AcceleratedStack(nn.Sequential):
     def _layers(self) -> list[Layer]:
         layers = []
         for step in self.plan.steps if self.plan is not None else ():
-            linear: Any = at(self, step.linear)
-            norm: Any = None if step.norm is None else at(self, step.norm)
-            group = 8 if step.simnorm is None else at(self, step.simnorm).dim
+            linear, gamma, beta, eps = at(self, step.linear), None, None, 1e-5
+            if step.norm is not None:
+                norm: Any = at(self, step.norm)
+                gamma, beta, eps = _tensor(norm, "weight"), _tensor(norm, "bias"), norm.eps
+            group: Any = 8 if step.simnorm is None else at(self, step.simnorm).dim
             drop: Any = None if step.dropout is None else at(self, step.dropout)
             layers.append(
                 Layer(
-                    linear.weight,
-                    linear.bias,
-                    None if norm is None else norm.weight,
-                    None if norm is None else norm.bias,
+                    _tensor(linear, "weight"),
+                    _tensor(linear, "bias"),
+                    gamma,
+                    beta,
                     step.act,
-                    group,  # type: ignore[arg-type]
-                    1e-5 if norm is None else norm.eps,
+                    group,
+                    eps,
                     drop.p if drop is not None and drop.training else 0.0,
                 )
             )
@@ -194,28 +195,38 @@ def at(module: nn.Module, path: Path) -> nn.Module:
     return module
 
 
+def _tensor(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)``, for a parameter in a fifth of the time."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def forward_of(kind: type[nn.Module]) -> Any:
     """The forward pass that a class had when this was asked first."""
     return _FORWARDS.setdefault(kind, kind.forward)
 
 
-_FORWARDS: WeakKeyDictionary[type[nn.Module], Any] = WeakKeyDictionary()
+_FORWARDS: dict[type[nn.Module], Any] = {}  # not weak: looking there would take twice as long
 
 
 def _unchanged(stack: nn.Module, watched: Watched) -> bool:
-    module = stack
+    module: Any = stack
     for name in watched.path:
-        child = module._modules.get(name)
-        if child is None:
+        module = module._modules.get(name)
+        if module is None:
             return False
-        module = child
-    if sum(child is not None for child in module._modules.values()) != watched.children:
+    own = module.__dict__
+    children = own["_modules"]
+    if (children or watched.children) and (
+        sum(child is not None for child in children.values()) != watched.children
+    ):
         return False
     if not watched.path:  # the stack itself: its own hooks run in any case
         return True
-    if type(module) is not watched.kind or hooked(module) or "forward" in module.__dict__:
+    kind = type(module)
+    if kind is not watched.kind or hooked(module) or "forward" in own:
         return False
-    if watched.kind.forward is not forward_of(watched.kind):
+    if kind.forward is not forward_of(kind):
         return False
     if watched.norm and (module.weight is None or module.bias is None):
         return False

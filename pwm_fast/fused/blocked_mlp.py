@@ -24,7 +24,7 @@ from pwm_fast.fused.row_program import (
     indexed,
     layer_slots,
 )
-from pwm_fast.fused.saved import saved_buffers
+from pwm_fast.fused.saved import saved_buffers, slots_of
 
 PROGRAMS = 128  # kept: by specification and sizes, but for the batch
 
@@ -86,12 +86,6 @@ def _layers(b: Builder, name: str, specs: Specs, shape: _Shape) -> list[LayerSlo
     ]
 
 
-def _weights(params: Sequence[LayerParams], shape: _Shape) -> tuple[list[Tensor], list[Tensor]]:
-    """The first weight, once for each input, and all other tensors."""
-    first, *rest = layer_tensors(params)
-    return [first] * len(shape.inputs), rest
-
-
 @lru_cache(maxsize=PROGRAMS)
 def _mlp_forward(make: Any, specs: Specs, shape: _Shape, save: bool, wgrad: bool) -> Any:
     b = Builder(make)
@@ -122,15 +116,9 @@ def mlp_forward(
     shape, rows = _shape(params, inputs), inputs[0].shape[0]
     saved = saved_buffers(kernels, specs, params, 1, rows * shape.planes, save, wgrad)
     y = inputs[0].new_empty(rows * shape.planes, shape.widths[-1])
-    first, rest = _weights(params, shape)
+    first, *rest = layer_tensors(params)
     _mlp_forward(kernels.row_program, specs, shape, save, wgrad).run(
-        [
-            *(indexed(x) for x in inputs),
-            *first,
-            *rest,
-            *saved,
-            y,
-        ],
+        [*(indexed(x) for x in inputs), *[first] * len(inputs), *rest, *saved, y],
         rows,
         torch.get_num_threads(),
     )
@@ -185,12 +173,12 @@ def mlp_backward(
     if wgrad:
         tensors = [x for p in params for x in p if x is not None]
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
-    first, rest = _weights(params, shape)
+    first, *rest = layer_tensors(params)
     _mlp_backward(kernels.row_program, specs, shape, wgrad, tuple(needs)).run(
         [
             dy.contiguous(),
             *(indexed(x) for x in inputs),
-            *first,
+            *[first] * len(inputs),
             *rest,
             *saved,
             *(x for x in dinputs if x is not None),
@@ -201,3 +189,88 @@ def mlp_backward(
         torch.get_num_threads(),
     )
     return dinputs, grads
+
+
+class Ready:
+    """An MLP whose sizes and specification are known: calls look up nothing.
+
+    Args:
+        kernels: that run it.
+        inputs: widths of the inputs.
+        specs: what each layer does.
+        params: tensors of these sizes.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        inputs: Sequence[int],
+        specs: Specs,
+        params: Sequence[LayerParams],
+    ) -> None:
+        first = params[0].weight
+        widths = tuple(p.weight.shape[-2] for p in params)
+        self.shape = _Shape(tuple(inputs), widths, first.shape[0] if first.dim() == 3 else 0)
+        self.specs = specs
+        self._make = kernels.row_program
+        # Looked up sooner than by all that tells programs apart.
+        self._programs: dict[Any, Any] = {}
+        self._repeats = len(inputs) - 1
+        # Widths of what is kept, by whether parameters get gradients; 0 for one number a row.
+        self._kept = {
+            wgrad: [
+                n if what in ("hat", "y") else 0
+                for n, slots in zip(widths, slots_of(specs, True, wgrad), strict=True)
+                for what in slots
+            ]
+            for wgrad in (False, True)
+        }
+
+    def forward(
+        self, inputs: list[Tensor], params: list[Tensor], rows: int, save: bool, wgrad: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As :func:`mlp_forward`, of rows ``[rows, K_i]``.
+
+        Raises:
+            ValueError: a tensor is not as the sizes say, on the CPU, and of float32; nothing was
+                written.
+        """
+        count, like = rows * self.shape.planes, inputs[0].new_empty
+        saved: list[Tensor] = []
+        if save:
+            saved = [like(1, count, n) if n else like(1, count) for n in self._kept[wgrad]]
+        y = like(count, self.shape.widths[-1])
+        first = params[:1] * self._repeats
+        program = self._programs.get((save, wgrad))
+        if program is None:
+            program = _mlp_forward(self._make, self.specs, self.shape, save, wgrad)
+            self._programs[save, wgrad] = program
+        program.run([*inputs, *first, *params, *saved, y], rows, torch.get_num_threads())
+        return y, saved
+
+    def backward(
+        self,
+        dy: Tensor,
+        inputs: list[Tensor],
+        params: list[Tensor],
+        saved: list[Tensor],
+        needs: tuple[bool, ...],
+        wgrad: bool,
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """As :func:`mlp_backward`."""
+        rows = inputs[0].shape[0]
+        wanted = [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
+        grads = [p.new_empty(p.shape) for p in params] if wgrad else []
+        first, own = params[:1] * self._repeats, grads[:1] * self._repeats
+        program = self._programs.get((needs, wgrad))
+        if program is None:
+            program = _mlp_backward(self._make, self.specs, self.shape, wgrad, needs)
+            self._programs[needs, wgrad] = program
+        program.run(
+            [dy.contiguous(), *inputs, *first, *params, *saved, *wanted, *own, *grads],
+            rows,
+            torch.get_num_threads(),
+        )
+        each = iter(wanted)
+        dinputs = [next(each) if need else None for need in needs]
+        return dinputs, list(grads) or [None] * len(params)

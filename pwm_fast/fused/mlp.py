@@ -338,7 +338,7 @@ def mlp_forward(
     """
     specs = decode_layers(spec)
     layers, rows = split_params(specs, params), inputs[0].shape[0]
-    if row_program.runs(kernels, [p.weight for p in layers], specs):
+    if row_program.runs(kernels, [p.weight for p in layers], specs, rows):
         return blocked_mlp.mlp_forward(kernels, inputs, specs, layers, save, wgrad)
     mlp = one_evaluation(kernels, specs, layers, rows, save=save, wgrad=wgrad, masks=masks)
     first = [layers[0].weight]

@@ -485,7 +485,7 @@ def mlp_backward(
     """Gradients towards the inputs that ``needs`` names, and the parameters' if ``wgrad``."""
     specs = decode_layers(spec)
     layers, rows = split_params(specs, params), inputs[0].shape[0]
-    if row_program.runs(kernels, [p.weight for p in layers], specs):
+    if row_program.runs(kernels, [p.weight for p in layers], specs, rows):
         return blocked_mlp.mlp_backward(kernels, dy, inputs, specs, layers, saved, needs, wgrad)
     mlp = one_evaluation(
         kernels, specs, layers, rows, save=True, wgrad=wgrad, saved=saved, masks=masks

@@ -110,7 +110,7 @@ def _blocks(kernels: Kernels, spec: DynamicsSpec, sizes: Sizes) -> str | None:
     """Why macro steps do not run block by block; None if they do."""
     if kernels.row_program is None:
         return f"it is for backend native, this is {kernels.name}"
-    reason = row_program.why_not(kernels, spec.layers, sizes.widest)
+    reason = row_program.why_not(kernels, spec.layers, sizes.widest, sizes.batch)
     if reason is None and sizes.batch == 0:
         reason = "there are no rows"
     return reason
@@ -129,7 +129,9 @@ def takes_blocks(
     found = candidates(kernels, spec, sizes_of(spec, weights, batch), weights.w_z.device)
     if next(c.name for c in found if c.reason is None) != "blocks":
         return False
-    return policy is None or row_program.runs(kernels, [p.weight for p in policy[1]], policy[0])
+    return policy is None or row_program.runs(
+        kernels, [p.weight for p in policy[1]], policy[0], batch
+    )
 
 
 def _persistent(

@@ -379,7 +379,11 @@ class Stack:
         return dy
 
 
-def why_not(kernels: Kernels, specs: Sequence[LayerSpec], widest: int) -> str | None:
+#: Rows that are multiplied without packing the weights: ``few_rows`` of ``csrc/cpu/gemm.h``.
+FEW = 8
+
+
+def why_not(kernels: Kernels, specs: Sequence[LayerSpec], widest: int, rows: int) -> str | None:
     """Why layers no wider than ``widest`` do not run block by block; None if they do."""
     if kernels.row_program is None:
         return f"backend {kernels.name} has no such kernel"
@@ -390,17 +394,19 @@ def why_not(kernels: Kernels, specs: Sequence[LayerSpec], widest: int) -> str | 
     if any(spec.drop for spec in specs):
         return "a layer has a dropout mask"
     limit = native_widths()
-    if widest > limit:
+    if widest > limit and (rows > FEW or not limit):
         return f"{widest} features are more than {limit:g}, up to which it is faster"
     return None
 
 
-def runs(kernels: Kernels, weights: Sequence[Tensor], specs: Sequence[LayerSpec]) -> bool:
-    """Whether layers of these weights run block by block."""
+def runs(
+    kernels: Kernels, weights: Sequence[Tensor], specs: Sequence[LayerSpec], rows: int
+) -> bool:
+    """Whether layers of these weights run block by block on ``rows`` rows."""
     if kernels.row_program is None or weights[0].dtype != torch.float32:
         return False
     widest = max(max(w.shape[-2:]) for w in weights)
-    return why_not(kernels, specs, widest) is None and all(w.numel() for w in weights)
+    return why_not(kernels, specs, widest, rows) is None and all(w.numel() for w in weights)
 
 
 def indexed(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pwm_fast.backends.transforms import PLAIN, compiled_or_mapped
 from pwm_fast.fused.mlp import mlp_forward
 from pwm_fast.fused.mlp_backward import mlp_backward
 from pwm_fast.fused.saved import saved_buffers
-from pwm_fast.ops import _checks, batching
+from pwm_fast.ops import _checks, batching, direct
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.norm_act import activate, layer_norm
 from pwm_fast.ops.operator import Operator, as_rows, require_grad
@@ -168,6 +168,10 @@ def mlp(
     """
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one tensor")
+    if backend is None and members is None:
+        y = direct.mlp(inputs, layers, order)
+        if y is not None:
+            return y
     _checks.vectors("inputs[0]", inputs[0])
     for i, x in enumerate(inputs[1:], start=1):
         _checks.same_rows(f"inputs[{i}]", x, "inputs[0]", inputs[0])
@@ -187,7 +191,7 @@ def mlp(
     _checks.layers("layers", layers, width, inputs[0].device, ensemble=ensemble, lead=lead)
     if which is not None:
         return _run_members(inputs, layers, which, order, backend)
-    return _run(inputs, layers, order, backend)
+    return _run(inputs, layers, order, backend, remember=backend is None)
 
 
 def _run_members(
@@ -249,8 +253,12 @@ def _run(
     backend: str | None,
     *,
     per_member: bool = False,
+    remember: bool = False,
 ) -> Tensor:
-    """An MLP; ``per_member``: the first axis of a layer's input are the ensemble's members."""
+    """An MLP; ``per_member``: the first axis of a layer's input are the ensemble's members.
+
+    With ``remember`` calls that are like it may go the short way.
+    """
     reason = unsupported(layers, order) or without_width(inputs, layers)
     masks = [p.dropout for p in layers if isinstance(p.dropout, Tensor)]
     if per_member:
@@ -261,6 +269,8 @@ def _run(
         reason = "a dropout mask requires a gradient, which only the reference computes"
     choice = select("mlp", backend, Call([*inputs, *layer_tensors(layers), *masks], reason))
     if not choice.is_reference:
+        if remember:
+            direct.remember(run_mlp, choice, inputs, layers, order)
         return fused_mlp(choice, inputs, layers, order)
     if per_member:
         return _layer(inputs[0], layers[0], order)

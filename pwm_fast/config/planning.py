@@ -48,18 +48,18 @@ class PlanningConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("elites", "policy_trajectories"):
-            value = getattr(self, name)
-            expected = f"at most planning.samples={self.samples}"
-            require(value <= self.samples, f"planning.{name}", value, expected)
-        expected = f"at least planning.min_std={self.min_std}"
-        require(self.max_std >= self.min_std, "planning.max_std", self.max_std, expected)
         if self.kind == "none":
             for field in dataclasses.fields(self):
                 value = getattr(self, field.name)
                 # It would do nothing, and whoever gave it would take the policy for the planner.
                 expected = f"left at {field.default} without a planner such as planning=mppi"
                 require(value == field.default, f"planning.{field.name}", value, expected)
+        for name in ("elites", "policy_trajectories"):
+            value = getattr(self, name)
+            expected = f"at most planning.samples={self.samples}"
+            require(value <= self.samples, f"planning.{name}", value, expected)
+        expected = f"at least planning.min_std={self.min_std}"
+        require(self.max_std >= self.min_std, "planning.max_std", self.max_std, expected)
 
     def parameters(self) -> dict[str, Any]:
         """All keys but ``kind``."""

@@ -48,10 +48,9 @@ class PlanningConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind == "none":
+        if self.kind == "none":  # then a parameter would do nothing, and its user not know it
             for field in dataclasses.fields(self):
                 value = getattr(self, field.name)
-                # It would do nothing, and whoever gave it would take the policy for the planner.
                 expected = f"left at {field.default} without a planner such as planning=mppi"
                 require(value == field.default, f"planning.{field.name}", value, expected)
         for name in ("elites", "policy_trajectories"):

@@ -267,7 +267,8 @@ def plan(
         BackendError: the backend that was asked for cannot run this.
 
     Source: Williams et al. 2015 (arXiv 1509.01149); Hansen et al. 2022 (arXiv 2203.04955),
-    algorithm 1; Hansen et al. 2024, TD-MPC2 (arXiv 2310.16828), section 3.2 and table 8.
+    algorithm 1; Hansen et al. 2024, TD-MPC2 (arXiv 2310.16828), section 3.2 and the table of
+    hyperparameters.
     """
     o = MPPI() if options is None else options
     width = _check(z0, policy, dynamics, heads, values, o, gamma, previous, first, task)

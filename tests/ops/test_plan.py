@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 import pwm_fast
+from bench.fake_cuda import DEVICE, FakeCuda
 from pwm_fast import ops
 from pwm_fast.backends.native import why_missing
 from pwm_fast.ops import MPPI, Layer, PlanNoise, ValueEnsemble
+from tests.agent.no_sync import no_sync
 from tests.helpers import assert_2x, random_layer, tensors_of, with_tensors
 
 D, A, E, BINS = 16, 3, 5, 11
@@ -60,15 +62,16 @@ class Problem(NamedTuple):
         )
 
     def to(self, dtype: torch.dtype) -> Problem:
-        return _to(self, dtype)
+        return _map(self, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
-def _to(x: Any, dtype: torch.dtype) -> Any:
+def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same of other tensors."""
     if isinstance(x, Tensor):
-        return x.to(dtype) if x.is_floating_point() else x
+        return change(x)
     if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(_to(part, dtype) for part in x))
-    return [_to(part, dtype) for part in x] if isinstance(x, list) else x
+        return type(x)(*(_map(part, change) for part in x))
+    return [_map(part, change) for part in x] if isinstance(x, list) else x
 
 
 def normal(*shape: int) -> Tensor:
@@ -455,6 +458,21 @@ def test_gradients_and_inputs_are_left_alone() -> None:
     found = p.plan(z0=p.z0.requires_grad_())
     assert not any(x.requires_grad for x in found)
     assert torch.equal(given[0], p.z0) and torch.equal(given[1], p.previous)  # type: ignore[arg-type]
+
+
+def test_nothing_waits_for_a_gpu() -> None:
+    """On a made-up one, and with what a host would wait for forbidden."""
+    for values in ("q", "q stacked", "v"):
+        p = problem(2, SMALL, values=values).to(torch.float32)
+        with no_sync() as mode:
+            p.plan()
+        assert mode.operators > 50
+    p = problem(2, SMALL).to(torch.float32)
+    if not torch.cuda.is_available():
+        with FakeCuda():
+            here = _map(p, lambda x: torch.empty(x.shape, dtype=x.dtype, device=DEVICE))
+            assert here.plan(noise=None).action.device == DEVICE
+            assert here.plan(noise=None).value.shape == (2, 20)
 
 
 def test_generators() -> None:

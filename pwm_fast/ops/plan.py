@@ -39,7 +39,8 @@ REDUCTIONS: tuple[Reduction, ...] = ("two", "min", "mean")
 class MPPI:
     """Parameters of :func:`plan`; the defaults are TD-MPC2's published ones.
 
-    ``temperature`` is per unit of value: it has to fit the size of the rewards. TD-MPC2 itself takes two more iterations where actions have 20 or more components.
+    ``temperature`` is per unit of value: it has to fit the size of the rewards. TD-MPC2 itself
+    takes two more iterations where actions have 20 or more components.
 
     Attributes:
         horizon: H, steps that a plan looks ahead.

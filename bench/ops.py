@@ -373,7 +373,12 @@ VARIANTS: dict[str, Operation] = {
     ),
 }
 # Measured otherwise, in these modules.
-ELSEWHERE = {"imagine": "rollouts", "esnr": "esnr", "world_model_loss": "agent"}
+ELSEWHERE = {
+    "imagine": "rollouts",
+    "plan": "planning",
+    "esnr": "esnr",
+    "world_model_loss": "agent",
+}
 SOME = {
     ("layer_norm_act", "forward"),
     ("layer_norm_act", "backward"),

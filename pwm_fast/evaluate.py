@@ -1,5 +1,7 @@
 """``python -m pwm_fast.evaluate checkpoint=PATH episodes=12``: evaluate a trained policy.
 
+With ``planning=mppi`` a planner acts in its place (:func:`pwm_fast.ops.plan`).
+
 Prints a table and writes the same as JSON. Exit status: 0, or 2 and one line on stderr that says
 what is wrong.
 """

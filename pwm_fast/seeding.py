@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     DIAGNOSE_DRAWS = 8  # windows, directions and samples
     EXPORT = 9  # recorded episodes
     EXPORT_AGENT = 10  # the global generators while they are recorded
+    PLANNING = 11  # a planner's trajectories
 
 
 def in_range(seed: int) -> bool:

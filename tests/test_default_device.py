@@ -65,6 +65,21 @@ def rollout() -> Any:
     return found.z.detach(), returns, torch.autograd.grad(loss, weights)
 
 
+def plan() -> Any:
+    z = torch.linspace(0, 1, 32, device=CPU).view(2, 16)
+    q = [layers(16 + 3, 9, 11)] * 3
+    found = ops.plan(
+        z,
+        ops.Policy(layers(16, 9, 3), torch.full((3,), 0.2, device=CPU)),
+        ops.Flow(layers(16 + 3 + 1, 12, 16)),
+        ops.Heads(layers(16 + 3, 9, 11)),
+        values=ops.ValueEnsemble(q, "norm_act", on_action=True),
+        options=ops.MPPI(iterations=2, samples=8, elites=3, policy_trajectories=2),
+        generator=torch.Generator(CPU).manual_seed(0),
+    )
+    return tuple(found)
+
+
 def heads() -> Any:
     x = torch.linspace(-5.0, 5.0, 7, device=CPU)
     code = ops.two_hot_encode(x)
@@ -103,6 +118,7 @@ WORK: dict[str, Callable[[], Any]] = {
     "GuardedAdam": adam,
     "esnr": esnr,
     "imagine": rollout,
+    "plan": plan,
     "heads": heads,
     "cartpole": environment("env=cartpole"),
     "hopper": environment("env=hopper"),

@@ -1,5 +1,6 @@
-"""The learning algorithm."""
+"""The learning algorithm, and planning with what it learnt."""
 
+from pwm_fast.agent.planning import Planner
 from pwm_fast.agent.pwm import PWM
 
-__all__ = ["PWM"]
+__all__ = ["PWM", "Planner"]

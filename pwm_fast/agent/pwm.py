@@ -148,6 +148,45 @@ class PWM:
             return self.actor(z, noise)
 
     @torch.no_grad()
+    def plan(
+        self,
+        obs: Tensor,
+        options: ops.MPPI | None = None,
+        *,
+        previous: Tensor | None = None,
+        first: Tensor | None = None,
+        eval_mode: bool = False,
+        noise: ops.PlanNoise | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ops.Plan:
+        """Plan actions for observations ``[N, O]`` in the world model: :func:`pwm_fast.ops.plan`.
+
+        The actor draws its share of the trajectories. What a trajectory ends in is worth the least
+        of the critics' values, as in learning.
+        """
+        obs, config = obs.to(self.device), self.config
+        scale = config.gamma**config.value_delay / config.value_scale
+        values = ops.ValueEnsemble(self.critic.layers(), reduce="min", scale=scale)
+        with extend.precision(self.precision), self.keeping():
+            task = self._task(obs.shape[0])
+            z = self._encode(obs, task)
+            return ops.plan(
+                z,
+                self.actor.policy(),
+                self.world_model.dynamics(),
+                self.world_model.heads(symlog_rewards=config.symlog_rewards),
+                values=values,
+                options=options,
+                gamma=config.gamma,
+                previous=previous,
+                first=first,
+                eval_mode=eval_mode,
+                noise=noise,
+                generator=generator,
+                task=self.world_model.task_input(task, z),
+            )
+
+    @torch.no_grad()
     def why_not_finite(self, obs: Tensor) -> str | None:
         """Where numbers stop being finite on the way from ``obs [N, O]`` to actions; else None.
 

@@ -34,6 +34,7 @@ from pwm_fast.config.loading import (
     to_dict,
     typed,
 )
+from pwm_fast.config.planning import PlanningConfig
 from pwm_fast.config.training import (
     CheckpointConfig,
     DataConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "EsnrConfig",
     "EvalConfig",
     "ModelLearningConfig",
+    "PlanningConfig",
     "TrainConfig",
     "WandbConfig",
     "WorldModelConfig",

@@ -15,6 +15,7 @@ from pwm_fast.ops.flow import Flow, flow_interpolate, flow_step, integrate, velo
 from pwm_fast.ops.imagine import imagine
 from pwm_fast.ops.mlp import linear_act_norm, linear_norm_act, mlp
 from pwm_fast.ops.norm_act import layer_norm_act
+from pwm_fast.ops.plan import MPPI, Plan, PlanNoise, ValueEnsemble, plan
 from pwm_fast.ops.pointwise import mish, symexp, symlog
 from pwm_fast.ops.returns import td_lambda
 from pwm_fast.ops.rollout import latent_rollout
@@ -34,6 +35,7 @@ from pwm_fast.ops.world_model_loss import Start, WindowLoss, world_model_loss
 
 __all__ = [
     "ESNR",
+    "MPPI",
     "Activation",
     "Dynamics",
     "EsnrAccumulator",
@@ -45,9 +47,12 @@ __all__ = [
     "Layer",
     "Method",
     "Order",
+    "Plan",
+    "PlanNoise",
     "Policy",
     "RunningEsnr",
     "Start",
+    "ValueEnsemble",
     "WindowLoss",
     "algebra",
     "esnr",
@@ -62,6 +67,7 @@ __all__ = [
     "linear_norm_act",
     "mish",
     "mlp",
+    "plan",
     "project_simplex",
     "simnorm",
     "symexp",

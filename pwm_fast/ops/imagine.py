@@ -107,32 +107,10 @@ def imagine(
     check_steps("noise", noise, z0)
     width = noise.shape[-1]
     dynamics.check(z0, width, task)
-    _check_policy(policy, z0, width)
-    z, action = _roll_out(z0, policy, dynamics, noise, detach, task, backend)
-    steps = noise.shape[0]
-    embedding = () if task is None else (task.expand(steps, *task.shape),)
-    inputs = (z[:-1], *embedding, action)
-
-    def on_inputs(layers: Sequence[Layer]) -> Tensor:
-        return in_dtype(_over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs))
-
-    def in_dtype(x: Tensor) -> Tensor:  # autocast's GEMMs are 16 bits, what follows them is not
-        return x.to(torch.promote_types(x.dtype, z0.dtype))
-
-    logits = on_inputs(heads.reward)
-    if logits.shape[-1] == 1:
-        reward = logits.squeeze(-1)
-    else:
-        reward = two_hot_decode(
-            logits,
-            heads.vmin,
-            heads.vmax,
-            transform=heads.symlog,
-            backend=for_part("two_hot_decode", backend),
-        )
-    continues = value = None
-    if heads.termination is not None:
-        continues = torch.sigmoid(-on_inputs(heads.termination).squeeze(-1))
+    check_policy(policy, z0, width)
+    z, action = roll_out(z0, policy, dynamics, noise, detach, task, backend)
+    reward, continues = read_heads(z[:-1], action, heads, task, backend)
+    value = None
     if heads.value is not None:
         critics = heads.value
 
@@ -140,11 +118,11 @@ def imagine(
             return mlp((states,), critics, order="act_norm", backend=backend)
 
         members = value_of(z[-1]) if last_value_only else _over_steps(value_of, 1, z)
-        value = in_dtype(members.squeeze(-1)).amin(0)
+        value = in_dtype_of(z0, members.squeeze(-1)).amin(0)
     return ImaginedRollout(z, action, reward, continues, value)
 
 
-def _roll_out(
+def roll_out(
     z0: Tensor,
     policy: Policy,
     dynamics: Dynamics,
@@ -206,6 +184,39 @@ def _reference(
     return torch.stack(latents), torch.stack(actions) if actions else torch.empty_like(noise)
 
 
+def read_heads(
+    z: Tensor, action: Tensor, heads: Heads, task: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rewards of actions ``[H, B, A]`` in latents ``[H, B, D]`` with task embeddings ``[B, E]``.
+
+    Returns:
+        Rewards ``[H, B]``; probabilities ``[H, B]`` that steps do not terminate, or None.
+    """
+    embedding = () if task is None else (task.expand(z.shape[0], *task.shape),)
+    inputs = (z, *embedding, action)
+
+    def on_inputs(layers: Sequence[Layer]) -> Tensor:
+        return in_dtype_of(z, _over_steps(lambda *x: mlp(x, layers, backend=backend), 0, *inputs))
+
+    reward = decoded(on_inputs(heads.reward), heads.vmin, heads.vmax, heads.symlog, backend)
+    if heads.termination is None:
+        return reward, None
+    return reward, torch.sigmoid(-on_inputs(heads.termination).squeeze(-1))
+
+
+def decoded(outputs: Tensor, vmin: float, vmax: float, symlog: bool, backend: str | None) -> Tensor:
+    """What a head says: its one output, or the expectation of its two-hot logits."""
+    if outputs.shape[-1] == 1:
+        return outputs.squeeze(-1)
+    part = for_part("two_hot_decode", backend)
+    return two_hot_decode(outputs, vmin, vmax, transform=symlog, backend=part)
+
+
+def in_dtype_of(z: Tensor, x: Tensor) -> Tensor:
+    """Autocast's GEMMs are 16 bits, what follows them is not."""
+    return x.to(torch.promote_types(x.dtype, z.dtype))
+
+
 def squashed(mu: Tensor, std: Tensor, eps: Tensor) -> Tensor:
     """A Gaussian policy's action, ``tanh(mu + std eps)``."""
     dtype = fp32_dtype(mu, std, eps)
@@ -220,10 +231,11 @@ def _over_steps(head: Callable[..., Tensor], axis: int, *inputs: Tensor) -> Tens
     return torch.stack([head(*step) for step in zip(*inputs, strict=True)], axis)
 
 
-def _check_policy(policy: Policy, z0: Tensor, width: int) -> None:
+def check_policy(policy: Policy, z0: Tensor, width: int, source: str = "noise") -> None:
+    """Raise ValueError where a policy does not fit ``z0 [B, D]`` and the action width."""
     _checks.floating("policy.std", policy.std)
     if tuple(policy.std.shape) != (width,):
         raise ValueError(f"policy.std must be [{width}], got {tuple(policy.std.shape)}")
     outputs = _checks.layers("policy.layers", policy.layers, z0.shape[-1], z0.device)
     if outputs != width:
-        raise ValueError(f"policy.layers has output width {outputs}, but noise has {width}")
+        raise ValueError(f"policy.layers has output width {outputs}, but {source} has {width}")

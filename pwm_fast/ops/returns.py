@@ -102,7 +102,12 @@ def td_lambda(
 
 
 def discounted_return(
-    rewards: Tensor, last_value: Tensor, gamma: float, continues: Tensor | None = None
+    rewards: Tensor,
+    last_value: Tensor,
+    gamma: float,
+    continues: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """``sum_t gamma^t r_t + gamma^H V`` with the discounts of :func:`td_lambda`.
 
@@ -111,6 +116,7 @@ def discounted_return(
         last_value: ``[...]``, of the state after the last step.
         gamma: discount.
         continues: ``[H, ...]`` or None.
+        backend: as of :func:`td_lambda`.
 
     Returns:
         ``[...]``.
@@ -127,7 +133,7 @@ def discounted_return(
             f"got {tuple(last_value.shape)}"
         )
     _check_continues(rewards, continues)
-    choice = _choose(rewards, last_value, continues, None)
+    choice = _choose(rewards, last_value, continues, backend)
     if not choice.is_reference:
         return _run(rewards, last_value.unsqueeze(0), continues, gamma, 1.0, choice)[0]
     if rewards.shape[0] and continues is not None:

@@ -1,18 +1,18 @@
-"""Evaluation of a policy on real episodes."""
+"""Evaluation of a policy, or of a planner, on real episodes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pwm_fast import seeding
-from pwm_fast.agent import PWM
-from pwm_fast.config import MISSING, Checked
+from pwm_fast import ops, seeding
+from pwm_fast.agent import PWM, Planner
+from pwm_fast.config import MISSING, Checked, PlanningConfig
 from pwm_fast.config.checks import SIZE, checked, positive, seed_range, thread_count
 from pwm_fast.envs import VectorEnv
 from pwm_fast.run import build, checkpoint
@@ -76,6 +76,7 @@ def evaluate(
     seed: int,
     *,
     deterministic: bool = True,
+    planner: Planner | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Run the first episode of every env of ``env`` to its end.
@@ -85,6 +86,7 @@ def evaluate(
         env: one env an episode.
         seed: of the start states.
         deterministic: act with the mean of the policy.
+        planner: acts in place of the policy; of ``agent``.
         check: called before every step; it may raise to stop.
 
     Raises:
@@ -99,11 +101,15 @@ def evaluate(
     streak = torch.zeros(n, dtype=torch.int64, device=env.device)
     diverged = torch.zeros(n, dtype=torch.bool, device=env.device)
     unusable = torch.zeros(n, dtype=torch.bool, device=env.device)
+    first = torch.ones(n, dtype=torch.bool, device=env.device)
     has_goal = False
     look_every = 1 if env.device.type == "cpu" else LOOK_EVERY
     for i in range(1, env.max_episode_steps + 1):
         check()
-        action = agent.act(obs, deterministic=deterministic).to(env.device)
+        if planner is None:
+            action = agent.act(obs, deterministic=deterministic).to(env.device)
+        else:
+            action = planner.act(obs, first).to(env.device)
         unusable |= running & ~torch.isfinite(action).all(-1)  # not every environment looks
         before = obs
         with acting(agent, before):
@@ -115,7 +121,8 @@ def evaluate(
         if "goal" in info:
             has_goal = True
             streak = torch.where(running, (streak + 1) * info["goal"], streak)
-        running = running & ~(terminated | truncated)
+        first = terminated | truncated
+        running = running & ~first
         if i % look_every == 0 and not bool(running.any()):
             break
     if bool(unusable.any()):
@@ -143,6 +150,7 @@ class EvaluateConfig(Checked):
         threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
         json: where the JSON goes; null is ``<checkpoint>.evaluation.json`` beside the checkpoint,
             ``-`` is stdout (then the table goes to stderr).
+        planning: a planner that acts in place of the policy.
     """
 
     checkpoint: str = MISSING
@@ -151,6 +159,7 @@ class EvaluateConfig(Checked):
     device: str = "auto"
     threads: int | None = checked(None, thread_count)
     json: str | None = None
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
 
 
 def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
@@ -163,13 +172,15 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     path = checkpoint.named(config.checkpoint)
     device = build.select_device(config.device)
     run, content = build.load_run(path)
-    build.set_threads(config.threads, run.alg, device)
+    planning = config.planning
+    # A planner's many rows are work for all threads, however small the agent is.
+    build.set_threads(config.threads, run.alg if planning.kind == "none" else None, device)
     engine = build.physics(run, device)
     seed = seeding.stream(config.seed, Purpose.EVALUATE)
     with closing(build.make_env(run, config.episodes, seed, device)) as env:
         agent = build.restore_agent(path, run, content, env, device)
         with policy_of(path):
-            result = evaluate(agent, env, seed)
+            result = evaluate(agent, env, seed, planner=_planner(config, agent))
     return {
         "checkpoint": str(path),
         "env": run.env.name,
@@ -179,8 +190,16 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
         "env_steps": content["epoch"] * run.alg.steps_per_epoch * run.env_count,
         "seed": config.seed,
         "physics": None if engine is None else engine.name,
+        "planning": None if planning.kind == "none" else asdict(planning),
         **result.summary(),
     }
+
+
+def _planner(config: EvaluateConfig, agent: PWM) -> Planner | None:
+    if config.planning.kind == "none":
+        return None
+    seed = seeding.stream(config.seed, Purpose.PLANNING)
+    return Planner(agent, ops.MPPI(**config.planning.parameters()), seed)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -190,7 +209,7 @@ def table(result: dict[str, Any]) -> str:
         f"checkpoint  {result['checkpoint']}",
         f"trained     {result['env']}, {result['alg']}, seed {result['training_seed']}: "
         f"{result['epoch']} epochs, {result['env_steps']:,} environment steps",
-        f"evaluated   {result['episodes']} episodes, deterministic policy, seed {result['seed']}"
+        f"evaluated   {result['episodes']} episodes, {_actor(result)}, seed {result['seed']}"
         + (f", physics {result['physics']}" if result["physics"] else ""),
         "",
         f"{'':16}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}",
@@ -206,6 +225,17 @@ def table(result: dict[str, Any]) -> str:
     if result["diverged"]:
         lines.append(diverged_line(result))
     return "\n".join(lines)
+
+
+def _actor(result: dict[str, Any]) -> str:
+    """Who acted."""
+    plan = result["planning"]
+    if plan is None:
+        return "deterministic policy"
+    return (
+        f"planner {plan['kind']} (horizon {plan['horizon']}, {plan['iterations']} iterations, "
+        f"{plan['samples']} samples)"
+    )
 
 
 def diverged_line(result: dict[str, Any]) -> str:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pwm_fast import ops
 from pwm_fast.replay import Replay
 from tests.agent.agents import ACTION, AGENTS, OBS, make_agent, make_obs, make_windows
 from tests.agent.no_sync import HostSyncError, no_sync
+
+PLAN = ops.MPPI(iterations=2, samples=8, elites=3, policy_trajectories=2)
 
 
 class WaitsInBackward(torch.autograd.Function):
@@ -81,6 +84,8 @@ def learn_without_waiting(name: str, device: str) -> None:
     with no_sync(device) as mode:
         agent.act(obs)
         agent.act(obs, deterministic=True)
+        planned = agent.plan(obs, PLAN)
+        agent.plan(obs, PLAN, previous=planned.mean, first=obs[:, 0] > 0.0)
         agent.observe(obs, reward)
         agent.set_progress(0.3)
         for data in (windows, bad, windows):

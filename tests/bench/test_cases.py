@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import agent, data, esnr, gate, sizes
+from bench import agent, data, esnr, gate, planning, sizes
 from bench import ops as operations
 from bench import rollouts as rollout_cases
 from bench.cases import Provider, Workload
@@ -20,6 +20,7 @@ from pwm_fast.agent import PWM
 
 CPU = torch.device("cpu")
 SMALL = operations.Size(16, 17, 14)
+PLAN = ops.MPPI(iterations=2, samples=40, elites=5, policy_trajectories=4)
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
@@ -30,6 +31,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "world model of the baseline": lambda: agent.build_world_model(small("mlp"), 20, CPU, 4),
     "critic": lambda: agent.build_critic(small("flow"), 50, CPU, 4),
     "epoch": lambda: agent.build_epoch(small("flow"), small("mlp"), CPU, 4, 4),
+    "plan": lambda: planning.build(2, CPU, 0, 16, 17, PLAN),
     "ESNR": lambda: esnr.build((torch.Size((50, 7)), torch.Size((9,))), CPU),
     "environment": lambda: data.build_env("cartpole", 4, CPU),
     **{

@@ -131,9 +131,19 @@ def imagine_arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (z, policy, ops.Flow(layers), heads), {"noise": torch.randn(H, B, A)}
 
 
+def plan_arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    arguments, _ = imagine_arguments()
+    q = [net([D + A, 7, 11]) for _ in range(3)]
+    return arguments, {
+        "values": ops.ValueEnsemble(q, "norm_act", on_action=True),
+        "options": ops.MPPI(iterations=2, samples=6, elites=3, policy_trajectories=2),
+    }
+
+
 CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "flow_step": lambda: (arguments(), {}),
     "imagine": imagine_arguments,
+    "plan": plan_arguments,
     "simnorm": lambda: ((torch.randn(B, D),), {}),
     "two_hot_cross_entropy": lambda: ((torch.randn(B, 11), torch.randn(B)), {}),
     "esnr": lambda: ((torch.randn(4, 10),), {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from pwm_fast import cli, info
+from pwm_fast import config as configuration
 from pwm_fast.backends import native, select
 from pwm_fast.run import installation
 from tests.run.conftest import Launcher, clean_environment, command, rows, tiny_arguments
@@ -382,6 +384,23 @@ def test_evaluate_writes_beside_the_checkpoint(
     assert json.loads((tmp_path / "final.evaluation.json").read_text())["episodes"] == 12
 
 
+def test_evaluate_with_a_planner(whole_run: Path, launcher: Launcher, tmp_path: Path) -> None:
+    """The defaults are TD-MPC2's, in the file as in the schema."""
+    outcome = launcher.run(
+        tmp_path,
+        f"checkpoint={whole_run}/checkpoints/final.pt",
+        "episodes=2",
+        "json=-",
+        "planning=mppi",
+        "planning.samples=96",
+        module="pwm_fast.evaluate",
+    )
+    assert outcome.status == 0, outcome.err
+    planning = json.loads(outcome.out)["planning"]
+    assert planning == dataclasses.asdict(configuration.PlanningConfig("mppi", samples=96))
+    assert "2 episodes, planner mppi (horizon 3, 6 iterations, 96 samples), seed 0" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -394,6 +413,13 @@ def test_evaluate_writes_beside_the_checkpoint(
         (["checkpoint={}", "json=no/where.json"], "json=no/where.json: there is no directory"),
         (["checkpoint={}", "foo=1"], "foo: there is no such key"),
         (["checkpoint=stdout.txt"], "stdout.txt is no readable checkpoint"),
+        (["checkpoint={}", "planning=cem"], "mppi, none"),
+        (["checkpoint={}", "planning=null"], "planning must be a name, or a list of names"),
+        (["checkpoint={}", "planning.samples=9"], "planning.samples must be left at 512 without"),
+        (
+            ["checkpoint={}", "planning=mppi", "planning.samples=9"],
+            "planning.elites must be at most planning.samples=9, got 64",
+        ),
     ],
 )
 def test_evaluate_wrong_input(

@@ -192,8 +192,11 @@ def test_auto_takes_the_fused_pass(order: ops.types.Order) -> None:
     assert taken == ["native"] * 5
 
 
-def test_stacked_parameters_under_vmap_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a call for each member."""
+@pytest.mark.parametrize("pad", [False, True])
+def test_stacked_parameters_under_vmap_are_one_call(
+    pad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a call for each member; where weights are centred and padded, too, as on a GPU."""
     layers, x = ensemble(torch.float64), torch.randn(B, WIDTHS[0], dtype=torch.float64)
     rows: list[int] = []
     original = torch.bmm
@@ -208,7 +211,8 @@ def test_stacked_parameters_under_vmap_are_one_call(monkeypatch: pytest.MonkeyPa
         own = [with_tensors(p, t) for p, t in zip(layers, tensors, strict=True)]
         return ops.mlp([x], own, backend="torch")
 
-    y = vmap(call)(flat)
+    with ops.algebra(centre=pad, pad=pad):
+        y = vmap(call)(flat)
     assert rows == [E] * 3
     monkeypatch.undo()
     torch.testing.assert_close(y, ops.mlp([x], layers))

@@ -97,7 +97,7 @@ def accelerate(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     The stack's own modules stay and go on holding the parameters: parameters are the same objects,
     state_dict has the same keys, optimisers keep working, ``to``, ``train``, ``deepcopy``, pickle
     and ``torch.compile`` do what they did. A stack whose modules are changed later (a hook, a
-    replaced layer, a dropout rate) goes back to running them one by one.
+    replaced layer, a new Dropout) goes back to running them one by one.
 
     Args:
         module: a stack, or a module with stacks among its children.

@@ -90,7 +90,7 @@ def linear_norm_act(x: Tensor, layer: Layer, *, backend: str | None = None) -> T
         ValueError: shapes or options of ``layer`` do not fit ``x``.
         BackendError: the backend that was asked for cannot run this.
 
-    Source: Hansen et al. 2023 (arXiv 2310.16828), section 3; dropout as in its Q functions.
+    Source: Hansen et al. 2023 (arXiv 2310.16828); its Q functions have the dropout.
     """
     return _one_layer(x, layer, "norm_act", backend)
 

@@ -71,44 +71,42 @@ CHOSEN = {
     "uneven": (0, 1, 4),
     "all": range(5),
 }
+
+
+@pytest.mark.parametrize("order", ops.types.ORDERS)
+@pytest.mark.parametrize("chosen", CHOSEN)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_members(backend: str, chosen: str, order: ops.types.Order) -> None:
+    """What indexing the whole ensemble's result gives, with its gradients: 0 for the others."""
+    numbers = [*CHOSEN[chosen]]
+    dtype = DTYPES[backend]
+    x = torch.randn(2, 3, WIDTHS[0], dtype=dtype, requires_grad=True)
+    layers = with_gradients(ensemble(dtype))
+    y = ops.mlp([x], layers, order=order, members=numbers, backend=backend)
+    assert y.shape == (len(numbers), 2, 3, WIDTHS[-1])
+    ours = gradients(y, layers, x)
+    truth = with_gradients([with_tensors(p, [t.double() for t in tensors_of(p)]) for p in layers])
+    leaf = x.detach().double().requires_grad_()
+    whole = ops.mlp([leaf], truth, order=order, backend="reference")[numbers]
+    expected = [z.to(dtype) for z in [whole, *gradients(whole, truth, leaf)]]
+    assert_near([y, *ours], expected)
+    for unused in set(range(E)) - {*numbers}:
+        assert all(g[unused].abs().max() == 0.0 for g in ours[:-1])
+
+
 KINDS: dict[str, Callable[[Sequence[int]], object]] = {
-    "list": list,
+    "tuple": tuple,
     "tensor": lambda numbers: torch.tensor([*numbers]),
     "numpy": lambda numbers: np.array([*numbers]),
 }
 
 
-@pytest.mark.parametrize("order", ops.types.ORDERS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chosen", CHOSEN)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_members(backend: str, chosen: str, kind: str, order: ops.types.Order) -> None:
-    """What indexing the whole ensemble's result gives, with its gradients: 0 for the others."""
-    numbers = CHOSEN[chosen]
-    dtype = DTYPES[backend]
-    x = torch.randn(2, 3, WIDTHS[0], dtype=dtype, requires_grad=True)
-    layers = with_gradients(ensemble(dtype))
-    members = KINDS[kind](numbers)
-    y = ops.mlp([x], layers, order=order, members=members, backend=backend)  # type: ignore[arg-type]
-    assert y.shape == (len(numbers), 2, 3, WIDTHS[-1])
-    truth = with_gradients(ensemble_in_float64(layers))
-    leaf = x.detach().double().requires_grad_()
-    whole = ops.mlp([leaf], truth, order=order, backend="reference")[[*numbers]]
-    expected = [z.to(dtype) for z in [whole, *gradients(whole, truth, leaf)]]
-    assert_near([y, *gradients(y, layers, x)], expected)
-    unused = next((e for e in range(E) if e not in numbers), None)
-    if unused is not None:
-        assert all(g[unused].abs().max() == 0.0 for g in gradients_again(layers, x, members, order))
-
-
-def gradients_again(
-    layers: Sequence[Layer], x: Tensor, members: object, order: ops.types.Order
-) -> list[Tensor]:
-    return gradients(ops.mlp([x], layers, order=order, members=members), layers)  # type: ignore[arg-type]
-
-
-def ensemble_in_float64(layers: Sequence[Layer]) -> list[Layer]:
-    return [with_tensors(p, [x.double() for x in tensors_of(p)]) for p in layers]
+@pytest.mark.parametrize("numbers", [(1, 3), (3, 1), (2, 2, 0)], ids=str)
+def test_members_may_be_numbers_of_any_kind(kind: str, numbers: tuple[int, ...]) -> None:
+    layers, x = ensemble(torch.float64), torch.randn(B, WIDTHS[0], dtype=torch.float64)
+    y = ops.mlp([x], layers, members=KINDS[kind](numbers))  # type: ignore[arg-type]
+    torch.testing.assert_close(y, ops.mlp([x], layers)[[*numbers]])
 
 
 def test_members_at_even_distances_are_not_copied() -> None:
@@ -192,8 +190,11 @@ def test_auto_takes_the_fused_pass(order: ops.types.Order) -> None:
     assert taken == ["native"] * 5
 
 
-def test_stacked_parameters_under_vmap_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a call for each member."""
+@pytest.mark.parametrize("pad", [False, True])
+def test_stacked_parameters_under_vmap_are_one_call(
+    pad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a call for each member; where weights are centred and padded, too, as on a GPU."""
     layers, x = ensemble(torch.float64), torch.randn(B, WIDTHS[0], dtype=torch.float64)
     rows: list[int] = []
     original = torch.bmm
@@ -208,7 +209,8 @@ def test_stacked_parameters_under_vmap_are_one_call(monkeypatch: pytest.MonkeyPa
         own = [with_tensors(p, t) for p, t in zip(layers, tensors, strict=True)]
         return ops.mlp([x], own, backend="torch")
 
-    y = vmap(call)(flat)
+    with ops.algebra(centre=pad, pad=pad):
+        y = vmap(call)(flat)
     assert rows == [E] * 3
     monkeypatch.undo()
     torch.testing.assert_close(y, ops.mlp([x], layers))

@@ -176,7 +176,7 @@ def test_nothing_is_done() -> None:
     assert args[0].grad is None
     assert "policy.layers (6 of 6 tensors)" in told.gradients
     text = str(told)
-    assert [way.name for way in told.architecture] == ["cluster", "persistent", "layers"]
+    assert [way.name for way in told.architecture] == ["cluster", "persistent", "blocks", "layers"]
     assert told.architecture[-1].reason is None
     assert "macro steps" in text and "it is for backend triton" in text
     assert text.startswith("ops.imagine\n") and "gradients" in text and "copies" in text

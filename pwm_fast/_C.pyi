@@ -1,6 +1,8 @@
 from collections.abc import Callable
 from typing import Literal
 
+from torch import Tensor
+
 def cpu_isa() -> Literal["generic", "avx2", "avx512"]: ...
 def build_info() -> dict[str, str | bool]: ...
 
@@ -14,6 +16,20 @@ KERNELS: tuple[str, ...]
 def set_openmp(path: str) -> bool: ...
 def set_thread_count(function: Callable[[], int]) -> None: ...
 def checksum(pieces: list[int], threads: int) -> int: ...
+
+# Steps that are done for one block of rows after another: csrc/cpu/row_program.h.
+class RowProgram:
+    STEPS: dict[str, int]
+    def __init__(
+        self,
+        slots: list[tuple[str, int, int, int, int, int, int]],
+        packs: list[tuple[tuple[int, int], bool]],
+        totals: list[tuple[int, int]],
+        instructions: list[
+            tuple[int, tuple[tuple[int, int], ...], tuple[int, ...], tuple[float, ...]]
+        ],
+    ) -> None: ...
+    def run(self, tensors: list[Tensor], rows: int, threads: int) -> None: ...
 
 # Any other name is a kernel: help(_C.norm_act_fwd) shows its arguments.
 def __getattr__(name: str) -> Callable[..., None]: ...

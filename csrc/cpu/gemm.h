@@ -2,8 +2,8 @@
 // matrices that stay in the caches of a core. Private to the sources that are compiled once per
 // instruction set.
 //
-// A sum is one of sums of at most `longest` terms, each in order, whatever the rows of a call: it errs
-// less than one long sum, and a row's result does not depend on the rows that it is computed with.
+// A sum is one of sums of at most `longest` terms, each in order: it errs less than one long sum. But for
+// few rows, a row's result does not depend on the rows that it is computed with.
 #pragma once
 
 #include "rows.h"

@@ -26,7 +26,7 @@ from pwm_fast.backends.transforms import PLAIN, in_memory, transformed, watched
 from pwm_fast.fused import gemm, row_program
 from pwm_fast.fused.blocked_mlp import Ready
 from pwm_fast.ops.operator import Operator, as_rows
-from pwm_fast.ops.registration import registered
+from pwm_fast.ops.registration import check_alone, registered
 from pwm_fast.ops.types import Layer, Order
 from pwm_fast.ops.weights import centred, flat, specs_of
 
@@ -170,6 +170,7 @@ class pwm_fast_mlp(torch.autograd.Function):
         # Where the gradient is itself to be differentiated, the operator refuses.
         seen = torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0
         if seen or not in_memory(dy):
+            check_alone(known.operator.name, dy)
             run = registered(f"{known.operator.name}_backward")
             given = (saved, list(towards), known.spec, ctx.wgrad, *known.where)
             found = run(dy, flat, params, [], *given)

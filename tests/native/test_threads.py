@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.native import test_act_norm, test_norm_act, test_other_kernels
+from tests.native import test_act_norm, test_norm_act, test_other_kernels, test_row_program
 from tests.native.harness import _C, Values
 
 ROWS, N = 331, 777  # more than one thread's least share for up to 15 threads
@@ -100,6 +100,11 @@ def checksum() -> Callable[[int], Values]:
     return run
 
 
+def row_program() -> Callable[[int], Values]:
+    given = test_row_program.numbers(ROWS, 100, 130)
+    return lambda threads: test_row_program.gemms(given, threads)
+
+
 KERNELS = {
     "norm_act none": lambda: norm_act("none"),
     "norm_act mish": lambda: norm_act("mish"),
@@ -111,6 +116,7 @@ KERNELS = {
     "two_hot": two_hot,
     "axpby": axpby,
     "checksum": checksum,
+    "row program": row_program,
     "esnr of 4": lambda: esnr(4),
     "esnr of 20": lambda: esnr(20),
 }

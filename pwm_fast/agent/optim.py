@@ -170,12 +170,11 @@ class GuardedAdam:
         counts = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
         states = [self.adam.state[p] for p in params]
         for p, state, count in zip(params, states, counts.unbind(), strict=True):
-            if state:
-                count.copy_(state["step"])
-            else:
+            if not state:
+                state["step"] = count
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
-            state["step"] = count
+            state["step"] = count.copy_(state["step"])
         return _Listed([places[id(p)] for p in params], states, counts)
 
     @property

@@ -199,9 +199,7 @@ class Native(Backend):
             return f"precision {call.precision!r} is asked for; it has exact and bf16"
         return why_missing() or fused_why_not(call)
 
-    def kernels(
-        self, family: str, precision: Precision
-    ) -> NativeKernels | NativeEsnr | NativeAdam:
+    def kernels(self, family: str, precision: Precision) -> NativeKernels | NativeEsnr | NativeAdam:
         """See :class:`Backend`."""
         if family == "reduction":
             return NativeEsnr()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from bench import agent, data, esnr, ops, rollouts
+from bench import agent, data, esnr, ops, optimizer, rollouts
 from bench.cases import Case
 
-PARTS = (rollouts.cases, agent.cases, agent.epochs, ops.cases, esnr.cases, data.cases)
+PARTS = (
+    *(rollouts.cases, agent.cases, agent.epochs, optimizer.cases),
+    *(ops.cases, esnr.cases, data.cases),
+)
 
 
 def all_cases(device: torch.device) -> list[Case]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import agent, data, esnr, gate, sizes
+from bench import agent, data, esnr, gate, optimizer, sizes
 from bench import ops as operations
 from bench import rollouts as rollout_cases
 from bench.cases import Provider, Workload
@@ -30,6 +30,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "world model of the baseline": lambda: agent.build_world_model(small("mlp"), 20, CPU, 4),
     "critic": lambda: agent.build_critic(small("flow"), 50, CPU, 4),
     "epoch": lambda: agent.build_epoch(small("flow"), small("mlp"), CPU, 4, 4),
+    "optimiser": lambda: optimizer.build(small("flow"), "wm", CPU),
     "ESNR": lambda: esnr.build((torch.Size((50, 7)), torch.Size((9,))), CPU),
     "environment": lambda: data.build_env("cartpole", 4, CPU),
     **{

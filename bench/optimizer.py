@@ -109,13 +109,15 @@ def build(alg: AlgConfig, name: str, device: torch.device, seed: int = 0) -> Wor
         return after(params, adam, partial(step, params, adam))
 
     def bottom() -> Provider:
-        """Gradients read twice, parameters and moments read and written, by PyTorch's copies."""
-        lists = [[torch.randn_like(p) for p in optimizer.params] for _ in range(2)]
+        """Gradients read twice, parameters and moments read and written, as one tensor each."""
+        elements = sum(p.numel() for p in optimizer.params)
+        gradient, *written = (torch.randn(elements, device=device) for _ in range(4))
 
         def touch() -> None:
-            torch._foreach_norm(draws[0])
-            for into, of in ((*lists,), (*reversed(lists),), (lists[0], draws[0])):
-                torch._foreach_copy_(into, of)
+            torch.linalg.vector_norm(gradient)
+            gradient.sum()
+            for x in written:
+                x.neg_()
 
         return Provider(touch)
 

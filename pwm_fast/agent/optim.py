@@ -74,7 +74,7 @@ class GuardedAdam:
             fused=True,
             capturable=device.type == "cuda",  # without, PyTorch refuses to record a step
         )
-        self.grad_norm = grad_norm
+        self._grad_norm = grad_norm
         options = (*self.adam.defaults["betas"], self.adam.defaults["eps"], grad_norm)
         self._options = torch.stack(
             [torch.full((), x, dtype=torch.float64, device=device) for x in options]
@@ -176,6 +176,16 @@ class GuardedAdam:
                 state["exp_avg_sq"] = torch.zeros_like(p)
             state["step"] = count.copy_(state["step"])
         return _Listed([places[id(p)] for p in params], states, counts)
+
+    @property
+    def grad_norm(self) -> float:
+        """What the gradient's total norm is clipped to; it can be set."""
+        return self._grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, value: float) -> None:
+        self._grad_norm = value
+        self._options[3] = value  # kernels read it there
 
     @property
     def lr(self) -> Tensor:

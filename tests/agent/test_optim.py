@@ -117,6 +117,15 @@ def test_clipped_gradients_are_kept_only_on_request() -> None:
     )
 
 
+def test_the_largest_norm_can_be_set() -> None:
+    net, optimizer = make(grad_norm=1e9)
+    optimizer.keep_gradients = True
+    optimizer.grad_norm = 0.25
+    optimizer.step(loss_of(net, torch.randn(6, 4)))
+    kept = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+    assert torch.cat(kept).norm().item() == pytest.approx(0.25, rel=1e-4)
+
+
 def test_unused_parameters_get_a_zero_gradient() -> None:
     """As if they had been part of the loss with weight 0."""
     net, optimizer = make()

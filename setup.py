@@ -38,7 +38,7 @@ KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "
 SOURCES = {  # object -> its source and compiler flags of its own
     f"{name}.o": (f"csrc/{name}.cpp", [f"-DPWM_FAST_X86={int(X86)}"])
     for name in (
-        *("module", "bind_cpu", "bind_cuda", "arguments", "checks"),
+        *("module", "bind_cpu", "bind_program", "bind_cuda", "arguments", "checks"),
         *("cpu_features", "esnr_plan", "parallel"),
     )
 }

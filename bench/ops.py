@@ -37,6 +37,7 @@ class Size(NamedTuple):
 
 SIZES = {"5M": Size(512, 510, 512), "48M": Size(768, 1788, 1792)}
 BINS, MEMBERS, CRITIC = 101, 3, 400
+Q_FUNCTIONS, USED = 5, (1, 3)  # TD-MPC2's; two of them, drawn anew each time, are used
 
 
 class Operation(NamedTuple):
@@ -143,6 +144,26 @@ def _head_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
         **_layer(wide, wide, g, "1"),
         **_layer(BINS, wide, g, "2", norm=False),
     }
+
+
+def _q_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
+    wide = size.reward
+    return {
+        **_pair(size, batch, g),
+        **_layer(wide, size.latent + ACTION, g, "0", members=Q_FUNCTIONS),
+        **_layer(wide, wide, g, "1", members=Q_FUNCTIONS),
+        **_layer(BINS, wide, g, "2", norm=False, members=Q_FUNCTIONS),
+    }
+
+
+def _plain_q(i: Inputs) -> Tensor:
+    x = torch.cat([i["z"], i["a"]], dim=-1)
+    return published.ensemble(published.normed, _layers(i), x)
+
+
+def _q_gemms(size: Size, batch: int, members: int) -> list[floor.Gemm]:
+    sizes = [size.latent + ACTION, size.reward, size.reward, BINS]
+    return floor.stack(batch, sizes, members=members)
 
 
 def _field_inputs(size: Size, batch: int, g: torch.Generator) -> Inputs:
@@ -333,6 +354,24 @@ OPERATIONS: dict[str, Operation] = {
         differentiable=False,
     ),
 }
+# The same operations on other inputs: TD-MPC2's Q functions, all and those that planning uses. The
+# published code computes all in either case.
+VARIANTS: dict[str, Operation] = {
+    "mlp_ensemble": Operation(
+        _q_inputs,
+        _plain_q,
+        lambda i: ops.mlp((i["z"], i["a"]), _layers(i)),
+        partial(_q_gemms, members=Q_FUNCTIONS),
+        batches={"5M": (256, 1, 512)},
+    ),
+    "mlp_members": Operation(
+        _q_inputs,
+        lambda i: _plain_q(i)[[*USED]],
+        lambda i: ops.mlp((i["z"], i["a"]), _layers(i), members=USED),
+        partial(_q_gemms, members=len(USED)),
+        batches={"5M": (256, 1, 512)},
+    ),
+}
 # Measured otherwise, in these modules.
 ELSEWHERE = {"imagine": "rollouts", "esnr": "esnr", "world_model_loss": "agent"}
 SOME = {
@@ -345,7 +384,7 @@ SOME = {
 
 def cases(device: torch.device) -> list[Case]:
     found = []
-    for name, op in OPERATIONS.items():
+    for name, op in {**OPERATIONS, **VARIANTS}.items():
         for model, batches in op.batches.items():
             if device.type == "cuda":
                 batches = [*batches, 16384]

@@ -55,6 +55,13 @@ def act_norm(layers: Sequence[Layer], x: Tensor) -> Tensor:
 
 def critics(layers: Sequence[Layer], z: Tensor) -> Tensor:
     """Values ``[E, ...]`` of an ensemble whose tensors are stacked along a first axis."""
+    return ensemble(act_norm, layers, z).squeeze(-1)
+
+
+def ensemble(
+    run: Callable[[Sequence[Layer], Tensor], Tensor], layers: Sequence[Layer], x: Tensor
+) -> Tensor:
+    """``[E, ...]``: members whose tensors are stacked along a first axis, under torch.vmap."""
     tensors = [p for layer in layers for p in layer[:4] if p is not None]
 
     def one(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -68,9 +75,9 @@ def critics(layers: Sequence[Layer], z: Tensor) -> Tensor:
             )
             for layer in layers
         ]
-        return act_norm(member, x).squeeze(-1)
+        return run(member, x)
 
-    values: Tensor = torch.vmap(one, in_dims=(0, None))(tensors, z)
+    values: Tensor = torch.vmap(one, in_dims=(0, None))(tensors, x)
     return values
 
 

@@ -110,9 +110,10 @@ void Signature::add(const char* name, bool is_optional) {
   if (is_optional) text += "=None";
 }
 
-void Arguments::set(const char* name, PyObject* value, View& view, bool may_be_none) {
+View view_of(const char* name, PyObject* value, bool may_be_none) {
+  View view = {};
   view.name = name;
-  if (may_be_none && (value == nullptr || value == Py_None)) return;
+  if (may_be_none && (value == nullptr || value == Py_None)) return view;
   const dlpack::Exchange* exchange = exchange_of(Py_TYPE(value));
   if (exchange == nullptr) fail_type(name, may_be_none ? "a tensor or None" : "a tensor", value);
   dlpack::Tensor tensor;
@@ -125,6 +126,7 @@ void Arguments::set(const char* name, PyObject* value, View& view, bool may_be_n
   view.type = type_of(name, tensor);
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   set_rows(view, tensor);
+  return view;
 }
 
 void Arguments::set(const char* name, PyObject* value, Views& list, bool) {
@@ -133,11 +135,12 @@ void Arguments::set(const char* name, PyObject* value, Views& list, bool) {
   if (!is_list && !PyTuple_Check(value)) fail_type(name, "a list of tensors", value);
   const Py_ssize_t count = is_list ? PyList_GET_SIZE(value) : PyTuple_GET_SIZE(value);
   release(list.items);  // of a first reading
+  list.items = nullptr;
   list.count = 0;
   list.items = static_cast<View*>(allocate(int64_t(count * Py_ssize_t(sizeof(View)))));
   for (Py_ssize_t i = 0; i < count; ++i) {
-    View& view = *new (list.items + i) View{};
-    set(name, is_list ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i), view, false);
+    PyObject* item = is_list ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i);
+    new (list.items + i) View(view_of(name, item, false));
     ++list.count;
   }
 }

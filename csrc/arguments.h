@@ -30,6 +30,9 @@ struct Signature {
   void add(const char* name, bool is_optional);
 };
 
+// The numbers of a tensor, or with may_be_none an absent view.
+View view_of(const char* name, PyObject* value, bool may_be_none);
+
 // Fills the fields in from the arguments of one call: positional ones, then those of `keywords`. A
 // field that is not given stays as it is, but for a View, which gets its name.
 class Arguments {
@@ -79,7 +82,9 @@ class Arguments {
     }
     return nullptr;
   }
-  static void set(const char* name, PyObject* value, View& field, bool may_be_none);
+  static void set(const char* name, PyObject* value, View& field, bool may_be_none) {
+    field = view_of(name, value, may_be_none);
+  }
   static void set(const char* name, PyObject* value, Views& list, bool);
   static void set(const char* name, PyObject* value, int64_t& field, bool may_be_none);
   static void set(const char* name, PyObject* value, double& field, bool may_be_none);

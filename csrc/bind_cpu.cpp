@@ -150,6 +150,10 @@ std::uint64_t checksum(const py::list& pieces, int64_t threads) {
 
 }  // namespace
 
+void run_row_program(const pwm_fast::RowProgram& program, int64_t elements) {
+  run(kernels().row_program, program, elements);
+}
+
 void bind_cpu(py::module_& m) {
   m.def("set_openmp", &set_openmp, py::arg("path"),
         "Share the threads of the OpenMP runtime at path, which is loaded already; False if not.");
@@ -164,4 +168,5 @@ void bind_cpu(py::module_& m) {
   names.append(#name);
 #include "cpu/ops.def"
   m.attr("KERNELS") = py::tuple(names);
+  bind_program(m);
 }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pwm_fast.acceleration.checking import check
-from pwm_fast.acceleration.matching import Mismatch, is_candidate, match
+from pwm_fast.acceleration.functional import holds_stacked, mapped_again, mapped_module
+from pwm_fast.acceleration.matching import Mismatch, is_candidate, match, member_of
 from pwm_fast.acceleration.stack import AcceleratedStack, assemble, own_dictionaries
 
 __all__ = ["AccelerationReport", "AccelerationWarning", "Found", "accelerate"]
@@ -78,12 +80,19 @@ def accelerate(module: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     - NormedLinear modules as TD-MPC2 and PWM write them: ``weight``, ``bias``, ``ln`` (an
       ``nn.LayerNorm``), ``act`` (Mish, SimNorm with its group width as ``dim``, Identity) and
-      perhaps a ``dropout`` of 0; or ``nn.Linear``, ``nn.LayerNorm``, such an activation in a row;
+      perhaps a ``dropout``; or ``nn.Linear``, ``nn.LayerNorm``, such an activation in a row;
     - or, the actor's and critics' order, ``nn.Linear``, ``nn.Mish``, ``nn.LayerNorm`` in a row;
 
-    ended by any of these or a plain ``nn.Linear``. Stacks are looked for in all of the module's
-    children. Each is checked by its structure and by running it against the operations, on a copy
-    with random parameters: values and gradients. What is not the same is left alone.
+    ended by any of these or a plain ``nn.Linear``, with an ``nn.Dropout`` after a Linear or
+    without. Stacks are looked for in all of the module's children. Each is checked by its structure
+    and by running it against the operations, on a copy with random parameters: values and
+    gradients. What is not the same is left alone.
+
+    Of a functional ensemble the stack is the module that the stacked parameters are put into: a
+    child or attribute, perhaps on the meta device, or what ``torch.vmap`` of functorch's
+    ``combine_state_for_ensemble`` calls. Under ``torch.vmap`` it then is one operation for all
+    members. An ensemble whose stack cannot be reached is left alone, and the report says what to
+    do.
 
     The stack's own modules stay and go on holding the parameters: parameters are the same objects,
     state_dict has the same keys, optimisers keep working, ``to``, ``train``, ``deepcopy``, pickle
@@ -139,6 +148,13 @@ _SEALED = {
 }
 
 
+_TEMPLATE = "is on the meta device: it runs on the parameters that its owner puts into it"
+_HIDDEN = (
+    "it holds stacked parameters but not the module that they are put into: accelerate each member "
+    "before you stack them"
+)
+
+
 class _Walk:
     def __init__(self, inplace: bool) -> None:
         self.inplace = inplace
@@ -165,25 +181,54 @@ class _Walk:
         if is_candidate(module):
             assert isinstance(module, nn.Sequential)
             try:
-                plan = match(module)
-                check(module, plan)
+                member = member_of(module)
+                plan = match(member)
+                check(member, plan)
             except Mismatch as reason:
                 self.left.append(_because(found, str(reason)))
             else:
                 self.accelerated.append(found)
+                if next(module.parameters()).is_meta:
+                    self.notes.append(f"{found_name(name)} {_TEMPLATE}")
                 return assemble(module, plan)
+        before = len(self.accelerated), len(self.left)
+        prefix = f"{name}." if name else ""
         changed = {}
         for key, child in module._modules.items():
             if child is not None:
-                new = self.visit(child, f"{name}.{key}" if name else key)
+                new = self.visit(child, f"{prefix}{key}")
                 if new is not child:
                     changed[key] = new
-        if not changed:
+        attributes = self._attributes(module, prefix)
+        if before == (len(self.accelerated), len(self.left)) and holds_stacked(module):
+            self.left.append(_because(found, _HIDDEN))
+        if not changed and not attributes:
             return module
-        return self._with(module, name, changed)
+        return self._with(module, name, changed, attributes)
 
-    def _with(self, module: nn.Module, name: str, changed: dict[str, nn.Module]) -> nn.Module:
-        """The module with other children."""
+    def _attributes(self, module: nn.Module, prefix: str) -> dict[str, Any]:
+        """New values of attributes that are no children, but call or are a stack."""
+        changed = {}
+        for key, value in module.__dict__.items():
+            called = mapped_module(value)
+            if called is not None:
+                new = self.visit(called, f"{prefix}{key}")
+                if new is not called:
+                    changed[key] = mapped_again(value, new)
+            elif isinstance(value, nn.Module) and is_candidate(value):
+                new = self.visit(value, f"{prefix}{key}")
+                if new is not value:
+                    changed[key] = new
+        return changed
+
+    def _with(
+        self,
+        module: nn.Module,
+        name: str,
+        changed: Mapping[str, nn.Module],
+        attributes: Mapping[str, Any],
+    ) -> nn.Module:
+        """The module with other children and attributes."""
         if not self.inplace:
             original = module
             module = object.__new__(type(original))
@@ -193,6 +238,7 @@ class _Walk:
             if module.__dict__.pop("_compiled_call_impl", None) is not None:
                 self.notes.append(f"{found_name(name)} was compiled, and is to be compiled again")
         module._modules.update(changed)
+        module.__dict__.update(attributes)
         return module
 
     def _note_bound(self, module: nn.Module, name: str) -> None:

@@ -2,7 +2,10 @@
 
 On a copy with random parameters, so that a weight of zeros hides nothing; in float64, values and
 all gradients, in training and evaluation mode, on inputs of several scales and ranks; and in the
-module's own dtype on its own device, values.
+module's own dtype on its own device, values. A stack on the meta device, as functional ensembles
+keep one to put their members' parameters into, is compared on the CPU.
+
+Dropout is compared at a rate at which it shows, with the same random numbers.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.acceleration.matching import Mismatch
+from pwm_fast.acceleration.matching import Mismatch, copied, said
 from pwm_fast.acceleration.stack import Plan, assemble, at
 from pwm_fast.backends import select
 
+_RATE = 0.5
 _SHAPES: tuple[tuple[tuple[int, ...], float], ...] = (((5,), 1.0), ((2, 3), 30.0), ((1,), 0.01))
 
 
@@ -27,18 +31,21 @@ def check(stack: nn.Sequential, plan: Plan) -> None:
     Raises:
         Mismatch: they differ, or the stack cannot be run.
     """
-    first = next(stack.parameters())
-    devices = [first.device] if first.device.type == "cuda" else []
+    device = _device(stack)
+    devices = [device] if device.type == "cuda" else []
     with ExitStack() as contexts:
         contexts.enter_context(torch.random.fork_rng(devices=devices))
         contexts.enter_context(torch.inference_mode(False))
         contexts.enter_context(torch.enable_grad())
-        contexts.enter_context(torch.autocast(first.device.type, enabled=False))
-        if first.device.type != "cpu":
+        contexts.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type != "cpu":
             contexts.enter_context(torch.autocast("cpu", enabled=False))
         generator = torch.Generator().manual_seed(0)
         twin = _copy(stack).to("cpu", torch.float64)
         _randomize(twin, generator)
+        for step in plan.steps:
+            if step.dropout is not None:
+                at(twin, step.dropout).p = _RATE  # type: ignore[assignment]
         first_weight = at(twin, plan.steps[0].linear).weight
         assert isinstance(first_weight, Tensor)
         width = first_weight.shape[1]
@@ -51,16 +58,16 @@ def check(stack: nn.Sequential, plan: Plan) -> None:
 
 
 def _copy(stack: nn.Sequential) -> nn.Sequential:
-    try:
-        twin = copy.deepcopy(stack)
-    except Exception as error:  # whatever a stranger's module raises
-        raise Mismatch(f"it cannot be copied to be compared: {_said(error)}") from None
+    twin = copied(stack)
+    if next(twin.parameters()).is_meta:
+        twin.to_empty(device="cpu")
     return twin.requires_grad_(True)
 
 
-def _said(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _device(stack: nn.Module) -> torch.device:
+    """Where the stack is compared."""
+    device = next(stack.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 @torch.no_grad()
@@ -92,7 +99,7 @@ def _own_errors(dtype: torch.dtype, x: Tensor) -> Iterator[None]:
         yield
     except Exception as error:  # whatever a stranger's module raises
         shape = list(x.shape)
-        raise Mismatch(f"its own forward fails on {dtype} {shape}: {_said(error)}") from None
+        raise Mismatch(f"its own forward fails on {dtype} {shape}: {said(error)}") from None
 
 
 def _run(module: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -110,8 +117,16 @@ def _run(module: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
 def _compare_exactly(twin: nn.Sequential, plan: Plan, x: Tensor) -> None:
     mode = "training" if twin.training else "evaluation"
     before = _attributes(twin)
+    drops = any(step.dropout is not None for step in plan.steps)
+
+    def seed() -> None:
+        if drops:  # else what draws random numbers is to be found out
+            torch.default_generator.manual_seed(0)
+
     with _own_errors(x.dtype, x):
+        seed()
         y, grads = _run(twin, x)
+        seed()
         again = twin(x.clone()).detach()
     if y.shape != again.shape or not torch.equal(y, again):
         raise Mismatch(f"it gives different results for the same input in {mode} mode")
@@ -120,10 +135,11 @@ def _compare_exactly(twin: nn.Sequential, plan: Plan, x: Tensor) -> None:
     if kept:
         raise Mismatch(f"its forward keeps something: {', '.join(kept)}")
     try:
+        seed()
         with select.backend("reference"):
             ours, our_grads = _run(assemble(twin, plan), x)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise Mismatch(f"the operations refuse it: {_said(error)}") from None
+        raise Mismatch(f"the operations refuse it: {said(error)}") from None
     names = ["the input", *(name for name, _ in twin.named_parameters())]
     _compare(f"its output in {mode} mode", y, ours)
     for name, expected, got in zip(names, grads, our_grads, strict=True):
@@ -153,17 +169,17 @@ def _compare(what: str, theirs: Tensor, ours: Tensor) -> None:
 @torch.no_grad()
 def _compare_in_own_dtype(stack: nn.Sequential, twin: nn.Sequential, plan: Plan, x: Tensor) -> None:
     """Not worse than the module itself, on the backend that will run."""
-    first = next(stack.parameters())
-    if first.dtype == torch.float64:
+    dtype, device = next(stack.parameters()).dtype, _device(stack)
+    if dtype == torch.float64:
         return
-    low = copy.deepcopy(twin).to(first.device, first.dtype)
-    truth = copy.deepcopy(low).to("cpu", torch.float64)(x.to(first.dtype).double())
-    with _own_errors(first.dtype, x):
-        theirs = low(x.to(first.device, first.dtype))
-    ours = assemble(low, plan)(x.to(first.device, first.dtype))
+    low = copy.deepcopy(twin).to(device, dtype)
+    truth = copy.deepcopy(low).to("cpu", torch.float64)(x.to(dtype).double())
+    with _own_errors(dtype, x):
+        theirs = low(x.to(device, dtype))
+    ours = assemble(low, plan)(x.to(device, dtype))
     errors = [(y.cpu().double() - truth).abs().max().item() for y in (theirs, ours)]
-    rounding = 16.0 * torch.finfo(first.dtype).eps * truth.abs().max().item()
+    rounding = 16.0 * torch.finfo(dtype).eps * truth.abs().max().item()
     if not errors[1] <= 4.0 * errors[0] + rounding:
         raise Mismatch(
-            f"the operations err by {errors[1]:.1e} in {first.dtype}, itself by {errors[0]:.1e}"
+            f"the operations err by {errors[1]:.1e} in {dtype}, itself by {errors[0]:.1e}"
         )

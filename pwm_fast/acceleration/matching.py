@@ -31,11 +31,12 @@ class _Token(NamedTuple):
 
     Attributes:
         kind: ``"normed"`` (Linear, LayerNorm, activation in one), ``"linear"``, ``"norm"``,
-            ``"act"`` or ``"nothing"``.
+            ``"act"``, ``"dropout"`` or ``"nothing"``.
         path: where it is.
         module: it.
         act: what the activation is.
         simnorm: where a SimNorm is, or None.
+        dropout: where the Dropout of a Linear is, or None.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class _Token(NamedTuple):
     module: Any
     act: Activation = "none"
     simnorm: Path | None = None
+    dropout: Path | None = None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -50,12 +52,52 @@ def is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         return True
-    return hasattr(module, "ln") and isinstance(weight, Tensor) and weight.dim() == 2
+    if not hasattr(module, "ln") or not isinstance(weight, Tensor):
+        return False
+    return weight.dim() == 2 or (weight.dim() == 3 and weight.is_meta)
 
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether somebody may expect a module to be accelerated: a Sequential with a Linear."""
     return isinstance(module, nn.Sequential) and any(is_linear(m) for _, m in _flat(module, ()))
+
+
+def member_of(stack: nn.Sequential) -> nn.Sequential:
+    """One member, where a stack on the meta device has the shapes of a whole ensemble.
+
+    TD-MPC2's target and detached ensembles hold such ones to put their parameters into.
+
+    Raises:
+        Mismatch: it cannot be copied.
+    """
+    linear = next((m for _, m in _flat(stack, ()) if is_linear(m)), None)
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or is_lazy(weight) or not weight.is_meta or weight.dim() != 3:
+        return stack
+    member = copied(stack)
+    for module in member.modules():
+        for name, x in module._parameters.items():
+            if x is not None:
+                module._parameters[name] = nn.Parameter(x.detach()[0])
+    return member
+
+
+def copied(stack: nn.Sequential) -> nn.Sequential:
+    """A copy of its own.
+
+    Raises:
+        Mismatch: there is none.
+    """
+    try:
+        return copy.deepcopy(stack)
+    except Exception as error:  # whatever a stranger's module raises
+        raise Mismatch(f"it cannot be copied to be compared: {said(error)}") from None
+
+
+def said(error: Exception) -> str:
+    """The first line of an error."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def match(stack: nn.Sequential) -> Plan:
@@ -79,7 +121,7 @@ def match(stack: nn.Sequential) -> Plan:
     steps, order = _parse([t for t in tokens if t.kind != "nothing"])
     if all(s.norm is None and s.act == "none" for s in steps):
         raise Mismatch("there is nothing to fuse: no LayerNorm and no activation")
-    plan = Plan(order, tuple(steps), tuple(_watch(stack)))
+    plan = Plan(order, tuple(steps), tuple(_watch(stack, {s.dropout for s in steps})))
     reason = coverage.unsupported(assemble(stack, plan).layers(), order)
     if reason is not None:
         raise Mismatch(f"no operation covers it: {reason}")
@@ -118,8 +160,7 @@ def _token(path: Path, module: nn.Module) -> _Token:
         if parametrize.is_parametrized(part):
             raise Mismatch(f"{inner} has parametrizations")
     if isinstance(module, _DROPOUTS):
-        _check_dropout(name, module)
-        return _Token("nothing", path, module)
+        return _Token("dropout" if _drops(name, module) else "nothing", path, module)
     if isinstance(module, nn.Identity):
         return _Token("nothing", path, module)
     if isinstance(module, nn.LayerNorm):
@@ -147,17 +188,19 @@ def _linear_token(name: str, path: Path, module: Any) -> _Token:
     parts = {key for key, part in module._modules.items() if part is not None}
     if not parts <= _PARTS:
         raise Mismatch(f"{name} has parts besides {_list(_PARTS)}: {_list(parts - _PARTS)}")
+    drop: Path | None = None
     if getattr(module, "dropout", None) is not None:
         dropout = module.dropout
         if isinstance(dropout, _DROPOUTS):
-            _check_dropout(f"{name}.dropout", dropout)
+            if _drops(f"{name}.dropout", dropout):
+                drop = (*path, "dropout")
         elif not isinstance(dropout, nn.Identity):
-            raise Mismatch(f"{name}.dropout is {dropout!r}, neither a Dropout with p=0 nor None")
+            raise Mismatch(f"{name}.dropout is {dropout!r}, neither a Dropout nor None")
     norm = getattr(module, "ln", None)
     if norm is None:
         if "act" in parts or callable(getattr(module, "act", None)):
             raise Mismatch(f"{name} has an activation but no LayerNorm `ln`")
-        return _Token("linear", path, module)
+        return _Token("linear", path, module, dropout=drop)
     if not isinstance(norm, nn.LayerNorm):
         raise Mismatch(f"{name}.ln is {type(norm).__name__}, not nn.LayerNorm")
     _check_norm(f"{name}.ln", norm)
@@ -166,16 +209,21 @@ def _linear_token(name: str, path: Path, module: Any) -> _Token:
             f"{name}.ln normalises {tuple(norm.normalized_shape)}, not the layer's width"
         )
     act, simnorm = _activation(f"{name}.act", getattr(module, "act", None), (*path, "act"))
-    return _Token("normed", path, module, act, simnorm)
+    return _Token("normed", path, module, act, simnorm, drop)
 
 
 def _list(names: set[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _check_dropout(name: str, dropout: Any) -> None:
-    if dropout.p != 0.0:
-        raise Mismatch(f"{name} drops with probability {dropout.p}")
+def _drops(name: str, dropout: Any) -> bool:
+    """Whether a Dropout does anything in training mode."""
+    if dropout.p == 0.0:
+        return False
+    if type(dropout) is not nn.Dropout:
+        kind = type(dropout).__name__
+        raise Mismatch(f"{name} drops with probability {dropout.p} as {kind} does, not nn.Dropout")
+    return True
 
 
 def _check_norm(name: str, norm: nn.LayerNorm) -> None:
@@ -252,11 +300,21 @@ def _layers(tokens: list[_Token], order: Order) -> tuple[list[Step], str | None]
         if token.kind == "normed":
             if order == "act_norm":
                 return steps, f"{name} is LayerNorm before activation among layers the other way"
-            steps.append(Step(token.path, (*token.path, "ln"), token.act, token.simnorm))
+            norm_at = (*token.path, "ln")
+            steps.append(Step(token.path, norm_at, token.act, token.simnorm, token.dropout))
             continue
+        if token.kind == "dropout":
+            return steps, (
+                f"{name} drops with probability {token.module.p}, which is known right after a "
+                "Linear alone"
+            )
         if token.kind != "linear":
             return steps, f"{name} follows no Linear in an order that is known"
         parts: dict[str, _Token] = {}
+        drop = token.dropout
+        if i < len(tokens) and tokens[i].kind == "dropout" and drop is None:
+            drop = tokens[i].path
+            i += 1
         for kind in ("norm", "act") if order == "norm_act" else ("act", "norm"):
             if i < len(tokens) and tokens[i].kind == kind:
                 parts[kind] = tokens[i]
@@ -271,12 +329,14 @@ def _layers(tokens: list[_Token], order: Order) -> tuple[list[Step], str | None]
                 None if norm is None else norm.path,
                 "none" if act is None else act.act,
                 None if act is None else act.simnorm,
+                drop,
             )
         )
     return steps, None
 
 
-def _watch(stack: nn.Module) -> Iterator[Watched]:
+def _watch(stack: nn.Module, dropouts: set[Path | None]) -> Iterator[Watched]:
+    """What is to stay as it is; the rates of ``dropouts`` may change."""
     for where, module in stack.named_modules(remove_duplicate=False):
         path = tuple(where.split(".")) if where else ()
         forward_of(type(module))  # which another may take the place of
@@ -284,7 +344,7 @@ def _watch(stack: nn.Module) -> Iterator[Watched]:
             path,
             type(module),
             sum(child is not None for child in module._modules.values()),
-            isinstance(module, _DROPOUTS),
+            isinstance(module, _DROPOUTS) and path not in dropouts,
             isinstance(module, nn.LayerNorm),
         )
 
@@ -294,8 +354,6 @@ def _check_parameters(stack: nn.Module) -> None:
     for name, x in parameters.items():
         if is_lazy(x):
             raise Mismatch(f"{name} has no shape yet: run the module once before")
-        if x.device.type == "meta":
-            raise Mismatch(f"{name} is on the meta device, so nothing can be compared")
     for what in ("dtype", "device"):
         found = {str(getattr(x, what)) for x in parameters.values()}
         if len(found) > 1:

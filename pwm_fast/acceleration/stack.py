@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,12 +25,14 @@ class Step(NamedTuple):
         norm: its LayerNorm, or None.
         act: what its activation is.
         simnorm: the SimNorm whose ``dim`` is the group width, or None.
+        dropout: the Dropout of the Linear's output, or None.
     """
 
     linear: Path
     norm: Path | None
     act: Activation
     simnorm: Path | None
+    dropout: Path | None = None  # a default, for modules that were pickled without
 
 
 class Watched(NamedTuple):
@@ -39,7 +42,7 @@ class Watched(NamedTuple):
         path: where it is.
         kind: its class.
         children: how many it has.
-        dropout: it is a Dropout, whose rate was 0.
+        dropout: it is a Dropout that no step runs: its rate was 0.
         norm: it is a LayerNorm, which had both parameters.
     """
 
@@ -69,22 +72,37 @@ class AcceleratedStack(nn.Sequential):
 
     It holds the very modules it was made of, so parameters, buffers and state_dict keys are theirs.
     Where they have changed since (a module replaced or appended, a hook, a parametrization, a
-    dropout rate), it runs them one after another, as ``nn.Sequential`` does. So does what is made
-    of it by slicing.
+    dropout rate that was 0), it runs them one after another, as ``nn.Sequential`` does. So does
+    what is made of it by slicing.
     """
 
     plan: Plan | None = None
 
-    def layers(self) -> list[Layer]:
+    def layers(self, parameters: Mapping[str, Any] | None = None) -> list[Layer]:
         """The parameters as the operations take them; empty without a plan.
 
+        A Dropout in training mode is in them, as :attr:`pwm_fast.ops.Layer.dropout`.
+
+        Args:
+            parameters: tensors to take in place of the stack's own, as
+                ``torch.func.stack_module_state`` returns them (``parameters["0.weight"]``) or as
+                TD-MPC2's ensemble holds them (``parameters["0"]["weight"]``). Stacked ones make an
+                ensemble, for ``ops.mlp(..., members=...)``.
+
         Raises:
+            KeyError: ``parameters`` lacks one.
             ValueError: the modules are no longer what the plan was made for, or the stack has
                 hooks, which who takes its layers would skip.
         """
         if self.plan is not None and (hooked(self) or not self._all_unchanged()):
             raise ValueError("the stack's modules or hooks have changed since: accelerate it again")
-        return self._layers()
+        layers = self._layers()
+        if parameters is None or self.plan is None:
+            return layers
+        return [
+            _with_parameters(layer, step, parameters)
+            for layer, step in zip(layers, self.plan.steps, strict=True)
+        ]
 
     def _layers(self) -> list[Layer]:
         layers = []
@@ -92,6 +110,7 @@ class AcceleratedStack(nn.Sequential):
             linear: Any = at(self, step.linear)
             norm: Any = None if step.norm is None else at(self, step.norm)
             group = 8 if step.simnorm is None else at(self, step.simnorm).dim
+            drop: Any = None if step.dropout is None else at(self, step.dropout)
             layers.append(
                 Layer(
                     linear.weight,
@@ -101,6 +120,7 @@ class AcceleratedStack(nn.Sequential):
                     step.act,
                     group,  # type: ignore[arg-type]
                     1e-5 if norm is None else norm.eps,
+                    drop.p if drop is not None and drop.training else 0.0,
                 )
             )
         return layers
@@ -126,6 +146,31 @@ def assemble(stack: nn.Sequential, plan: Plan) -> AcceleratedStack:
     own_dictionaries(module)
     module.plan = plan
     return module
+
+
+def _with_parameters(layer: Layer, step: Step, parameters: Mapping[str, Any]) -> Layer:
+    """A layer with other tensors, found by the names of the modules' parameters."""
+    weight = _named(parameters, (*step.linear, "weight"))
+    bias = None if layer.bias is None else _named(parameters, (*step.linear, "bias"))
+    layer = layer._replace(weight=weight, bias=bias)
+    if step.norm is None:
+        return layer
+    gamma, beta = (_named(parameters, (*step.norm, name)) for name in ("weight", "bias"))
+    return layer._replace(ln_weight=gamma, ln_bias=beta)
+
+
+def _named(parameters: Any, path: Path) -> Any:
+    name = ".".join(path)
+    try:
+        return parameters[name]
+    except KeyError:
+        pass
+    for key in path:
+        try:
+            parameters = parameters[key]
+        except (KeyError, IndexError):
+            raise KeyError(f"parameters lacks {name!r}") from None
+    return parameters
 
 
 def own_dictionaries(module: nn.Module) -> None:

@@ -136,6 +136,8 @@ class Kernels(Protocol):
         wgrad_16bit: weight gradients take 16-bit operands on every device, not on a GPU alone.
         cast_at_once: casting is a launch, so that many vectors are cast as one tensor.
         persistent: there are persistent rollout kernels (:mod:`pwm_fast.kernels.rollout`).
+        row_program: makes programs that run block of rows by block
+            (:mod:`pwm_fast.fused.row_program`), or None.
     """
 
     name: str
@@ -146,6 +148,7 @@ class Kernels(Protocol):
     wgrad_16bit: bool
     cast_at_once: bool
     persistent: bool
+    row_program: Any
 
     def norm_act_fwd(
         self,
@@ -266,3 +269,5 @@ class PlainKernels:
     wgrad_16bit = False
     cast_at_once = False
     persistent = False
+    row_program: Callable[..., Any] | None = None
+    row_steps: Mapping[str, int] = {}

@@ -98,6 +98,7 @@ class NativeKernels(PlainKernels):
     def __init__(self, precision: Precision = EXACT) -> None:
         self._axpby = extension().axpby
         self.precision = precision
+        self.row_program = extension().RowProgram
 
     def axpby(self, *given: Any, cast: Tensor | None = None, **scales: None) -> None:
         """See :class:`pwm_fast.backends.base.Kernels`; scales are for fp16, so None here."""

@@ -22,6 +22,7 @@ class LayerSpec:
         group: SimNorm's group width.
         eps: LayerNorm's.
         width: of rows that are centred and padded (see :mod:`pwm_fast.backends.base`), else 0.
+        drop: a dropout mask multiplies the Linear's output.
     """
 
     order: str
@@ -31,6 +32,7 @@ class LayerSpec:
     group: int
     eps: float
     width: int = 0
+    drop: bool = False
 
     @property
     def fields(self) -> int:
@@ -99,7 +101,7 @@ def split_params(specs: Sequence[LayerSpec], flat: Sequence[Tensor]) -> list[Lay
 def encode_layers(specs: Sequence[LayerSpec]) -> str:
     """Layers as text; :func:`decode_layers` reads it."""
     return "|".join(
-        f"{s.order},{s.act},{int(s.bias)},{int(s.norm)},{s.group},{s.eps!r},{s.width}"
+        f"{s.order},{s.act},{int(s.bias)},{int(s.norm)},{s.group},{s.eps!r},{s.width},{int(s.drop)}"
         for s in specs
     )
 
@@ -109,10 +111,9 @@ def decode_layers(text: str) -> tuple[LayerSpec, ...]:
     """Layers of :func:`encode_layers`' text."""
     specs = []
     for part in text.split("|"):
-        order, act, bias, norm, group, eps, width = part.split(",")
-        specs.append(
-            LayerSpec(order, act, bias == "1", norm == "1", int(group), float(eps), int(width))
-        )
+        order, act, bias, norm, group, eps, width, drop = part.split(",")
+        rest = int(group), float(eps), int(width), drop == "1"
+        specs.append(LayerSpec(order, act, bias == "1", norm == "1", *rest))
     return tuple(specs)
 
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.specs import DynamicsSpec, LayerParams, split_params
 from pwm_fast.fused.gemm import Gemm
-from pwm_fast.fused.mlp import FusedMLP, saved_buffers
+from pwm_fast.fused.mlp import FusedMLP
 from pwm_fast.fused.mlp_backward import LayerGrads, MLPBackward, flatten_grads
 from pwm_fast.fused.policy import Policy
+from pwm_fast.fused.saved import saved_buffers
 from pwm_fast.fused.wgrad import takes_16bit
 
 

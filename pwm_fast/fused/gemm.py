@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from pwm_fast.backends.base import Kernels
 from pwm_fast.fused import weight_cache
 
 VARIABLE = "PWM_FAST_GEMM"
-CHOICES = ("auto", "torch", "onednn")
+CHOICES = ("auto", "torch", "onednn", "native")
+_WIDEST = 256  # layer whose GEMMs are native ones
 _CHUNK = 128  # longest sum of a prepacked GEMM
 _PREPACKED_ROWS, _PREPACKED_WORK = 16, 3 * 2**19  # least rows and multiply-adds of one
 _SMALL = 2**17  # numbers that a CPU rounds sooner than it finds that their copy is still right
@@ -43,6 +45,25 @@ def _onednn_works() -> bool:
         return False
 
 
+def _choice() -> str:
+    choice = os.environ.get(VARIABLE) or "auto"
+    if choice not in CHOICES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    return choice
+
+
+def native_widths() -> float:
+    """The widest layer whose fp32 GEMMs are our own (:mod:`pwm_fast.fused.row_program`).
+
+    ``PWM_FAST_GEMM=native`` takes them at any width, ``torch`` and ``onednn`` at none, ``auto``
+    where they are faster (docs/performance.md).
+
+    Raises:
+        ValueError: the environment variable has another value.
+    """
+    return {"auto": _WIDEST, "native": math.inf}.get(_choice(), 0)
+
+
 def prepacks(weight: Tensor, rows: int | None = None) -> bool:
     """Whether fp32 GEMMs with ``weight`` run on oneDNN with a prepacked copy.
 
@@ -57,10 +78,8 @@ def prepacks(weight: Tensor, rows: int | None = None) -> bool:
     Raises:
         ValueError: the environment variable is neither of them.
     """
-    choice = os.environ.get(VARIABLE) or "auto"
-    if choice not in CHOICES:
-        raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
-    if choice == "torch" or weight.dim() != 2 or weight.numel() == 0 or rows == 0:
+    choice = _choice()
+    if choice in ("torch", "native") or weight.dim() != 2 or weight.numel() == 0 or rows == 0:
         return False
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return False

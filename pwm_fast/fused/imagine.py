@@ -7,12 +7,14 @@ from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.specs import decode_dynamics, decode_layers, split_params
+from pwm_fast.fused import blocked_rollout
 from pwm_fast.fused.dynamics import dynamics_weights, flat_grads
 from pwm_fast.fused.gemm import Gemm
-from pwm_fast.fused.mlp import FusedMLP, count_saved
+from pwm_fast.fused.mlp import FusedMLP
 from pwm_fast.fused.mlp_backward import MLPBackward, flatten_grads
 from pwm_fast.fused.policy import Policy
-from pwm_fast.fused.rollout import dynamics
+from pwm_fast.fused.rollout import dynamics, takes_blocks
+from pwm_fast.fused.saved import count_saved
 from pwm_fast.fused.weight_cache import one_call
 from pwm_fast.fused.wgrad import weight_grad
 
@@ -43,11 +45,28 @@ def imagine_forward(
     horizon, batch, width = noise.shape
     what, actor_specs = decode_dynamics(spec), decode_layers(actor_spec)
     weights = dynamics_weights(what, w_z, w_tau, params)
+    layers = split_params(actor_specs, actor)
+    if takes_blocks(kernels, what, weights, batch, (actor_specs, layers)):
+        return blocked_rollout.imagine_forward(
+            kernels,
+            z0,
+            noise,
+            base,
+            w_a,
+            what,
+            weights,
+            std,
+            actor_specs,
+            layers,
+            save,
+            wgrad,
+            actor_wgrad,
+        )
     way = dynamics(kernels, what, weights, horizon, batch, save=save, wgrad=wgrad)
     policy = Policy(
         kernels,
         actor_specs,
-        split_params(actor_specs, actor),
+        layers,
         std=std,
         noise=noise,
         base=base,
@@ -100,6 +119,28 @@ def imagine_backward(
     what, actor_specs = decode_dynamics(spec), decode_layers(actor_spec)
     weights = dynamics_weights(what, w_z, w_tau, params)
     layers = split_params(actor_specs, actor)
+    if takes_blocks(kernels, what, weights, batch, (actor_specs, layers)):
+        return blocked_rollout.imagine_backward(
+            kernels,
+            dz,
+            daction,
+            z,
+            action,
+            noise,
+            base,
+            w_a,
+            what,
+            weights,
+            params,
+            std,
+            actor_specs,
+            layers,
+            actor,
+            saved,
+            detach,
+            wgrad,
+            actor_wgrad,
+        )
     own = count_saved(actor_specs, actor_wgrad)
     kept, actor_kept = saved[: len(saved) - own], saved[len(saved) - own :]
     way = dynamics(kernels, what, weights, horizon, batch, save=True, wgrad=wgrad, saved=kept)

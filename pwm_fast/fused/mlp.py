@@ -11,7 +11,9 @@ from torch import Tensor
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.fused_gemm import FusedForward, GemmCall
 from pwm_fast.backends.specs import LayerParams, LayerSpec, decode_layers, split_params
+from pwm_fast.fused import blocked_mlp, row_program
 from pwm_fast.fused.gemm import Gemm, cast_together
+from pwm_fast.fused.saved import saved_buffers, slots_of
 from pwm_fast.fused.weight_cache import one_call
 from pwm_fast.fused.wgrad import side_by_side, takes_16bit
 
@@ -51,6 +53,7 @@ class FusedMLP:
         save: keep what a backward pass needs.
         wgrad: keep what gradients of the parameters need; implies ``save``.
         saved: buffers of an earlier forward pass, to go backward on.
+        masks: ``[M, R / M, n]`` of each layer that drops out (M members, or 1), first to last.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class FusedMLP:
         save: bool,
         wgrad: bool,
         saved: Sequence[Tensor] | None = None,
+        masks: Sequence[Tensor] = (),
     ) -> None:
         self.kernels, self.specs, self.params = kernels, specs, params
         self.evals, self.rows = evals, rows
@@ -78,7 +82,8 @@ class FusedMLP:
         if saved is None:
             saved = saved_buffers(kernels, specs, params, evals, rows, save, wgrad)
         self.saved = list(saved)
-        self._slots = _slots(specs, save, wgrad)
+        self.masks = dict(zip((i for i, s in enumerate(specs) if s.drop), masks, strict=True))
+        self._slots = slots_of(specs, save, wgrad)
         self._fused: dict[int, FusedForward | None] = {}
 
     def buffer(self, layer: int, name: str) -> Tensor | None:
@@ -103,9 +108,16 @@ class FusedMLP:
     def fuses(self, i: int) -> bool:
         """Layer ``i`` is one whose norm and activation a GEMM may be fused with."""
         spec = self.specs[i]
+        if spec.drop:  # which comes between them
+            return False
         if spec.order == "act_norm":
             return spec.norm and spec.act in ("none", "mish")
         return not self.members and spec.norm
+
+    def rows_of_members(self) -> list[slice]:
+        """The rows of each member of an ensemble."""
+        each = self.rows_per_member
+        return [slice(e * each, (e + 1) * each) for e in range(self.members)]
 
     def gemm_shape(self, n: int, k: int) -> GemmCall:
         """Of a GEMM of ``[R, k]`` and ``[R, n]``."""
@@ -159,8 +171,11 @@ class FusedMLP:
                 h = self._gemm_norm_act(fused, i, e, h, target)
                 continue
             if i:
-                h = self.gemms[i](h, self.members, fp32=spec.plain)
+                h = self.gemms[i](h, self.members, fp32=spec.plain or spec.drop)
                 own, add, tau, w_tau = True, None, None, None
+            if spec.drop:
+                h = self._drop(i, h if own else h.clone())
+                own = True
             if spec.plain:
                 h = self._plain(i, e, h)
                 continue
@@ -194,6 +209,12 @@ class FusedMLP:
         w_tau: Tensor | None,
     ) -> None:
         spec, p = self.specs[i], self.params[i]
+        bias = p.bias if add is None and not spec.drop else None
+        if spec.norm and spec.order == "norm_act" and self.members:
+            # The kernel takes one layer's vectors.
+            for member, rows in enumerate(self.rows_of_members()):
+                self._norm_act_rows(i, h, y, kept, bias, rows, member)
+            return
         if spec.norm and spec.order == "norm_act":
             assert p.gamma is not None and p.beta is not None
             self.kernels.norm_act_fwd(
@@ -206,7 +227,7 @@ class FusedMLP:
                 act=spec.act,
                 group=spec.group,
                 eps=spec.eps,
-                bias=p.bias if add is None else None,
+                bias=bias,
                 add=add,
                 tau=tau,
                 w_tau=w_tau,
@@ -219,13 +240,49 @@ class FusedMLP:
             kept.hat,
             kept.mean,
             kept.rstd,
-            bias=p.bias if add is None else None,
+            bias=bias,
             gamma=p.gamma,
             beta=p.beta,
             act=spec.act,
             eps=spec.eps,
             rows_per_member=self.rows_per_member,
         )
+
+    def _norm_act_rows(
+        self,
+        i: int,
+        h: Tensor,
+        y: Tensor,
+        kept: Saved,
+        bias: Tensor | None,
+        rows: slice,
+        member: int,
+    ) -> None:
+        """Norm and activation of one member of an ensemble."""
+        spec, p = self.specs[i], self.params[i]
+        assert p.gamma is not None and p.beta is not None
+        self.kernels.norm_act_fwd(
+            h[rows],
+            y[rows],
+            None if kept.hat is None else kept.hat[rows],
+            None if kept.rstd is None else kept.rstd[rows],
+            gamma=p.gamma[member],
+            beta=p.beta[member],
+            act=spec.act,
+            group=spec.group,
+            eps=spec.eps,
+            bias=None if bias is None else bias[member],
+            width=spec.width,
+        )
+
+    def _drop(self, i: int, h: Tensor) -> Tensor:
+        """Add the bias and multiply with the mask, in place."""
+        mask, bias = self.masks[i], self.params[i].bias
+        rows = h.view(mask.shape)
+        if bias is not None:
+            rows.add_(bias.unsqueeze(1) if bias.dim() == 2 else bias)
+        rows.mul_(mask)
+        return h
 
     def _gemm_norm_act(
         self, fused: FusedForward, i: int, e: int, x: Tensor, out: Tensor | None
@@ -253,64 +310,13 @@ class FusedMLP:
 
     def _plain(self, i: int, e: int, h: Tensor) -> Tensor:
         """A layer without norm and activation; it never has another addend than its bias."""
-        bias = self.params[i].bias
+        bias = None if self.specs[i].drop else self.params[i].bias
         if bias is not None and self.members:
             h.view(self.members, -1, h.shape[-1]).add_(bias.unsqueeze(1))
         elif bias is not None:
             h.add_(bias)
         kept = self.output_of(i, e)
         return h if kept is None else kept.copy_(h)
-
-
-def _slots(specs: Sequence[LayerSpec], save: bool, wgrad: bool) -> list[dict[str, int]]:
-    """Where each layer's buffers lie in ``saved``."""
-    slots: list[dict[str, int]] = []
-    n = 0
-    for i, spec in enumerate(specs):
-        names = []
-        if save and not spec.plain:
-            names.append("hat")
-            if spec.norm:
-                names += ["rstd"] if spec.order == "norm_act" else ["mean", "rstd"]
-        inner = i < len(specs) - 1
-        if save and ((wgrad and inner) or spec.act == "simnorm"):
-            names.append("y")
-        slots.append({name: n + j for j, name in enumerate(names)})
-        n += len(names)
-    return slots
-
-
-def count_saved(specs: Sequence[LayerSpec], wgrad: bool) -> int:
-    """How many buffers :class:`FusedMLP` keeps."""
-    return sum(len(slots) for slots in _slots(specs, True, wgrad))
-
-
-def saved_buffers(
-    kernels: Kernels,
-    specs: Sequence[LayerSpec],
-    params: Sequence[LayerParams],
-    evals: int,
-    rows: int,
-    save: bool,
-    wgrad: bool,
-) -> list[Tensor]:
-    """The buffers that :class:`FusedMLP` keeps, in order.
-
-    What a GEMM takes or the backward pass normalises by is kept in the compute dtype; the
-    statistics, and the last layer's output, in the state's.
-    """
-    like = params[0].weight
-    state, compute = like.dtype, kernels.precision.dtype(like.dtype)
-    buffers = []
-    for i, (slots, p) in enumerate(zip(_slots(specs, save, wgrad), params, strict=True)):
-        if not slots:
-            continue
-        whole = (evals, rows, p.weight.shape[-2])
-        for name in slots:
-            shape = whole if name in ("hat", "y") else whole[:2]
-            rounded = name == "hat" or (name == "y" and i < len(specs) - 1)
-            buffers.append(like.new_empty(shape, dtype=compute if rounded else state))
-    return buffers
 
 
 # --- the operator -------------------------------------------------------------------------------
@@ -321,14 +327,20 @@ def mlp_forward(
     kernels: Kernels,
     inputs: list[Tensor],
     params: list[Tensor],
+    masks: list[Tensor],
     spec: str,
     save: bool,
     wgrad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``[R, K_i]`` each, to ``[R, N]`` (``[E R, N]`` of an ensemble) and what backward needs."""
+    """``[R, K_i]`` each, to ``[R, N]`` (``[E R, N]`` of an ensemble) and what backward needs.
+
+    ``masks [M, R, n]`` are those of the layers that drop out, of M members or 1.
+    """
     specs = decode_layers(spec)
-    layers = split_params(specs, params)
-    mlp = one_evaluation(kernels, specs, layers, inputs[0].shape[0], save=save, wgrad=wgrad)
+    layers, rows = split_params(specs, params), inputs[0].shape[0]
+    if row_program.runs(kernels, [p.weight for p in layers], specs):
+        return blocked_mlp.mlp_forward(kernels, inputs, specs, layers, save, wgrad)
+    mlp = one_evaluation(kernels, specs, layers, rows, save=save, wgrad=wgrad, masks=masks)
     first = [layers[0].weight]
     if not _takes_one(kernels, first[0], inputs):
         first = columns_of(first[0], inputs)
@@ -348,10 +360,21 @@ def one_evaluation(
     save: bool,
     wgrad: bool,
     saved: Sequence[Tensor] | None = None,
+    masks: Sequence[Tensor] = (),
 ) -> FusedMLP:
     """For one evaluation of ``rows`` rows, which all members of an ensemble take."""
     members = layers[0].weight.shape[0] if layers[0].weight.dim() == 3 else 1
-    return FusedMLP(kernels, specs, layers, 1, rows * members, save=save, wgrad=wgrad, saved=saved)
+    return FusedMLP(
+        kernels,
+        specs,
+        layers,
+        1,
+        rows * members,
+        save=save,
+        wgrad=wgrad,
+        saved=saved,
+        masks=masks,
+    )
 
 
 def columns_of(weight: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.fused_gemm import FusedBackward
 from pwm_fast.backends.specs import LayerSpec, decode_layers, split_params
+from pwm_fast.fused import blocked_mlp, row_program
 from pwm_fast.fused.gemm import Gemm
 from pwm_fast.fused.mlp import FusedMLP, columns_of, one_evaluation
 from pwm_fast.fused.weight_cache import one_call
@@ -151,7 +152,8 @@ class MLPBackward:
         mlp = self.mlp
         for i in range(len(mlp.specs) - 1, -1, -1):
             if not done:
-                run = self._plain if mlp.specs[i].plain else self._norm_act
+                spec = mlp.specs[i]
+                run = self._plain if spec.plain and not spec.drop else self._norm_act
                 dy, scale = run(i, e, dy, scale)
             fused = self._fused_gemm(i, mlp.gemms[i])
             done = fused is not None
@@ -183,11 +185,50 @@ class MLPBackward:
     def _norm_act(
         self, i: int, e: int, dy: Tensor, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        spec, p, sums = self.mlp.specs[i], self.mlp.params[i], self._sums[i]
+        if self.mlp.specs[i].drop:
+            return self._dropped(i, e, dy, scale)
         out, out_scale = self._output(i, e, dy)
+        self._norm_act_into(i, e, dy, scale, out, out_scale, self._sums[i].get("bias"))
+        return out, out_scale
+
+    def _dropped(
+        self, i: int, e: int, dy: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Through a layer's norm, activation and dropout mask, rounded after the mask."""
+        mlp = self.mlp
+        mask, spec = mlp.masks[i], mlp.specs[i]
+        out, out_scale = self._output(i, e, dy)
+        dx = out if out.dtype == mlp.dtype else out.new_empty(out.shape, dtype=mlp.dtype)
+        if spec.plain:
+            dx.copy_(dy)  # fp32, without row scales
+        else:
+            self._norm_act_into(i, e, dy, scale, dx, None, None)
+        dx.view(mask.shape).mul_(mask)
+        if "bias" in self._sums[i] and not spec.plain:  # a plain layer's is summed at the end
+            rows = dx.view(mask.shape) if mlp.members else dx
+            torch.sum(rows, -2, dtype=torch.float64, out=self._sums[i]["bias"])
+        if dx is not out:
+            self.kernels.cast(dx, out, out_scale)
+        return out, out_scale
+
+    def _norm_act_into(
+        self,
+        i: int,
+        e: int,
+        dy: Tensor,
+        scale: Tensor | None,
+        out: Tensor,
+        out_scale: Tensor | None,
+        dbias: Tensor | None,
+    ) -> None:
+        """The gradient of layer ``i``'s norm and activation."""
+        spec, p, sums = self.mlp.specs[i], self.mlp.params[i], self._sums[i]
         kept = self.mlp.saved_of(i, e)
         assert kept.hat is not None
-        if spec.norm and spec.order == "norm_act":
+        if spec.norm and spec.order == "norm_act" and self.mlp.members:
+            for member, rows in enumerate(self.mlp.rows_of_members()):
+                self._norm_act_rows(i, e, dy, scale, out, out_scale, dbias, rows, member)
+        elif spec.norm and spec.order == "norm_act":
             assert p.gamma is not None and p.beta is not None and kept.rstd is not None
             self.kernels.norm_act_bwd(
                 dy,
@@ -201,7 +242,7 @@ class MLPBackward:
                 group=spec.group,
                 dgamma=sums.get("gamma"),
                 dbeta=sums.get("beta"),
-                dbias=sums.get("bias"),
+                dbias=dbias,
                 width=spec.width,
                 dy_scale=scale,
                 dx_scale=out_scale,
@@ -218,11 +259,49 @@ class MLPBackward:
                 rows_per_member=self.mlp.rows_per_member,
                 dgamma=sums.get("gamma"),
                 dbeta=sums.get("beta"),
-                dbias=sums.get("bias"),
+                dbias=dbias,
                 dy_scale=scale,
                 dx_scale=out_scale,
             )
-        return out, out_scale
+
+    def _norm_act_rows(
+        self,
+        i: int,
+        e: int,
+        dy: Tensor,
+        scale: Tensor | None,
+        out: Tensor,
+        out_scale: Tensor | None,
+        dbias: Tensor | None,
+        rows: slice,
+        member: int,
+    ) -> None:
+        """The gradient of one member's norm and activation."""
+        spec, p, sums = self.mlp.specs[i], self.mlp.params[i], self._sums[i]
+        kept, y = self.mlp.saved_of(i, e), self.mlp.output_of(i, e)
+        assert p.gamma is not None and p.beta is not None
+        assert kept.hat is not None and kept.rstd is not None
+
+        def of(x: Tensor | None, index: int | slice) -> Tensor | None:
+            return None if x is None else x[index]
+
+        self.kernels.norm_act_bwd(
+            dy[rows],
+            out[rows],
+            kept.hat[rows],
+            kept.rstd[rows],
+            gamma=p.gamma[member],
+            beta=p.beta[member],
+            y=of(y, rows) if spec.act == "simnorm" else None,
+            act=spec.act,
+            group=spec.group,
+            dgamma=of(sums.get("gamma"), member),
+            dbeta=of(sums.get("beta"), member),
+            dbias=of(dbias, member),
+            width=spec.width,
+            dy_scale=of(scale, rows),
+            dx_scale=of(out_scale, rows),
+        )
 
     def _dgrad_norm_act(
         self,
@@ -397,6 +476,7 @@ def mlp_backward(
     dy: Tensor,
     inputs: list[Tensor],
     params: list[Tensor],
+    masks: list[Tensor],
     saved: list[Tensor],
     needs: list[bool],
     spec: str,
@@ -405,10 +485,15 @@ def mlp_backward(
     """Gradients towards the inputs that ``needs`` names, and the parameters' if ``wgrad``."""
     specs = decode_layers(spec)
     layers, rows = split_params(specs, params), inputs[0].shape[0]
-    mlp = one_evaluation(kernels, specs, layers, rows, save=True, wgrad=wgrad, saved=saved)
+    if row_program.runs(kernels, [p.weight for p in layers], specs):
+        return blocked_mlp.mlp_backward(kernels, dy, inputs, specs, layers, saved, needs, wgrad)
+    mlp = one_evaluation(
+        kernels, specs, layers, rows, save=True, wgrad=wgrad, saved=saved, masks=masks
+    )
     backward = MLPBackward(mlp, keep_first=False)
-    # A layer with a norm writes its gradient over what comes in.
-    dy = dy.contiguous() if specs[-1].plain else dy.clone(memory_format=torch.contiguous_format)
+    # A layer with a norm or a mask writes its gradient over what comes in.
+    kept = specs[-1].plain and not specs[-1].drop
+    dy = dy.contiguous() if kept else dy.clone(memory_format=torch.contiguous_format)
     dh, scale = backward.backward(0, dy)
     if takes_16bit(kernels, dh):
         dh, scale = grad_to_16bit(kernels, dh, scale)
@@ -451,6 +536,8 @@ def _first_weight_grad(
         inputs = [x.expand(members, -1, -1) for x in inputs]
     if takes_16bit(kernels, dh):
         return weight_grad_16bit(kernels, dh, inputs, scale, backward.largest_scale(0))
+    if len(inputs) == 1:
+        return weight_grad(kernels, dh, inputs[0])
     found = torch.empty_like(weight)
     for columns, x in zip(columns_of(found, inputs), inputs, strict=True):
         columns.copy_(weight_grad(kernels, dh, x))

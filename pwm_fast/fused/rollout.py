@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
-from pwm_fast.backends.specs import DynamicsSpec, decode_dynamics
+from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec, decode_dynamics
+from pwm_fast.fused import blocked_rollout, row_program
 from pwm_fast.fused.dynamics import (
     Dynamics,
     DynamicsWeights,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pwm_fast.kernels.rollout import RolloutLayout
 
 VARIABLE = "PWM_FAST_ARCHITECTURE"
-NAMES = ("auto", "cluster", "persistent", "layers")
+NAMES = ("auto", "cluster", "persistent", "blocks", "layers")
 
 
 class Candidate(NamedTuple):
@@ -39,7 +40,8 @@ class Candidate(NamedTuple):
     Attributes:
         name: ``"cluster"``: weights in the registers and shared memory of thread-block clusters;
             ``"persistent"``: one launch keeps the weights in shared memory
-            (:mod:`pwm_fast.kernels.rollout`); ``"layers"``: layer by layer, GEMMs fused with what
+            (:mod:`pwm_fast.kernels.rollout`); ``"blocks"``: one call, a block of rows after another
+            (:mod:`pwm_fast.fused.row_program`); ``"layers"``: layer by layer, GEMMs fused with what
             follows them where that pays, elementwise kernels elsewhere.
         reason: why it does not run, or None if it can.
     """
@@ -55,17 +57,24 @@ class Sizes(NamedTuple):
         batch: B.
         hidden: width of the first layer, with padding.
         last: width of the last hidden layer, with padding.
+        widest: of the latent and all layers.
     """
 
     batch: int
     hidden: int
     last: int
+    widest: int
 
 
 def sizes_of(spec: DynamicsSpec, weights: DynamicsWeights, batch: int) -> Sizes:
     """Those of a rollout of ``batch`` rows."""
     last = weights.layers[-1].weight
-    return Sizes(batch, weights.w_z.shape[0], last.shape[1] if spec.fold else last.shape[0])
+    return Sizes(
+        batch,
+        weights.w_z.shape[0],
+        last.shape[1] if spec.fold else last.shape[0],
+        max(max(p.weight.shape) for p in weights.layers),
+    )
 
 
 def candidates(
@@ -83,6 +92,7 @@ def candidates(
     found = [
         Candidate("cluster", "not built: this version has no such kernel"),
         Candidate("persistent", plan if isinstance(plan, str) else None),
+        Candidate("blocks", _blocks(kernels, spec, sizes)),
         Candidate("layers", None),
     ]
     if asked == "auto":
@@ -94,6 +104,32 @@ def candidates(
         else c
         for c in found
     ]
+
+
+def _blocks(kernels: Kernels, spec: DynamicsSpec, sizes: Sizes) -> str | None:
+    """Why macro steps do not run block by block; None if they do."""
+    if kernels.row_program is None:
+        return f"it is for backend native, this is {kernels.name}"
+    reason = row_program.why_not(kernels, spec.layers, sizes.widest)
+    if reason is None and sizes.batch == 0:
+        reason = "there are no rows"
+    return reason
+
+
+def takes_blocks(
+    kernels: Kernels,
+    spec: DynamicsSpec,
+    weights: DynamicsWeights,
+    batch: int,
+    policy: tuple[Sequence[LayerSpec], Sequence[LayerParams]] | None = None,
+) -> bool:
+    """Whether macro steps, and the layers of a ``policy`` between them, run block by block."""
+    if kernels.row_program is None or weights.w_z.dtype != torch.float32:
+        return False
+    found = candidates(kernels, spec, sizes_of(spec, weights, batch), weights.w_z.device)
+    if next(c.name for c in found if c.reason is None) != "blocks":
+        return False
+    return policy is None or row_program.runs(kernels, [p.weight for p in policy[1]], policy[0])
 
 
 def _persistent(
@@ -162,7 +198,8 @@ def dynamics(
     like = weights.w_z
     sizes = sizes_of(spec, weights, batch)
     found = candidates(kernels, spec, sizes, like.device)
-    taken = next(c.name for c in found if c.reason is None)
+    # One call runs blocks: what has its macro steps made one by one, layers.
+    taken = next(c.name for c in found if c.reason is None and c.name != "blocks")
     shape = (kernels, spec, weights, horizon, batch)
     if taken == "persistent":
         from pwm_fast.fused.persistent import Persistent
@@ -192,6 +229,8 @@ def rollout_forward(
     """Latents ``[H+1, B, D]`` from ``z0 [B, D]`` and hoisted terms ``c [H, B, U]``."""
     what, (horizon, batch) = decode_dynamics(spec), c.shape[:2]
     weights = dynamics_weights(what, w_z, w_tau, params)
+    if takes_blocks(kernels, what, weights, batch):
+        return blocked_rollout.rollout_forward(kernels, z0, c, what, weights, save, wgrad)
     way = dynamics(kernels, what, weights, horizon, batch, save=save, wgrad=wgrad)
     z = z0.new_empty(horizon + 1, *z0.shape)
     z[0] = z0
@@ -214,6 +253,10 @@ def rollout_backward(
     """Gradients towards ``z0``, ``c``, ``w_z``, ``w_tau``, and the flat parameters."""
     what, horizon, batch = decode_dynamics(spec), dz.shape[0] - 1, dz.shape[1]
     weights = dynamics_weights(what, w_z, w_tau, params)
+    if takes_blocks(kernels, what, weights, batch):
+        return blocked_rollout.rollout_backward(
+            kernels, dz.contiguous(), z0, what, weights, params, saved, wgrad
+        )
     way = dynamics(kernels, what, weights, horizon, batch, save=True, wgrad=wgrad, saved=saved)
     way.start_backward()
     grads = way.finish_backward(way.rollout_backward(dz.contiguous()), z0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -80,9 +81,18 @@ def simnorm_width(name: str, width: int, dim_name: str, dim: int) -> None:
 
 
 def layer(
-    name: str, params: Layer, inputs: int, device: torch.device, *, ensemble: bool = False
+    name: str,
+    params: Layer,
+    inputs: int,
+    device: torch.device,
+    *,
+    ensemble: bool = False,
+    lead: Sequence[int] | None = None,
 ) -> int:
-    """Check one layer against its input width and device; return its output width."""
+    """Check one layer against its input width and device; return its output width.
+
+    ``lead`` is the leading shape of its output, members first; None where no layer may drop out.
+    """
     floating(f"{name}.weight", params.weight)
     if params.weight.dim() != (3 if ensemble else 2):
         wanted = "[E, N, K]" if ensemble else "[N, K]"
@@ -106,7 +116,36 @@ def layer(
     one_of(f"{name}.act", params.act, ACTIVATIONS)
     if params.act == "simnorm":
         simnorm_width(name, width, f"{name}.simnorm_dim", params.simnorm_dim)
+    if params.drops:
+        shape = None if lead is None else [*lead, width]
+        dropout(f"{name}.dropout", params.dropout, shape, device)
     return width
+
+
+def dropout(
+    name: str,
+    value: float | Tensor,
+    shape: Sequence[int] | None,
+    device: torch.device,
+) -> None:
+    """A rate, or a mask of ``shape``; neither where that is None."""
+    if shape is None:
+        given = f"a mask {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"{name} must be 0 here, got {given}: only mlp, linear_norm_act and linear_act_norm "
+            "drop out"
+        )
+    if isinstance(value, Tensor):
+        floating(name, value)
+        if list(value.shape) != list(shape):
+            raise ValueError(
+                f"{name} must be a rate in [0, 1] or a mask {list(shape)}, got {tuple(value.shape)}"
+            )
+        same_device(name, value, "the input", device)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a rate or a mask, got {type(value).__name__}")
+    elif not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be a rate in [0, 1], got {value!r}")
 
 
 def layers(
@@ -116,14 +155,37 @@ def layers(
     device: torch.device,
     *,
     ensemble: bool = False,
+    lead: Sequence[int] | None = None,
 ) -> int:
-    """Check a stack of layers; return its output width."""
+    """Check a stack of layers; return its output width. See :func:`layer`."""
     if len(net) == 0:
         raise ValueError(f"{name} must hold at least one layer")
     width = inputs
     for i, params in enumerate(net):
-        width = layer(f"{name}[{i}]", params, width, device, ensemble=ensemble)
+        width = layer(f"{name}[{i}]", params, width, device, ensemble=ensemble, lead=lead)
+        if ensemble and params.weight.shape[0] != net[0].weight.shape[0]:
+            raise ValueError(
+                f"{name}[{i}].weight has {params.weight.shape[0]} members, "
+                f"but {name}[0].weight has {net[0].weight.shape[0]}"
+            )
     return width
+
+
+def members(name: str, chosen: Sequence[int], count: int) -> list[int]:
+    """Numbers of some of ``count`` members."""
+    if not hasattr(chosen, "__len__"):
+        kind = type(chosen).__name__
+        raise TypeError(f"{name} must be a sequence of integers or a tensor, got {kind}")
+    if len(chosen) == 0:
+        raise ValueError(f"{name} must name at least one of the {count} members, got none")
+    numbers = []
+    for i, number in enumerate(chosen):
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise TypeError(f"{name}[{i}] must be an integer, got {type(number).__name__}")
+        numbers.append(operator.index(number))
+        if not 0 <= numbers[-1] < count:
+            raise ValueError(f"{name}[{i}] must be from 0 to {count - 1}, got {numbers[-1]}")
+    return numbers
 
 
 def value_range(bins: int, vmin: float, vmax: float) -> None:

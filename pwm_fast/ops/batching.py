@@ -1,7 +1,7 @@
 """How ``torch.vmap`` sees the operators.
 
 Where only what varies by row is mapped over, the mapped axis joins the rows of one call. Where the
-parameters of an ``act_norm`` MLP are, they are an ensemble. All else is a loop over that axis.
+parameters of an MLP are, they are an ensemble. All else is a loop over that axis.
 """
 
 from __future__ import annotations
@@ -70,6 +70,15 @@ def _read(result: Any, read: int) -> Any:
     if not isinstance(result, (tuple, list)) or not read:
         return result
     return tuple(x if i < read else [] if isinstance(x, list) else x for i, x in enumerate(result))
+
+
+def stacked(size: int, tensors: Sequence[Tensor], dims: Any) -> list[Tensor]:
+    """Tensors with the mapped axis first, those that are not mapped over expanded."""
+    each = dims if isinstance(dims, (list, tuple)) else [dims] * len(tensors)
+    return [
+        x.expand(size, *x.shape) if d is None else x.movedim(d, 0)
+        for x, d in zip(tensors, each, strict=True)
+    ]
 
 
 def is_mapped(dims: Any) -> bool:

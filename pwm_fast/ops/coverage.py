@@ -33,6 +33,8 @@ def unsupported_dynamics(net: Sequence[Layer]) -> str | None:
     """The same of a dynamics network, whose first GEMM is split by its inputs."""
     if net[0].ln_weight is None:
         return "the first layer has no LayerNorm"
+    if any(p.drops for p in net):
+        return "a layer drops out"
     return unsupported(net)
 
 

@@ -15,7 +15,7 @@ from pwm_fast.backends.select import declare, for_part, select
 from pwm_fast.backends.specs import decode_layers, encode_layers, split_params
 from pwm_fast.fused import algebra
 from pwm_fast.fused.imagine import imagine_backward, imagine_forward
-from pwm_fast.fused.mlp import saved_buffers
+from pwm_fast.fused.saved import saved_buffers
 from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.dynamics import Dynamics

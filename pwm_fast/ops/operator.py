@@ -276,7 +276,7 @@ class Operator:
         if self._alone:
             check_alone(self.name, *grads)
         for n, i in self._refused:
-            if needs[i]:
+            if any(needs[i]) if isinstance(needs[i], (tuple, list)) else needs[i]:
                 raise no_gradient(self.name, n)
         saved = ctx.saved_tensors
         args: list[Any] = []
@@ -304,7 +304,10 @@ class Operator:
         needs = ctx.needs_input_grad
         args = self._arguments(ctx, grads, needs)
         found = registered(f"{self.name}_backward")(*args, *ctx.where)
-        result: list[Any] = [None] * size
+        # PyTorch wants a list for each list, None for those of constants alone.
+        result: list[Any] = [
+            [None] * len(need) if isinstance(need, (tuple, list)) else None for need in needs
+        ]
         for n, grad in zip(self.grads, _several(found, self.grads), strict=True):
             i = self._position[n]
             result[i] = self._wanted(grad, needs[i])

@@ -116,7 +116,7 @@ _LINEAR = encode_layers([LayerSpec("norm_act", "none", False, False, 8, 1e-5)])
 
 def _linear(choice: Choice, x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` of rows ``x``; through the operator, for its care with 16-bit weight gradients."""
-    return run_mlp([as_rows(x)], [weight], _LINEAR, choice=choice)
+    return run_mlp([as_rows(x)], [weight], [], _LINEAR, choice=choice)
 
 
 def constant_term(choice: Choice, packed: Packed, task: Tensor | None) -> Tensor:

@@ -20,6 +20,9 @@ ORDERS: tuple[Order, ...] = ("norm_act", "act_norm")
 class Layer(NamedTuple):
     """Parameters of one layer: Linear, then (if ``ln_weight`` is given) LayerNorm, then ``act``.
 
+    Of an ensemble of E, where an operation takes one, the weight is ``[E, N, K]`` and vectors are
+    ``[E, N]``.
+
     Attributes:
         weight: ``[N, K]``.
         bias: ``[N]`` or None.
@@ -28,6 +31,12 @@ class Layer(NamedTuple):
         act: ``"none"``, ``"mish"`` or ``"simnorm"``.
         simnorm_dim: group width of SimNorm; divides N.
         eps: LayerNorm's epsilon.
+        dropout: of the Linear's output, before what follows, as TD-MPC2's Q functions have it. A
+            rate in [0, 1]: of these entries are set to 0 and the others divided by ``1 - rate``,
+            by random numbers of torch's global generator. Or the mask itself, a tensor of the
+            shape and dtype of that output, which it is multiplied by. It is never switched off:
+            give 0 outside of training. Only :func:`mlp`, :func:`linear_norm_act` and
+            :func:`linear_act_norm` take it.
     """
 
     weight: Tensor
@@ -37,6 +46,12 @@ class Layer(NamedTuple):
     act: Activation = "none"
     simnorm_dim: int = 8
     eps: float = 1e-5
+    dropout: float | Tensor = 0.0
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is a dropout mask, given or to be drawn."""
+        return isinstance(self.dropout, Tensor) or self.dropout != 0.0
 
 
 class FusedStep(NamedTuple):

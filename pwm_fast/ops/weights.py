@@ -74,6 +74,7 @@ def specs_of(
             p.simnorm_dim,
             p.eps,
             width,
+            p.drops,
         )
         for p, width in zip(layers, widths or [0] * len(layers), strict=True)
     )
@@ -97,10 +98,11 @@ def centred(choice: Choice, layers: Sequence[Layer]) -> tuple[list[Layer], list[
 
     A width is that of the user's layer where its copy is centred, else 0. Only a LayerNorm takes
     the mean away again, so only layers with one are centred; SimNorm's groups leave no room for
-    padding.
+    padding. A dropout mask gives rows a mean again, and an ensemble's layers are left as they are.
     """
     centre, pad = _switches(choice)
-    if not centre or not any(p.ln_weight is not None for p in layers):
+    apart = layers[0].weight.dim() == 3 or any(p.drops for p in layers)
+    if apart or not centre or not any(p.ln_weight is not None for p in layers):
         return list(layers), [0] * len(layers)
     tensors = tuple(layer_tensors(layers))
     spec = encode_layers(specs_of(layers))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from typing import Any
 
+import functorch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
 
 # --- TD-MPC2's manner -----------------------------------------------------------------------------
 
@@ -89,6 +94,117 @@ class TdMpc2World(nn.Module):
             "pi": self._pi(torch.cat([z, e], -1)),
             "q": torch.stack([q(za) for q in self._Qs]),
         }
+
+
+# --- functional ensembles, whose parameters are stacked -------------------------------------------
+
+
+class Stacked(nn.Module):
+    """A nested dictionary of stacked parameters, which it can put into a module for a while."""
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        super().__init__()
+        self._keys = [*tensors]
+        for key, x in tensors.items():
+            setattr(self, f"_{key}", Stacked(x) if isinstance(x, dict) else nn.Parameter(x))
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._keys:
+            raise KeyError(key)
+        return getattr(self, f"_{key}")
+
+    def keys(self) -> list[str]:
+        return self._keys
+
+    def tree(self) -> dict[str, Any]:
+        """The tensors as torch.vmap takes them."""
+        found = {key: self[key] for key in self._keys}
+        return {key: x.tree() if isinstance(x, Stacked) else x for key, x in found.items()}
+
+
+def nested(module: nn.Module, members: Sequence[nn.Module]) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        key: torch.stack([x.get_parameter(key).detach() for x in members])
+        for key, p in module._parameters.items()
+        if p is not None
+    }
+    for name, child in module.named_children():
+        inner = nested(child, [x.get_submodule(name) for x in members])
+        if inner:
+            own[name] = inner
+    return own
+
+
+@contextmanager
+def put_into(module: nn.Module, tensors: dict[str, Any]) -> Iterator[None]:
+    before = dict(module._parameters)
+    with ExitStack() as stack:
+        for key, x in tensors.items():
+            if isinstance(x, dict):
+                stack.enter_context(put_into(module.get_submodule(key), x))
+            else:
+                module._parameters[key] = x
+        try:
+            yield
+        finally:
+            module._parameters.update(before)
+
+
+class TdMpc2Ensemble(nn.Module):
+    """In the manner of TD-MPC2 since 2025; ``whole``: the module has the shapes of all members."""
+
+    def __init__(self, members: Sequence[nn.Module], *, whole: bool = False) -> None:
+        super().__init__()
+        self.params = Stacked(nested(members[0], members))
+        self.module = copy.deepcopy(members[0])
+        if whole:
+            for name, x in [*stack_module_state(list(members))[0].items()]:  # type: ignore[arg-type]
+                path, _, key = name.rpartition(".")
+                self.module.get_submodule(path)._parameters[key] = nn.Parameter(x.detach())
+        self.module.to("meta")
+
+    def one(self, params: dict[str, Any], x: Tensor) -> Tensor:
+        with put_into(self.module, params):
+            return self.module(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.one, (0, None), randomness="different")(self.params.tree(), x)
+
+
+class FunctorchEnsemble(nn.Module):
+    """In the manner of PWM, and of TD-MPC2 before: functorch keeps the module."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        one, params, _ = functorch.combine_state_for_ensemble(nn.ModuleList(members))
+        self.run = torch.vmap(one, in_dims=(0, 0, None), randomness="different")
+        self.params = nn.ParameterList([nn.Parameter(p) for p in params])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run([*self.params], (), x)
+
+
+class FuncEnsemble(nn.Module):
+    """In the manner of torch.func's documentation; ``where`` the module is kept."""
+
+    def __init__(self, members: Sequence[nn.Module], where: str = "child") -> None:
+        super().__init__()
+        params, _ = stack_module_state(list(members))  # type: ignore[arg-type]
+        self.names = [*params]
+        self.params = nn.ParameterList([nn.Parameter(params[name]) for name in self.names])
+        base = copy.deepcopy(members[0]).to("meta")
+        if where == "child":
+            self.base = base
+        elif where == "attribute":
+            self.__dict__["base"] = base  # its parameters are none of this module's
+        else:
+            self.hidden = lambda: base
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.hidden() if "hidden" in self.__dict__ else self.base
+        params = dict(zip(self.names, self.params, strict=True))
+        one = lambda p: functional_call(base, p, (x,))  # noqa: E731
+        return torch.vmap(one, randomness="different")(params)
 
 
 # --- PWM's manner ---------------------------------------------------------------------------------
@@ -216,6 +332,22 @@ class OtherInEvaluation(NormedLinear):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         return y if self.training else y.clamp(-1.0, 1.0)
+
+
+class DropsLater(NormedLinear):
+    """Its dropout comes after the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.ln(F.linear(x, self.weight, self.bias)))
+        return y if self.dropout is None else self.dropout(y)
+
+
+class DropsAlways(NormedLinear):
+    """In evaluation mode, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.weight, self.bias)
+        return self.act(self.ln(F.dropout(h, 0.0 if self.dropout is None else self.dropout.p)))
 
 
 class Clipped(NormedLinear):

@@ -153,12 +153,10 @@ def test_stack_runs_as_one_operation(name: str) -> None:
 
 def test_world_of_td_mpc2() -> None:
     world = m.TdMpc2World()
-    with pytest.warns(AccelerationWarning, match=r"_Qs\.0.*drops with probability 0\.01"):
-        fast = pwm_fast.accelerate(world)
+    fast = accelerated(world)
     report = fast.acceleration_report
     names = [f.name for f in report.accelerated]
-    assert names == ["_encoder.state", "_dynamics", "_reward", "_pi"]
-    assert [f.name for f in report.left] == ["_Qs.0", "_Qs.1"]
+    assert names == ["_encoder.state", "_dynamics", "_reward", "_pi", "_Qs.0", "_Qs.1"]
     assert [(f.name, f.kind) for f in report.others] == [("_task_emb", "Embedding")]
     assert type(fast) is m.TdMpc2World and fast is not world
     assert type(world._reward) is nn.Sequential, "the original stays as it was"
@@ -170,6 +168,32 @@ def test_world_of_td_mpc2() -> None:
         fast.eval()(obs, action, task).values(), world(obs, action, task).values(), strict=True
     ):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["norm_act", "act_norm", "in one"])
+def test_dropout(order: str) -> None:
+    """The same random numbers give the same result; the rate and the mode may change later."""
+    parts: list[nn.Module] = [nn.LayerNorm(9), nn.Mish()]
+    stack = m.mlp(10, [9, 9], 3, dropout=0.3)
+    if order != "in one":
+        parts = parts if order == "norm_act" else parts[::-1]
+        stack = nn.Sequential(nn.Linear(10, 9), nn.Dropout(0.3), *parts, nn.Linear(9, 3))
+    random_parameters(stack).double()
+    fast = accelerated(stack)
+    dropout: Any = stack[0].dropout if order == "in one" else stack[1]
+    x = torch.randn(2, 6, 10, dtype=torch.float64)
+    for rate, training in ((0.3, True), (0.3, False), (0.6, True), (0.0, True)):
+        dropout.p = rate
+        fast.train(training)
+        results = []
+        for module in (fast, stack):
+            torch.manual_seed(1)
+            results.append(module(x))
+        torch.testing.assert_close(*results)
+        assert fast.layers()[0].dropout == (rate if training else 0.0)
+        assert torch.equal(fast(x), fast(x)) == (rate == 0.0 or not training)
+    with mock.patch.object(F, "mish", side_effect=AssertionError), select.backend("torch"):
+        fast.float()(x.float())  # one operation
 
 
 def test_models_of_pwm() -> None:
@@ -248,10 +272,25 @@ def row(*between: nn.Module) -> Callable[[], nn.Sequential]:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "dropout": (lambda: m.mlp(10, [9], 3, dropout=0.1), "drops with probability 0.1"),
     "dropout in a row": (
         row(nn.LayerNorm(16), nn.Mish(), nn.Dropout(0.5)),
-        "3 (Dropout) drops with probability 0.5",
+        "3 (Dropout) drops with probability 0.5, which is known right after a Linear alone",
+    ),
+    "another dropout": (
+        row(nn.AlphaDropout(0.5), nn.LayerNorm(16), nn.Mish()),
+        "1 (AlphaDropout) drops with probability 0.5 as AlphaDropout does, not nn.Dropout",
+    ),
+    "dropout at the end": (
+        with_first(lambda k, n: m.DropsLater(k, n, dropout=0.1)),
+        "its output in training mode differs from the operations' by",
+    ),
+    "dropout in evaluation": (
+        with_first(lambda k, n: m.DropsAlways(k, n, dropout=0.1)),
+        "its output in evaluation mode differs from the operations' by",
+    ),
+    "dropout of a number": (
+        changed(lambda s: s[0].__dict__.update(dropout=0.1)),
+        "0 (NormedLinear).dropout is 0.1, neither a Dropout nor None",
     ),
     "relu": (row(nn.LayerNorm(16), nn.ReLU()), "2 (ReLU) is ReLU, not Mish, SimNorm or Identity"),
     "relu inside": (
@@ -321,7 +360,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(m.LowRank(10, 9), nn.LayerNorm(9), nn.Mish()),
         "has parts besides act, dropout, ln: down, up",
     ),
-    "meta": (lambda: m.mlp(10, [9], 3).to("meta"), "is on the meta device"),
     "lazy": (
         lambda: nn.Sequential(nn.LazyLinear(9), nn.LayerNorm(9), nn.Mish()),
         "has no shape yet",
@@ -613,6 +651,131 @@ def test_functional_ensemble() -> None:
     wanted = torch.autograd.grad(expected.sum(), members[1][0].weight)[0]
     (got,) = torch.autograd.grad(y.sum(), params["0.weight"])
     torch.testing.assert_close(got[1], wanted, atol=1e-4, rtol=1e-4)
+
+
+ENSEMBLES: dict[str, Callable[[list[nn.Sequential]], nn.Module]] = {
+    "td-mpc2": m.TdMpc2Ensemble,
+    "td-mpc2 target": lambda members: m.TdMpc2Ensemble(members, whole=True),
+    "functorch": m.FunctorchEnsemble,
+    "torch.func": m.FuncEnsemble,
+    "torch.func attribute": lambda members: m.FuncEnsemble(members, "attribute"),
+}
+
+
+def q_functions(order: str = "norm_act", dropout: float = 0.3) -> list[nn.Sequential]:
+    make = (
+        (lambda: m.mlp(10, [9, 8], 5, dropout=dropout))
+        if order == "norm_act"
+        else (lambda: m.act_norm(10, [9, 8], 5))
+    )
+    return [random_parameters(make()) for _ in range(3)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("order", ["norm_act", "act_norm"])
+@pytest.mark.parametrize("kind", ENSEMBLES)
+@pytest.mark.filterwarnings("ignore:We've integrated functorch:FutureWarning")
+def test_ensembles_of_stacked_parameters(kind: str, order: str, inplace: bool) -> None:
+    """One operation for all members, in training with the plain modules' masks; same parameters."""
+    members = q_functions(order)
+    plain = nn.ModuleDict({"q": ENSEMBLES[kind](members)})
+    fast = accelerated(copy.deepcopy(plain) if inplace else plain, inplace=inplace)
+    report = fast.acceleration_report
+    (stack,) = report.accelerated
+    assert stack.name.startswith("q.") and not report.left
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    if not inplace:
+        assert all(p is q for p, q in zip(fast.parameters(), plain.parameters(), strict=True))
+    x = torch.randn(4, 10)
+    results, rows = [], []
+    original = torch.bmm
+    for module in (fast, plain):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(2)
+        count = lambda a, b: rows.append(a.shape[0]) or original(a, b)  # type: ignore[func-returns-value]  # noqa: E731
+        with mock.patch.object(torch, "bmm", count), select.backend("torch"):
+            y = module["q"](leaf)
+        if module is fast:
+            assert rows == [3] * 3
+        weight = torch.linspace(0.5, 1.5, y.numel()).view(y.shape)
+        wanted = [leaf, *(p for p in module["q"].parameters() if not p.is_meta)]
+        results.append([y, *torch.autograd.grad((y * weight).sum(), wanted)])
+    for got, expected in zip(*results, strict=True):
+        size = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got, expected, atol=2e-5 * size, rtol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:We've integrated functorch:FutureWarning")
+def test_ensembles_are_copied() -> None:
+    """The original goes on running the plain modules."""
+    for make in ENSEMBLES.values():
+        plain = make(q_functions())
+        fast = accelerated(plain)
+        assert type(fast) is type(plain) and fast is not plain
+        for module, operations in ((fast, ["mlp"]), (plain, [])):
+            calls: list[str] = []
+            with select.observed(lambda operation, *_, calls=calls: calls.append(operation)):
+                module(torch.randn(4, 10))
+            assert calls == operations
+        fast = accelerated(make(q_functions(dropout=0.0)))
+        twin = copy.deepcopy(fast)
+        x = torch.randn(4, 10)
+        assert torch.equal(twin(x), fast(x))
+        with torch.no_grad():
+            for p in twin.parameters():
+                if not p.is_meta:
+                    p.zero_()
+        assert fast(x).abs().min() > 0.0 == twin(x).abs().max()
+
+
+@pytest.mark.parametrize("make", [m.TdMpc2Ensemble, m.FuncEnsemble])
+def test_ensembles_compile(make: Callable[..., nn.Module]) -> None:
+    """Around the whole of them, with dropout."""
+    plain = make(q_functions())
+    fast, x = accelerated(plain), torch.randn(4, 10)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(x), compiled(x))
+    expected = plain.eval()(x)
+    torch.testing.assert_close(compiled.eval()(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ensemble_whose_module_cannot_be_found() -> None:
+    reason = left_alone(m.FuncEnsemble(q_functions(), "closure"))
+    assert reason == (
+        "it holds stacked parameters but not the module that they are put into: accelerate each "
+        "member before you stack them"
+    )
+    members = [accelerated(q) for q in q_functions(dropout=0.0)]
+    fast, x = m.FuncEnsemble(members, "closure"), torch.randn(4, 10)
+    calls: list[str] = []
+    with select.observed(lambda operation, *_: calls.append(operation)):
+        y = fast(x)
+    assert calls == ["mlp"]
+    expected = torch.stack([nn.Sequential.forward(q, x) for q in members])
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_ensembles_of_other_layers_are_left_to_themselves() -> None:
+    """A module that multiplies with a stacked weight itself has no members to accelerate."""
+    module = nn.ModuleDict({"a": nn.Bilinear(3, 3, 3), "b": nn.Bilinear(3, 3, 3)})
+    with pytest.warns(AccelerationWarning, match=r"holds no nn\.Sequential"):
+        pwm_fast.accelerate(module)
+
+
+def test_some_members_of_an_accelerated_ensemble() -> None:
+    """TD-MPC2 takes two of five values: the stacked parameters go into one operation."""
+    fast = accelerated(m.TdMpc2Ensemble(q_functions())).eval()
+    x = torch.randn(4, 10)
+    layers = fast.module.layers(fast.params)
+    y = ops.mlp([x], layers, members=[2, 0])
+    torch.testing.assert_close(y, fast(x)[[2, 0]], atol=1e-5, rtol=1e-5)
+    flat = {".".join(k[1:] for k in n.split(".")): p for n, p in fast.params.named_parameters()}
+    again = ops.mlp([x], fast.module.layers(flat), members=[2, 0])
+    assert torch.equal(again, y)
+    assert [p.dropout for p in fast.train().module.layers(flat)] == [0.3, 0.0, 0.0]
+    del flat["0.ln.weight"]
+    with pytest.raises(KeyError, match=r"parameters lacks '0\.ln\.weight'"):
+        fast.module.layers(flat)
 
 
 def test_replicas() -> None:

@@ -35,7 +35,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "environment": lambda: data.build_env("cartpole", 4, CPU),
     **{
         f"{name}, {mode}": lambda op=op, mode=mode: operations.build(op, SMALL, 50, mode, CPU)
-        for name, op in operations.OPERATIONS.items()
+        for name, op in {**operations.OPERATIONS, **operations.VARIANTS}.items()
         for mode in (("forward", "backward") if op.differentiable else ("forward",))
     },
 }

@@ -45,7 +45,13 @@ def test_contract(case: Case, device: str) -> None:
             check(case, {k: v.to(device) for k, v in inputs.items()})
 
 
-SOME = ("rollout_heun", "imagine_attached_heun_folded", "imagine_map", "mlp")
+SOME = (
+    "rollout_heun",
+    "imagine_attached_heun_folded",
+    "imagine_map",
+    "mlp",
+    "mlp_ensemble_dropout",
+)
 
 
 @pytest.mark.parametrize(

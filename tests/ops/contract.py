@@ -284,6 +284,24 @@ def _torch_ensemble(i: Inputs) -> Outputs:
     return (h * i["layer.ln_weight"][:, None] + i["layer.ln_bias"][:, None],)
 
 
+def _torch_member(x: Tensor, i: Inputs, e: int) -> Tensor:
+    own = {name: p[e] for name, p in i.items() if name not in ("z", "a")}
+    h = F.linear(x, own["hidden.weight"], own["hidden.bias"])
+    if "mask" in own:
+        h = h * own["mask"]
+    h = F.mish(_torch_norm(h, own, "hidden"))
+    h = _torch_linear_norm_act(h, own, "middle", "simnorm")
+    return _torch_linear_norm_act(h, own, "last", "none")
+
+
+def _torch_members(members: Sequence[int]) -> Callable[[Inputs], Outputs]:
+    def call(i: Inputs) -> Outputs:
+        x = torch.cat((i["z"], i["a"]), dim=1)
+        return (torch.stack([_torch_member(x, i, e) for e in members]),)
+
+    return call
+
+
 def _torch_velocity(z: Tensor, tau: Tensor, i: Inputs) -> Tensor:
     return _torch_net(torch.cat((z, i["a"], tau[:, None], i["task"]), dim=1), i)
 
@@ -410,6 +428,51 @@ def _ensemble(shared: bool) -> Case:
         _torch_ensemble,
         rows=("x",) if shared else (),
     )
+
+
+def _linear_norm_act_ensemble() -> Case:
+    def build(batch: int, width: int, g: torch.Generator) -> Inputs:
+        layer = random_layer(width, 33, members=(3,), generator=g)
+        return {"x": _normal(g, batch, width)} | _layer_inputs("layer", layer)
+
+    def torch_call(i: Inputs) -> Outputs:
+        own = [{name: p[e] for name, p in i.items() if name != "x"} for e in range(3)]
+        return (torch.stack([_torch_linear_norm_act(i["x"], p, "layer", "mish") for p in own]),)
+
+    return Case(
+        "linear_norm_act_ensemble_shared_input",
+        build,
+        lambda i: (ops.linear_norm_act(i["x"], _layer(i, "layer", "mish")),),
+        torch_call,
+        rows=("x",),
+    )
+
+
+def _mlp_ensemble(name: str, members: Sequence[int] | None = None, *, drop: bool = False) -> Case:
+    """TD-MPC2's Q functions, with SimNorm between: an ensemble that normalises first."""
+
+    def build(batch: int, width: int, g: torch.Generator) -> Inputs:
+        inputs = {"z": _normal(g, batch, width), "a": _normal(g, batch, 3)}
+        inputs |= _layer_inputs("hidden", random_layer(width + 3, 33, members=(3,), generator=g))
+        inputs |= _layer_inputs("middle", random_layer(33, 24, members=(3,), generator=g))
+        last = random_layer(24, 5, norm=False, members=(3,), generator=g)
+        if drop:
+            inputs["mask"] = (_uniform(g, 3, batch, 33) < 0.75).double() / 0.75
+        return inputs | _layer_inputs("last", last)
+
+    def call(i: Inputs) -> Outputs:
+        layers = [
+            _layer(i, "hidden", "mish"),
+            _layer(i, "middle", "simnorm"),
+            _layer(i, "last", "none"),
+        ]
+        if drop:
+            layers[0] = layers[0]._replace(dropout=i["mask"])
+        return (ops.mlp((i["z"], i["a"]), layers, members=members),)
+
+    chosen = _torch_members(range(3) if members is None else members)
+    constants = ("mask",) if drop else ()
+    return Case(name, build, call, chosen, rows=("z", "a"), constants=constants)
 
 
 def _build_field(batch: int, width: int, g: torch.Generator) -> Inputs:
@@ -556,6 +619,10 @@ CASES = (
     _linear_act_norm(),
     _ensemble(shared=True),
     _ensemble(shared=False),
+    _linear_norm_act_ensemble(),
+    _mlp_ensemble("mlp_ensemble"),
+    _mlp_ensemble("mlp_ensemble_members", (2, 0)),
+    _mlp_ensemble("mlp_ensemble_dropout", drop=True),
     Case(
         "mlp",
         lambda b, w, g: {"z": _normal(g, b, w), "a": _normal(g, b, 3)} | _build_net(w + 3, w, g),

@@ -44,7 +44,7 @@ def name(switches: dict[str, bool]) -> str:
 
 def differentiable(case: Case) -> Case:
     """The case with gradients towards everything, also where the dynamics were frozen."""
-    return dataclasses.replace(case, constants=tuple({*case.constants} & {"noise"}))
+    return dataclasses.replace(case, constants=tuple({*case.constants} & {"noise", "mask"}))
 
 
 @pytest.mark.parametrize("switches", [*ALONE, *TOGETHER], ids=name)

@@ -221,21 +221,26 @@ def test_linear_layers_value(act: str, bias: bool, norm: bool, shape: tuple[int,
     assert_equal(ops.linear_act_norm(x, layer), np_linear_act_norm(x.numpy(), layer))
 
 
+SINGLE = {"norm_act": ops.linear_norm_act, "act_norm": ops.linear_act_norm}
+FORMULAS = {"norm_act": np_linear_norm_act, "act_norm": np_linear_act_norm}
+
+
+@pytest.mark.parametrize("order", ops.types.ORDERS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("batch", [0, 1, 7])
 @pytest.mark.parametrize(("act", "bias", "norm"), LAYERS)
 def test_ensemble_is_a_loop_over_members(
-    act: str, bias: bool, norm: bool, batch: int, shared: bool
+    act: str, bias: bool, norm: bool, batch: int, shared: bool, order: str
 ) -> None:
     """Member e of the result is layer e applied to the shared input or to input e."""
     x = normal(batch, 5) if shared else normal(3, batch, 5)
     layer = random_layer(5, 6, act, norm=norm, bias=bias, simnorm_dim=2, members=(3,))
     layer = layer._replace(eps=0.1)
-    ours = ops.linear_act_norm(x, layer)
+    ours = SINGLE[order](x, layer)
     assert ours.shape == (3, batch, 6)
     for e in range(3):
         own = x if shared else x[e]
-        assert_equal(ours[e], np_linear_act_norm(own.numpy(), member(layer, e)))
+        assert_equal(ours[e], FORMULAS[order](own.numpy(), member(layer, e)))
 
 
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3), (0,)], ids=str)
@@ -304,13 +309,14 @@ def test_linear_layers_derivatives(op, act: str, bias: bool, norm: bool) -> None
         assert gradgradcheck(call, inputs)
 
 
+@pytest.mark.parametrize("order", ops.types.ORDERS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize(("act", "bias", "norm"), LAYERS)
-def test_ensemble_derivatives(act: str, bias: bool, norm: bool, shared: bool) -> None:
+def test_ensemble_derivatives(act: str, bias: bool, norm: bool, shared: bool, order: str) -> None:
     layer = random_layer(5, 4, act, norm=norm, bias=bias, simnorm_dim=2, members=(2,))
 
     def call(x: Tensor, *tensors: Tensor) -> Tensor:
-        return ops.linear_act_norm(x, with_tensors(layer, list(tensors)))
+        return SINGLE[order](x, with_tensors(layer, list(tensors)))
 
     x = normal(3, 5) if shared else normal(2, 3, 5)
     inputs = leaves(x, *tensors_of(layer))
@@ -334,16 +340,16 @@ def test_mlp_derivatives() -> None:
     assert gradgradcheck(call, inputs)
 
 
+@pytest.mark.parametrize("order", ops.types.ORDERS)
 @pytest.mark.parametrize("steps", [2, 3])
-def test_one_layer_of_an_ensemble_shares_what_has_steps(steps: int) -> None:
+def test_one_layer_of_an_ensemble_shares_what_has_steps(steps: int, order: str) -> None:
     """A leading axis of an MLP's input is no axis of members, as long as the ensemble or not."""
     layer = random_layer(4, 5, "mish", members=(3,))
     x = torch.randn(steps, 6, 4, dtype=torch.float64)
-    y = ops.mlp([x], [layer], order="act_norm")
+    y = ops.mlp([x], [layer], order=order)  # type: ignore[arg-type]
     assert y.shape == (3, steps, 6, 5)
     for e in range(3):
-        own = ops.Layer(*(p[e] for p in tensors_of(layer)), act="mish")
-        torch.testing.assert_close(y[e], ops.linear_act_norm(x, own))
+        torch.testing.assert_close(y[e], SINGLE[order](x, member(layer, e)))
 
 
 @pytest.mark.parametrize("order", ops.types.ORDERS)

@@ -83,16 +83,17 @@ def test_mlp(widths: tuple[int, int, int], order: str, batch: tuple[int, ...]) -
 
 @pytest.mark.parametrize("batch", [0, 3])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("order", ["norm_act", "act_norm"])
 @pytest.mark.parametrize("members", [2, 0])
-def test_ensemble(members: int, widths: tuple[int, int, int], batch: int) -> None:
+def test_ensemble(members: int, order: str, widths: tuple[int, int, int], batch: int) -> None:
     k, hidden, n = widths
     net = [layer(k, hidden, members=(members,)), head(hidden, n, members=(members,))]
     x = leaf(batch, k)
-    y = ops.mlp([x], net, order="act_norm")
+    y = ops.mlp([x], net, order=order)  # type: ignore[arg-type]
     assert y.shape == (members, batch, n)
     for e in range(members):
         own = [Layer(*(t[e] for t in tensors_of(p)), act=p.act) for p in net]
-        torch.testing.assert_close(y[e], torch_mlp(x, own, first_act=True))
+        torch.testing.assert_close(y[e], torch_mlp(x, own, first_act=order == "act_norm"))
     y.square().sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape
 

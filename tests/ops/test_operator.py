@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -69,10 +70,17 @@ def call_padded_mlp(backend: str, dtype: torch.dtype) -> Tensor:
         return call_mlp(backend, dtype)
 
 
-def call_ensemble(backend: str, dtype: torch.dtype) -> Tensor:
+def call_ensemble(backend: str, dtype: torch.dtype, order: str = "act_norm") -> Tensor:
     x = normal(B, D, dtype=dtype).requires_grad_()
     layers = net([D, 9, 1], dtype, members=(2,))
-    return ops.mlp([x], layers, order="act_norm", backend=backend)
+    return ops.mlp([x], layers, order=order, backend=backend)  # type: ignore[arg-type]
+
+
+def call_dropout(backend: str, dtype: torch.dtype) -> Tensor:
+    x = normal(B, D, dtype=dtype).requires_grad_()
+    first, *others = net([D, 9, 1], dtype, members=(2,))
+    mask = torch.randint(0, 2, (2, B, 9)).to(dtype)
+    return ops.mlp([x], [first._replace(dropout=mask), *others], backend=backend)
 
 
 def call_simnorm_layer(backend: str, dtype: torch.dtype) -> Tensor:
@@ -147,6 +155,8 @@ CALLS: dict[str, tuple[str, Call]] = {
     "mlp frozen": ("mlp", call_frozen_mlp),
     "mlp padded": ("centred", call_padded_mlp),
     "ensemble": ("mlp", call_ensemble),
+    "ensemble norm_act": ("mlp", partial(call_ensemble, order="norm_act")),
+    "dropout": ("mlp", call_dropout),
     "simnorm layer": ("mlp", call_simnorm_layer),
     "rollout": ("rollout", lambda b, d: call_rollout(b, d, fold=False, method="heun")),
     "folded rollout": ("rollout", lambda b, d: call_rollout(b, d, fold=True, method="euler")),

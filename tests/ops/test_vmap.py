@@ -54,13 +54,25 @@ def mlp_case(order: str) -> Case:
     )
 
 
-def ensemble_case() -> Case:
+def ensemble_case(order: str) -> Case:
     return Case(
         "mlp",
-        lambda v, b: ops.mlp([v["x"]], v["net"], order="act_norm", backend=b),
+        lambda v, b: ops.mlp([v["x"]], v["net"], order=order, backend=b),  # type: ignore[arg-type]
         {"x": torch.randn(4, 4), "net": net([4, 9, 3], members=(2,))},
         ("x",),
     )
+
+
+def dropout_case(members: tuple[int, ...]) -> Case:
+    """The mask is an argument, which varies by row as the input does."""
+
+    def call(v: Values, backend: str) -> Tensor:
+        layers = [v["net"][0]._replace(dropout=v["mask"]), *v["net"][1:]]
+        return ops.mlp([v["x"]], layers, backend=backend)
+
+    mask = torch.randint(0, 2, (*members, 4, 9)) / 0.5
+    values = {"x": torch.randn(4, 4), "mask": mask, "net": net([4, 9, 3], members=members)}
+    return Case("mlp", call, values, ("x", "mask"), ("mask",))
 
 
 def flow_case() -> Case:
@@ -108,7 +120,10 @@ def cases() -> dict[str, Case]:
     return {
         "mlp norm_act": mlp_case("norm_act"),
         "mlp act_norm": mlp_case("act_norm"),
-        "mlp ensemble": ensemble_case(),
+        "mlp ensemble": ensemble_case("act_norm"),
+        "mlp ensemble norm_act": ensemble_case("norm_act"),
+        "mlp dropout": dropout_case(()),
+        "mlp ensemble dropout": dropout_case((2,)),
         "flow_step": flow_case(),
         "imagine": imagine_case(0),
         "imagine task": imagine_case(3),

@@ -18,6 +18,8 @@ def covers(kernels: Kernels, specs: Sequence[LayerSpec], layers: Sequence[LayerP
     weights = [p.weight for p in layers]
     if weights[0].device.type != "cpu" or kernels.precision.compute is not None:
         return False
+    if any(spec.drop for spec in specs):
+        return False
     *hidden, last = specs
     head = last.plain and last.bias and weights[-1].shape[-2] == 1
     return (

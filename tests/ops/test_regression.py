@@ -157,6 +157,10 @@ OTHERS = {
         "torch",
         lambda c: [c.layers()[0]._replace(ln_weight=None, ln_bias=None), c.layers()[-1]],
     ),
+    "a dropout mask": (
+        "torch",
+        lambda c: [c.layers()[0]._replace(dropout=torch.ones(2, 9, 12)), c.layers()[-1]],
+    ),
     "no ensemble": (
         "torch",
         lambda c: [ops.Layer(*(None if t is None else t[0] for t in p[:4])) for p in c.layers()],

@@ -3,9 +3,9 @@
 ``tests/data/old_runs/make.py`` made them. Each is a run directory with what a continuation needs.
 Beside it lies the end that the old version came to: ``.npz`` holds the agent, the env and the
 states of random generators, ``.json`` the rows and how torch and MuJoCo round. If they round here
-as they did there, the end is the same to the bit, with PyTorch's Adam and autograd where that
-version had them. Elsewhere, and with what stands in their place now, sums are rounded in another
-order.
+as they did there, the end is the same to the bit, with PyTorch's Adam, GEMMs and autograd where
+that version had them. Elsewhere, and with what stands in their place now, sums are rounded in
+another order.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ OLD = Path(__file__).parents[1] / "data" / "old_runs"
 # Measured with kernels of plain x86-64, with the reference and as it is now: 1e-6 at most.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 AS_THEN = """
+import os
+os.environ["PWM_FAST_GEMM"] = "torch"
 from pwm_fast import train
 from pwm_fast.agent import optim
 from pwm_fast.ops import extend

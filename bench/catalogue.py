@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from bench import agent, data, esnr, ops, planning, rollouts
+from bench import agent, data, esnr, ops, optimizer, planning, rollouts
 from bench.cases import Case
 
 PARTS = (
-    rollouts.cases,
-    planning.cases,
-    agent.cases,
-    agent.epochs,
-    ops.cases,
-    esnr.cases,
-    data.cases,
+    *(rollouts.cases, planning.cases, agent.cases, agent.epochs, optimizer.cases),
+    *(ops.cases, esnr.cases, data.cases),
 )
 
 

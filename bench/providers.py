@@ -15,6 +15,8 @@ LABELS = {
     "published": "as published (PyTorch, eager fp32)",
     "published_baseline": "MLP dynamics as published (PyTorch, eager fp32)",
     "separate": "a tensor a field, episodes not kept apart",
+    "foreach": "torch.optim.Adam(foreach=True)",
+    "fused": "torch.optim.Adam(fused=True)",
     "native": "native MuJoCo on all CPU threads",
     "mujoco_warp": "pwm_fast on mujoco-warp",
     "frozen": "eager fp32, frozen",

@@ -1,6 +1,9 @@
 #include "arguments.h"
 
+#include <new>
+
 #include "dlpack.h"
+#include "parallel.h"
 #include "type_name.h"
 
 namespace py = pybind11;
@@ -93,6 +96,8 @@ void set_rows(View& view, const dlpack::Tensor& tensor) {
 
 }  // namespace
 
+Views::~Views() { release(items); }
+
 void Signature::add(const char* name, bool is_optional) {
   names.push_back(PyUnicode_InternFromString(name));
   if (!text.empty()) text += ", ";
@@ -122,6 +127,22 @@ View view_of(const char* name, PyObject* value, bool may_be_none) {
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   set_rows(view, tensor);
   return view;
+}
+
+void Arguments::set(const char* name, PyObject* value, Views& list, bool) {
+  list.name = name;
+  const bool is_list = PyList_Check(value);
+  if (!is_list && !PyTuple_Check(value)) fail_type(name, "a list of tensors", value);
+  const Py_ssize_t count = is_list ? PyList_GET_SIZE(value) : PyTuple_GET_SIZE(value);
+  release(list.items);  // of a first reading
+  list.items = nullptr;
+  list.count = 0;
+  list.items = static_cast<View*>(allocate(int64_t(count * Py_ssize_t(sizeof(View)))));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* item = is_list ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i);
+    new (list.items + i) View(view_of(name, item, false));
+    ++list.count;
+  }
 }
 
 void Arguments::set(const char* name, PyObject* value, int64_t& field, bool may_be_none) {

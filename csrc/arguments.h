@@ -85,6 +85,7 @@ class Arguments {
   static void set(const char* name, PyObject* value, View& field, bool may_be_none) {
     field = view_of(name, value, may_be_none);
   }
+  static void set(const char* name, PyObject* value, Views& list, bool);
   static void set(const char* name, PyObject* value, int64_t& field, bool may_be_none);
   static void set(const char* name, PyObject* value, double& field, bool may_be_none);
   static void set(const char* name, PyObject* value, float& field, bool may_be_none);

@@ -85,6 +85,25 @@ void check_table(const View& x, int64_t rows, int64_t cols, Type type) {
   check_no_gap(x);
 }
 
+void check_number(const View& x) {
+  if (x.type != fp64) check_type(x, fp32);
+  check_vector(x, 1, x.type);
+}
+
+void check_count(const char* name, int64_t count, int64_t expected) {
+  if (count != expected) fail(name, text(expected), text(count));
+}
+
+void check_list(const Views& x, const Views& like) {
+  if (x.count != like.count) fail(x.name, text(like.count) + " tensors", text(x.count));
+  for (int64_t i = 0; i < x.count; ++i) {
+    const std::string name = std::string(x.name) + "[" + text(i) + "]";
+    View item = x.items[i];
+    item.name = name.c_str();
+    check_vector(item, like.items[i].rows * like.items[i].cols);
+  }
+}
+
 void check_members(const View& x, const View& rows, int64_t rows_per_member, Type type) {
   if (!x.given) return;
   if (rows_per_member == 0) return check_vector(x, rows.cols, type);

@@ -13,7 +13,7 @@ Source: Kingma and Ba 2015, "Adam: a method for stochastic optimization", algori
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from pwm_fast.kernels.launch import launch
 from pwm_fast.kernels.table import chunk_of
+
+if TYPE_CHECKING:
+    from pwm_fast.backends.optimizer import Group
 
 BLOCK = 1024  # elements that a program holds
 SLOTS = 256  # sums of squares that are added at a time
@@ -170,26 +173,6 @@ def adam_kernel(
         tl.store(in_a_row, (tl.load(in_a_row) + 1) * bad)
 
 
-class Group(NamedTuple):
-    """Tensors that learn at one rate, contiguous float32 of equal sizes in each of four lists.
-
-    Attributes:
-        params: what is learnt.
-        grads: their gradients.
-        means: Adam's first moments.
-        squares: its second moments.
-        steps: steps taken by each, float32 ``[T]``.
-        rate: the learning rate, one float32.
-    """
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    means: Sequence[Tensor]
-    squares: Sequence[Tensor]
-    steps: Tensor
-    rate: Tensor
-
-
 class _Part(NamedTuple):
     """Some tensors of a group, those of one launch."""
 
@@ -235,25 +218,7 @@ def guarded_step(
     *,
     keep: bool = False,
 ) -> Tensor:
-    """Clip by the norm of all gradients and take a step, or count that it was skipped.
-
-    Where the norm or the loss is not finite, parameters, moments and step counts stay as they are.
-
-    Args:
-        groups: at least one, with at least one tensor each.
-        options: both betas, epsilon and the largest norm, float64 ``[4]``.
-        loss: one float32.
-        skipped: one int64, skips in all.
-        in_a_row: one int64, skips since the last step.
-        keep: leave the clipped gradients where the gradients were.
-
-    Returns:
-        The norm before clipping, one float32; infinite where float32 does not hold it, which skips
-        nothing.
-
-    Raises:
-        ValueError: a tensor is not contiguous.
-    """
+    """See :class:`pwm_fast.backends.optimizer.GuardedStep`."""
     for g, group in enumerate(groups):
         for name in ("params", "grads", "means", "squares"):
             for j, x in enumerate(getattr(group, name)):

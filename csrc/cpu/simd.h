@@ -41,6 +41,12 @@ PWM_FAST_INLINE vf splat(float x) { return x - vf{}; }  // not x + 0: -0 must st
 PWM_FAST_INLINE vf larger(vf x, vf y) { return x > y ? x : y; }
 PWM_FAST_INLINE vf lesser(vf x, vf y) { return x < y ? x : y; }
 
+PWM_FAST_INLINE vf square_root(vf x) {  // a loop that compilers make one instruction
+  vf y;
+  for (int i = 0; i < W; ++i) y[i] = __builtin_sqrtf(x[i]);
+  return y;
+}
+
 // Lanes 0 .. count - 1 are set.
 PWM_FAST_INLINE vi first_lanes(int count) {
   vi lane;

@@ -22,6 +22,18 @@ struct View {
   bool given;
 };
 
+// A list of tensors. It owns the array of views, not their data.
+struct Views {
+  const char* name = nullptr;
+  View* items = nullptr;
+  int64_t count = 0;
+
+  Views() = default;
+  Views(const Views&) = delete;
+  Views& operator=(const Views&) = delete;
+  ~Views();  // not inline: see above
+};
+
 struct Absent {};  // an argument of other backends' kernels: None
 constexpr struct Nullable {
 } nullable;  // marks a field that may be None
@@ -47,5 +59,10 @@ void check_vector(const View& x, int64_t count, Type type = fp32);
 void check_members(const View& x, const View& rows, int64_t rows_per_member, Type type = fp32);
 // [rows, cols] of `type` without a gap.
 void check_table(const View& x, int64_t rows, int64_t cols, Type type);
+// One fp32 or fp64.
+void check_number(const View& x);
+// As many tensors as `like` has, of as many fp32 without a gap.
+void check_list(const Views& x, const Views& like);
+void check_count(const char* name, int64_t count, int64_t expected);
 
 }  // namespace pwm_fast

@@ -5,13 +5,27 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pwm_fast.ops import invalidate
-from pwm_fast.ops.adam import step_kernels, total_norm
+from pwm_fast.ops.adam import Group, GuardedStep, step_kernels, total_norm
+
+
+class _Listed(NamedTuple):
+    """What a group's parameters have, in their order.
+
+    Attributes:
+        places: where their gradients stand in a call.
+        states: Adam's state of each.
+        steps: its step counts ``[T]``; the states have views of its entries.
+    """
+
+    places: list[int]
+    states: list[dict[str, Tensor]]
+    steps: Tensor
 
 
 class GuardedAdam:
@@ -60,12 +74,12 @@ class GuardedAdam:
             fused=True,
             capturable=device.type == "cuda",  # without, PyTorch refuses to record a step
         )
-        self.grad_norm = grad_norm
+        self._grad_norm = grad_norm
         options = (*self.adam.defaults["betas"], self.adam.defaults["eps"], grad_norm)
         self._options = torch.stack(
             [torch.full((), x, dtype=torch.float64, device=device) for x in options]
         )
-        self._steps: list[Tensor] | None = None
+        self._listed: tuple[Any, list[_Listed]] | None = None
         self.keep_gradients = False  # leave clipped gradients in `.grad`, for histograms
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -77,7 +91,8 @@ class GuardedAdam:
     def apply(self, loss: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
         """Update by gradients of ``loss`` that the caller has; they may be overwritten.
 
-        On a GPU with Triton's kernels (docs/kernels.md), else with PyTorch's fused Adam.
+        In one native call on a CPU, with Triton's kernels on a GPU (docs/kernels.md), else with
+        PyTorch's fused Adam.
 
         Args:
             loss: a scalar; it is only looked at.
@@ -87,19 +102,28 @@ class GuardedAdam:
             The gradients' norm before clipping, in their dtype: infinite where that does not hold
             it, which is no reason to skip as long as the gradients are finite.
         """
-        for p, g in zip(self.params, grads, strict=True):
-            p.grad = torch.zeros_like(p) if g is None else _laid_out_as(p, g)
         kernels = step_kernels(self.params)
-        norm = self._torch_step(loss) if kernels is None else self._kernel_step(kernels, loss)
+        given = [
+            torch.zeros_like(p)
+            if g is None
+            else _laid_out_as(p, g)
+            if kernels is None
+            else g.contiguous()  # as the parameters then are
+            for p, g in zip(self.params, grads, strict=True)
+        ]
+        if kernels is None:
+            norm = self._torch_step(loss, given)
+        else:
+            norm = self._kernel_step(kernels, loss, given)
         if self.params[0].device.type != "cpu":
             invalidate(self.params)  # neither bumps version counters
-        if not self.keep_gradients:
-            for p in self.params:
-                p.grad = None
+        for p, g in zip(self.params, given, strict=True):
+            p.grad = g if self.keep_gradients else None
         return norm
 
-    def _torch_step(self, loss: Tensor) -> Tensor:
-        grads = [p.grad for p in self.params if p.grad is not None]
+    def _torch_step(self, loss: Tensor, grads: list[Tensor]) -> Tensor:
+        for p, g in zip(self.params, grads, strict=True):
+            p.grad = g
         norm = total_norm(grads)
         factor = (self.grad_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, factor.to(grads[0].dtype))
@@ -111,20 +135,18 @@ class GuardedAdam:
         self.skipped_in_a_row.add_(1).mul_(bad)
         return norm.to(grads[0].dtype)
 
-    def _kernel_step(self, step: Any, loss: Tensor) -> Tensor:
-        state, groups = self.adam.state, []
-        for group, steps in zip(self.adam.param_groups, self._step_counts(), strict=True):
-            params = group["params"]
-            groups.append(
-                step.Group(
-                    params,
-                    [p.grad for p in params],
-                    [state[p]["exp_avg"] for p in params],
-                    [state[p]["exp_avg_sq"] for p in params],
-                    steps,
-                    group["lr"].float(),  # itself, but on a CPU
-                )
+    def _kernel_step(self, step: GuardedStep, loss: Tensor, grads: list[Tensor]) -> Tensor:
+        groups = [
+            Group(
+                group["params"],
+                [grads[i] for i in listed.places],
+                [state["exp_avg"] for state in listed.states],
+                [state["exp_avg_sq"] for state in listed.states],
+                listed.steps,
+                group["lr"],
             )
+            for group, listed in zip(self.adam.param_groups, self._lists(), strict=True)
+        ]
         return step.guarded_step(
             groups,
             self._options,
@@ -134,23 +156,36 @@ class GuardedAdam:
             keep=self.keep_gradients,
         )
 
-    def _step_counts(self) -> list[Tensor]:
-        """Step counts of each group in one tensor; Adam's state has views of its entries."""
-        if self._steps is None:
-            self._steps = []
-            for group in self.adam.param_groups:
-                params = group["params"]
-                counts = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
-                for p, count in zip(params, counts.unbind(), strict=True):
-                    state = self.adam.state[p]
-                    if state:
-                        count.copy_(state["step"])
-                    else:
-                        state["exp_avg"] = torch.zeros_like(p)
-                        state["exp_avg_sq"] = torch.zeros_like(p)
-                    state["step"] = count
-                self._steps.append(counts)
-        return self._steps
+    def _lists(self) -> list[_Listed]:
+        # Adam makes another state where it loads one.
+        if self._listed is None or self._listed[0] is not self.adam.state:
+            places = {id(p): i for i, p in enumerate(self.params)}
+            self._listed = (
+                self.adam.state,
+                [self._list_group(g["params"], places) for g in self.adam.param_groups],
+            )
+        return self._listed[1]
+
+    def _list_group(self, params: list[nn.Parameter], places: dict[int, int]) -> _Listed:
+        counts = torch.zeros(len(params), dtype=torch.float32, device=params[0].device)
+        states = [self.adam.state[p] for p in params]
+        for p, state, count in zip(params, states, counts.unbind(), strict=True):
+            if not state:
+                state["step"] = count
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            state["step"] = count.copy_(state["step"])
+        return _Listed([places[id(p)] for p in params], states, counts)
+
+    @property
+    def grad_norm(self) -> float:
+        """What the gradient's total norm is clipped to; it can be set."""
+        return self._grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, value: float) -> None:
+        self._grad_norm = value
+        self._options[3] = value  # kernels read it there
 
     @property
     def lr(self) -> Tensor:
@@ -209,7 +244,7 @@ class GuardedAdam:
         for group, own in zip(self.adam.param_groups, options, strict=True):
             own["lr"].copy_(torch.as_tensor(group["lr"]))
             group.update({k: v for k, v in own.items() if k != "params"})
-        self._steps = None  # what was loaded has counts of its own
+        self._listed = None  # what was loaded has counts of its own
         self.skipped.copy_(state["skipped"])
         self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
 

@@ -485,6 +485,7 @@ class PWM:
             ).flatten()
             states = z[:-1].flatten(0, 1)
         size = -(-states.shape[0] // config.minibatches)
+        steps: dict[int, extend.RegressionStep | None] = {}  # by rows: the last may have fewer
         losses, norms = [], []
         for _ in range(config.passes):
             rows, wanted = states, targets
@@ -493,7 +494,9 @@ class PWM:
                 # All minibatches at once, whose rows then are views.
                 rows, wanted = states[order], targets[order]
             for state, target in zip(rows.split(size), wanted.split(size), strict=True):
-                loss, norm = self._critic_step(state, target)
+                if len(state) not in steps:
+                    steps[len(state)] = extend.regression(self.critic.layers(), state)
+                loss, norm = self._critic_step(state, target, steps[len(state)])
                 losses.append(loss)
                 norms.append(norm)
         if not losses:
@@ -503,18 +506,23 @@ class PWM:
             "critic_grad_norm": torch.stack(norms).mean(),
         }
 
-    def _critic_step(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on the mean squared error, whose own gradient is written out: 4 launches, not 9.
+    def _critic_step(
+        self, states: Tensor, targets: Tensor, step: extend.RegressionStep | None
+    ) -> tuple[Tensor, Tensor]:
+        """One step on the mean squared error, by ``step`` or through autograd.
 
         Returns:
             The loss, and the norm of its gradient.
         """
+        optimizer = self.optimizers["critic"]
+        if step is not None:
+            loss, grads = step(states, targets)
+            return loss, optimizer.apply(loss, grads)
         values = self.critic(states)
-        with torch.no_grad():
+        with torch.no_grad():  # the loss's own gradient is written out: 4 launches, not 9
             error = values - targets
             loss = error.square().mean()
             gradient = error * (2.0 / error.numel())
-        optimizer = self.optimizers["critic"]
         return loss, optimizer.apply(
             loss, torch.autograd.grad(values, optimizer.params, gradient, allow_unused=True)
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pwm_fast.backends.base import Backend, Call, PlainKernels, fused_why_not
 from pwm_fast.backends.esnr import TorchEsnr
+from pwm_fast.backends.optimizer import Group
 from pwm_fast.backends.precision import EXACT, Precision
 
 
@@ -140,11 +141,52 @@ class NativeEsnr(TorchEsnr):
         return signal, noise
 
 
+class NativeAdam:
+    """See :class:`pwm_fast.backends.optimizer.GuardedStep`: one call for all tensors."""
+
+    def __init__(self) -> None:
+        self._adam = extension().adam
+
+    def guarded_step(
+        self,
+        groups: Sequence[Group],
+        options: Tensor,
+        loss: Tensor,
+        skipped: Tensor,
+        in_a_row: Tensor,
+        *,
+        keep: bool = False,
+    ) -> Tensor:
+        """See :class:`GuardedStep`.
+
+        Raises:
+            ValueError: a tensor's size, dtype, stride or device is wrong; the message names it.
+        """
+        if loss.dtype not in (torch.float32, torch.float64):
+            loss = loss.double()
+        norm = torch.empty((), dtype=torch.float32, device="cpu")
+        self._adam(
+            options=options,
+            params=[p for group in groups for p in group.params],
+            grads=[g for group in groups for g in group.grads],
+            means=[m for group in groups for m in group.means],
+            squares=[v for group in groups for v in group.squares],
+            steps=[group.steps for group in groups],
+            rates=[group.rate for group in groups],
+            loss=loss,
+            norm=norm,
+            skipped=skipped,
+            in_a_row=in_a_row,
+            keep=keep,
+        )
+        return norm
+
+
 class Native(Backend):
     """C++ on the CPU: float32."""
 
     name = "native"
-    families = frozenset({"gemm", "rows", "reduction"})
+    families = frozenset({"gemm", "rows", "reduction", "optimizer"})
     runs_all = True
 
     def why_not(self, family: str, call: Call) -> str | None:
@@ -158,6 +200,8 @@ class Native(Backend):
             return f"precision {call.precision!r} is asked for; it has exact and bf16"
         return why_missing() or fused_why_not(call)
 
-    def kernels(self, family: str, precision: Precision) -> NativeKernels | NativeEsnr:
+    def kernels(self, family: str, precision: Precision) -> NativeKernels | NativeEsnr | NativeAdam:
         """See :class:`Backend`."""
-        return NativeEsnr() if family == "reduction" else NativeKernels(precision)
+        if family == "reduction":
+            return NativeEsnr()
+        return NativeAdam() if family == "optimizer" else NativeKernels(precision)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pwm_fast.backends.base import Kernels
 from pwm_fast.fused.gemm import ALIGNED, fp32_mode, mm_fp32
 
-_THIN = 16  # columns of a side that MKL sums row after row
+THIN = 16  # columns of a side that MKL sums row after row
 _RUN, _FEW = 32, 1024  # rows of a short sum; up to how many rows a sum is cut
 
 
@@ -43,7 +43,7 @@ def weight_grad(
     dtype = torch.promote_types(dh.dtype, torch.float32)
     dh, x = dh.to(dtype), x.to(dtype)
     mm = torch.bmm if dh.dim() == 3 else torch.mm
-    if min(dh.shape[-1], x.shape[-1]) < _THIN:
+    if min(dh.shape[-1], x.shape[-1]) < THIN:
         return mm(dh.double().transpose(-1, -2), x.double()).to(dtype)
     if dh.is_cuda:
         with fp32_mode(kernels.precision.tf32, dh):

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Call
-from pwm_fast.backends.select import Operation, kernels, requested, serving
+from pwm_fast.backends.optimizer import Group, GuardedStep
+from pwm_fast.backends.select import Operation, kernels, serving
+
+__all__ = ["Group", "GuardedStep", "step_kernels", "total_norm"]
 
 # Not declared: nobody asks for its backend by itself.
 _STEP, _MOMENTS = Operation("adam", "optimizer"), Operation("esnr", "reduction")
 
 
-def step_kernels(params: Sequence[Tensor]) -> Any:
-    """The module with ``Group`` and ``guarded_step`` for these parameters, None where none serves.
+def step_kernels(params: Sequence[Tensor]) -> GuardedStep | None:
+    """What takes a whole step for these parameters, None where no backend does.
 
-    It clips, checks and steps in two launches; parameters are float32 and contiguous on a GPU.
+    Parameters are float32 and contiguous: on a CPU it is one call, on a GPU two launches.
     """
-    # In the interpreter, on a CPU, only where it is asked for.
-    if params[0].device.type == "cpu" and requested() == "auto":
-        return None
-    if any(p.dtype != torch.float32 or not p.is_contiguous() for p in params):
+    if not all(p.is_contiguous() for p in params):
         return None
     backend = serving(_STEP, Call(params))
     return None if backend.is_reference else kernels("optimizer", backend.name, "exact")

@@ -6,7 +6,8 @@ Dynamics of your own (:class:`pwm_fast.ops.Dynamics`) need :class:`Transitions`,
 
 A training loop may set the :func:`precision` of GEMMs, note with :func:`precisions_used`
 which ones ran, keep packed weights between updates (:func:`keeping`), and record CUDA graphs
-(:func:`capturing`). :func:`discounted_return`, :func:`discounted`, :func:`squashed`,
+(:func:`capturing`). :func:`regression` gives loss and gradients of value functions without
+autograd. :func:`discounted_return`, :func:`discounted`, :func:`squashed`,
 :func:`full_precision` and :func:`at_least_fp32` are formulas that losses and policies share with
 the operations.
 """
@@ -29,12 +30,14 @@ from pwm_fast.ops.dynamics import (
 )
 from pwm_fast.ops.imagine import squashed
 from pwm_fast.ops.mlp import RunNet
+from pwm_fast.ops.regression import RegressionStep, regression
 from pwm_fast.ops.returns import discounted, discounted_return
 from pwm_fast.ops.types import FusedStep
 
 __all__ = [
     "PRECISIONS",
     "FusedStep",
+    "RegressionStep",
     "RunNet",
     "Transitions",
     "at_least_fp32",
@@ -47,6 +50,7 @@ __all__ = [
     "keeping",
     "precision",
     "precisions_used",
+    "regression",
     "requested",
     "squared_error",
     "squashed",

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pwm_fast.agent import optim
 from pwm_fast.agent.optim import GuardedAdam, total_norm
+from pwm_fast.backends import native, select
 from tests.models.builders import same
+
+needs_native = pytest.mark.skipif(
+    native.why_missing() is not None, reason=f"no native kernels: {native.why_missing()}"
+)
+
+
+@pytest.fixture(autouse=True, params=[pytest.param("native", marks=needs_native), "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """All of it in one native call, and with PyTorch's fused Adam."""
+    with select.backend(request.param):
+        yield request.param
 
 
 def make(grad_norm: float = 1.0, lr: float = 0.1) -> tuple[nn.Linear, GuardedAdam]:
@@ -99,6 +115,15 @@ def test_clipped_gradients_are_kept_only_on_request() -> None:
     assert torch.stack([g.square().sum() for g in grads]).sum().sqrt().item() == pytest.approx(
         0.5, rel=1e-4
     )
+
+
+def test_the_largest_norm_can_be_set() -> None:
+    net, optimizer = make(grad_norm=1e9)
+    optimizer.keep_gradients = True
+    optimizer.grad_norm = 0.25
+    optimizer.step(loss_of(net, torch.randn(6, 4)))
+    kept = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+    assert torch.cat(kept).norm().item() == pytest.approx(0.25, rel=1e-4)
 
 
 def test_unused_parameters_get_a_zero_gradient() -> None:
@@ -274,3 +299,178 @@ def test_one_bad_entry_among_large_ones_skips(bad: float) -> None:
     norm = optimizer.apply(torch.ones(()), grads)
     assert not norm.isfinite() and int(optimizer.skipped) == 1
     assert all(p.eq(0.0).all() for p in params)
+
+
+# ------------------------------------------------------------------------------ which way it goes
+
+
+def took_kernels(monkeypatch: pytest.MonkeyPatch, step: Callable[[], Any]) -> bool:
+    """Whether ``step`` went through kernels, not through PyTorch's Adam."""
+    taken: list[bool] = []
+
+    def spied(params: list[Tensor]) -> Any:
+        found = step_kernels(params)
+        taken.append(found is not None)
+        return found
+
+    step_kernels = optim.step_kernels
+    monkeypatch.setattr(optim, "step_kernels", spied)
+    step()
+    assert len(taken) == 1
+    return taken[0]
+
+
+def test_the_backend_in_force_takes_the_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, optimizer = make()
+    loss = loss_of(net, torch.randn(6, 4))
+    assert took_kernels(monkeypatch, lambda: optimizer.step(loss)) == (backend == "native")
+
+
+@needs_native
+def test_auto_takes_the_native_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, optimizer = make()
+    loss = loss_of(net, torch.randn(6, 4))
+    with select.backend("auto"):
+        assert took_kernels(monkeypatch, lambda: optimizer.step(loss))
+
+
+def strided() -> nn.Parameter:
+    return nn.Parameter(torch.randn(3, 4).t())
+
+
+OTHERS = {  # what only PyTorch's Adam does
+    "float64": lambda: [nn.Parameter(torch.randn(4, 3, dtype=torch.float64))],
+    "two dtypes": lambda: [
+        nn.Parameter(torch.randn(3)),
+        nn.Parameter(torch.randn(3, dtype=torch.float64)),
+    ],
+    "a transposed parameter": lambda: [strided(), nn.Parameter(torch.randn(3))],
+    "autocast": lambda: [nn.Parameter(torch.randn(4, 3))],
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_kernels_do_not_cover_goes_pytorchs_way(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = OTHERS[kind]()
+    own = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = GuardedAdam(own, 0.1, (0.7, 0.95), 1e9)
+    adam = torch.optim.Adam(params, lr=0.1, betas=(0.7, 0.95), fused=False)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    grads = [None if p.grad is None else p.grad.clone() for p in params]
+    with torch.autocast("cpu") if kind == "autocast" else nullcontext():
+        assert not took_kernels(monkeypatch, lambda: optimizer.apply(torch.ones(()), grads))
+    adam.step()
+    for p, q in zip(own, params, strict=True):
+        same(p, q.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_a_loss_of_any_dtype(bad: float | None, dtype: torch.dtype) -> None:
+    net, optimizer = make()
+    loss = torch.tensor(1.0 if bad is None else bad, dtype=dtype)
+    optimizer.apply(loss, [torch.ones_like(p) for p in net.parameters()])
+    assert int(optimizer.skipped) == (bad is not None)
+
+
+def test_a_loss_beyond_float32_is_finite() -> None:
+    net, optimizer = make()
+    optimizer.apply(
+        torch.tensor(1e300, dtype=torch.float64), [torch.ones_like(p) for p in net.parameters()]
+    )
+    assert int(optimizer.skipped) == 0
+
+
+def test_expanded_gradients() -> None:
+    """A sum's gradient is one number for all entries."""
+    (net, optimizer), (other, plain) = make(), make()
+    optimizer.step(net.weight.sum() + net.bias.sum())
+    plain.apply(torch.ones(()), [torch.ones_like(p) for p in other.parameters()])
+    assert equal(state_of(net, optimizer), state_of(other, plain))
+
+
+def test_gradients_of_other_shapes_are_refused() -> None:
+    net, optimizer = make()
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.apply(torch.ones(()), [torch.ones(3, 4), torch.ones(7)])
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_stale_gradients_do_not_count() -> None:
+    """What ``.grad`` held before is no part of the step, and gone after it."""
+    (net, optimizer), (other, clean) = make(), make()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    x = torch.randn(6, 4)
+    for model, each in ((net, optimizer), (other, clean)):
+        each.apply(torch.ones(()), torch.autograd.grad(loss_of(model, x), list(model.parameters())))
+    assert equal(state_of(net, optimizer), state_of(other, clean))
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    net, optimizer = make()
+    x = torch.randn(6, 4)
+    optimizer.step(loss_of(net, x))
+    other, copied = copy.deepcopy((net, optimizer))
+    before = state_of(net, optimizer)
+    copied.step(loss_of(other, x))
+    assert equal(state_of(net, optimizer), before)
+    optimizer.step(loss_of(net, x))
+    assert equal(state_of(net, optimizer), state_of(other, copied))
+
+
+def test_moments_that_others_replace_are_seen() -> None:
+    """Those of a state that Adam itself loads, and a tensor put in a moment's place."""
+    net, optimizer = make()
+    x = torch.randn(6, 4)
+    optimizer.step(loss_of(net, x))
+    old = copy.deepcopy(optimizer.adam.state_dict())
+    for _ in range(2):
+        optimizer.step(loss_of(net, x))
+    optimizer.adam.load_state_dict(old)
+    state = optimizer.adam.state[net.bias]
+    state["exp_avg"] = torch.full((3,), 5.0)
+    optimizer.apply(torch.ones(()), [torch.zeros(3, 4), torch.zeros(3)])
+    assert float(state["step"]) == 2.0
+    same(state["exp_avg"], torch.full((3,), 3.5))
+
+
+def test_ways_can_change_in_the_middle(backend: str) -> None:
+    """A state says nothing of who took its steps."""
+    (net, optimizer), (other, plain) = make(), make()
+    for i in range(6):
+        x = torch.randn(6, 4)
+        bad = float("nan") if i in (2, 3) else 1.0
+        with select.backend("reference" if i % 3 == 0 else backend):
+            optimizer.step(bad * loss_of(net, x))
+        with select.backend("reference"):
+            plain.step(bad * loss_of(other, x))
+    for a, b in zip(state_of(net, optimizer), state_of(other, plain), strict=True):
+        same(a, b, rtol=1e-5, atol=1e-6)
+    assert int(optimizer.skipped) == int(plain.skipped) == 2
+    saved, theirs = optimizer.state_dict()["adam"]["state"], plain.state_dict()["adam"]["state"]
+    assert saved.keys() == theirs.keys()
+    for index, values in theirs.items():
+        assert saved[index].keys() == values.keys()
+        for name, value in values.items():
+            assert (saved[index][name].dtype, saved[index][name].shape) == (
+                value.dtype,
+                value.shape,
+            ), name
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_moments_are_as_pytorch_keeps_them(place: int) -> None:
+    """Also before the first step: names in one order, as checkpoints have them."""
+    net, optimizer = make()
+    p = list(net.parameters())[place]
+    optimizer.step(float("nan") * loss_of(net, torch.randn(6, 4)))
+    state = optimizer.adam.state[p]
+    assert list(state) == ["step", "exp_avg", "exp_avg_sq"]
+    assert state["step"].shape == () and state["step"].dtype == torch.float32
+    assert state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import pwm_fast
 from pwm_fast import ops
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import imagine
 from pwm_fast.agent.losses import weighted_loss
-from pwm_fast.ops import ImaginedRollout
-from pwm_fast.ops.extend import discounted_return
+from pwm_fast.ops import ImaginedRollout, extend
+from pwm_fast.ops.extend import RegressionStep, discounted_return
 from tests.agent.agents import (
     ACTION,
     AGENTS,
@@ -384,6 +385,49 @@ def test_critic_loss_is_the_error_against_td_lambda(terminating: bool) -> None:
     same(metrics["value_loss"], errors.square().mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("members", [1, 3])
+def test_critics_learn_the_same_past_autograd(
+    members: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a last minibatch of fewer states, and gradients that are kept."""
+    ends, original = [], extend.regression
+    for direct in (True, False):
+        agent = make_agent(passes=2, minibatches=4, members=members)
+        agent.optimizers["critic"].keep_gradients = True
+        taken = []
+
+        def regression(
+            *given: Any, direct: bool = direct, taken: list[bool] = taken
+        ) -> RegressionStep | None:
+            step = original(*given) if direct else None
+            taken.append(step is not None)
+            return step
+
+        with monkeypatch.context() as patch:
+            patch.setattr(extend, "regression", regression)
+            with pwm_fast.backend("torch"):
+                torch.manual_seed(4)
+                metrics = agent._update_critic(random_rollout(agent, batch=7))
+        assert taken == [direct] * 2  # of 6 states, and of 3
+        kept = [p.grad for p in agent.critic.parameters() if p.grad is not None]
+        assert len(kept) == len(agent.optimizers["critic"].params)
+        ends.append([*agent.critic.parameters(), *metrics.values(), *kept])
+    for ours, theirs in zip(*ends, strict=True):
+        same(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_kept_gradients_of_the_critics_are_those_of_the_last_update() -> None:
+    """The next update computes its own elsewhere."""
+    agent = make_agent(passes=1, minibatches=2)
+    agent.optimizers["critic"].keep_gradients = True
+    agent._update_critic(random_rollout(agent))
+    first = [p.grad for p in agent.critic.parameters() if p.grad is not None]
+    before = [g.clone() for g in first]
+    assert before
+    agent._update_critic(random_rollout(agent))
+    assert all(torch.equal(a, b) for a, b in zip(first, before, strict=True))
+
+
 def test_targets_are_fixed_while_the_critics_learn() -> None:
     """All passes regress on the targets from before; their loss on fixed data decreases."""
     agent = make_agent(passes=150, minibatches=2, critic_lr=3e-3)
@@ -405,14 +449,13 @@ def test_every_state_is_visited_once_a_pass(passes: int, minibatches: int, shuff
     agent = make_agent(passes=passes, minibatches=minibatches, shuffle=shuffle)
     rollout = random_rollout(agent, batch=7)
     visited: list[Tensor] = []
-    original = agent.critic.forward
+    original = agent._critic_step
 
-    def forward(z: Tensor) -> Tensor:
-        if z.dim() == 2:
-            visited.append(z)
-        return original(z)
+    def step(states: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        visited.append(states)
+        return original(states, *others)
 
-    agent.critic.forward = forward  # type: ignore[method-assign]
+    agent._critic_step = step  # type: ignore[method-assign]
     agent._update_critic(rollout)
     assert len(visited) == passes * minibatches
     states = rollout.z[:-1].flatten(0, 1)

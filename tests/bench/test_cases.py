@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import agent, data, esnr, gate, planning, sizes
+from bench import agent, data, esnr, gate, optimizer, planning, sizes
 from bench import ops as operations
 from bench import rollouts as rollout_cases
 from bench.cases import Provider, Workload
@@ -32,6 +32,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "critic": lambda: agent.build_critic(small("flow"), 50, CPU, 4),
     "epoch": lambda: agent.build_epoch(small("flow"), small("mlp"), CPU, 4, 4),
     "plan": lambda: planning.build(2, CPU, 0, 16, 17, PLAN),
+    "optimiser": lambda: optimizer.build(small("flow"), "wm", CPU),
     "ESNR": lambda: esnr.build((torch.Size((50, 7)), torch.Size((9,))), CPU),
     "environment": lambda: data.build_env("cartpole", 4, CPU),
     **{

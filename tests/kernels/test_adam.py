@@ -1,20 +1,31 @@
-"""Clipped Adam in two launches: against float64, and that what is not finite leaves no trace."""
+"""Clipped Adam on each backend: against float64, and that what is not finite leaves no trace."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("triton")
-
 from pwm_fast.agent.optim import GuardedAdam
-from pwm_fast.backends import select
-from pwm_fast.kernels import adam
+from pwm_fast.backends import native, select
+from pwm_fast.backends.optimizer import Group
 from tests.helpers import assert_2x
 from tests.kernels.harness import DEVICES
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+needs_native = pytest.mark.skipif(
+    native.why_missing() is not None, reason=f"no native kernels: {native.why_missing()}"
+)
+#: Backend and device.
+WAYS = [
+    *(pytest.param("triton", *d.values, marks=(*d.marks, needs_triton)) for d in DEVICES),
+    pytest.param("native", "cpu", marks=needs_native),
+]
 
 SHAPES = ((5, 3), (0,), (41, 103), (), (7,))  # one of more than a chunk; some at odd addresses
 BETAS = (0.7, 0.95)
@@ -50,13 +61,13 @@ def state_of(optimizer: GuardedAdam) -> list[Tensor]:
     return [x.detach().clone().cpu() for x in (*optimizer.params, *moments)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("way", "device"), WAYS)
 @pytest.mark.parametrize("grad_norm", [1.0, 1e9])
-def test_as_right_as_torchs_fused_adam(grad_norm: float, device: str) -> None:
+def test_as_right_as_torchs_fused_adam(grad_norm: float, way: str, device: str) -> None:
     with select.backend("reference"):
         truth = learn(make("cpu", grad_norm, torch.float64))
         theirs = learn(make("cpu", grad_norm))
-    with select.backend("triton"):
+    with select.backend(way):
         ours = learn(make(device, grad_norm))
     assert len(ours) == len(theirs) == len(truth) == 4 * len(SHAPES) + STEPS
     for kind, own in {
@@ -70,9 +81,12 @@ def test_as_right_as_torchs_fused_adam(grad_norm: float, device: str) -> None:
         assert_2x(a, b, c.double(), kind)
 
 
+@needs_triton
 @pytest.mark.parametrize("device", DEVICES)
 def test_in_several_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tensors than a launch has room for: the same bits."""
+    from pwm_fast.kernels import adam
+
     with select.backend("triton"):
         once = learn(make(device))
         monkeypatch.setattr(adam, "MOST", 2)
@@ -80,11 +94,11 @@ def test_in_several_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(a, b) for a, b in zip(once, parts, strict=True))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("way", "device"), WAYS)
 @pytest.mark.parametrize("bad", ["nan", "inf", "nan loss", "inf loss"])
-def test_what_is_not_finite_is_skipped(bad: str, device: str) -> None:
+def test_what_is_not_finite_is_skipped(bad: str, way: str, device: str) -> None:
     """Everything stays as it is, also at first; the next step is as if nothing had been."""
-    with select.backend("triton"):
+    with select.backend(way):
         optimizer, clean = make(device), make(device)
         for done in range(2):
             before = state_of(optimizer) if done else None
@@ -107,12 +121,12 @@ def test_what_is_not_finite_is_skipped(bad: str, device: str) -> None:
             assert int(optimizer.skipped_in_a_row) == 0
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("way", "device"), WAYS)
 @pytest.mark.parametrize("scale", [1e-30, 1e18, 1e19, 1e30, 3e37])
-def test_takes_the_steps_that_torch_takes(scale: float, device: str) -> None:
+def test_takes_the_steps_that_torch_takes(scale: float, way: str, device: str) -> None:
     """Gradients of any finite size, whose norm float32 may not hold; and the same clipping."""
     kept, norms = [], []
-    for backend in ("triton", "reference"):
+    for backend in (way, "reference"):
         optimizer = make(device)
         optimizer.keep_gradients = True
         grads = [scale * g for g in gradients(0, optimizer)]
@@ -124,9 +138,9 @@ def test_takes_the_steps_that_torch_takes(scale: float, device: str) -> None:
     torch.testing.assert_close(kept[0], kept[1], rtol=1e-5, atol=1e-37)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_kept_gradients_are_clipped(device: str) -> None:
-    with select.backend("triton"):
+@pytest.mark.parametrize(("way", "device"), WAYS)
+def test_kept_gradients_are_clipped(way: str, device: str) -> None:
+    with select.backend(way):
         optimizer, other = make(device), make(device)
         optimizer.keep_gradients = True
         ours, theirs = learn(optimizer, 1), learn(other, 1)
@@ -137,14 +151,14 @@ def test_kept_gradients_are_clipped(device: str) -> None:
     assert square == pytest.approx(1.0, rel=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_goes_on_from_the_state_of_torchs_adam_and_back(device: str) -> None:
+@pytest.mark.parametrize(("way", "device"), WAYS)
+def test_goes_on_from_the_state_of_torchs_adam_and_back(way: str, device: str) -> None:
     """A checkpoint says nothing of who took its steps; step counts are one a parameter."""
     optimizer, other = make(device), make(device)
     with select.backend("reference"):
         learn(other)
         learn(optimizer, 1)
-    with select.backend("triton"):
+    with select.backend(way):
         loss = torch.ones((), device=device)
         optimizer.apply(loss, gradients(1, optimizer))
         restored = make(device)
@@ -162,9 +176,12 @@ def test_goes_on_from_the_state_of_torchs_adam_and_back(device: str) -> None:
     assert steps == [4.0] * len(SHAPES)
 
 
+@needs_triton
 def test_strided_tensors_are_refused() -> None:
+    from pwm_fast.kernels import adam
+
     x = [torch.zeros(3, 2).t()]
-    group = adam.Group([torch.zeros(2, 3)], x, x, x, torch.zeros(1), torch.zeros(()))
+    group = Group([torch.zeros(2, 3)], x, x, x, torch.zeros(1), torch.zeros(()))
     counts = torch.zeros((), dtype=torch.int64)
     with pytest.raises(ValueError, match=r"grads\[0\] of group 0 must be contiguous"):
         adam.guarded_step([group], torch.zeros(4), torch.zeros(()), counts, counts)

@@ -155,6 +155,18 @@ def main() -> None:
     _C.axpby(z=Tensor(x), k1=Tensor(dy), k2=Tensor(x), out=Tensor(y), c1=0.25, c2=0.7, threads=1)
     out["axpby"] = y
 
+    lists = {name: numbers(size, 0.5, 0.1) for name in ("params", "grads", "means")}
+    lists["squares"] = numbers(size, 0.5, 1.0)
+    steps, norm, skips = array("f", [3.0]), nothing(1), nothing(2, "q")
+    _C.adam(
+        options=Tensor(array("d", [0.7, 0.95, 1e-8, 1.0])),
+        **{name: [Tensor(values)] for name, values in lists.items()},
+        **{"steps": [Tensor(steps)], "rates": [Tensor(array("d", [0.01]))]},
+        **{"loss": Tensor(array("f", [1.0])), "norm": Tensor(norm), "keep": True, "threads": 1},
+        **{"skipped": Tensor(skips[:1]), "in_a_row": Tensor(skips[1:])},
+    )
+    out |= {f"adam {name}": values for name, values in lists.items()} | {"adam norm": norm}
+
     total = _C.checksum([at(x), 1, 4 * size, 0, at(dy), 3, 4 * 17, 4 * 23], 1)
     out["checksum"] = array("d", [total >> 32, total & 0xFFFFFFFF])
 

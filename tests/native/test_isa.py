@@ -16,7 +16,7 @@ from tests.native.harness import _C
 HERE = Path(__file__).parent
 ISAS = ("generic", "avx2", "avx512")
 KERNEL_TESTS = (
-    *("test_norm_act.py", "test_act_norm.py", "test_other_kernels.py"),
+    *("test_norm_act.py", "test_act_norm.py", "test_adam.py", "test_other_kernels.py"),
     "test_row_program.py",
 )
 

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.native import test_act_norm, test_norm_act, test_other_kernels, test_row_program
+from tests.native import (
+    test_act_norm,
+    test_adam,
+    test_norm_act,
+    test_other_kernels,
+    test_row_program,
+)
 from tests.native.harness import _C, Values
 
 ROWS, N = 331, 777  # more than one thread's least share for up to 15 threads
@@ -89,6 +95,11 @@ def esnr(count: int) -> Callable[[int], Values]:
     return run
 
 
+def adam(keep: bool) -> Callable[[int], Values]:
+    given = test_adam.inputs((5, 40_000, 0, 33_333))
+    return lambda threads: test_adam.step(given, groups=(1, 3), keep=keep, threads=threads)
+
+
 def checksum() -> Callable[[int], Values]:
     x, y = torch.randn(300_007), torch.randn(999, 201)
 
@@ -115,6 +126,8 @@ KERNELS = {
     "simnorm": simnorm,
     "two_hot": two_hot,
     "axpby": axpby,
+    "adam": lambda: adam(False),
+    "adam that keeps gradients": lambda: adam(True),
     "checksum": checksum,
     "row program": row_program,
     "esnr of 4": lambda: esnr(4),

@@ -43,14 +43,26 @@ class Program {
   void run(const py::list& tensors, int64_t rows, int64_t threads) const {
     check_least("rows", rows, 0);
     check_least("threads", threads, 1);
-    if (int64_t(tensors.size()) != tensors_) {
-      refuse("tensors must be " + std::to_string(tensors_) + ", got " +
+    const int64_t count = tensors_ + (kept_ > 0);
+    if (int64_t(tensors.size()) != count) {
+      refuse("tensors must be " + std::to_string(count) + ", got " +
              std::to_string(tensors.size()));
     }
     std::vector<Place> places(slots_.size());
+    float* kept = nullptr;  // the last tensor
+    if (kept_ > 0) {
+      const View whole = view_of("kept", PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(tensors_)), false);
+      check_vector(whole, kept_ * rows);
+      kept = static_cast<float*>(whole.data);
+    }
     std::size_t next = 0;
     for (std::size_t i = 0; i < slots_.size(); ++i) {
       if (slots_[i].kind == slot_scratch) continue;
+      if (slots_[i].kept) {
+        places[i] = {kept, slots_[i].cols};
+        kept += slots_[i].planes * slots_[i].cols * rows;
+        continue;
+      }
       PyObject* value = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(next++));
       places[i] = place(i, view_of(names_[i].c_str(), value, false), rows);
     }
@@ -70,7 +82,7 @@ class Program {
   void add_slot(const py::tuple& given) {
     const Slot made = {given[1].cast<int64_t>(), given[2].cast<int64_t>(), given[3].cast<int64_t>(),
                        given[4].cast<int64_t>(), given[5].cast<int64_t>(),
-                       given[6].cast<int64_t>(), false};
+                       given[6].cast<int64_t>(), false, given[7].cast<bool>()};
     if (made.kind < slot_rows || made.kind > slot_scratch) refuse("there is no such kind of slot");
     check_least("planes", made.planes, 1);
     check_least("n", made.n, 1);
@@ -78,9 +90,14 @@ class Program {
     check_least("begin", made.begin, 0);
     check_least("whole", made.whole, made.begin + made.cols);
     if (made.kind != slot_weight && made.whole != made.cols) refuse("weights alone have columns");
+    if (made.kept && made.kind != slot_rows) refuse("rows alone lie side by side");
     names_.push_back(given[0].cast<std::string>());
     slots_.push_back(made);
-    if (made.kind != slot_scratch) ++tensors_;
+    if (made.kept) {
+      kept_ += made.planes * made.cols;
+    } else if (made.kind != slot_scratch) {
+      ++tensors_;
+    }
   }
 
   Operand operand(const py::handle& given) const {
@@ -280,7 +297,7 @@ class Program {
   std::vector<Pack> packs_;
   std::vector<Total> totals_;
   std::vector<Instruction> instructions_;
-  int64_t tensors_ = 0, work_ = 0;
+  int64_t tensors_ = 0, kept_ = 0, work_ = 0;  // kept_: numbers a row
 };
 
 }  // namespace

@@ -19,6 +19,7 @@ struct Slot {
   int64_t kind, planes, n, cols;
   int64_t begin, whole;  // of a weight: its columns are some of the tensor's
   bool gapless;  // its rows must follow one another
+  bool kept;     // one of those that lie side by side in one tensor
 };
 
 struct Operand {

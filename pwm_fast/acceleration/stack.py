@@ -131,7 +131,12 @@ class AcceleratedStack(nn.Sequential):
         return not hooked_everywhere() and self._all_unchanged()
 
     def _all_unchanged(self) -> bool:
-        return self.plan is not None and all(_unchanged(self, w) for w in self.plan.watched)
+        if self.plan is None:
+            return False
+        for watched in self.plan.watched:  # noqa: SIM110 - a generator would take a fifth longer
+            if not _unchanged(self, watched):
+                return False
+        return True
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``."""
@@ -210,24 +215,30 @@ _FORWARDS: dict[type[nn.Module], Any] = {}  # not weak: looking there would take
 
 
 def _unchanged(stack: nn.Module, watched: Watched) -> bool:
+    path, kind, children, dropout, norm = watched
     module: Any = stack
-    for name in watched.path:
+    for name in path:
         module = module._modules.get(name)
         if module is None:
             return False
     own = module.__dict__
-    children = own["_modules"]
-    if (children or watched.children) and (
-        sum(child is not None for child in children.values()) != watched.children
+    found = own["_modules"]
+    if found or children:
+        if sum(child is not None for child in found.values()) != children:
+            return False
+        if not path:  # the stack itself: its own hooks run in any case
+            return True
+    if (
+        type(module) is not kind
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or _FORWARDS.get(kind) is not kind.forward
     ):
         return False
-    if not watched.path:  # the stack itself: its own hooks run in any case
-        return True
-    kind = type(module)
-    if kind is not watched.kind or hooked(module) or "forward" in own:
+    checked: Any = module
+    if norm and (checked.weight is None or checked.bias is None):
         return False
-    if kind.forward is not forward_of(kind):
-        return False
-    if watched.norm and (module.weight is None or module.bias is None):
-        return False
-    return not watched.dropout or bool(module.p == 0.0)
+    return not dropout or bool(checked.p == 0.0)

@@ -87,12 +87,23 @@ def _layers(b: Builder, name: str, specs: Specs, shape: _Shape) -> list[LayerSlo
 
 
 @lru_cache(maxsize=PROGRAMS)
-def _mlp_forward(make: Any, specs: Specs, shape: _Shape, save: bool, wgrad: bool) -> Any:
+def _mlp_forward(
+    make: Any, specs: Specs, shape: _Shape, save: bool, wgrad: bool, together: bool = False
+) -> Any:
     b = Builder(make)
     inputs = [Operand(b.rows(f"inputs[{i}]", k)) for i, k in enumerate(shape.inputs)]
     pieces = _pieces(b, "weight", shape)
     layers = _layers(b, "layer", specs, shape)
-    stack = Stack(b, specs, shape.widths, layers, shape.planes, save=save, wgrad=wgrad)
+    stack = Stack(
+        b,
+        specs,
+        shape.widths,
+        layers,
+        shape.planes,
+        save=save,
+        wgrad=wgrad,
+        together=together,
+    )
     y = b.rows("y", shape.widths[-1], shape.planes)
     for member in range(shape.planes):
         out = Operand(y, member)
@@ -127,14 +138,28 @@ def mlp_forward(
 
 @lru_cache(maxsize=PROGRAMS)
 def _mlp_backward(
-    make: Any, specs: Specs, shape: _Shape, wgrad: bool, needs: tuple[bool, ...]
+    make: Any,
+    specs: Specs,
+    shape: _Shape,
+    wgrad: bool,
+    needs: tuple[bool, ...],
+    together: bool = False,
 ) -> Any:
     b = Builder(make)
     dy = b.rows("dy", shape.widths[-1], shape.planes)
     inputs = [Operand(b.rows(f"inputs[{i}]", k)) for i, k in enumerate(shape.inputs)]
     pieces = _pieces(b, "weight", shape)
     layers = _layers(b, "layer", specs, shape)
-    stack = Stack(b, specs, shape.widths, layers, shape.planes, save=True, wgrad=wgrad)
+    stack = Stack(
+        b,
+        specs,
+        shape.widths,
+        layers,
+        shape.planes,
+        save=True,
+        wgrad=wgrad,
+        together=together,
+    )
     dinputs = [
         Operand(b.rows(f"gradient of inputs[{i}]", k)) if need else None
         for i, (k, need) in enumerate(zip(shape.inputs, needs, strict=True))
@@ -216,61 +241,77 @@ class Ready:
         # Looked up sooner than by all that tells programs apart.
         self._programs: dict[Any, Any] = {}
         self._repeats = len(inputs) - 1
-        # Widths of what is kept, by whether parameters get gradients; 0 for one number a row.
+        # Widths of what is kept, by whether parameters get gradients.
         self._kept = {
             wgrad: [
-                n if what in ("hat", "y") else 0
+                n if what in ("hat", "y") else 1
                 for n, slots in zip(widths, slots_of(specs, True, wgrad), strict=True)
                 for what in slots
             ]
             for wgrad in (False, True)
         }
+        self._per_row = {wgrad: sum(kept) for wgrad, kept in self._kept.items()}
 
     def forward(
         self, inputs: list[Tensor], params: list[Tensor], rows: int, save: bool, wgrad: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As :func:`mlp_forward`, of rows ``[rows, K_i]``.
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :func:`mlp_forward`, of rows ``[rows, K_i]``; what is kept is one tensor.
 
         Raises:
             ValueError: a tensor is not as the sizes say, on the CPU, and of float32; nothing was
                 written.
         """
         count, like = rows * self.shape.planes, inputs[0].new_empty
-        saved: list[Tensor] = []
-        if save:
-            saved = [like(1, count, n) if n else like(1, count) for n in self._kept[wgrad]]
-        y = like(count, self.shape.widths[-1])
-        first = params[:1] * self._repeats
+        y = like((count, self.shape.widths[-1]))
         program = self._programs.get((save, wgrad))
         if program is None:
-            program = _mlp_forward(self._make, self.specs, self.shape, save, wgrad)
+            program = _mlp_forward(self._make, self.specs, self.shape, save, wgrad, True)
             self._programs[save, wgrad] = program
-        program.run([*inputs, *first, *params, *saved, y], rows, torch.get_num_threads())
-        return y, saved
+        tensors = [*inputs, *(params[:1] * self._repeats), *params, y]
+        kept: Tensor | None = None
+        if save:
+            kept = like(count * self._per_row[wgrad])
+            if self._per_row[wgrad]:
+                tensors.append(kept)
+        program.run(tensors, rows, torch.get_num_threads())
+        return y, kept
+
+    def saved(self, kept: Tensor, rows: int, wgrad: bool) -> list[Tensor]:
+        """What was kept, as :func:`mlp_forward` returns it."""
+        count, found, start = rows * self.shape.planes, [], 0
+        for n, rounded in zip(self._kept[wgrad], self._vectors(wgrad), strict=True):
+            part = kept[start : start + count * n]
+            found.append(part.view(1, count) if rounded else part.view(1, count, n))
+            start += count * n
+        return found
+
+    def _vectors(self, wgrad: bool) -> list[bool]:
+        """Which of what is kept is one number a row."""
+        slots = slots_of(self.specs, True, wgrad)
+        return [what not in ("hat", "y") for each in slots for what in each]
 
     def backward(
         self,
         dy: Tensor,
         inputs: list[Tensor],
         params: list[Tensor],
-        saved: list[Tensor],
+        kept: Tensor,
         needs: tuple[bool, ...],
         wgrad: bool,
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """As :func:`mlp_backward`."""
-        rows = inputs[0].shape[0]
-        wanted = [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
-        grads = [p.new_empty(p.shape) for p in params] if wgrad else []
+        # Rows of what a program takes follow one another with stride 1, so these are dense.
+        wanted = [torch.empty_like(x) for x, need in zip(inputs, needs, strict=True) if need]
+        grads = [torch.empty_like(p) for p in params] if wgrad else []
         first, own = params[:1] * self._repeats, grads[:1] * self._repeats
         program = self._programs.get((needs, wgrad))
         if program is None:
-            program = _mlp_backward(self._make, self.specs, self.shape, wgrad, needs)
+            program = _mlp_backward(self._make, self.specs, self.shape, wgrad, needs, True)
             self._programs[needs, wgrad] = program
-        program.run(
-            [dy.contiguous(), *inputs, *first, *params, *saved, *wanted, *own, *grads],
-            rows,
-            torch.get_num_threads(),
-        )
+        tensors = [dy.contiguous(), *inputs, *first, *params, *wanted, *own, *grads]
+        if kept.numel():
+            tensors.append(kept)
+        program.run(tensors, inputs[0].shape[0], torch.get_num_threads())
         each = iter(wanted)
         dinputs = [next(each) if need else None for need in needs]
         return dinputs, list(grads) or [None] * len(params)

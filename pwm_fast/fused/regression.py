@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.specs import LayerParams, LayerSpec
+from pwm_fast.fused import row_program
+from pwm_fast.fused.blocked_mlp import PROGRAMS, Specs
+from pwm_fast.fused.row_program import (
+    Builder,
+    Operand,
+    Stack,
+    Widths,
+    at_member,
+    indexed,
+    layer_slots,
+)
+from pwm_fast.fused.saved import slots_of
 from pwm_fast.fused.wgrad import THIN
 
 
@@ -30,6 +43,14 @@ def covers(kernels: Kernels, specs: Sequence[LayerSpec], layers: Sequence[LayerP
             for spec in hidden
         )
     )
+
+
+def regression(
+    kernels: Kernels, specs: Specs, layers: Sequence[LayerParams], rows: int
+) -> Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]:
+    """The faster way for layers that :func:`covers` covers, and ``rows`` rows a call."""
+    blocks = row_program.runs(kernels, [p.weight for p in layers], specs, rows)
+    return (BlockedRegression if blocks else Regression)(kernels, specs, layers, rows)
 
 
 class _Hidden(NamedTuple):
@@ -185,3 +206,70 @@ def _vectors(p: LayerParams) -> dict[str, Tensor]:
     """A layer's vectors, by what kernels call them, in the order of its tensors."""
     named = {"bias": p.bias, "gamma": p.gamma, "beta": p.beta}
     return {name: x.detach() for name, x in named.items() if x is not None}
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _program(make: Any, specs: Specs, sizes: tuple[Widths, ...], members: int, rows: int) -> Any:
+    """Of inputs, targets, parameters, the loss, gradients, and what is kept in between."""
+    b = Builder(make)
+    x, targets = Operand(b.rows("x", sizes[0].k)), Operand(b.rows("targets", 1))
+
+    def layers(name: str) -> list[row_program.LayerSlots]:
+        return [
+            layer_slots(b, f"{name} {i}", spec, size, members)
+            for i, (spec, size) in enumerate(zip(specs, sizes, strict=True))
+        ]
+
+    own = layers("layer")
+    loss = Operand(b.shared("loss", 1))
+    grads = layers("gradients of layer")
+    widths = [size.n for size in sizes]
+    stack = Stack(b, specs, widths, own, members, save=True, wgrad=True, together=True)
+    value, error = b.scratch("value", 1), b.scratch("error", 1)
+    each = 1.0 / (members * rows)
+    for member in range(members):
+        weight, dweight = (at_member(p[0], member).weight for p in (own, grads))
+        assert weight is not None and dweight is not None
+        h = b.gemm(stack.first(member, value), x, weight)
+        b.combine(error, stack.forward(member, h, value, member=member), targets, -1.0)
+        b.column_sum(loss, error, each, error)
+        b.combine(error, None, error, 2.0 * each)
+        dh = stack.backward(member, error, grads, member=member)
+        b.weight_grad(dweight, dh, x)
+    return b.build()
+
+
+class BlockedRegression:
+    """:class:`Regression` as a program: one call for values, loss and gradients.
+
+    Args:
+        kernels: that have row programs.
+        specs: what each layer does (see :func:`covers`).
+        layers: the members' parameters, weights ``[E, N, K]`` and vectors ``[E, N]``.
+        rows: B, rows of a call.
+    """
+
+    def __init__(
+        self, kernels: Kernels, specs: Specs, layers: Sequence[LayerParams], rows: int
+    ) -> None:
+        first = layers[0].weight
+        members = first.shape[0]
+        sizes = tuple(Widths(*p.weight.shape[-2:]) for p in layers)
+        self._run = _program(kernels.row_program, specs, sizes, members, rows).run
+        self._rows = rows
+        self._params = [x.detach() for p in layers for x in p if x is not None]
+        self._gradients = [torch.empty_like(x) for x in self._params]
+        kept = sum(
+            size.n if what in ("hat", "y") else 1
+            for size, slots in zip(sizes, slots_of(specs, True, True), strict=True)
+            for what in slots
+        )
+        self._kept = first.new_empty(kept * members * rows)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """See :meth:`Regression.__call__`."""
+        loss = x.new_empty(())
+        given = [indexed(x), targets.contiguous(), *self._params, loss, *self._gradients]
+        self._run([*given, self._kept], self._rows, torch.get_num_threads())
+        return loss, self._gradients

@@ -49,7 +49,7 @@ class Builder:
 
     def __init__(self, make: Any) -> None:
         self._make = make
-        self._slots: list[tuple[str, int, int, int, int, int, int]] = []
+        self._slots: list[tuple[str, int, int, int, int, int, int, bool]] = []
         self._packs: dict[tuple[Operand, bool], int] = {}
         self._totals: dict[Operand, int] = {}
         self._steps: list[tuple[int, tuple[Operand, ...], tuple[int, ...], tuple[float, ...]]] = []
@@ -57,9 +57,12 @@ class Builder:
 
     # --- slots ----------------------------------------------------------------------------------
 
-    def rows(self, name: str, cols: int, planes: int = 1) -> int:
-        """A tensor ``[planes, R, cols]``; a block of its R rows is worked on."""
-        return self._slot(name, _ROWS, planes, 1, cols)
+    def rows(self, name: str, cols: int, planes: int = 1, *, kept: bool = False) -> int:
+        """A tensor ``[planes, R, cols]``; a block of its R rows is worked on.
+
+        Those that are ``kept`` lie side by side in one tensor, which is given last.
+        """
+        return self._slot(name, _ROWS, planes, 1, cols, kept=kept)
 
     def shared(self, name: str, cols: int, planes: int = 1) -> int:
         """A tensor ``[planes, cols]`` that all rows have in common."""
@@ -88,8 +91,9 @@ class Builder:
         cols: int,
         begin: int = 0,
         whole: int = 0,
+        kept: bool = False,
     ) -> int:
-        self._slots.append((name, kind, planes, n, cols, begin, whole or cols))
+        self._slots.append((name, kind, planes, n, cols, begin, whole or cols, kept))
         return len(self._slots) - 1
 
     def width(self, operand: Operand) -> int:
@@ -276,6 +280,7 @@ class Stack:
         save: keep what a backward pass needs.
         wgrad: keep what gradients of the parameters need.
         name: tells scratch memory of several stacks apart.
+        together: all that is kept lies in one tensor.
     """
 
     def __init__(
@@ -289,6 +294,7 @@ class Stack:
         save: bool,
         wgrad: bool,
         name: str = "h",
+        together: bool = False,
     ) -> None:
         self.b, self.specs, self.widths, self.layers = b, specs, widths, layers
         self._name = name
@@ -297,7 +303,9 @@ class Stack:
             assert not spec.width
             self._kept.append(
                 {
-                    what: b.rows(f"saved {what}", n if what in ("hat", "y") else 1, planes)
+                    what: b.rows(
+                        f"saved {what}", n if what in ("hat", "y") else 1, planes, kept=together
+                    )
                     for what in slots
                 }
             )

@@ -151,8 +151,8 @@ class pwm_fast_mlp(torch.autograd.Function):
         flat, params = list(tensors[:inputs]), list(tensors[inputs:])
         ctx.known, ctx.inputs = known, inputs
         ctx.wgrad = any(ctx.needs_input_grad[3 + inputs :])
-        y, saved = known.ready.forward(flat, params, rows, True, ctx.wgrad)
-        ctx.save_for_backward(*tensors, *saved)
+        y, kept = known.ready.forward(flat, params, rows, True, ctx.wgrad)
+        ctx.save_for_backward(*tensors, kept)
         ctx.set_materialize_grads(False)
         return y
 
@@ -163,20 +163,20 @@ class pwm_fast_mlp(torch.autograd.Function):
         if dy is None:
             return (None,) * len(needs)
         known, inputs = ctx.known, ctx.inputs
-        kept = list(ctx.saved_tensors)
-        count = len(needs) - 3
-        flat, params, saved = kept[:inputs], kept[inputs:count], kept[count:]
+        *tensors, kept = ctx.saved_tensors
+        flat, params = tensors[:inputs], tensors[inputs:]
         towards = tuple(needs[3 : 3 + inputs])
         # Where the gradient is itself to be differentiated, the operator refuses.
         seen = torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0
         if seen or not in_memory(dy):
             check_alone(known.operator.name, dy)
             run = registered(f"{known.operator.name}_backward")
+            saved = known.ready.saved(kept, flat[0].shape[0], ctx.wgrad)
             given = (saved, list(towards), known.spec, ctx.wgrad, *known.where)
             found = run(dy, flat, params, [], *given)
             found = [[None if tuple(g.shape) == (0,) else g for g in each] for each in found]
         else:
-            found = known.ready.backward(dy, flat, params, saved, towards, ctx.wgrad)
+            found = known.ready.backward(dy, flat, params, kept, towards, ctx.wgrad)
         grads = (*found[0], *found[1])
         return (
             None,

@@ -10,7 +10,7 @@ from pwm_fast.backends.base import Call
 from pwm_fast.backends.select import kernels, select
 from pwm_fast.backends.specs import split_params
 from pwm_fast.backends.transforms import watched
-from pwm_fast.fused.regression import Regression, covers
+from pwm_fast.fused import regression as fused
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.types import Layer
 from pwm_fast.ops.weights import flat, specs_of
@@ -48,4 +48,6 @@ def regression(layers: Sequence[Layer], x: Tensor) -> RegressionStep | None:
     specs = specs_of(layers, "act_norm")
     params = split_params(specs, flat(layers))
     own = kernels("gemm", choice.name, choice.precision.name)
-    return Regression(own, specs, params, x.shape[0]) if covers(own, specs, params) else None
+    if not fused.covers(own, specs, params):
+        return None
+    return fused.regression(own, specs, params, x.shape[0])

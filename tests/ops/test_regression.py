@@ -12,24 +12,26 @@ from torch import Tensor
 import pwm_fast
 from pwm_fast import ops
 from pwm_fast.backends import native, select
-from pwm_fast.fused.regression import Regression
+from pwm_fast.fused.regression import BlockedRegression, Regression
 from pwm_fast.models import CriticEnsemble
 from pwm_fast.ops import extend
 from tests.helpers import assert_2x
 
-BACKENDS = [
-    pytest.param(
-        "native",
-        marks=pytest.mark.skipif(native.why_missing() is not None, reason="no native kernels"),
-    ),
-    "torch",
+_NATIVE = pytest.mark.skipif(native.why_missing() is not None, reason="no native kernels")
+BACKENDS = [  # and PWM_FAST_GEMM: with torch's GEMMs native kernels run layer by layer
+    pytest.param(("native", "native"), marks=_NATIVE, id="native"),
+    pytest.param(("native", "torch"), marks=_NATIVE, id="native layers"),
+    pytest.param(("torch", "auto"), id="torch"),
 ]
 Found = tuple[Tensor, list[Tensor]]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with select.backend(request.param):
+def backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, str]]:
+    monkeypatch.setenv("PWM_FAST_GEMM", request.param[1])
+    with select.backend(request.param[0]):
         yield request.param
 
 
@@ -100,7 +102,7 @@ def test_the_formula_in_float64(members: int) -> None:
 
 
 @pytest.mark.parametrize("members", [1, 3])
-def test_every_call_reads_the_parameters_anew(members: int, backend: str) -> None:
+def test_every_call_reads_the_parameters_anew(members: int, backend: tuple[str, str]) -> None:
     """As they are after a step; and the last call's numbers are overwritten, not added to."""
     critic = critics((12, 12), members)
     x, targets = batch(20)
@@ -118,7 +120,7 @@ def test_every_call_reads_the_parameters_anew(members: int, backend: str) -> Non
     assert not any(p.grad is not None for p in critic.parameters())
 
 
-def test_rows_that_are_views(backend: str) -> None:
+def test_rows_that_are_views(backend: tuple[str, str]) -> None:
     """Minibatches are slices of one tensor."""
     critic = critics((12, 12), 2)
     x, targets = batch(40)
@@ -128,7 +130,7 @@ def test_rows_that_are_views(backend: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows(bad: float, backend: str) -> None:
+def test_what_is_not_finite_shows(bad: float, backend: tuple[str, str]) -> None:
     critic = critics((12,), 2)
     x, targets = batch(9)
     targets[4] = bad
@@ -175,9 +177,10 @@ def test_what_it_does_not_cover(kind: str) -> None:
         assert extend.regression(layers(critics((12,), 2)), batch(9)[0]) is None
 
 
-def test_where_somebody_watches_operators(backend: str) -> None:
+def test_where_somebody_watches_operators(backend: tuple[str, str]) -> None:
     critic, (x, _) = critics((12,), 2), batch(9)
-    assert isinstance(extend.regression(critic.layers(), x), Regression)
+    way = BlockedRegression if backend == ("native", "native") else Regression
+    assert isinstance(extend.regression(critic.layers(), x), way)
     with _Counts():
         assert extend.regression(critic.layers(), x) is None
     with pwm_fast.precision("bf16"):

@@ -78,9 +78,11 @@ void run_parts(int64_t threads, int64_t units,
 
 void* allocate(int64_t bytes) {
   void* memory = nullptr;
-  if (posix_memalign(&memory, 64, std::max<size_t>(size_t(bytes), 1)) != 0) throw std::bad_alloc();
+  if (posix_memalign(&memory, 64, std::max<size_t>(size_t(bytes), 1)) != 0) throw_bad_alloc();
   return memory;
 }
+
+void throw_bad_alloc() { throw std::bad_alloc(); }
 
 void release(void* memory) noexcept { free(memory); }
 

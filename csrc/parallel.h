@@ -20,8 +20,9 @@ void run_parts(int64_t threads, int64_t units,
                void (*part)(void* context, int64_t thread, int64_t begin, int64_t end),
                void* context);
 
-// Memory aligned to 64 bytes; throws std::bad_alloc, so not inside run_parts.
+// Memory aligned to 64 bytes; throws std::bad_alloc, which must not leave a part of run_parts.
 void* allocate(int64_t bytes);
+[[noreturn]] void throw_bad_alloc();
 void release(void* memory) noexcept;
 
 }  // namespace pwm_fast

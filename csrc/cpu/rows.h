@@ -70,15 +70,26 @@ class Memory {
 };
 using Floats = Memory<float>;
 
-// body(thread, begin, end) for the parts of [0, units).
+// body(thread, begin, end) for the parts of [0, units). Where a part lacks memory, std::bad_alloc is
+// thrown after the last one: an exception that left a thread of OpenMP's would end the program.
 template <class Body>
 void in_parallel(int64_t threads, int64_t units, Body body) {
+  struct Context {
+    Body& body;
+    bool failed;
+  } shared = {body, false};
   run_parts(
       threads, units,
       [](void* context, int64_t thread, int64_t begin, int64_t end) {
-        (*static_cast<Body*>(context))(thread, begin, end);
+        Context& own = *static_cast<Context*>(context);
+        try {
+          own.body(thread, begin, end);
+        } catch (...) {
+          __atomic_store_n(&own.failed, true, __ATOMIC_RELAXED);
+        }
       },
-      &body);
+      &shared);
+  if (shared.failed) throw_bad_alloc();
 }
 
 PWM_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

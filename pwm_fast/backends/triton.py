@@ -39,6 +39,7 @@ class TritonKernels:
     wgrad_16bit = True
     cast_at_once = True
     persistent = True
+    row_program = None
 
     cast = staticmethod(axpby.cast)
     scaled_rows = staticmethod(axpby.scaled_rows)

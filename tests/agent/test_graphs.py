@@ -17,6 +17,13 @@ from tests.agent.agents import AGENTS, changed, make_agent, make_obs, make_windo
 from tests.agent.no_sync import HostSyncError
 from tests.agent.recorder import make_captured
 
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Critics go through autograd, as where there are CUDA graphs; a CPU alone has another way."""
+    monkeypatch.setattr("pwm_fast.ops.extend.regression", lambda layers, x: None)
+
+
 UPDATES = 10  # two are plain, one is poisoned, and four come after it
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

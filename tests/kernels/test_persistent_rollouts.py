@@ -156,7 +156,7 @@ def test_no_macro_steps(wgrad: bool, launches: list[str]) -> None:
 _HIDDEN = LayerSpec("norm_act", "mish", True, True, 8, 1e-5, 510)
 _HEAD = LayerSpec("norm_act", "none", True, False, 8, 1e-5)
 _SPEC = DynamicsSpec((_HIDDEN, _HIDDEN, _HEAD), "heun", 4, True)
-_SIZES = Sizes(128, 512, 512)
+_SIZES = Sizes(128, 512, 512, 512)
 
 
 def _reasons(
@@ -173,7 +173,8 @@ def test_every_way_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_rollout, "_limits", lambda index: (132, 227 * 1024))
     monkeypatch.setattr(fused_rollout, "_tuned", lambda index: None)
     found = _reasons()
-    assert list(found) == ["cluster", "persistent", "layers"]
+    assert list(found) == ["cluster", "persistent", "blocks", "layers"]
+    assert "backend native" in str(found["blocks"])
     assert "not built" in str(found["cluster"])
     assert found["persistent"] is None and found["layers"] is None
     for match, changed in (
@@ -182,10 +183,10 @@ def test_every_way_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         ("two hidden layers", {"spec": replace(_SPEC, layers=(_HIDDEN, _HEAD))}),
         ("Mish", {"spec": replace(_SPEC, layers=(replace(_HIDDEN, act="none"), _HIDDEN, _HEAD))}),
         ("centred", {"spec": replace(_SPEC, layers=(replace(_HIDDEN, width=0),) * 2 + (_HEAD,))}),
-        ("same multiple", {"sizes": Sizes(128, 512, 256)}),
-        ("multiple of 64", {"sizes": Sizes(128, 510, 510)}),
+        ("same multiple", {"sizes": Sizes(128, 512, 256, 512)}),
+        ("multiple of 64", {"sizes": Sizes(128, 510, 510, 512)}),
         ("tensor cores", {"kernels": TritonKernels(EXACT)}),
-        ("multiprocessors", {"sizes": Sizes(16384, 512, 512)}),
+        ("multiprocessors", {"sizes": Sizes(16384, 512, 512, 512)}),
     ):
         found = _reasons(**changed)  # type: ignore[arg-type]
         assert match in str(found["persistent"]), match

@@ -27,7 +27,7 @@ def test_the_readme_example() -> None:
 def test_examples(capsys: pytest.CaptureFixture) -> None:
     text = PAGE.read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict[str, object] = {"__name__": "docs"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", AccelerationWarning)

@@ -228,17 +228,11 @@ def _unchanged(stack: nn.Module, watched: Watched) -> bool:
             return False
         if not path:  # the stack itself: its own hooks run in any case
             return True
-    if (
-        type(module) is not kind
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or _FORWARDS.get(kind) is not kind.forward
-    ):
-        return False
     checked: Any = module
+    if type(module) is not kind or hooked(checked) or "forward" in own:
+        return False
+    if _FORWARDS.get(kind) is not kind.forward:
+        return False
     if norm and (checked.weight is None or checked.bias is None):
         return False
     return not dropout or bool(checked.p == 0.0)

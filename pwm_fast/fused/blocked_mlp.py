@@ -86,29 +86,28 @@ def _layers(b: Builder, name: str, specs: Specs, shape: _Shape) -> list[LayerSlo
     ]
 
 
+def _declared(
+    b: Builder, specs: Specs, shape: _Shape, save: bool, wgrad: bool, together: bool
+) -> tuple[list[Operand], list[int], Stack]:
+    """Declare inputs, parameters and what is kept: inputs, the first weight's pieces, layers."""
+    inputs = [Operand(b.rows(f"inputs[{i}]", k)) for i, k in enumerate(shape.inputs)]
+    pieces = _pieces(b, "weight", shape)
+    sizes = shape.widths, _layers(b, "layer", specs, shape), shape.planes
+    stack = Stack(b, specs, *sizes, save=save, wgrad=wgrad, together=together)
+    return inputs, pieces, stack
+
+
 @lru_cache(maxsize=PROGRAMS)
 def _mlp_forward(
     make: Any, specs: Specs, shape: _Shape, save: bool, wgrad: bool, together: bool = False
 ) -> Any:
     b = Builder(make)
-    inputs = [Operand(b.rows(f"inputs[{i}]", k)) for i, k in enumerate(shape.inputs)]
-    pieces = _pieces(b, "weight", shape)
-    layers = _layers(b, "layer", specs, shape)
-    stack = Stack(
-        b,
-        specs,
-        shape.widths,
-        layers,
-        shape.planes,
-        save=save,
-        wgrad=wgrad,
-        together=together,
-    )
+    inputs, pieces, stack = _declared(b, specs, shape, save, wgrad, together)
     y = b.rows("y", shape.widths[-1], shape.planes)
     for member in range(shape.planes):
         out = Operand(y, member)
         h = stack.first(member, out)
-        start = at_member(layers[0], member).bias if specs[0].plain else None
+        start = at_member(stack.layers[0], member).bias if specs[0].plain else None
         for x, piece in zip(inputs, pieces, strict=True):
             start = b.gemm(h, x, Operand(piece, member), start)
         stack.forward(member, h, out, member=member)
@@ -147,19 +146,7 @@ def _mlp_backward(
 ) -> Any:
     b = Builder(make)
     dy = b.rows("dy", shape.widths[-1], shape.planes)
-    inputs = [Operand(b.rows(f"inputs[{i}]", k)) for i, k in enumerate(shape.inputs)]
-    pieces = _pieces(b, "weight", shape)
-    layers = _layers(b, "layer", specs, shape)
-    stack = Stack(
-        b,
-        specs,
-        shape.widths,
-        layers,
-        shape.planes,
-        save=True,
-        wgrad=wgrad,
-        together=together,
-    )
+    inputs, pieces, stack = _declared(b, specs, shape, True, wgrad, together)
     dinputs = [
         Operand(b.rows(f"gradient of inputs[{i}]", k)) if need else None
         for i, (k, need) in enumerate(zip(shape.inputs, needs, strict=True))
@@ -194,10 +181,13 @@ def mlp_backward(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
         for x, need in zip(inputs, needs, strict=True)
     ]
-    grads: list[Tensor | None] = [None for p in params for x in p if x is not None]
-    if wgrad:
-        tensors = [x for p in params for x in p if x is not None]
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    contiguous = torch.contiguous_format
+    grads: list[Tensor | None] = [
+        torch.empty_like(x, memory_format=contiguous) if wgrad else None
+        for p in params
+        for x in p
+        if x is not None
+    ]
     first, *rest = layer_tensors(params)
     _mlp_backward(kernels.row_program, specs, shape, wgrad, tuple(needs)).run(
         [

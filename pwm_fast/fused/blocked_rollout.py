@@ -51,7 +51,7 @@ class _Macro:
         self, b: Builder, spec: DynamicsSpec, sizes: _Sizes, *, save: bool, wgrad: bool
     ) -> None:
         self.b, self.spec, self.sizes = b, spec, sizes
-        self.save, self.wgrad = save, wgrad
+        self.wgrad = wgrad
         self.w_z = Operand(b.weight("w_z", sizes.hidden, sizes.latent))
         flow = spec.method != "map"
         self.w_tau = Operand(b.shared("w_tau", sizes.hidden)) if flow else None
@@ -126,12 +126,9 @@ class _Macro:
         self, t: int, e: int, x: Operand, c: Operand, out: Operand | None = None
     ) -> Operand:
         """The MLP of the latent ``x``."""
-        n, start = t * self.stages + e, None
-        options: dict[str, Any] = {"add": c, "tau": self.spec.stages[e], "w_tau": self.w_tau}
-        if self.spec.layers[0].plain:
-            raise AssertionError("a rollout's first layer has a norm")
-        h = self.b.gemm(self.stack.first(n, out), x, self.w_z, start)
-        return self.stack.forward(n, h, out, **options)
+        n, tau = t * self.stages + e, self.spec.stages[e]
+        h = self.b.gemm(self.stack.first(n, out), x, self.w_z)
+        return self.stack.forward(n, h, out, add=c, tau=tau, w_tau=self.w_tau)
 
     def _keep(self, n: int, x: Operand) -> Operand:
         """What evaluation ``n`` starts from, kept where weight gradients need it."""

@@ -203,9 +203,9 @@ def _run_members(
 ) -> Tensor:
     falling = not isinstance(which, Tensor) and len(which) > 1 and _evenly(which[::-1])
     if not falling:
-        return _run(inputs, [_members_of(p, which) for p in layers], order, backend)
+        return _run(inputs, [members_of(p, which) for p in layers], order, backend)
     # No stride goes backwards: the rising numbers, and the result turned round.
-    chosen = [_members_of(p, which[::-1]) for p in layers]
+    chosen = [members_of(p, which[::-1]) for p in layers]
     chosen = [
         p._replace(dropout=p.dropout.flip(0)) if isinstance(p.dropout, Tensor) else p
         for p in chosen
@@ -231,7 +231,7 @@ def _numbers(members: Sequence[int] | Tensor, count: int) -> Sequence[int] | Ten
     return members
 
 
-def _members_of(layer: Layer, which: Sequence[int] | Tensor) -> Layer:
+def members_of(layer: Layer, which: Sequence[int] | Tensor) -> Layer:
     """Some members of an ensemble's layer, without copies where a stride reaches them."""
 
     def chosen(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeGuard
 
@@ -22,7 +22,7 @@ from pwm_fast.ops.imagine import (
     roll_out,
     squashed,
 )
-from pwm_fast.ops.mlp import mlp
+from pwm_fast.ops.mlp import members_of, mlp
 from pwm_fast.ops.returns import discounted, discounted_return
 from pwm_fast.ops.rollout import check_rows, latent_rollout
 from pwm_fast.ops.types import ORDERS, Heads, Layer, Order, Policy
@@ -356,29 +356,20 @@ class _Scores(NamedTuple):
             mu = mlp((z,), self.policy.layers, order="act_norm", backend=self.backend)
             a = squashed(mu, self.policy.std, eps.flatten(0, 1)).to(z.dtype)
             inputs = (z, a) if self.task is None else (z, self.task, a)
-        net = values.layers
-        if members is not None and _is_stacked(net):
-            net = [_with_tensors(layer, lambda x: x.index_select(0, members)) for layer in net]
-        found = in_dtype_of(z, _outputs(inputs, net, values.order, self.backend))
+        net, order = values.layers, values.order
+        if _is_stacked(net):
+            if members is not None:  # mlp would look at numbers that are not on a GPU
+                net = [members_of(layer, members) for layer in net]
+            y = mlp(inputs, net, order=order, backend=self.backend)
+        else:
+            stacks: Sequence[Sequence[Layer]] = net  # type: ignore[assignment]
+            y = torch.stack([mlp(inputs, x, order=order, backend=self.backend) for x in stacks])
+        found = in_dtype_of(z, y)
         value = decoded(found, values.vmin, values.vmax, values.symlog, self.backend)
         with full_precision(value):
             value = at_least_fp32(value)
             value = value.amin(0) if values.reduce == "min" else value.mean(0)
             return (values.scale * value).to(found.dtype)
-
-
-def _outputs(inputs: Sequence[Tensor], net: Ensemble, order: Order, backend: str | None) -> Tensor:
-    """Outputs ``[E, rows, n]`` of an ensemble."""
-    if _is_stacked(net):
-        if order == "act_norm":
-            return mlp(inputs, net, order=order, backend=backend)
-        members: Sequence[Sequence[Layer]] = [
-            [_with_tensors(layer, lambda x, i=i: x[i]) for layer in net]  # type: ignore[misc]
-            for i in range(net[0].weight.shape[0])
-        ]
-    else:
-        members = net  # type: ignore[assignment]
-    return torch.stack([mlp(inputs, layers, order=order, backend=backend) for layers in members])
 
 
 def _is_stacked(net: Ensemble) -> TypeGuard[Sequence[Layer]]:
@@ -398,12 +389,6 @@ def _stacked(net: Ensemble) -> Sequence[Layer]:
 
 def _stack(xs: Sequence[Tensor | None]) -> Any:
     return None if xs[0] is None else torch.stack([x for x in xs if x is not None])
-
-
-def _with_tensors(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
-    fields = ((name, getattr(layer, name)) for name in TENSORS)
-    tensors: dict[str, Any] = {name: change(x) for name, x in fields if x is not None}
-    return layer._replace(**tensors)
 
 
 def _elites(actions: Tensor, value: Tensor, o: MPPI) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.backends.native import why_missing
 from pwm_fast.ops import Layer
-from pwm_fast.ops.mlp import _members_of
+from pwm_fast.ops.mlp import members_of
 from tests.helpers import random_layer, tensors_of, with_tensors
 
 E, B = 5, 6
@@ -114,7 +114,7 @@ def test_members_at_even_distances_are_not_copied() -> None:
     for numbers in ([1, 4], [0, 2, 4], [3]):
         for whole in ensemble(torch.float32):
             for a, b in zip(
-                tensors_of(_members_of(whole, numbers)), tensors_of(whole), strict=True
+                tensors_of(members_of(whole, numbers)), tensors_of(whole), strict=True
             ):
                 assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
                 assert torch.equal(a, b[numbers])

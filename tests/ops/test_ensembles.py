@@ -113,9 +113,7 @@ def test_members_at_even_distances_are_not_copied() -> None:
     """Two of an ensemble, as TD-MPC2 takes them, are a view of its tensors."""
     for numbers in ([1, 4], [0, 2, 4], [3]):
         for whole in ensemble(torch.float32):
-            for a, b in zip(
-                tensors_of(members_of(whole, numbers)), tensors_of(whole), strict=True
-            ):
+            for a, b in zip(tensors_of(members_of(whole, numbers)), tensors_of(whole), strict=True):
                 assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
                 assert torch.equal(a, b[numbers])
 

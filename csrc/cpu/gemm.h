@@ -20,14 +20,22 @@ constexpr int64_t longest = 64;
 constexpr int64_t panels(int64_t n) { return (n + tile_cols - 1) / tile_cols; }
 constexpr int64_t packed_floats(int64_t n, int64_t k) { return panels(n) * tile_cols * k; }
 
-// c[M, tile_cols] = from + a[M, k] b[k, tile_cols]; `from` null: 0.
-template <int M>
+// Brings a tile's row into the first cache, to be read or written.
+template <bool written>
+PWM_FAST_INLINE void fetch(const float* p) {
+  for (int i = 0; i < tile_cols; i += 16) __builtin_prefetch(p + i, written, 3);
+}
+
+// c[M, tile_cols] = from + a[M, k] b[k, tile_cols]; `from` null: 0. Where `ahead`, what follows b in
+// memory is fetched, as much as b.
+template <int M, bool ahead>
 void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, const float* from,
           int64_t from_stride, float* c, int64_t ldc) {
   vf left[M], right[M];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) left[i] = right[i] = vf{};
   for (int64_t j = 0; j < k; ++j, b += ldb) {
+    if constexpr (ahead) fetch<false>(b + k * ldb);
     const vf b_left = load(b), b_right = load(b + W);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
@@ -81,7 +89,12 @@ using GradTile = void (*)(const float*, int64_t, const float*, int64_t, int64_t,
 #else
 #define PWM_FAST_TILES(f) {nullptr, f<1>, f<2>, f<3>, f<4>, f<5>, f<6>}
 #endif
-constexpr Tile tiles[tile_rows + 1] = PWM_FAST_TILES(tile);
+template <int M>
+constexpr Tile plain_tile = tile<M, false>;
+template <int M>
+constexpr Tile fetching_tile = tile<M, true>;
+constexpr Tile tiles[tile_rows + 1] = PWM_FAST_TILES(plain_tile);
+constexpr Tile fetching_tiles[tile_rows + 1] = PWM_FAST_TILES(fetching_tile);
 constexpr GradTile grad_tiles[tile_rows + 1] = PWM_FAST_TILES(grad_tile);
 #undef PWM_FAST_TILES
 
@@ -157,33 +170,36 @@ void pack_cols(const float* w, int64_t stride, int64_t n, int64_t k, float* pack
 
 // c[rows, n] = from + a[rows, k] packed, where `packed` holds panels of n columns. `from` is null
 // for 0, one row (from_stride 0) for all, or c itself.
+//
+// A panel goes through all of k before the next, so that c stays in the first cache, and `packed` is
+// read once, from beginning to end: the first rows that need a part of it fetch the next part.
 void gemm(const float* a, int64_t lda, const float* packed, int64_t rows, int64_t n, int64_t k,
           const float* from, int64_t from_stride, float* c, int64_t ldc) {
-  for (int64_t start = 0; start == 0 || start < k; start += longest) {
-    const int64_t run = smaller(longest, k - start);
-    if (start > 0) {
-      from = c;
-      from_stride = ldc;
-    }
-    for (int64_t first = 0; first < n; first += tile_cols) {
+  for (int64_t first = 0; first < n; first += tile_cols) {
+    const int64_t cols = smaller(tile_cols, n - first);
+    for (int64_t start = 0; start == 0 || start < k; start += longest) {
+      const int64_t run = smaller(longest, k - start);
       const float* b = packed + first * k + start * tile_cols;
-      const int64_t cols = smaller(tile_cols, n - first);
+      const float* before = start > 0 ? c : from;
+      const int64_t stride = start > 0 ? ldc : from_stride;
+      const bool more = first + cols < n || start + run < k;
       each_tile(rows, [&](int64_t r, int64_t count) PWM_FAST_INLINE_LAMBDA {
         const float* a_rows = a + r * lda + start;
-        const float* own = from == nullptr ? nullptr : from + r * from_stride + first;
+        const float* own = before == nullptr ? nullptr : before + r * stride + first;
         float* out = c + r * ldc + first;
+        const Tile multiply = (more && r == 0 ? fetching_tiles : tiles)[count];
         if (cols == tile_cols) {
-          tiles[count](a_rows, lda, b, tile_cols, run, own, from_stride, out, ldc);
+          multiply(a_rows, lda, b, tile_cols, run, own, stride, out, ldc);
           return;
         }
         // Nothing past the end of a row is read or written.
         float part[tile_rows * tile_cols] = {};
         if (own != nullptr) {
           for (int64_t i = 0; i < count; ++i) {
-            for (int64_t j = 0; j < cols; ++j) part[i * tile_cols + j] = own[i * from_stride + j];
+            for (int64_t j = 0; j < cols; ++j) part[i * tile_cols + j] = own[i * stride + j];
           }
         }
-        tiles[count](a_rows, lda, b, tile_cols, run, part, tile_cols, part, tile_cols);
+        multiply(a_rows, lda, b, tile_cols, run, part, tile_cols, part, tile_cols);
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t j = 0; j < cols; ++j) out[i * ldc + j] = part[i * tile_cols + j];
         }
@@ -280,15 +296,25 @@ void dgrad_few(const float* dy, int64_t ldy, const float* w, int64_t ldw, int64_
   }
 }
 
-constexpr int64_t most_grad_rows = 64;
+constexpr int64_t most_grad_rows = 96;
 
-// dw[n, panels(k) tile_cols] += dy[rows, n]^T x[rows, k], for at most most_grad_rows rows; dw has
-// rows of whole panels, whose columns past k get zeros added.
+// Where the sum of a weight's gradients [n, k] lies, of whole panels of its columns (those past k get
+// zeros added): as rows, or one panel after another, whose tiles follow one another in memory.
+struct GradPlace {
+  float* data;
+  int64_t row_stride, panel_stride;
+};
+PWM_FAST_INLINE GradPlace as_rows(float* data, int64_t k) { return {data, k, tile_cols}; }
+PWM_FAST_INLINE GradPlace as_panels(float* data, int64_t n) {
+  return {data, tile_cols, n * tile_cols};
+}
+
+// dw[n, k] += dy[rows, n]^T x[rows, k], for at most most_grad_rows rows.
 void weight_grad(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t rows,
-                 int64_t n, int64_t k, float* dw) {
-  const int64_t ldw = panels(k) * tile_cols;
+                 int64_t n, int64_t k, GradPlace dw) {
   float part[most_grad_rows * tile_cols];
-  for (int64_t first = 0; first < k; first += tile_cols) {
+  const int64_t runs = (rows + longest - 1) / longest;
+  for (int64_t first = 0; first < k; first += tile_cols, dw.data += dw.panel_stride) {
     const int64_t cols = smaller(tile_cols, k - first);
     const float* x_panel = x + first;
     int64_t stride = ldx;
@@ -302,7 +328,14 @@ void weight_grad(const float* dy, int64_t ldy, const float* x, int64_t ldx, int6
       stride = tile_cols;
     }
     each_tile(n, [&](int64_t i, int64_t count) PWM_FAST_INLINE_LAMBDA {
-      grad_tiles[count](dy + i, ldy, x_panel, stride, rows, dw + i * ldw + first, ldw);
+      float* const own = dw.data + i * dw.row_stride;
+      const int64_t next = smaller(count, n - i - count);
+      for (int64_t j = 0; j < next; ++j) fetch<true>(own + (count + j) * dw.row_stride);
+      for (int64_t run = 0; run < runs; ++run) {
+        const int64_t r = rows * run / runs;
+        grad_tiles[count](dy + r * ldy + i, ldy, x_panel + r * stride, stride,
+                          rows * (run + 1) / runs - r, own, dw.row_stride);
+      }
     });
   }
 }

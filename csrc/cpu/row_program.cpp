@@ -10,17 +10,30 @@ namespace {
 // to gradients are in groups, each with totals of its own, which are added up in their order: sums
 // depend on the rows alone, not on the threads.
 struct Division {
-  static constexpr int64_t most = 48, few = 24, most_groups = 8;
-  int64_t rows, blocks, groups;
+  // Wide weights do not stay in a core's caches: more rows take more of what was fetched of them.
+  static constexpr int64_t narrow = 256, most_narrow = 48, most_wide = 96;
+  static_assert(most_wide <= most_grad_rows && most_narrow <= most_grad_rows);
+  static constexpr int64_t few = 24, most_groups = 8;
+  int64_t rows, most, blocks, groups;
 
-  Division(int64_t rows_, bool sums) : rows(rows_) {
+  Division(int64_t rows_, int64_t widest, bool sums)
+      : rows(rows_), most(widest > narrow ? most_wide : most_narrow) {
     blocks = (rows + most - 1) / most;
     if (rows > few) blocks += blocks % 2;
     groups = sums ? smaller(blocks, most_groups) : blocks;
   }
   int64_t first(int64_t group) const { return blocks * group / groups; }
   int64_t begin(int64_t block) const { return rows * block / blocks; }
+  int64_t longest_block() const { return blocks > 0 ? (rows + blocks - 1) / blocks : 0; }
 };
+
+int64_t widest_of(const RowProgram& p) {
+  int64_t widest = 0;
+  for (int64_t i = 0; i < p.slot_count; ++i) {
+    if (p.slots[i].cols > widest) widest = p.slots[i].cols;
+  }
+  return widest;
+}
 
 constexpr int64_t scratch_stride(int64_t cols) {
   // Not a power of two, whose rows would share few places in the caches.
@@ -31,9 +44,10 @@ constexpr int64_t scratch_stride(int64_t cols) {
 // Where what all steps need lies: packed weights, and the totals of each group.
 class Layout {
  public:
-  Layout(const RowProgram& p, int64_t groups) : program_(p), groups_(groups) {
+  Layout(const RowProgram& p, const Division& division) : program_(p), groups_(division.groups) {
     for (int64_t i = 0; i < p.slot_count; ++i) {
-      if (p.slots[i].kind == slot_scratch) scratch_ += Division::most * scratch_stride(p.slots[i].cols);
+      if (p.slots[i].kind != slot_scratch) continue;
+      scratch_ += division.longest_block() * scratch_stride(p.slots[i].cols);
     }
     for (int64_t i = 0; i < p.pack_count && p.rows > few_rows; ++i) packed_ += floats_of(p.packs[i]);
     for (int64_t i = 0; i < p.total_count; ++i) totals_ += floats_of(p.totals[i]);
@@ -68,11 +82,29 @@ Place weight_of(const RowProgram& p, const Pack& pack) {
   return {place.data + pack.weight.plane * p.slots[pack.weight.slot].n * place.stride, place.stride};
 }
 
+// Packs a weight; a wide one takes a while.
+void pack(const RowProgram& p, const Pack& pack, float* to, int64_t threads) {
+  const Slot& slot = p.slots[pack.weight.slot];
+  const Place from = weight_of(p, pack);
+  const int64_t out = pack.by_cols ? slot.cols : slot.n, in = pack.by_cols ? slot.n : slot.cols;
+  const int64_t useful = useful_threads(threads, panels(out), panels(out) * tile_cols * in / 4);
+  in_parallel(useful, panels(out), [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t first = begin * tile_cols, count = smaller(out, end * tile_cols) - first;
+    float* const part = to + first * in;
+    if (count <= 0) return;
+    if (pack.by_cols) {
+      pack_cols(from.data + first, from.stride, in, count, part);
+    } else {
+      pack_rows(from.data + first * from.stride, from.stride, count, in, part);
+    }
+  });
+}
+
 // The pointers of one thread, and the block that it is at.
 class Executor {
  public:
   Executor(const RowProgram& p, const int64_t* scratch_at, float* scratch,
-           const float* const* packs, float* const* totals)
+           const float* const* packs, const GradPlace* totals)
       : p_(p), scratch_at_(scratch_at), scratch_(scratch), packs_(packs), totals_(totals) {}
 
   void run(int64_t begin, int64_t end) {
@@ -107,7 +139,7 @@ class Executor {
   }
   View total(int64_t index, int64_t n) const {
     if (index < 0) return {"", nullptr, 0, 0, 0, fp64, false};
-    return {"", totals_[index], 1, n, n, fp64, true};
+    return {"", totals_[index].data, 1, n, n, fp64, true};
   }
 
   void step(const Instruction& at) const {
@@ -182,7 +214,7 @@ class Executor {
 
   void sum_columns(const Instruction& at) const {
     const View x = view(at.operand[0]), y = view(at.operand[1]);
-    double* const sums = reinterpret_cast<double*>(totals_[at.number[0]]);
+    double* const sums = reinterpret_cast<double*>(totals_[at.number[0]].data);
     each_vector<1>(x.cols, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
       vf total = {};
       for (int64_t r = 0; r < rows_; ++r) {
@@ -238,13 +270,13 @@ class Executor {
   const int64_t* scratch_at_;
   float* scratch_;
   const float* const* packs_;
-  float* const* totals_;
+  const GradPlace* totals_;
   int64_t begin_ = 0, rows_ = 0;
 };
 
 // The totals of all groups, in their order, into the gradient.
 void write_total(const RowProgram& p, const Total& total, const float* first, int64_t groups,
-                 int64_t apart) {
+                 int64_t apart, int64_t threads) {
   const Place& place = p.places[total.out.slot];
   if (total.k == 0) {
     float* const out = place.data + total.out.plane * place.stride;
@@ -257,22 +289,33 @@ void write_total(const RowProgram& p, const Total& total, const float* first, in
     }
     return;
   }
-  const int64_t stride = panels(total.k) * tile_cols;
-  for (int64_t r = 0; r < total.n; ++r) {
-    float* const out = place.data + (total.out.plane * total.n + r) * place.stride;
-    each_vector<2>(total.k, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
-      vf value = {};
-      for (int64_t g = 0; g < groups; ++g) value += load(first + g * apart + r * stride + i);
-      store_row(kind, out, i, total.k, value);
-    });
-  }
+  // Panels of the weight's columns, one after another.
+  const int64_t panel_floats = total.n * tile_cols;
+  const int64_t count = panels(total.k);
+  const int64_t useful = useful_threads(threads, count, groups * count * panel_floats);
+  in_parallel(useful, count, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t column = panel * tile_cols;
+      const int64_t cols = smaller(tile_cols, total.k - column);
+      const float* from = first + panel * panel_floats;
+      for (int64_t r = 0; r < total.n; ++r, from += tile_cols) {
+        float* const out =
+            place.data + (total.out.plane * total.n + r) * place.stride + column;
+        each_vector<2>(cols, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
+          vf value = {};
+          for (int64_t g = 0; g < groups; ++g) value += load(from + g * apart + i);
+          store_row(kind, out, i, cols, value);
+        });
+      }
+    }
+  });
 }
 
 }  // namespace
 
 void row_program(const RowProgram& p) {
-  const Division division(p.rows, p.total_count > 0);
-  const Layout layout(p, division.groups);
+  const Division division(p.rows, widest_of(p), p.total_count > 0);
+  const Layout layout(p, division);
   const int64_t threads = useful_threads(p.threads, division.groups, p.rows * p.work);
 
   const Memory<int64_t> scratch_at(p.slot_count);
@@ -280,23 +323,19 @@ void row_program(const RowProgram& p) {
   for (int64_t i = 0; i < p.slot_count; ++i) {
     if (p.slots[i].kind != slot_scratch) continue;
     *scratch_at.at(i) = at;
-    at += Division::most * scratch_stride(p.slots[i].cols);
+    at += division.longest_block() * scratch_stride(p.slots[i].cols);
   }
   const Floats scratch(threads * layout.scratch()), packed(layout.packed());
   const Floats sums(division.groups * layout.totals());
   const Memory<const float*> packs(p.pack_count);
-  const Memory<float*> totals(division.groups * p.total_count);
+  const Memory<GradPlace> totals(division.groups * p.total_count);
   at = 0;
   for (int64_t i = 0; i < p.pack_count && p.rows > 0; ++i) {
-    const Pack& pack = p.packs[i];
-    const Slot& slot = p.slots[pack.weight.slot];
-    const Place weight = weight_of(p, pack);
-    *packs.at(i) = weight.data;
+    *packs.at(i) = weight_of(p, p.packs[i]).data;
     if (p.rows <= few_rows) continue;
-    (pack.by_cols ? pack_cols : pack_rows)(weight.data, weight.stride, slot.n, slot.cols,
-                                           packed.at(at));
+    pack(p, p.packs[i], packed.at(at), threads);
     *packs.at(i) = packed.at(at);
-    at += layout.floats_of(pack);
+    at += layout.floats_of(p.packs[i]);
   }
   at = 0;
   for (int64_t i = 0; i < p.total_count; ++i) {
@@ -304,13 +343,14 @@ void row_program(const RowProgram& p) {
     if (layout.in_place(total)) {
       float* const out = p.places[total.out.slot].data + total.out.plane * total.n * total.k;
       __builtin_memset(out, 0, uint64_t(total.n * total.k) * sizeof(float));
-      *totals.at(i) = out;
+      *totals.at(i) = as_rows(out, total.k);
       continue;
     }
     for (int64_t g = 0; g < division.groups; ++g) {
-      *totals.at(g * p.total_count + i) = sums.at(g * layout.totals() + at);
+      *totals.at(g * p.total_count + i) =
+          as_panels(sums.at(g * layout.totals() + at), total.n);
     }
-    at += layout.floats_of(p.totals[i]);
+    at += layout.floats_of(total);
   }
 
   in_parallel(threads, division.groups, [&](int64_t thread, int64_t begin, int64_t end) {
@@ -330,7 +370,7 @@ void row_program(const RowProgram& p) {
   at = 0;
   for (int64_t i = 0; i < p.total_count; ++i) {
     if (layout.in_place(p.totals[i])) continue;
-    write_total(p, p.totals[i], sums.at(at), division.groups, layout.totals());
+    write_total(p, p.totals[i], sums.at(at), division.groups, layout.totals(), threads);
     at += layout.floats_of(p.totals[i]);
   }
 }

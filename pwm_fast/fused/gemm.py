@@ -17,7 +17,7 @@ from pwm_fast.fused import weight_cache
 
 VARIABLE = "PWM_FAST_GEMM"
 CHOICES = ("auto", "torch", "onednn", "native")
-_WIDEST = 256  # layer whose GEMMs are native ones
+_WIDEST = 512  # layer whose GEMMs are native ones
 _CHUNK = 128  # longest sum of a prepacked GEMM
 _PREPACKED_ROWS, _PREPACKED_WORK = 16, 3 * 2**19  # least rows and multiply-adds of one
 _SMALL = 2**17  # numbers that a CPU rounds sooner than it finds that their copy is still right
@@ -52,6 +52,16 @@ def _choice() -> str:
     return choice
 
 
+@lru_cache(maxsize=1)
+def _intel() -> bool:
+    """Whether this is a CPU of Intel's, as far as Linux tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return any("GenuineIntel" in line for line in file)
+    except OSError:
+        return False
+
+
 def native_widths() -> float:
     """The widest layer whose fp32 GEMMs are our own (:mod:`pwm_fast.fused.row_program`).
 
@@ -67,9 +77,10 @@ def native_widths() -> float:
 def prepacks(weight: Tensor, rows: int | None = None) -> bool:
     """Whether fp32 GEMMs with ``weight`` run on oneDNN with a prepacked copy.
 
-    ``PWM_FAST_GEMM`` says ``torch``, ``onednn``, or ``auto``: oneDNN on CPUs with AVX-512, where it
-    was measured at twice the speed of torch's own GEMMs (docs/performance.md); not on AVX2, nor for
-    GEMMs so small that the call takes longer than they.
+    ``PWM_FAST_GEMM`` says ``torch``, ``onednn``, or ``auto``: oneDNN on AMD's CPUs with AVX-512,
+    which MKL does not use there, so that oneDNN is twice as fast as torch's own GEMMs
+    (docs/performance.md). It is not on Intel's, nor on AVX2, nor for GEMMs so small that the call
+    takes longer than they.
 
     Args:
         weight: of the GEMMs.
@@ -84,7 +95,7 @@ def prepacks(weight: Tensor, rows: int | None = None) -> bool:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return False
     if choice == "auto":
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or _intel():
             return False
         few = rows is not None and rows < _PREPACKED_ROWS
         if few or (rows is not None and rows * weight.numel() < _PREPACKED_WORK):

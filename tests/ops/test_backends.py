@@ -97,12 +97,18 @@ def test_prepacked_products(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
         )
 
 
-@pytest.mark.parametrize(("capability", "expected"), [("AVX512", True), ("AVX2", False)])
-def test_products_by_cpu(capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "intel", "expected"),
+    [("AVX512", False, True), ("AVX512", True, False), ("AVX2", False, False)],
+)
+def test_products_by_cpu(
+    capability: str, intel: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not gemm._onednn_works():
         pytest.skip("this torch has no oneDNN Linear with prepacked weights")
     monkeypatch.delenv(gemm.VARIABLE, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(gemm, "_intel", lambda: intel)
     assert gemm.prepacks(torch.zeros(2, 2)) is expected
     assert not gemm.prepacks(torch.zeros(2, 2, dtype=torch.float64))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from pwm_fast import ops
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
-from pwm_fast.ops.extend import at_least_fp32, discounted
+from pwm_fast.ops import WindowLoss
+from pwm_fast.ops.extend import at_least_fp32, discounted, window_gradients
 
 
 class WeightedLoss(NamedTuple):
@@ -79,13 +80,67 @@ def weighted_loss(
         target_grad=config.target_grad,
         task=model.task_input(task, obs[0]),
     )
-    reward_loss = loss.reward / action.shape[0] if config.mean_reward_loss else loss.reward
-    total = discounted(config.dynamics_coef, loss.dynamics)
-    total = total + discounted(config.reward_coef, reward_loss)
+    return _weighted(loss, config, action.shape[0])
+
+
+def weighted_gradients(
+    model: LatentModel,
+    obs: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    config: ModelLearningConfig,
+    *,
+    gamma: float,
+) -> tuple[WeightedLoss, dict[int, Tensor], str] | None:
+    """:func:`weighted_loss` of a single-task model and its gradients, where one function has both.
+
+    Returns:
+        The losses, the gradients of the total by the parameters' ids, and the precision of the
+        GEMMs; None where autograd is to be taken (:func:`pwm_fast.ops.extend.window_gradients`).
+    """
+    tau = None
+    if config.tau_sampling == "midpoint":
+        tau = torch.full(action.shape[:2], 0.5, dtype=obs.dtype, device=obs.device)
+    encoder, dynamics, heads = model.encoder_layers(), model.dynamics(), model.heads()
+    horizon = action.shape[0]
+    shares = 1.0 / horizon if config.mean_reward_loss else 1.0
+    found = window_gradients(
+        obs,
+        action,
+        reward,
+        encoder=encoder,
+        dynamics=dynamics,
+        heads=heads,
+        weights=(config.dynamics_coef, config.reward_coef * shares, config.termination_coef),
+        gamma=gamma,
+        terminated=terminated,
+        tau=tau,
+        start=config.flow_start,  # type: ignore[arg-type]
+        start_noise=config.start_noise,
+        target_grad=config.target_grad,
+    )
+    if found is None:
+        return None
+    nets = (encoder, dynamics.net, heads.reward, heads.termination or ())
+    tensors = (x for net in nets for layer in net for x in layer[:4] if x is not None)
+    grads = {id(p): g for p, g in zip(tensors, found.grads, strict=True)}
+    return _weighted(found.loss, config, horizon, found.total), grads, found.precision
+
+
+def _weighted(
+    loss: WindowLoss, config: ModelLearningConfig, horizon: int, total: Tensor | None = None
+) -> WeightedLoss:
+    """The parts' weighted sum, unless it is given, and what is logged."""
+    reward_loss = loss.reward / horizon if config.mean_reward_loss else loss.reward
     parts = {"dynamics": loss.dynamics.detach(), "reward": reward_loss.detach()}
     if loss.termination is not None:
-        total = total + discounted(config.termination_coef, loss.termination)
         parts["termination"] = loss.termination.detach()
+    if total is None:
+        total = discounted(config.dynamics_coef, loss.dynamics)
+        total = total + discounted(config.reward_coef, reward_loss)
+        if loss.termination is not None:
+            total = total + discounted(config.termination_coef, loss.termination)
     with torch.no_grad():
         latent_std = at_least_fp32(loss.target).flatten(0, 1).std(0, correction=0).mean()
     metrics = {"wm_loss": total.detach(), **{f"{name}_loss": x for name, x in parts.items()}}

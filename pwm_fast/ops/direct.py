@@ -49,7 +49,8 @@ class _Known(NamedTuple):
 _KNOWN: dict[Any, _Known] = {}
 
 
-def _environment() -> tuple[Any, ...]:
+def environment() -> tuple[Any, ...]:
+    """What of the environment the choice of a backend depends on."""
     if isinstance(_ENVIRONMENT, dict):
         return tuple(map(_ENVIRONMENT.get, _KEYS))
     return tuple(map(os.environ.get, _VARIABLES))
@@ -64,7 +65,7 @@ def _key(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order, rows: 
     return (
         order,
         rows > row_program.FEW,
-        _environment(),
+        environment(),
         scopes.in_force("backend"),
         scopes.in_force("precision"),
         scopes.in_force("algebra"),

@@ -7,7 +7,7 @@ Dynamics of your own (:class:`pwm_fast.ops.Dynamics`) need :class:`Transitions`,
 A training loop may set the :func:`precision` of GEMMs, note with :func:`precisions_used`
 which ones ran, keep packed weights between updates (:func:`keeping`), and record CUDA graphs
 (:func:`capturing`). :func:`regression` gives loss and gradients of value functions without
-autograd. :func:`discounted_return`, :func:`discounted`, :func:`squashed`,
+autograd, :func:`window_gradients` those of a world model. :func:`discounted_return`, :func:`discounted`, :func:`squashed`,
 :func:`full_precision` and :func:`at_least_fp32` are formulas that losses and policies share with
 the operations.
 """
@@ -33,6 +33,7 @@ from pwm_fast.ops.mlp import RunNet
 from pwm_fast.ops.regression import RegressionStep, regression
 from pwm_fast.ops.returns import discounted, discounted_return
 from pwm_fast.ops.types import FusedStep
+from pwm_fast.ops.window_gradients import WindowGradients, window_gradients
 
 __all__ = [
     "PRECISIONS",
@@ -40,6 +41,7 @@ __all__ = [
     "RegressionStep",
     "RunNet",
     "Transitions",
+    "WindowGradients",
     "at_least_fp32",
     "capturing",
     "check_net",
@@ -54,6 +56,7 @@ __all__ = [
     "requested",
     "squared_error",
     "squashed",
+    "window_gradients",
 ]
 
 

@@ -94,7 +94,7 @@ def world_model_loss(
 
     Source: PWM (arXiv 2407.02466), equation 3; Liu et al. 2022 (arXiv 2209.03003), equation 1.
     """
-    horizon = _check(obs, action, reward, gamma, start, start_noise)
+    horizon = check_windows(obs, action, reward, gamma, start, start_noise)
     if heads.termination is not None and terminated is None:
         raise ValueError("terminated is needed to train the termination head, got None")
 
@@ -171,7 +171,7 @@ def world_model_loss(
         return WindowLoss(average(error), average(reward_error), termination, target)
 
 
-def _check(
+def check_windows(
     obs: Tensor, action: Tensor, reward: Tensor, gamma: float, start: Start, start_noise: float
 ) -> int:
     """Horizon of a window, after a look at what no other operation checks."""

@@ -1,0 +1,356 @@
+"""The world-model loss of windows and its gradients, without an autograd graph.
+
+The passes are those of :func:`pwm_fast.ops.world_model_loss`, called one after another: programs of
+MLPs and rollouts (:mod:`pwm_fast.fused.row_program`) and the cross-entropy's kernels, with the
+arithmetic between them in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pwm_fast.backends.base import Kernels
+from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec, split_params
+from pwm_fast.fused import row_program
+from pwm_fast.fused.blocked_mlp import Ready, Specs
+from pwm_fast.fused.dynamics import DynamicsWeights, dynamics_weights
+from pwm_fast.fused.rollout import rollout_backward, rollout_forward, takes_blocks
+
+_LINEAR = LayerSpec("norm_act", "none", True, False, 8, 1e-5)
+
+
+class Net(NamedTuple):
+    """An MLP: what its layers do, and their tensors in the order of an op's flat list."""
+
+    specs: Specs
+    tensors: list[Tensor]
+
+    @property
+    def layers(self) -> list[LayerParams]:
+        """The tensors, a layer each."""
+        return split_params(self.specs, self.tensors)
+
+
+class WindowNets(NamedTuple):
+    """The networks of a world model.
+
+    Attributes:
+        encoder: takes an observation.
+        dynamics: takes ``[z, a]``, of a flow ``[z, a, tau]``.
+        reward: takes ``[z, a]``; logits of a two-hot code, or the reward alone.
+        termination: takes ``[z, a]``, or None.
+    """
+
+    encoder: Net
+    dynamics: Net
+    reward: Net
+    termination: Net | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, network after network."""
+        return [x for net in self if net is not None for x in net.tensors]
+
+
+class WindowOptions(NamedTuple):
+    """What a loss depends on beside tensors.
+
+    Attributes:
+        spec: encoded specification of the rollouts, not folded.
+        teacher: paths of a flow start at encoded observations, and nothing is rolled out.
+        target_grad: the gradient reaches latents through a flow's target too.
+        start_noise: standard deviation of noise on a path's start.
+        gamma: discount of later steps, above 0.
+        vmin: first centre of a two-hot reward head.
+        vmax: last centre.
+        symlog: the centres are in symlog space.
+        weights: of the dynamics', the reward's and the termination's loss in the total.
+    """
+
+    dynamics: DynamicsSpec
+    spec: str
+    teacher: bool
+    target_grad: bool
+    start_noise: float
+    gamma: float
+    vmin: float
+    vmax: float
+    symlog: bool
+    weights: tuple[float, float, float]
+
+
+class WindowSizes(NamedTuple):
+    """H steps of B windows, of O, A and D numbers."""
+
+    horizon: int
+    batch: int
+    obs: int
+    action: int
+    latent: int
+
+
+class WindowResult(NamedTuple):
+    """Scalars, the encoded successors ``[H, B, D]``, and a gradient for each tensor."""
+
+    dynamics: Tensor
+    reward: Tensor
+    termination: Tensor | None
+    target: Tensor
+    total: Tensor
+    grads: list[Tensor]
+
+
+def _split_first(
+    weight: Tensor, sizes: WindowSizes, flow: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The columns of the first weight that latent, action and flow time meet."""
+    z, a, *tau = weight.split([sizes.latent, sizes.action, *([1] if flow else [])], 1)
+    return z, a, tau[0].squeeze(1).contiguous() if tau else None
+
+
+def _rollout_weights(
+    nets: WindowNets, options: WindowOptions, sizes: WindowSizes
+) -> tuple[DynamicsWeights, Tensor]:
+    """The dynamics' tensors as a rollout takes them, and the part for the actions."""
+    first, specs = nets.dynamics.tensors[0], options.dynamics
+    w_z, w_a, w_tau = _split_first(first, sizes, specs.method != "map")
+    params = nets.dynamics.tensors[1 + specs.layers[0].bias :]
+    return dynamics_weights(specs, w_z, w_tau, params), w_a
+
+
+def covers(
+    kernels: Kernels, nets: WindowNets, options: WindowOptions, sizes: WindowSizes
+) -> bool:
+    """Whether :class:`WindowGradients` takes these: all of it runs block of rows by block."""
+    rows = sizes.horizon * sizes.batch
+    for net in nets:
+        if net is None:
+            continue
+        weights = [p.weight for p in net.layers]
+        if not row_program.runs(kernels, weights, net.specs, rows):
+            return False
+        if not row_program.runs(kernels, weights, net.specs, sizes.batch):
+            return False
+    weights, _ = _rollout_weights(nets, options, sizes)
+    return options.dynamics.layers[0].bias and takes_blocks(
+        kernels, options.dynamics, weights, sizes.batch
+    )
+
+
+class WindowGradients:
+    """Loss and gradients of windows of these sizes; parameters are read anew in every call.
+
+    Args:
+        kernels: that have row programs.
+        rows_kernels: of the cross-entropy.
+        nets: networks of the sizes that will be given (see :func:`covers`).
+        options: what the loss depends on.
+        sizes: of the windows.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        rows_kernels: Kernels,
+        nets: WindowNets,
+        options: WindowOptions,
+        sizes: WindowSizes,
+    ) -> None:
+        self._kernels, self._rows_kernels = kernels, rows_kernels
+        self._options, self._sizes = options, sizes
+        self._flow = options.dynamics.method != "map"
+        pair = (sizes.latent, sizes.action)
+
+        def ready(net: Net | None, inputs: Sequence[int]) -> Ready | None:
+            return None if net is None else Ready(kernels, inputs, net.specs, net.layers)
+
+        self._encoder = Ready(kernels, (sizes.obs,), nets.encoder.specs, nets.encoder.layers)
+        self._velocity = ready(nets.dynamics, (*pair, 1)) if self._flow else None
+        self._reward = Ready(kernels, pair, nets.reward.specs, nets.reward.layers)
+        self._termination = ready(nets.termination, pair)
+        self._scalar_reward = nets.reward.layers[-1].weight.shape[0] == 1
+        first = nets.dynamics.layers[0]
+        _, w_a = _rollout_weights(nets, options, sizes)
+        self._hoisted = Ready(
+            kernels, (sizes.action,), (_LINEAR,), [LayerParams(w_a, first.bias, None, None)]
+        )
+        horizon = sizes.horizon
+        self._discount = options.gamma ** torch.arange(horizon, dtype=torch.float32)
+        self._share = (self._discount / (horizon * sizes.batch)).unsqueeze(1)
+
+    def _average(self, each: Tensor) -> Tensor:
+        """The discounted mean of errors ``[H, B]``."""
+        return (self._discount * each.mean(1)).sum() / self._sizes.horizon
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        nets: WindowNets,
+        obs: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        terminated: Tensor | None,
+        tau: Tensor | None,
+    ) -> WindowResult:
+        """The loss of ``obs [H+1, B, O]``, ``action [H, B, A]``, ``reward`` and flags ``[H, B]``.
+
+        ``tau [H, B]`` is drawn if it is None.
+        """
+        options, sizes = self._options, self._sizes
+        rows, (horizon, batch) = sizes.horizon * sizes.batch, sizes[:2]
+        shape = (horizon, batch, sizes.latent)
+        encoder = nets.encoder.tensors
+        actions = action.reshape(rows, sizes.action)
+        target = self._encode(nets, obs[1:])[0].view(shape)
+
+        # Latents: of the rollout, or encoded ones.
+        roll = not (self._flow and options.teacher)
+        latents = c_kept = None
+        if roll:
+            started, z0, kept = self._start(nets, obs[0])
+            steps = horizon - 1 if self._flow else horizon  # no loss needs the last one of a flow
+            weights, w_a = _rollout_weights(nets, options, sizes)
+            hoisted = [w_a, nets.dynamics.tensors[1]]
+            moved = actions[: steps * batch]
+            c, c_kept = self._hoisted.forward([moved], hoisted, len(moved), True, True)
+            params = nets.dynamics.tensors[2:]
+            given = (weights.w_z, weights.w_tau, params)
+            latents, saved = rollout_forward(
+                self._kernels, z0, c.view(steps, batch, -1), *given, options.spec, True, True
+            )
+            z = latents[:horizon]
+        else:
+            started, encoded, kept = self._start(nets, obs[:-1].flatten(0, 1))
+            z = encoded.view(shape)
+
+        # The dynamics' error, and what it asks of latents and velocity.
+        share = options.weights[0] * 2.0 / sizes.latent * self._share
+        velocity_grads: list[Tensor] | None = None
+        following_grad = None
+        if self._velocity is None:
+            assert latents is not None
+            error = latents[1:] - target
+            following_grad = error * share.unsqueeze(-1)
+            dz = torch.zeros_like(latents[:1]).expand(shape)
+        else:
+            if tau is None:
+                tau = torch.rand(horizon, batch)
+            origin = z
+            if options.start_noise:
+                origin = torch.add(z, torch.randn_like(z), alpha=options.start_noise)
+            time = tau.reshape(horizon, batch, 1)
+            start = 1.0 - time
+            path = (start * origin).add_(time * target).view(rows, -1)
+            inputs = [path, actions, time.reshape(rows, 1)]
+            params = nets.dynamics.tensors
+            v, v_kept = self._velocity.forward(inputs, params, rows, True, True)
+            error = v.view(shape).add_(origin).sub_(target)
+            dv = error * share.unsqueeze(-1)
+            needs = (True, False, False)
+            (dpath, *_), found = self._velocity.backward(
+                dv.view(rows, -1), inputs, params, _tensor(v_kept), needs, True
+            )
+            velocity_grads = [_tensor(g) for g in found]
+            dz = _tensor(dpath).view(shape).mul_(start)
+            if options.target_grad:
+                dz = dz.add_(dv)
+        dynamics_loss = self._average(error.square().mean(-1))
+
+        # The heads.
+        pair = [z.reshape(rows, sizes.latent), actions]
+        logits, r_kept = self._reward.forward(pair, nets.reward.tensors, rows, True, True)
+        reward_each, dlogits = self._reward_error(logits, reward.reshape(rows))
+        reward_loss = self._average(reward_each.view(horizon, batch))
+        given_back, reward_grads = self._reward.backward(
+            dlogits, pair, nets.reward.tensors, _tensor(r_kept), (True, False), True
+        )
+        dz = dz + _tensor(given_back[0]).view(shape)
+        total = options.weights[0] * dynamics_loss + options.weights[1] * reward_loss
+        termination_loss, termination_grads = None, []
+        if self._termination is not None and nets.termination is not None:
+            assert terminated is not None
+            net = nets.termination.tensors
+            ending, t_kept = self._termination.forward(pair, net, rows, True, True)
+            flags = terminated.reshape(rows, 1)
+            each = F.binary_cross_entropy_with_logits(ending, flags, reduction="none")
+            termination_loss = self._average(each.view(horizon, batch))
+            dending = torch.sigmoid(ending).sub_(flags).view(horizon, batch)
+            dending = (dending * (options.weights[2] * self._share)).view(rows, 1)
+            given_back, termination_grads = self._termination.backward(
+                dending, pair, net, _tensor(t_kept), (True, False), True
+            )
+            dz = dz.add_(_tensor(given_back[0]).view(shape))
+            total = total + options.weights[2] * termination_loss
+
+        # Back through the rollout, and the encoder.
+        if latents is not None:
+            dlatents = dz
+            if following_grad is not None:
+                dlatents = torch.zeros_like(latents)
+                dlatents[:horizon] = dz
+                dlatents[1:] += following_grad
+            weights, w_a = _rollout_weights(nets, options, sizes)
+            given = (weights.w_z, weights.w_tau, nets.dynamics.tensors[2:])
+            dz0, dc, dw_z, dw_tau, dparams = rollout_backward(
+                self._kernels, dlatents, z0, *given, saved, options.spec, True
+            )
+            hoisted = [w_a, nets.dynamics.tensors[1]]
+            _, (dw_a, dbias) = self._hoisted.backward(
+                dc.flatten(0, 1), [moved], hoisted, _tensor(c_kept), (False,), True
+            )
+            pieces = [_tensor(dw_z), _tensor(dw_a)]
+            if dw_tau is not None:
+                pieces.append(dw_tau.unsqueeze(1))
+            dynamics_grads = [torch.cat(pieces, 1), _tensor(dbias), *map(_tensor, dparams)]
+            if velocity_grads is not None:
+                torch._foreach_add_(dynamics_grads, velocity_grads)
+        else:
+            dz0 = dz.reshape(rows, sizes.latent)
+            assert velocity_grads is not None
+            dynamics_grads = velocity_grads
+        _, encoder_grads = self._encoder.backward(
+            dz0, [started], encoder, kept, (False,), True
+        )
+        own = (encoder_grads, dynamics_grads, reward_grads, termination_grads)
+        return WindowResult(
+            dynamics_loss,
+            reward_loss,
+            termination_loss,
+            target,
+            total,
+            [_tensor(g) for each in own for g in each],
+        )
+
+    def _encode(self, nets: WindowNets, obs: Tensor) -> tuple[Tensor, Tensor | None]:
+        rows = obs.reshape(-1, obs.shape[-1])
+        return self._encoder.forward([rows], nets.encoder.tensors, len(rows), False, False)
+
+    def _start(self, nets: WindowNets, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoded ``obs [R, O]``, and what its backward pass needs."""
+        rows = obs.contiguous()
+        z, kept = self._encoder.forward([rows], nets.encoder.tensors, len(rows), True, True)
+        return rows, z, _tensor(kept)
+
+    def _reward_error(self, logits: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
+        """The error of each row, and the gradient of the weighted loss towards the logits."""
+        options, batch = self._options, self._sizes.batch
+        share = (options.weights[1] * self._share).expand(-1, batch).reshape(-1)
+        if self._scalar_reward:
+            error = logits.squeeze(1) - reward
+            return error.square(), (2.0 * error * share).unsqueeze(1)
+        each, lse = torch.empty_like(reward), torch.empty_like(reward)
+        k, span = self._rows_kernels, (options.vmin, options.vmax, options.symlog)
+        k.two_hot_ce_fwd(logits, reward, each, lse, *span)
+        dlogits = torch.empty_like(logits)
+        k.two_hot_ce_bwd(share, logits, reward, lse, dlogits, *span)
+        return each, dlogits
+
+
+def _tensor(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x

@@ -8,7 +8,7 @@ arithmetic between them in PyTorch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,9 +123,7 @@ def _rollout_weights(
     return dynamics_weights(specs, w_z, w_tau, params), w_a
 
 
-def covers(
-    kernels: Kernels, nets: WindowNets, options: WindowOptions, sizes: WindowSizes
-) -> bool:
+def covers(kernels: Kernels, nets: WindowNets, options: WindowOptions, sizes: WindowSizes) -> bool:
     """Whether :class:`WindowGradients` takes these: all of it runs block of rows by block."""
     rows = sizes.horizon * sizes.batch
     for net in nets:
@@ -136,10 +134,9 @@ def covers(
             return False
         if not row_program.runs(kernels, weights, net.specs, sizes.batch):
             return False
-    weights, _ = _rollout_weights(nets, options, sizes)
-    return options.dynamics.layers[0].bias and takes_blocks(
-        kernels, options.dynamics, weights, sizes.batch
-    )
+    rollout, _ = _rollout_weights(nets, options, sizes)
+    first = options.dynamics.layers[0]
+    return first.bias and takes_blocks(kernels, options.dynamics, rollout, sizes.batch)
 
 
 class WindowGradients:
@@ -156,7 +153,7 @@ class WindowGradients:
     def __init__(
         self,
         kernels: Kernels,
-        rows_kernels: Kernels,
+        rows_kernels: Any,
         nets: WindowNets,
         options: WindowOptions,
         sizes: WindowSizes,
@@ -179,9 +176,12 @@ class WindowGradients:
         self._hoisted = Ready(
             kernels, (sizes.action,), (_LINEAR,), [LayerParams(w_a, first.bias, None, None)]
         )
-        horizon = sizes.horizon
-        self._discount = options.gamma ** torch.arange(horizon, dtype=torch.float32)
-        self._share = (self._discount / (horizon * sizes.batch)).unsqueeze(1)
+        # What an error weighs in the total, rounded once: all rows of a step have it in common.
+        discount = options.gamma ** torch.arange(sizes.horizon, dtype=torch.float64)
+        each = (discount / (sizes.horizon * sizes.batch)).unsqueeze(1)
+        self._discount = discount.float()
+        self._shares = [(weight * each).float() for weight in options.weights]
+        self._dynamics_share = (options.weights[0] * 2.0 / sizes.latent * each).float()
 
     def _average(self, each: Tensor) -> Tensor:
         """The discounted mean of errors ``[H, B]``."""
@@ -208,12 +208,11 @@ class WindowGradients:
         actions = action.reshape(rows, sizes.action)
         target = self._encode(nets, obs[1:])[0].view(shape)
 
-        # Latents: of the rollout, or encoded ones.
-        roll = not (self._flow and options.teacher)
+        # Latents: of the rollout, or encoded ones. No loss needs the last one of a flow.
+        steps = horizon - 1 if self._flow else horizon
         latents = c_kept = None
-        if roll:
+        if steps and not (self._flow and options.teacher):
             started, z0, kept = self._start(nets, obs[0])
-            steps = horizon - 1 if self._flow else horizon  # no loss needs the last one of a flow
             weights, w_a = _rollout_weights(nets, options, sizes)
             hoisted = [w_a, nets.dynamics.tensors[1]]
             moved = actions[: steps * batch]
@@ -229,7 +228,7 @@ class WindowGradients:
             z = encoded.view(shape)
 
         # The dynamics' error, and what it asks of latents and velocity.
-        share = options.weights[0] * 2.0 / sizes.latent * self._share
+        share = self._dynamics_share
         velocity_grads: list[Tensor] | None = None
         following_grad = None
         if self._velocity is None:
@@ -271,7 +270,8 @@ class WindowGradients:
         )
         dz = dz + _tensor(given_back[0]).view(shape)
         total = options.weights[0] * dynamics_loss + options.weights[1] * reward_loss
-        termination_loss, termination_grads = None, []
+        termination_loss: Tensor | None = None
+        termination_grads: list[Tensor | None] = []
         if self._termination is not None and nets.termination is not None:
             assert terminated is not None
             net = nets.termination.tensors
@@ -280,7 +280,7 @@ class WindowGradients:
             each = F.binary_cross_entropy_with_logits(ending, flags, reduction="none")
             termination_loss = self._average(each.view(horizon, batch))
             dending = torch.sigmoid(ending).sub_(flags).view(horizon, batch)
-            dending = (dending * (options.weights[2] * self._share)).view(rows, 1)
+            dending = dending.mul_(self._shares[2]).view(rows, 1)
             given_back, termination_grads = self._termination.backward(
                 dending, pair, net, _tensor(t_kept), (True, False), True
             )
@@ -313,9 +313,7 @@ class WindowGradients:
             dz0 = dz.reshape(rows, sizes.latent)
             assert velocity_grads is not None
             dynamics_grads = velocity_grads
-        _, encoder_grads = self._encoder.backward(
-            dz0, [started], encoder, kept, (False,), True
-        )
+        _, encoder_grads = self._encoder.backward(dz0, [started], encoder, kept, (False,), True)
         own = (encoder_grads, dynamics_grads, reward_grads, termination_grads)
         return WindowResult(
             dynamics_loss,
@@ -339,7 +337,7 @@ class WindowGradients:
     def _reward_error(self, logits: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
         """The error of each row, and the gradient of the weighted loss towards the logits."""
         options, batch = self._options, self._sizes.batch
-        share = (options.weights[1] * self._share).expand(-1, batch).reshape(-1)
+        share = self._shares[1].repeat(1, batch).view(-1)
         if self._scalar_reward:
             error = logits.squeeze(1) - reward
             return error.square(), (2.0 * error * share).unsqueeze(1)

@@ -7,9 +7,9 @@ Dynamics of your own (:class:`pwm_fast.ops.Dynamics`) need :class:`Transitions`,
 A training loop may set the :func:`precision` of GEMMs, note with :func:`precisions_used`
 which ones ran, keep packed weights between updates (:func:`keeping`), and record CUDA graphs
 (:func:`capturing`). :func:`regression` gives loss and gradients of value functions without
-autograd, :func:`window_gradients` those of a world model. :func:`discounted_return`, :func:`discounted`, :func:`squashed`,
-:func:`full_precision` and :func:`at_least_fp32` are formulas that losses and policies share with
-the operations.
+autograd, :func:`window_gradients` those of a world model. :func:`discounted_return`,
+:func:`discounted`, :func:`squashed`, :func:`full_precision` and :func:`at_least_fp32` are formulas
+that losses and policies share with the operations.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def window_gradients(
     given = [x for x in (obs, action, reward, terminated, tau) if x is not None]
     if not _plain(given, params):
         return None
-    options = (weights, gamma, start, start_noise, target_grad, heads[1:4], dynamics[1:])
+    own = tuple(dynamics)[1:]  # type: ignore[arg-type]  both are named tuples
+    options = (weights, gamma, start, start_noise, target_grad, heads[1:4], own)
     key = (
         options,
         environment(),
@@ -128,16 +129,15 @@ def window_gradients(
             raise ValueError("terminated is needed to train the termination head, got None")
         if len(_KNOWN) >= _LIMIT:
             _KNOWN.clear()
-        known = _KNOWN[key] = _make(
-            obs, action, terminated, tau, nets, dynamics, heads, options
-        )
+        known = _KNOWN[key] = _make(obs, action, terminated, tau, nets, dynamics, heads, options)
     if known is None:
         return None
     tensors = [None if net is None else flat(net) for net in nets]
     made = WindowNets(
         *(None if t is None else Net(s, t) for s, t in zip(known.specs, tensors, strict=True))  # type: ignore[arg-type]
     )
-    found = known.run(made, obs, action.contiguous(), reward, terminated, tau)
+    dense = (None if x is None else x.contiguous() for x in (obs, action, reward, terminated, tau))
+    found = known.run(made, *dense)  # type: ignore[arg-type]
     loss = WindowLoss(found.dynamics, found.reward, found.termination, found.target)
     return WindowGradients(loss, found.total, found.grads, known.precision)
 

@@ -50,6 +50,7 @@ def select_device(name: str) -> torch.device:
 
 
 THREAD_SHARE = 8_000_000  # multiply-adds of a product that are worth another thread
+ROWS_SHARE = 64  # rows of a row program that are
 
 
 def set_threads(
@@ -81,11 +82,11 @@ def set_threads(
 
 
 def useful_threads(alg: AlgConfig) -> int:
-    """How many CPU threads the largest product within a rollout has work for."""
+    """How many CPU threads the largest product within a rollout, or its rows, have work for."""
     widths = [alg.world_model.latent_dim, *alg.world_model.units, alg.world_model.latent_dim]
     rows = max(alg.model_learning.batch_size, alg.actor.batch_size)
     work = rows * max(n * k for n, k in itertools.pairwise(widths))
-    return max(work // THREAD_SHARE, 1)
+    return max(work // THREAD_SHARE, rows // ROWS_SHARE, 1)
 
 
 def seed_everything(seed: int, purpose: Purpose = Purpose.AGENT) -> None:

@@ -82,7 +82,7 @@ def alg(name: str) -> AlgConfig:
     return compose(f"alg={name}").alg
 
 
-@pytest.mark.parametrize(("name", "expected"), [("pwm_tiny_flow", 1), ("pwm_5M_flow", 8)])
+@pytest.mark.parametrize(("name", "expected"), [("pwm_tiny_flow", 2), ("pwm_5M_flow", 8)])
 def test_as_many_as_have_work(name: str, expected: int, threads: int, chosen: list[int]) -> None:
     build.set_threads(None, alg(name), torch.device("cpu"))
     assert chosen == [expected]

@@ -1,0 +1,352 @@
+"""Loss and gradients of a world model without autograd: as right as autograd's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pwm_fast import ops
+from pwm_fast.agent import PWM
+from pwm_fast.backends import native, select
+from pwm_fast.config import compose
+from pwm_fast.ops import extend
+from pwm_fast.ops.coverage import layer_tensors
+from tests.agent.agents import make_windows
+from tests.helpers import assert_2x, random_layer, tensors_of, with_tensors
+
+pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason="no native kernels")
+
+OBS, A, D, BINS = 5, 2, 24, 13
+
+
+class Nets(NamedTuple):
+    encoder: Sequence[ops.Layer]
+    net: Sequence[ops.Layer]
+    reward: Sequence[ops.Layer]
+    termination: Sequence[ops.Layer] | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for net in self if net is not None for x in layer_tensors(net)]
+
+    def to(self, dtype: torch.dtype) -> Nets:
+        return self.map(lambda x: x.detach().to(dtype).requires_grad_())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Nets:
+        def layers(net: Sequence[ops.Layer] | None) -> Any:
+            if net is None:
+                return None
+            return [with_tensors(p, [change(x) for x in tensors_of(p)]) for p in net]
+
+        return Nets(*(layers(net) for net in self))
+
+
+class Case(NamedTuple):
+    kind: str = "heun"
+    substeps: int = 2
+    start: str = "rollout"
+    start_noise: float = 0.0
+    target_grad: bool = True
+    termination: bool = True
+    bins: int = BINS
+    horizon: int = 5
+    batch: int = 7
+    units: tuple[int, ...] = (33, 29)
+    draws_tau: bool = False
+    simnorm: bool = False
+
+    @property
+    def flow(self) -> bool:
+        return self.kind != "map"
+
+    def nets(self, seed: int = 0) -> Nets:
+        g = torch.Generator().manual_seed(seed)
+
+        def stack(inputs: int, outputs: int, last: str) -> list[ops.Layer]:
+            widths = [inputs, *self.units]
+            hidden = [
+                random_layer(a, b, "mish", generator=g) for a, b in itertools.pairwise(widths)
+            ]
+            if last == "simnorm":
+                return [*hidden, random_layer(widths[-1], outputs, "simnorm", generator=g)]
+            return [*hidden, random_layer(widths[-1], outputs, norm=False, generator=g)]
+
+        pair = D + A
+        return Nets(
+            stack(OBS, D, "simnorm"),
+            stack(pair + self.flow, D, "simnorm" if self.simnorm else "linear"),
+            stack(pair, self.bins, "linear"),
+            stack(pair, 1, "linear") if self.termination else None,
+        )
+
+    def data(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+        g = torch.Generator().manual_seed(seed + 100)
+        steps = (self.horizon, self.batch)
+        tau = torch.rand(*steps, generator=g) if self.flow and not self.draws_tau else None
+        found = {
+            "obs": torch.randn(self.horizon + 1, self.batch, OBS, generator=g),
+            "action": torch.rand(*steps, A, generator=g) * 2 - 1,
+            "reward": 3.0 * torch.randn(*steps, generator=g),
+            "terminated": (torch.rand(*steps, generator=g) < 0.3).float(),
+            "tau": tau,
+        }
+        return {k: None if x is None else x.to(dtype) for k, x in found.items()}
+
+    def options(self, nets: Nets) -> dict[str, Any]:
+        dynamics: ops.Dynamics = ops.LatentMLP(nets.net)
+        if self.flow:
+            dynamics = ops.Flow(nets.net, self.substeps, self.kind)  # type: ignore[arg-type]
+        return {
+            "encoder": nets.encoder,
+            "dynamics": dynamics,
+            "heads": ops.Heads(nets.reward, -5.0, 5.0, termination=nets.termination),
+            "gamma": 0.9,
+            "start": self.start,
+            "start_noise": self.start_noise,
+            "target_grad": self.target_grad,
+        }
+
+
+WEIGHTS = (0.7, 1.3, 0.4)
+CASES = {
+    "heun": Case(),
+    "euler, one evaluation": Case(kind="euler", substeps=1),
+    "map": Case(kind="map", simnorm=True),
+    "teacher": Case(start="teacher"),
+    "teacher with noise": Case(start="teacher", start_noise=0.1),
+    "noise": Case(start_noise=0.1, draws_tau=True),
+    "no gradient through targets": Case(target_grad=False),
+    "no termination": Case(termination=False),
+    "a scalar reward": Case(bins=1),
+    "one step": Case(horizon=1),
+    "one step, map": Case(kind="map", simnorm=True, horizon=1),
+    "one window": Case(batch=1),
+    "several blocks of rows": Case(batch=101, horizon=3),
+    "wide": Case(units=(300,), batch=17),
+}
+Found = tuple[list[Tensor], list[Tensor]]
+
+
+def by_autograd(case: Case, dtype: torch.dtype, seed: int = 0) -> Found:
+    nets = case.nets(seed).to(dtype)
+    torch.manual_seed(3)
+    noise = torch.randn(case.horizon, case.batch, D)  # the same numbers in every dtype
+    options, data = case.options(nets), case.data(dtype, seed)
+    with select.backend("reference"), pytest.MonkeyPatch.context() as patch:
+        if case.draws_tau:
+            torch.manual_seed(3)
+            tau = torch.rand(case.horizon, case.batch)
+            noise = torch.randn(case.horizon, case.batch, D)
+            patch.setattr(torch, "rand", lambda *_, **__: tau.to(dtype))
+        patch.setattr(torch, "randn_like", lambda *_, **__: noise.to(dtype))
+        loss = ops.world_model_loss(**data, **options)
+    parts = [x for x in loss[:3] if x is not None]
+    total = sum(w * x for w, x in zip(WEIGHTS, parts, strict=False))
+    assert isinstance(total, Tensor)
+    grads = torch.autograd.grad(total, nets.tensors)
+    return [*(x.detach() for x in parts), loss.target, total.detach()], list(grads)
+
+
+def directly(case: Case, seed: int = 0, nets: Nets | None = None) -> extend.WindowGradients | None:
+    nets = case.nets(seed).to(torch.float32) if nets is None else nets
+    torch.manual_seed(3)
+    return extend.window_gradients(
+        **case.data(torch.float32, seed), **case.options(nets), weights=WEIGHTS
+    )
+
+
+def listed(found: extend.WindowGradients | None) -> Found:
+    assert found is not None
+    parts = [x for x in found.loss[:3] if x is not None]
+    return [*parts, found.loss.target, found.total], found.grads
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_errs_at_most_twice_as_much(name: str) -> None:
+    case = CASES[name]
+
+    def more(part: int, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for seed in range(1, 17):
+            pair = (by_autograd(case, dtype, seed) for dtype in (torch.float32, torch.float64))
+            plain, truth = (found[part][index] for found in pair)
+            yield plain, truth
+
+    ours = listed(directly(case))
+    plain, truth = by_autograd(case, torch.float32), by_autograd(case, torch.float64)
+    for part in (0, 1):
+        for i, (x, p, t) in enumerate(zip(ours[part], plain[part], truth[part], strict=True)):
+            what = f"{name}: {'gradient' if part else 'result'} {i}"
+            assert_2x(x, p, t, what, more(part, i))
+            assert x.is_contiguous()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(threads: int) -> None:
+    case = CASES["several blocks of rows"]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = listed(directly(case))
+        torch.set_num_threads(threads)
+        shared = listed(directly(case))
+    finally:
+        torch.set_num_threads(before)
+    for mine, other in zip(alone, shared, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def test_parameters_are_read_anew() -> None:
+    case = Case()
+    nets = case.nets().to(torch.float32)
+    first = listed(directly(case, nets=nets))
+    with torch.no_grad():
+        for x in nets.tensors:
+            x.mul_(0.5)
+    fresh = Nets(*nets).map(lambda x: x.detach().clone().requires_grad_())
+    again, other = listed(directly(case, nets=nets)), listed(directly(case, nets=fresh))
+    assert not torch.equal(first[0][-1], again[0][-1])
+    assert all(torch.equal(a, b) for a, b in zip(again[1], other[1], strict=True))
+
+
+def test_what_depends_on_more_than_sizes_is_told_apart() -> None:
+    found = {
+        float(listed(directly(case))[0][-1])
+        for case in (
+            Case(),
+            Case(substeps=3),
+            Case(kind="euler"),
+            Case(start="teacher"),
+            Case(start_noise=0.3),
+        )
+    }
+    assert len(found) == 5
+
+
+def frozen(nets: Nets) -> Nets:
+    nets.tensors[3].requires_grad_(False)
+    return nets
+
+
+def hooked(nets: Nets) -> Nets:
+    nets.tensors[3].register_hook(lambda g: g)
+    return nets
+
+
+def derived(nets: Nets) -> Nets:
+    return nets.map(lambda x: x * 1.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [frozen, hooked, derived, lambda nets: nets.to(torch.float64)],
+    ids=lambda f: f.__name__,
+)
+def test_parameters_that_autograd_is_for(change: Callable[[Nets], Nets]) -> None:
+    case = Case()
+    assert directly(case) is not None  # of the same sizes
+    assert directly(case, nets=change(case.nets().to(torch.float32))) is None
+
+
+def test_settings_that_autograd_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    assert directly(case) is not None
+    for setting in (
+        select.backend("reference"),
+        select.backend("torch"),
+        ops.algebra(hoist=False),
+        ops.algebra(fold=True),
+        torch.no_grad(),
+        torch.autocast("cpu"),
+        FlopCounterMode(display=False),
+        extend.precisions_used(set()),
+    ):
+        with setting:
+            assert directly(case) is None
+    monkeypatch.setenv("PWM_FAST_GEMM", "torch")
+    assert directly(case) is None
+    monkeypatch.delenv("PWM_FAST_GEMM")
+    assert directly(case) is not None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(units=(600,)), Case(kind="map", simnorm=False, units=())],
+    ids=["wide", "no norm in the first layer"],
+)
+def test_networks_that_autograd_is_for(case: Case) -> None:
+    assert directly(case) is None
+
+
+def test_dynamics_of_the_users_own() -> None:
+    class Mine(ops.LatentMLP):
+        """A subclass may compute anything."""
+
+    case, nets = Case(kind="map", simnorm=True), Case(kind="map", simnorm=True).nets()
+    options = case.options(nets.to(torch.float32)) | {"dynamics": Mine(nets.net)}
+    data = case.data(torch.float32)
+    assert extend.window_gradients(**data, **options, weights=WEIGHTS) is None
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0, 1.0), (1.0, 0.0, 1.0)])
+def test_a_weight_of_zero(weights: tuple[float, float, float]) -> None:
+    """Autograd leaves out what is not finite there."""
+    case = Case()
+    options = case.options(case.nets().to(torch.float32))
+    data = case.data(torch.float32)
+    assert extend.window_gradients(**data, **options, weights=weights) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action": torch.zeros(4, 7, A)}, r"obs must be \[5, 7, O\]"),
+        ({"reward": torch.zeros(5, 6)}, r"reward must be \[5, 7\]"),
+        ({"obs": torch.zeros(6, 7, OBS + 1)}, r"encoder\[0\].weight takes 5 inputs, but 6 arrive"),
+        ({"terminated": None}, "terminated is needed to train the termination head"),
+        ({"start": "middle"}, "start must be one of"),
+        ({"start_noise": -1.0}, "start_noise must not be negative"),
+        ({"gamma": 1.5}, r"gamma must lie in \[0, 1\]"),
+    ],
+)
+def test_errors(change: dict[str, Any], message: str) -> None:
+    case = Case()
+    given = case.data(torch.float32) | case.options(case.nets().to(torch.float32)) | change
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            extend.window_gradients(**given, weights=WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["pwm_tiny", "pwm_tiny_flow"])
+def test_an_agents_update_takes_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And changes the parameters as the way through autograd does, but for rounding."""
+    seen = []
+    real = extend.window_gradients
+
+    def noted(*args: Any, **options: Any) -> Any:
+        seen.append(real(*args, **options))
+        return seen[-1]
+
+    config = compose(f"alg={name}").alg
+    after = {}
+    for way in ("direct", "autograd"):
+        monkeypatch.setattr(
+            "pwm_fast.agent.losses.window_gradients",
+            noted if way == "direct" else lambda *_, **__: None,
+        )
+        torch.manual_seed(0)
+        agent = PWM(5, 2, config, can_terminate=True)
+        windows = make_windows()
+        torch.manual_seed(1)
+        metrics = agent.update_world_model(windows)
+        after[way] = ({**metrics}, [p.detach().clone() for p in agent.world_model.parameters()])
+        assert agent._used == {"exact"}
+    assert len(seen) == 1 and seen[0] is not None
+    assert after["direct"][0].keys() == after["autograd"][0].keys()
+    for key, x in after["direct"][0].items():
+        torch.testing.assert_close(x, after["autograd"][0][key], rtol=1e-4, atol=1e-6)

@@ -309,9 +309,18 @@ def _masks(x: Tensor, layers: Sequence[Layer], members: int) -> list[Tensor]:
         shape = members, rows, p.weight.shape[-2]
         mask = p.dropout
         if not isinstance(mask, Tensor):
-            mask = F.dropout(p.weight.new_ones(shape), mask)
+            mask = _drawn(p.weight, shape, mask)
         masks.append(mask.reshape(shape))
     return masks
+
+
+def _drawn(weight: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
+    """What ``F.dropout`` makes of ones, of the same random numbers."""
+    if not weight.is_cpu or not 0.0 < rate < 1.0 or torch.compiler.is_compiling():
+        return F.dropout(weight.new_ones(shape), rate)
+    # In fewer passes. Inside torch.vmap nothing is to be mapped over that randomness="same" draws.
+    like = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    return torch.bernoulli(like, 1.0 - rate).div_(1.0 - rate)
 
 
 def reference_mlp(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Tensor:

@@ -7,6 +7,7 @@ alone: it is made once, and run on the tensors of each call (``csrc/cpu/row_prog
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -389,6 +390,8 @@ class Stack:
 
 #: Rows that are multiplied without packing the weights: ``few_rows`` of ``csrc/cpu/gemm.h``.
 FEW = 8
+#: Numbers in the weights of an ensemble whose members may take turns in every block of rows.
+MEMBERS = 2**20
 
 
 def why_not(kernels: Kernels, specs: Sequence[LayerSpec], widest: int, rows: int) -> str | None:
@@ -414,6 +417,9 @@ def runs(
     if kernels.row_program is None or weights[0].dtype != torch.float32:
         return False
     widest = max(max(w.shape[-2:]) for w in weights)
+    limit = MEMBERS if native_widths() < math.inf else math.inf
+    if weights[0].dim() == 3 and rows > FEW and sum(w.numel() for w in weights) > limit:
+        return False  # with their packs and sums of gradients they leave every cache
     return why_not(kernels, specs, widest, rows) is None and all(w.numel() for w in weights)
 
 

@@ -10,7 +10,7 @@ Random numbers are given, so that all providers compute the same; dropout alone 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 import pwm_fast
-from bench import providers, published
-from bench.cases import Case, Provider, Workload
+from bench import floor, providers, published
+from bench.cases import Case, Make, Provider, Workload
 from bench.gate import Outputs
 from bench.measure import Effort
 from bench.sizes import ACTION, OBS
@@ -32,7 +32,7 @@ from pwm_fast import ops
 PLAN, UPDATE = "TD-MPC2's plan()", "TD-MPC2's _update()"
 VMIN, VMAX, GAMMA = -10.0, 10.0, 0.99
 RHO, CLIP, ENTROPY, TAU, LEARNING_RATE = 0.5, 20.0, 1e-4, 0.01, 3e-4
-PROVIDERS = ("published", "fast", "fast_edit")
+PROVIDERS = ("published", "fast", "fast_edit", "floor")
 
 
 @dataclass(frozen=True)
@@ -424,6 +424,66 @@ class Learner:
         return found
 
 
+# --- their GEMMs, where of the Q functions no more than two are computed that are used -----------
+
+
+class _Stacks(NamedTuple):
+    """Widths of each network's layers."""
+
+    encoder: list[int]
+    dynamics: list[int]
+    reward: list[int]
+    policy: list[int]
+    q: list[int]
+
+
+def _stacks(size: Size) -> _Stacks:
+    pair, hidden = size.latent + ACTION, [size.units, size.units]
+    return _Stacks(
+        [OBS, size.encoder, size.latent],
+        [pair, *hidden, size.latent],
+        [pair, *hidden, size.bins],
+        [size.latent, *hidden, 2 * ACTION],
+        [pair, *hidden, size.bins],
+    )
+
+
+def _times(gemms: Sequence[floor.Gemm], uses: int) -> list[floor.Gemm]:
+    return [p._replace(uses=uses) for p in gemms]
+
+
+def plan_gemms(size: Size) -> list[floor.Gemm]:
+    """Of a plan."""
+    s, o = _stacks(size), size.options
+    prior = _times(floor.stack(o.policy_trajectories, s.policy), o.horizon)
+    prior += _times(floor.stack(o.policy_trajectories, s.dynamics), o.horizon - 1)
+    each = [floor.stack(o.samples, sizes) for sizes in (s.dynamics, s.reward)]
+    steps = [p for part in each for p in _times(part, o.horizon * o.iterations)]
+    ends = _times(floor.stack(o.samples, s.policy), o.iterations)
+    ends += _times(floor.stack(o.samples, s.q), 2 * o.iterations)
+    return [*prior, *steps, *ends]
+
+
+def update_gemms(size: Size) -> list[floor.Gemm]:
+    """Of an update."""
+    s, every = _stacks(size), size.batch * size.horizon
+    targets = [*floor.stack(every, s.encoder), *floor.stack(every, s.policy)]
+    targets += _times(floor.stack(every, s.q), 2)
+    start = floor.stack(size.batch, s.encoder)
+    learned = _times(floor.stack(size.batch, s.dynamics), size.horizon)
+    learned += floor.stack(every, s.reward) + floor.stack(every, s.q, members=size.members)
+    rows = every + size.batch
+    policy, values = floor.stack(rows, s.policy), _times(floor.stack(rows, s.q), 2)
+    return [
+        *targets,
+        *(*start, *learned, *floor.backward([*start[1:], *learned])),
+        *floor.weight_gradients([*start, *learned]),
+        *(*policy, *values, *floor.backward([*policy[1:], *values[1:]])),
+        floor.Gemm(rows, size.units, ACTION, uses=2),
+        *floor.weight_gradients(policy),
+    ]
+
+
 # --- the cases ----------------------------------------------------------------------------------
 
 
@@ -447,6 +507,17 @@ def cases(device: torch.device) -> list[Case]:
             effort=effort,
         ),
     ]
+
+
+def _table(
+    provider: Callable[[str], Provider], gemms: Sequence[floor.Gemm], device: torch.device
+) -> dict[str, Make]:
+    """Providers by name."""
+
+    def bottom() -> Provider:
+        return Provider(floor.floor(gemms, torch.float32, device))
+
+    return {**{n: partial(provider, n) for n in PROVIDERS[:-1]}, "floor": bottom}
 
 
 def _members(count: int, g: torch.Generator, times: int) -> Tensor:
@@ -493,7 +564,8 @@ def build_plan(size: Size, device: torch.device, seed: int = 0) -> Workload:
         return {"value": plan(world, *given(torch.float64), once)[2]}
 
     again = partial(build_plan, size, device, seed + 1)
-    return Workload({n: partial(provider, n) for n in PROVIDERS}, truth, again, device=device)
+    bottom = plan_gemms(size)
+    return Workload(_table(provider, bottom, device), truth, again, device=device)
 
 
 def make_batch(size: Size, seed: int) -> Batch:
@@ -527,4 +599,5 @@ def build_update(size: Size, device: torch.device, seed: int = 0) -> Workload:
         return Learner(world).gradients(given(torch.float64), seed)
 
     again = partial(build_update, size, device, seed + 1)
-    return Workload({n: partial(provider, n) for n in PROVIDERS}, truth, again, device=device)
+    bottom = update_gemms(size)
+    return Workload(_table(provider, bottom, device), truth, again, device=device)

@@ -21,7 +21,7 @@ from pwm_fast.agent import PWM
 CPU = torch.device("cpu")
 SMALL = operations.Size(16, 17, 14)
 PLAN = ops.MPPI(iterations=2, samples=40, elites=5, policy_trajectories=4)
-TDMPC2 = tdmpc2.Size(16, 17, 14, 11, batch=30, options=PLAN)
+TDMPC2 = tdmpc2.Size(16, 17, 14, 11, batch=30, options=PLAN)  # 8 actions
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
@@ -120,6 +120,15 @@ def test_all_of_tdmpc2s_networks_are_accelerated(name: str) -> None:
     expected = tdmpc2.make(TDMPC2, 0, CPU).all_q(z, a)[two]
     torch.testing.assert_close(logits, expected)
     assert isinstance(world, tdmpc2.EditedWorld) == (name == "fast_edit")
+
+
+def test_the_gemms_of_tdmpc2() -> None:
+    """What a plan multiplies, counted from the sizes of its layers."""
+    dynamics = 24 * 17 + 17 * 17 + 17 * 16
+    reward = q = 24 * 17 + 17 * 17 + 17 * 11
+    policy = 16 * 17 + 17 * 17 + 17 * 16
+    rows = 40 * (3 * (dynamics + reward) + policy + 2 * q) * 2 + 4 * (3 * policy + 2 * dynamics)
+    assert sum(p.flops for p in tdmpc2.plan_gemms(TDMPC2)) == 2 * rows
 
 
 def test_tdmpc2s_update_is_a_step_of_everything_that_learns() -> None:

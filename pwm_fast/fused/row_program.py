@@ -416,10 +416,14 @@ def runs(
     """Whether layers of these weights run block by block on ``rows`` rows."""
     if kernels.row_program is None or weights[0].dtype != torch.float32:
         return False
-    widest = max(max(w.shape[-2:]) for w in weights)
-    limit = MEMBERS if native_widths() < math.inf else math.inf
-    if weights[0].dim() == 3 and rows > FEW and sum(w.numel() for w in weights) > limit:
-        return False  # with their packs and sums of gradients they leave every cache
+    widest = max([max(w.shape[-2:]) for w in weights])
+    if rows > FEW:
+        limit = native_widths()
+        if widest > limit:
+            return False
+        members = weights[0].dim() == 3 and limit < math.inf
+        if members and sum(w.numel() for w in weights) > MEMBERS:
+            return False  # with their packs and sums of gradients they leave every cache
     return why_not(kernels, specs, widest, rows) is None and all(w.numel() for w in weights)
 
 

@@ -33,6 +33,7 @@ LABELS = {
     "reference": "pwm_fast, reference backend",
     "algebra": "pwm_fast, torch backend",
     "fast": "pwm_fast fp32",
+    "fast_edit": "pwm_fast fp32, only the Q functions that are used",
     "fast_bf16": "pwm_fast bf16",
     "fast_tf32": "pwm_fast tf32",
     "fast_fp16": "pwm_fast fp16 (fast)",

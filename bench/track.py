@@ -25,7 +25,7 @@ from bench import results
 from bench.results import Group, Result, ResultError, Row, Spread, ratio
 
 THRESHOLD = 0.10
-OURS = ("reference", "algebra", "fast", "fast_bf16", "mujoco_warp")
+OURS = ("reference", "algebra", "fast", "fast_edit", "fast_bf16", "mujoco_warp")
 
 
 class Change(NamedTuple):

@@ -17,6 +17,8 @@ from pwm_fast.fused import weight_cache
 
 VARIABLE = "PWM_FAST_GEMM"
 CHOICES = ("auto", "torch", "onednn", "native")
+_SET: object = getattr(os.environ, "_data", None)
+_KEY = os.environ.encodekey(VARIABLE)
 _WIDEST = 512  # layer whose GEMMs are native ones
 _CHUNK = 128  # longest sum of a prepacked GEMM
 _PREPACKED_ROWS, _PREPACKED_WORK = 16, 3 * 2**19  # least rows and multiply-adds of one
@@ -46,6 +48,8 @@ def _onednn_works() -> bool:
 
 
 def _choice() -> str:
+    if isinstance(_SET, dict) and _KEY not in _SET:  # os.environ decodes what it is asked for
+        return "auto"
     choice = os.environ.get(VARIABLE) or "auto"
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")

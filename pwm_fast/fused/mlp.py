@@ -341,10 +341,11 @@ def mlp_forward(
     if row_program.runs(kernels, [p.weight for p in layers], specs, rows):
         return blocked_mlp.mlp_forward(kernels, inputs, specs, layers, save, wgrad)
     mlp = one_evaluation(kernels, specs, layers, rows, save=save, wgrad=wgrad, masks=masks)
-    first = [layers[0].weight]
-    if not _takes_one(kernels, first[0], inputs):
-        first = columns_of(first[0], inputs)
-    cast_together(kernels, [*first, *(p.weight for p in layers[1:])])
+    if kernels.precision.compute is not None:
+        first = [layers[0].weight]
+        if not _takes_one(kernels, first[0], inputs):
+            first = columns_of(first[0], inputs)
+        cast_together(kernels, [*first, *(p.weight for p in layers[1:])])
     y = mlp.forward(0, _first_gemm(kernels, layers[0].weight, inputs))
     if mlp.saved and y.untyped_storage()._cdata == mlp.saved[-1].untyped_storage()._cdata:
         y = y.clone()  # an operator's outputs must not share memory
@@ -379,6 +380,8 @@ def one_evaluation(
 
 def columns_of(weight: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The columns of the first weight that each input meets."""
+    if len(inputs) == 1:
+        return [weight]
     return list(weight.split([x.shape[-1] for x in inputs], -1))
 
 

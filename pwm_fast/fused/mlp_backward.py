@@ -15,7 +15,13 @@ from pwm_fast.fused import blocked_mlp, row_program
 from pwm_fast.fused.gemm import Gemm
 from pwm_fast.fused.mlp import FusedMLP, columns_of, one_evaluation
 from pwm_fast.fused.weight_cache import one_call
-from pwm_fast.fused.wgrad import grad_to_16bit, takes_16bit, weight_grad, weight_grad_16bit
+from pwm_fast.fused.wgrad import (
+    grad_to_16bit,
+    sum_rows,
+    takes_16bit,
+    weight_grad,
+    weight_grad_16bit,
+)
 
 
 class LayerGrads(NamedTuple):
@@ -206,7 +212,7 @@ class MLPBackward:
         dx.view(mask.shape).mul_(mask)
         if "bias" in self._sums[i] and not spec.plain:  # a plain layer's is summed at the end
             rows = dx.view(mask.shape) if mlp.members else dx
-            torch.sum(rows, -2, dtype=torch.float64, out=self._sums[i]["bias"])
+            sum_rows(rows, self._sums[i]["bias"])
         if dx is not out:
             self.kernels.cast(dx, out, out_scale)
         return out, out_scale
@@ -443,10 +449,9 @@ class MLPBackward:
         if scale is not None:
             dh = dh * scale.unsqueeze(-1)
         if self.mlp.members:
-            dh = dh.view(self.mlp.members, -1, dh.shape[-1])
-            torch.sum(dh, 1, dtype=torch.float64, out=out)
+            sum_rows(dh.view(self.mlp.members, -1, dh.shape[-1]), out)
         else:
-            torch.sum(dh.flatten(0, 1), 0, dtype=torch.float64, out=out)
+            sum_rows(dh.flatten(0, 1), out)
 
 
 def flatten_grads(

@@ -7,6 +7,7 @@ alone: it is made once, and run on the tensors of each call (``csrc/cpu/row_prog
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -389,6 +390,8 @@ class Stack:
 
 #: Rows that are multiplied without packing the weights: ``few_rows`` of ``csrc/cpu/gemm.h``.
 FEW = 8
+#: Numbers in the weights of an ensemble whose members may take turns in every block of rows.
+MEMBERS = 2**20
 
 
 def why_not(kernels: Kernels, specs: Sequence[LayerSpec], widest: int, rows: int) -> str | None:
@@ -413,7 +416,14 @@ def runs(
     """Whether layers of these weights run block by block on ``rows`` rows."""
     if kernels.row_program is None or weights[0].dtype != torch.float32:
         return False
-    widest = max(max(w.shape[-2:]) for w in weights)
+    widest = max([max(w.shape[-2:]) for w in weights])
+    if rows > FEW:
+        limit = native_widths()
+        if widest > limit:
+            return False
+        members = weights[0].dim() == 3 and limit < math.inf
+        if members and sum(w.numel() for w in weights) > MEMBERS:
+            return False  # with their packs and sums of gradients they leave every cache
     return why_not(kernels, specs, widest, rows) is None and all(w.numel() for w in weights)
 
 

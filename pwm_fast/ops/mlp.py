@@ -14,8 +14,10 @@ from pwm_fast.backends.base import Call, Kernels
 from pwm_fast.backends.select import Choice, declare, select
 from pwm_fast.backends.specs import decode_layers, encode_layers, split_params
 from pwm_fast.backends.transforms import PLAIN, compiled_or_mapped
+from pwm_fast.fused.gemm import native_widths
 from pwm_fast.fused.mlp import mlp_forward
 from pwm_fast.fused.mlp_backward import mlp_backward
+from pwm_fast.fused.row_program import FEW
 from pwm_fast.fused.saved import saved_buffers
 from pwm_fast.ops import _checks, batching, direct
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
@@ -269,12 +271,19 @@ def _run(
         reason = "a dropout mask requires a gradient, which only the reference computes"
     choice = select("mlp", backend, Call([*inputs, *layer_tensors(layers), *masks], reason))
     if not choice.is_reference:
-        if remember:
+        if remember and not (torch.compiler.is_compiling() or _wide(inputs, layers)):
             direct.remember(run_mlp, choice, inputs, layers, order)
         return fused_mlp(choice, inputs, layers, order)
     if per_member:
         return _layer(inputs[0], layers[0], order)
     return reference_mlp(inputs, layers, order)
+
+
+def _wide(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> bool:
+    """No short way is for layers of this width: do not look for one in every call."""
+    limit = native_widths()
+    wide = max([max(p.weight.shape[-2:]) for p in layers]) > limit
+    return wide and prod(inputs[0].shape[:-1]) > FEW
 
 
 def fused_mlp(
@@ -309,9 +318,18 @@ def _masks(x: Tensor, layers: Sequence[Layer], members: int) -> list[Tensor]:
         shape = members, rows, p.weight.shape[-2]
         mask = p.dropout
         if not isinstance(mask, Tensor):
-            mask = F.dropout(p.weight.new_ones(shape), mask)
+            mask = _drawn(p.weight, shape, mask)
         masks.append(mask.reshape(shape))
     return masks
+
+
+def _drawn(weight: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
+    """What ``F.dropout`` makes of ones, of the same random numbers."""
+    if not weight.is_cpu or not 0.0 < rate < 1.0 or torch.compiler.is_compiling():
+        return F.dropout(weight.new_ones(shape), rate)
+    # In fewer passes. Inside torch.vmap nothing is to be mapped over that randomness="same" draws.
+    like = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    return torch.bernoulli(like, 1.0 - rate).div_(1.0 - rate)
 
 
 def reference_mlp(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Tensor:

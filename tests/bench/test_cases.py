@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import agent, data, esnr, gate, optimizer, planning, sizes
+from bench import agent, data, esnr, gate, optimizer, planning, sizes, tdmpc2
 from bench import ops as operations
 from bench import rollouts as rollout_cases
 from bench.cases import Provider, Workload
@@ -21,6 +21,7 @@ from pwm_fast.agent import PWM
 CPU = torch.device("cpu")
 SMALL = operations.Size(16, 17, 14)
 PLAN = ops.MPPI(iterations=2, samples=40, elites=5, policy_trajectories=4)
+TDMPC2 = tdmpc2.Size(16, 17, 14, 11, batch=30, options=PLAN)  # 8 actions
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
@@ -32,6 +33,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "critic": lambda: agent.build_critic(small("flow"), 50, CPU, 4),
     "epoch": lambda: agent.build_epoch(small("flow"), small("mlp"), CPU, 4, 4),
     "plan": lambda: planning.build(2, CPU, 0, 16, 17, PLAN),
+    "TD-MPC2's plan": lambda: tdmpc2.build_plan(TDMPC2, CPU),
+    "TD-MPC2's update": lambda: tdmpc2.build_update(TDMPC2, CPU),
     "optimiser": lambda: optimizer.build(small("flow"), "wm", CPU),
     "ESNR": lambda: esnr.build((torch.Size((50, 7)), torch.Size((9,))), CPU),
     "environment": lambda: data.build_env("cartpole", 4, CPU),
@@ -102,6 +105,40 @@ def test_only_the_published_row_computes_gradients_of_the_world_model(
         computed = {p.grad is not None for p in parameters}
         assert computed == {name == "published"}, name
         assert all(p.requires_grad for p in parameters)
+
+
+@pytest.mark.parametrize("name", ["fast", "fast_edit"])
+def test_all_of_tdmpc2s_networks_are_accelerated(name: str) -> None:
+    """And with the edit the Q functions that are not used get no call."""
+    world = tdmpc2.ready(name, TDMPC2, 0, CPU)
+    report: Any = world.acceleration_report
+    names = {found.name for found in report.accelerated}
+    assert names == {"_encoder", "_dynamics", "_reward", "_pi", "_qs.module", "_target.module"}
+    assert not report.left
+    z, a, two = torch.rand(3, 16), torch.rand(3, 8), torch.tensor([3, 1])
+    logits = world.some(world._qs, z, a, two)
+    expected = tdmpc2.make(TDMPC2, 0, CPU).all_q(z, a)[two]
+    torch.testing.assert_close(logits, expected)
+    assert isinstance(world, tdmpc2.EditedWorld) == (name == "fast_edit")
+
+
+def test_the_gemms_of_tdmpc2() -> None:
+    """What a plan multiplies, counted from the sizes of its layers."""
+    dynamics = 24 * 17 + 17 * 17 + 17 * 16
+    reward = q = 24 * 17 + 17 * 17 + 17 * 11
+    policy = 16 * 17 + 17 * 17 + 17 * 16
+    rows = 40 * (3 * (dynamics + reward) + policy + 2 * q) * 2 + 4 * (3 * policy + 2 * dynamics)
+    assert sum(p.flops for p in tdmpc2.plan_gemms(TDMPC2)) == 2 * rows
+
+
+def test_tdmpc2s_update_is_a_step_of_everything_that_learns() -> None:
+    learner = tdmpc2.Learner(tdmpc2.make(TDMPC2, 0, CPU))
+    learned = [p for p in learner.world.parameters() if not p.is_meta]
+    before = [p.detach().clone() for p in learned]
+    learner.update(tdmpc2.make_batch(TDMPC2, 0))
+    assert all(not torch.equal(p, q) for p, q in zip(learned, before, strict=True))
+    assert not learner.world.training
+    assert all(p.grad is None for p in learned)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

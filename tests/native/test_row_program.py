@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pwm_fast import ops
+from pwm_fast.backends import select
 from pwm_fast.backends.specs import LayerSpec
-from pwm_fast.fused.row_program import FEW, Builder, LayerSlots, Operand
+from pwm_fast.fused.row_program import FEW, MEMBERS, Builder, LayerSlots, Operand, runs
 from tests.helpers import assert_2x
 from tests.native.harness import _C, Rows, Values, check
 
@@ -189,3 +190,17 @@ def test_errors_of_steps() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             made(change)
+
+
+def test_large_ensembles_are_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members take turns in every block, so their weights leave the caches."""
+    kernels = select.kernels("gemm", "native", "exact")
+    spec = LayerSpec("norm_act", "none", bias=False, norm=False, group=8, eps=1e-5)
+    one = torch.zeros(480, 500)
+    few, many = torch.zeros(3, *one.shape), torch.zeros(5, *one.shape)
+    assert few.numel() < MEMBERS < many.numel()
+    for name, expected in (("auto", False), ("native", True), ("torch", False)):
+        monkeypatch.setenv("PWM_FAST_GEMM", name)
+        assert runs(kernels, [many], [spec], 256) is expected
+        for weight, rows in ((few, 256), (one, 256), (many, FEW)):
+            assert runs(kernels, [weight], [spec], rows) is (name != "torch")

@@ -15,9 +15,10 @@ from torch.func import vmap
 from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.backends.native import why_missing
+from pwm_fast.fused.wgrad import sum_rows
 from pwm_fast.ops import Layer
 from pwm_fast.ops.mlp import members_of
-from tests.helpers import random_layer, tensors_of, with_tensors
+from tests.helpers import assert_2x, random_layer, tensors_of, with_tensors
 
 E, B = 5, 6
 WIDTHS = (9, 13, 16, 3)
@@ -287,6 +288,20 @@ def test_a_mask_with_a_gradient() -> None:
     torch.testing.assert_close(got, expected)
     with pytest.raises(select.BackendError, match="a dropout mask requires a gradient"):
         ops.linear_norm_act(x, layer, backend="torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 32, 47, 199, 2000])
+def test_sums_over_the_rows_of_members(rows: int, dtype: torch.dtype) -> None:
+    """Gradients of biases: no worse than PyTorch's sum, of strided tensors too."""
+    truth = torch.randn(3, rows, 14, dtype=torch.float64) + 0.5
+    for x in (truth.to(dtype), truth.to(dtype)[..., ::2], truth.to(dtype)[1]):
+        out = torch.full((*x.shape[:-2], x.shape[-1]), torch.nan, dtype=torch.float64)
+        sum_rows(x, out)
+        exact = x.double().sum(-2)
+        assert_2x(out.to(dtype), x.sum(-2), exact)
+        if dtype == torch.float64:
+            torch.testing.assert_close(out, exact, rtol=1e-13, atol=1e-12)
 
 
 def test_dropout_of_everything_and_of_nothing() -> None:

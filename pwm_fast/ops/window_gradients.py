@@ -108,7 +108,8 @@ def window_gradients(
     given = [x for x in (obs, action, reward, terminated, tau) if x is not None]
     if not _plain(given, params):
         return None
-    own = tuple(dynamics)[1:]  # type: ignore[arg-type]  both are named tuples
+    assert isinstance(dynamics, tuple)  # both are named tuples: layers, then options
+    own = dynamics[1:]
     options = (weights, gamma, start, start_noise, target_grad, heads[1:4], own)
     key = (
         options,

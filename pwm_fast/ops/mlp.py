@@ -168,8 +168,10 @@ def mlp(
     """
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one tensor")
-    if backend is None and members is None:
-        y = direct.mlp(inputs, layers, order)
+    plain = backend is None and members is None
+    known = direct.find(inputs, layers, order) if plain else None
+    if known is not None:
+        y = direct.mlp(known, inputs, layers)
         if y is not None:
             return y
     _checks.vectors("inputs[0]", inputs[0])
@@ -191,7 +193,7 @@ def mlp(
     _checks.layers("layers", layers, width, inputs[0].device, ensemble=ensemble, lead=lead)
     if which is not None:
         return _run_members(inputs, layers, which, order, backend)
-    return _run(inputs, layers, order, backend, remember=backend is None)
+    return _run(inputs, layers, order, backend, remember=plain and known is None)
 
 
 def _run_members(
@@ -257,7 +259,7 @@ def _run(
 ) -> Tensor:
     """An MLP; ``per_member``: the first axis of a layer's input are the ensemble's members.
 
-    With ``remember`` calls that are like it may go the short way.
+    With ``remember`` it and calls that are like it may go the short way.
     """
     reason = unsupported(layers, order) or without_width(inputs, layers)
     masks = [p.dropout for p in layers if isinstance(p.dropout, Tensor)]
@@ -270,7 +272,11 @@ def _run(
     choice = select("mlp", backend, Call([*inputs, *layer_tensors(layers), *masks], reason))
     if not choice.is_reference:
         if remember:
-            direct.remember(run_mlp, choice, inputs, layers, order)
+            # This call too: a checkpoint's second forward pass must keep what the first one kept.
+            known = direct.remember(run_mlp, choice, inputs, layers, order)
+            y = direct.mlp(known, inputs, layers)
+            if y is not None:
+                return y
         return fused_mlp(choice, inputs, layers, order)
     if per_member:
         return _layer(inputs[0], layers[0], order)

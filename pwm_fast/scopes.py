@@ -74,6 +74,13 @@ def in_force(name: str) -> tuple[Entry, ...]:
     return _open(name)
 
 
+def all_in_force() -> list[tuple[Entry, ...]]:
+    """All entries of each setting, ``observers`` last; not where Dynamo traces."""
+    if _ENDED:
+        return [_open(name) for name in _NAMES]
+    return [variable.get() for variable in _VARIABLES.values()]
+
+
 def _open(name: str) -> tuple[Entry, ...]:
     entries = _VARIABLES[name].get()
     return tuple(e for e in entries if id(e) not in _ENDED) if _ENDED else entries

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast.acceleration.matching import Mismatch, copied, said
-from pwm_fast.acceleration.stack import Plan, assemble, at
+from pwm_fast.acceleration.plan import Plan, at
+from pwm_fast.acceleration.stack import assemble
 from pwm_fast.backends import select
 
 _RATE = 0.5

@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from pwm_fast import ops
-from pwm_fast.acceleration.stack import Path, Plan, Step, Watched, assemble, forward_of
+from pwm_fast.acceleration.plan import Path, Plan, Step, Watched, forward_of
+from pwm_fast.acceleration.stack import assemble
 from pwm_fast.hooks import hooked
 from pwm_fast.ops import Activation, Order, coverage
 from pwm_fast.ops.types import ORDERS

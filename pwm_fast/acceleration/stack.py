@@ -4,66 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pwm_fast import ops
+from pwm_fast.acceleration.plan import Path, Plan, Step, Watched, at, tensor_of, unpatched
+from pwm_fast.acceleration.shortcut import Shortcut, after
 from pwm_fast.hooks import hooked, hooked_everywhere
-from pwm_fast.ops import Activation, Layer, Order
-
-Path = tuple[str, ...]
-"""Names of children from the stack down to a module."""
-
-
-class Step(NamedTuple):
-    """Where the parts of one layer are.
-
-    Attributes:
-        linear: the Linear.
-        norm: its LayerNorm, or None.
-        act: what its activation is.
-        simnorm: the SimNorm whose ``dim`` is the group width, or None.
-        dropout: the Dropout of the Linear's output, or None.
-    """
-
-    linear: Path
-    norm: Path | None
-    act: Activation
-    simnorm: Path | None
-    dropout: Path | None = None  # a default, for modules that were pickled without
-
-
-class Watched(NamedTuple):
-    """A module as it was when the stack was matched.
-
-    Attributes:
-        path: where it is.
-        kind: its class.
-        children: how many it has.
-        dropout: it is a Dropout that no step runs: its rate was 0.
-        norm: it is a LayerNorm, which had both parameters.
-    """
-
-    path: Path
-    kind: type
-    children: int
-    dropout: bool
-    norm: bool = False  # a default, for modules that were pickled without
-
-
-class Plan(NamedTuple):
-    """How a stack runs as one operation.
-
-    Attributes:
-        order: of LayerNorm and activation.
-        steps: a layer each, first to last.
-        watched: everything whose change makes the plan void.
-    """
-
-    order: Order
-    steps: tuple[Step, ...]
-    watched: tuple[Watched, ...]
+from pwm_fast.ops import Layer
 
 
 class AcceleratedStack(nn.Sequential):
@@ -76,6 +26,11 @@ class AcceleratedStack(nn.Sequential):
     """
 
     plan: Plan | None = None
+    _shortcut: Shortcut | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have modules of their own, to which the way is another."""
+        return {name: value for name, value in self.__dict__.items() if name != "_shortcut"}
 
     def layers(self, parameters: Mapping[str, Any] | None = None) -> list[Layer]:
         """The parameters as the operations take them; empty without a plan.
@@ -109,13 +64,13 @@ class AcceleratedStack(nn.Sequential):
             linear, gamma, beta, eps = at(self, step.linear), None, None, 1e-5
             if step.norm is not None:
                 norm: Any = at(self, step.norm)
-                gamma, beta, eps = _tensor(norm, "weight"), _tensor(norm, "bias"), norm.eps
+                gamma, beta, eps = tensor_of(norm, "weight"), tensor_of(norm, "bias"), norm.eps
             group: Any = 8 if step.simnorm is None else at(self, step.simnorm).dim
             drop: Any = None if step.dropout is None else at(self, step.dropout)
             layers.append(
                 Layer(
-                    _tensor(linear, "weight"),
-                    _tensor(linear, "bias"),
+                    tensor_of(linear, "weight"),
+                    tensor_of(linear, "bias"),
                     gamma,
                     beta,
                     step.act,
@@ -140,9 +95,19 @@ class AcceleratedStack(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K] -> [..., N]``."""
-        if self.plan is None or not self.intact():
+        if self.plan is None:
             return super().forward(input)
-        return ops.mlp((input,), self._layers(), order=self.plan.order)
+        shortcut = None if torch.compiler.is_compiling() else self._shortcut
+        y = None if shortcut is None else shortcut.run(self, input)
+        if y is not None:
+            return y
+        if not self.intact():
+            return super().forward(input)
+        layers = self._layers()
+        y = ops.mlp((input,), layers, order=self.plan.order)
+        if not torch.compiler.is_compiling():
+            self._shortcut = after(shortcut, self, input, layers)
+        return y
 
 
 def assemble(stack: nn.Sequential, plan: Plan) -> AcceleratedStack:
@@ -186,34 +151,6 @@ def own_dictionaries(module: nn.Module) -> None:
             module.__dict__[name] = copy.copy(module.__dict__[name])
 
 
-def at(module: nn.Module, path: Path) -> nn.Module:
-    """The module at the end of a path.
-
-    Raises:
-        KeyError: there is none.
-    """
-    for name in path:
-        child = module._modules[name]
-        if child is None:
-            raise KeyError(name)
-        module = child
-    return module
-
-
-def _tensor(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)``, for a parameter in a fifth of the time."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
-
-
-def forward_of(kind: type[nn.Module]) -> Any:
-    """The forward pass that a class had when this was asked first."""
-    return _FORWARDS.setdefault(kind, kind.forward)
-
-
-_FORWARDS: dict[type[nn.Module], Any] = {}  # not weak: looking there would take twice as long
-
-
 def _unchanged(stack: nn.Module, watched: Watched) -> bool:
     path, kind, children, dropout, norm = watched
     module: Any = stack
@@ -231,7 +168,7 @@ def _unchanged(stack: nn.Module, watched: Watched) -> bool:
     checked: Any = module
     if type(module) is not kind or hooked(checked) or "forward" in own:
         return False
-    if _FORWARDS.get(kind) is not kind.forward:
+    if not unpatched(kind):
         return False
     if norm and (checked.weight is None or checked.bias is None):
         return False

@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 
 from pwm_fast import scopes
 from pwm_fast.backends import select
-from pwm_fast.backends.dtypes import autocasts
 from pwm_fast.backends.select import Choice
 from pwm_fast.backends.specs import encode_layers, split_params
 from pwm_fast.backends.transforms import PLAIN, in_memory, transformed, watched
@@ -35,18 +34,27 @@ _VARIABLES = (select.VARIABLE, select.PRECISION_VARIABLE, gemm.VARIABLE)
 # os.environ decodes what it is asked for, which would take a tenth of a small call.
 _ENVIRONMENT: Any = getattr(os.environ, "_data", None)
 _KEYS = tuple(os.fsencode(name) for name in _VARIABLES)
+_PLAIN, _is_neg = frozenset(PLAIN), Tensor.is_neg
 
 
-class _Known(NamedTuple):
-    """A kind of calls that ran: the operator, what it took beside tensors, and its program."""
+class Known(NamedTuple):
+    """A kind of calls.
 
-    operator: Operator
-    spec: str
-    where: tuple[str, str]
-    ready: Ready
+    Attributes:
+        ready: its native program; None where such calls go the long way.
+        operator: that ran it.
+        spec: what the operator took beside tensors.
+        where: the backend and the precision that it ran on.
+    """
+
+    ready: Ready | None = None
+    operator: Operator | None = None
+    spec: str = ""
+    where: tuple[str, str] = ("", "")
 
 
-_KNOWN: dict[Any, _Known] = {}
+_LONG = Known()
+_KNOWN: dict[Any, Known] = {}
 
 
 def environment() -> tuple[Any, ...]:
@@ -56,23 +64,41 @@ def environment() -> tuple[Any, ...]:
     return tuple(map(os.environ.get, _VARIABLES))
 
 
-def _key(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order, rows: int) -> Any:
-    """What calls that are like each other have in common; None where a call is like none."""
-    if torch.compiler.is_compiling() or watched() or transformed() or scopes.in_force("observers"):
+def situation(x: Tensor) -> Any:
+    """What calls that are like each other have in common beside sizes and options.
+
+    None where a call is like none: somebody watches or differentiates it, or ``x``, its first
+    input, is not on the CPU.
+    """
+    if torch.compiler.is_compiling() or watched() or transformed():
         return None
-    if not inputs[0].is_cpu or autocasts(inputs[0]):
+    *settings, observers = scopes.all_in_force()
+    if observers or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    return x.numel() > row_program.FEW * x.shape[-1], environment(), *settings
+
+
+def _key(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Any:
+    """What calls that are like each other have in common; None where a call is like none."""
+    around = situation(inputs[0])
+    if around is None:
         return None
     return (
         order,
-        rows > row_program.FEW,
-        environment(),
-        scopes.in_force("backend"),
-        scopes.in_force("precision"),
-        scopes.in_force("algebra"),
+        around,
         tuple([x.shape[-1] for x in inputs]),
         # A shape, which vectors are there, and the options.
         tuple([(p[0].shape, *[x is None for x in p[1:4]], *p[4:]) for p in layers]),
     )
+
+
+def find(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Known | None:
+    """What is known of calls like this one; None where it is the first of its kind."""
+    try:
+        key = _key(inputs, layers, order)
+        return _LONG if key is None else _KNOWN.get(key)
+    except (AttributeError, IndexError, TypeError):  # no tensors, no layers, or odd options
+        return _LONG
 
 
 def remember(
@@ -81,78 +107,74 @@ def remember(
     inputs: Sequence[Tensor],
     layers: Sequence[Layer],
     order: Order,
-) -> None:
-    """Keep what calls like this one need, where these are native programs."""
-    if torch.compiler.is_compiling():
-        return
+) -> Known:
+    """Keep what this call and those like it need, where these are native programs."""
     kernels = select.kernels(operator.family, choice.backend.name, choice.precision.name)
     rows = prod(inputs[0].shape[:-1])
     first = layers[0].weight
-    if choice.is_reference or kernels.row_program is None or rows == 0:
-        return
-    if (first.dim() == 3 and first.shape[0] == 1) or any(p.drops for p in layers):
-        return
+    if choice.is_reference or kernels.row_program is None or first.dtype != torch.float32:
+        return _LONG
+    if rows == 0 or (first.dim() == 3 and first.shape[0] == 1) or any(p.drops for p in layers):
+        return _LONG
+    key = _key(inputs, layers, order)
+    if key is None:
+        return _LONG
     widths = centred(choice, layers)[1] if order == "norm_act" else None
     specs = specs_of(layers, order, widths)
-    if not row_program.runs(kernels, [p.weight for p in layers], specs, rows):
-        return
-    key = _key(inputs, layers, order, rows)
-    if key is None:
-        return
+    known = _LONG  # which is worth keeping, too
+    if row_program.runs(kernels, [p.weight for p in layers], specs, rows):
+        sizes = [x.shape[-1] for x in inputs]
+        ready = Ready(kernels, sizes, specs, split_params(specs, flat(layers)))
+        where = choice.backend.name, choice.precision.name
+        known = Known(ready, operator, encode_layers(specs), where)
     if len(_KNOWN) >= _LIMIT:
         _KNOWN.clear()
-    where = choice.backend.name, choice.precision.name
-    ready = Ready(kernels, [x.shape[-1] for x in inputs], specs, split_params(specs, flat(layers)))
-    _KNOWN[key] = _Known(operator, encode_layers(specs), where, ready)
+    _KNOWN[key] = known
+    return known
 
 
-def mlp(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Tensor | None:
-    """See :func:`pwm_fast.ops.mlp`; None where the call has to go the long way."""
+def mlp(known: Known, inputs: Sequence[Tensor], layers: Sequence[Layer]) -> Tensor | None:
+    """See :func:`pwm_fast.ops.mlp`, of a known kind; None where the call has to go the long way."""
+    if known.ready is None:
+        return None
+    return run(known, inputs, [x for p in layers for x in p[:4] if x is not None])
+
+
+def run(known: Known, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor | None:
+    """The same of the layers' tensors, in their order, without those that are None."""
+    ready, tensors = known.ready, (*inputs, *params)
+    if ready is None or not _PLAIN.issuperset(map(type, tensors)) or any(map(_is_neg, tensors)):
+        return None
+    shape = inputs[0].shape
+    leading, members = shape[:-1], ready.shape.members
+    rows = shape[0] if len(shape) == 2 else prod(leading)
+    if rows == 0 or (len(inputs) > 1 and any(x.shape[:-1] != leading for x in inputs[1:])):
+        return None
+    xs = [x if x.dim() == 2 and x.stride(1) == 1 else as_rows(x) for x in inputs]
     try:
-        leading = inputs[0].shape[:-1]
-        rows = prod(leading)
-        key = _key(inputs, layers, order, rows)
-        known = None if key is None else _KNOWN.get(key)
-    except (AttributeError, IndexError, TypeError):  # no tensors, no layers, or odd options
-        return None
-    if known is None:
-        return None
-    params = [x for p in layers for x in p[:4] if x is not None]
-    kept, batched = torch.is_grad_enabled(), torch._C._functorch.is_legacy_batchedtensor
-    differentiated = False
-    for x in (*inputs, *params):
-        if type(x) not in PLAIN or x.is_neg() or batched(x):
-            return None
-        if kept and x.requires_grad:
-            differentiated = True
-    if rows == 0 or any(x.shape[:-1] != leading for x in inputs[1:]):
-        return None
-    xs = [as_rows(x) for x in inputs]
-    try:
-        if not differentiated:
-            y = known.ready.forward(xs, params, rows, False, False)[0]
-        elif any(x.is_inference() for x in (*xs, *params)):
-            return None  # autograd refuses to keep them
+        if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+            y = _apply(known, len(xs), rows, *xs, *params)
         else:
-            y = pwm_fast_mlp.apply(known, len(xs), rows, *xs, *params)
-    except ValueError:
+            y = ready.forward(xs, [*params], rows, False, False)[0]
+    # What does not fit; what has no memory, as tensors of old transforms; and tensors of inference
+    # mode, which autograd refuses to keep.
+    except (ValueError, RuntimeError):
         return None
-    members = known.ready.shape.members
     if members:
         return y.view(members, *leading, y.shape[-1])
-    return y if len(leading) == 1 else y.view(*leading, y.shape[-1])
+    return y if len(shape) == 2 else y.view(*leading, y.shape[-1])
 
 
 class pwm_fast_mlp(torch.autograd.Function):
     """The operator's gradient, without the operator."""
 
     @staticmethod
-    def forward(ctx: Any, known: _Known, inputs: int, rows: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, known: Known, inputs: int, rows: int, *tensors: Tensor) -> Tensor:
         """``[R, N]`` of inputs ``[R, K_i]`` and parameters."""
-        flat, params = list(tensors[:inputs]), list(tensors[inputs:])
         ctx.known, ctx.inputs = known, inputs
-        ctx.wgrad = any(ctx.needs_input_grad[3 + inputs :])
-        y, kept = known.ready.forward(flat, params, rows, True, ctx.wgrad)
+        ctx.wgrad = wgrad = True in ctx.needs_input_grad[3 + inputs :]
+        xs, params = [*tensors[:inputs]], [*tensors[inputs:]]
+        y, kept = known.ready.forward(xs, params, rows, True, wgrad)  # type: ignore[union-attr]
         ctx.save_for_backward(*tensors, kept)
         ctx.set_materialize_grads(False)
         return y
@@ -163,25 +185,24 @@ class pwm_fast_mlp(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if dy is None:
             return (None,) * len(needs)
-        known, inputs = ctx.known, ctx.inputs
+        known, first, wgrad = ctx.known, 3 + ctx.inputs, ctx.wgrad
         *tensors, kept = ctx.saved_tensors
-        flat, params = tensors[:inputs], tensors[inputs:]
-        towards = tuple(needs[3 : 3 + inputs])
+        xs, params = tensors[: ctx.inputs], tensors[ctx.inputs :]
+        towards = needs[3:first]
         # Where the gradient is itself to be differentiated, the operator refuses.
         seen = torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0
         if seen or not in_memory(dy):
             check_alone(known.operator.name, dy)
             run = registered(f"{known.operator.name}_backward")
-            saved = known.ready.saved(kept, flat[0].shape[0], ctx.wgrad)
-            given = (saved, list(towards), known.spec, ctx.wgrad, *known.where)
-            found = run(dy, flat, params, [], *given)
+            saved = known.ready.saved(kept, xs[0].shape[0], wgrad)
+            given = (saved, list(towards), known.spec, wgrad, *known.where)
+            found = run(dy, xs, params, [], *given)
             found = [[None if tuple(g.shape) == (0,) else g for g in each] for each in found]
         else:
-            found = known.ready.backward(dy, flat, params, kept, towards, ctx.wgrad)
-        grads = (*found[0], *found[1])
-        return (
-            None,
-            None,
-            None,
-            *(g if n else None for g, n in zip(grads, needs[3:], strict=True)),
-        )
+            found = known.ready.backward(dy, xs, params, kept, towards, wgrad)
+        # Autograd drops those that nobody asked for.
+        return (None, None, None, *found[0], *found[1])
+
+
+# What Function.apply ends in: without looking for default arguments and ended transforms.
+_apply: Any = super(torch.autograd.Function, pwm_fast_mlp).apply

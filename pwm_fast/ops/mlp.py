@@ -14,10 +14,8 @@ from pwm_fast.backends.base import Call, Kernels
 from pwm_fast.backends.select import Choice, declare, select
 from pwm_fast.backends.specs import decode_layers, encode_layers, split_params
 from pwm_fast.backends.transforms import PLAIN, compiled_or_mapped
-from pwm_fast.fused.gemm import native_widths
 from pwm_fast.fused.mlp import mlp_forward
 from pwm_fast.fused.mlp_backward import mlp_backward
-from pwm_fast.fused.row_program import FEW
 from pwm_fast.fused.saved import saved_buffers
 from pwm_fast.ops import _checks, batching, direct
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
@@ -170,8 +168,10 @@ def mlp(
     """
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one tensor")
-    if backend is None and members is None:
-        y = direct.mlp(inputs, layers, order)
+    plain = backend is None and members is None
+    known = direct.find(inputs, layers, order) if plain else None
+    if known is not None:
+        y = direct.mlp(known, inputs, layers)
         if y is not None:
             return y
     _checks.vectors("inputs[0]", inputs[0])
@@ -193,7 +193,7 @@ def mlp(
     _checks.layers("layers", layers, width, inputs[0].device, ensemble=ensemble, lead=lead)
     if which is not None:
         return _run_members(inputs, layers, which, order, backend)
-    return _run(inputs, layers, order, backend, remember=backend is None)
+    return _run(inputs, layers, order, backend, remember=plain and known is None)
 
 
 def _run_members(
@@ -259,7 +259,7 @@ def _run(
 ) -> Tensor:
     """An MLP; ``per_member``: the first axis of a layer's input are the ensemble's members.
 
-    With ``remember`` calls that are like it may go the short way.
+    With ``remember`` it and calls that are like it may go the short way.
     """
     reason = unsupported(layers, order) or without_width(inputs, layers)
     masks = [p.dropout for p in layers if isinstance(p.dropout, Tensor)]
@@ -271,19 +271,16 @@ def _run(
         reason = "a dropout mask requires a gradient, which only the reference computes"
     choice = select("mlp", backend, Call([*inputs, *layer_tensors(layers), *masks], reason))
     if not choice.is_reference:
-        if remember and not (torch.compiler.is_compiling() or _wide(inputs, layers)):
-            direct.remember(run_mlp, choice, inputs, layers, order)
+        if remember:
+            # This call too: a checkpoint's second forward pass must keep what the first one kept.
+            known = direct.remember(run_mlp, choice, inputs, layers, order)
+            y = direct.mlp(known, inputs, layers)
+            if y is not None:
+                return y
         return fused_mlp(choice, inputs, layers, order)
     if per_member:
         return _layer(inputs[0], layers[0], order)
     return reference_mlp(inputs, layers, order)
-
-
-def _wide(inputs: Sequence[Tensor], layers: Sequence[Layer]) -> bool:
-    """No short way is for layers of this width: do not look for one in every call."""
-    limit = native_widths()
-    wide = max([max(p.weight.shape[-2:]) for p in layers]) > limit
-    return wide and prod(inputs[0].shape[:-1]) > FEW
 
 
 def fused_mlp(

@@ -229,11 +229,9 @@ class Operator:
         """Whether all tensors hold their values themselves."""
         for n in self._tensors:
             x = args[self._position[n]]
-            if isinstance(x, list):
-                if not all(type(y) in PLAIN for y in x):
+            for y in x if isinstance(x, list) else (x,):
+                if y is not None and not (type(y) in PLAIN and in_memory(y)):
                     return False
-            elif x is not None and not (type(x) in PLAIN and in_memory(x)):
-                return False
         return True
 
     # --- gradients ------------------------------------------------------------------------------

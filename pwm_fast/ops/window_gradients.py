@@ -8,18 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast import scopes
 from pwm_fast.backends.base import Call
-from pwm_fast.backends.dtypes import autocasts
 from pwm_fast.backends.select import Choice, kernels, select
 from pwm_fast.backends.specs import decode_dynamics
-from pwm_fast.backends.transforms import PLAIN, in_memory, transformed, watched
+from pwm_fast.backends.transforms import PLAIN, in_memory
 from pwm_fast.fused import algebra
 from pwm_fast.fused import window_gradients as fused
 from pwm_fast.fused.window_gradients import Net, WindowNets, WindowOptions, WindowSizes
 from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
-from pwm_fast.ops.direct import environment
+from pwm_fast.ops.direct import situation
 from pwm_fast.ops.dynamics import Dynamics, LatentMLP
 from pwm_fast.ops.flow import Flow
 from pwm_fast.ops.rollout import call_of
@@ -106,17 +104,15 @@ def window_gradients(
     nets = (encoder, dynamics.net, heads.reward, heads.termination)
     params = [x for net in nets if net is not None for x in layer_tensors(net)]
     given = [x for x in (obs, action, reward, terminated, tau) if x is not None]
-    if not _plain(given, params):
+    around = situation(obs)
+    if around is None or not _plain(given, params):
         return None
     assert isinstance(dynamics, tuple)  # both are named tuples: layers, then options
     own = dynamics[1:]
     options = (weights, gamma, start, start_noise, target_grad, heads[1:4], own)
     key = (
         options,
-        environment(),
-        scopes.in_force("backend"),
-        scopes.in_force("precision"),
-        algebra.in_force(),
+        around,
         tuple([x.shape for x in given]),
         terminated is None,
         tau is None,
@@ -149,9 +145,7 @@ def _shape(p: Layer) -> tuple[Any, ...]:
 
 def _plain(given: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
     """Whether nobody stands between these tensors and their values, or waits for gradients."""
-    if torch.compiler.is_compiling() or watched() or transformed() or scopes.in_force("observers"):
-        return False
-    if not given[0].is_cpu or autocasts(given[0]) or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return False
     for x in (*given, *params):
         if type(x) not in PLAIN or x.dtype != torch.float32 or not x.is_cpu or not in_memory(x):

@@ -35,6 +35,13 @@ class WeightedLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+def flow_times(action: Tensor, config: ModelLearningConfig) -> Tensor | None:
+    """The flow times ``[H, B]`` that ``config.tau_sampling`` fixes; None where they are drawn."""
+    if config.tau_sampling != "midpoint":
+        return None
+    return torch.full(action.shape[:2], 0.5, dtype=action.dtype, device=action.device)
+
+
 def weighted_loss(
     model: LatentModel,
     obs: Tensor,
@@ -63,8 +70,8 @@ def weighted_loss(
     Returns:
         The losses.
     """
-    if tau is None and config.tau_sampling == "midpoint":
-        tau = torch.full(action.shape[:2], 0.5, dtype=obs.dtype, device=obs.device)
+    if tau is None:
+        tau = flow_times(action, config)
     loss = ops.world_model_loss(
         obs,
         action,
@@ -92,6 +99,7 @@ def weighted_gradients(
     config: ModelLearningConfig,
     *,
     gamma: float,
+    tau: Tensor | None = None,
 ) -> tuple[WeightedLoss, dict[int, Tensor], str] | None:
     """:func:`weighted_loss` of a single-task model and its gradients, where one function has both.
 
@@ -99,9 +107,6 @@ def weighted_gradients(
         The losses, the gradients of the total by the parameters' ids, and the precision of the
         GEMMs; None where autograd is to be taken (:func:`pwm_fast.ops.extend.window_gradients`).
     """
-    tau = None
-    if config.tau_sampling == "midpoint":
-        tau = torch.full(action.shape[:2], 0.5, dtype=obs.dtype, device=obs.device)
     encoder, dynamics, heads = model.encoder_layers(), model.dynamics(), model.heads()
     horizon = action.shape[0]
     shares = 1.0 / horizon if config.mean_reward_loss else 1.0
@@ -124,7 +129,9 @@ def weighted_gradients(
         return None
     nets = (encoder, dynamics.net, heads.reward, heads.termination or ())
     tensors = (x for net in nets for layer in net for x in layer[:4] if x is not None)
-    grads = {id(p): g for p, g in zip(tensors, found.grads, strict=True)}
+    grads: dict[int, Tensor] = {}
+    for p, g in zip(tensors, found.grads, strict=True):
+        grads[id(p)] = grads[id(p)] + g if id(p) in grads else g  # what layers share
     return _weighted(found.loss, config, horizon, found.total), grads, found.precision
 
 

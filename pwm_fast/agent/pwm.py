@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pwm_fast import memory, ops
 from pwm_fast.agent.graphs import CapturedUpdate, CudaGraphs, Recorder, Update
 from pwm_fast.agent.imagination import frozen, imagine
-from pwm_fast.agent.losses import weighted_gradients, weighted_loss
+from pwm_fast.agent.losses import flow_times, weighted_gradients, weighted_loss
 from pwm_fast.agent.normalizers import RunningMeanStd
 from pwm_fast.agent.optim import GuardedAdam
 from pwm_fast.agent.state import OPTIMIZER_KEYS, check, not_finite
@@ -283,16 +283,19 @@ class PWM:
         learning, gamma = self.config.model_learning, self.config.gamma
         optimizer = self.optimizers["wm"]
         task = self._task(action.shape[1])
+        tau = flow_times(action, learning)
         found = None
         if task is None:
-            found = weighted_gradients(self.world_model, *windows, learning, gamma=gamma)
+            found = weighted_gradients(self.world_model, *windows, learning, gamma=gamma, tau=tau)
         if found is not None:
             loss, grads, precision = found
             self._used.add(precision)
             norm = optimizer.apply(loss.total, [grads.get(id(p)) for p in optimizer.params])
         else:
             with extend.precisions_used(self._used):
-                loss = weighted_loss(self.world_model, *windows, learning, gamma=gamma, task=task)
+                loss = weighted_loss(
+                    self.world_model, *windows, learning, gamma=gamma, task=task, tau=tau
+                )
             norm = optimizer.step(loss.total)
         metrics = {**loss.metrics, "wm_grad_norm": norm}
         return Update(metrics, gradients=self._kept("wm"))

@@ -210,7 +210,7 @@ void gemm(const float* a, int64_t lda, const float* packed, int64_t rows, int64_
 
 // --- few rows, for which packing would take longer than multiplying -----------------------------
 
-constexpr int64_t few_rows = 8;
+constexpr int64_t few_rows = 16;
 constexpr int dot_rows = 4, dot_cols = W == 16 ? 4 : 2;
 
 // c[R, C] = from + a[R, k] w[C, k]^T.

@@ -13,13 +13,14 @@ struct Division {
   // Wide weights do not stay in a core's caches: more rows take more of what was fetched of them.
   static constexpr int64_t narrow = 256, most_narrow = 48, most_wide = 96;
   static_assert(most_wide <= most_grad_rows && most_narrow <= most_grad_rows);
-  static constexpr int64_t few = 24, most_groups = 8;
+  // Up to how many rows are one block: two groups' totals cost more than a second thread gains.
+  static constexpr int64_t few = 24, few_with_sums = 48, most_groups = 8;
   int64_t rows, most, blocks, groups;
 
   Division(int64_t rows_, int64_t widest, bool sums)
       : rows(rows_), most(widest > narrow ? most_wide : most_narrow) {
     blocks = (rows + most - 1) / most;
-    if (rows > few) blocks += blocks % 2;
+    if (rows > (sums ? few_with_sums : few)) blocks += blocks % 2;
     groups = sums ? smaller(blocks, most_groups) : blocks;
   }
   int64_t first(int64_t group) const { return blocks * group / groups; }
@@ -216,14 +217,14 @@ class Executor {
     const View x = view(at.operand[0]), y = view(at.operand[1]);
     double* const sums = reinterpret_cast<double*>(totals_[at.number[0]].data);
     each_vector<1>(x.cols, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
-      vf total = {};
+      vd total = {};
       for (int64_t r = 0; r < rows_; ++r) {
         vf value = load_row(kind, row<const float>(x, r), i, x.cols);
         if (y.given) value *= load_row(kind, row<const float>(y, r), i, x.cols);
-        total += value;
+        total += __builtin_convertvector(value, vd);
       }
       const int64_t count = smaller(W, x.cols - i);
-      for (int64_t j = 0; j < count; ++j) sums[i + j] += double(at.factor[0]) * double(total[j]);
+      for (int64_t j = 0; j < count; ++j) sums[i + j] += double(at.factor[0]) * total[j];
     });
   }
 

@@ -389,7 +389,7 @@ class Stack:
 
 
 #: Rows that are multiplied without packing the weights: ``few_rows`` of ``csrc/cpu/gemm.h``.
-FEW = 8
+FEW = 16
 #: Numbers in the weights of an ensemble whose members may take turns in every block of rows.
 MEMBERS = 2**20
 

@@ -22,6 +22,7 @@ from tests.agent.recorder import make_captured
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Critics go through autograd, as where there are CUDA graphs; a CPU alone has another way."""
     monkeypatch.setattr("pwm_fast.ops.extend.regression", lambda layers, x: None)
+    monkeypatch.setattr("pwm_fast.agent.pwm.weighted_gradients", lambda *_, **__: None)
 
 
 UPDATES = 10  # two are plain, one is poisoned, and four come after it

@@ -255,6 +255,7 @@ def test_recorded_updates_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     """CUDA graphs, emulated: three calls are recorded and replayed after two plain ones."""
     # Where there are CUDA graphs, critics go through autograd.
     monkeypatch.setattr("pwm_fast.ops.extend.regression", lambda layers, x: None)
+    monkeypatch.setattr("pwm_fast.agent.pwm.weighted_gradients", lambda *_, **__: None)
     config = preset("alg.horizon=3")
 
     def learn(agent: PWM) -> list[Tensor]:

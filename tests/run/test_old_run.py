@@ -3,8 +3,8 @@
 ``tests/data/old_runs/make.py`` made them. Each is a run directory with what a continuation needs.
 Beside it lies the end that the old version came to: ``.npz`` holds the agent, the env and the
 states of random generators, ``.json`` the rows and how torch and MuJoCo round. If they round here
-as they did there, the end is the same to the bit, with PyTorch's Adam, GEMMs and autograd where
-that version had them. Elsewhere, and with what stands in their place now, sums are rounded in
+as they did there, the end is the same to the bit, with PyTorch's Adam, GEMMs, sums and autograd
+where that version had them. Elsewhere, and with what stands in their place now, sums are rounded in
 another order.
 """
 
@@ -32,9 +32,12 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 AS_THEN = """
 import os
 os.environ["PWM_FAST_GEMM"] = "torch"
+import torch
 from pwm_fast import train
 from pwm_fast.agent import optim
+from pwm_fast.fused import mlp_backward
 from pwm_fast.ops import extend
+mlp_backward.sum_rows = lambda x, out: torch.sum(x, -2, dtype=torch.float64, out=out)
 optim.step_kernels = lambda params: None
 extend.regression = lambda layers, x: None
 train.main()

@@ -68,7 +68,10 @@ def unit_of(provider: str, device: torch.device) -> str:
     """The provider of plain PyTorch whose error is the unit of this one's."""
     base = provider.removesuffix(GRAPH)
     if base == "tf32" or base in _TF32_PEERS:
-        # A CPU has no tf32: its results are as good as float32's or as bad as bf16's.
+        # A CPU has no tf32: its results are as good as float32's or as bad as bf16's. JAX's are the
+        # former.
+        if device.type == "cpu" and base in ("jax", "diffrax"):
+            return "published"
         return "tf32" if device.type == "cuda" else "autocast"
     return "autocast" if base in _BF16_UNITS else "published"
 

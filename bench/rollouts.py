@@ -47,6 +47,8 @@ def _case(device: torch.device, model: str, batch: int, substeps: int, mode: str
         names += ["tf32", "graph"]
     if (main and mode == "backward") or device.type == "cuda":
         names += ["compile"]
+    if main and mode == "backward" and device.type == "cpu":
+        names += ["jax"]  # on a GPU it is one of the matrix's
     names += ["reference", "algebra", "fast", "fast_bf16", "floor", "floor_bf16"]
     marks = set()
     if main and mode == "backward":

@@ -50,7 +50,8 @@ def test_updates_name_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     for optimizer in agent.optimizers.values():
-        monkeypatch.setattr(optimizer, "step", full)
+        for way in ("step", "apply"):  # of those that go past autograd
+            monkeypatch.setattr(optimizer, way, full)
     with pytest.raises(
         OutOfMemory,
         match=r"update on 6 windows of 3 steps: lower alg\.model_learning\.batch_size",

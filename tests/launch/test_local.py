@@ -72,7 +72,7 @@ def test_a_failing_run(launcher: Launcher, tmp_path: Path, quick: dict[str, str]
 def test_stopped_and_continued(
     signum: signal.Signals, launcher: Launcher, tmp_path: Path, quick: dict[str, str]
 ) -> None:
-    given = arguments("epochs=40", "checkpoint.every=0", "eval.every=0")
+    given = arguments("epochs=300", "checkpoint.every=0", "eval.every=0")
     several = [*given, "seed=0,1,2", "launch.jobs=2"]
     command = launcher.start(tmp_path, "-m", *several, env=quick)
     logs = [tmp_path / f"run_{i}" / "metrics.jsonl" for i in range(2)]

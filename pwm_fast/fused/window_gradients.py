@@ -177,7 +177,8 @@ class WindowGradients:
             kernels, (sizes.action,), (_LINEAR,), [LayerParams(w_a, first.bias, None, None)]
         )
         # What an error weighs in the total, rounded once: all rows of a step have it in common.
-        discount = options.gamma ** torch.arange(sizes.horizon, dtype=torch.float64)
+        steps = torch.arange(sizes.horizon, dtype=torch.float64, device="cpu")
+        discount = options.gamma**steps
         each = (discount / (sizes.horizon * sizes.batch)).unsqueeze(1)
         self._discount = discount.float()
         self._shares = [(weight * each).float() for weight in options.weights]
@@ -238,7 +239,7 @@ class WindowGradients:
             dz = torch.zeros_like(latents[:1]).expand(shape)
         else:
             if tau is None:
-                tau = torch.rand(horizon, batch)
+                tau = torch.rand(horizon, batch, dtype=z.dtype, device=z.device)
             origin = z
             if options.start_noise:
                 origin = torch.add(z, torch.randn_like(z), alpha=options.start_noise)

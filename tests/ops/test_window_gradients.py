@@ -15,7 +15,7 @@ from pwm_fast import ops
 from pwm_fast.agent import PWM
 from pwm_fast.backends import native, select
 from pwm_fast.config import compose
-from pwm_fast.ops import extend
+from pwm_fast.ops import extend, window_gradients
 from pwm_fast.ops.coverage import layer_tensors
 from tests.agent.agents import make_windows
 from tests.helpers import assert_2x, random_layer, tensors_of, with_tensors
@@ -212,6 +212,23 @@ def test_parameters_are_read_anew() -> None:
     again, other = listed(directly(case, nets=nets)), listed(directly(case, nets=fresh))
     assert not torch.equal(first[0][-1], again[0][-1])
     assert all(torch.equal(a, b) for a, b in zip(again[1], other[1], strict=True))
+
+
+def test_another_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made inside is of the windows' dtype."""
+    case = CASES["noise"]
+    nets, data = case.nets().to(torch.float32), case.data(torch.float32)
+    expected = listed(directly(case, nets=nets))
+    monkeypatch.setattr(window_gradients, "_KNOWN", {})
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(3)
+        found = extend.window_gradients(**data, **case.options(nets), weights=WEIGHTS)
+    finally:
+        torch.set_default_dtype(before)
+    for ours, theirs in zip(listed(found), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_what_depends_on_more_than_sizes_is_told_apart() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,15 +76,10 @@ def weighted_loss(
         obs,
         action,
         reward,
-        encoder=model.encoder_layers(),
-        dynamics=model.dynamics(),
-        heads=model.heads(),
         gamma=gamma,
         terminated=terminated,
         tau=tau,
-        start=config.flow_start,  # type: ignore[arg-type]
-        start_noise=config.start_noise,
-        target_grad=config.target_grad,
+        **_parts(model, config),
         task=model.task_input(task, obs[0]),
     )
     return _weighted(loss, config, action.shape[0])
@@ -107,32 +102,40 @@ def weighted_gradients(
         The losses, the gradients of the total by the parameters' ids, and the precision of the
         GEMMs; None where autograd is to be taken (:func:`pwm_fast.ops.extend.window_gradients`).
     """
-    encoder, dynamics, heads = model.encoder_layers(), model.dynamics(), model.heads()
+    parts = _parts(model, config)
     horizon = action.shape[0]
     shares = 1.0 / horizon if config.mean_reward_loss else 1.0
     found = window_gradients(
         obs,
         action,
         reward,
-        encoder=encoder,
-        dynamics=dynamics,
-        heads=heads,
         weights=(config.dynamics_coef, config.reward_coef * shares, config.termination_coef),
         gamma=gamma,
         terminated=terminated,
         tau=tau,
-        start=config.flow_start,  # type: ignore[arg-type]
-        start_noise=config.start_noise,
-        target_grad=config.target_grad,
+        **parts,
     )
     if found is None:
         return None
-    nets = (encoder, dynamics.net, heads.reward, heads.termination or ())
+    heads = parts["heads"]
+    nets = (parts["encoder"], parts["dynamics"].net, heads.reward, heads.termination or ())
     tensors = (x for net in nets for layer in net for x in layer[:4] if x is not None)
     grads: dict[int, Tensor] = {}
     for p, g in zip(tensors, found.grads, strict=True):
         grads[id(p)] = grads[id(p)] + g if id(p) in grads else g  # what layers share
     return _weighted(found.loss, config, horizon, found.total), grads, found.precision
+
+
+def _parts(model: LatentModel, config: ModelLearningConfig) -> dict[str, Any]:
+    """What both ways to the loss are told of the model and of how it learns."""
+    return {
+        "encoder": model.encoder_layers(),
+        "dynamics": model.dynamics(),
+        "heads": model.heads(),
+        "start": config.flow_start,
+        "start_noise": config.start_noise,
+        "target_grad": config.target_grad,
+    }
 
 
 def _weighted(

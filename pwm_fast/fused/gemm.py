@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,6 @@ from pwm_fast.fused import weight_cache
 
 VARIABLE = "PWM_FAST_GEMM"
 CHOICES = ("auto", "torch", "onednn", "native")
-_SET: object = getattr(os.environ, "_data", None)
-_KEY = os.environ.encodekey(VARIABLE)
 _WIDEST = 512  # layer whose GEMMs are native ones
 _CHUNK = 128  # longest sum of a prepacked GEMM
 _PREPACKED_ROWS, _PREPACKED_WORK = 16, 3 * 2**19  # least rows and multiply-adds of one
@@ -47,8 +46,23 @@ def _onednn_works() -> bool:
         return False
 
 
+def stored_variables(names: Sequence[str]) -> Callable[[], tuple[Any, ...]]:
+    """A function that tells environment variables as they are stored, None where one is not set.
+
+    ``os.environ`` decodes what it is asked for, which would take a tenth of a small call.
+    """
+    data: Any = getattr(os.environ, "_data", None)
+    if not isinstance(data, dict):
+        return lambda: tuple(map(os.environ.get, names))
+    keys = tuple(map(os.environ.encodekey, names))
+    return lambda: tuple(map(data.get, keys))
+
+
+_stored = stored_variables((VARIABLE,))
+
+
 def _choice() -> str:
-    if isinstance(_SET, dict) and _KEY not in _SET:  # os.environ decodes what it is asked for
+    if _stored() == (None,):
         return "auto"
     choice = os.environ.get(VARIABLE) or "auto"
     if choice not in CHOICES:

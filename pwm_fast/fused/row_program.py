@@ -400,13 +400,13 @@ def why_not(kernels: Kernels, specs: Sequence[LayerSpec], widest: int, rows: int
         return f"backend {kernels.name} has no such kernel"
     if kernels.precision.compute is not None:
         return f"its GEMMs are exact, precision is {kernels.precision.name}"
+    limit = native_widths()
+    if widest > limit and (rows > FEW or not limit):
+        return f"{widest} features are more than {limit:g}, up to which it is faster"
     if any(spec.width for spec in specs):
         return "weights are centred"
     if any(spec.drop for spec in specs):
         return "a layer has a dropout mask"
-    limit = native_widths()
-    if widest > limit and (rows > FEW or not limit):
-        return f"{widest} features are more than {limit:g}, up to which it is faster"
     return None
 
 
@@ -417,14 +417,13 @@ def runs(
     if kernels.row_program is None or weights[0].dtype != torch.float32:
         return False
     widest = max([max(w.shape[-2:]) for w in weights])
-    if rows > FEW:
-        limit = native_widths()
-        if widest > limit:
-            return False
-        members = weights[0].dim() == 3 and limit < math.inf
-        if members and sum(w.numel() for w in weights) > MEMBERS:
-            return False  # with their packs and sums of gradients they leave every cache
-    return why_not(kernels, specs, widest, rows) is None and all(w.numel() for w in weights)
+    if why_not(kernels, specs, widest, rows) is not None:
+        return False
+    # With their packs and sums of gradients large ensembles leave every cache.
+    members = weights[0].dim() == 3 and rows > FEW and native_widths() < math.inf
+    if members and sum(w.numel() for w in weights) > MEMBERS:
+        return False
+    return all(w.numel() for w in weights)
 
 
 def indexed(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec, split_params
 from pwm_fast.fused import row_program
 from pwm_fast.fused.blocked_mlp import Ready, Specs
-from pwm_fast.fused.dynamics import DynamicsWeights, dynamics_weights
+from pwm_fast.fused.dynamics import dynamics_weights
 from pwm_fast.fused.rollout import rollout_backward, rollout_forward, takes_blocks
 
 _LINEAR = LayerSpec("norm_act", "none", True, False, 8, 1e-5)
@@ -113,16 +113,6 @@ def _split_first(
     return z, a, tau[0].squeeze(1).contiguous() if tau else None
 
 
-def _rollout_weights(
-    nets: WindowNets, options: WindowOptions, sizes: WindowSizes
-) -> tuple[DynamicsWeights, Tensor]:
-    """The dynamics' tensors as a rollout takes them, and the part for the actions."""
-    first, specs = nets.dynamics.tensors[0], options.dynamics
-    w_z, w_a, w_tau = _split_first(first, sizes, specs.method != "map")
-    params = nets.dynamics.tensors[1 + specs.layers[0].bias :]
-    return dynamics_weights(specs, w_z, w_tau, params), w_a
-
-
 def covers(kernels: Kernels, nets: WindowNets, options: WindowOptions, sizes: WindowSizes) -> bool:
     """Whether :class:`WindowGradients` takes these: all of it runs block of rows by block."""
     for net in nets:
@@ -134,9 +124,11 @@ def covers(kernels: Kernels, nets: WindowNets, options: WindowOptions, sizes: Wi
         for rows in (sizes.batch, sizes.horizon * sizes.batch):
             if not row_program.runs(kernels, own, net.specs, rows):
                 return False
-    rollout, _ = _rollout_weights(nets, options, sizes)
-    biased = options.dynamics.layers[0].bias
-    return biased and takes_blocks(kernels, options.dynamics, rollout, sizes.batch)
+    what, (first, *_) = options.dynamics, nets.dynamics.tensors
+    w_z, _, w_tau = _split_first(first, sizes, what.method != "map")
+    params = nets.dynamics.tensors[1 + what.layers[0].bias :]
+    rollout = dynamics_weights(what, w_z, w_tau, params)
+    return what.layers[0].bias and takes_blocks(kernels, what, rollout, sizes.batch)
 
 
 class WindowGradients:
@@ -172,7 +164,7 @@ class WindowGradients:
         self._termination = ready(nets.termination, pair)
         self._scalar_reward = nets.reward.layers[-1].weight.shape[0] == 1
         first = nets.dynamics.layers[0]
-        _, w_a = _rollout_weights(nets, options, sizes)
+        _, w_a, _ = _split_first(first.weight, sizes, self._flow)
         self._hoisted = Ready(
             kernels, (sizes.action,), (_LINEAR,), [LayerParams(w_a, first.bias, None, None)]
         )
@@ -207,25 +199,28 @@ class WindowGradients:
         shape = (horizon, batch, sizes.latent)
         encoder = nets.encoder.tensors
         actions = action.reshape(rows, sizes.action)
-        target = self._encode(nets, obs[1:])[0].view(shape)
+        after = obs[1:].flatten(0, 1)
+        target = self._encoder.forward([after], encoder, rows, False, False)[0].view(shape)
 
         # Latents: of the rollout, or encoded ones. No loss needs the last one of a flow.
         steps = horizon - 1 if self._flow else horizon
+        w_z, w_a, w_tau = _split_first(nets.dynamics.tensors[0], sizes, self._flow)
+        moving = (w_z, w_tau, nets.dynamics.tensors[2:])
+        hoisted = [w_a, nets.dynamics.tensors[1]]
         latents = c_kept = None
         if steps and not (self._flow and options.teacher):
-            started, z0, kept = self._start(nets, obs[0])
-            weights, w_a = _rollout_weights(nets, options, sizes)
-            hoisted = [w_a, nets.dynamics.tensors[1]]
+            started = obs[0]
+            z0, kept = self._encoder.forward([started], encoder, batch, True, True)
             moved = actions[: steps * batch]
             c, c_kept = self._hoisted.forward([moved], hoisted, len(moved), True, True)
-            params = nets.dynamics.tensors[2:]
-            given = (weights.w_z, weights.w_tau, params)
+            c = c.view(steps, batch, -1)
             latents, saved = rollout_forward(
-                self._kernels, z0, c.view(steps, batch, -1), *given, options.spec, True, True
+                self._kernels, z0, c, *moving, options.spec, True, True
             )
             z = latents[:horizon]
         else:
-            started, encoded, kept = self._start(nets, obs[:-1].flatten(0, 1))
+            started = obs[:-1].flatten(0, 1)
+            encoded, kept = self._encoder.forward([started], encoder, rows, True, True)
             z = encoded.view(shape)
 
         # The dynamics' error, and what it asks of latents and velocity.
@@ -295,12 +290,9 @@ class WindowGradients:
                 dlatents = torch.zeros_like(latents)
                 dlatents[:horizon] = dz
                 dlatents[1:] += following_grad
-            weights, w_a = _rollout_weights(nets, options, sizes)
-            given = (weights.w_z, weights.w_tau, nets.dynamics.tensors[2:])
             dz0, dc, dw_z, dw_tau, dparams = rollout_backward(
-                self._kernels, dlatents, z0, *given, saved, options.spec, True
+                self._kernels, dlatents, z0, *moving, saved, options.spec, True
             )
-            hoisted = [w_a, nets.dynamics.tensors[1]]
             _, (dw_a, dbias) = self._hoisted.backward(
                 dc.flatten(0, 1), [moved], hoisted, _tensor(c_kept), (False,), True
             )
@@ -314,7 +306,9 @@ class WindowGradients:
             dz0 = dz.reshape(rows, sizes.latent)
             assert velocity_grads is not None
             dynamics_grads = velocity_grads
-        _, encoder_grads = self._encoder.backward(dz0, [started], encoder, kept, (False,), True)
+        _, encoder_grads = self._encoder.backward(
+            dz0, [started], encoder, _tensor(kept), (False,), True
+        )
         own = (encoder_grads, dynamics_grads, reward_grads, termination_grads)
         return WindowResult(
             dynamics_loss,
@@ -324,16 +318,6 @@ class WindowGradients:
             total,
             [_tensor(g) for each in own for g in each],
         )
-
-    def _encode(self, nets: WindowNets, obs: Tensor) -> tuple[Tensor, Tensor | None]:
-        rows = obs.reshape(-1, obs.shape[-1])
-        return self._encoder.forward([rows], nets.encoder.tensors, len(rows), False, False)
-
-    def _start(self, nets: WindowNets, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoded ``obs [R, O]``, and what its backward pass needs."""
-        rows = obs.contiguous()
-        z, kept = self._encoder.forward([rows], nets.encoder.tensors, len(rows), True, True)
-        return rows, z, _tensor(kept)
 
     def _reward_error(self, logits: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
         """The error of each row, and the gradient of the weighted loss towards the logits."""

@@ -8,7 +8,6 @@ goes the long way, which says what is wrong.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -30,10 +29,8 @@ from pwm_fast.ops.types import Layer, Order
 from pwm_fast.ops.weights import centred, flat, specs_of
 
 _LIMIT = 512  # kinds of calls
-_VARIABLES = (select.VARIABLE, select.PRECISION_VARIABLE, gemm.VARIABLE)
-# os.environ decodes what it is asked for, which would take a tenth of a small call.
-_ENVIRONMENT: Any = getattr(os.environ, "_data", None)
-_KEYS = tuple(os.fsencode(name) for name in _VARIABLES)
+#: Tells what of the environment the choice of a backend depends on.
+environment = gemm.stored_variables((select.VARIABLE, select.PRECISION_VARIABLE, gemm.VARIABLE))
 _PLAIN, _is_neg = frozenset(PLAIN), Tensor.is_neg
 
 
@@ -55,13 +52,6 @@ class Known(NamedTuple):
 
 _LONG = Known()
 _KNOWN: dict[Any, Known] = {}
-
-
-def environment() -> tuple[Any, ...]:
-    """What of the environment the choice of a backend depends on."""
-    if isinstance(_ENVIRONMENT, dict):
-        return tuple(map(_ENVIRONMENT.get, _KEYS))
-    return tuple(map(os.environ.get, _VARIABLES))
 
 
 def situation(x: Tensor) -> Any:
@@ -87,9 +77,13 @@ def _key(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Any
         order,
         around,
         tuple([x.shape[-1] for x in inputs]),
-        # A shape, which vectors are there, and the options.
-        tuple([(p[0].shape, *[x is None for x in p[1:4]], *p[4:]) for p in layers]),
+        kind_of(layers),
     )
+
+
+def kind_of(layers: Sequence[Layer]) -> tuple[Any, ...]:
+    """Of each layer the weight's shape, which vectors are there, and the options."""
+    return tuple([(p[0].shape, *[x is None for x in p[1:4]], *p[4:]) for p in layers])
 
 
 def find(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Known | None:

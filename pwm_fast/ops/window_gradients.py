@@ -17,7 +17,7 @@ from pwm_fast.fused import window_gradients as fused
 from pwm_fast.fused.window_gradients import Net, WindowNets, WindowOptions, WindowSizes
 from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
-from pwm_fast.ops.direct import situation
+from pwm_fast.ops.direct import kind_of, situation
 from pwm_fast.ops.dynamics import Dynamics, LatentMLP
 from pwm_fast.ops.flow import Flow
 from pwm_fast.ops.rollout import call_of
@@ -116,14 +116,12 @@ def window_gradients(
         tuple([x.shape for x in given]),
         terminated is None,
         tau is None,
-        tuple([None if n is None else tuple([_shape(p) for p in n]) for n in nets]),
+        tuple([None if net is None else kind_of(net) for net in nets]),
     )
     if key in _KNOWN:
         known = _KNOWN[key]
     else:
-        check_windows(obs, action, reward, gamma, start, start_noise)
-        if heads.termination is not None and terminated is None:
-            raise ValueError("terminated is needed to train the termination head, got None")
+        check_windows(obs, action, reward, gamma, start, start_noise, heads, terminated)
         if len(_KNOWN) >= _LIMIT:
             _KNOWN.clear()
         known = _KNOWN[key] = _make(obs, action, terminated, tau, nets, dynamics, heads, options)
@@ -137,10 +135,6 @@ def window_gradients(
     found = known.run(made, *dense)  # type: ignore[arg-type]
     loss = WindowLoss(found.dynamics, found.reward, found.termination, found.target)
     return WindowGradients(loss, found.total, found.grads, known.precision)
-
-
-def _shape(p: Layer) -> tuple[Any, ...]:
-    return (p[0].shape, *[x is None for x in p[1:4]], *p[4:])
 
 
 def _plain(given: Sequence[Tensor], params: Sequence[Tensor]) -> bool:

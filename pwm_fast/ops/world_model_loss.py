@@ -94,9 +94,7 @@ def world_model_loss(
 
     Source: PWM (arXiv 2407.02466), equation 3; Liu et al. 2022 (arXiv 2209.03003), equation 1.
     """
-    horizon = check_windows(obs, action, reward, gamma, start, start_noise)
-    if heads.termination is not None and terminated is None:
-        raise ValueError("terminated is needed to train the termination head, got None")
+    horizon = check_windows(obs, action, reward, gamma, start, start_noise, heads, terminated)
 
     def repeated(steps: int) -> tuple[Tensor, ...]:
         return () if task is None else (task.expand(steps, *task.shape),)
@@ -172,7 +170,14 @@ def world_model_loss(
 
 
 def check_windows(
-    obs: Tensor, action: Tensor, reward: Tensor, gamma: float, start: Start, start_noise: float
+    obs: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    gamma: float,
+    start: Start,
+    start_noise: float,
+    heads: Heads,
+    terminated: Tensor | None,
 ) -> int:
     """Horizon of a window, after a look at what no other operation checks."""
     for name, x, axes in (("obs", obs, 3), ("action", action, 3), ("reward", reward, 2)):
@@ -195,4 +200,6 @@ def check_windows(
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
     if start_noise < 0.0:
         raise ValueError(f"start_noise must not be negative, got {start_noise}")
+    if heads.termination is not None and terminated is None:
+        raise ValueError("terminated is needed to train the termination head, got None")
     return horizon

@@ -13,7 +13,6 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from bench.gate import Outputs
 from bench.measure import Effort
 from bench.sizes import ACTION, OBS
 from pwm_fast import ops
+from tests.acceleration.modules import SimNorm, mlp
 
 PLAN, UPDATE = "TD-MPC2's plan()", "TD-MPC2's _update()"
 VMIN, VMAX, GAMMA = -10.0, 10.0, 0.99
@@ -50,43 +50,6 @@ class Size:
 
 
 # --- the model ----------------------------------------------------------------------------------
-
-
-class SimNorm(nn.Module):
-    """Softmax over groups of 8."""
-
-    def __init__(self, dim: int = 8) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        return F.softmax(x.view(*shape[:-1], -1, self.dim), dim=-1).view(*shape)
-
-
-class NormedLinear(nn.Linear):
-    """Linear, dropout, LayerNorm, activation."""
-
-    def __init__(self, k: int, n: int, act: nn.Module | None = None, dropout: float = 0.0) -> None:
-        super().__init__(k, n)
-        self.ln = nn.LayerNorm(n)
-        self.act = nn.Mish() if act is None else act
-        self.dropout = nn.Dropout(dropout) if dropout else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        if self.dropout is not None:
-            x = self.dropout(x)
-        return self.act(self.ln(x))
-
-
-def mlp(sizes: Sequence[int], act: nn.Module | None = None, dropout: float = 0.0) -> nn.Sequential:
-    """Dropout in the first layer alone; the last one is plain unless it has an activation."""
-    *hidden, (k, n) = pairwise(sizes)
-    layers: list[nn.Module] = [
-        NormedLinear(i, o, dropout=0.0 if j else dropout) for j, (i, o) in enumerate(hidden)
-    ]
-    return nn.Sequential(*layers, nn.Linear(k, n) if act is None else NormedLinear(k, n, act))
 
 
 class Ensemble(nn.Module):
@@ -119,11 +82,11 @@ class World(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
         pair, hidden = size.latent + ACTION, [size.units, size.units]
-        self._encoder = mlp([OBS, size.encoder, size.latent], SimNorm())
-        self._dynamics = mlp([pair, *hidden, size.latent], SimNorm())
-        self._reward = mlp([pair, *hidden, size.bins])
-        self._pi = mlp([size.latent, *hidden, 2 * ACTION])
-        self._qs = Ensemble([mlp([pair, *hidden, size.bins], dropout=0.01)] * size.members)
+        self._encoder = mlp(OBS, [size.encoder], size.latent, act=SimNorm(8))
+        self._dynamics = mlp(pair, hidden, size.latent, act=SimNorm(8))
+        self._reward = mlp(pair, hidden, size.bins)
+        self._pi = mlp(size.latent, hidden, 2 * ACTION)
+        self._qs = Ensemble([mlp(pair, hidden, size.bins, dropout=0.01)] * size.members)
         self._target = copy.deepcopy(self._qs).requires_grad_(False)
         self.eval()
 

@@ -98,17 +98,19 @@ def test_other_steps() -> None:
     check({k: v.written() for k, v in found.items()}, reference, given, "other steps")
 
 
-@pytest.mark.parametrize("rows", [5, 70])
-def test_wider_than_by_default(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("widths", [(300, 517, 33), (510, 617, 1788)], ids=str)
+@pytest.mark.parametrize("rows", [5, 70, 201])
+def test_wider_than_by_default(
+    rows: int, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``PWM_FAST_GEMM=native`` takes sums of several runs, in layers of any width."""
-    widths = (300, 517, 33)
     layers = [
         ops.Layer(
             torch.randn(n, k) / k**0.5, torch.randn(n), torch.randn(n), torch.randn(n), act="mish"
         )
         for k, n in pairwise(widths)
     ]
-    x = torch.randn(rows, 300)
+    x = torch.randn(rows, widths[0] + 3)[:, 1:-2]
 
     def values(dtype: torch.dtype, backend: str, x: Tensor = x) -> list[Tensor]:
         own = [p._replace(**{n: getattr(p, n).to(dtype) for n in p._fields[:4]}) for p in layers]
@@ -123,7 +125,7 @@ def test_wider_than_by_default(rows: int, monkeypatch: pytest.MonkeyPatch) -> No
 
     @cache
     def pairs(draw: int) -> list[tuple[Tensor, Tensor]]:
-        near = x + 0.01 * draw * torch.randn(rows, 300)
+        near = x + 0.01 * draw * torch.randn(rows, widths[0])
         each = (values(dtype, "reference", near) for dtype in (torch.float32, torch.float64))
         return list(zip(*each, strict=True))
 

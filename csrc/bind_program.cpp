@@ -117,7 +117,7 @@ class Program {
   }
 
   void add_pack(const py::tuple& given) {
-    packs_.push_back({operand_of_kind(given[0], slot_weight, "a weight"), given[1].cast<bool>()});
+    packs_.push_back({operand_of_kind(given[0], slot_weight, "a weight"), given[1].cast<bool>(), 0});
   }
 
   void add_total(const py::tuple& given) {
@@ -125,9 +125,9 @@ class Program {
     if (out.slot < 0) refuse("a total needs a slot");
     const Slot& into = slot(out);
     if (into.kind == slot_weight) {
-      totals_.push_back({out, into.n, into.cols});
+      totals_.push_back({out, into.n, into.cols, false});
     } else if (into.kind == slot_shared) {
-      totals_.push_back({out, into.cols, 0});
+      totals_.push_back({out, into.cols, 0, false});
     } else {
       refuse("a total must be a weight's or a vector's");
     }
@@ -155,6 +155,12 @@ class Program {
       made.factor[i] = factors[std::size_t(i)].cast<float>();
     }
     check(made, form);
+    if (made.step == step_gemm) ++packs_[std::size_t(made.number[0])].steps;
+    if (made.step == step_weight_grad) {
+      bool& begun = totals_[std::size_t(made.number[0])].begun;
+      made.number[1] = !begun;
+      begun = true;
+    }
     instructions_.push_back(made);
   }
 

@@ -55,8 +55,8 @@ void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, c
   }
 }
 
-// c[M, tile_cols] += dy[rows, M]^T x[rows, tile_cols].
-template <int M>
+// c[M, tile_cols] = dy[rows, M]^T x[rows, tile_cols], added to what is there where `add`.
+template <int M, bool add>
 void grad_tile(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t rows, float* c,
                int64_t ldc) {
   vf left[M], right[M];
@@ -71,11 +71,15 @@ void grad_tile(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_
       right[i] += d * x_right;
     }
   }
-  // Added to what is there at the end: a sum of sums errs less than one long sum.
+  // Added at the end: a sum of sums errs less than one long sum.
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
-    store(c + i * ldc, load(c + i * ldc) + left[i]);
-    store(c + i * ldc + W, load(c + i * ldc + W) + right[i]);
+    if constexpr (add) {
+      left[i] += load(c + i * ldc);
+      right[i] += load(c + i * ldc + W);
+    }
+    store(c + i * ldc, left[i]);
+    store(c + i * ldc + W, right[i]);
   }
 }
 
@@ -95,7 +99,12 @@ template <int M>
 constexpr Tile fetching_tile = tile<M, true>;
 constexpr Tile tiles[tile_rows + 1] = PWM_FAST_TILES(plain_tile);
 constexpr Tile fetching_tiles[tile_rows + 1] = PWM_FAST_TILES(fetching_tile);
-constexpr GradTile grad_tiles[tile_rows + 1] = PWM_FAST_TILES(grad_tile);
+template <int M>
+constexpr GradTile first_grad_tile = grad_tile<M, false>;
+template <int M>
+constexpr GradTile adding_grad_tile = grad_tile<M, true>;
+constexpr GradTile first_grad_tiles[tile_rows + 1] = PWM_FAST_TILES(first_grad_tile);
+constexpr GradTile grad_tiles[tile_rows + 1] = PWM_FAST_TILES(adding_grad_tile);
 #undef PWM_FAST_TILES
 
 // body(first, count) for [0, n) in nearly equal pieces of at most tile_rows.
@@ -137,18 +146,24 @@ PWM_FAST_INLINE void turn(const float* from, int64_t stride, float* to) {
 }
 
 // w[n, k] with a row stride to panels of tile_cols of its rows: [panels, k, tile_cols], so that
-// x packed is x w^T.
+// x packed is x w^T. A few columns at a time, so that what is written of them is in the first cache.
 void pack_rows(const float* w, int64_t stride, int64_t n, int64_t k, float* packed) {
+  constexpr int64_t at_once = 16;
   for (int64_t first = 0; first < n; first += tile_cols, packed += k * tile_cols) {
-    const int64_t count = smaller(tile_cols, n - first);
+    const int64_t count = smaller(tile_cols, n - first), whole = count / 4 * 4;
     const float* panel = w + first * stride;
-    for (int64_t j = 0; j < tile_cols; j += 4) {
-      int64_t i = 0;
-      if (j + 4 <= count) {
-        for (; i + 4 <= k; i += 4) turn(panel + j * stride + i, stride, packed + i * tile_cols + j);
+    for (int64_t begin = 0; begin < k; begin += at_once) {
+      const int64_t end = smaller(k, begin + at_once), turned = begin + (end - begin) / 4 * 4;
+      for (int64_t j = 0; j < whole; j += 4) {
+        for (int64_t i = begin; i < turned; i += 4) {
+          turn(panel + j * stride + i, stride, packed + i * tile_cols + j);
+        }
+        for (int64_t i = turned; i < end; ++i) {
+          for (int64_t l = j; l < j + 4; ++l) packed[i * tile_cols + l] = panel[l * stride + i];
+        }
       }
-      for (; i < k; ++i) {
-        for (int64_t l = j; l < j + 4; ++l) {
+      for (int64_t i = begin; i < end && whole < tile_cols; ++i) {
+        for (int64_t l = whole; l < tile_cols; ++l) {
           packed[i * tile_cols + l] = l < count ? panel[l * stride + i] : 0.0f;
         }
       }
@@ -156,20 +171,49 @@ void pack_rows(const float* w, int64_t stride, int64_t n, int64_t k, float* pack
   }
 }
 
-// w[n, k] to panels of tile_cols of its columns: [panels, n, tile_cols], so that dy packed is dy w.
-void pack_cols(const float* w, int64_t stride, int64_t n, int64_t k, float* packed) {
-  for (int64_t first = 0; first < k; first += tile_cols) {
-    const int64_t count = smaller(tile_cols, k - first);
-    for (int64_t i = 0; i < n; ++i, packed += tile_cols) {
-      const float* source = w + i * stride + first;
-      for (int64_t j = 0; j < count; ++j) packed[j] = source[j];
-      for (int64_t j = count; j < tile_cols; ++j) packed[j] = 0.0f;
+// Columns of n rows of w to rows of tile_cols, with zeros past `cols`.
+PWM_FAST_INLINE void copy_panel(const float* w, int64_t stride, int64_t n, int64_t cols, float* to) {
+  for (int64_t i = 0; i < n; ++i, w += stride, to += tile_cols) {
+    for (int64_t j = 0; j < tile_cols; j += W) {
+      const int64_t count = smaller(W, cols - j);
+      store(to + j, count == W ? load(w + j) : count > 0 ? load_part(w + j, int(count)) : vf{});
     }
   }
 }
 
-// c[rows, n] = from + a[rows, k] packed, where `packed` holds panels of n columns. `from` is null
-// for 0, one row (from_stride 0) for all, or c itself.
+// w[n, k] to panels of tile_cols of its columns: [panels, n, tile_cols], so that dy packed is dy w.
+void pack_cols(const float* w, int64_t stride, int64_t n, int64_t k, float* packed) {
+  for (int64_t first = 0; first < k; first += tile_cols, packed += n * tile_cols) {
+    copy_panel(w + first, stride, n, smaller(tile_cols, k - first), packed);
+  }
+}
+
+// c[rows, cols] = from + a[rows, k] b[k, tile_cols], where `from` is null for 0, one row (from_stride
+// 0) for all, or c itself. Nothing past the end of c's and from's rows is read or written.
+void tile_panel(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, int64_t rows,
+                int64_t cols, bool ahead, const float* from, int64_t from_stride, float* c,
+                int64_t ldc) {
+  each_tile(rows, [&](int64_t r, int64_t count) PWM_FAST_INLINE_LAMBDA {
+    const float* own = from == nullptr ? nullptr : from + r * from_stride;
+    float* out = c + r * ldc;
+    const Tile multiply = (ahead && r == 0 ? fetching_tiles : tiles)[count];
+    if (cols == tile_cols) {
+      multiply(a + r * lda, lda, b, ldb, k, own, from_stride, out, ldc);
+      return;
+    }
+    float part[tile_rows * tile_cols];
+    if (own != nullptr) copy_panel(own, from_stride, count, cols, part);
+    multiply(a + r * lda, lda, b, ldb, k, own == nullptr ? nullptr : part, tile_cols, part,
+             tile_cols);
+    for (int64_t i = 0; i < count; ++i) {
+      each_vector<2>(cols, [&](auto kind, int64_t j, auto) PWM_FAST_INLINE_LAMBDA {
+        store_row(kind, out + i * ldc, j, cols, load(part + i * tile_cols + j));
+      });
+    }
+  });
+}
+
+// c[rows, n] = from + a[rows, k] packed, where `packed` holds panels of n columns; `from` as above.
 //
 // A panel goes through all of k before the next, so that c stays in the first cache, and `packed` is
 // read once, from beginning to end: the first rows that need a part of it fetch the next part.
@@ -177,52 +221,28 @@ void gemm(const float* a, int64_t lda, const float* packed, int64_t rows, int64_
           const float* from, int64_t from_stride, float* c, int64_t ldc) {
   for (int64_t first = 0; first < n; first += tile_cols) {
     const int64_t cols = smaller(tile_cols, n - first);
+    const float* own = from == nullptr ? nullptr : from + first;
     for (int64_t start = 0; start == 0 || start < k; start += longest) {
       const int64_t run = smaller(longest, k - start);
-      const float* b = packed + first * k + start * tile_cols;
-      const float* before = start > 0 ? c : from;
-      const int64_t stride = start > 0 ? ldc : from_stride;
       const bool more = first + cols < n || start + run < k;
-      each_tile(rows, [&](int64_t r, int64_t count) PWM_FAST_INLINE_LAMBDA {
-        const float* a_rows = a + r * lda + start;
-        const float* own = before == nullptr ? nullptr : before + r * stride + first;
-        float* out = c + r * ldc + first;
-        const Tile multiply = (more && r == 0 ? fetching_tiles : tiles)[count];
-        if (cols == tile_cols) {
-          multiply(a_rows, lda, b, tile_cols, run, own, stride, out, ldc);
-          return;
-        }
-        // Nothing past the end of a row is read or written.
-        float part[tile_rows * tile_cols] = {};
-        if (own != nullptr) {
-          for (int64_t i = 0; i < count; ++i) {
-            for (int64_t j = 0; j < cols; ++j) part[i * tile_cols + j] = own[i * stride + j];
-          }
-        }
-        multiply(a_rows, lda, b, tile_cols, run, part, tile_cols, part, tile_cols);
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t j = 0; j < cols; ++j) out[i * ldc + j] = part[i * tile_cols + j];
-        }
-      });
+      tile_panel(a + start, lda, packed + first * k + start * tile_cols, tile_cols, run, rows, cols,
+                 more, start > 0 ? c + first : own, start > 0 ? ldc : from_stride, c + first, ldc);
     }
   }
 }
 
-// --- few rows, for which packing would take longer than multiplying -----------------------------
+// --- weights as they lie: for rows so few that packing takes longer than it gains -----------------
 
-constexpr int64_t few_rows = 16;
-constexpr int dot_rows = 4, dot_cols = W == 16 ? 4 : 2;
+constexpr int dot_rows = 4, dot_cols = W / dot_rows < 2 ? 2 : W / dot_rows;
+constexpr int64_t rows_at_once = 12;  // which stay in the first cache beside rows of the weight
 
 // c[R, C] = from + a[R, k] w[C, k]^T.
 template <int R, int C>
 void dots(const float* a, int64_t lda, const float* w, int64_t ldw, int64_t k, const float* from,
           int64_t from_stride, float* c, int64_t ldc) {
-  vf sums[R][C];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) sums[r][j] = vf{};
-  }
+  vf sums[R * C];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; ++i) sums[i] = vf{};
   each_vector<1>(k, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
     vf columns[C];
 #pragma GCC unroll 4
@@ -231,13 +251,18 @@ void dots(const float* a, int64_t lda, const float* w, int64_t ldw, int64_t k, c
     for (int r = 0; r < R; ++r) {
       const vf x = load_row(kind, a + r * lda, i, k);
 #pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) sums[r][j] += x * columns[j];
+      for (int j = 0; j < C; ++j) sums[r * C + j] += x * columns[j];
     }
   });
+  float totals[R * C];
+  if constexpr (R * C == W) {
+    store(totals, sum_each(sums));
+  } else {
+    for (int i = 0; i < R * C; ++i) totals[i] = sum(sums[i]);
+  }
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < C; ++j) {
-      const float start = from == nullptr ? 0.0f : from[r * from_stride + j];
-      c[r * ldc + j] = start + sum(sums[r][j]);
+      c[r * ldc + j] = (from == nullptr ? 0.0f : from[r * from_stride + j]) + totals[r * C + j];
     }
   }
 }
@@ -247,97 +272,101 @@ template <int C>
 constexpr Dots dots_of[dot_rows + 1] = {nullptr, dots<1, C>, dots<2, C>, dots<3, C>, dots<4, C>};
 
 // c[rows, n] = from + a[rows, k] w[n, k]^T, as gemm.
-void gemm_few(const float* a, int64_t lda, const float* w, int64_t ldw, int64_t rows, int64_t n,
-              int64_t k, const float* from, int64_t from_stride, float* c, int64_t ldc) {
-  for (int64_t r = 0; r < rows; r += dot_rows) {
-    const int64_t count = smaller(dot_rows, rows - r);
-    const float* own = from == nullptr ? nullptr : from + r * from_stride;
+void gemm_direct(const float* a, int64_t lda, const float* w, int64_t ldw, int64_t rows, int64_t n,
+                 int64_t k, const float* from, int64_t from_stride, float* c, int64_t ldc) {
+  for (int64_t begin = 0; begin < rows; begin += rows_at_once) {
+    const int64_t end = smaller(rows, begin + rows_at_once);
     int64_t j = 0;
-    const auto at = [&](Dots run) PWM_FAST_INLINE_LAMBDA {
-      run(a + r * lda, lda, w + j * ldw, ldw, k, own == nullptr ? nullptr : own + j, from_stride,
-          c + r * ldc + j, ldc);
+    const auto at = [&](const Dots* run) PWM_FAST_INLINE_LAMBDA {
+      for (int64_t r = begin; r < end; r += dot_rows) {
+        run[smaller(dot_rows, end - r)](a + r * lda, lda, w + j * ldw, ldw, k,
+                                        from == nullptr ? nullptr : from + r * from_stride + j,
+                                        from_stride, c + r * ldc + j, ldc);
+      }
     };
-    for (; j + dot_cols <= n; j += dot_cols) at(dots_of<dot_cols>[count]);
-    for (; j < n; ++j) at(dots_of<1>[count]);
+    for (; j + dot_cols <= n; j += dot_cols) at(dots_of<dot_cols>);
+    for (; j < n; ++j) at(dots_of<1>);
   }
 }
 
-// c[rows, k] = from + dy[rows, n] w[n, k], as gemm.
-void dgrad_few(const float* dy, int64_t ldy, const float* w, int64_t ldw, int64_t rows, int64_t n,
-               int64_t k, const float* from, int64_t from_stride, float* c, int64_t ldc) {
-  for (int64_t start = 0; start == 0 || start < n; start += longest) {
-    const int64_t run = smaller(longest, n - start);
-    if (start > 0) {
-      from = c;
-      from_stride = ldc;
+// c[rows, k] = from + dy[rows, n] w[n, k], to the same bits as gemm with pack_cols.
+void dgrad_direct(const float* dy, int64_t ldy, const float* w, int64_t ldw, int64_t rows, int64_t n,
+                  int64_t k, const float* from, int64_t from_stride, float* c, int64_t ldc) {
+  float last[longest * tile_cols];  // of w's columns, where a tile would read past its rows
+  const bool along_rows = rows <= tile_rows;  // of w, from beginning to end
+  const auto panel = [&](int64_t start, int64_t first) PWM_FAST_INLINE_LAMBDA {
+    const int64_t run = smaller(longest, n - start), cols = smaller(tile_cols, k - first);
+    const float *b = w + start * ldw + first, *own = from == nullptr ? nullptr : from + first;
+    if (cols < tile_cols) copy_panel(b, ldw, run, cols, last);
+    tile_panel(dy + start, ldy, cols < tile_cols ? last : b, cols < tile_cols ? tile_cols : ldw, run,
+               rows, cols, !along_rows && cols == tile_cols && start + run < n, start > 0 ? c + first : own,
+               start > 0 ? ldc : from_stride, c + first, ldc);
+  };
+  if (along_rows) {
+    for (int64_t start = 0; start == 0 || start < n; start += longest) {
+      for (int64_t first = 0; first < k; first += tile_cols) panel(start, first);
     }
-    for (int64_t r = 0; r < rows; r += tile_rows) {
-      const int64_t count = smaller(tile_rows, rows - r);
-      const float* a = dy + r * ldy + start;
-      const float* own = from == nullptr ? nullptr : from + r * from_stride;
-      int64_t j = 0;
-      for (; j + tile_cols <= k; j += tile_cols) {
-        tiles[count](a, ldy, w + start * ldw + j, ldw, run, own == nullptr ? nullptr : own + j,
-                     from_stride, c + r * ldc + j, ldc);
-      }
-      for (; j < k; j += W) {
-        const int64_t cols = smaller(W, k - j);
-        for (int64_t i = 0; i < count; ++i) {
-          vf total = {};
-          for (int64_t l = 0; l < run; ++l) {
-            const float* source = w + (start + l) * ldw + j;
-            total += a[i * ldy + l] * (cols == W ? load(source) : load_part(source, int(cols)));
-          }
-          if (own != nullptr) total += load_part(own + i * from_stride + j, int(cols));
-          store_part(c + (r + i) * ldc + j, total, int(cols));
-        }
-      }
-    }
+    return;
+  }
+  for (int64_t first = 0; first < k; first += tile_cols) {
+    for (int64_t start = 0; start == 0 || start < n; start += longest) panel(start, first);
   }
 }
 
 constexpr int64_t most_grad_rows = 96;
 
-// Where the sum of a weight's gradients [n, k] lies, of whole panels of its columns (those past k get
-// zeros added): as rows, or one panel after another, whose tiles follow one another in memory.
+// Where the sum of a weight's gradients [n, k] lies, panel by panel of its columns: as rows, or one
+// panel after another, whose tiles follow one another in memory. `last`: a panel that k does not
+// fill, with zeros past k, its rows one after another.
 struct GradPlace {
   float* data;
   int64_t row_stride, panel_stride;
+  float* last;
 };
-PWM_FAST_INLINE GradPlace as_rows(float* data, int64_t k) { return {data, k, tile_cols}; }
-PWM_FAST_INLINE GradPlace as_panels(float* data, int64_t n) {
-  return {data, tile_cols, n * tile_cols};
+PWM_FAST_INLINE GradPlace as_rows(float* data, int64_t stride, float* last) {
+  return {data, stride, tile_cols, last};
+}
+PWM_FAST_INLINE GradPlace as_panels(float* data, int64_t n, int64_t k) {
+  return {data, tile_cols, n * tile_cols, data + k / tile_cols * n * tile_cols};
 }
 
-// dw[n, k] += dy[rows, n]^T x[rows, k], for at most most_grad_rows rows.
-void weight_grad(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t rows,
-                 int64_t n, int64_t k, GradPlace dw) {
-  float part[most_grad_rows * tile_cols];
-  const int64_t runs = (rows + longest - 1) / longest;
-  for (int64_t first = 0; first < k; first += tile_cols, dw.data += dw.panel_stride) {
-    const int64_t cols = smaller(tile_cols, k - first);
-    const float* x_panel = x + first;
-    int64_t stride = ldx;
-    if (cols < tile_cols) {
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t j = 0; j < tile_cols; ++j) {
-          part[r * tile_cols + j] = j < cols ? x[r * ldx + first + j] : 0.0f;
-        }
-      }
-      x_panel = part;
-      stride = tile_cols;
-    }
+PWM_FAST_INLINE GradPlace from_row(GradPlace p, int64_t first) {
+  return {p.data + first * p.row_stride, p.row_stride, p.panel_stride, p.last + first * tile_cols};
+}
+
+// dw[n, k] = dy[rows, n]^T x[rows, k], for at most most_grad_rows rows, at least one. Added to what
+// is there but for the first of a sum.
+void weight_grad(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t rows, int64_t n,
+                 int64_t k, bool first_of_sum, GradPlace dw) {
+  const GradTile* const add = first_of_sum ? first_grad_tiles : grad_tiles;
+  const int64_t whole = k / tile_cols * tile_cols;
+  const auto panel = [&](const float* from, int64_t stride, float* to,
+                         int64_t to_stride) PWM_FAST_INLINE_LAMBDA {
     each_tile(n, [&](int64_t i, int64_t count) PWM_FAST_INLINE_LAMBDA {
-      float* const own = dw.data + i * dw.row_stride;
+      float* const own = to + i * to_stride;
       const int64_t next = smaller(count, n - i - count);
-      for (int64_t j = 0; j < next; ++j) fetch<true>(own + (count + j) * dw.row_stride);
-      for (int64_t run = 0; run < runs; ++run) {
-        const int64_t r = rows * run / runs;
-        grad_tiles[count](dy + r * ldy + i, ldy, x_panel + r * stride, stride,
-                          rows * (run + 1) / runs - r, own, dw.row_stride);
+      for (int64_t j = 0; j < next; ++j) fetch<true>(own + (count + j) * to_stride);
+      add[count](dy + i, ldy, from, stride, rows, own, to_stride);
+    });
+  };
+  constexpr int64_t in_first_cache = 6144;
+  if (rows * k <= in_first_cache) {  // all of x: so rows of dw are written from beginning to end
+    each_tile(n, [&](int64_t i, int64_t count) PWM_FAST_INLINE_LAMBDA {
+      float* own = dw.data + i * dw.row_stride;
+      for (int64_t first = 0; first < whole; first += tile_cols, own += dw.panel_stride) {
+        add[count](dy + i, ldy, x + first, ldx, rows, own, dw.row_stride);
       }
     });
+  } else {
+    float* own = dw.data;
+    for (int64_t first = 0; first < whole; first += tile_cols, own += dw.panel_stride) {
+      panel(x + first, ldx, own, dw.row_stride);
+    }
   }
+  if (whole == k) return;
+  float part[most_grad_rows * tile_cols];
+  copy_panel(x + whole, ldx, rows, k - whole, part);
+  panel(part, tile_cols, dw.last, tile_cols);
 }
 
 }  // namespace

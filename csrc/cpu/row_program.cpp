@@ -13,14 +13,16 @@ struct Division {
   // Wide weights do not stay in a core's caches: more rows take more of what was fetched of them.
   static constexpr int64_t narrow = 256, most_narrow = 48, most_wide = 96;
   static_assert(most_wide <= most_grad_rows && most_narrow <= most_grad_rows);
-  // Up to how many rows are one block: two groups' totals cost more than a second thread gains.
-  static constexpr int64_t few = 24, few_with_sums = 48, most_groups = 8;
+  // Up to how many rows are one block: two groups' totals cost more than a second thread gains, and
+  // of wide weights each thread does better to read a part.
+  static constexpr int64_t few = 24, few_with_sums = 48, few_wide = most_wide, most_groups = 8;
   int64_t rows, most, blocks, groups;
 
   Division(int64_t rows_, int64_t widest, bool sums)
       : rows(rows_), most(widest > narrow ? most_wide : most_narrow) {
     blocks = (rows + most - 1) / most;
-    if (rows > (sums ? few_with_sums : few)) blocks += blocks % 2;
+    const int64_t one = widest > narrow ? few_wide : sums ? few_with_sums : few;
+    if (rows > one) blocks += blocks % 2;
     groups = sums ? smaller(blocks, most_groups) : blocks;
   }
   int64_t first(int64_t group) const { return blocks * group / groups; }
@@ -42,15 +44,37 @@ constexpr int64_t scratch_stride(int64_t cols) {
   return whole % 128 == 0 ? whole + 16 : whole;
 }
 
+// Where the weight that a pack is of lies.
+Place weight_of(const RowProgram& p, const Pack& pack) {
+  const Place& place = p.places[pack.weight.slot];
+  return {place.data + pack.weight.plane * p.slots[pack.weight.slot].n * place.stride, place.stride};
+}
+
+// Whether a weight is multiplied by so many rows that packing it gains more than it costs. Measured:
+// tiles take as long on a weight as it lies, but for large ones that leave a core's caches between two
+// steps. Sums across lanes lose the more the shorter they are, and where rows are not aligned, and a
+// large weight's copy takes the place of what is needed in the caches.
+bool worth_packing(const RowProgram& p, const Pack& pack) {
+  const int64_t rows = p.rows * pack.steps, k = p.slots[pack.weight.slot].cols;
+  if (pack.by_cols) return rows > 256;
+  const bool aligned = weight_of(p, pack).stride % W == 0;
+  return rows > k * W / (aligned && k > 128 ? 48 : 96);
+}
+
 // Where what all steps need lies: packed weights, and the totals of each group.
 class Layout {
  public:
-  Layout(const RowProgram& p, const Division& division) : program_(p), groups_(division.groups) {
+  Layout(const RowProgram& p, const Division& division, int64_t threads)
+      : program_(p),
+        in_turn_(division.groups == 1 ||
+                 (division.groups > 0 && threads == 1 && division.groups == division.blocks)) {
     for (int64_t i = 0; i < p.slot_count; ++i) {
       if (p.slots[i].kind != slot_scratch) continue;
       scratch_ += division.longest_block() * scratch_stride(p.slots[i].cols);
     }
-    for (int64_t i = 0; i < p.pack_count && p.rows > few_rows; ++i) packed_ += floats_of(p.packs[i]);
+    for (int64_t i = 0; i < p.pack_count; ++i) {
+      if (worth_packing(p, p.packs[i])) packed_ += floats_of(p.packs[i]);
+    }
     for (int64_t i = 0; i < p.total_count; ++i) totals_ += floats_of(p.totals[i]);
   }
   int64_t scratch() const { return scratch_; }
@@ -61,27 +85,21 @@ class Layout {
     const Slot& w = program_.slots[pack.weight.slot];
     return pack.by_cols ? packed_floats(w.cols, w.n) : packed_floats(w.n, w.cols);
   }
-  // Those of a vector are fp64. One group's weight is summed in place, where its rows are panels.
+  // Those of a vector are fp64. In place: a last panel of columns.
   int64_t floats_of(const Total& t) const {
-    if (in_place(t)) return 0;
-    return t.k > 0 ? t.n * panels(t.k) * tile_cols : 2 * padded(t.n);
+    if (t.k == 0) return 2 * padded(t.n);
+    return t.n * (in_place(t) ? panels(t.k % tile_cols) : panels(t.k)) * tile_cols;
   }
-  bool in_place(const Total& t) const {
-    return groups_ == 1 && t.k > 0 && t.k % tile_cols == 0 &&
-           program_.places[t.out.slot].stride == t.k;
-  }
+  // Blocks that come one after another, each a group, add to a weight's gradient itself, which is to
+  // the bits the sum of their totals.
+  bool in_turn() const { return in_turn_; }
+  bool in_place(const Total& t) const { return in_turn_ && t.begun; }
 
  private:
   const RowProgram& program_;
-  int64_t groups_;
+  bool in_turn_;
   int64_t scratch_ = 0, packed_ = 0, totals_ = 0;
 };
-
-// Where the weight that a pack is of lies.
-Place weight_of(const RowProgram& p, const Pack& pack) {
-  const Place& place = p.places[pack.weight.slot];
-  return {place.data + pack.weight.plane * p.slots[pack.weight.slot].n * place.stride, place.stride};
-}
 
 // Packs a weight; a wide one takes a while.
 void pack(const RowProgram& p, const Pack& pack, float* to, int64_t threads) {
@@ -101,16 +119,24 @@ void pack(const RowProgram& p, const Pack& pack, float* to, int64_t threads) {
   });
 }
 
-// The pointers of one thread, and the block that it is at.
+// The pointers of one thread, and the block that it is at. Where there is but one block, `threads`
+// share the columns of its products.
 class Executor {
  public:
   Executor(const RowProgram& p, const int64_t* scratch_at, float* scratch,
-           const float* const* packs, const GradPlace* totals)
-      : p_(p), scratch_at_(scratch_at), scratch_(scratch), packs_(packs), totals_(totals) {}
+           const float* const* packs, const GradPlace* totals, int64_t threads)
+      : p_(p),
+        scratch_at_(scratch_at),
+        scratch_(scratch),
+        packs_(packs),
+        totals_(totals),
+        threads_(threads) {}
 
-  void run(int64_t begin, int64_t end) {
+  // `first`: of those that add to these weights' totals.
+  void run(int64_t begin, int64_t end, bool first) {
     begin_ = begin;
     rows_ = end - begin;
+    first_ = first;
     for (int64_t i = 0; i < p_.instruction_count; ++i) step(p_.instructions[i]);
   }
 
@@ -195,22 +221,44 @@ class Executor {
   void product(const Instruction& at) const {
     const View out = view(at.operand[0]), in = view(at.operand[1]), from = view(at.operand[2]);
     const int64_t shared = from.given && p_.slots[at.operand[2].slot].kind == slot_shared;
-    const int64_t from_stride = shared ? 0 : from.stride;
-    if (p_.rows > few_rows) {
-      return gemm(numbers(in), in.stride, packs_[at.number[0]], rows_, out.cols, in.cols,
-                  numbers(from), from_stride, numbers(out), out.stride);
-    }
-    const bool by_cols = p_.packs[at.number[0]].by_cols;  // whose sums are over the weight's rows
-    (by_cols ? dgrad_few : gemm_few)(
-        numbers(in), in.stride, packs_[at.number[0]], weight_of(p_, p_.packs[at.number[0]]).stride,
-        rows_, by_cols ? in.cols : out.cols, by_cols ? out.cols : in.cols, numbers(from),
-        from_stride, numbers(out), out.stride);
+    const int64_t from_stride = shared ? 0 : from.stride, k = in.cols;
+    const Pack& pack = p_.packs[at.number[0]];
+    const Place weight = weight_of(p_, pack);
+    const float* const packed = packs_[at.number[0]];
+    in_columns(out.cols, tile_cols, k, [&](int64_t first, int64_t n) PWM_FAST_INLINE_LAMBDA {
+      const float* const own = from.given ? numbers(from) + first : nullptr;
+      float* const to = numbers(out) + first;
+      if (packed != nullptr) {
+        gemm(numbers(in), in.stride, packed + first * k, rows_, n, k, own, from_stride, to,
+             out.stride);
+      } else if (pack.by_cols) {  // whose sums are over the weight's rows
+        dgrad_direct(numbers(in), in.stride, weight.data + first, weight.stride, rows_, k, n, own,
+                     from_stride, to, out.stride);
+      } else {
+        gemm_direct(numbers(in), in.stride, weight.data + first * weight.stride, weight.stride,
+                    rows_, n, k, own, from_stride, to, out.stride);
+      }
+    });
+  }
+
+  // body(first, count) for parts of n columns, each of whole tiles, of products with k numbers.
+  template <class Body>
+  PWM_FAST_INLINE void in_columns(int64_t n, int64_t tile, int64_t k, Body body) const {
+    if (threads_ == 1) return body(0, n);
+    // Wakes a thread for some 5 us of work: few rows wait for the weight to arrive.
+    const int64_t units = (n + tile - 1) / tile, elements = n * k / 4 + rows_ * n * k / 32;
+    in_parallel(useful_threads(threads_, units, elements), units,
+                [&](int64_t, int64_t begin, int64_t end) {
+                  body(begin * tile, smaller(n, end * tile) - begin * tile);
+                });
   }
 
   void sum_weight(const Instruction& at) const {
     const View dy = view(at.operand[0]), x = view(at.operand[1]);
-    weight_grad(numbers(dy), dy.stride, numbers(x), x.stride, rows_, dy.cols, x.cols,
-                totals_[at.number[0]]);
+    in_columns(dy.cols, tile_rows, x.cols, [&](int64_t first, int64_t n) PWM_FAST_INLINE_LAMBDA {
+      weight_grad(numbers(dy) + first, dy.stride, numbers(x), x.stride, rows_, n, x.cols,
+                  first_ && at.number[1] != 0, from_row(totals_[at.number[0]], first));
+    });
   }
 
   void sum_columns(const Instruction& at) const {
@@ -272,12 +320,14 @@ class Executor {
   float* scratch_;
   const float* const* packs_;
   const GradPlace* totals_;
+  int64_t threads_;
   int64_t begin_ = 0, rows_ = 0;
+  bool first_ = false;
 };
 
-// The totals of all groups, in their order, into the gradient.
-void write_total(const RowProgram& p, const Total& total, const float* first, int64_t groups,
-                 int64_t apart, int64_t threads) {
+// The totals of all groups, in their order, into the gradient, or a panel of columns of them.
+void write_total(const RowProgram& p, const Total& total, int64_t first_column, const float* first,
+                 int64_t groups, int64_t apart, int64_t threads) {
   const Place& place = p.places[total.out.slot];
   if (total.k == 0) {
     float* const out = place.data + total.out.plane * place.stride;
@@ -292,11 +342,11 @@ void write_total(const RowProgram& p, const Total& total, const float* first, in
   }
   // Panels of the weight's columns, one after another.
   const int64_t panel_floats = total.n * tile_cols;
-  const int64_t count = panels(total.k);
+  const int64_t count = panels(total.k - first_column);
   const int64_t useful = useful_threads(threads, count, groups * count * panel_floats);
   in_parallel(useful, count, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t column = panel * tile_cols;
+      const int64_t column = first_column + panel * tile_cols;
       const int64_t cols = smaller(tile_cols, total.k - column);
       const float* from = first + panel * panel_floats;
       for (int64_t r = 0; r < total.n; ++r, from += tile_cols) {
@@ -316,8 +366,8 @@ void write_total(const RowProgram& p, const Total& total, const float* first, in
 
 void row_program(const RowProgram& p) {
   const Division division(p.rows, widest_of(p), p.total_count > 0);
-  const Layout layout(p, division);
   const int64_t threads = useful_threads(p.threads, division.groups, p.rows * p.work);
+  const Layout layout(p, division, threads);
 
   const Memory<int64_t> scratch_at(p.slot_count);
   int64_t at = 0;
@@ -332,8 +382,8 @@ void row_program(const RowProgram& p) {
   const Memory<GradPlace> totals(division.groups * p.total_count);
   at = 0;
   for (int64_t i = 0; i < p.pack_count && p.rows > 0; ++i) {
-    *packs.at(i) = weight_of(p, p.packs[i]).data;
-    if (p.rows <= few_rows) continue;
+    *packs.at(i) = nullptr;
+    if (!worth_packing(p, p.packs[i])) continue;
     pack(p, p.packs[i], packed.at(at), threads);
     *packs.at(i) = packed.at(at);
     at += layout.floats_of(p.packs[i]);
@@ -341,38 +391,44 @@ void row_program(const RowProgram& p) {
   at = 0;
   for (int64_t i = 0; i < p.total_count; ++i) {
     const Total& total = p.totals[i];
-    if (layout.in_place(total)) {
-      float* const out = p.places[total.out.slot].data + total.out.plane * total.n * total.k;
-      __builtin_memset(out, 0, uint64_t(total.n * total.k) * sizeof(float));
-      *totals.at(i) = as_rows(out, total.k);
-      continue;
-    }
+    const Place& place = p.places[total.out.slot];
+    float* const out = place.data + total.out.plane * total.n * place.stride;
     for (int64_t g = 0; g < division.groups; ++g) {
       *totals.at(g * p.total_count + i) =
-          as_panels(sums.at(g * layout.totals() + at), total.n);
+          layout.in_place(total)
+              ? as_rows(out, place.stride, sums.at(at))
+              : as_panels(sums.at(g * layout.totals() + at), total.n, total.k);
     }
     at += layout.floats_of(total);
   }
 
   in_parallel(threads, division.groups, [&](int64_t thread, int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
-      if (layout.totals() > 0) {
-        __builtin_memset(sums.at(group * layout.totals()), 0,
-                         uint64_t(layout.totals()) * sizeof(float));
+      for (int64_t i = 0; i < p.total_count; ++i) {
+        if (p.totals[i].begun) continue;
+        __builtin_memset(totals.at(group * p.total_count + i)->data, 0,
+                         uint64_t(layout.floats_of(p.totals[i])) * sizeof(float));
       }
       Executor executor(p, scratch_at.at(0), scratch.at(thread * layout.scratch()), packs.at(0),
-                        totals.at(group * p.total_count));
+                        totals.at(group * p.total_count), division.blocks == 1 ? p.threads : 1);
       for (int64_t block = division.first(group); block < division.first(group + 1); ++block) {
-        executor.run(division.begin(block), division.begin(block + 1));
+        executor.run(division.begin(block), division.begin(block + 1),
+                     block == (layout.in_turn() ? 0 : division.first(group)));
       }
     }
   });
 
   at = 0;
   for (int64_t i = 0; i < p.total_count; ++i) {
-    if (layout.in_place(p.totals[i])) continue;
-    write_total(p, p.totals[i], sums.at(at), division.groups, layout.totals(), threads);
-    at += layout.floats_of(p.totals[i]);
+    const Total& total = p.totals[i];
+    if (layout.in_place(total)) {
+      if (total.k % tile_cols != 0) {
+        write_total(p, total, total.k / tile_cols * tile_cols, sums.at(at), 1, 0, threads);
+      }
+    } else {
+      write_total(p, total, 0, sums.at(at), division.groups, layout.totals(), threads);
+    }
+    at += layout.floats_of(total);
   }
 }
 

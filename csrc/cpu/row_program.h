@@ -26,15 +26,16 @@ struct Operand {
   int64_t slot, plane;  // slot < 0: absent
 };
 
-// A weight [n, k] in the order of gemm.h.
+// A weight [n, k] in the order of gemm.h, where packing it gains more than it costs.
 struct Pack {
   Operand weight;
-  bool by_cols;  // for dy w, not for x w^T
+  bool by_cols;   // for dy w, not for x w^T
+  int64_t steps;  // that multiply by it
 };
 
 enum Step : int64_t {
   step_gemm,           // out, in, from or absent; pack
-  step_weight_grad,    // dy, x; total
+  step_weight_grad,    // dy, x; total, whether it is the first step of that total
   step_column_sum,     // x, y or absent; total, factor: of factor x y
   step_combine,        // out, z or absent, k1 or absent, k2 or absent; factors c1, c2
   step_norm_act_fwd,   // x, y, xhat, rstd, gamma, beta, bias, add, w_tau; act, group, eps, tau
@@ -58,6 +59,7 @@ struct Instruction {
 struct Total {
   Operand out;
   int64_t n, k;
+  bool begun;  // by a step_weight_grad; others' sums start at 0
 };
 
 struct Place {  // of a slot in a call

@@ -6,6 +6,9 @@
 #pragma once
 
 #include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define PWM_FAST_INLINE inline __attribute__((always_inline))
 #define PWM_FAST_INLINE_LAMBDA __attribute__((always_inline))
@@ -89,6 +92,22 @@ PWM_FAST_INLINE void store_part(T* p, vf x, int count) {
   store(part, x);
   for (int i = 0; i < count; ++i) p[i] = part[i];
 }
+// The same by instructions that leave the other lanes' memory alone.
+#if PWM_FAST_LANES == 16 && defined(__AVX512F__)
+PWM_FAST_INLINE vf load_part(const float* p, int count) {
+  return (vf)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+}
+PWM_FAST_INLINE void store_part(float* p, vf x, int count) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
+}
+#elif PWM_FAST_LANES == 8 && defined(__AVX2__)
+PWM_FAST_INLINE vf load_part(const float* p, int count) {
+  return (vf)_mm256_maskload_ps(p, (__m256i)first_lanes(count));
+}
+PWM_FAST_INLINE void store_part(float* p, vf x, int count) {
+  _mm256_maskstore_ps(p, (__m256i)first_lanes(count), (__m256)x);
+}
+#endif
 
 // -------------------------------------------------------------------------- across the lanes
 
@@ -109,6 +128,47 @@ PWM_FAST_INLINE vf swap_lanes(vf x) {
   for (int i = 0; i < W; ++i) lane[i] = i ^ D;
   return __builtin_shuffle(x, lane);
 #endif
+}
+
+// Lane i: a[i] + a[i ^ D] where bit D of i is clear, b[i] + b[i ^ D] where it is set.
+template <int D>
+PWM_FAST_INLINE vf merge(vf a, vf b) {
+#if defined(__clang__)
+#define PWM_FAST_OWN(i) ((i) & D ? W + (i) : (i))
+#define PWM_FAST_OTHER(i) ((i) & D ? W + ((i) ^ D) : (i) ^ D)
+#define PWM_FAST_4(f, i) f(i), f(i + 1), f(i + 2), f(i + 3)
+#if PWM_FAST_LANES == 16
+#define PWM_FAST_ALL(f) PWM_FAST_4(f, 0), PWM_FAST_4(f, 4), PWM_FAST_4(f, 8), PWM_FAST_4(f, 12)
+#elif PWM_FAST_LANES == 8
+#define PWM_FAST_ALL(f) PWM_FAST_4(f, 0), PWM_FAST_4(f, 4)
+#else
+#define PWM_FAST_ALL(f) PWM_FAST_4(f, 0)
+#endif
+  return __builtin_shufflevector(a, b, PWM_FAST_ALL(PWM_FAST_OWN)) +
+         __builtin_shufflevector(a, b, PWM_FAST_ALL(PWM_FAST_OTHER));
+#undef PWM_FAST_ALL
+#undef PWM_FAST_4
+#undef PWM_FAST_OTHER
+#undef PWM_FAST_OWN
+#else
+  vi own, other;
+  for (int i = 0; i < W; ++i) {
+    own[i] = i & D ? W + i : i;
+    other[i] = i & D ? W + (i ^ D) : i ^ D;
+  }
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+#endif
+}
+// Lane i is the sum of x[i]'s lanes, to the bits of sum().
+PWM_FAST_INLINE vf sum_each(vf (&x)[W]) {
+  if constexpr (W >= 16) {
+    for (int i = 0; i < 8; ++i) x[i] = merge<8>(x[i], x[i + 8]);
+  }
+  if constexpr (W >= 8) {
+    for (int i = 0; i < 4; ++i) x[i] = merge<4>(x[i], x[i + 4]);
+  }
+  for (int i = 0; i < 2; ++i) x[i] = merge<2>(x[i], x[i + 2]);
+  return merge<1>(x[0], x[1]);
 }
 
 // The sum, or the largest, of each aligned group of G lanes, in each of its lanes.

@@ -16,9 +16,10 @@ from pwm_fast.fused.row_program import FEW, MEMBERS, Builder, LayerSlots, Operan
 from tests.helpers import assert_2x
 from tests.native.harness import _C, Rows, Values, check
 
-#: None, few (multiplied without packing), one block, an odd number of them, many.
-BATCHES = (0, 1, FEW, FEW + 1, 48, 49, 199)
-SIZES = ((1, 1), (7, 33), (64, 128), (33, 257), (130, 15))
+#: None, few (weights are multiplied as they lie), one block, an odd number of them, many.
+BATCHES = (0, 1, 5, 16, 48, 49, 97, 199)
+#: The widest has blocks of more rows, and weights that are packed for more of them.
+SIZES = ((1, 1), (7, 33), (64, 128), (33, 257), (130, 15), (257, 320))
 
 
 def run(builder: Builder, tensors: list[Tensor], rows: int, threads: int = 1) -> None:
@@ -62,13 +63,49 @@ def test_gemms(rows: int, n: int, k: int) -> None:
     check(gemms(given), gemms_reference, given, f"{rows} x {n} x {k}")
 
 
-@pytest.mark.parametrize("rows", [FEW + 1, 25, 200])
+@pytest.mark.parametrize("rows", [25, 200])
 def test_rows_alone(rows: int) -> None:
     """Rows have the same bits in any company that weights are packed for."""
     given = numbers(331, 70, 130)
     some, whole = gemms({**given, "x": given["x"][:rows]}), gemms(given)
     for name in ("y", "dx"):
         assert torch.equal(some[name], whole[name][:rows])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13, 48, 96, 97, 200])
+def test_threads_share_columns(rows: int) -> None:
+    """Of one block, as of several blocks that one thread would add up in turn: the same bits."""
+    given = numbers(rows, 531, 670)
+    one = gemms(given)
+    for threads in (2, 3):
+        for name, found in gemms(given, threads).items():
+            assert torch.equal(found, one[name]), name
+    check(one, gemms_reference, given, f"{rows} rows")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [0, 7, 60, 500])
+def test_sums_of_several_steps(rows: int, threads: int) -> None:
+    """A weight's gradient is the sum over steps, of which the first one finds what was there."""
+    n, k = 70, 45
+    given = {name: torch.randn(rows, cols) for name, cols in (("dy", n), ("x", k), ("x2", k))}
+    b = Builder(_C.RowProgram)
+    dy, x, x2 = (Operand(b.rows(name, value.shape[1])) for name, value in given.items())
+    both, one = (b.weight(name, n, k, 2) for name in ("both", "one"))
+    b.weight_grad(Operand(both, 1), dy, x)
+    b.weight_grad(Operand(one), dy, x2)
+    b.weight_grad(Operand(both, 1), dy, x2)
+    out = {name: Rows(2 * n, k) for name in ("both", "one")}
+    run(b, [*given.values(), *(each.tensor for each in out.values())], rows, threads)
+
+    def reference(given: Values, dtype: torch.dtype) -> Values:
+        dy, x, x2 = (given[name].to(dtype) for name in ("dy", "x", "x2"))
+        return {"both": dy.t() @ x + dy.t() @ x2, "one": dy.t() @ x2}
+
+    found = {"both": out["both"].written()[n:], "one": out["one"].written()[:n]}
+    check(found, reference, given, f"{rows} rows")
+    for rest in (out["both"].tensor[:n], out["one"].tensor[n:]):  # no step is of these planes
+        assert rest.isnan().all()
 
 
 def test_other_steps() -> None:

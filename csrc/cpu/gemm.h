@@ -234,7 +234,9 @@ void gemm(const float* a, int64_t lda, const float* packed, int64_t rows, int64_
 // --- weights as they lie: for rows so few that packing takes longer than it gains -----------------
 
 constexpr int dot_rows = 4, dot_cols = W / dot_rows < 2 ? 2 : W / dot_rows;
-constexpr int64_t rows_at_once = 12;  // which stay in the first cache beside rows of the weight
+// How many rows stay in a cache beside rows of the weight: the first one, or, where the weight does
+// not stay in the second, that one.
+PWM_FAST_INLINE int64_t rows_at_once(int64_t weights) { return weights > 524288 ? 48 : 12; }
 
 // c[R, C] = from + a[R, k] w[C, k]^T.
 template <int R, int C>
@@ -274,8 +276,9 @@ constexpr Dots dots_of[dot_rows + 1] = {nullptr, dots<1, C>, dots<2, C>, dots<3,
 // c[rows, n] = from + a[rows, k] w[n, k]^T, as gemm.
 void gemm_direct(const float* a, int64_t lda, const float* w, int64_t ldw, int64_t rows, int64_t n,
                  int64_t k, const float* from, int64_t from_stride, float* c, int64_t ldc) {
-  for (int64_t begin = 0; begin < rows; begin += rows_at_once) {
-    const int64_t end = smaller(rows, begin + rows_at_once);
+  const int64_t at_once = rows_at_once(n * k);
+  for (int64_t begin = 0; begin < rows; begin += at_once) {
+    const int64_t end = smaller(rows, begin + at_once);
     int64_t j = 0;
     const auto at = [&](const Dots* run) PWM_FAST_INLINE_LAMBDA {
       for (int64_t r = begin; r < end; r += dot_rows) {
@@ -289,27 +292,33 @@ void gemm_direct(const float* a, int64_t lda, const float* w, int64_t ldw, int64
   }
 }
 
+// How many columns of `rows` rows stay in the first cache, in whole tiles. Columns are worked on so
+// many at a time where rows of a weight lie far apart: each has a page of its own.
+PWM_FAST_INLINE int64_t columns_at_once(int64_t rows) {
+  const int64_t cols = 6144 / (rows * tile_cols) * tile_cols;
+  return cols < tile_cols ? tile_cols : cols;
+}
+
 // c[rows, k] = from + dy[rows, n] w[n, k], to the same bits as gemm with pack_cols.
 void dgrad_direct(const float* dy, int64_t ldy, const float* w, int64_t ldw, int64_t rows, int64_t n,
                   int64_t k, const float* from, int64_t from_stride, float* c, int64_t ldc) {
   float last[longest * tile_cols];  // of w's columns, where a tile would read past its rows
-  const bool along_rows = rows <= tile_rows;  // of w, from beginning to end
-  const auto panel = [&](int64_t start, int64_t first) PWM_FAST_INLINE_LAMBDA {
-    const int64_t run = smaller(longest, n - start), cols = smaller(tile_cols, k - first);
-    const float *b = w + start * ldw + first, *own = from == nullptr ? nullptr : from + first;
-    if (cols < tile_cols) copy_panel(b, ldw, run, cols, last);
-    tile_panel(dy + start, ldy, cols < tile_cols ? last : b, cols < tile_cols ? tile_cols : ldw, run,
-               rows, cols, !along_rows && cols == tile_cols && start + run < n, start > 0 ? c + first : own,
-               start > 0 ? ldc : from_stride, c + first, ldc);
-  };
-  if (along_rows) {
+  const int64_t at_once = columns_at_once(rows);
+  for (int64_t begin = 0; begin < k; begin += at_once) {
+    const int64_t end = smaller(k, begin + at_once);
     for (int64_t start = 0; start == 0 || start < n; start += longest) {
-      for (int64_t first = 0; first < k; first += tile_cols) panel(start, first);
+      const int64_t run = smaller(longest, n - start);
+      const bool more = at_once == tile_cols && start + run < n;
+      for (int64_t first = begin; first < end; first += tile_cols) {
+        const int64_t cols = smaller(tile_cols, k - first);
+        const float *b = w + start * ldw + first, *own = from == nullptr ? nullptr : from + first;
+        if (cols < tile_cols) copy_panel(b, ldw, run, cols, last);
+        const bool whole = cols == tile_cols;
+        tile_panel(dy + start, ldy, whole ? b : last, whole ? ldw : tile_cols, run, rows, cols,
+                   more && whole, start > 0 ? c + first : own, start > 0 ? ldc : from_stride,
+                   c + first, ldc);
+      }
     }
-    return;
-  }
-  for (int64_t first = 0; first < k; first += tile_cols) {
-    for (int64_t start = 0; start == 0 || start < n; start += longest) panel(start, first);
   }
 }
 
@@ -339,34 +348,29 @@ PWM_FAST_INLINE GradPlace from_row(GradPlace p, int64_t first) {
 void weight_grad(const float* dy, int64_t ldy, const float* x, int64_t ldx, int64_t rows, int64_t n,
                  int64_t k, bool first_of_sum, GradPlace dw) {
   const GradTile* const add = first_of_sum ? first_grad_tiles : grad_tiles;
-  const int64_t whole = k / tile_cols * tile_cols;
-  const auto panel = [&](const float* from, int64_t stride, float* to,
-                         int64_t to_stride) PWM_FAST_INLINE_LAMBDA {
-    each_tile(n, [&](int64_t i, int64_t count) PWM_FAST_INLINE_LAMBDA {
-      float* const own = to + i * to_stride;
-      const int64_t next = smaller(count, n - i - count);
-      for (int64_t j = 0; j < next; ++j) fetch<true>(own + (count + j) * to_stride);
-      add[count](dy + i, ldy, from, stride, rows, own, to_stride);
-    });
+  const int64_t whole = k / tile_cols * tile_cols, at_once = columns_at_once(rows);
+  const auto tile = [&](int64_t i, int64_t count, const float* from, int64_t stride, float* to,
+                        int64_t to_stride) PWM_FAST_INLINE_LAMBDA {
+    float* const own = to + i * to_stride;
+    const int64_t next = smaller(count, n - i - count);
+    for (int64_t j = 0; j < next; ++j) fetch<true>(own + (count + j) * to_stride);
+    add[count](dy + i, ldy, from, stride, rows, own, to_stride);
   };
-  constexpr int64_t in_first_cache = 6144;
-  if (rows * k <= in_first_cache) {  // all of x: so rows of dw are written from beginning to end
+  for (int64_t begin = 0; begin < whole; begin += at_once) {
+    const int64_t end = smaller(whole, begin + at_once);
     each_tile(n, [&](int64_t i, int64_t count) PWM_FAST_INLINE_LAMBDA {
-      float* own = dw.data + i * dw.row_stride;
-      for (int64_t first = 0; first < whole; first += tile_cols, own += dw.panel_stride) {
-        add[count](dy + i, ldy, x + first, ldx, rows, own, dw.row_stride);
+      float* to = dw.data + begin / tile_cols * dw.panel_stride;
+      for (int64_t first = begin; first < end; first += tile_cols, to += dw.panel_stride) {
+        tile(i, count, x + first, ldx, to, dw.row_stride);
       }
     });
-  } else {
-    float* own = dw.data;
-    for (int64_t first = 0; first < whole; first += tile_cols, own += dw.panel_stride) {
-      panel(x + first, ldx, own, dw.row_stride);
-    }
   }
   if (whole == k) return;
   float part[most_grad_rows * tile_cols];
   copy_panel(x + whole, ldx, rows, k - whole, part);
-  panel(part, tile_cols, dw.last, tile_cols);
+  each_tile(n, [&](int64_t i, int64_t count) PWM_FAST_INLINE_LAMBDA {
+    tile(i, count, part, tile_cols, dw.last, tile_cols);
+  });
 }
 
 }  // namespace

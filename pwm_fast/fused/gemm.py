@@ -18,7 +18,7 @@ from pwm_fast.fused import weight_cache
 
 VARIABLE = "PWM_FAST_GEMM"
 CHOICES = ("auto", "torch", "onednn", "native")
-_WIDEST = 512  # layer whose GEMMs are native ones
+_WIDEST = 640  # layer whose GEMMs are native ones
 _CHUNK = 128  # longest sum of a prepacked GEMM
 _PREPACKED_ROWS, _PREPACKED_WORK = 16, 3 * 2**19  # least rows and multiply-adds of one
 _SMALL = 2**17  # numbers that a CPU rounds sooner than it finds that their copy is still right

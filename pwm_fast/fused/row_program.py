@@ -388,8 +388,9 @@ class Stack:
         return dy
 
 
-#: Rows that are multiplied without packing the weights: ``few_rows`` of ``csrc/cpu/gemm.h``.
-FEW = 16
+#: Up to how many rows layers run block by block that are wider than :func:`native_widths`: of any
+#: width, and of at most :data:`WIDE` features.
+FEW, FEW_WIDE, WIDE = 16, 48, 1024
 #: Numbers in the weights of an ensemble whose members may take turns in every block of rows.
 MEMBERS = 2**20
 
@@ -401,7 +402,7 @@ def why_not(kernels: Kernels, specs: Sequence[LayerSpec], widest: int, rows: int
     if kernels.precision.compute is not None:
         return f"its GEMMs are exact, precision is {kernels.precision.name}"
     limit = native_widths()
-    if widest > limit and (rows > FEW or not limit):
+    if widest > limit and (rows > (FEW_WIDE if widest <= WIDE else FEW) or not limit):
         return f"{widest} features are more than {limit:g}, up to which it is faster"
     if any(spec.width for spec in specs):
         return "weights are centred"

@@ -65,7 +65,9 @@ def situation(x: Tensor) -> Any:
     *settings, observers = scopes.all_in_force()
     if observers or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
-    return x.numel() > row_program.FEW * x.shape[-1], environment(), *settings
+    count, n = x.numel(), x.shape[-1]
+    few = (count > row_program.FEW * n) + (count > row_program.FEW_WIDE * n)
+    return few, environment(), *settings
 
 
 def _key(inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Any:

@@ -125,9 +125,9 @@ class Program {
     if (out.slot < 0) refuse("a total needs a slot");
     const Slot& into = slot(out);
     if (into.kind == slot_weight) {
-      totals_.push_back({out, into.n, into.cols, false});
+      totals_.push_back({out, into.n, into.cols, 0});
     } else if (into.kind == slot_shared) {
-      totals_.push_back({out, into.cols, 0, false});
+      totals_.push_back({out, into.cols, 0, 0});
     } else {
       refuse("a total must be a weight's or a vector's");
     }
@@ -157,9 +157,7 @@ class Program {
     check(made, form);
     if (made.step == step_gemm) ++packs_[std::size_t(made.number[0])].steps;
     if (made.step == step_weight_grad) {
-      bool& begun = totals_[std::size_t(made.number[0])].begun;
-      made.number[1] = !begun;
-      begun = true;
+      made.number[1] = totals_[std::size_t(made.number[0])].steps++ == 0;
     }
     instructions_.push_back(made);
   }

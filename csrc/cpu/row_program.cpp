@@ -66,8 +66,8 @@ class Layout {
  public:
   Layout(const RowProgram& p, const Division& division, int64_t threads)
       : program_(p),
-        in_turn_(division.groups == 1 ||
-                 (division.groups > 0 && threads == 1 && division.groups == division.blocks)) {
+        one_block_(division.blocks == 1),
+        in_turn_(threads == 1 && division.groups > 0 && division.groups == division.blocks) {
     for (int64_t i = 0; i < p.slot_count; ++i) {
       if (p.slots[i].kind != slot_scratch) continue;
       scratch_ += division.longest_block() * scratch_stride(p.slots[i].cols);
@@ -90,14 +90,15 @@ class Layout {
     if (t.k == 0) return 2 * padded(t.n);
     return t.n * (in_place(t) ? panels(t.k % tile_cols) : panels(t.k)) * tile_cols;
   }
-  // Blocks that come one after another, each a group, add to a weight's gradient itself, which is to
-  // the bits the sum of their totals.
-  bool in_turn() const { return in_turn_; }
-  bool in_place(const Total& t) const { return in_turn_ && t.begun; }
+  // The only block adds to a weight's gradient itself. So do blocks that come one after another, each a
+  // group and with one step: that is to the bits the sum of their totals.
+  bool in_place(const Total& t) const {
+    return (one_block_ && t.steps > 0) || (in_turn_ && t.steps == 1);
+  }
 
  private:
   const RowProgram& program_;
-  bool in_turn_;
+  bool one_block_, in_turn_;
   int64_t scratch_ = 0, packed_ = 0, totals_ = 0;
 };
 
@@ -119,12 +120,18 @@ void pack(const RowProgram& p, const Pack& pack, float* to, int64_t threads) {
   });
 }
 
+// Where a group's total lies, and whether nothing is there before its first block.
+struct Sum {
+  GradPlace place;
+  bool empty;
+};
+
 // The pointers of one thread, and the block that it is at. Where there is but one block, `threads`
 // share the columns of its products.
 class Executor {
  public:
   Executor(const RowProgram& p, const int64_t* scratch_at, float* scratch,
-           const float* const* packs, const GradPlace* totals, int64_t threads)
+           const float* const* packs, const Sum* totals, int64_t threads)
       : p_(p),
         scratch_at_(scratch_at),
         scratch_(scratch),
@@ -132,7 +139,7 @@ class Executor {
         totals_(totals),
         threads_(threads) {}
 
-  // `first`: of those that add to these weights' totals.
+  // `first`: of those that add to these totals.
   void run(int64_t begin, int64_t end, bool first) {
     begin_ = begin;
     rows_ = end - begin;
@@ -166,7 +173,7 @@ class Executor {
   }
   View total(int64_t index, int64_t n) const {
     if (index < 0) return {"", nullptr, 0, 0, 0, fp64, false};
-    return {"", totals_[index].data, 1, n, n, fp64, true};
+    return {"", totals_[index].place.data, 1, n, n, fp64, true};
   }
 
   void step(const Instruction& at) const {
@@ -255,15 +262,17 @@ class Executor {
 
   void sum_weight(const Instruction& at) const {
     const View dy = view(at.operand[0]), x = view(at.operand[1]);
+    const Sum& sum = totals_[at.number[0]];
+    const bool begins = first_ && sum.empty && at.number[1] != 0;
     in_columns(dy.cols, tile_rows, x.cols, [&](int64_t first, int64_t n) PWM_FAST_INLINE_LAMBDA {
-      weight_grad(numbers(dy) + first, dy.stride, numbers(x), x.stride, rows_, n, x.cols,
-                  first_ && at.number[1] != 0, from_row(totals_[at.number[0]], first));
+      weight_grad(numbers(dy) + first, dy.stride, numbers(x), x.stride, rows_, n, x.cols, begins,
+                  from_row(sum.place, first));
     });
   }
 
   void sum_columns(const Instruction& at) const {
     const View x = view(at.operand[0]), y = view(at.operand[1]);
-    double* const sums = reinterpret_cast<double*>(totals_[at.number[0]].data);
+    double* const sums = reinterpret_cast<double*>(totals_[at.number[0]].place.data);
     each_vector<1>(x.cols, [&](auto kind, int64_t i, auto) PWM_FAST_INLINE_LAMBDA {
       vd total = {};
       for (int64_t r = 0; r < rows_; ++r) {
@@ -319,7 +328,7 @@ class Executor {
   const int64_t* scratch_at_;
   float* scratch_;
   const float* const* packs_;
-  const GradPlace* totals_;
+  const Sum* totals_;
   int64_t threads_;
   int64_t begin_ = 0, rows_ = 0;
   bool first_ = false;
@@ -379,7 +388,7 @@ void row_program(const RowProgram& p) {
   const Floats scratch(threads * layout.scratch()), packed(layout.packed());
   const Floats sums(division.groups * layout.totals());
   const Memory<const float*> packs(p.pack_count);
-  const Memory<GradPlace> totals(division.groups * p.total_count);
+  const Memory<Sum> totals(division.groups * p.total_count);
   at = 0;
   for (int64_t i = 0; i < p.pack_count && p.rows > 0; ++i) {
     *packs.at(i) = nullptr;
@@ -396,8 +405,8 @@ void row_program(const RowProgram& p) {
     for (int64_t g = 0; g < division.groups; ++g) {
       *totals.at(g * p.total_count + i) =
           layout.in_place(total)
-              ? as_rows(out, place.stride, sums.at(at))
-              : as_panels(sums.at(g * layout.totals() + at), total.n, total.k);
+              ? Sum{as_rows(out, place.stride, sums.at(at)), g == 0}
+              : Sum{as_panels(sums.at(g * layout.totals() + at), total.n, total.k), true};
     }
     at += layout.floats_of(total);
   }
@@ -405,15 +414,15 @@ void row_program(const RowProgram& p) {
   in_parallel(threads, division.groups, [&](int64_t thread, int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       for (int64_t i = 0; i < p.total_count; ++i) {
-        if (p.totals[i].begun) continue;
-        __builtin_memset(totals.at(group * p.total_count + i)->data, 0,
+        if (p.totals[i].steps > 0) continue;
+        __builtin_memset(totals.at(group * p.total_count + i)->place.data, 0,
                          uint64_t(layout.floats_of(p.totals[i])) * sizeof(float));
       }
       Executor executor(p, scratch_at.at(0), scratch.at(thread * layout.scratch()), packs.at(0),
                         totals.at(group * p.total_count), division.blocks == 1 ? p.threads : 1);
       for (int64_t block = division.first(group); block < division.first(group + 1); ++block) {
         executor.run(division.begin(block), division.begin(block + 1),
-                     block == (layout.in_turn() ? 0 : division.first(group)));
+                     block == division.first(group));
       }
     }
   });

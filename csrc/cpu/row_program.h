@@ -59,7 +59,7 @@ struct Instruction {
 struct Total {
   Operand out;
   int64_t n, k;
-  bool begun;  // by a step_weight_grad; others' sums start at 0
+  int64_t steps;  // step_weight_grad that add to it; of none, the sum starts at 0
 };
 
 struct Place {  // of a slot in a call

@@ -226,6 +226,7 @@ class Ready:
         first = params[0].weight
         widths = tuple(p.weight.shape[-2] for p in params)
         self.shape = _Shape(tuple(inputs), widths, first.shape[0] if first.dim() == 3 else 0)
+        self.members = self.shape.members
         self.specs = specs
         self._make = kernels.row_program
         # Looked up sooner than by all that tells programs apart.
@@ -244,8 +245,8 @@ class Ready:
 
     def forward(
         self, inputs: list[Tensor], params: list[Tensor], rows: int, save: bool, wgrad: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """As :func:`mlp_forward`, of rows ``[rows, K_i]``; what is kept is one tensor.
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As :func:`mlp_forward`, of rows ``[rows, K_i]``; all that is kept is one tensor.
 
         Raises:
             ValueError: a tensor is not as the sizes say, on the CPU, and of float32; nothing was
@@ -258,19 +259,18 @@ class Ready:
             program = _mlp_forward(self._make, self.specs, self.shape, save, wgrad, True)
             self._programs[save, wgrad] = program
         tensors = [*inputs, *(params[:1] * self._repeats), *params, y]
-        kept: Tensor | None = None
-        if save:
-            kept = like(count * self._per_row[wgrad])
-            if self._per_row[wgrad]:
-                tensors.append(kept)
+        kept: list[Tensor] = []
+        if save and self._per_row[wgrad]:
+            kept = [like(count * self._per_row[wgrad])]
+            tensors += kept
         program.run(tensors, rows, torch.get_num_threads())
         return y, kept
 
-    def saved(self, kept: Tensor, rows: int, wgrad: bool) -> list[Tensor]:
+    def saved(self, kept: list[Tensor], rows: int, wgrad: bool) -> list[Tensor]:
         """What was kept, as :func:`mlp_forward` returns it."""
         count, found, start = rows * self.shape.planes, [], 0
         for n, rounded in zip(self._kept[wgrad], self._vectors(wgrad), strict=True):
-            part = kept[start : start + count * n]
+            part = kept[0][start : start + count * n]
             found.append(part.view(1, count) if rounded else part.view(1, count, n))
             start += count * n
         return found
@@ -285,7 +285,7 @@ class Ready:
         dy: Tensor,
         inputs: list[Tensor],
         params: list[Tensor],
-        kept: Tensor,
+        kept: list[Tensor],
         needs: tuple[bool, ...],
         wgrad: bool,
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -298,9 +298,7 @@ class Ready:
         if program is None:
             program = _mlp_backward(self._make, self.specs, self.shape, wgrad, needs, True)
             self._programs[needs, wgrad] = program
-        tensors = [dy.contiguous(), *inputs, *first, *params, *wanted, *own, *grads]
-        if kept.numel():
-            tensors.append(kept)
+        tensors = [dy.contiguous(), *inputs, *first, *params, *wanted, *own, *grads, *kept]
         program.run(tensors, inputs[0].shape[0], torch.get_num_threads())
         each = iter(wanted)
         dinputs = [next(each) if need else None for need in needs]

@@ -437,7 +437,8 @@ class MLPBackward:
         members = self.mlp.members
         if not members:
             scale = None if scale is None else scale.flatten()
-            return weight_grad(k, dh.flatten(0, 1), x.flatten(0, 1), scale, largest)
+            dh, x = dh.flatten(0, 1), x.flatten(0, 1)
+            return weight_grad(k, dh, x, scale, largest, several=self.mlp.evals > 1)
         # An ensemble is evaluated once; its first input may be shared by the members.
         dh = dh.view(members, -1, dh.shape[-1])
         x = x.reshape(-1, dh.shape[1], x.shape[-1]).expand(members, -1, -1)
@@ -542,8 +543,8 @@ def _first_weight_grad(
     if takes_16bit(kernels, dh):
         return weight_grad_16bit(kernels, dh, inputs, scale, backward.largest_scale(0))
     if len(inputs) == 1:
-        return weight_grad(kernels, dh, inputs[0])
+        return weight_grad(kernels, dh, inputs[0], several=False)
     found = torch.empty_like(weight)
     for columns, x in zip(columns_of(found, inputs), inputs, strict=True):
-        columns.copy_(weight_grad(kernels, dh, x))
+        columns.copy_(weight_grad(kernels, dh, x, several=False))
     return found

@@ -21,6 +21,8 @@ def weight_grad(
     x: Tensor,
     scale: Tensor | None = None,
     largest: Tensor | None = None,
+    *,
+    several: bool = True,
 ) -> Tensor:
     """``dh^T x``: ``[R, N]`` and ``[R, K]`` to ``[N, K]``, or each of an ensemble ``[E, R, .]``.
 
@@ -36,6 +38,7 @@ def weight_grad(
         x: the layer's inputs.
         scale: row scales of ``dh``, or None.
         largest: the largest of them; None to look for it.
+        several: the rows are of several steps; those of one are one sum, as its gradient is.
     """
     if takes_16bit(kernels, dh):
         return weight_grad_16bit(kernels, dh, x, scale, largest)
@@ -50,7 +53,7 @@ def weight_grad(
         with fp32_mode(kernels.precision.tf32, dh):
             return mm(dh.transpose(-1, -2), x)
     rows = dh.shape[-2]
-    if dh.dim() == 2 and _RUN < rows <= _FEW:
+    if dh.dim() == 2 and several and _RUN < rows <= _FEW:
         total = torch.mm(dh[:_RUN].t(), x[:_RUN])
         for start in range(_RUN, rows, _RUN):
             total.addmm_(dh[start : start + _RUN].t(), x[start : start + _RUN])

@@ -248,10 +248,10 @@ class WindowGradients:
             dv = error * share.unsqueeze(-1)
             needs = (True, False, False)
             (dpath, *_), found = self._velocity.backward(
-                dv.view(rows, -1), inputs, params, _tensor(v_kept), needs, True
+                dv.view(rows, -1), inputs, params, v_kept, needs, True
             )
-            velocity_grads = [_tensor(g) for g in found]
-            dz = _tensor(dpath).view(shape).mul_(start)
+            velocity_grads = [g for g in found]
+            dz = dpath.view(shape).mul_(start)
             if options.target_grad:
                 dz = dz.add_(dv)
         dynamics_loss = self._average(error.square().mean(-1))
@@ -262,7 +262,7 @@ class WindowGradients:
         reward_each, dlogits = self._reward_error(logits, reward.reshape(rows))
         reward_loss = self._average(reward_each.view(horizon, batch))
         given_back, reward_grads = self._reward.backward(
-            dlogits, pair, nets.reward.tensors, _tensor(r_kept), (True, False), True
+            dlogits, pair, nets.reward.tensors, r_kept, (True, False), True
         )
         dz = dz + _tensor(given_back[0]).view(shape)
         total = options.weights[0] * dynamics_loss + options.weights[1] * reward_loss
@@ -278,7 +278,7 @@ class WindowGradients:
             dending = torch.sigmoid(ending).sub_(flags).view(horizon, batch)
             dending = dending.mul_(self._shares[2]).view(rows, 1)
             given_back, termination_grads = self._termination.backward(
-                dending, pair, net, _tensor(t_kept), (True, False), True
+                dending, pair, net, t_kept, (True, False), True
             )
             dz = dz.add_(_tensor(given_back[0]).view(shape))
             total = total + options.weights[2] * termination_loss
@@ -294,21 +294,19 @@ class WindowGradients:
                 self._kernels, dlatents, z0, *moving, saved, options.spec, True
             )
             _, (dw_a, dbias) = self._hoisted.backward(
-                dc.flatten(0, 1), [moved], hoisted, _tensor(c_kept), (False,), True
+                dc.flatten(0, 1), [moved], hoisted, c_kept, (False,), True
             )
-            pieces = [_tensor(dw_z), _tensor(dw_a)]
+            pieces = [dw_z, dw_a]
             if dw_tau is not None:
                 pieces.append(dw_tau.unsqueeze(1))
-            dynamics_grads = [torch.cat(pieces, 1), _tensor(dbias), *map(_tensor, dparams)]
+            dynamics_grads = [torch.cat(pieces, 1), dbias, *map(_tensor, dparams)]
             if velocity_grads is not None:
                 torch._foreach_add_(dynamics_grads, velocity_grads)
         else:
             dz0 = dz.reshape(rows, sizes.latent)
             assert velocity_grads is not None
             dynamics_grads = velocity_grads
-        _, encoder_grads = self._encoder.backward(
-            dz0, [started], encoder, _tensor(kept), (False,), True
-        )
+        _, encoder_grads = self._encoder.backward(dz0, [started], encoder, kept, (False,), True)
         own = (encoder_grads, dynamics_grads, reward_grads, termination_grads)
         return WindowResult(
             dynamics_loss,
@@ -316,7 +314,7 @@ class WindowGradients:
             termination_loss,
             target,
             total,
-            [_tensor(g) for each in own for g in each],
+            [g for each in own for g in each],
         )
 
     def _reward_error(self, logits: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:

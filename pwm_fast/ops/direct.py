@@ -1,9 +1,9 @@
 """MLPs the short way: what was checked and chosen for one call holds for those that are like it.
 
 A call is like another one if its structure and sizes are the same, and so is what the choice of a
-backend depends on. Then nothing is left but to see that the tensors are plain ones, and to run the
-native program of these sizes, which checks sizes and dtypes itself. Whatever is not as it should be
-goes the long way, which says what is wrong.
+backend depends on. Then nothing is left but to see that the tensors are plain ones, and to run what
+is ready for these sizes, which checks sizes and dtypes itself. Whatever is not as it should be goes
+the long way, which says what is wrong.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pwm_fast.backends.specs import encode_layers, split_params
 from pwm_fast.backends.transforms import PLAIN, in_memory, transformed, watched
 from pwm_fast.fused import gemm, row_program
 from pwm_fast.fused.blocked_mlp import Ready
+from pwm_fast.fused.layerwise_mlp import ReadyLayers
 from pwm_fast.ops.operator import Operator, as_rows
 from pwm_fast.ops.registration import check_alone, registered
 from pwm_fast.ops.types import Layer, Order
@@ -38,13 +39,13 @@ class Known(NamedTuple):
     """A kind of calls.
 
     Attributes:
-        ready: its native program; None where such calls go the long way.
+        ready: its native program, or its layers; None where such calls go the long way.
         operator: that ran it.
         spec: what the operator took beside tensors.
         where: the backend and the precision that it ran on.
     """
 
-    ready: Ready | None = None
+    ready: Ready | ReadyLayers | None = None
     operator: Operator | None = None
     spec: str = ""
     where: tuple[str, str] = ("", "")
@@ -104,7 +105,7 @@ def remember(
     layers: Sequence[Layer],
     order: Order,
 ) -> Known:
-    """Keep what this call and those like it need, where these are native programs."""
+    """Keep what this call and those like it need, where these are of fp32 on native kernels."""
     kernels = select.kernels(operator.family, choice.backend.name, choice.precision.name)
     rows = prod(inputs[0].shape[:-1])
     first = layers[0].weight
@@ -118,9 +119,13 @@ def remember(
     widths = centred(choice, layers)[1] if order == "norm_act" else None
     specs = specs_of(layers, order, widths)
     known = _LONG  # which is worth keeping, too
+    ready: Ready | ReadyLayers | None = None
     if row_program.runs(kernels, [p.weight for p in layers], specs, rows):
         sizes = [x.shape[-1] for x in inputs]
         ready = Ready(kernels, sizes, specs, split_params(specs, flat(layers)))
+    elif choice.precision.compute is None and not any(spec.width for spec in specs):
+        ready = ReadyLayers(kernels, encode_layers(specs), flat(layers))
+    if ready is not None:
         where = choice.backend.name, choice.precision.name
         known = Known(ready, operator, encode_layers(specs), where)
     if len(_KNOWN) >= _LIMIT:
@@ -142,7 +147,7 @@ def run(known: Known, inputs: Sequence[Tensor], params: Sequence[Tensor]) -> Ten
     if ready is None or not _PLAIN.issuperset(map(type, tensors)) or any(map(_is_neg, tensors)):
         return None
     shape = inputs[0].shape
-    leading, members = shape[:-1], ready.shape.members
+    leading, members = shape[:-1], ready.members
     rows = shape[0] if len(shape) == 2 else prod(leading)
     if rows == 0 or (len(inputs) > 1 and any(x.shape[:-1] != leading for x in inputs[1:])):
         return None
@@ -171,7 +176,7 @@ class pwm_fast_mlp(torch.autograd.Function):
         ctx.wgrad = wgrad = True in ctx.needs_input_grad[3 + inputs :]
         xs, params = [*tensors[:inputs]], [*tensors[inputs:]]
         y, kept = known.ready.forward(xs, params, rows, True, wgrad)  # type: ignore[union-attr]
-        ctx.save_for_backward(*tensors, kept)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(False)
         return y
 
@@ -182,8 +187,8 @@ class pwm_fast_mlp(torch.autograd.Function):
         if dy is None:
             return (None,) * len(needs)
         known, first, wgrad = ctx.known, 3 + ctx.inputs, ctx.wgrad
-        *tensors, kept = ctx.saved_tensors
-        xs, params = tensors[: ctx.inputs], tensors[ctx.inputs :]
+        tensors, inputs, count = ctx.saved_tensors, ctx.inputs, len(needs) - 3
+        xs, params, kept = [*tensors[:inputs]], [*tensors[inputs:count]], [*tensors[count:]]
         towards = needs[3:first]
         # Where the gradient is itself to be differentiated, the operator refuses.
         seen = torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0

@@ -274,11 +274,14 @@ def test_settings_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     with pwm_fast.backend("native"):
         fast(X)
         assert goes_short(fast)
-    for name, value in ((select.VARIABLE, "reference"), ("PWM_FAST_GEMM", "torch")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            for _ in range(3):
-                assert not goes_short(fast)
+    with monkeypatch.context() as patch:
+        patch.setenv(select.VARIABLE, "reference")
+        for _ in range(3):
+            assert not goes_short(fast)
+    with monkeypatch.context() as patch:
+        patch.setenv(gemm.VARIABLE, "torch")
+        assert not goes_short(fast)  # the first of its kind, which runs layer by layer
+        assert goes_short(fast)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="PWM_FAST_BACKEND"):
         patch.setenv(select.VARIABLE, "nothing")
         fast(X)
@@ -290,12 +293,14 @@ def test_settings_hold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wide_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On more than a few rows they go the long way."""
+    """On a few rows they run block by block, on more layer by layer; both go the short way."""
     monkeypatch.setattr(gemm, "_WIDEST", 8)
     fast = pwm_fast.accelerate(m.mlp(10, [17], 3))
-    for rows in (4, 20, 4, 20):
-        fast(torch.randn(rows, 10))
-        assert goes_short(fast, torch.randn(rows, 10)) == (rows == 4)
+    for rows in (4, 64, 4, 64):
+        x = torch.randn(rows, 10)
+        fast(x)
+        assert goes_short(fast, x)
+        torch.testing.assert_close(fast(x), plain(fast, x))
 
 
 def test_few_situations_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,23 +13,28 @@ from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.fused import gemm, row_program
 from pwm_fast.fused.blocked_mlp import Ready
+from pwm_fast.fused.layerwise_mlp import ReadyLayers
 from pwm_fast.ops import Layer, direct
 from tests.helpers import random_layer
 
 pytest.importorskip("pwm_fast._C", reason="the native extension is not built")
 
 SHORT: list[str] = []
+#: What the short way ends in, and the GEMMs with which it does.
+WAYS = {"blocks": (Ready, "auto"), "layers": (ReadyLayers, "torch")}
 
 
-@pytest.fixture(autouse=True)
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Write down what runs the short way; nothing is known at the start."""
+@pytest.fixture(autouse=True, params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Write down what runs this short way; nothing is known at the start."""
+    kind, gemms = WAYS[request.param]
     monkeypatch.delenv(select.VARIABLE, raising=False)
+    monkeypatch.setenv(gemm.VARIABLE, gemms)
     monkeypatch.setattr(direct, "_KNOWN", {})
     for name in ("forward", "backward"):
-        monkeypatch.setattr(Ready, name, noted(name, getattr(Ready, name)))
+        monkeypatch.setattr(kind, name, noted(name, getattr(kind, name)))
     SHORT.clear()
-    yield
+    yield request.param
 
 
 def noted(name: str, function):
@@ -115,7 +120,7 @@ def goes_short(*args, **kwargs) -> bool:
     return ways[0]
 
 
-def test_settings_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_hold(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a backend is chosen by is looked at in every call."""
     x, layers = torch.randn(12, 7), network()
     assert goes_short([x], layers)
@@ -129,7 +134,8 @@ def test_settings_hold(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not goes_short([x], layers)
     with ops.algebra(centre=True):
         assert not goes_short([x], layers)
-    for name, value in ((select.VARIABLE, "reference"), ("PWM_FAST_GEMM", "torch")):
+    other = next(gemms for name, (_, gemms) in WAYS.items() if name != way)
+    for name, value in ((select.VARIABLE, "reference"), (gemm.VARIABLE, other)):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert not goes_short([x], layers)
@@ -230,22 +236,31 @@ def test_saved_tensors() -> None:
         y.sum().backward()
 
 
-def test_the_long_way_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide layers go the short way on a few rows alone, and on more are asked about once."""
+def test_wide_layers(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run block by block on a few rows alone: how few depends on how wide they are."""
+    monkeypatch.setenv(gemm.VARIABLE, "auto")
     monkeypatch.setattr(gemm, "_WIDEST", 32)
-    asked: list[int] = []
-    original = row_program.runs
-    monkeypatch.setattr(row_program, "runs", lambda *a: asked.append(a[-1]) or original(*a))
+    few, some = row_program.FEW, row_program.FEW_WIDE
+    for widest, most in ((32, few), (33, some)):
+        monkeypatch.setattr(row_program, "WIDE", widest)
+        monkeypatch.setattr(direct, "_KNOWN", {})
+        layers = network()
+        for rows in (few, few + 1, some, some + 1) * 2:
+            blocks = rows <= most
+            assert goes_short([torch.randn(rows, 7)], layers) == (blocks == (way == "blocks"))
+
+
+def test_the_choice_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    original = direct.remember
+    monkeypatch.setattr(direct, "remember", lambda *a: made.append(1) or original(*a))
     layers = network()
-    for rows in (20, 4, 20, 4):
-        assert goes_short([torch.randn(rows, 7)], layers) == (rows == 4)
-    assert asked.count(4) == 1
-    asked.clear()
-    ops.mlp([torch.randn(20, 7)], layers)
-    again = len(asked)  # the operator asks, too
+    for rows, calls in ((20, 1), (4, 2), (20, 2), (4, 2)):
+        ops.mlp([torch.randn(rows, 7)], layers)
+        assert len(made) == calls
     with ops.algebra(fold=True):  # another kind of call
         ops.mlp([torch.randn(20, 7)], layers)
-    assert len(asked) == 2 * again + 1
+    assert len(made) == 3
 
 
 def test_few_kinds_are_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,7 +293,7 @@ def test_settings_that_autograd_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [Case(units=(600,)), Case(kind="map", simnorm=False, units=())],
+    [Case(units=(1100,)), Case(kind="map", simnorm=False, units=())],
     ids=["wide", "no norm in the first layer"],
 )
 def test_networks_that_autograd_is_for(case: Case) -> None:

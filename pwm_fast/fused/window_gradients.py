@@ -207,7 +207,8 @@ class WindowGradients:
         w_z, w_a, w_tau = _split_first(nets.dynamics.tensors[0], sizes, self._flow)
         moving = (w_z, w_tau, nets.dynamics.tensors[2:])
         hoisted = [w_a, nets.dynamics.tensors[1]]
-        latents = c_kept = None
+        latents: Tensor | None = None
+        c_kept: list[Tensor] = []
         if steps and not (self._flow and options.teacher):
             started = obs[0]
             z0, kept = self._encoder.forward([started], encoder, batch, True, True)
@@ -250,8 +251,8 @@ class WindowGradients:
             (dpath, *_), found = self._velocity.backward(
                 dv.view(rows, -1), inputs, params, v_kept, needs, True
             )
-            velocity_grads = [g for g in found]
-            dz = dpath.view(shape).mul_(start)
+            velocity_grads = [_tensor(g) for g in found]
+            dz = _tensor(dpath).view(shape).mul_(start)
             if options.target_grad:
                 dz = dz.add_(dv)
         dynamics_loss = self._average(error.square().mean(-1))
@@ -296,10 +297,10 @@ class WindowGradients:
             _, (dw_a, dbias) = self._hoisted.backward(
                 dc.flatten(0, 1), [moved], hoisted, c_kept, (False,), True
             )
-            pieces = [dw_z, dw_a]
+            pieces = [_tensor(dw_z), _tensor(dw_a)]
             if dw_tau is not None:
                 pieces.append(dw_tau.unsqueeze(1))
-            dynamics_grads = [torch.cat(pieces, 1), dbias, *map(_tensor, dparams)]
+            dynamics_grads = [torch.cat(pieces, 1), _tensor(dbias), *map(_tensor, dparams)]
             if velocity_grads is not None:
                 torch._foreach_add_(dynamics_grads, velocity_grads)
         else:
@@ -314,7 +315,7 @@ class WindowGradients:
             termination_loss,
             target,
             total,
-            [g for each in own for g in each],
+            [_tensor(g) for each in own for g in each],
         )
 
     def _reward_error(self, logits: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <new>
 
@@ -35,6 +36,51 @@ void run_member(void* data) {
     run_part(team, index);
   }
 }
+
+// Before what allocate() returns.
+struct alignas(64) Header {
+  int64_t bytes;  // after it
+};
+
+// Blocks that a thread has released, the last one last.
+class Kept {
+ public:
+  ~Kept() {
+    for (int i = 0; i < count_; ++i) free(blocks_[std::size_t(i)]);
+    count_ = -1;  // threads may release memory while they end
+  }
+  // The smallest that is large enough, and not more than twice as large.
+  Header* take(int64_t bytes) {
+    int best = -1;
+    for (int i = 0; i < count_; ++i) {
+      const int64_t size = at(i)->bytes;
+      if (size >= bytes && size <= 2 * bytes && (best < 0 || size < at(best)->bytes)) best = i;
+    }
+    return best < 0 ? nullptr : remove(best);
+  }
+  void put(Header* block) {
+    if (count_ < 0 || block->bytes < least || block->bytes > most) return free(block);
+    while (count_ == int(blocks_.size()) || bytes_ + block->bytes > most) free(remove(0));
+    blocks_[std::size_t(count_++)] = block;
+    bytes_ += block->bytes;
+  }
+  // Smaller blocks come from malloc as fast.
+  static constexpr int64_t least = int64_t(1) << 15, most = int64_t(1) << 24;
+
+ private:
+  Header* at(int index) const { return blocks_[std::size_t(index)]; }
+  Header* remove(int index) {
+    Header* const block = at(index);
+    std::copy(blocks_.begin() + index + 1, blocks_.begin() + count_, blocks_.begin() + index);
+    --count_;
+    bytes_ -= block->bytes;
+    return block;
+  }
+  std::array<Header*, 8> blocks_;
+  int count_ = 0;
+  int64_t bytes_ = 0;
+};
+thread_local Kept kept;
 
 template <class Function>
 bool look_up(void* library, const char* name, Function& function) {
@@ -77,13 +123,21 @@ void run_parts(int64_t threads, int64_t units,
 }
 
 void* allocate(int64_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, std::max<size_t>(size_t(bytes), 1)) != 0) throw_bad_alloc();
-  return memory;
+  Header* block = bytes >= Kept::least ? kept.take(bytes) : nullptr;
+  if (block == nullptr) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, alignof(Header), sizeof(Header) + size_t(bytes)) != 0) {
+      throw_bad_alloc();
+    }
+    block = new (memory) Header{bytes};
+  }
+  return block + 1;
 }
 
 void throw_bad_alloc() { throw std::bad_alloc(); }
 
-void release(void* memory) noexcept { free(memory); }
+void release(void* memory) noexcept {
+  if (memory != nullptr) kept.put(static_cast<Header*>(memory) - 1);
+}
 
 }  // namespace pwm_fast

@@ -20,7 +20,9 @@ void run_parts(int64_t threads, int64_t units,
                void (*part)(void* context, int64_t thread, int64_t begin, int64_t end),
                void* context);
 
-// Memory aligned to 64 bytes; throws std::bad_alloc, which must not leave a part of run_parts.
+// Memory aligned to 64 bytes; throws std::bad_alloc, which must not leave a part of run_parts. What a
+// thread releases it keeps for the next call, up to 16 MiB: the system would take it back and map other
+// pages, one by one, as they are written.
 void* allocate(int64_t bytes);
 [[noreturn]] void throw_bad_alloc();
 void release(void* memory) noexcept;

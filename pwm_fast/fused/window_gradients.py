@@ -61,7 +61,8 @@ class WindowOptions(NamedTuple):
     """What a loss depends on beside tensors.
 
     Attributes:
-        spec: encoded specification of the rollouts, not folded.
+        dynamics: of the rollouts.
+        spec: the same, encoded.
         teacher: paths of a flow start at encoded observations, and nothing is rolled out.
         target_grad: the gradient reaches latents through a flow's target too.
         start_noise: standard deviation of noise on a path's start.
@@ -113,6 +114,43 @@ def _split_first(
     return z, a, tau[0].squeeze(1).contiguous() if tau else None
 
 
+class _Moving(NamedTuple):
+    """What a rollout takes of a network."""
+
+    w_z: Tensor
+    w_tau: Tensor | None
+    params: list[Tensor]
+
+
+def _moving(net: Net, what: DynamicsSpec, sizes: WindowSizes) -> _Moving:
+    """Of the dynamics; a folded head is ``W1z W3`` and ``W1z b3`` beside itself."""
+    w_z, _, w_tau = _split_first(net.tensors[0], sizes, what.method != "map")
+    params = net.tensors[1 + net.specs[0].bias :]
+    if not what.fold:
+        return _Moving(w_z, w_tau, params)
+    count = 1 + net.specs[-1].bias
+    others, head = params[:-count], params[-count:]
+    left = w_z.double()
+    made = [(left @ x.double()).to(w_z.dtype) for x in head]
+    return _Moving(w_z, w_tau, [*others, *made, *head])
+
+
+def _through_fold(
+    moving: _Moving, what: DynamicsSpec, dw_z: Tensor, grads: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of ``W1z`` and of the network's own tensors, from those of :func:`_moving`'s."""
+    if not what.fold:
+        return dw_z, grads
+    count = 1 + what.layers[-1].bias
+    others, made, head = grads[: -2 * count], grads[-2 * count : -count], grads[-count:]
+    weight, *bias = moving.params[-count:]
+    dw_z = torch.addmm(dw_z, made[0], weight.t())
+    if bias:
+        dw_z.addr_(made[1], bias[0])
+        head[1] = torch.addmv(head[1], moving.w_z.t(), made[1])
+    return dw_z, [*others, torch.addmm(head[0], moving.w_z.t(), made[0]), *head[1:]]
+
+
 def covers(kernels: Kernels, nets: WindowNets, options: WindowOptions, sizes: WindowSizes) -> bool:
     """Whether :class:`WindowGradients` takes these: all of it runs block of rows by block."""
     for net in nets:
@@ -124,10 +162,8 @@ def covers(kernels: Kernels, nets: WindowNets, options: WindowOptions, sizes: Wi
         for rows in (sizes.batch, sizes.horizon * sizes.batch):
             if not row_program.runs(kernels, own, net.specs, rows):
                 return False
-    what, (first, *_) = options.dynamics, nets.dynamics.tensors
-    w_z, _, w_tau = _split_first(first, sizes, what.method != "map")
-    params = nets.dynamics.tensors[1 + what.layers[0].bias :]
-    rollout = dynamics_weights(what, w_z, w_tau, params)
+    what = options.dynamics
+    rollout = dynamics_weights(what, *_moving(nets.dynamics, what, sizes))
     return what.layers[0].bias and takes_blocks(kernels, what, rollout, sizes.batch)
 
 
@@ -204,8 +240,7 @@ class WindowGradients:
 
         # Latents: of the rollout, or encoded ones. No loss needs the last one of a flow.
         steps = horizon - 1 if self._flow else horizon
-        w_z, w_a, w_tau = _split_first(nets.dynamics.tensors[0], sizes, self._flow)
-        moving = (w_z, w_tau, nets.dynamics.tensors[2:])
+        _, w_a, _ = _split_first(nets.dynamics.tensors[0], sizes, self._flow)
         hoisted = [w_a, nets.dynamics.tensors[1]]
         latents: Tensor | None = None
         c_kept: list[Tensor] = []
@@ -215,6 +250,7 @@ class WindowGradients:
             moved = actions[: steps * batch]
             c, c_kept = self._hoisted.forward([moved], hoisted, len(moved), True, True)
             c = c.view(steps, batch, -1)
+            moving = _moving(nets.dynamics, options.dynamics, sizes)
             latents, saved = rollout_forward(
                 self._kernels, z0, c, *moving, options.spec, True, True
             )
@@ -297,10 +333,12 @@ class WindowGradients:
             _, (dw_a, dbias) = self._hoisted.backward(
                 dc.flatten(0, 1), [moved], hoisted, c_kept, (False,), True
             )
-            pieces = [_tensor(dw_z), _tensor(dw_a)]
+            own = [*map(_tensor, dparams)]
+            first, others = _through_fold(moving, options.dynamics, _tensor(dw_z), own)
+            pieces = [first, _tensor(dw_a)]
             if dw_tau is not None:
                 pieces.append(dw_tau.unsqueeze(1))
-            dynamics_grads = [torch.cat(pieces, 1), _tensor(dbias), *map(_tensor, dparams)]
+            dynamics_grads = [torch.cat(pieces, 1), _tensor(dbias), *others]
             if velocity_grads is not None:
                 torch._foreach_add_(dynamics_grads, velocity_grads)
         else:
@@ -308,14 +346,14 @@ class WindowGradients:
             assert velocity_grads is not None
             dynamics_grads = velocity_grads
         _, encoder_grads = self._encoder.backward(dz0, [started], encoder, kept, (False,), True)
-        own = (encoder_grads, dynamics_grads, reward_grads, termination_grads)
+        each_net = (encoder_grads, dynamics_grads, reward_grads, termination_grads)
         return WindowResult(
             dynamics_loss,
             reward_loss,
             termination_loss,
             target,
             total,
-            [_tensor(g) for each in own for g in each],
+            [_tensor(g) for grads in each_net for g in grads],
         )
 
     def _reward_error(self, logits: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:

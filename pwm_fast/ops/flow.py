@@ -216,8 +216,9 @@ def flow_step(
     if not algebra.in_force().hoist:
         return _reference_step(z, a, net, substeps, method, task, partial(fused_mlp, choice))
     width, action = z.shape[-1], a.shape[-1]
-    packed = pack(choice, FusedStep(net, method, substeps, fold=fold), width, action, task)
     n = z.numel() // width
+    step = FusedStep(net, method, substeps, fold=fold)
+    packed = pack(choice, step, width, action, task, rows=n)
     embedding = None if task is None else task.reshape(n, task.shape[-1])
     following = fused_rollout(
         choice, packed, z.reshape(n, width), a.reshape(1, n, action), embedding

@@ -146,7 +146,8 @@ def roll_out(
     if not algebra.in_force().hoist:
         run = partial(fused_mlp, choice)
         return _reference(z0, noise, policy, dynamics, task, detach, run)
-    packed = pack(choice, step, z0.shape[-1], noise.shape[-1], task)
+    rows = noise.shape[:-1].numel()
+    packed = pack(choice, step, z0.shape[-1], noise.shape[-1], task, rows=rows)
     return _imagine(
         z0,
         noise,

@@ -92,7 +92,8 @@ def latent_rollout(
         return _reference(z0, action, dynamics, task)
     if not algebra.in_force().hoist:
         return _reference(z0, action, dynamics, task, partial(fused_mlp, choice))
-    packed = pack(choice, step, z0.shape[-1], action.shape[-1], task)
+    rows = action.shape[:-1].numel()
+    packed = pack(choice, step, z0.shape[-1], action.shape[-1], task, rows=rows)
     return fused_rollout(choice, packed, z0, action, task)
 
 

@@ -148,6 +148,17 @@ def fold_pays(hidden: int, latent: int) -> bool:
     return hidden < 1.8 * latent
 
 
+def trained_fold_pays(hidden: int, latent: int, evaluations: int) -> bool:
+    """The same where its weight is trained: the fold's own three GEMMs, in float64, cost as much.
+
+    ``evaluations`` are of the network: rows times macro steps times stages. Measured on row
+    programs from 128 features on (docs/performance.md).
+    """
+    if min(hidden, latent) < 128 or not fold_pays(hidden, latent):
+        return False
+    return evaluations * (2 * latent - hidden) >= 6 * hidden * latent
+
+
 def _folded(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
     """``W1z W3`` and ``W1z b3``, in float64: their rounding would enter every evaluation."""
     left = w_z.double()
@@ -163,16 +174,23 @@ def _folded_16bit(compute: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Ten
 
 
 def _folds(
-    choice: Choice, net: Sequence[Layer], pays: bool, wgrad: bool, asked: bool | None
+    choice: Choice,
+    net: Sequence[Layer],
+    latent: int,
+    evaluations: int,
+    wgrad: bool,
+    step: FusedStep,
 ) -> bool:
-    """Whether to fold: as it is asked for, else where it ``pays`` by the widths."""
-    if asked is None:
-        asked = algebra.in_force().fold
+    """Whether to fold: as it is asked for, else where it pays."""
+    asked = algebra.in_force().fold if step.fold is None else step.fold
     if asked is None or (asked and not can_fold(net)):
-        # With weight gradients the fold's own GEMMs eat most of what it spares on a CPU, and its
-        # rounding nearly doubles the float32 error of the last layer's gradient; that of 16-bit
-        # operands hides it, and what is folded runs in one launch (docs/performance.md).
-        asked = (choice.for_tensor_cores or not wgrad) and pays and can_fold(net)
+        hidden = step.net[0].weight.shape[0]
+        if not wgrad or choice.for_tensor_cores:
+            pays = fold_pays(hidden, latent)
+        else:  # measured on row programs
+            exact = choice.name == "native" and choice.precision.compute is None
+            pays = exact and trained_fold_pays(hidden, latent, evaluations)
+        asked = pays and can_fold(net)
     return asked
 
 
@@ -193,7 +211,13 @@ def _snapshot(layers: Sequence[Layer], wgrad: bool) -> list[Layer]:
 
 
 def pack(
-    choice: Choice, step: FusedStep, latent: int, action: int, task: Tensor | None = None
+    choice: Choice,
+    step: FusedStep,
+    latent: int,
+    action: int,
+    task: Tensor | None = None,
+    *,
+    rows: int = 0,
 ) -> Packed:
     """Split the first weight by inputs and, where it pays, fold the head.
 
@@ -203,12 +227,13 @@ def pack(
         latent: D.
         action: A.
         task: ``[..., E]`` or None.
+        rows: of all macro steps.
     """
     flow, embedding = step.method != "map", 0 if task is None else task.shape[-1]
     wgrad = require_grad(layer_tensors(step.net))
     net, rms = centred(choice, step.net)
-    pays = fold_pays(step.net[0].weight.shape[0], latent)
-    fold = flow and _folds(choice, net, pays, wgrad, step.fold)
+    evaluations = rows * step.substeps * (2 if step.method == "heun" else 1)
+    fold = flow and _folds(choice, net, latent, evaluations, wgrad, step)
     if fold and not any(rms):  # what is centred is a copy
         net = _snapshot(net, wgrad)
     first, *others = net

@@ -198,8 +198,10 @@ def _make(
         return None
     if algebra.in_force() != algebra.Algebra() or rows.name != choices[0].name:
         return None
-    spec = pack(choices[-1], step, latent, width).spec
-    if decode_dynamics(spec).fold or net[0].bias is None:
+    # No loss needs the last step of a flow.
+    steps = horizon - 1 if step.method != "map" else horizon
+    spec = pack(choices[-1], step, latent, width, rows=steps * batch).spec
+    if net[0].bias is None:
         return None
     own = kernels("gemm", choices[0].name, choices[0].precision.name)
     specs = tuple(None if layers is None else specs_of(layers) for layers in nets)

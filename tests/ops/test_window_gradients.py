@@ -60,6 +60,8 @@ class Case(NamedTuple):
     units: tuple[int, ...] = (33, 29)
     draws_tau: bool = False
     simnorm: bool = False
+    fold: bool | None = None
+    head_bias: bool = True
 
     @property
     def flow(self) -> bool:
@@ -75,12 +77,13 @@ class Case(NamedTuple):
             ]
             if last == "simnorm":
                 return [*hidden, random_layer(widths[-1], outputs, "simnorm", generator=g)]
-            return [*hidden, random_layer(widths[-1], outputs, norm=False, generator=g)]
+            bias = self.head_bias or last != "velocity"
+            return [*hidden, random_layer(widths[-1], outputs, norm=False, bias=bias, generator=g)]
 
         pair = D + A
         return Nets(
             stack(OBS, D, "simnorm"),
-            stack(pair + self.flow, D, "simnorm" if self.simnorm else "linear"),
+            stack(pair + self.flow, D, "simnorm" if self.simnorm else "velocity"),
             stack(pair, self.bins, "linear"),
             stack(pair, 1, "linear") if self.termination else None,
         )
@@ -101,7 +104,8 @@ class Case(NamedTuple):
     def options(self, nets: Nets) -> dict[str, Any]:
         dynamics: ops.Dynamics = ops.LatentMLP(nets.net)
         if self.flow:
-            dynamics = ops.Flow(nets.net, self.substeps, self.kind)  # type: ignore[arg-type]
+            options = (self.substeps, self.kind)
+            dynamics = ops.Flow(nets.net, *options, fold=self.fold)  # type: ignore[arg-type]
         return {
             "encoder": nets.encoder,
             "dynamics": dynamics,
@@ -129,6 +133,9 @@ CASES = {
     "one window": Case(batch=1),
     "several blocks of rows": Case(batch=101, horizon=3),
     "wide": Case(units=(300,), batch=17),
+    "folded": Case(fold=True, batch=19),
+    "folded, without a bias": Case(fold=True, units=(31,), head_bias=False),
+    "folded, from the teacher": Case(fold=True, start="teacher"),
 }
 Found = tuple[list[Tensor], list[Tensor]]
 

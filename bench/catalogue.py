@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from bench import agent, data, esnr, ops, optimizer, planning, rollouts, tdmpc2
+from bench import agent, data, esnr, ops, optimizer, planning, rollouts, stacks, tdmpc2
 from bench.cases import Case
 
 PARTS = (
     *(rollouts.cases, planning.cases, tdmpc2.cases, agent.cases, agent.epochs, optimizer.cases),
-    *(ops.cases, esnr.cases, data.cases),
+    *(ops.cases, stacks.cases, esnr.cases, data.cases),
 )
 
 

@@ -2,9 +2,9 @@
 
 Rollouts under known actions, as in the world model's update, and every gradient: of the dynamics'
 parameters, the start and the actions. Relative L2 errors against float64, each divided by that of
-PyTorch's own autocast in the same dtype. On a CPU, with the fused algebra in PyTorch; operands of
-the weight gradients, which are float32 there, are rounded as on a GPU. ``--docs`` writes the table
-into docs/performance.md.
+PyTorch's own in the same dtype (its autocast, in 16 bits). On a CPU: in float32 the native kernels,
+in 16 bits the fused algebra in PyTorch, where operands of the weight gradients, which are float32
+there, are rounded as on a GPU. ``--docs`` writes the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,6 +28,7 @@ SIZES = {"small": (64, 62, 4), "5M": (512, 510, 16)}  # latent, hidden, macro st
 GAINS = {"contracting": 1.0, "expansive": 2.0}  # of weights before a LayerNorm
 SUBSTEPS = 2
 HALVES = {"fast": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = ("exact", *HALVES)
 
 
 def run(
@@ -59,26 +61,34 @@ def run(
 def as_on_a_gpu() -> Iterator[None]:
     """Weight gradients of operands that are rounded, with the factors that a GPU gives them."""
 
+    def rounding(*args: Any, several: bool = True) -> Tensor:
+        return wgrad.weight_grad_16bit(*args)
+
     with ExitStack() as patches:
         for module in (folded, imagine, layered, mlp_backward):
-            rounded = mock.patch.object(module, "weight_grad", wgrad.weight_grad_16bit)
+            rounded = mock.patch.object(module, "weight_grad", rounding)
             patches.enter_context(rounded)
         yield
 
 
 def measure(size: str, precision: str, seeds: int) -> dict[str, dict[str, float]]:
-    """The mean error of each result over draws, against autocast's, unfolded and folded."""
+    """The mean error of each result over draws, against PyTorch's, unfolded and folded."""
+    half, backend = precision in HALVES, "torch" if precision in HALVES else "native"
     own: dict[str, float] = {}
     errors: dict[str, dict[str, float]] = {"not folded": {}, "folded": {}}
     for gain in GAINS.values():
         for seed in range(seeds):
             truth = run(size, gain, seed, torch.float64, "reference", False)
-            with torch.autocast("cpu", dtype=HALVES[precision]):
+            with torch.autocast("cpu", dtype=HALVES.get(precision), enabled=half):
                 _add(own, run(size, gain, seed, torch.float32, "reference", False), truth)
             for name, found in errors.items():
-                with as_on_a_gpu(), ops.algebra(pad=True), select.precision(precision):
+                with ExitStack() as settings:
+                    if half:
+                        settings.enter_context(as_on_a_gpu())
+                        settings.enter_context(ops.algebra(pad=True))
+                    settings.enter_context(select.precision(precision))
                     fold = name == "folded"
-                    _add(found, run(size, gain, seed, torch.float32, "torch", fold), truth)
+                    _add(found, run(size, gain, seed, torch.float32, backend, fold), truth)
     return {n: {k: e / own[k] for k, e in found.items()} for n, found in errors.items()}
 
 
@@ -108,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2, help="draws a net")
     parser.add_argument("--docs", action="store_true", help="write into docs/performance.md")
     args = parser.parse_args(argv)
-    results = {(s, p): measure(s, p, args.seeds) for s in args.sizes for p in HALVES}
+    results = {(s, p): measure(s, p, args.seeds) for s in args.sizes for p in PRECISIONS}
     text = table(results)
     publish(text, PERFORMANCE if args.docs else None, "trained")
     return 0

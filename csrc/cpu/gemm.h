@@ -1,9 +1,10 @@
-// fp32 GEMMs of a few rows with packed weights, and their weight gradients: tiles of registers, for
-// matrices that stay in the caches of a core. Private to the sources that are compiled once per
-// instruction set.
+// fp32 GEMMs of a block of rows with weights that are packed or as they lie, and weight gradients:
+// tiles of registers, for matrices that stay in the caches of a core. Private to the sources that are
+// compiled once per instruction set.
 //
-// A sum is one of sums of at most `longest` terms, each in order: it errs less than one long sum. But for
-// few rows, a row's result does not depend on the rows that it is computed with.
+// A product's sum is one of sums of at most `longest` terms, each in order, or (gemm_direct) of W sums:
+// it errs less than one long sum. A row's result does not depend on the rows that it is computed with,
+// but for that choice.
 #pragma once
 
 #include "rows.h"

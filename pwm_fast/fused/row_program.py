@@ -1,8 +1,9 @@
 """Programs of steps that are done for one block of rows after another, and MLPs as such steps.
 
-What lies between the steps of a block stays in a core's caches, weights are packed once a call, and
-gradients of parameters are summed as the blocks go by. A program depends on sizes and specification
-alone: it is made once, and run on the tensors of each call (``csrc/cpu/row_program.h``).
+What lies between the steps of a block stays in a core's caches, weights are packed at most once a
+call, and gradients of parameters are summed as the blocks go by. A program depends on sizes and
+specification alone: it is made once, and run on the tensors of each call
+(``csrc/cpu/row_program.h``).
 """
 
 from __future__ import annotations

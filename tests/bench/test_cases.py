@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import agent, data, esnr, gate, optimizer, planning, sizes, tdmpc2
+from bench import agent, data, esnr, gate, optimizer, planning, sizes, stacks, tdmpc2
 from bench import ops as operations
 from bench import rollouts as rollout_cases
 from bench.cases import Provider, Workload
@@ -35,6 +35,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "plan": lambda: planning.build(2, CPU, 0, 16, 17, PLAN),
     "TD-MPC2's plan": lambda: tdmpc2.build_plan(TDMPC2, CPU),
     "TD-MPC2's update": lambda: tdmpc2.build_update(TDMPC2, CPU),
+    "stack, forward": lambda: stacks.build((7, 33, 5), 9, False, CPU),
+    "stack, backward": lambda: stacks.build((7, 33, 29, 5), 9, True, CPU),
     "optimiser": lambda: optimizer.build(small("flow"), "wm", CPU),
     "ESNR": lambda: esnr.build((torch.Size((50, 7)), torch.Size((9,))), CPU),
     "environment": lambda: data.build_env("cartpole", 4, CPU),

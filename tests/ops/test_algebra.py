@@ -67,9 +67,6 @@ def test_in_float32(case: Case, switches: dict[str, bool], backend: str) -> None
     """
     if backend == "native" and why_missing() is not None:
         pytest.skip(f"no native kernels: {why_missing()}")
-    if switches.get("fold"):
-        # With weight gradients the fold is held to float64 alone (docs/performance.md).
-        switches = switches if "folded" in case.name else switches | {"fold": False}
     with select.backend(backend), ops.algebra(**switches):
         check(case, case.inputs(33, 33, torch.float32))
 
@@ -114,7 +111,7 @@ def test_centred_layers(width: int, pad: bool) -> None:
     ],
 )
 def test_what_is_folded_by_default(backend: str, frozen: bool, trained: bool) -> None:
-    """Trained dynamics only where 16-bit operands hide the rounding of the fold's own GEMMs."""
+    """Trained dynamics only where that spares more than the fold's own GEMMs cost."""
     latent, hidden, action = 16, 24, 3
     net = [
         random_layer(latent + action + 1, hidden, "mish", dtype=torch.float32),
@@ -132,6 +129,27 @@ def test_what_is_folded_by_default(backend: str, frozen: bool, trained: bool) ->
         layers = [p._replace(weight=p.weight.detach().requires_grad_(grad)) for p in net]
         assert folded(layers) is expected
     assert not folded(wide)
+
+
+@pytest.mark.parametrize("backend", ["native", "native+bf16", "torch"])
+def test_a_trained_fold_pays_on_many_rows(backend: str) -> None:
+    """Of 128 features and more, in fp32 on native kernels."""
+    latent, action, substeps = 128, 3, 2
+
+    def folded(hidden: int, rows: int, grad: bool = True) -> bool:
+        first = random_layer(latent + action + 1, hidden, "mish", dtype=torch.float32)
+        net = [first, random_layer(hidden, latent, norm=False, dtype=torch.float32)]
+        net[0] = first._replace(weight=first.weight.detach().requires_grad_(grad))
+        step = FusedStep(net, "heun", substeps, fold=None)
+        packed = weights.pack(choice(*backend.split("+")), step, latent, action, rows=rows)
+        return decode_dynamics(packed.spec).fold
+
+    least = 6 * 128 // (2 * substeps)  # rows for as many evaluations as the GEMMs cost, six times
+    assert folded(128, 1, grad=False)
+    assert not folded(127, 10 * least) and not folded(128, least - 1)
+    assert folded(128, least) is (backend == "native")
+    assert not folded(192, 2 * least - 1)  # spares less
+    assert folded(192, 3 * least) is (backend == "native")
 
 
 def test_the_users_weights_stay_as_they_are() -> None:

@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <array>
@@ -42,12 +43,19 @@ struct alignas(64) Header {
   int64_t bytes;  // after it
 };
 
-// Blocks that a thread has released, the last one last.
+// Blocks that a thread has released, the last one last. They are mapped on their own: in malloc's heap
+// they would stand between what others free there.
 class Kept {
  public:
   ~Kept() {
-    for (int i = 0; i < count_; ++i) free(blocks_[std::size_t(i)]);
+    for (int i = 0; i < count_; ++i) unmap(at(i));
     count_ = -1;  // threads may release memory while they end
+  }
+  static bool takes(int64_t bytes) { return bytes >= least && bytes <= most; }
+  static void* map(int64_t bytes) {
+    void* const memory = mmap(nullptr, sizeof(Header) + std::size_t(bytes), PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? nullptr : memory;
   }
   // The smallest that is large enough, and not more than twice as large.
   Header* take(int64_t bytes) {
@@ -59,15 +67,16 @@ class Kept {
     return best < 0 ? nullptr : remove(best);
   }
   void put(Header* block) {
-    if (count_ < 0 || block->bytes < least || block->bytes > most) return free(block);
-    while (count_ == int(blocks_.size()) || bytes_ + block->bytes > most) free(remove(0));
+    if (count_ < 0) return unmap(block);
+    while (count_ == int(blocks_.size()) || bytes_ + block->bytes > most) unmap(remove(0));
     blocks_[std::size_t(count_++)] = block;
     bytes_ += block->bytes;
   }
-  // Smaller blocks come from malloc as fast.
-  static constexpr int64_t least = int64_t(1) << 15, most = int64_t(1) << 24;
 
  private:
+  // Smaller blocks come from malloc as fast.
+  static constexpr int64_t least = int64_t(1) << 16, most = int64_t(1) << 24;
+  static void unmap(Header* block) { munmap(block, sizeof(Header) + std::size_t(block->bytes)); }
   Header* at(int index) const { return blocks_[std::size_t(index)]; }
   Header* remove(int index) {
     Header* const block = at(index);
@@ -123,12 +132,15 @@ void run_parts(int64_t threads, int64_t units,
 }
 
 void* allocate(int64_t bytes) {
-  Header* block = bytes >= Kept::least ? kept.take(bytes) : nullptr;
+  Header* block = Kept::takes(bytes) ? kept.take(bytes) : nullptr;
   if (block == nullptr) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, alignof(Header), sizeof(Header) + size_t(bytes)) != 0) {
-      throw_bad_alloc();
+    if (Kept::takes(bytes)) {
+      memory = Kept::map(bytes);
+    } else if (posix_memalign(&memory, alignof(Header), sizeof(Header) + size_t(bytes)) != 0) {
+      memory = nullptr;
     }
+    if (memory == nullptr) throw_bad_alloc();
     block = new (memory) Header{bytes};
   }
   return block + 1;
@@ -137,7 +149,10 @@ void* allocate(int64_t bytes) {
 void throw_bad_alloc() { throw std::bad_alloc(); }
 
 void release(void* memory) noexcept {
-  if (memory != nullptr) kept.put(static_cast<Header*>(memory) - 1);
+  if (memory == nullptr) return;
+  Header* const block = static_cast<Header*>(memory) - 1;
+  if (Kept::takes(block->bytes)) return kept.put(block);
+  free(block);
 }
 
 }  // namespace pwm_fast

@@ -69,7 +69,7 @@ class Program {
     const RowProgram program = {
         slots_.data(), packs_.data(), totals_.data(), instructions_.data(),
         int64_t(slots_.size()), int64_t(packs_.size()), int64_t(totals_.size()),
-        int64_t(instructions_.size()), places.data(), rows, work_, threads};
+        int64_t(instructions_.size()), places.data(), rows, work_, threads, repeats_};
     run_row_program(program, rows * work_);
   }
 
@@ -155,7 +155,7 @@ class Program {
       made.factor[i] = factors[std::size_t(i)].cast<float>();
     }
     check(made, form);
-    if (made.step == step_gemm) ++packs_[std::size_t(made.number[0])].steps;
+    if (made.step == step_gemm && packs_[std::size_t(made.number[0])].steps++ > 0) repeats_ = true;
     if (made.step == step_weight_grad) {
       made.number[1] = totals_[std::size_t(made.number[0])].steps++ == 0;
     }
@@ -302,6 +302,7 @@ class Program {
   std::vector<Total> totals_;
   std::vector<Instruction> instructions_;
   int64_t tensors_ = 0, kept_ = 0, work_ = 0;  // kept_: numbers a row
+  bool repeats_ = false;
 };
 
 }  // namespace

@@ -13,15 +13,17 @@ struct Division {
   // Wide weights do not stay in a core's caches: more rows take more of what was fetched of them.
   static constexpr int64_t narrow = 256, most_narrow = 48, most_wide = 96;
   static_assert(most_wide <= most_grad_rows && most_narrow <= most_grad_rows);
-  // Up to how many rows are one block: two groups' totals cost more than a second thread gains, and
-  // of wide weights each thread does better to read a part.
+  // Up to how many rows are one block: two groups' totals cost more than a second thread gains. Of wide
+  // weights each thread does better to read a part, but for rollouts: those have too many steps to wait
+  // for each other after each.
   static constexpr int64_t few = 24, few_with_sums = 48, few_wide = most_wide, most_groups = 8;
   int64_t rows, most, blocks, groups;
 
-  Division(int64_t rows_, int64_t widest, bool sums)
-      : rows(rows_), most(widest > narrow ? most_wide : most_narrow) {
+  Division(const RowProgram& p, int64_t widest)
+      : rows(p.rows), most(widest > narrow ? most_wide : most_narrow) {
+    const bool sums = p.total_count > 0;
     blocks = (rows + most - 1) / most;
-    const int64_t one = widest > narrow ? few_wide : sums ? few_with_sums : few;
+    const int64_t one = widest > narrow && !p.repeats ? few_wide : sums ? few_with_sums : few;
     if (rows > one) blocks += blocks % 2;
     groups = sums ? smaller(blocks, most_groups) : blocks;
   }
@@ -126,8 +128,7 @@ struct Sum {
   bool empty;
 };
 
-// The pointers of one thread, and the block that it is at. Where there is but one block, `threads`
-// share the columns of its products.
+// The pointers of one thread, and the block that it is at. `threads` share the columns of its products.
 class Executor {
  public:
   Executor(const RowProgram& p, const int64_t* scratch_at, float* scratch,
@@ -374,7 +375,7 @@ void write_total(const RowProgram& p, const Total& total, int64_t first_column, 
 }  // namespace
 
 void row_program(const RowProgram& p) {
-  const Division division(p.rows, widest_of(p), p.total_count > 0);
+  const Division division(p, widest_of(p));
   const int64_t threads = useful_threads(p.threads, division.groups, p.rows * p.work);
   const Layout layout(p, division, threads);
 
@@ -419,7 +420,7 @@ void row_program(const RowProgram& p) {
                          uint64_t(layout.floats_of(p.totals[i])) * sizeof(float));
       }
       Executor executor(p, scratch_at.at(0), scratch.at(thread * layout.scratch()), packs.at(0),
-                        totals.at(group * p.total_count), division.blocks == 1 ? p.threads : 1);
+                        totals.at(group * p.total_count), division.blocks == 1 && !p.repeats ? p.threads : 1);
       for (int64_t block = division.first(group); block < division.first(group + 1); ++block) {
         executor.run(division.begin(block), division.begin(block + 1),
                      block == division.first(group));

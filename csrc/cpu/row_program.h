@@ -77,6 +77,7 @@ struct RowProgram {
   int64_t rows;
   int64_t work;  // of a row, in elements of an elementwise kernel
   int64_t threads;
+  bool repeats;  // some weight takes part in several steps, as in a rollout
 };
 
 }  // namespace pwm_fast

@@ -18,6 +18,12 @@ from pwm_fast.fused.mlp_backward import LayerGrads
 from pwm_fast.fused.wgrad import takes_16bit, weight_grad
 
 
+def folded(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
+    """``W1z W3`` and ``W1z b3``, in float64: their rounding would enter every evaluation."""
+    left = w_z.double()
+    return tuple((left @ x.double()).to(w_z.dtype) for x in head)
+
+
 class Folded(Dynamics):
     """See :class:`Dynamics`; its spec is folded.
 

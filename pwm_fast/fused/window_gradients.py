@@ -19,6 +19,7 @@ from pwm_fast.backends.specs import DynamicsSpec, LayerParams, LayerSpec, split_
 from pwm_fast.fused import row_program
 from pwm_fast.fused.blocked_mlp import Ready, Specs
 from pwm_fast.fused.dynamics import dynamics_weights
+from pwm_fast.fused.folded import folded
 from pwm_fast.fused.rollout import rollout_backward, rollout_forward, takes_blocks
 
 _LINEAR = LayerSpec("norm_act", "none", True, False, 8, 1e-5)
@@ -130,9 +131,7 @@ def _moving(net: Net, what: DynamicsSpec, sizes: WindowSizes) -> _Moving:
         return _Moving(w_z, w_tau, params)
     count = 1 + net.specs[-1].bias
     others, head = params[:-count], params[-count:]
-    left = w_z.double()
-    made = [(left @ x.double()).to(w_z.dtype) for x in head]
-    return _Moving(w_z, w_tau, [*others, *made, *head])
+    return _Moving(w_z, w_tau, [*others, *folded(w_z, *head), *head])
 
 
 def _through_fold(

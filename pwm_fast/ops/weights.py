@@ -25,6 +25,7 @@ from pwm_fast.backends.specs import (
 )
 from pwm_fast.backends.transforms import watched
 from pwm_fast.fused import algebra, centre, weight_cache
+from pwm_fast.fused.folded import folded
 from pwm_fast.fused.gemm import fp32_mode
 from pwm_fast.ops.coverage import can_fold, layer_tensors
 from pwm_fast.ops.operator import Operator, require_grad
@@ -159,12 +160,6 @@ def trained_fold_pays(hidden: int, latent: int, evaluations: int) -> bool:
     return evaluations * (2 * latent - hidden) >= 6 * hidden * latent
 
 
-def _folded(w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
-    """``W1z W3`` and ``W1z b3``, in float64: their rounding would enter every evaluation."""
-    left = w_z.double()
-    return tuple((left @ x.double()).to(w_z.dtype) for x in head)
-
-
 def _folded_16bit(compute: torch.dtype, w_z: Tensor, *head: Tensor) -> tuple[Tensor, ...]:
     """The same in fp32, where GEMMs round ``W1z W3`` to ``compute``."""
     with fp32_mode(False, w_z):
@@ -232,7 +227,7 @@ def pack(
     flow, embedding = step.method != "map", 0 if task is None else task.shape[-1]
     wgrad = require_grad(layer_tensors(step.net))
     net, rms = centred(choice, step.net)
-    evaluations = rows * step.substeps * (2 if step.method == "heun" else 1)
+    evaluations = rows * len(DynamicsSpec((), step.method, step.substeps, False).stages)
     fold = flow and _folds(choice, net, latent, evaluations, wgrad, step)
     if fold and not any(rms):  # what is centred is a copy
         net = _snapshot(net, wgrad)
@@ -251,7 +246,7 @@ def pack(
         head = others[-1]
         params += flat(others[:-1])
         factors = (w_z, head.weight, *(() if head.bias is None else (head.bias,)))
-        make: Callable[..., tuple[Tensor, ...]] = _folded
+        make: Callable[..., tuple[Tensor, ...]] = folded
         compute = choice.precision.compute
         if choice.for_tensor_cores and compute is not None:
             make = partial(_folded_16bit, compute)

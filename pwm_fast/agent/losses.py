@@ -53,6 +53,7 @@ def weighted_loss(
     gamma: float,
     task: Tensor | None = None,
     tau: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> WeightedLoss:
     """Loss of one batch of windows: the parts of :func:`pwm_fast.ops.world_model_loss`, weighted.
 
@@ -66,6 +67,8 @@ def weighted_loss(
         gamma: discount.
         task: task numbers ``[B]``, or None.
         tau: flow times ``[H, B]``; drawn as ``config.tau_sampling`` says if None.
+        spread: standard deviations ``[H, 1, D]`` of the noise on starts where
+            ``config.start_noise`` is ``auto``; there is none if None.
 
     Returns:
         The losses.
@@ -79,7 +82,7 @@ def weighted_loss(
         gamma=gamma,
         terminated=terminated,
         tau=tau,
-        **_parts(model, config),
+        **_parts(model, config, spread),
         task=model.task_input(task, obs[0]),
     )
     return _weighted(loss, config, action.shape[0])
@@ -95,6 +98,7 @@ def weighted_gradients(
     *,
     gamma: float,
     tau: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> tuple[WeightedLoss, dict[int, Tensor], str] | None:
     """:func:`weighted_loss` of a single-task model and its gradients, where one function has both.
 
@@ -102,7 +106,7 @@ def weighted_gradients(
         The losses, the gradients of the total by the parameters' ids, and the precision of the
         GEMMs; None where autograd is to be taken (:func:`pwm_fast.ops.extend.window_gradients`).
     """
-    parts = _parts(model, config)
+    parts = _parts(model, config, spread)
     horizon = action.shape[0]
     shares = 1.0 / horizon if config.mean_reward_loss else 1.0
     found = window_gradients(
@@ -126,14 +130,47 @@ def weighted_gradients(
     return _weighted(found.loss, config, horizon, found.total), grads, found.precision
 
 
-def _parts(model: LatentModel, config: ModelLearningConfig) -> dict[str, Any]:
+def pieces(steps: int | None, *windows: Tensor) -> tuple[Tensor, ...]:
+    """Windows ``obs [H+1, B, ...]`` and others ``[H, B, ...]``, cut to ``steps`` steps each.
+
+    The pieces are windows of their own, ``[steps+1, (H / steps) B, ...]`` and so on, time first.
+
+    Raises:
+        ValueError: H is no multiple of ``steps``.
+    """
+    obs, *others = windows
+    horizon = others[0].shape[0]
+    if steps is None or steps == horizon:
+        return windows
+    if horizon % steps:
+        raise ValueError(f"windows of {horizon} steps cannot be cut into pieces of {steps}")
+    count = horizon // steps
+
+    def cut(x: Tensor, first: int) -> Tensor:
+        return x[first : first + horizon].unflatten(0, (count, steps))
+
+    # Piece k begins at step k * steps; its last observation is the next one's first.
+    start, end = cut(obs, 0), cut(obs, 1)[:, -1:]
+    found = [torch.cat((start, end), dim=1), *(cut(x, 0) for x in others)]
+    return tuple(x.transpose(0, 1).flatten(1, 2) for x in found)
+
+
+def _parts(
+    model: LatentModel, config: ModelLearningConfig, spread: Tensor | None
+) -> dict[str, Any]:
     """What both ways to the loss are told of the model and of how it learns."""
+    noise: float | Tensor = 0.0
+    if not isinstance(config.start_noise, str):
+        noise = config.start_noise
+    elif spread is not None:
+        noise = spread
     return {
         "encoder": model.encoder_layers(),
-        "dynamics": model.dynamics(),
+        "dynamics": model.learned_dynamics(config),
         "heads": model.heads(),
         "start": config.flow_start,
-        "start_noise": config.start_noise,
+        "start_grad": config.start_grad,
+        "start_noise": noise,
         "target_grad": config.target_grad,
     }
 

@@ -82,3 +82,35 @@ class RunningMeanStd(nn.Module):
             y = y - self.mean.to(y.dtype)
         y = y / self.scale(dtype=y.dtype)
         return (y if clip is None else y.clamp(-clip, clip)).to(x.dtype)
+
+
+class StartSpread(nn.Module):
+    """How far a model's rollouts are from the encoded observations, step by step.
+
+    An exponential moving average of squared errors, with weights that add up to 1 from the first
+    update on; without updates the spread is 0. Nothing waits for the device.
+
+    Args:
+        steps: H, of the rollouts.
+        latent_dim: D.
+        decay: of what was seen before, an update.
+    """
+
+    mean_square: Tensor
+    weight: Tensor
+
+    def __init__(self, steps: int, latent_dim: int, decay: float = 0.9) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("mean_square", torch.zeros(steps, latent_dim))
+        self.register_buffer("weight", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, error: Tensor) -> None:
+        """Take in errors ``[H, B, D]``."""
+        self.mean_square.lerp_(error.square().mean(1), 1.0 - self.decay)
+        self.weight.lerp_(torch.ones_like(self.weight), 1.0 - self.decay)
+
+    def std(self) -> Tensor:
+        """Root mean squares ``[H, 1, D]``."""
+        return (self.mean_square / self.weight.clamp(min=1e-9)).sqrt().unsqueeze(1)

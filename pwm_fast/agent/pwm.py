@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pwm_fast import memory, ops
 from pwm_fast.agent.graphs import CapturedUpdate, CudaGraphs, Recorder, Update
 from pwm_fast.agent.imagination import frozen, imagine
-from pwm_fast.agent.losses import flow_times, weighted_gradients, weighted_loss
-from pwm_fast.agent.normalizers import RunningMeanStd
+from pwm_fast.agent.losses import flow_times, pieces, weighted_gradients, weighted_loss
+from pwm_fast.agent.normalizers import RunningMeanStd, StartSpread
 from pwm_fast.agent.optim import GuardedAdam
 from pwm_fast.agent.state import OPTIMIZER_KEYS, check, not_finite
 from pwm_fast.config import ActorConfig, AlgConfig, CriticConfig, ModelLearningConfig
@@ -89,6 +89,11 @@ class PWM:
         self.obs_rms = RunningMeanStd((obs_dim,)).to(self.device)
         self.reward_rms = RunningMeanStd().to(self.device)
         self.return_rms = RunningMeanStd().to(self.device)
+        learning = config.model_learning
+        self.start_spread: StartSpread | None = None
+        if learning.start_noise == "auto":
+            steps = learning.rollout_steps or config.horizon
+            self.start_spread = StartSpread(steps, config.world_model.latent_dim).to(self.device)
         self.optimizers = {
             "wm": _optimizer(
                 self.world_model,
@@ -114,7 +119,7 @@ class PWM:
             }
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {
+        found: dict[str, nn.Module] = {
             "world_model": self.world_model,
             "actor": self.actor,
             "critic": self.critic,
@@ -122,6 +127,9 @@ class PWM:
             "rew_rms": self.reward_rms,
             "ret_rms": self.return_rms,
         }
+        if self.start_spread is not None:
+            found["start_spread"] = self.start_spread
+        return found
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -236,6 +244,19 @@ class PWM:
         with memory.explained(what, "alg.model_learning.batch_size or alg.horizon", self.device):
             return self._run("wm", self._model_update, *windows).metrics
 
+    @torch.no_grad()
+    def measure_start_spread(self, windows: Windows) -> None:
+        """For ``start_noise=auto``: note how far rollouts are from the encoded observations."""
+        if self.start_spread is None:
+            return
+        steps = self.config.model_learning.rollout_steps
+        obs, action = pieces(steps, self._normalize(windows.obs), windows.action)
+        with extend.precision(self.precision), self.keeping():
+            task = self._task(action.shape[1])
+            encoded = self.world_model.encode(obs, task)
+            latents = self.world_model.rollout(encoded[0], action, task)
+            self.start_spread.update((latents - encoded)[:-1])
+
     def update_policy(self, obs: Tensor) -> Metrics:
         """One actor update on rollouts imagined from ``obs [B, O]``, then the critics' updates.
 
@@ -279,14 +300,20 @@ class PWM:
             reward = self.reward_rms.normalize(
                 reward, self.config.reward_clip, centre=self.config.centre_rewards
             )
-        windows = self._normalize(obs), action, reward, end
         learning, gamma = self.config.model_learning, self.config.gamma
+        obs, action, reward, end = pieces(
+            learning.rollout_steps, self._normalize(obs), action, reward, end
+        )
+        windows = obs, action, reward, end
         optimizer = self.optimizers["wm"]
         task = self._task(action.shape[1])
         tau = flow_times(action, learning)
+        spread = None if self.start_spread is None else self.start_spread.std()
         found = None
         if task is None:
-            found = weighted_gradients(self.world_model, *windows, learning, gamma=gamma, tau=tau)
+            found = weighted_gradients(
+                self.world_model, *windows, learning, gamma=gamma, tau=tau, spread=spread
+            )
         if found is not None:
             loss, grads, precision = found
             self._used.add(precision)
@@ -294,7 +321,13 @@ class PWM:
         else:
             with extend.precisions_used(self._used):
                 loss = weighted_loss(
-                    self.world_model, *windows, learning, gamma=gamma, task=task, tau=tau
+                    self.world_model,
+                    *windows,
+                    learning,
+                    gamma=gamma,
+                    task=task,
+                    tau=tau,
+                    spread=spread,
                 )
             norm = optimizer.step(loss.total)
         metrics = {**loss.metrics, "wm_grad_norm": norm}

@@ -51,7 +51,8 @@ class DynamicsSpec:
 
     Attributes:
         layers: of the network; with ``fold`` its last layer is the folded head.
-        method: ``"heun"``, ``"euler"``, or ``"map"``: the network's output is the next latent.
+        method: ``"heun"`` or ``"euler"`` integrate a velocity; with ``"residual"`` the network's
+            output is added to the latent, with ``"map"`` it is the next latent.
         substeps: K.
         fold: carry ``p = W1z z`` through the substeps.
     """
@@ -62,10 +63,20 @@ class DynamicsSpec:
     fold: bool
 
     @property
+    def timed(self) -> bool:
+        """The network takes a flow time."""
+        return self.method in ("heun", "euler")
+
+    @property
+    def per_substep(self) -> int:
+        """Evaluations of an integrator's step."""
+        return 2 if self.method == "heun" else 1
+
+    @property
     def stages(self) -> tuple[float, ...]:
         """Flow times of a macro step's evaluations."""
         k = self.substeps
-        if self.method == "map":
+        if not self.timed:
             return (0.0,)
         if self.method == "euler":
             return tuple(i / k for i in range(k))

@@ -48,6 +48,16 @@ def world_model_kind(key: str, value: str) -> None:
     one_of(*world_model_kinds())(key, value)
 
 
+def noise_or_auto(key: str, value: float | str) -> None:
+    """A standard deviation, or ``auto``."""
+    if value == "auto":
+        return
+    require(not isinstance(value, str), key, value, "a number, or auto")
+    assert not isinstance(value, str)
+    not_negative()(key, value)
+    finite(key, value)
+
+
 COUNT_OR_NULL = or_null(number(lambda value: value >= 0, "0 or more, or null"))
 POSITIVE_OR_NULL = or_null(number(lambda value: value > 0, "positive, or null", FLOAT))
 IN_UNIT = number(lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
@@ -59,7 +69,9 @@ class WorldModelConfig(Checked):
     """Networks of the world model.
 
     Attributes:
-        kind: ``mlp`` (PWM's baseline), ``flow``, or another of :func:`world_model_kinds`.
+        kind: ``mlp`` (PWM's baseline), ``flow``, ``residual`` (the flow's network as a plain
+            residual MLP), ``shortcut`` (a flow that is told its step's size), or another of
+            :func:`world_model_kinds`.
         latent_dim: D, a multiple of 8 (the SimNorm groups).
         units: hidden widths of the dynamics, or of the velocity field.
         encoder_units: hidden widths of the encoder.
@@ -73,7 +85,7 @@ class WorldModelConfig(Checked):
         zero_velocity: start with a zero last weight of a linear velocity head, so that the model
             starts as the identity, which is close to the truth, and not as a random drift.
         head: last layer of the velocity field, ``linear`` or ``simnorm`` (cannot fit its target).
-        integrator: ``heun`` or ``euler``.
+        integrator: ``heun`` or ``euler``, of a flow.
         substeps: K, integrator steps a macro step.
         project: put latents back on the simplices after every macro step.
     """
@@ -123,13 +135,28 @@ class ModelLearningConfig(Checked):
         mean_reward_loss: the reward loss is the mean over a window's H steps where the other losses
             are sums over them, so it weighs 1/H as much: PWM's code divides it by H twice.
         termination_coef: weight of the termination loss.
+        integrator: of the rollouts in world-model updates, where it differs from imagination's
+            ``alg.world_model.integrator``. As the two keys below, of flows alone.
+        substeps: K of these rollouts, where it differs from ``alg.world_model.substeps``.
+        consistency: how the kind ``shortcut`` learns what a step of some size does: ``shortcut``
+            (as two of half its size) or ``meanflow`` (:class:`pwm_fast.ops.Shortcut`).
+        consistency_share: share of the windows that teach it so.
+        rollout_steps: n, a divisor of ``alg.horizon``: windows are cut into pieces of n steps,
+            which start at encoded observations. null is the horizon. So a world-model update has
+            rollouts of n steps from every n-th observation, all batched, n - 1 of which a flow
+            computes.
         tau_sampling: flow times of the flow-matching loss, ``uniform``, or ``midpoint`` (0.5 alone,
             an ablation: Heun also evaluates 0 and 1).
         flow_start: where a flow-matching path starts: ``rollout`` (the model's own latent) or
             ``teacher`` (the encoded observation; no rollout is computed).
+        start_grad: where the gradient towards a rolled-out start goes: ``rollout`` (back through
+            the rollout, as published), ``encoder`` (straight to the encoded observation of that
+            step) or ``none``. The latter two spare the pass back through the rollout.
         start_noise: standard deviation of noise on the path's start. The target still is the
             encoded successor, so the field learns to lead stray latents back, as ``rollout`` starts
-            teach it, without computing a rollout.
+            teach it, without computing a rollout. ``auto``: at every step of the window, and for
+            every entry of the latent, the model's own error there, as a rollout measures it once an
+            epoch.
         target_grad: let the gradient reach the start latent through the velocity target too.
     """
 
@@ -146,9 +173,15 @@ class ModelLearningConfig(Checked):
     reward_coef: float = checked(0.1, not_negative(), finite)
     mean_reward_loss: bool = False
     termination_coef: float = checked(0.1, not_negative(), finite)
+    integrator: str | None = checked(None, or_null(one_of("heun", "euler")))
+    substeps: int | None = checked(None, or_null(positive(1024)))
+    consistency: str = checked("shortcut", one_of("shortcut", "meanflow"))
+    consistency_share: float = checked(0.25, IN_UNIT)
+    rollout_steps: int | None = checked(None, or_null(positive()))
     tau_sampling: str = checked("uniform", one_of("uniform", "midpoint"))
     flow_start: str = checked("rollout", one_of("rollout", "teacher"))
-    start_noise: float = checked(0.0, not_negative(), finite)
+    start_grad: str = checked("rollout", one_of("rollout", "encoder", "none"))
+    start_noise: float | str = checked(0.0, noise_or_auto)
     target_grad: bool = True
 
 
@@ -297,6 +330,13 @@ class AlgConfig(Checked):
             "alg.symlog_rewards",
             self.symlog_rewards,
             "false for a scalar reward head (num_bins = 1)",
+        )
+        steps = self.model_learning.rollout_steps
+        require(
+            steps is None or self.horizon % steps == 0,
+            "alg.model_learning.rollout_steps",
+            steps,
+            f"a divisor of alg.horizon ({self.horizon}), or null",
         )
 
     @property

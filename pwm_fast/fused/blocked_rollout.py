@@ -53,8 +53,7 @@ class _Macro:
         self.b, self.spec, self.sizes = b, spec, sizes
         self.wgrad = wgrad
         self.w_z = Operand(b.weight("w_z", sizes.hidden, sizes.latent))
-        flow = spec.method != "map"
-        self.w_tau = Operand(b.shared("w_tau", sizes.hidden)) if flow else None
+        self.w_tau = Operand(b.shared("w_tau", sizes.hidden)) if spec.timed else None
         self.layers = self._declare("layer")
         self.head = self._declare_head("head") if spec.fold else None
         evals = sizes.horizon * len(spec.stages)
@@ -147,7 +146,7 @@ class _Macro:
         b, dt = self.b, self.dt
         for i in range(self.spec.substeps):
             last = i == self.spec.substeps - 1
-            per = 1 if self.spec.method == "euler" else 2
+            per = self.spec.per_substep
             e = i * per
             n = t * self.stages + e
             z = self._keep(n, z)
@@ -165,7 +164,7 @@ class _Macro:
         return self._evaluate(t, e, x, c, self.b.scratch(name, self.sizes.latent))
 
     def _folded_step(self, t: int, z: Operand, c: Operand, out: Operand) -> None:
-        b, dt, per = self.b, self.dt, 1 if self.spec.method == "euler" else 2
+        b, dt, per = self.b, self.dt, self.spec.per_substep
         w13, last = self.layers[-1], self.sizes.last
         assert w13.weight is not None and self.head is not None and self.head.weight is not None
         total: Operand | None = None
@@ -216,7 +215,7 @@ class _Macro:
         ``dc`` is where the gradient towards its hoisted term goes.
         """
         self._dc, self._dc_started = dc, False
-        per = 1 if self.spec.method != "heun" else 2
+        per = self.spec.per_substep
         if self.spec.fold:
             self._folded_backward(t, per)
         elif self.spec.method == "map":

@@ -121,8 +121,8 @@ class Folded(Dynamics):
             self._dz[t].copy_(dz)
         g = self.w3.dgrad(dz)  # towards the sum of the stages' hidden outputs
         dt = 1.0 / self.spec.substeps
-        substep = self._euler_backward if self.spec.method == "euler" else self._heun_backward
-        stages = self.stages // self.spec.substeps
+        substep = self._heun_backward if self.spec.per_substep == 2 else self._euler_backward
+        stages = self.spec.per_substep
         for i in range(self.spec.substeps - 1, -1, -1):
             self._dp = substep(t * self.stages + i * stages, self._dp, g, dt)
         return dz

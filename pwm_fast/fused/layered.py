@@ -13,7 +13,7 @@ from pwm_fast.fused.wgrad import weight_grad
 
 
 class Layered(Dynamics):
-    """See :class:`Dynamics`; for flows by Euler or Heun, and one-shot maps."""
+    """See :class:`Dynamics`; for flows by Euler or Heun, residual networks, and one-shot maps."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -37,10 +37,10 @@ class Layered(Dynamics):
             last = i == self.spec.substeps - 1
             target = out if last else torch.empty_like(z)
             # No GEMM takes the rollout's last latent.
-            stages = 1 if self.spec.method == "euler" else 2
+            stages = self.spec.per_substep
             end = last and t == self.horizon - 1
             following = None if end else self._cast_buffer(t, e + stages, z)
-            if self.spec.method == "euler":
+            if stages == 1:
                 self._advance(t, e, (z, cast), c, z, (target, following), dt)
                 e += 1
             else:
@@ -116,8 +116,8 @@ class Layered(Dynamics):
             dh, scale = self._backward.backward(n, dz.clone())
             return self.w_z.scaled_dgrad(dh, 0, scale, fp32=True)[0]
         dt = 1.0 / self.spec.substeps
-        substep = self._euler_backward if self.spec.method == "euler" else self._heun_backward
-        stages = self.stages // self.spec.substeps
+        substep = self._heun_backward if self.spec.per_substep == 2 else self._euler_backward
+        stages = self.spec.per_substep
         dz = dz.contiguous()
         for i in range(self.spec.substeps - 1, -1, -1):
             dz = substep(n + i * stages, dz, dt)

@@ -80,7 +80,7 @@ class Persistent(Folded):
     def _make_scheme(self) -> Scheme:
         first, second = self.specs
         return Scheme(
-            self.spec.method,
+            "heun" if self.spec.per_substep == 2 else "euler",
             self.spec.substeps,
             first.width,
             first.eps,

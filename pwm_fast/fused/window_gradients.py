@@ -65,8 +65,11 @@ class WindowOptions(NamedTuple):
         dynamics: of the rollouts.
         spec: the same, encoded.
         teacher: paths of a flow start at encoded observations, and nothing is rolled out.
+        start_grad: where the gradient towards a rolled-out start goes: ``rollout`` (through it),
+            ``encoder`` (to the encoded observation of that step) or ``none`` (the first has one).
         target_grad: the gradient reaches latents through a flow's target too.
-        start_noise: standard deviation of noise on a path's start.
+        start_noise: standard deviation of noise on a path's start; below 0 it is given with each
+            call.
         gamma: discount of later steps, above 0.
         vmin: first centre of a two-hot reward head.
         vmax: last centre.
@@ -77,6 +80,7 @@ class WindowOptions(NamedTuple):
     dynamics: DynamicsSpec
     spec: str
     teacher: bool
+    start_grad: str
     target_grad: bool
     start_noise: float
     gamma: float
@@ -125,7 +129,7 @@ class _Moving(NamedTuple):
 
 def _moving(net: Net, what: DynamicsSpec, sizes: WindowSizes) -> _Moving:
     """Of the dynamics; a folded head is ``W1z W3`` and ``W1z b3`` beside itself."""
-    w_z, _, w_tau = _split_first(net.tensors[0], sizes, what.method != "map")
+    w_z, _, w_tau = _split_first(net.tensors[0], sizes, what.timed)
     params = net.tensors[1 + net.specs[0].bias :]
     if not what.fold:
         return _Moving(w_z, w_tau, params)
@@ -187,7 +191,7 @@ class WindowGradients:
     ) -> None:
         self._kernels, self._rows_kernels = kernels, rows_kernels
         self._options, self._sizes = options, sizes
-        self._flow = options.dynamics.method != "map"
+        self._flow = options.dynamics.timed
         pair = (sizes.latent, sizes.action)
 
         def ready(net: Net | None, inputs: Sequence[int]) -> Ready | None:
@@ -224,10 +228,12 @@ class WindowGradients:
         reward: Tensor,
         terminated: Tensor | None,
         tau: Tensor | None,
+        noise: Tensor | None = None,
     ) -> WindowResult:
         """The loss of ``obs [H+1, B, O]``, ``action [H, B, A]``, ``reward`` and flags ``[H, B]``.
 
-        ``tau [H, B]`` is drawn if it is None.
+        ``tau [H, B]`` is drawn if it is None; ``noise`` is the standard deviation of that on
+        starts, if the options leave it to the call.
         """
         options, sizes = self._options, self._sizes
         rows, (horizon, batch) = sizes.horizon * sizes.batch, sizes[:2]
@@ -243,15 +249,17 @@ class WindowGradients:
         hoisted = [w_a, nets.dynamics.tensors[1]]
         latents: Tensor | None = None
         c_kept: list[Tensor] = []
+        through = options.start_grad == "rollout"
         if steps and not (self._flow and options.teacher):
-            started = obs[0]
-            z0, kept = self._encoder.forward([started], encoder, batch, True, True)
+            started = obs[:-1].flatten(0, 1) if options.start_grad == "encoder" else obs[0]
+            encoded, kept = self._encoder.forward([started], encoder, len(started), True, True)
+            z0 = encoded[:batch]
             moved = actions[: steps * batch]
-            c, c_kept = self._hoisted.forward([moved], hoisted, len(moved), True, True)
+            c, c_kept = self._hoisted.forward([moved], hoisted, len(moved), through, through)
             c = c.view(steps, batch, -1)
             moving = _moving(nets.dynamics, options.dynamics, sizes)
             latents, saved = rollout_forward(
-                self._kernels, z0, c, *moving, options.spec, True, True
+                self._kernels, z0, c, *moving, options.spec, through, through
             )
             z = latents[:horizon]
         else:
@@ -272,7 +280,9 @@ class WindowGradients:
             if tau is None:
                 tau = torch.rand(horizon, batch, dtype=z.dtype, device=z.device)
             origin = z
-            if options.start_noise:
+            if noise is not None:
+                origin = torch.addcmul(z, torch.randn_like(z), noise)
+            elif options.start_noise:
                 origin = torch.add(z, torch.randn_like(z), alpha=options.start_noise)
             time = tau.reshape(horizon, batch, 1)
             start = 1.0 - time
@@ -320,7 +330,7 @@ class WindowGradients:
             total = total + options.weights[2] * termination_loss
 
         # Back through the rollout, and the encoder.
-        if latents is not None:
+        if latents is not None and through:
             dlatents = dz
             if following_grad is not None:
                 dlatents = torch.zeros_like(latents)
@@ -341,7 +351,8 @@ class WindowGradients:
             if velocity_grads is not None:
                 torch._foreach_add_(dynamics_grads, velocity_grads)
         else:
-            dz0 = dz.reshape(rows, sizes.latent)
+            alone = latents is not None and options.start_grad == "none"
+            dz0 = dz[0] if alone else dz.reshape(rows, sizes.latent)
             assert velocity_grads is not None
             dynamics_grads = velocity_grads
         _, encoder_grads = self._encoder.backward(dz0, [started], encoder, kept, (False,), True)

@@ -5,6 +5,8 @@ from pwm_fast.models.critic import Critic, CriticEnsemble
 from pwm_fast.models.flow_dynamics import FlowWorldModel
 from pwm_fast.models.layers import MLP, NormedLinear, mlp
 from pwm_fast.models.mlp_dynamics import WorldModel
+from pwm_fast.models.residual_dynamics import ResidualWorldModel
+from pwm_fast.models.shortcut_dynamics import ShortcutWorldModel
 from pwm_fast.models.world_model import LatentModel, make_world_model, register
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     "GaussianActor",
     "LatentModel",
     "NormedLinear",
+    "ResidualWorldModel",
+    "ShortcutWorldModel",
     "WorldModel",
     "make_world_model",
     "mlp",

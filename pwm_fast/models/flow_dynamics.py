@@ -45,6 +45,14 @@ class FlowWorldModel(LatentModel):
             self.config.project,
         )
 
+    def learned_dynamics(self, learning: ModelLearningConfig) -> ops.Flow:
+        """With the integrator of the update's rollouts, which may differ from imagination's."""
+        found = self._dynamics_of(self._transition().layers())
+        return found._replace(
+            substeps=learning.substeps or found.substeps,
+            method=learning.integrator or found.method,  # type: ignore[arg-type]
+        )
+
     def cautions(self, learning: ModelLearningConfig) -> list[str]:
         """What to warn of where the model is trained in that way."""
         if learning.tau_sampling != "midpoint":

@@ -106,6 +106,10 @@ class LatentModel(nn.Module, ABC):
         """
         return self._dynamics_of(self._transition().layers())
 
+    def learned_dynamics(self, learning: ModelLearningConfig) -> ops.Dynamics:
+        """The transition's parameters as its loss takes them; raises as :meth:`dynamics`."""
+        return self.dynamics()
+
     def heads(self, *, symlog_rewards: bool = False) -> ops.Heads:
         """The reward and termination heads as the operations take them.
 

@@ -9,7 +9,7 @@ All functions are differentiable, take any floating dtype and import nothing but
 
 from pwm_fast.fused.algebra import algebra
 from pwm_fast.fused.weight_cache import invalidate
-from pwm_fast.ops.dynamics import Dynamics, LatentMap, LatentMLP
+from pwm_fast.ops.dynamics import Dynamics, LatentMap, LatentMLP, ResidualMLP
 from pwm_fast.ops.esnr import EsnrAccumulator, RunningEsnr, esnr
 from pwm_fast.ops.flow import Flow, flow_interpolate, flow_step, integrate, velocity_field
 from pwm_fast.ops.imagine import imagine
@@ -19,6 +19,7 @@ from pwm_fast.ops.plan import MPPI, Plan, PlanNoise, ValueEnsemble, plan
 from pwm_fast.ops.pointwise import mish, symexp, symlog
 from pwm_fast.ops.returns import td_lambda
 from pwm_fast.ops.rollout import latent_rollout
+from pwm_fast.ops.shortcut import Consistency, Shortcut
 from pwm_fast.ops.simnorm import project_simplex, simnorm
 from pwm_fast.ops.two_hot import two_hot_cross_entropy, two_hot_decode, two_hot_encode
 from pwm_fast.ops.types import (
@@ -31,12 +32,13 @@ from pwm_fast.ops.types import (
     Order,
     Policy,
 )
-from pwm_fast.ops.world_model_loss import Start, WindowLoss, world_model_loss
+from pwm_fast.ops.world_model_loss import Start, StartGrad, WindowLoss, world_model_loss
 
 __all__ = [
     "ESNR",
     "MPPI",
     "Activation",
+    "Consistency",
     "Dynamics",
     "EsnrAccumulator",
     "Flow",
@@ -50,8 +52,11 @@ __all__ = [
     "Plan",
     "PlanNoise",
     "Policy",
+    "ResidualMLP",
     "RunningEsnr",
+    "Shortcut",
     "Start",
+    "StartGrad",
     "ValueEnsemble",
     "WindowLoss",
     "algebra",

@@ -8,7 +8,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pwm_fast.backends.dtypes import at_least_fp32
 from pwm_fast.ops import _checks
+from pwm_fast.ops.coverage import can_fold
 from pwm_fast.ops.mlp import RunNet
 from pwm_fast.ops.types import FusedStep, Layer
 
@@ -25,7 +27,7 @@ class Transitions(NamedTuple):
         task: task embeddings ``[H, B, E]``, or None.
         dtype: what errors are computed in, float32 at least.
         tau: flow times ``[H, B]`` in [0, 1], or None.
-        start_noise: standard deviation of noise on ``z``.
+        start_noise: standard deviation of noise on ``z``, a number or a tensor that broadcasts.
         target_grad: let the gradient reach ``z`` through a target that depends on it.
         backend: that was asked for.
     """
@@ -37,7 +39,7 @@ class Transitions(NamedTuple):
     task: Tensor | None
     dtype: torch.dtype
     tau: Tensor | None = None
-    start_noise: float = 0.0
+    start_noise: float | Tensor = 0.0
     target_grad: bool = True
     backend: str | None = None
 
@@ -102,6 +104,19 @@ def input_width(z: Tensor, action: int, task: Tensor | None) -> int:
     return z.shape[-1] + action + task.shape[-1]
 
 
+def noisy(z: Tensor, noise: float | Tensor) -> Tensor:
+    """``z`` with normal noise of standard deviation ``noise``; nothing is drawn for a 0."""
+    if isinstance(noise, Tensor):
+        return torch.addcmul(z, torch.randn_like(z), noise.to(z.dtype))
+    return torch.add(z, torch.randn_like(z), alpha=noise) if noise else z
+
+
+def check_fold(net: Sequence[Layer], fold: bool | None) -> None:
+    """Raise ValueError where a head is to be folded that cannot be."""
+    if fold and not can_fold(net):
+        raise ValueError("dynamics.fold needs a linear last layer behind at least one hidden layer")
+
+
 def squared_error(ours: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean squared error over the last axis."""
     return (ours.to(dtype) - target.to(dtype)).square().mean(-1)
@@ -140,6 +155,49 @@ class LatentMLP(NamedTuple):
     def fused(self) -> FusedStep:
         """See :class:`Dynamics`."""
         return FusedStep(self.net, task_first=True)
+
+
+class ResidualMLP(NamedTuple):
+    """Dynamics in one evaluation: the next latent is the latent plus an MLP's output.
+
+    A flow's network and integration without what makes it a flow: it takes no flow time, and learns
+    from the latents that it rolls out, as :class:`LatentMLP` does.
+
+    Attributes:
+        net: layers of the MLP; input ``[z, task, a]``, output width D.
+        fold: see :class:`pwm_fast.ops.Flow`.
+    """
+
+    net: Sequence[Layer]
+    fold: bool | None = None
+
+    @property
+    def learns_from_starts(self) -> bool:
+        """See :class:`Dynamics`."""
+        return False
+
+    def check(self, z: Tensor, action: int, task: Tensor | None) -> None:
+        """See :class:`Dynamics`."""
+        check_fold(self.net, self.fold)
+        check_net(self.net, input_width(z, action, task), z)
+
+    def step(
+        self, z: Tensor, a: Tensor, task: Tensor | None, dtype: torch.dtype, run: RunNet
+    ) -> Tensor:
+        """The sum in the dtype of ``z``, added up in float32 at least; see :class:`Dynamics`."""
+        x = z.to(dtype)
+        change = run((x, a) if task is None else (x, task, a), self.net, "norm_act")
+        state = at_least_fp32(z)
+        return (state + change.to(state.dtype)).to(z.dtype)
+
+    def error(self, steps: Transitions) -> Tensor:
+        """The squared error of the rolled-out latents; see :class:`Dynamics`."""
+        assert steps.following is not None
+        return squared_error(steps.following, steps.target, steps.dtype)
+
+    def fused(self) -> FusedStep:
+        """See :class:`Dynamics`."""
+        return FusedStep(self.net, "residual", task_first=True, fold=self.fold)
 
 
 #: The name of :class:`LatentMLP` in earlier versions; both are one class.

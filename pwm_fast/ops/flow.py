@@ -17,8 +17,10 @@ from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import can_fold, layer_tensors, unsupported_dynamics, without_width
 from pwm_fast.ops.dynamics import (
     Transitions,
+    check_fold,
     check_net,
     input_width,
+    noisy,
     squared_error,
 )
 from pwm_fast.ops.mlp import RunNet, fused_mlp, mlp
@@ -60,10 +62,7 @@ class Flow(NamedTuple):
         _checks.method(self.method)
         if self.project:
             _checks.simnorm_width("z0", z.shape[-1], "the projection's group width", 8)
-        if self.fold and not can_fold(self.net):
-            raise ValueError(
-                "dynamics.fold needs a linear last layer behind at least one hidden layer"
-            )
+        check_fold(self.net, self.fold)
         check_net(self.net, inputs, z)
 
     def step(
@@ -82,8 +81,7 @@ class Flow(NamedTuple):
         z, target, tau = steps.z, steps.target, steps.tau
         if tau is None:
             tau = torch.rand(z.shape[:2], dtype=z.dtype, device=z.device)
-        noise = steps.start_noise
-        origin = torch.add(z, torch.randn_like(z), alpha=noise) if noise else z
+        origin = noisy(z, steps.start_noise)
         z_tau, wanted = flow_interpolate(origin.to(steps.dtype), target.to(steps.dtype), tau)
         velocity = velocity_field(
             z_tau.to(z.dtype),

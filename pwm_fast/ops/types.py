@@ -60,7 +60,8 @@ class FusedStep(NamedTuple):
     Attributes:
         net: layers of the network that is evaluated, the first with a LayerNorm.
         method: ``"heun"`` or ``"euler"`` integrate its output over tau in [0, 1], from an input
-            ``[z, a, tau, task]``; with ``"map"`` its output is the next latent.
+            ``[z, a, tau, task]``; with ``"residual"`` its output of ``[z, a, task]`` is added to
+            the latent, with ``"map"`` it is the next latent.
         substeps: K of the integration.
         task_first: the task embedding stands before the action.
         fold: see :class:`pwm_fast.ops.Flow`.

@@ -224,11 +224,12 @@ def pack(
         task: ``[..., E]`` or None.
         rows: of all macro steps.
     """
-    flow, embedding = step.method != "map", 0 if task is None else task.shape[-1]
+    what = DynamicsSpec((), step.method, step.substeps, False)
+    embedding = 0 if task is None else task.shape[-1]
     wgrad = require_grad(layer_tensors(step.net))
     net, rms = centred(choice, step.net)
-    evaluations = rows * len(DynamicsSpec((), step.method, step.substeps, False).stages)
-    fold = flow and _folds(choice, net, latent, evaluations, wgrad, step)
+    evaluations = rows * len(what.stages)
+    fold = what.method != "map" and _folds(choice, net, latent, evaluations, wgrad, step)
     if fold and not any(rms):  # what is centred is a copy
         net = _snapshot(net, wgrad)
     first, *others = net
@@ -236,8 +237,8 @@ def pack(
         w_z, w_task, w_a = first.weight.split([latent, embedding, action], 1)
         w_tau = None
     else:
-        w_z, w_a, tau, w_task = first.weight.split([latent, action, int(flow), embedding], 1)
-        w_tau = tau.squeeze(1) if flow else None
+        w_z, w_a, tau, w_task = first.weight.split([latent, action, int(what.timed), embedding], 1)
+        w_tau = tau.squeeze(1) if what.timed else None
     norm = [first.ln_weight, first.ln_bias]
     params = [t.contiguous() for t in norm if t is not None]
     if not fold:

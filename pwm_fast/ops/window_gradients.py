@@ -18,12 +18,18 @@ from pwm_fast.fused.window_gradients import Net, WindowNets, WindowOptions, Wind
 from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.direct import kind_of, situation
-from pwm_fast.ops.dynamics import Dynamics, LatentMLP
+from pwm_fast.ops.dynamics import Dynamics, LatentMLP, ResidualMLP
 from pwm_fast.ops.flow import Flow
 from pwm_fast.ops.rollout import call_of
 from pwm_fast.ops.types import Heads, Layer
 from pwm_fast.ops.weights import flat, pack, specs_of
-from pwm_fast.ops.world_model_loss import Start, WindowLoss, check_windows
+from pwm_fast.ops.world_model_loss import (
+    Start,
+    StartGrad,
+    WindowLoss,
+    check_starts,
+    check_windows,
+)
 
 _LIMIT = 64  # kinds of calls
 
@@ -67,7 +73,8 @@ def window_gradients(
     terminated: Tensor | None = None,
     tau: Tensor | None = None,
     start: Start = "rollout",
-    start_noise: float = 0.0,
+    start_grad: StartGrad = "rollout",
+    start_noise: float | Tensor = 0.0,
     target_grad: bool = True,
 ) -> WindowGradients | None:
     """:func:`pwm_fast.ops.world_model_loss` and the gradients of its weighted sum, in one go.
@@ -80,13 +87,15 @@ def window_gradients(
         action: ``[H, B, A]``.
         reward: ``[H, B]``.
         encoder: see :func:`pwm_fast.ops.world_model_loss`, as all that follows.
-        dynamics: :class:`pwm_fast.ops.Flow` or :class:`pwm_fast.ops.LatentMLP`.
+        dynamics: :class:`pwm_fast.ops.Flow`, :class:`pwm_fast.ops.LatentMLP` or
+            :class:`pwm_fast.ops.ResidualMLP`.
         heads: reward and termination heads.
         weights: of the dynamics', the reward's and the termination's loss in the sum, not 0.
         gamma: discount of later steps.
         terminated: ``[H, B]``, needed with a termination head.
         tau: flow times ``[H, B]``; drawn uniformly if None.
         start: where a flow-matching path starts.
+        start_grad: where the gradient towards a rolled-out start goes.
         start_noise: standard deviation of noise on a path's start.
         target_grad: let the gradient reach ``z_t`` through the velocity target too.
 
@@ -99,17 +108,19 @@ def window_gradients(
         ValueError: as :func:`pwm_fast.ops.world_model_loss`.
         BackendError: the backend that is asked for cannot run this.
     """
-    if type(dynamics) not in (Flow, LatentMLP) or not gamma or 0.0 in weights:
+    if type(dynamics) not in (Flow, LatentMLP, ResidualMLP) or not gamma or 0.0 in weights:
         return None
     nets = (encoder, dynamics.net, heads.reward, heads.termination)
     params = [x for net in nets if net is not None for x in layer_tensors(net)]
-    given = [x for x in (obs, action, reward, terminated, tau) if x is not None]
+    noise = start_noise if isinstance(start_noise, Tensor) else None
+    given = [x for x in (obs, action, reward, terminated, tau, noise) if x is not None]
     around = situation(obs)
     if around is None or not _plain(given, params):
         return None
-    assert isinstance(dynamics, tuple)  # both are named tuples: layers, then options
+    assert isinstance(dynamics, tuple)  # all are named tuples: layers, then options
     own = dynamics[1:]
-    options = (weights, gamma, start, start_noise, target_grad, heads[1:4], own)
+    amount = start_noise if noise is None else -1.0
+    options = (weights, gamma, (start, start_grad, amount), target_grad, heads[1:4], own)
     key = (
         options,
         around,
@@ -121,7 +132,8 @@ def window_gradients(
     if key in _KNOWN:
         known = _KNOWN[key]
     else:
-        check_windows(obs, action, reward, gamma, start, start_noise, heads, terminated)
+        check_windows(obs, action, reward, gamma, heads, terminated)
+        check_starts(start, start_grad, start_noise)
         if len(_KNOWN) >= _LIMIT:
             _KNOWN.clear()
         known = _KNOWN[key] = _make(obs, action, terminated, tau, nets, dynamics, heads, options)
@@ -132,7 +144,7 @@ def window_gradients(
         *(None if t is None else Net(s, t) for s, t in zip(known.specs, tensors, strict=True))  # type: ignore[arg-type]
     )
     dense = (None if x is None else x.contiguous() for x in (obs, action, reward, terminated, tau))
-    found = known.run(made, *dense)  # type: ignore[arg-type]
+    found = known.run(made, *dense, noise=noise)  # type: ignore[arg-type, misc]
     loss = WindowLoss(found.dynamics, found.reward, found.termination, found.target)
     return WindowGradients(loss, found.total, found.grads, known.precision)
 
@@ -163,7 +175,7 @@ def _make(
     options: tuple[Any, ...],
 ) -> _Known | None:
     """Check a kind of calls and make its passes; None where they do not cover it."""
-    weights, gamma, start, start_noise, target_grad, (vmin, vmax, symlog), _ = options
+    weights, gamma, (start, start_grad, noise), target_grad, (vmin, vmax, symlog), _ = options
     encoder, net, reward, termination = nets
     assert encoder is not None and net is not None and reward is not None
     horizon, batch, width = action.shape
@@ -199,7 +211,7 @@ def _make(
     if algebra.in_force() != algebra.Algebra() or rows.name != choices[0].name:
         return None
     # No loss needs the last step of a flow.
-    steps = horizon - 1 if step.method != "map" else horizon
+    steps = horizon - 1 if dynamics.learns_from_starts else horizon
     spec = pack(choices[-1], step, latent, width, rows=steps * batch).spec
     if net[0].bias is None:
         return None
@@ -215,8 +227,9 @@ def _make(
         decode_dynamics(spec),
         spec,
         start == "teacher" and dynamics.learns_from_starts,
+        start_grad if dynamics.learns_from_starts else "rollout",
         target_grad,
-        start_noise,
+        noise,
         gamma,
         vmin,
         vmax,

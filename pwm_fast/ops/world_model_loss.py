@@ -20,7 +20,10 @@ from pwm_fast.ops.types import Heads, Layer
 
 Start = Literal["rollout", "teacher"]
 
+StartGrad = Literal["rollout", "encoder", "none"]
+
 STARTS: tuple[Start, ...] = ("rollout", "teacher")
+START_GRADS: tuple[StartGrad, ...] = ("rollout", "encoder", "none")
 
 
 class WindowLoss(NamedTuple):
@@ -51,7 +54,8 @@ def world_model_loss(
     terminated: Tensor | None = None,
     tau: Tensor | None = None,
     start: Start = "rollout",
-    start_noise: float = 0.0,
+    start_grad: StartGrad = "rollout",
+    start_noise: float | Tensor = 0.0,
     target_grad: bool = True,
     task: Tensor | None = None,
     backend: str | None = None,
@@ -79,7 +83,13 @@ def world_model_loss(
         tau: flow times ``[H, B]`` in [0, 1]; drawn uniformly if None.
         start: where a flow-matching path starts: ``"rollout"`` (the model's own latent) or
             ``"teacher"`` (the encoded observation; nothing is rolled out).
-        start_noise: standard deviation of noise on a path's start.
+        start_grad: where the gradient towards a rolled-out start goes: ``"rollout"`` (through the
+            rollout to ``z_0``), ``"encoder"`` (to ``encode(obs_t)``, as if that were the start:
+            straight through) or ``"none"`` (``z_0`` alone has one). Without ``"rollout"`` nothing
+            of the rollout is kept, and no pass goes back through it. Dynamics that learn from what
+            they roll out, and teacher starts, have no such choice.
+        start_noise: standard deviation of noise on a path's start: a number, or a tensor that
+            broadcasts to ``[H, B, D]``.
         target_grad: let the gradient reach ``z_t`` through the velocity target too.
         task: task embeddings ``[B, E]``, or None.
         backend: see :mod:`pwm_fast.backends`.
@@ -94,7 +104,8 @@ def world_model_loss(
 
     Source: PWM (arXiv 2407.02466), equation 3; Liu et al. 2022 (arXiv 2209.03003), equation 1.
     """
-    horizon = check_windows(obs, action, reward, gamma, start, start_noise, heads, terminated)
+    horizon = check_windows(obs, action, reward, gamma, heads, terminated)
+    check_starts(start, start_grad, start_noise)
 
     def repeated(steps: int) -> tuple[Tensor, ...]:
         return () if task is None else (task.expand(steps, *task.shape),)
@@ -112,11 +123,20 @@ def world_model_loss(
     else:
         # Where the starts of steps are enough, the last step leads nowhere.
         steps = horizon - 1 if dynamics.learns_from_starts else horizon
-        first = encode(obs[:1]).squeeze(0)
-        latents = latent_rollout(first, action[:steps], dynamics, task=task, backend=backend)
+        through = start_grad == "rollout" or not dynamics.learns_from_starts
+        encoded = encode(obs[:-1] if start_grad == "encoder" and not through else obs[:1])
+        with torch.set_grad_enabled(through and torch.is_grad_enabled()):
+            first = encoded.squeeze(0) if through else encoded[0].detach()
+            latents = latent_rollout(first, action[:steps], dynamics, task=task, backend=backend)
         z = latents[:horizon]
         if not dynamics.learns_from_starts:
             following = latents[1:]
+        elif not through:
+            z = z.detach()
+            if start_grad == "encoder":
+                z = z + (encoded - encoded.detach())  # the difference is 0, its gradient is not
+            else:
+                z = torch.cat((encoded, z[1:]))
 
     embedding = repeated(horizon)
     result, dtype = common_dtype(obs, action, reward), fp32_dtype(obs, action, reward)
@@ -174,8 +194,6 @@ def check_windows(
     action: Tensor,
     reward: Tensor,
     gamma: float,
-    start: Start,
-    start_noise: float,
     heads: Heads,
     terminated: Tensor | None,
 ) -> int:
@@ -195,11 +213,16 @@ def check_windows(
         raise ValueError(
             f"reward must be [{horizon}, {batch}] for these actions, got {tuple(reward.shape)}"
         )
-    _checks.one_of("start", start, STARTS)
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
-    if start_noise < 0.0:
-        raise ValueError(f"start_noise must not be negative, got {start_noise}")
     if heads.termination is not None and terminated is None:
         raise ValueError("terminated is needed to train the termination head, got None")
     return horizon
+
+
+def check_starts(start: Start, start_grad: StartGrad, start_noise: float | Tensor) -> None:
+    """Raise ValueError for options of a path's start that are none."""
+    _checks.one_of("start", start, STARTS)
+    _checks.one_of("start_grad", start_grad, START_GRADS)
+    if not isinstance(start_noise, Tensor) and start_noise < 0.0:
+        raise ValueError(f"start_noise must not be negative, got {start_noise}")

@@ -233,6 +233,8 @@ class Trainer:
                 self._guard()
                 self._logger.status(f"bootstrap: {i} of {updates} world-model updates")
             windows = self.state.replay.sample(config.model_learning.batch_size)
+            if i % max(1, config.model_learning.updates) == 0:
+                self.state.agent.measure_start_spread(windows)
             self.state.progress.add(self.state.agent.update_world_model(windows))
         if bootstrap:
             self._logger.status("")

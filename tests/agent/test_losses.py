@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast import ops
-from pwm_fast.agent.losses import WeightedLoss, weighted_loss
+from pwm_fast.agent.losses import WeightedLoss, pieces, weighted_loss
 from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models import LatentModel
 from pwm_fast.ops import flow as flow_module
@@ -64,12 +64,23 @@ def slow_loss(
     horizon, batch = d.action.shape[:2]
     dynamics = reward = termination = torch.zeros((), dtype=torch.float64)
     noise = None if d.noise is None else config.start_noise * d.noise
+    learns_from_starts = model.config.kind == "flow"
+    slow.config = dataclasses.replace(
+        model.config,
+        substeps=config.substeps or model.config.substeps,
+        integrator=config.integrator or model.config.integrator,
+    )
     z = slow.encode(d.obs[0])
     for t in range(horizon):
         target = slow.encode(d.obs[t + 1]).detach()
         teacher = config.flow_start == "teacher" and model.config.kind == "flow"
         start = slow.encode(d.obs[t]) if teacher else z
-        if model.config.kind == "mlp":
+        if learns_from_starts and not teacher and t and config.start_grad != "rollout":
+            start = z.detach()
+            if config.start_grad == "encoder":
+                own = slow.encode(d.obs[t])
+                start = start + own - own.detach()
+        if not learns_from_starts:
             difference = slow.next(start, d.action[t]) - target
         else:
             tau = d.tau[t]
@@ -130,6 +141,15 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp": {"kind": "mlp"},
     **{"-".join(str(v) for v in case.values()): case for case in FLOWS},
     "euler": {"kind": "flow", "integrator": "euler", "substeps": 3},
+    "another integrator": {"kind": "flow", "learning": {"integrator": "euler"}},
+    "another K": {"kind": "flow", "learning": {"substeps": 1}},
+    "encoder": {"kind": "flow", "start_grad": "encoder"},
+    "none": {"kind": "flow", "start_grad": "none"},
+    "mlp, none": {"kind": "mlp", "start_grad": "none"},
+    "residual": {"kind": "residual"},
+    "residual, terminating": {"kind": "residual", "can_terminate": True},
+    "residual, task": {"kind": "residual", "task": 1},
+    "encoder, task": {"kind": "flow", "start_grad": "encoder", "task": 2},
     "scalar reward": {"kind": "mlp", "num_bins": 1},
     "flow, scalar reward": {"kind": "flow", "num_bins": 1},
     "terminating": {"kind": "mlp", "can_terminate": True},
@@ -143,7 +163,8 @@ CASES: dict[str, dict[str, Any]] = {
 def build(case: dict[str, Any]) -> tuple[LatentModel, ModelLearningConfig, int | None]:
     case = dict(case)
     task = case.pop("task", None)
-    learning = {k: case.pop(k) for k in ("flow_start", "target_grad") if k in case}
+    own = ("flow_start", "start_grad", "target_grad")
+    learning = {k: case.pop(k) for k in own if k in case} | case.pop("learning", {})
     if task is not None:
         case |= {"task_dim": 3, "num_tasks": 3}
     model = small_model(case.pop("can_terminate", False), **case)
@@ -194,6 +215,46 @@ def test_start_noise_moves_the_paths_start_alone(
         same(fast_grads[key], expected, msg=key, atol=1e-9)
 
 
+@pytest.mark.parametrize("start", ["rollout", "teacher"])
+def test_measured_noise_has_the_models_own_spread(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``auto``: noise of the deviations that were measured, by step and entry; none before."""
+    model = small_model(kind="flow")
+    d = data()
+    config = ModelLearningConfig(flow_start=start, start_noise="auto")
+    draw, spread = normal(HORIZON, BATCH, 16), torch.rand(HORIZON, 1, 16, dtype=torch.float64)
+    monkeypatch.setattr(torch, "randn_like", lambda x: draw)
+    found = weighted_loss(model, *d.windows(), config, gamma=GAMMA, tau=d.tau, spread=spread)
+    known = dataclasses.replace(config, start_noise=1.0)
+    d.noise = draw * spread
+    slow = slow_loss(model, d, known)
+    same(found.dynamics, slow["dynamics"])
+    clean = weighted_loss(model, *d.windows(), config, gamma=GAMMA, tau=d.tau)
+    d.noise = None
+    same(
+        clean.dynamics,
+        slow_loss(model, d, dataclasses.replace(config, start_noise=0.0))["dynamics"],
+    )
+
+
+def test_pieces_are_windows_of_their_own() -> None:
+    obs = torch.arange(7.0).view(7, 1, 1) + 100.0 * torch.arange(2.0).view(1, 2, 1)
+    action, reward = obs[:-1] + 0.25, obs[:-1, :, 0] + 0.5
+    o, a, r = pieces(3, obs, action, reward)
+    assert o.shape == (4, 4, 1) and a.shape == (3, 4, 1) and r.shape == (3, 4)
+    assert o[:, :, 0].T.tolist() == [
+        [0.0, 1.0, 2.0, 3.0],
+        [100.0, 101.0, 102.0, 103.0],
+        [3.0, 4.0, 5.0, 6.0],
+        [103.0, 104.0, 105.0, 106.0],
+    ]
+    assert torch.equal(a, o[:-1] + 0.25) and torch.equal(r, o[:-1, :, 0] + 0.5)
+    assert all(x is y for x, y in zip(pieces(None, obs, action), (obs, action), strict=True))
+    with pytest.raises(ValueError, match="windows of 6 steps cannot be cut into pieces of 4"):
+        pieces(4, obs, action)
+
+
 def test_parts_are_for_logging_and_carry_no_gradient() -> None:
     model, config, _ = build(CASES["flow, terminating"])
     loss = fast_loss(model, data(), config)
@@ -231,7 +292,8 @@ def test_targets_pass_no_gradient(name: str) -> None:
     d.obs.requires_grad_()
     numbers = None if task is None else torch.full((BATCH,), task)
     (grad,) = torch.autograd.grad(fast_loss(model, d, config, numbers).total, d.obs)
-    sources = HORIZON if config.flow_start == "teacher" else 1
+    alone = config.flow_start == "rollout" and config.start_grad != "encoder"
+    sources = 1 if alone or model.config.kind != "flow" else HORIZON
     assert (grad[:sources].abs().amax(dim=(1, 2)) > 1e-8).all()
     assert grad[sources:].eq(0).all()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pwm_fast.agent.normalizers import RunningMeanStd
+from pwm_fast.agent.normalizers import RunningMeanStd, StartSpread
 from tests.models.builders import same
 
 
@@ -117,3 +117,17 @@ def test_statistics_stay_exact_in_a_module_of_another_dtype(dtype: torch.dtype) 
     same(rms.mean, x.mean())
     same(rms.var, x.var(correction=0))
     assert module.to("meta")[1].mean.is_meta
+
+
+def test_start_spread_is_a_moving_average_of_squares() -> None:
+    spread = StartSpread(2, 8, decay=0.75)
+    assert spread.std().shape == (2, 1, 8) and spread.std().eq(0).all()
+    first, second = torch.randn(2, 50, 8), 3.0 * torch.randn(2, 50, 8)
+    spread.update(first)
+    torch.testing.assert_close(spread.std(), first.square().mean(1, keepdim=True).sqrt())
+    spread.update(second)
+    mean = (0.75 * first.square() + second.square()).mean(1, keepdim=True) / 1.75
+    torch.testing.assert_close(spread.std(), mean.sqrt())
+    again = StartSpread(2, 8)
+    again.load_state_dict(spread.state_dict())
+    assert torch.equal(again.std(), spread.std())

@@ -141,6 +141,9 @@ class SlowModel:
         if self.config.kind == "mlp":
             x = self._join(z, self._emb(len(z)), a)
             return slow_mlp(self.params, "_dynamics", x, "simnorm")
+        if self.config.kind == "residual":
+            x = self._join(z, self._emb(len(z)), a)
+            return z + slow_mlp(self.params, "_dynamics", x, "linear")
         dt = 1.0 / self.config.substeps
         for k in range(self.config.substeps):
             t = k * dt

@@ -491,12 +491,13 @@ def _rollout_case(name: str, dynamics: Callable[[Inputs], ops.Dynamics], imagine
     alone.
     """
     one_shot = name.endswith("map")
+    residual, told = "residual" in name, "shortcut" in name
     simnorm = one_shot or name.endswith("simnorm_head")
     detach = "attached" not in name
 
     def build(batch: int, width: int, g: torch.Generator) -> Inputs:
         width = _eights(width) if simnorm else width
-        inputs = width + 3 + 5 + (not one_shot)
+        inputs = width + 3 + 5 + (not (one_shot or residual)) + told
         data = {"z": _normal(g, batch, width), "task": _normal(g, batch, 5)}
         data |= _layer_inputs("hidden", random_layer(inputs, 33, generator=g))
         data |= _layer_inputs("middle", random_layer(33, 29, generator=g))
@@ -531,16 +532,20 @@ def _rollout_case(name: str, dynamics: Callable[[Inputs], ops.Dynamics], imagine
             return _torch_linear_norm_act(h, i, "last", "simnorm" if simnorm else "none")
 
         def velocity(z: Tensor, tau: float) -> Tensor:
-            return net(torch.cat((z, a, z.new_full((z.shape[0], 1), tau), i["task"]), dim=1))
+            times = [z.new_full((z.shape[0], 1), tau), i["task"]]
+            if told:
+                times.append(z.new_full((z.shape[0], 1), dt))
+            return net(torch.cat((z, a, *times), dim=1))
 
-        if one_shot:
-            return net(torch.cat((z, i["task"], a), dim=1))
+        if one_shot or residual:
+            change = net(torch.cat((z, i["task"], a), dim=1))
+            return z + change if residual else change
         flow = dynamics(i)
-        assert isinstance(flow, ops.Flow)
+        assert isinstance(flow, (ops.Flow, ops.Shortcut))
         dt = 1.0 / flow.substeps
         for k in range(flow.substeps):
             k1 = velocity(z, k * dt)
-            if flow.method == "euler":
+            if told or flow.method == "euler":  # type: ignore[union-attr]
                 z = z + dt * k1
             else:
                 z = z + (0.5 * dt) * (k1 + velocity(z + dt * k1, (k + 1) * dt))
@@ -583,6 +588,10 @@ def _dynamics(
         ]
         if method == "map":
             return ops.LatentMap(net)
+        if method == "residual":
+            return ops.ResidualMLP(net, fold=fold)
+        if method == "shortcut":
+            return ops.Shortcut(net, 2, fold=fold)
         return ops.Flow(net, 2, method, fold=fold)  # type: ignore[arg-type]
 
     return build
@@ -597,6 +606,9 @@ ROLLOUTS = tuple(
         ("euler", _dynamics("euler")),
         ("euler_folded", _dynamics("euler", fold=True)),
         ("simnorm_head", _dynamics("heun", last="simnorm")),
+        ("residual", _dynamics("residual")),
+        ("residual_folded", _dynamics("residual", fold=True)),
+        ("shortcut", _dynamics("shortcut")),
         ("map", _dynamics("map", last="simnorm")),
     )
 )

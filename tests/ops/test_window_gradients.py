@@ -51,7 +51,8 @@ class Case(NamedTuple):
     kind: str = "heun"
     substeps: int = 2
     start: str = "rollout"
-    start_noise: float = 0.0
+    start_grad: str = "rollout"
+    start_noise: float | str = 0.0
     target_grad: bool = True
     termination: bool = True
     bins: int = BINS
@@ -65,7 +66,7 @@ class Case(NamedTuple):
 
     @property
     def flow(self) -> bool:
-        return self.kind != "map"
+        return self.kind not in ("map", "residual")
 
     def nets(self, seed: int = 0) -> Nets:
         g = torch.Generator().manual_seed(seed)
@@ -103,6 +104,14 @@ class Case(NamedTuple):
 
     def options(self, nets: Nets) -> dict[str, Any]:
         dynamics: ops.Dynamics = ops.LatentMLP(nets.net)
+        if self.kind == "residual":
+            dynamics = ops.ResidualMLP(nets.net, fold=self.fold)
+        noise: float | Tensor
+        if isinstance(self.start_noise, str):
+            noise = torch.linspace(0.0, 0.2, self.horizon * D).view(self.horizon, 1, D)
+            noise = noise.to(nets.net[0].weight.dtype)
+        else:
+            noise = self.start_noise
         if self.flow:
             options = (self.substeps, self.kind)
             dynamics = ops.Flow(nets.net, *options, fold=self.fold)  # type: ignore[arg-type]
@@ -112,7 +121,8 @@ class Case(NamedTuple):
             "heads": ops.Heads(nets.reward, -5.0, 5.0, termination=nets.termination),
             "gamma": 0.9,
             "start": self.start,
-            "start_noise": self.start_noise,
+            "start_grad": self.start_grad,
+            "start_noise": noise,
             "target_grad": self.target_grad,
         }
 
@@ -125,6 +135,15 @@ CASES = {
     "teacher": Case(start="teacher"),
     "teacher with noise": Case(start="teacher", start_noise=0.1),
     "noise": Case(start_noise=0.1, draws_tau=True),
+    "noise of each entry": Case(start_noise="tensor"),
+    "residual": Case(kind="residual"),
+    "residual, folded": Case(kind="residual", fold=True, batch=19),
+    "straight to the encoder": Case(start_grad="encoder"),
+    "straight to the encoder, folded": Case(start_grad="encoder", fold=True, batch=19),
+    "straight to the encoder, one step": Case(start_grad="encoder", horizon=1),
+    "no gradient of later starts": Case(start_grad="none", kind="euler", substeps=1),
+    "no gradient of later starts, one step": Case(start_grad="none", horizon=1),
+    "map, whatever the gradient of starts": Case(kind="map", simnorm=True, start_grad="none"),
     "no gradient through targets": Case(target_grad=False),
     "no termination": Case(termination=False),
     "a scalar reward": Case(bins=1),
@@ -247,9 +266,22 @@ def test_what_depends_on_more_than_sizes_is_told_apart() -> None:
             Case(kind="euler"),
             Case(start="teacher"),
             Case(start_noise=0.3),
+            Case(start_noise="tensor"),
         )
     }
-    assert len(found) == 5
+    assert len(found) == 6
+
+
+def test_noise_is_read_anew() -> None:
+    case = Case(start_noise="tensor")
+    nets = case.nets().to(torch.float32)
+    first = listed(directly(case, nets=nets))
+    options = case.options(nets)
+    options["start_noise"] = 2.0 * options["start_noise"]
+    torch.manual_seed(3)
+    data = case.data(torch.float32)
+    other = listed(extend.window_gradients(**data, **options, weights=WEIGHTS))
+    assert not torch.equal(first[0][-1], other[0][-1])
 
 
 def frozen(nets: Nets) -> Nets:
@@ -334,6 +366,7 @@ def test_a_weight_of_zero(weights: tuple[float, float, float]) -> None:
         ({"obs": torch.zeros(6, 7, OBS + 1)}, r"encoder\[0\].weight takes 5 inputs, but 6 arrive"),
         ({"terminated": None}, "terminated is needed to train the termination head"),
         ({"start": "middle"}, "start must be one of"),
+        ({"start_grad": "all"}, "start_grad must be one of rollout, encoder, none"),
         ({"start_noise": -1.0}, "start_noise must not be negative"),
         ({"gamma": 1.5}, r"gamma must lie in \[0, 1\]"),
     ],
@@ -346,8 +379,22 @@ def test_errors(change: dict[str, Any], message: str) -> None:
             extend.window_gradients(**given, weights=WEIGHTS)
 
 
-@pytest.mark.parametrize("name", ["pwm_tiny", "pwm_tiny_flow"])
-def test_an_agents_update_takes_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("alg=pwm_tiny",),
+        ("alg=pwm_tiny", "alg.world_model.kind=residual"),
+        ("alg=pwm_tiny_flow",),
+        ("alg=pwm_tiny_flow", "alg.model_learning.start_grad=encoder"),
+        ("alg=pwm_tiny_flow", "alg.model_learning.rollout_steps=2"),
+        ("alg=pwm_tiny_flow", "alg.model_learning.substeps=3"),
+        ("alg=pwm_tiny_flow", "alg.model_learning.start_noise=auto"),
+    ],
+    ids=lambda x: x[-1],
+)
+def test_an_agents_update_takes_it(
+    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And changes the parameters as the way through autograd does, but for rounding."""
     seen = []
     real = extend.window_gradients
@@ -356,7 +403,7 @@ def test_an_agents_update_takes_it(name: str, monkeypatch: pytest.MonkeyPatch) -
         seen.append(real(*args, **options))
         return seen[-1]
 
-    config = compose(f"alg={name}").alg
+    config = compose(*overrides, "alg.horizon=4").alg
     after = {}
     for way in ("direct", "autograd"):
         monkeypatch.setattr(
@@ -365,7 +412,8 @@ def test_an_agents_update_takes_it(name: str, monkeypatch: pytest.MonkeyPatch) -
         )
         torch.manual_seed(0)
         agent = PWM(5, 2, config, can_terminate=True)
-        windows = make_windows()
+        windows = make_windows(horizon=4)
+        agent.measure_start_spread(windows)
         torch.manual_seed(1)
         metrics = agent.update_world_model(windows)
         after[way] = ({**metrics}, [p.detach().clone() for p in agent.world_model.parameters()])

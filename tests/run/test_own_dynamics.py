@@ -1,7 +1,7 @@
 """Dynamics that the package does not know: one class for the operations and one for the model.
 
 A residual MLP without a fused path. In the package both would be one file
-``pwm_fast/models/residual_dynamics.py``, and a file in ``configs/alg`` would name the kind.
+``pwm_fast/models/own_residual_dynamics.py``, and a file in ``configs/alg`` would name the kind.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ class ResidualModel(models.LatentModel):
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
-    models.register("residual")(ResidualModel)
+    models.register("own_residual")(ResidualModel)
     yield
-    del world_model._KINDS["residual"]
-    configuration.WORLD_MODELS.remove("residual")
+    del world_model._KINDS["own_residual"]
+    configuration.WORLD_MODELS.remove("own_residual")
 
 
 def test_rollouts_are_steps() -> None:
     for changes in ({}, {"task_dim": 3, "num_tasks": 2}):
-        model = small_model(kind="residual", **changes)
+        model = small_model(kind="own_residual", **changes)
         task = torch.tensor([0, 1, 1, 0, 1]) if changes else None
         z = torch.softmax(torch.randn(B, 16, dtype=torch.float64), -1)
         action = torch.randn(H, B, A, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_rollouts_are_steps() -> None:
 
 
 def test_the_operations_take_it() -> None:
-    model = small_model(kind="residual").float()
+    model = small_model(kind="own_residual").float()
     z = torch.softmax(torch.randn(B, 16), -1)
     policy = ops.Policy([ops.Layer(torch.randn(A, 16))], torch.ones(A))
     found = ops.imagine(z, policy, model.dynamics(), model.heads(), noise=torch.randn(H, B, A))
@@ -104,7 +104,7 @@ def test_the_operations_take_it() -> None:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("residual")
-    train_without_plots(tiny_config(directory / "run", alg__world_model__kind="residual"))
+    train_without_plots(tiny_config(directory / "run", alg__world_model__kind="own_residual"))
     return directory / "run"
 
 
@@ -124,12 +124,12 @@ def test_it_is_diagnosed(run_dir: Path, tmp_path: Path) -> None:
         windows=4,
     )
     (found,) = diagnose.diagnose(config)["checkpoints"]
-    assert found["kind"] == "residual"
+    assert found["kind"] == "own_residual"
 
 
 def test_it_is_counted() -> None:
     config = configuration.compose("alg=pwm_tiny")
-    model = dataclasses.replace(config.alg.world_model, kind="residual")
+    model = dataclasses.replace(config.alg.world_model, kind="own_residual")
     ours = dataclasses.replace(config, alg=dataclasses.replace(config.alg, world_model=model))
     spaces = Spaces(5, 1, False)
     parity = compare_parameters(ours, config, spaces)

@@ -178,9 +178,13 @@ def test_stopped_within_the_first_epoch(starter: Launcher, whole_run: Path, tmp_
     assert_same(tmp_path / "run", whole_run)
 
 
-def test_stopped_within_the_bootstrap(starter: Launcher, tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", [(), ("alg.model_learning.start_noise=auto",)])
+def test_stopped_within_the_bootstrap(
+    extra: tuple[str, ...], starter: Launcher, tmp_path: Path
+) -> None:
+    """Also between two measurements of the model's own error."""
     arguments = tiny_arguments(
-        tmp_path / "run", "alg.model_learning.bootstrap_updates=40", "epochs=3"
+        tmp_path / "run", "alg.model_learning.bootstrap_updates=40", "epochs=3", *extra
     )
     whole = [*arguments, f"run_dir={tmp_path / 'whole'}"]
     assert starter.run(tmp_path, *whole).status == 0

@@ -1,0 +1,343 @@
+"""The study of docs/results.md: the runs, what is kept of them, and the page's tables and figures.
+
+python -m bench.study run cartpole --seeds 0-4 --jobs 2    # go on where an earlier call stopped
+python -m bench.study collect cartpole                     # into bench/results/study_cartpole.json
+python -m bench.study docs                                 # draw what is stored
+
+``run`` starts ``python -m pwm_fast.train`` once for each arm and seed, ``--jobs`` at a time at low
+priority. A run that was interrupted goes on; one that is finished is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bench import environment, pages
+from bench.results import STORE
+from pwm_fast.analysis import statistics
+from pwm_fast.run import metrics
+
+RESULTS = environment.ROOT / "docs" / "results.md"
+FIGURES = environment.ROOT / "docs" / "figures"
+CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_success")
+WM, LEARN = "alg.world_model", "alg.model_learning"
+
+
+class Arm(NamedTuple):
+    """A configuration of a study.
+
+    Attributes:
+        name: of its run directories.
+        label: in tables.
+        overrides: of the trainer.
+    """
+
+    name: str
+    label: str
+    overrides: tuple[str, ...]
+
+
+class Study(NamedTuple):
+    """Runs that are compared with one another.
+
+    Attributes:
+        overrides: that all arms have.
+        arms: the configurations.
+        success: what a share in ``eval_success`` means; empty where the task has no goal.
+    """
+
+    overrides: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    success: str = ""
+
+
+def _tiny(name: str, label: str, *overrides: str) -> Arm:
+    kind = "pwm_tiny" if name.startswith(("mlp", "residual")) else "pwm_tiny_flow"
+    return Arm(name, label, (f"alg={kind}", *overrides))
+
+
+# Every arm names all that tells it from the others, so that a default may change beside it.
+HEUN = (f"{WM}.integrator=heun", f"{WM}.substeps=2")
+EULER = (f"{WM}.integrator=euler", f"{WM}.substeps=1")
+WHOLE, CUT4, CUT2, CUT1 = (f"{LEARN}.rollout_steps={n}" for n in ("null", 4, 2, 1))
+
+CARTPOLE = (
+    _tiny("mlp", "MLP (baseline), windows of 16", WHOLE),
+    _tiny("mlp_n4", "MLP, windows of 4", CUT4),
+    _tiny("mlp_n2", "MLP, windows of 2", CUT2),
+    _tiny("mlp_n1", "MLP, windows of 1", CUT1),
+    _tiny("residual", "residual MLP, windows of 16", f"{WM}.kind=residual", WHOLE),
+    _tiny("residual_n1", "residual MLP, windows of 1", f"{WM}.kind=residual", CUT1),
+    _tiny("flow_simnorm", "flow, SimNorm head, Heun K = 2", f"{WM}.head=simnorm", *HEUN, WHOLE),
+    _tiny("flow_heun", "flow, Heun K = 2", *HEUN, WHOLE),
+    _tiny("flow_mixed", "flow, Heun K = 2, learned with Euler K = 1", *HEUN,
+          f"{LEARN}.integrator=euler", f"{LEARN}.substeps=1", WHOLE),
+    _tiny("flow", "flow, Euler K = 1", *EULER, WHOLE),
+    _tiny("flow_n4", "flow, Euler K = 1, windows of 4", *EULER, CUT4),
+    _tiny("flow_n2", "flow, Euler K = 1, windows of 2", *EULER, CUT2),
+    _tiny("flow_n1", "flow, Euler K = 1, windows of 1", *EULER, CUT1),
+    _tiny("flow_encoder", "flow, Euler K = 1, starts' gradient to the encoder", *EULER, WHOLE,
+          f"{LEARN}.start_grad=encoder"),
+    _tiny("flow_none", "flow, Euler K = 1, starts without gradient", *EULER, WHOLE,
+          f"{LEARN}.start_grad=none"),
+    _tiny("flow_auto", "flow, Euler K = 1, encoded starts with measured noise", *EULER, WHOLE,
+          f"{LEARN}.flow_start=teacher", f"{LEARN}.start_noise=auto"),
+    _tiny("shortcut", "shortcut model, K = 1", f"{WM}.kind=shortcut", f"{WM}.substeps=1", WHOLE),
+    _tiny("meanflow", "MeanFlow, K = 1", f"{WM}.kind=shortcut", f"{WM}.substeps=1", WHOLE,
+          f"{LEARN}.consistency=meanflow"),
+)  # fmt: skip
+
+STUDIES = {
+    "cartpole": Study(
+        ("env=cartpole", "device=cpu", "threads=1"),
+        CARTPOLE,
+        "held upright for the last second",
+    ),
+}
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def command(study: str, arm: Arm, seed: int, out: Path) -> list[str]:
+    """The trainer's arguments, after ``python -m pwm_fast.train``."""
+    where = out / study / arm.name / f"seed_{seed}"
+    return [*STUDIES[study].overrides, *arm.overrides, f"seed={seed}", f"run_dir={where}"]
+
+
+def run(study: str, arms: Sequence[Arm], seeds: Sequence[int], out: Path, jobs: int) -> int:
+    """Run what is not finished; the number of runs that failed."""
+    work = [(arm, seed) for seed in seeds for arm in arms]
+
+    def one(item: tuple[Arm, int]) -> bool:
+        arm, seed = item
+        arguments = command(study, arm, seed, out)
+        log = out / study / f"{arm.name}_seed_{seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            status = subprocess.run(
+                [sys.executable, "-m", "pwm_fast.train", *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: os.nice(10) and None,
+                check=False,
+            ).returncode
+        state = "finished" if status == 0 else f"ended with status {status}, see {log}"
+        print(f"{arm.name} seed {seed}: {state}", flush=True)
+        return status == 0
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return sum(not ok for ok in pool.map(one, work))
+
+
+# --- collecting ---------------------------------------------------------------------------------
+
+
+def collect(study: str, out: Path) -> dict[str, Any]:
+    """Final evaluations and evaluation curves of the finished runs, and what they ran on."""
+    runs = []
+    for arm in STUDIES[study].arms:
+        for directory in sorted((out / study / arm.name).glob("seed_*")):
+            summary_file = directory / "summary.json"
+            if not summary_file.is_file():
+                continue
+            summary = json.loads(summary_file.read_text("utf-8"))
+            if summary["status"] != "finished":
+                continue
+            rows = [r for r in metrics.read(directory / "metrics.jsonl") if "eval_reward" in r]
+            keys = ("env", "alg", "seed", "epochs", "env_steps", "wall_time")
+            evaluation = dict(summary["evaluation"])
+            record = json.loads((directory / "provenance.json").read_text("utf-8"))
+            runs.append(
+                {
+                    "arm": arm.name,
+                    "overrides": list(arm.overrides),
+                    **{k: summary[k] for k in keys},
+                    "commits": _commits(record),
+                    "evaluation": evaluation,
+                    "curve": {k: [row.get(k) for row in rows] for k in CURVE},
+                }
+            )
+    return {
+        "study": study,
+        "overrides": list(STUDIES[study].overrides),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": environment.machine(torch.device("cpu")),
+        "runs": runs,
+    }
+
+
+def _commits(record: Any) -> list[str]:
+    """The commits that a run's processes ran."""
+    found: list[str] = []
+
+    def look(x: Any) -> None:
+        if isinstance(x, dict):
+            for key, value in x.items():
+                if key == "commit" and isinstance(value, str):
+                    found.append(value[:12])
+                else:
+                    look(value)
+        elif isinstance(x, list):
+            for value in x:
+                look(value)
+
+    look(record)
+    return sorted(set(found))
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def stored(study: str) -> dict[str, Any] | None:
+    """What is stored of a study."""
+    path = STORE / f"study_{study}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _interval(estimate: statistics.Estimate, text: Callable[[float], str]) -> str:
+    found = text(estimate.iqm)
+    if estimate.iqm_interval is not None:
+        found += f" ({text(estimate.iqm_interval.low)} to {text(estimate.iqm_interval.high)})"
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: one row an arm; interquartile means over seeds with 95 % bootstrap intervals."""
+    study = STUDIES[result["study"]]
+    head = ["configuration", "seeds", "return", *(["success"] if study.success else []), "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for arm in study.arms:
+        runs = [r for r in result["runs"] if r["arm"] == arm.name]
+        if not runs:
+            continue
+        returns = statistics.estimate([r["evaluation"]["reward_mean"] for r in runs])
+        cells = [arm.label, str(len(runs)), _interval(returns, lambda x: f"{x:.0f}")]
+        if study.success:
+            each = [f"{r['evaluation']['success']:.0%}" for r in runs]
+            cells.append(", ".join(each))
+        cells.append(f"{np.median([r['wall_time'] for r in runs]):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def commands(result: dict[str, Any]) -> str:
+    """The trainer's command of every arm that has runs, and the commits that they ran."""
+    study = STUDIES[result["study"]]
+    there = {r["arm"] for r in result["runs"]}
+    common = shlex.join(study.overrides)
+    commits = sorted({c for r in result["runs"] for c in r["commits"]})
+    lines = [f"python -m pwm_fast.train {common} seed=0 ...   # commits {', '.join(commits)}"]
+    lines += [
+        f"  {shlex.join(arm.overrides)}   # {arm.label}" for arm in study.arms if arm.name in there
+    ]
+    return "```sh\n" + "\n".join(lines) + "\n```"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Returns over environment steps and over seconds: interquartile means and their bands."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    study = STUDIES[result["study"]]
+    arms = [a for a in study.arms if sum(r["arm"] == a.name for r in result["runs"]) > 1]
+    figure = Figure(figsize=(10.0, 5.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for i, arm in enumerate(arms):
+        runs = [r for r in result["runs"] if r["arm"] == arm.name]
+        curves = np.array([r["curve"]["eval_reward"] for r in runs], dtype=float)
+        centre, band = statistics.bands(curves, statistics.iqm)
+        steps = np.array(runs[0]["curve"]["env_steps"], dtype=float)
+        seconds = np.median([r["curve"]["wall_time"] for r in runs], axis=0)
+        for axis, x in zip(axes, (steps, seconds), strict=True):
+            axis.plot(x, centre, color=colours[i % 20], label=f"{arm.label} ({len(runs)})")
+            if band is not None:
+                axis.fill_between(x, *band, color=colours[i % 20], alpha=0.15, linewidth=0)
+    axes[0].set_ylabel("return of 12 episodes")
+    for axis, what in zip(axes, ("environment steps", "seconds, one thread"), strict=True):
+        axis.set_xlabel(what)
+        axis.grid(alpha=0.3)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=7)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def section(result: dict[str, Any]) -> str:
+    """What docs/results.md has of a study."""
+    m = result["machine"]
+    where = f"{m['cpu']}, {m['isa']}, {m['cores']} cores; torch {result['torch']}"
+    figure = f"![Returns](figures/study_{result['study']}.png)"
+    return "\n\n".join((f"{where}, Python {result['python']}:", table(result), figure,
+                        commands(result)))  # fmt: skip
+
+
+def docs(*, figures: bool = True) -> list[str]:
+    """Rewrite the page's sections; the names of the studies that are there."""
+    found = []
+    for study in STUDIES:
+        result = stored(study)
+        if result is None:
+            continue
+        pages.write(RESULTS, f"study-{study}", section(result))
+        if figures:
+            draw(result, FIGURES / f"study_{study}.png")
+        found.append(study)
+    return found
+
+
+def seeds_of(text: str) -> list[int]:
+    """``0-4`` or ``0,2,5``."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Status 0, 1 where runs failed, 2 for what a user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("what", choices=("run", "collect", "docs"))
+    parser.add_argument("study", nargs="?", choices=STUDIES, help="of run and collect")
+    parser.add_argument("--arms", nargs="+", help="names; all by default")
+    parser.add_argument("--seeds", type=seeds_of, default=seeds_of("0-4"), help="0-4 or 0,2")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="of the runs")
+    options = parser.parse_args(argv)
+    if options.what == "docs":
+        print(f"{RESULTS.name}: {', '.join(docs()) or 'nothing is stored'}")
+        return 0
+    if options.study is None:
+        parser.error(f"name a study: {', '.join(STUDIES)}")
+    known = {arm.name: arm for arm in STUDIES[options.study].arms}
+    unknown = [name for name in options.arms or () if name not in known]
+    if unknown:
+        parser.error(f"--arms: no {', '.join(unknown)}; there are {', '.join(known)}")
+    if options.what == "run":
+        arms = [known[name] for name in options.arms or known]
+        return min(run(options.study, arms, options.seeds, options.out, options.jobs), 1)
+    path = STORE / f"study_{options.study}.json"
+    result = collect(options.study, options.out)
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(f"{path.name}: {len(result['runs'])} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

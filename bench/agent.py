@@ -34,13 +34,16 @@ def cases(device: torch.device) -> list[Case]:
     for model, batch in sizes:
         for substeps in (2, 4) if on_gpu and model.endswith("flow") else (2,):
             found.append(_world_model(device, model, batch, substeps))
+    found.append(_world_model(device, "5M_flow", 256, 1, "euler"))
     for batch in (128, 512, 4096) if on_gpu else (128, 1024):
         found.append(_critic(device, batch))
     return found
 
 
-def _world_model(device: torch.device, model: str, batch: int, substeps: int) -> Case:
-    figure = model.endswith("flow") and batch == 256 and substeps == 2
+def _world_model(
+    device: torch.device, model: str, batch: int, substeps: int, integrator: str = "heun"
+) -> Case:
+    figure = model.endswith("flow") and batch == 256 and substeps <= 2
     names = ["published", "autocast"]
     if device.type == "cuda":
         names += ["tf32", "compile"]
@@ -52,14 +55,19 @@ def _world_model(device: torch.device, model: str, batch: int, substeps: int) ->
         marks.add("large")
     return Case(
         f"world_model-{model}-b{batch}-K{substeps}",
-        {"work": WORLD_MODEL, "model": model, "batch": batch, "K": substeps},
-        partial(build_world_model, alg_config(model, substeps), batch),
+        {"work": WORLD_MODEL, "model": model, "batch": batch, "K": how(substeps, integrator)},
+        partial(build_world_model, alg_config(model, substeps, integrator), batch),
         tuple(names),
         frozenset(marks),
         QUICK if model == "5M_flow" and batch == 64 else frozenset(),
         memory=4.0 * batch * HORIZON * (2048 if model[0] == "5" else 7168) * 24,
         effort=Effort(seconds=12.0, min_rounds=3),
     )
+
+
+def how(substeps: int, integrator: str) -> int | str:
+    """K as titles have it: of Heun steps, unless it says Euler."""
+    return substeps if integrator == "heun" else f"{substeps} (Euler)"
 
 
 def _critic(device: torch.device, batch: int) -> Case:
@@ -221,10 +229,18 @@ def epochs(device: torch.device) -> list[Case]:
         names += ["fast_tf32", "fast_fp16", *(n + providers.GRAPH for n in providers.OURS)]
     return [
         Case(
-            f"{kind}-{size}",
-            {"work": title, "model": f"{size}_flow", "batch": NUM_ENVS, "K": 2},
+            f"{kind}-{size}{'' if substeps == 2 else '-K1'}",
+            {
+                "work": title,
+                "model": f"{size}_flow",
+                "batch": NUM_ENVS,
+                "K": how(substeps, integrator),
+            },
             partial(
-                build_epoch, alg_config(f"{size}_flow"), alg_config(size), physics=kind == "epoch"
+                build_epoch,
+                alg_config(f"{size}_flow", substeps, integrator),
+                alg_config(size),
+                physics=kind == "epoch",
             ),
             tuple(names),
             frozenset({"figures"} if kind == "epoch" else ())
@@ -234,6 +250,7 @@ def epochs(device: torch.device) -> list[Case]:
         )
         for kind, title in (("epoch", EPOCH), ("updates", UPDATES))
         for size in ("5M", "48M")
+        for substeps, integrator in ((1, "euler"), (2, "heun"))
         if kind == "epoch" or device.type == "cuda"
     ]
 

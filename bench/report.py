@@ -150,9 +150,12 @@ def report(result: Result) -> str:
 README_CASES = (
     "rollout-5M_flow-b128-K2-backward",
     "rollout-48M_flow-b128-K2-backward",
+    "world_model-5M_flow-b256-K1",
     "world_model-5M_flow-b256-K2",
     "world_model-48M_flow-b256-K2",
+    "epoch-5M-K1",
     "epoch-5M",
+    "epoch-48M-K1",
     "epoch-48M",
     "layer_norm_act-5M-b4096-forward",
     "layer_norm_act-5M-b4096-backward",

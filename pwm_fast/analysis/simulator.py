@@ -24,7 +24,10 @@ def why_not(env: VectorEnv) -> str | None:
     if engine == "mujoco":
         return None
     if engine is not None:
-        return f"the physics engine {engine} keeps float32 states; env.engine=mujoco has float64"
+        return (
+            f"the physics engine {engine} keeps float32 states, native MuJoCo float64; device=cpu "
+            "takes that one, unless the run's env.engine says otherwise"
+        )
     return "states can be set in the built-in robots alone"
 
 

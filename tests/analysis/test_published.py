@@ -205,3 +205,21 @@ def test_diagnoses_are_read_where_they_are(tmp_path: Path) -> None:
     assert diagnosed(loaded(run)) == []
     (folder / "diagnosis.json").write_text("{")
     assert diagnosed(loaded(run)) == []
+
+
+def test_what_runs_logged_of_their_models_is_drawn(tmp_path: Path) -> None:
+    """With a model that is worse than the mean; runs without the figures have no such picture."""
+    path = write_run(tmp_path / "run")
+    (environment,), _ = arrange([loaded(path)])
+    assert figures._world_model(measure(environment, resamples=50), "iqm") is None
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        row.update(action_saturation=0.1, random_share=0.5)
+        if "eval_reward" in row:
+            row.update(eval_reward_r2=-5.0 + row["epoch"], eval_latent_error=None)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (environment,), _ = arrange([loaded(path)])
+    drawn = figures._world_model(measure(environment, resamples=50), "iqm")
+    assert drawn is not None and drawn.name == "world_model"
+    (tmp_path / "world_model.png").write_bytes(drawn.png)
+    assert drawn.width > 3 * 300, "three panels: of what was never a number there is none"

@@ -13,6 +13,7 @@ from pwm_fast import cli, files
 from pwm_fast.analysis.comparison import compare, summary
 from pwm_fast.analysis.figures import NAMES
 from pwm_fast.analysis.options import Options, references_of, steps_of, targets_of
+from pwm_fast.analysis.published import of_options
 from pwm_fast.analysis.report import outputs
 from pwm_fast.analysis.statistics import RESAMPLES
 from pwm_fast.config import ConfigError
@@ -53,6 +54,14 @@ def parser() -> cli.Arguments:
         help="returns that are a score of 0 and 1; of two environments or more, scores are pooled",
     )
     arguments.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="[ENV=]FILE.csv",
+        help="draw published curves, too: columns name,step,return[,low,high][,seconds]; may be "
+        "repeated",
+    )
+    arguments.add_argument(
         "--statistic",
         choices=sorted(NAMES),
         default="iqm",
@@ -76,11 +85,19 @@ def parse(arguments: list[str]) -> tuple[Options, Path]:
     steps = steps_of(given.steps)
     if given.resamples < 1:
         raise ConfigError(f"--resamples must be positive, got {given.resamples}")
+    published = of_options(given.reference)
     out = files.user_path(given.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is no directory")
     options = Options(
-        given.runs, targets, steps, references, given.statistic, given.resamples, given.title
+        given.runs,
+        targets,
+        steps,
+        references,
+        given.statistic,
+        given.resamples,
+        given.title,
+        published,
     )
     return options, out
 

@@ -51,8 +51,13 @@ class Replay:
     action; if it ended, the row stays as the terminal observation and the next episode starts
     behind it. A window may therefore end on the observation after any transition, terminal or not,
     and none crosses from one episode into the next. Only ``__len__``, :meth:`num_windows`,
-    :meth:`longest`, :meth:`add_episodes`, :meth:`state_dict` and :meth:`load_state_dict` wait for
-    the device.
+    :meth:`longest`, :meth:`random_share`, :meth:`add_episodes`, :meth:`state_dict` and
+    :meth:`load_state_dict` wait for the device.
+
+    With ``keep`` the first rows that steps are added to are a block of their own, which is written
+    once; the other rows of the env are the ring, which goes round without it. An episode that is
+    open where the block ends is cut there, as truncated, so that no window leads from one part into
+    the other.
 
     Args:
         capacity: transitions to hold, over all envs.
@@ -61,9 +66,11 @@ class Replay:
         action_dim: A.
         horizon: H, transitions a window.
         device: where the rows live.
+        keep: rows of each env's block; 0 for none.
 
     Raises:
-        ValueError: the capacity holds no window for each env.
+        ValueError: the capacity holds no window for each env, or not one in the block and one
+            beside it.
     """
 
     @torch.inference_mode(False)  # its buffers are written to in any mode
@@ -75,6 +82,7 @@ class Replay:
         action_dim: int,
         horizon: int,
         device: torch.device | str = "cpu",
+        keep: int = 0,
     ) -> None:
         rows = capacity // num_envs
         if rows < horizon + 2:
@@ -83,7 +91,13 @@ class Replay:
                 f"a window of {horizon} transitions needs {horizon + 2}: at least "
                 f"{num_envs * (horizon + 2)}"
             )
+        if keep and not horizon + 2 <= keep <= rows - (horizon + 2):
+            raise ValueError(
+                f"{keep} of {rows} rows of each env cannot be kept: a window of {horizon} "
+                f"transitions needs {horizon + 2}, among them and beside them"
+            )
         self.num_envs, self.rows, self.horizon = num_envs, rows, horizon
+        self._asked, self._keep = keep, keep
         self.obs_dim, self.action_dim = obs_dim, action_dim
         self.device = torch.device(device)
         width = obs_dim + action_dim + 2
@@ -92,6 +106,8 @@ class Replay:
         self._run = torch.zeros(num_envs, rows, dtype=torch.int32, device=self.device)
         self._cursor = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
         self._length = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
+        self._random: Tensor | None = torch.zeros_like(self._run, dtype=torch.bool)
+        self._block = torch.zeros_like(self._cursor)  # where it begins
         self._env_index = torch.arange(num_envs, device=self.device)
         self._window_cdf: Tensor | None = None
         self._row_cdf: Tensor | None = None
@@ -104,6 +120,8 @@ class Replay:
         terminated: Tensor,
         done: Tensor,
         final_obs: Tensor,
+        *,
+        random: bool = False,
     ) -> None:
         """Store one step of every env.
 
@@ -114,6 +132,7 @@ class Replay:
             terminated: ``[N]`` bool.
             done: ``[N]`` bool, terminated or truncated.
             final_obs: ``[N, O]``, the true next observation.
+            random: the actions are no policy's; for :meth:`random_share`.
         """
         # The environment and the policy may live on different devices: each part moves by itself.
         parts = (obs, action, reward.unsqueeze(-1), terminated.unsqueeze(-1))
@@ -122,15 +141,18 @@ class Replay:
         self._data[self._env_index, self._cursor] = row
         self._length += 1
         self._run[self._env_index, self._cursor] = self._length
+        if self._random is not None:
+            self._random[self._env_index, self._cursor] = random
 
-        following = (self._cursor + 1) % self.rows
+        following = self._following(self._cursor)
         tail = torch.zeros_like(row)
         tail[:, : self.obs_dim] = final_obs
         self._data[self._env_index, following] = tail
         self._run[self._env_index, following] = 0
 
         self._length.masked_fill_(done, 0)
-        self._cursor = torch.where(done, (self._cursor + 2) % self.rows, following)
+        self._cursor = torch.where(done, self._following(following), following)
+        self._cut()
         self._window_cdf = self._row_cdf = None
 
     def add_episodes(self, episodes: Sequence[Episode]) -> None:
@@ -154,11 +176,13 @@ class Replay:
             places.append((env, used))
             heapq.heappush(emptiest, (used + len(episode.obs), env))
         most = max(used for used, _ in emptiest)
-        if most > self.rows:
+        if most > self.rows - self._keep:
+            beside = f" beside the {self._keep} rows of alg.keep_random" if self._keep else ""
             raise ValueError(
                 f"{len(episodes)} episodes with {sum(len(e.action) for e in episodes)} transitions "
-                f"do not fit: alg.replay_capacity must be at least {most * self.num_envs} for "
-                f"{self.num_envs} envs, got {self.rows * self.num_envs}"
+                f"do not fit{beside}: alg.replay_capacity must be at least "
+                f"{(most + self._keep) * self.num_envs} for {self.num_envs} envs, got "
+                f"{self.rows * self.num_envs}"
             )
         for (env, start), episode in zip(places, episodes, strict=True):
             steps = len(episode.action)
@@ -169,8 +193,16 @@ class Replay:
             self._data[env, start : start + steps + 1] = rows.to(self.device)
             self._run[env, start : start + steps] = torch.arange(1, steps + 1, device="cpu")
         for used, env in emptiest:
-            self._cursor[env] = used % self.rows
+            self._cursor[env] = self._block[env] = used % self.rows
         self._window_cdf = self._row_cdf = None
+
+    def keep_at_most(self, rows: int) -> None:
+        """Make the blocks smaller, before any step was added; too few rows for a window keep none.
+
+        A run that goes on without its replay has fewer random actions before it, or none.
+        """
+        kept = min(self._keep, rows)
+        self._keep = kept if kept >= self.horizon + 2 else 0
 
     def end_episodes(self) -> None:
         """End the open episode of every env, as truncated: the next step begins another one.
@@ -178,9 +210,9 @@ class Replay:
         The observation after an episode's last step, which is there already, becomes its final one.
         """
         going_on = self._length > 0
-        following = (self._cursor + 1) % self.rows
-        self._cursor = torch.where(going_on, following, self._cursor)
+        self._cursor = torch.where(going_on, self._following(self._cursor), self._cursor)
         self._length.zero_()
+        self._cut()
         self._window_cdf = self._row_cdf = None
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Windows:
@@ -194,7 +226,7 @@ class Replay:
         env, end = index // self.rows, index % self.rows
         offsets = torch.arange(1 - self.horizon, 2, device=self.device).unsqueeze(-1)
         # [H+1, B, F]: advanced indexing gathers the windows time first.
-        windows = self._data[env, (end + offsets) % self.rows]
+        windows = self._data[env, self._moved(env, end, offsets)]
         o, a = self.obs_dim, self.action_dim
         return Windows(
             windows[..., :o],
@@ -220,8 +252,20 @@ class Replay:
 
     def ended(self) -> Tensor:
         """Episodes ``[N]`` of each env that have ended and whose first step is held."""
-        going_on = (self._length > 0) & (self._length < self.rows)  # and its first step is held
+        going_on = (self._length > 0) & (
+            self._length < self.rows - self._keep
+        )  # and its first step is held
         return (self._run == 1).sum(1) - going_on.long()
+
+    def random_share(self) -> float:
+        """Share of the transitions held that :meth:`add` was told are of random actions.
+
+        NaN where there are none, and where a checkpoint of an older version did not say.
+        """
+        held = self._run > 0
+        if self._random is None:
+            return float("nan")
+        return float((self._random & held).sum() / held.sum())
 
     def __len__(self) -> int:
         """Number of transitions held."""
@@ -237,13 +281,17 @@ class Replay:
             "run": self._run[:, :used].clone(),
             "cursor": self._cursor.clone(),
             "length": self._length.clone(),
+            "block": self._block.clone(),
+            "keep": [self._asked, self._keep],
+            "random": None if self._random is None else self._random[:, :used].clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the contents of :meth:`state_dict`.
 
         Raises:
-            ValueError: they are of other envs, observations, actions, capacity or horizon.
+            ValueError: they are of other envs, observations, actions, capacity or horizon, or of
+                blocks of other sizes.
         """
         shape = [self.num_envs, self.rows, self.obs_dim, self.action_dim, self.horizon]
         if list(state["shape"]) != shape:
@@ -251,11 +299,24 @@ class Replay:
                 "the saved replay has [envs, rows, obs, action, horizon] = "
                 f"{list(state['shape'])}, this run needs {shape}"
             )
+        asked, kept = state.get("keep", (0, 0))  # older versions kept none, and did not say
+        if asked != self._asked:
+            raise ValueError(
+                f"the saved replay was made to keep {asked} rows of each env's random transitions, "
+                f"alg.keep_random and alg.random_epochs of this run ask for {self._asked}"
+            )
+        self._keep = kept
         used = state["data"].shape[1]
         self._data.zero_()
         self._run.zero_()
         self._data[:, :used] = state["data"].to(self.device)
         self._run[:, :used] = state["run"].to(self.device)
+        self._random = None
+        random = state.get("random")
+        if random is not None:
+            self._random = torch.zeros_like(self._run, dtype=torch.bool)
+            self._random[:, :used] = random.to(self.device)
+        self._block.copy_(state.get("block", torch.zeros_like(self._block)))
         self._cursor.copy_(state["cursor"])
         self._length.copy_(state["length"])
         self._window_cdf = self._row_cdf = None
@@ -268,11 +329,52 @@ class Replay:
         """
         ends = self._run >= self.horizon
         row = torch.arange(self.rows, device=self.device)
+        ring = self.rows - self._keep
+        place, cursor = self._place(row.expand_as(ends)), self._place(self._cursor.unsqueeze(-1))
         # Rows between the cursor and a row, walking backwards. The row at the cursor is the oldest;
         # within an episode it is already overwritten by the tentative next observation.
-        age = (self._cursor.unsqueeze(-1) - row - 1) % self.rows
-        intact = self.rows - (self._length > 0).int().unsqueeze(-1)
-        return ends & (age + self.horizon <= intact)
+        age = (cursor - place - 1) % ring
+        intact = ring - (self._length > 0).int().unsqueeze(-1)
+        whole = age + self.horizon <= intact
+        if self._keep:
+            # What is in the block stays, and while it is filled the ring does not change.
+            whole |= (place >= ring) | (cursor >= ring)
+        return ends & whole
+
+    def _place(self, row: Tensor) -> Tensor:
+        """Numbers of rows ``[N, n]`` counted from the ring's first; the block's come last."""
+        if not self._keep:
+            return row
+        return (row - self._block.unsqueeze(-1) - self._keep) % self.rows
+
+    def _following(self, row: Tensor) -> Tensor:
+        """The row ``[N]`` after each: from the ring's last to its first, past the block."""
+        following = (row + 1) % self.rows
+        if not self._keep:
+            return following
+        first = (self._block + self._keep) % self.rows
+        return torch.where(following == self._block, first, following)
+
+    def _moved(self, env: Tensor, end: Tensor, offsets: Tensor) -> Tensor:
+        """Rows ``[H+1, B]`` of the windows whose last transition is in ``end [B]``."""
+        if not self._keep:
+            return (end + offsets) % self.rows
+        first, ring = self._block[env] + self._keep, self.rows - self._keep
+        place = (end - first) % self.rows
+        moved = torch.where(place >= ring, place + offsets, (place + offsets) % ring)
+        return (moved + first) % self.rows
+
+    def _cut(self) -> None:
+        """Where the next step would stand in a block's last row, begin anew behind the block.
+
+        The last row holds the observation after the block's last step, or nothing.
+        """
+        if not self._keep:
+            return
+        first = (self._block + self._keep) % self.rows
+        cut = self._cursor == (first - 1) % self.rows
+        self._cursor = torch.where(cut, first, self._cursor)
+        self._length.masked_fill_(cut, 0)
 
     def _draw(self, cdf: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
         """Indices of n set entries of the mask whose running sum is ``cdf``, uniformly."""

@@ -272,7 +272,7 @@ def test_too_small_a_capacity_is_refused() -> None:
 
 
 def same_contents(a: Replay, b: Replay) -> None:
-    for name in ("_data", "_run", "_cursor", "_length"):
+    for name in ("_data", "_run", "_cursor", "_length", "_random"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
@@ -347,8 +347,8 @@ def test_state_of_another_run_is_refused() -> None:
             other.load_state_dict(state)
 
 
-def run_without_sync(device: str) -> None:
-    replay = Replay(40, 2, OBS, ACTION, 3, device)
+def run_without_sync(device: str, keep: int = 0) -> None:
+    replay = Replay(40, 2, OBS, ACTION, 3, device, keep=keep)
     generator = torch.Generator(device)
 
     def tensors(on: str) -> list[Tensor]:
@@ -366,14 +366,16 @@ def run_without_sync(device: str) -> None:
     assert windows.obs.device.type == obs.device.type == torch.device(device).type
 
 
-def test_adding_and_sampling_never_wait_for_the_device() -> None:
-    run_without_sync("cpu")
+@pytest.mark.parametrize("keep", [0, 6])
+def test_adding_and_sampling_never_wait_for_the_device(keep: int) -> None:
+    run_without_sync("cpu", keep)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_adding_and_sampling_never_wait_for_the_gpu() -> None:
-    run_without_sync("cuda")
+    for keep in (0, 6):
+        run_without_sync("cuda", keep)
 
 
 @pytest.mark.gpu
@@ -478,3 +480,196 @@ def test_episodes_that_do_not_fit() -> None:
     load(Recorder(replay, seed=0, done=0.0), [7, 7])
     with pytest.raises(ValueError, match="into an empty replay; it holds 14 transitions"):
         replay.add_episodes([])
+
+
+# A block that is kept
+
+
+class KeepingRecorder(Recorder):
+    """Two plain lists an env: the first ``keep`` rows of steps, and the newest of all others."""
+
+    def __init__(self, replay: Replay, keep: int, seed: int, done: float) -> None:
+        super().__init__(replay, seed, done)
+        self.keep = keep
+        self.loaded = [0] * replay.num_envs  # records of episodes that were there before
+
+    def held(self) -> Iterator[tuple[int, list[Record]]]:
+        for n, log in enumerate(self.logs):
+            before, log = log[: self.loaded[n]], log[self.loaded[n] :]
+            block: list[Record] = []
+            end = 0
+            for i, record in enumerate(log):
+                if len(block) >= self.keep - 1:
+                    break
+                block.append(record)
+                end = i + 1
+                if len(block) == self.keep - 1 and record.acted:
+                    # The last row has the observation behind it, whether the episode ends or not.
+                    block.append(Record(record.episode, record.step + 1, False))
+                    end += i + 1 < len(log) and not log[i + 1].acted
+            ring, open_block = before + log[end:], len(block) < self.keep - 1
+            for part in (block, ring) if not open_block else (block,):
+                if part and part[-1].acted:
+                    part.append(Record(self.episode[n], self.step[n], False))
+            yield n, block
+            yield n, ring[-(self.replay.rows - self.keep) :]
+
+
+KEPT = [  # envs, rows, rows kept, horizon, probability of an episode's end
+    (1, 12, 5, 3, 0.0),
+    (2, 12, 5, 3, 0.3),
+    (3, 20, 7, 2, 0.15),
+    (2, 12, 6, 1, 1.0),
+    (3, 17, 4, 1, 0.5),
+]
+
+
+@pytest.mark.parametrize(("num_envs", "rows", "keep", "horizon", "done"), KEPT)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_first_rows_are_kept(
+    num_envs: int, rows: int, keep: int, horizon: int, done: float, seed: int
+) -> None:
+    """Five times round the ring: the block stays whole, and no window leads out of it."""
+    replay = Replay(num_envs * rows, num_envs, OBS, ACTION, horizon, keep=keep)
+    recorder = KeepingRecorder(replay, keep, seed, done)
+    for _ in range(5 * rows):
+        recorder.add()
+        expected = recorder.windows()
+        assert replay.num_windows() == len(expected)
+        assert len(replay) == len(recorder.acted_on())
+        if expected:
+            assert set(check(replay.sample(16), recorder)) <= expected
+    uniform(check(replay.sample(300 * len(expected)), recorder), expected)
+    acted = recorder.acted_on()
+    drawn = replay.sample_obs(300 * len(acted))
+    uniform(Counter(tuple(row) for row in drawn[:, :3].int().tolist()), acted)
+    first = {(n, 0, step) for n in range(num_envs) for step in range(keep - 1)}
+    assert done > 0 or first <= acted, "the first steps are there to the end"
+
+
+@pytest.mark.parametrize("lengths", [[3], [2, 2, 1], [1, 2, 3, 1]])
+def test_episodes_before_the_block_are_overwritten_as_ever(lengths: list[int]) -> None:
+    replay = Replay(2 * 18, 2, OBS, ACTION, 2, keep=6)
+    recorder = KeepingRecorder(replay, 6, 3, 0.2)
+    load(recorder, lengths)
+    recorder.loaded = [len(log) for log in recorder.logs]
+    for _ in range(70):
+        expected = recorder.windows()
+        assert replay.num_windows() == len(expected)
+        assert len(replay) == len(recorder.acted_on())
+        if expected:
+            assert set(check(replay.sample(16), recorder)) <= expected
+        recorder.add()
+    assert any(episode < 4 for _, episode, _ in recorder.windows()), "the block"
+
+
+def test_episodes_that_leave_no_room_for_the_block() -> None:
+    replay = Replay(2 * 12, 2, OBS, ACTION, 2, keep=6)
+    with pytest.raises(ValueError, match=r"beside the 6 rows of alg.keep_random.* at least 28 "):
+        load(Recorder(replay, 0, 0.0), [7, 7])
+
+
+def test_episodes_that_end_from_outside_beside_a_block() -> None:
+    """As where a resumed run's envs begin anew."""
+    replay = Replay(2 * 14, 2, OBS, ACTION, 2, keep=6)
+    recorder = KeepingRecorder(replay, 6, 5, 0.1)
+    for _ in range(60):
+        if recorder.random.random() < 0.3:
+            recorder.end_episodes()
+        else:
+            recorder.add()
+        expected = recorder.windows()
+        assert replay.num_windows() == len(expected)
+        if expected:
+            assert set(check(replay.sample(16), recorder)) <= expected
+
+
+@pytest.mark.parametrize("added", [0, 2, 5, 6, 14, 60])
+def test_a_block_continues_to_the_bit(added: int, tmp_path: Path) -> None:
+    replay, other = (Replay(2 * 14, 2, OBS, ACTION, 2, keep=6) for _ in range(2))
+    recorder = KeepingRecorder(replay, 6, added, 0.2)
+    for _ in range(added):
+        recorder.add()
+    torch.save(replay.state_dict(), tmp_path / "replay.pt")
+    other.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
+    original = replay.add
+
+    def add_to_both(*args: Tensor) -> None:
+        original(*args)
+        other.add(*args)
+
+    replay.add = add_to_both  # type: ignore[method-assign]
+    for _ in range(20):
+        recorder.add()
+        same_contents(other, replay)
+        assert other.num_windows() == replay.num_windows() == len(recorder.windows())
+
+
+def test_without_a_block_nothing_is_different() -> None:
+    """A block that a run gave up is none: the same rows, windows and draws."""
+    plain, given_up = Replay(40, 2, OBS, ACTION, 3), Replay(40, 2, OBS, ACTION, 3, keep=8)
+    given_up.keep_at_most(4)  # no window of 3 steps
+    recorders = [Recorder(replay, 4, 0.1) for replay in (plain, given_up)]
+    for _ in range(50):
+        for recorder in recorders:
+            recorder.add()
+        same_contents(plain, given_up)
+    draws = [r.sample(30, torch.Generator().manual_seed(1)) for r in (plain, given_up)]
+    assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
+
+
+def test_a_smaller_block() -> None:
+    replay = Replay(40, 2, OBS, ACTION, 3, keep=9)
+    replay.keep_at_most(6)
+    recorder = KeepingRecorder(replay, 6, 4, 0.1)
+    for _ in range(50):
+        recorder.add()
+        assert replay.num_windows() == len(recorder.windows())
+
+
+def test_a_block_of_another_size_is_refused() -> None:
+    state = Replay(40, 2, OBS, ACTION, 3, keep=8).state_dict()
+    with pytest.raises(ValueError, match=r"made to keep 8 rows .* of this run ask for 0"):
+        Replay(40, 2, OBS, ACTION, 3).load_state_dict(state)
+    old = Replay(40, 2, OBS, ACTION, 3).state_dict()
+    for key in ("keep", "block", "random"):
+        del old[key]
+    with pytest.raises(ValueError, match=r"made to keep 0 rows .* of this run ask for 8"):
+        Replay(40, 2, OBS, ACTION, 3, keep=8).load_state_dict(old)
+
+
+@pytest.mark.parametrize("keep", [1, 4, 16, 20])
+def test_a_block_needs_a_window_in_it_and_beside_it(keep: int) -> None:
+    with pytest.raises(ValueError, match=rf"{keep} of 20 rows .* cannot be kept: .* needs 5"):
+        Replay(40, 2, OBS, ACTION, 3, keep=keep)
+
+
+def steps_of(replay: Replay, count: int, *, random: bool) -> None:
+    flag, obs = torch.zeros(2, dtype=torch.bool), torch.zeros(2, OBS)
+    for _ in range(count):
+        replay.add(obs, torch.zeros(2, ACTION), obs[:, 0], flag, flag, obs, random=random)
+
+
+def test_the_share_of_random_transitions() -> None:
+    """5 of 5, 5 of 9; in a ring of 10 rows the newest 9 steps and an observation are held."""
+    replay = Replay(20, 2, OBS, ACTION, 2)
+    assert replay.random_share() != replay.random_share(), "there are none: NaN"
+    for count, is_random, share in ((5, True, 1.0), (4, False, 5 / 9), (3, False, 2 / 9)):
+        steps_of(replay, count, random=is_random)
+        assert replay.random_share() == pytest.approx(share)
+    other = Replay(20, 2, OBS, ACTION, 2)
+    state = replay.state_dict()
+    other.load_state_dict(state)
+    assert other.random_share() == pytest.approx(2 / 9)
+    del state["random"]
+    other.load_state_dict(state)  # of an older version
+    steps_of(other, 1, random=False)
+    assert other.random_share() != other.random_share() and other.state_dict()["random"] is None
+
+
+def test_the_share_that_a_block_keeps() -> None:
+    """5 steps and an observation are kept of 20 rows; 13 and an observation fit beside them."""
+    replay = Replay(40, 2, OBS, ACTION, 2, keep=6)
+    steps_of(replay, 8, random=True)
+    steps_of(replay, 100, random=False)
+    assert len(replay) == 2 * (5 + 13) and replay.random_share() == pytest.approx(5 / 18)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,19 @@ from pwm_fast import config as configuration
 from pwm_fast import seeding
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import frozen, imagine
+from pwm_fast.agent.view import view_of
+from pwm_fast.analysis import simulator
 from pwm_fast.analysis.gradients import gradient_esnr
 from pwm_fast.analysis.jacobians import jacobian_smoothness, rademacher
-from pwm_fast.analysis.prediction import HeldOut, draw_windows, prediction_errors, view_of
+from pwm_fast.analysis.prediction import (
+    HeldOut,
+    Start,
+    cut_windows,
+    draw_starts,
+    prediction_errors,
+)
+from pwm_fast.analysis.rewards import model_r2, reward_report
+from pwm_fast.analysis.sensitivity import action_sensitivity, imagined
 from pwm_fast.analysis.simplex import simplex_drift
 from pwm_fast.config import MISSING, Checked, ConfigError, TrainConfig, at_most
 from pwm_fast.config.checks import (
@@ -31,12 +42,14 @@ from pwm_fast.config.checks import (
     thread_count,
 )
 from pwm_fast.replay import Episode
-from pwm_fast.run import build, checkpoint, provenance
+from pwm_fast.run import build, checkpoint, metrics, provenance
 from pwm_fast.run.acting import policy_of
 from pwm_fast.run.collection import MixedPolicy, check_policy, first_episodes
 from pwm_fast.seeding import Purpose
 
+INTEGRATORS = ("heun", "euler")
 MOST = 2**16  # of what is computed and held for each window, point or rollout
+INTEGRATION = ("latent_rms", "latent_per_displacement", "reward_rmse")
 GROUP = 8  # width of the latents' simplices
 
 
@@ -48,6 +61,15 @@ def _paths(key: str, value: Any) -> None:
 
 def _radius(key: str, value: float) -> None:
     require(0.0 < value < float("inf"), key, value, "positive and finite")
+
+
+def _action_step(key: str, value: float) -> None:
+    require(0.0 < value < 1.0, key, value, "between 0 and 1: actions are in [-1, 1]")
+
+
+def _integrators(key: str, names: list[str]) -> None:
+    ok = bool(names) and all(name in INTEGRATORS for name in names)
+    require(ok, key, names, f"null or a list of {', '.join(INTEGRATORS)}")
 
 
 def _all(least: int, expected: str) -> Check:
@@ -79,6 +101,12 @@ class DiagnoseConfig(Checked):
         probes: K, random vectors for each.
         radius: how far a nearby latent is, in root-mean-square displacements of one real step, and
             a nearby action, in units of actions.
+        action_step: of the central differences that tell what an action changes, in units of
+            actions.
+        substeps: numbers K of integrator steps with which a flow is tested, too; null tests the
+            run's own alone.
+        integrators: of ``heun`` and ``euler``, those tested with each of ``substeps``; null is the
+            run's own.
         esnr_horizons: horizons of the ESNR; null is 1, 2, 4, ... and H.
         esnr_samples: numbers M of gradient samples.
         esnr_batch: imagined rollouts a gradient sample; null is ``alg.actor.batch_size`` over
@@ -99,6 +127,9 @@ class DiagnoseConfig(Checked):
     points: int = checked(64, at_least(2))
     probes: int = checked(16, positive(MOST))
     radius: float = checked(0.1, _radius)
+    action_step: float = checked(0.05, _action_step)
+    substeps: list[int] | None = checked(None, or_null(_all(1, "a list of positive numbers")))
+    integrators: list[str] | None = checked(None, or_null(_integrators))
     esnr_horizons: list[int] | None = checked(None, or_null(_all(1, "a list of positive numbers")))
     esnr_samples: list[int] = checked([8, 32], _all(2, "a list of numbers of at least 2"))
     esnr_batch: int | None = checked(None, positive_or_null(MOST))
@@ -126,6 +157,11 @@ class Subject(NamedTuple):
         epoch: epochs behind it.
         agent: restored from it.
         episodes: held out, collected for it.
+        states: the simulator's of each step, ``[T, n]``, of each episode; None where they were not
+            kept.
+        no_states: why the simulator cannot be put into them; None where it can.
+        saturation: share of the entries of the policy's actions that are beyond
+            :data:`pwm_fast.run.metrics.SATURATED`; NaN where all episodes are of random actions.
     """
 
     path: Path
@@ -133,6 +169,9 @@ class Subject(NamedTuple):
     epoch: int
     agent: PWM
     episodes: list[Episode]
+    states: list[Tensor | None]
+    no_states: str | None
+    saturation: float
 
 
 def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
@@ -147,7 +186,8 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
     if config.pool:
         _refuse_other_envs(subjects)
         pooled = [episode for subject in subjects for episode in subject.episodes]
-        subjects = [subject._replace(episodes=pooled) for subject in subjects]
+        states = [state for subject in subjects for state in subject.states]
+        subjects = [subject._replace(episodes=pooled, states=states) for subject in subjects]
     settings = {k: v for k, v in vars(config).items() if k not in ("checkpoint", "out")}
     results = [_measure(subject, config) for subject in subjects]
     for result, label in zip(results, _labels(subjects), strict=True):
@@ -177,9 +217,17 @@ def _subject(path: Path, config: DiagnoseConfig, device: torch.device) -> Subjec
             random_share=config.random_share,
             random_hold=run.alg.random_hold,
         )
+        no_states = simulator.why_not(env)
+        recording = simulator.Recording(env, act) if no_states is None else None
         with policy_of(path):
-            episodes = first_episodes(env, act, seed)
-    return Subject(path, run, content["epoch"], agent, episodes)
+            episodes = first_episodes(env, recording or act, seed)
+    states = [
+        None if recording is None else recording.states(i, len(episode.action))
+        for i, episode in enumerate(episodes)
+    ]
+    own = [e.action for e, random in zip(episodes, act.random.tolist(), strict=True) if not random]
+    saturation = metrics.saturation(torch.cat(own)).item() if own else float("nan")
+    return Subject(path, run, content["epoch"], agent, episodes, states, no_states, saturation)
 
 
 def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
@@ -189,7 +237,8 @@ def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
     build.seed_everything(config.seed, Purpose.DIAGNOSE_AGENT)
     draws = seeding.stream(config.seed, Purpose.DIAGNOSE_DRAWS)
     generator = torch.Generator().manual_seed(draws)
-    windows = draw_windows(subject.episodes, horizon, config.windows, generator)
+    starts = draw_starts(subject.episodes, config.windows, generator)
+    windows = cut_windows(subject.episodes, starts, horizon)
     returns = torch.stack([episode.reward.sum() for episode in subject.episodes])
     steps = sum(len(episode.action) for episode in subject.episodes)
     windows = windows.to(agent.device)
@@ -197,6 +246,13 @@ def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
         errors = prediction_errors(view_of(agent), windows)
         jacobian = _jacobian(agent, windows, config, generator)
         drift = simplex_drift(_imagined_latents(agent, windows.obs[0], horizon, config), GROUP)
+    esnr = _esnr(subject, config, horizon, generator)
+    with frozen(agent.world_model, agent.critic):
+        rewards = reward_report(
+            view_of(agent), subject.episodes, starts, horizon, generator, agent.device
+        )
+        sensitivity = _sensitivity(subject, config, starts, horizon)
+        integration = _integration(subject, config, starts, windows)
     return {
         "checkpoint": str(subject.path),
         "env": run.env.name,
@@ -209,11 +265,90 @@ def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
         "episodes": len(subject.episodes),
         "steps": steps,
         "return_mean": returns.mean().item(),
+        "action_saturation": subject.saturation,
         "prediction": _columns(errors, range(1, horizon + 1)),
         "jacobian": jacobian,
         "simplex": _columns(drift, range(horizon + 1)),
-        "esnr": _esnr(subject, config, horizon, generator),
+        "esnr": esnr,
+        "rewards": rewards,
+        "sensitivity": sensitivity,
+        "integration": integration,
     }
+
+
+def _sensitivity(
+    subject: Subject, config: DiagnoseConfig, starts: Sequence[Start], horizon: int
+) -> dict[str, Any]:
+    """What an action changes in the simulator and in the model, or why that is not known."""
+    if subject.no_states is not None:
+        return {"unavailable": subject.no_states}
+    agent, run = subject.agent, subject.run
+    chosen = [(e, t, subject.states[e]) for e, t in starts]
+    known = [(e, t, states) for e, t, states in chosen if states is not None][: config.points]
+    if not known:
+        return {"unavailable": "no state of these episodes was kept"}
+    # One step more than n: the reward after n steps is of the action there.
+    windows = cut_windows(subject.episodes, [(e, t) for e, t, _ in known], horizon + 1)
+    physics = torch.stack([states[t] for _, t, states in known])
+    view, obs = view_of(agent), windows.obs[0]
+    rows = 2 * agent.action_dim * len(known)
+    after = sorted({n for n in (1, 4, horizon) if n <= horizon})
+    seed = seeding.stream(config.seed, Purpose.DIAGNOSE)
+    with closing(build.make_env(run, rows, seed, agent.device)) as env:
+
+        def encode(now: Tensor) -> Tensor:
+            return view.encode(now.to(agent.device)).cpu()
+
+        found = action_sensitivity(
+            simulator.simulated(env, physics, obs, encode),
+            imagined(view, obs.to(agent.device)),
+            windows.action,
+            windows.valid,
+            after,
+            config.action_step,
+        )
+    return {"step": config.action_step, "starts": len(known), **found}
+
+
+def _integration(
+    subject: Subject, config: DiagnoseConfig, starts: Sequence[Start], windows: HeldOut
+) -> dict[str, Any] | None:
+    """Open-loop errors of a flow by integrator and its steps; None where none were asked for."""
+    if config.substeps is None and config.integrators is None:
+        return None
+    own = subject.run.alg.world_model
+    if own.kind != "flow":
+        return {"unavailable": f"dynamics of kind {own.kind} are not integrated in steps"}
+    agent, horizon = subject.agent, len(windows.action)
+    rows = []
+    for integrator in config.integrators or [own.integrator]:
+        for substeps in config.substeps or [own.substeps]:
+            with _integrating(agent, integrator, substeps):
+                errors = prediction_errors(view_of(agent), windows)
+                scores = model_r2(view_of(agent), subject.episodes, starts, horizon, agent.device)
+            rows.append(
+                {
+                    "integrator": integrator,
+                    "substeps": substeps,
+                    "evaluations": substeps * (2 if integrator == "heun" else 1),
+                    "own": (integrator, substeps) == (own.integrator, own.substeps),
+                    **{k: errors[k].cpu().tolist() for k in INTEGRATION},
+                    "reward_r2": scores,
+                }
+            )
+    return {"step": list(range(1, horizon + 1)), "rows": rows}
+
+
+@contextmanager
+def _integrating(agent: PWM, integrator: str, substeps: int) -> Iterator[None]:
+    """Inside, the agent's flow is integrated in this way."""
+    model = agent.world_model
+    own = model.config
+    model.config = replace(own, integrator=integrator, substeps=substeps)
+    try:
+        yield
+    finally:
+        model.config = own
 
 
 def _jacobian(

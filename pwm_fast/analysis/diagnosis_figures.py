@@ -24,11 +24,20 @@ CHANGES = {
     "near_a": "nearby action",
     "step": "along the step",
 }
+METHODS: dict[str, tuple[str, str, str | None]] = {  # None: the checkpoint's colour
+    "model": ("model (colour of the checkpoint)", "-", None),
+    "linear_obs_actions": ("linear in o_0 and actions", "--", "0.15"),
+    "linear_obs": ("linear in o_0", "-.", "0.45"),
+    "persistence": ("last reward, carried on", ":", "0.45"),
+}
+LOWEST_R2 = -1.0  # that a figure shows
 FLOOR = 1e-12  # smallest drift that a logarithmic axis shows; 0 lies there
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw ``prediction.png``, ``jacobian.png``, ``simplex.png`` and ``esnr.png``.
+    """Draw a PNG file of each kind, ``prediction.png`` and so on, and return their paths.
+
+    ``integration.png`` is drawn where a checkpoint was tested with several integrators.
 
     Args:
         result: what ``diagnosis.json`` holds.
@@ -44,18 +53,27 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     written = []
     drawings: dict[str, Callable[[Any, Checkpoints], None]] = {
         "prediction": _prediction,
+        "rewards": _rewards,
+        "sensitivity": _sensitivity,
         "jacobian": _jacobian,
         "simplex": _simplex,
         "esnr": _esnr,
     }
+    if any(_integrated(c) for c in checkpoints):
+        drawings["integration"] = _integration
     for name, drawing in drawings.items():
         figure = Figure(layout="constrained")
         drawing(figure, checkpoints)
         for axes in figure.axes:
             tidy(axes)
             axes.set_axisbelow(True)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", fontsize="small")
+        found: dict[str, Any] = {}
+        for axes in figure.axes:  # a line may be in one of them alone
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                found.setdefault(label, handle)
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower center", fontsize="small"
+        )
         written.append(save(figure, folder / f"{name}.png"))
     return written
 
@@ -87,19 +105,131 @@ def _prediction(figure: Any, checkpoints: Checkpoints) -> None:
                 low, high = _numbers(columns["latent_p20"]), _numbers(columns["latent_p80"])
                 axes.fill_between(x, low, high, color=_color(i), alpha=0.15, linewidth=0)
         if level is not None:
-            axes.axhline(1.0, color="0.3", linewidth=0.8, linestyle="--")
-            axes.annotate(
-                level,
-                (0.98, 1.0),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="right",
-                fontsize="small",
-                color="0.3",
-            )
+            _level(axes, 1.0, level)
         axes.set_ylim(bottom=0.0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _level(axes: Any, height: float, text: str) -> None:
+    """A dashed line with its meaning above it."""
+    axes.axhline(height, color="0.3", linewidth=0.8, linestyle="--")
+    axes.annotate(
+        text,
+        (0.98, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize="small",
+        color="0.3",
+    )
+
+
+def _rewards(figure: Any, checkpoints: Checkpoints) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    figure.set_size_inches(4.6 * len(checkpoints) + 0.6, 4.8)
+    figure.suptitle("R2 of open-loop rewards on held-out episodes")
+    panels = figure.subplots(1, len(checkpoints), sharey=True, squeeze=False).flat
+    lowest = 0.0
+    for i, (axes, c) in enumerate(zip(panels, checkpoints, strict=True)):
+        columns = c["rewards"]
+        x = columns["step"]
+        axes.set_title(c["label"], fontsize="small")
+        axes.set_xlabel("predicted steps")
+        for key, (name, style, color) in METHODS.items():
+            y, color = _numbers(columns[key]), color or _color(i)
+            width = 2.0 if key == "model" else 1.2
+            axes.plot(x, y, style, color=color, linewidth=width, label=name)
+            low, high = (_numbers(columns[f"{key}_{end}"]) for end in ("low", "high"))
+            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+            lowest = min([lowest, *(v for v in y if not math.isnan(v))])
+        _level(axes, 0.0, "0: as always the mean")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.axes[0].set_ylim(max(lowest - 0.05, LOWEST_R2), 1.05)
+
+
+def _sensitivity(figure: Any, checkpoints: Checkpoints) -> None:
+    figure.set_size_inches(11.0, 4.4)
+    known = [(i, c) for i, c in enumerate(checkpoints) if "unavailable" not in c["sensitivity"]]
+    step = f", steps of {known[0][1]['sensitivity']['step']:g}" if known else ""
+    figure.suptitle(f"What an action changes: model against simulator (differences{step})")
+    left, right = figure.subplots(1, 2)
+    left.set_title("cosine of the derivatives (mean, 20 to 80 %)", fontsize="medium")
+    right.set_title("norm of the model's / of the simulator's (median)", fontsize="medium")
+    ratios: list[float | None] = []
+    for place, (i, c) in enumerate(known):
+        found = c["sensitivity"]
+        for of, style, marker in (("reward", "-", "o"), ("latent", ":", "s")):
+            # Beside one another, not on top.
+            x = [n * (1.0 + 0.04 * (place - (len(known) - 1) / 2)) for n in found["after"]]
+            named = {"color": _color(i), "marker": marker, "label": f"{c['label']}, {of}"}
+            y = _numbers(found[f"{of}_cosine"])
+            left.plot(x, y, style, **named)
+            for at, low, high in zip(
+                x,
+                _numbers(found[f"{of}_cosine_p20"]),
+                _numbers(found[f"{of}_cosine_p80"]),
+                strict=True,
+            ):
+                left.plot([at, at], [low, high], color=_color(i), linewidth=1.0, alpha=0.5)
+            right.plot(x, _numbers(found[f"{of}_ratio"]), style, **named)
+            ratios += found[f"{of}_ratio"]
+    for axes, level in ((left, "0: nothing of the direction"), (right, "1: as large")):
+        axes.set_xlabel("steps after the action")
+        _level(axes, float(level[0]), level)
+        if not known:
+            axes.text(0.5, 0.6, "not available", ha="center", transform=axes.transAxes)
+    left.set_ylim(-1.05, 1.05)
+    if _log_scale(right, "y", ratios):
+        there = [r for r in ratios if r is not None and r > 0]
+        right.set_ylim(min(0.1, *there, 1.0) * 0.8, max(10.0, *there, 1.0) * 1.25)
+    shown = sorted({n for _, c in known for n in c["sensitivity"]["after"]})
+    for axes in (left, right):
+        if _log_scale(axes, "x", shown, base=2):
+            axes.set_xticks(shown, [str(n) for n in shown])
+            axes.minorticks_off()
+
+
+def _integrated(c: dict[str, Any]) -> bool:
+    return c["integration"] is not None and "unavailable" not in c["integration"]
+
+
+def _integration(figure: Any, checkpoints: Checkpoints) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    figure.set_size_inches(12.0, 4.8)
+    figure.suptitle("Open-loop errors by integrator and its steps K")
+    left, middle, right = figure.subplots(1, 3)
+    left.set_title("latent error / displacement", fontsize="medium")
+    middle.set_title("R2 of rewards", fontsize="medium")
+    right.set_title("latent error at the last step, by its cost", fontsize="medium")
+    right.set_xlabel("evaluations of the network a step")
+    for axes in (left, middle):
+        axes.set_xlabel("predicted steps")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lowest, place = 0.0, 0
+    for c in filter(_integrated, checkpoints):
+        several = f"{c['label']}, " if len(checkpoints) > 1 else ""
+        for row in c["integration"]["rows"]:
+            own = " (the run's)" if row["own"] else ""
+            style = {
+                "color": _color(place),
+                "linestyle": "-" if row["integrator"] == "heun" else "--",
+                "label": f"{several}{row['integrator']} K={row['substeps']}{own}",
+            }
+            place += 1
+            x, ratio = c["integration"]["step"], _numbers(row["latent_per_displacement"])
+            scores = _numbers(row["reward_r2"])
+            left.plot(x, ratio, **style)
+            middle.plot(x, scores, **style)
+            right.plot([row["evaluations"]], ratio[-1:], marker="o", markersize=6, **style)
+            lowest = min([lowest, *(v for v in scores if not math.isnan(v))])
+    _level(left, 1.0, "1: as if nothing moved")
+    left.set_ylim(bottom=0.0)
+    right.set_ylim(bottom=0.0)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    middle.set_ylim(max(lowest - 0.05, LOWEST_R2), 1.05)
 
 
 def _jacobian(figure: Any, checkpoints: Checkpoints) -> None:

@@ -7,11 +7,26 @@ from typing import Any
 
 LATENT_TITLES = {
     "latent_per_displacement": "latent error / displacement (1: as if nothing moved)",
+    "latent_per_displacement_p50": "the same, median of the windows' own ratios",
     "latent_per_spread": "latent error / spread of the latents (1: as if always the mean)",
     "latent_rms": "latent error, root mean square",
     "reward_rmse": "reward error, root mean square (environment units)",
     "return_rmse": "error of the summed rewards, root mean square (environment units)",
     "termination_bce": "termination error, cross-entropy (nats)",
+}
+METHODS = {
+    "model": "model",
+    "persistence": "last reward, carried on",
+    "linear_obs": "linear in o_0",
+    "linear_obs_actions": "linear in o_0 and actions",
+}
+INTEGRATION = ("latent_per_displacement", "reward_r2")
+SENSITIVITY_TITLES = {
+    "reward_cosine": "effect of an action on the reward n steps later: cosine of the model's "
+    "derivative\nand the simulator's (1: right direction, 0: knows nothing of it)",
+    "reward_ratio": "the same: the model's norm over the simulator's, median (1: as large)",
+    "latent_cosine": "effect of an action on the latent n steps later: cosine",
+    "latent_ratio": "the same: the model's norm over the simulator's, median",
 }
 JACOBIAN_COLUMNS = {
     "|Jz|": "norm_z",
@@ -46,7 +61,9 @@ def tables(result: dict[str, Any]) -> str:
             + (f" with {settings['random_share']:.0%} random" if settings["random_share"] else "")
             + f"; {prediction['windows'][0]:.0f} windows, of which "
             f"{prediction['windows'][-1]:.0f} last {c['horizon']} steps"
+            f"\n  saturated actions of the policy (beyond 0.98): {_share(c['action_saturation'])}"
         )
+    blocks += [_rewards(c) for c in checkpoints]
     for section, titles in (("prediction", LATENT_TITLES), ("simplex", SIMPLEX_TITLES)):
         for key, title in titles.items():
             rows = {
@@ -56,6 +73,8 @@ def tables(result: dict[str, Any]) -> str:
             }
             if rows:
                 blocks.append(_over_steps(title, "step", rows))
+    blocks += _sensitivity(checkpoints)
+    blocks += [_integration(c) for c in checkpoints if c["integration"] is not None]
     columns = list(JACOBIAN_COLUMNS)
     values = [[c["jacobian"][JACOBIAN_COLUMNS[k]] for k in columns] for c in checkpoints]
     blocks.append(
@@ -76,6 +95,75 @@ def tables(result: dict[str, Any]) -> str:
         _over_steps("ESNR of the actor's first-order gradient (dB)", "horizon", rows, powers=False)
     )
     return "\n\n".join(blocks)
+
+
+def _rewards(c: dict[str, Any]) -> str:
+    """R2 of one checkpoint's predicted rewards, beside what needs no model."""
+    rewards = c["rewards"]
+    rows = {name: _by_step(rewards, key) for key, name in METHODS.items()}
+    lead = rewards["advantage"][-1]
+    between = "-" if lead is None else f"{_number(lead)}{_interval(rewards, 'advantage')}"
+    return (
+        _over_steps(
+            f"{c['label']}: R2 of the reward of step h, open loop (1: perfect, 0: as the mean)",
+            "step",
+            rows,
+        )
+        + f"\n  at step {rewards['step'][-1]}: model {_number(rewards['model'][-1])}"
+        + f"{_interval(rewards, 'model')}, less the linear one with actions {between}"
+    )
+
+
+def _interval(columns: dict[str, Any], key: str) -> str:
+    """The 95 % interval of the last step, where there is one."""
+    low, high = columns[f"{key}_low"][-1], columns[f"{key}_high"][-1]
+    return "" if low is None else f" [{_number(low)}, {_number(high)}]"
+
+
+def _sensitivity(checkpoints: Sequence[dict[str, Any]]) -> list[str]:
+    """What an action changes, of the checkpoints where that is known."""
+    known = [c for c in checkpoints if "unavailable" not in c["sensitivity"]]
+    blocks = [
+        f"{c['label']}: effect of an action, not available: {c['sensitivity']['unavailable']}"
+        for c in checkpoints
+        if c not in known
+    ]
+    for key, title in SENSITIVITY_TITLES.items() if known else ():
+        rows = {}
+        for c in known:
+            found = c["sensitivity"]
+            rows[c["label"]] = dict(zip(found["after"], found[key], strict=True))
+        blocks.append(_over_steps(title, "steps later", rows, powers=False))
+    return blocks
+
+
+def _integration(c: dict[str, Any]) -> str:
+    """Errors of a flow by its integrator and number of steps."""
+    found = c["integration"]
+    if "unavailable" in found:
+        return f"{c['label']}: integrators, not available: {found['unavailable']}"
+    last = len(found["step"]) - 1
+    columns = ["evaluations", *(f"{name}, {h + 1}" for name in ("error", "R2") for h in (0, last))]
+    rows = {}
+    for row in found["rows"]:
+        name = f"{row['integrator']} K={row['substeps']}{' (the run)' if row['own'] else ''}"
+        values = [row[key][h] for key in INTEGRATION for h in (0, last)]
+        rows[name] = [float(row["evaluations"]), *values]
+    return _table(
+        f"{c['label']}: integrators; evaluations of the network a step, latent error / "
+        "displacement\nand reward R2 at the first and the last step",
+        "",
+        columns,
+        rows,
+    )
+
+
+def _by_step(columns: dict[str, Any], key: str) -> dict[int, float | None]:
+    return dict(zip(columns["step"], columns[key], strict=True))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def shown_steps(steps: Sequence[int]) -> list[int]:

@@ -11,13 +11,30 @@ import numpy as np
 
 from pwm_fast.analysis.curves import group_curves, thinned
 from pwm_fast.analysis.groups import Environment
-from pwm_fast.analysis.legend import SOME, color_of, count, draw_line, entry, heading, place
+from pwm_fast.analysis.legend import (
+    REFERENCE,
+    SOME,
+    color_of,
+    count,
+    draw_line,
+    entry,
+    heading,
+    place,
+    reference_dashes,
+)
 from pwm_fast.analysis.measures import GRADIENTS, Comparison
+from pwm_fast.analysis.published import Published
 from pwm_fast.analysis.runs import Series
 from pwm_fast.analysis.statistics import STATISTICS
 from pwm_fast.run.charts import count_steps, tidy
 
 DPI = 160
+MODEL = {
+    "eval_reward_r2": "R2 of the last reward",
+    "eval_latent_error": "latent error / displacement",
+    "action_saturation": "saturated actions",
+    "random_share": "random share of the replay",
+}
 NAMES = {"iqm": "interquartile mean", "mean": "mean"}
 
 
@@ -59,6 +76,7 @@ def draw_all(comparison: Comparison, statistic: str = "iqm") -> list[Picture]:
             _returns(comparison, statistic, over_time=True),
             _final(comparison),
             _success(comparison, statistic),
+            _world_model(comparison, statistic),
             _esnr(comparison, statistic),
             _throughput(comparison),
             _gradients(comparison, statistic),
@@ -76,6 +94,8 @@ def _returns(comparison: Comparison, statistic: str, *, over_time: bool) -> Pict
     for index, group in enumerate(environment.groups):
         curves = [run.evaluations for run in group.runs]
         _draw_group(axes, environment, index, curves, statistic, over_time=over_time)
+    for index, published in enumerate(comparison.published):
+        _draw_published(axes, index, published, over_time=over_time)
     axes.set_ylabel("return of real episodes")
     if comparison.target is not None:
         axes.axhline(comparison.target, color="0.35", linewidth=0.9, linestyle="--")
@@ -143,6 +163,34 @@ def _esnr(comparison: Comparison, statistic: str) -> Picture | None:
         "Squared norm of the mean gradient over the gradients' variance between micro-batches; "
         "at 0 dB signal and noise are equal.",
         level=0.0,
+    )
+
+
+def _world_model(comparison: Comparison, statistic: str) -> Picture | None:
+    environment = comparison.environment
+    keys = [k for k in MODEL if any(len(r.series(k).values) for r in environment.runs)]
+    if not keys:
+        return None
+    figure, all_axes = _figure(width=3.4 * len(keys) + 0.4, height=3.4, columns=len(keys))
+    for axes, key in zip(np.atleast_1d(all_axes), keys, strict=True):
+        for index, group in enumerate(environment.groups):
+            curves = [thinned(run.series(key)) for run in group.runs]
+            _draw_group(axes, environment, index, curves, statistic)
+        axes.set_title(MODEL[key], fontsize="medium")
+        if key == "eval_reward_r2":  # below 0 it may be anything
+            axes.set_ylim(max(axes.get_ylim()[0], -1.0), 1.02)
+        else:
+            axes.set_ylim(bottom=0.0)
+        _finish(axes, "environment steps")
+    _curves_key(figure, environment)
+    return _picture(
+        figure,
+        "world_model",
+        "World model and actions",
+        "On the evaluations' episodes: R2 of the reward of the horizon's last step, predicted from "
+        "the first observation and the actions (0 is as good as the mean), and the one-step latent "
+        "error over the displacement (1 is as good as that nothing moves). Of the collected "
+        "actions: the share beyond 0.98; of the replay: the share of random actions.",
     )
 
 
@@ -250,6 +298,25 @@ def _draw_group(
             axes.plot(part.x, part.center, color=color, linestyle=(0, SOME), linewidth=1.6)
             continue
         draw_line(axes, part.x, part.center, group, index, label=label, gid=group.label)
+
+
+def _draw_published(axes: Any, index: int, curve: Published, *, over_time: bool) -> None:
+    """A curve from elsewhere in grey dashes, with its band; over time only where it has times."""
+    x = curve.seconds if over_time else curve.steps
+    if x is None:
+        return
+    if curve.band is not None:
+        axes.fill_between(x, *curve.band, color=REFERENCE, alpha=0.13, linewidth=0)
+    axes.plot(
+        x,
+        curve.values,
+        color=REFERENCE,
+        linestyle=(0, reference_dashes(index)),
+        linewidth=1.6,
+        marker="o" if len(x) == 1 else None,
+        label=curve.label,
+        gid=f"reference: {curve.label}",
+    )
 
 
 def _draw_intervals(axes: Any, comparison: Comparison, key: str) -> None:

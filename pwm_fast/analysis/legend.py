@@ -14,6 +14,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#33
 # Of the groups whose colours were taken before: lengths of dashes and of gaps, in line widths.
 DASHES: tuple[tuple[float, ...], ...] = ((), (6.0, 1.5), (3.0, 1.0, 1.0, 1.0), (1.0, 1.0))
 SOME = (1.6, 2.4)  # dashes of what is of some runs alone, whatever the group's are
+REFERENCE = "#777777"  # published curves
+REFERENCE_DASHES: tuple[tuple[float, ...], ...] = ((4.0, 2.0), (1.0, 1.5), (6.0, 1.5, 1.0, 1.5))
 CHARACTERS = 16  # of a legend's text, an inch
 
 
@@ -25,6 +27,11 @@ def color_of(index: int) -> str:
 def dashes_of(index: int) -> tuple[float, ...]:
     """Dashes of a group's lines by its place; none for a solid line."""
     return DASHES[index // len(COLORS) % len(DASHES)]
+
+
+def reference_dashes(index: int) -> tuple[float, ...]:
+    """Dashes of a published curve's line by its place; its colour is no group's."""
+    return REFERENCE_DASHES[index % len(REFERENCE_DASHES)]
 
 
 def draw_line(axes: Any, x: Any, y: Any, group: Group, index: int, **named: Any) -> None:

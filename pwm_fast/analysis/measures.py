@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from pwm_fast.analysis.groups import Environment, Group
+from pwm_fast.analysis.published import Published
 from pwm_fast.analysis.runs import RETURN, Run, Series
 from pwm_fast.analysis.statistics import Estimate, Interval, estimate, improvement
 from pwm_fast.run import metrics
@@ -72,6 +73,8 @@ class Comparison:
         values: of every run by the measure's key, NaN where it has none; keyed by the run's path.
         estimates: of every group, in the environment's order, by the measure's key.
         reaches: of every group; empty without a target.
+        seconds: wall-clock times at which returns are read off; empty where none were logged.
+        published: curves from elsewhere.
     """
 
     environment: Environment
@@ -82,6 +85,8 @@ class Comparison:
     values: dict[str, dict[str, float]]
     estimates: list[dict[str, Estimate]]
     reaches: list[Reach]
+    seconds: list[float] = field(default_factory=list)
+    published: list[Published] = field(default_factory=list)
 
     @property
     def primary(self) -> Measure:
@@ -118,12 +123,18 @@ def at_key(steps: float) -> str:
     return f"return_at_{steps:.0f}"
 
 
+def after_key(seconds: float) -> str:
+    """Key of the return after so many seconds of wall-clock time."""
+    return f"return_after_{seconds:.0f}_s"
+
+
 def measure(
     environment: Environment,
     *,
     target: float | None = None,
     steps: Sequence[float] = (),
     resamples: int = 10_000,
+    published: Sequence[Published] = (),
 ) -> Comparison:
     """Measure all runs of an environment and estimate every measure over the runs of a group.
 
@@ -132,9 +143,11 @@ def measure(
         target: return whose time is taken.
         steps: environment steps at which returns are read off; quarters of the budget by default.
         resamples: of the bootstrap.
+        published: curves from elsewhere, to be shown beside them.
     """
     budget = budget_of(environment.runs)
     steps = sorted(set(steps)) or sorted({round(f * budget) for f in FRACTIONS})
+    seconds = seconds_of(environment.runs)
     measures = [
         Measure("final_return", "return of the final evaluation", "return"),
         Measure("final_success", "goal held in the final evaluation", ""),
@@ -143,6 +156,7 @@ def measure(
         Measure("best_return", "return of the best evaluation", "return"),
         Measure("auc", f"area under the curve up to {budget:.0f} steps", "return"),
         *(Measure(at_key(s), f"return at {s:.0f} steps", "return") for s in steps),
+        *(Measure(after_key(s), f"return after {s:.0f} seconds", "return") for s in seconds),
         *(
             [
                 Measure("seconds_to_target", f"wall-clock time to a return of {target:g}", "s"),
@@ -158,7 +172,9 @@ def measure(
         *(Measure(k, f"median gradient norm, {v}", "") for k, v in GRADIENTS.items()),
         Measure("skipped_updates", "updates skipped as non-finite", ""),
     ]
-    values = {str(run.path): _of_run(run, budget, steps, target) for run in environment.runs}
+    values = {
+        str(run.path): _of_run(run, budget, steps, seconds, target) for run in environment.runs
+    }
     estimates = [
         {
             m.key: estimate([values[str(run.path)][m.key] for run in group.runs], resamples)
@@ -169,13 +185,45 @@ def measure(
     reaches = []
     if target is not None:
         reaches = [_reach([values[str(run.path)] for run in g.runs]) for g in environment.groups]
-    return Comparison(environment, budget, steps, target, measures, values, estimates, reaches)
+    return Comparison(
+        environment,
+        budget,
+        steps,
+        target,
+        measures,
+        values,
+        estimates,
+        reaches,
+        seconds,
+        list(published),
+    )
 
 
 def budget_of(runs: Sequence[Run]) -> float:
     """Steps up to which all finished runs were evaluated; all runs, where none has finished."""
     finished = [run for run in runs if run.finished] or list(runs)
     return float(min(run.evaluations.steps[-1] for run in finished))
+
+
+def seconds_of(runs: Sequence[Run]) -> list[float]:
+    """Quarters of the time that all finished runs took up to their last evaluation, whole seconds.
+
+    Of all runs, where none has finished; none where a run did not log its time.
+    """
+    finished = [run for run in runs if run.finished] or list(runs)
+    last = min(float(run.evaluations.seconds[-1]) for run in finished)
+    if not math.isfinite(last):
+        return []
+    return sorted({float(round(f * last)) for f in FRACTIONS} - {0.0})
+
+
+def value_after(series: Series, seconds: float) -> float:
+    """A curve's value at a time between its points, linearly; NaN before and after them."""
+    known = np.isfinite(series.seconds)
+    times = series.seconds[known]
+    if len(times) == 0 or not times[0] <= seconds <= times[-1]:
+        return math.nan
+    return float(np.interp(seconds, times, series.values[known]))
 
 
 def value_at(series: Series, steps: float) -> float:
@@ -214,7 +262,11 @@ def _best_return(run: Run) -> float:
 
 
 def _of_run(
-    run: Run, budget: float, steps: Sequence[float], target: float | None
+    run: Run,
+    budget: float,
+    steps: Sequence[float],
+    seconds: Sequence[float],
+    target: float | None,
 ) -> dict[str, float]:
     curve = run.evaluations
     final = run.final if run.finished else None
@@ -226,6 +278,7 @@ def _of_run(
         "best_return": _best_return(run),
         "auc": area(curve, budget),
         **{at_key(s): value_at(curve, s) for s in steps},
+        **{after_key(s): value_after(curve, s) for s in seconds},
         "wall_time": _last(run.series("wall_time")),
         "finished_wall_time": _get(run.summary, "wall_time") if run.finished else math.nan,
         "throughput": _throughput(run),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pwm_fast.analysis.published import Published
 from pwm_fast.analysis.scores import Reference
 from pwm_fast.analysis.statistics import RESAMPLES
 from pwm_fast.config import ConfigError
@@ -23,6 +24,8 @@ class Options:
         statistic: of the figures' thick lines: ``iqm`` or ``mean``.
         resamples: of the bootstrap.
         title: of the page; the environments' names if empty.
+        published: curves from elsewhere, each with its environment, or None where all runs are of
+            one.
     """
 
     paths: Sequence[str]
@@ -32,6 +35,7 @@ class Options:
     statistic: str = "iqm"
     resamples: int = RESAMPLES
     title: str = ""
+    published: Sequence[tuple[str | None, Published]] = ()
 
 
 def targets_of(texts: Sequence[str]) -> dict[str | None, float]:

@@ -14,10 +14,11 @@ import jinja2
 from markupsafe import Markup, escape
 
 import pwm_fast
+from pwm_fast.analysis.diagnosed import diagnosed
 from pwm_fast.analysis.figures import Picture, how_to_read
 from pwm_fast.analysis.groups import plural, short_key, shown
-from pwm_fast.analysis.legend import color_of, dashes_of
-from pwm_fast.analysis.measures import GRADIENTS, at_key
+from pwm_fast.analysis.legend import REFERENCE, color_of, dashes_of, reference_dashes
+from pwm_fast.analysis.measures import GRADIENTS, after_key, at_key
 from pwm_fast.analysis.report import Report
 from pwm_fast.analysis.runs import Run
 from pwm_fast.analysis.statistics import Estimate, Interval
@@ -59,9 +60,12 @@ def _environment() -> jinja2.Environment:
     )
     environment.globals.update(
         GRADIENTS=GRADIENTS,
+        REFERENCE=REFERENCE,
         SHORT=SHORT,
         WIDE=WIDE,
+        after_key=after_key,
         at_key=at_key,
+        diagnosed=diagnosed,
         version=pwm_fast.__version__,
         zip=zip,
     )
@@ -73,9 +77,11 @@ def _environment() -> jinja2.Environment:
         final_return=final_return,
         finite=math.isfinite,
         how_far=how_far,
+        interval=lambda bounds: None if bounds is None else Interval(*bounds),
         number=number,
         percent=percent,
         plural=plural,
+        reference_dashes=lambda index: " ".join(f"{2 * n:g}" for n in reference_dashes(index)),
         scaled=scaled,
         short_key=short_key,
         shown=shown,

@@ -2,67 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.agent import PWM
+from pwm_fast.agent.view import ModelView
 from pwm_fast.replay import Episode
 
 QUANTILES = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
-
-
-class ModelView(NamedTuple):
-    """Functions of a world model, in the environment's units.
-
-    Attributes:
-        encode: latents ``[..., D]`` of observations ``[..., O]``.
-        step: next latents of latents ``[..., D]`` and actions ``[..., A]``: the macro step F.
-        reward: rewards ``[...]`` of latents and actions.
-        termination: logits ``[...]`` that the step ends the episode; None for a model without that
-            head.
-    """
-
-    encode: Callable[[Tensor], Tensor]
-    step: Callable[[Tensor, Tensor], Tensor]
-    reward: Callable[[Tensor, Tensor], Tensor]
-    termination: Callable[[Tensor, Tensor], Tensor] | None
-
-
-def view_of(agent: PWM) -> ModelView:
-    """The world model of an agent, for the task that the agent acts in.
-
-    Observations are normalised as the agent does it; rewards that were normalised for a scalar head
-    are put back (what was clipped stays within its bounds).
-    """
-    model = agent.world_model
-    numbered = agent.config.world_model.task_dim > 0
-    # Training has one environment; its task is number 0.
-    task = torch.zeros((), dtype=torch.int64, device=agent.device) if numbered else None
-    scale = agent.reward_rms.scale() if agent.config.normalize_rewards else None
-    centre = agent.reward_rms.mean if agent.config.centre_rewards else 0.0
-
-    def encode(obs: Tensor) -> Tensor:
-        if agent.config.normalize_obs:
-            obs = agent.obs_rms.normalize(obs, agent.config.obs_clip)
-        return model.encode(obs, task)
-
-    def reward(z: Tensor, a: Tensor) -> Tensor:
-        value = model.decode_reward(model.reward(z, a, task))
-        return value if scale is None else value * scale.to(value.dtype) + centre
-
-    def termination(z: Tensor, a: Tensor) -> Tensor:
-        logits = model.termination(z, a, task)
-        assert logits is not None
-        return logits
-
-    ends = model.num_parameters().get("termination", 0) > 0
-    return ModelView(
-        encode, lambda z, a: model.next(z, a, task), reward, termination if ends else None
-    )
+Start = tuple[int, int]  # number of an episode, step of it
 
 
 class HeldOut(NamedTuple):
@@ -101,9 +52,27 @@ def draw_windows(
         count: windows; all steps are starts where there are fewer.
         generator: of the draw, on the CPU.
     """
+    return cut_windows(episodes, draw_starts(episodes, count, generator), horizon)
+
+
+def draw_starts(
+    episodes: Sequence[Episode], count: int, generator: torch.Generator | None = None
+) -> list[Start]:
+    """Distinct steps, drawn uniformly among all steps of all episodes; all where there are fewer.
+
+    Args:
+        episodes: at least one, of at least one step.
+        count: of them.
+        generator: of the draw, on the CPU.
+    """
     starts = [(e, t) for e, episode in enumerate(episodes) for t in range(len(episode.action))]
     order = torch.randperm(len(starts), generator=generator)[:count].tolist()
-    parts = [_cut(episodes[e], t, horizon) for e, t in (starts[i] for i in order)]
+    return [starts[i] for i in order]
+
+
+def cut_windows(episodes: Sequence[Episode], starts: Sequence[Start], horizon: int) -> HeldOut:
+    """The windows of up to ``horizon`` steps that begin at these steps, at least one."""
+    parts = [_cut(episodes[e], t, horizon) for e, t in starts]
     return HeldOut(*(torch.stack(part, dim=1) for part in zip(*parts, strict=True)))
 
 
@@ -144,6 +113,9 @@ def prediction_errors(view: ModelView, windows: HeldOut) -> dict[str, Tensor]:
           ``sqrt(mean |z_h - mean z_h|^2)`` (latent units);
         - ``latent_per_displacement``, ``latent_per_spread``: the error in their units. 1 is as
           wrong as predicting that nothing moves, or the mean;
+        - ``latent_per_displacement_p20``, ``_p50``, ``_p80``: quantiles of the windows' own ratios
+          ``|zh_h - z_h| / |z_h - z_0|``, of those whose latent moved. Few windows that move far
+          decide the ratio of roots of means; these they do not;
         - ``reward_rmse``, ``reward_mae``: of the reward of step h, from ``zh_(h-1)`` (environment
           units), ``reward_per_spread``: the former over the rewards' standard deviation;
         - ``return_rmse``: of the sum of the first h rewards (environment units);
@@ -177,6 +149,11 @@ def prediction_errors(view: ModelView, windows: HeldOut) -> dict[str, Tensor]:
         "displacement": moved,
         "spread": spreading,
         "latent_per_displacement": _ratio(rms, moved),
+        **_quantiles(
+            "latent_per_displacement",
+            _ratio(error, displacement).sqrt(),
+            valid & (displacement > 0),
+        ),
         "latent_per_spread": _ratio(rms, spreading),
     }
 

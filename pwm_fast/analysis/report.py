@@ -9,6 +9,7 @@ from pathlib import Path
 from pwm_fast.analysis.groups import Environment, Group, arrange, plural
 from pwm_fast.analysis.measures import Comparison, measure
 from pwm_fast.analysis.options import Options
+from pwm_fast.analysis.published import Published
 from pwm_fast.analysis.runs import LeftOut, Run, find, load
 from pwm_fast.analysis.scores import Reference, Score, across
 from pwm_fast.config import ConfigError
@@ -53,12 +54,14 @@ def make(options: Options) -> Report:
         more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         raise ConfigError(f"there is nothing to compare: {reasons}{more}")
     references = _references(environments, options)
+    _check_published(environments, options)
     comparisons = [
         measure(
             environment,
             target=_target(environment, options),
             steps=options.steps,
             resamples=options.resamples,
+            published=_published(environment, environments, options),
         )
         for environment in environments
     ]
@@ -97,6 +100,33 @@ def _check_targets(environments: Sequence[Environment], options: Options) -> Non
     for name in options.targets:
         if name is not None and not any(e.named(name) for e in environments):
             raise ConfigError(f"--target {name}=...: {_known(environments)}")
+
+
+def _published(
+    environment: Environment, environments: Sequence[Environment], options: Options
+) -> list[Published]:
+    """The curves from elsewhere that are of an environment."""
+    return [
+        curve
+        for name, curve in options.published
+        if (len(environments) == 1 if name is None else environment.named(name))
+    ]
+
+
+def _check_published(environments: Sequence[Environment], options: Options) -> None:
+    for name, curve in options.published:
+        if name is None and len(environments) > 1:
+            raise ConfigError(
+                f"--reference {curve.path} needs its environment, as ENV={curve.path}; there are "
+                f"{', '.join(e.slug for e in environments)}"
+            )
+        if name is not None and not any(e.named(name) for e in environments):
+            raise ConfigError(f"--reference {name}=...: {_known(environments)}")
+    for environment in environments:
+        labels = [curve.label for curve in _published(environment, environments, options)]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ConfigError(f"--reference: two files have a curve named {label!r}")
 
 
 def _known(environments: Sequence[Environment]) -> str:

@@ -61,6 +61,7 @@ def noise_or_auto(key: str, value: float | str) -> None:
 COUNT_OR_NULL = or_null(number(lambda value: value >= 0, "0 or more, or null"))
 POSITIVE_OR_NULL = or_null(number(lambda value: value > 0, "positive, or null", FLOAT))
 IN_UNIT = number(lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
+SHARE = number(lambda value: 0.0 <= value < 1.0, "in [0, 1)")
 DISCOUNT = number(lambda value: 0.0 < value <= 1.0, "in (0, 1]")
 
 
@@ -271,6 +272,9 @@ class AlgConfig(Checked):
         random_hold: steps that a random action is held for on average. Actions drawn anew at every
             step of 1/60 s hardly move a robot.
         replay_capacity: transitions that replay holds, over all envs.
+        keep_random: share of the replay that the first transitions, of random actions, keep for
+            good; newer ones go round in the rest. 0 lets the newest push out all others. A model
+            that no longer sees random actions forgets what actions do.
         normalize_obs: encode observations less their running mean, divided by their running
             standard deviation.
         obs_clip: normalised observations are clipped to plus and minus this; null clips nothing.
@@ -304,6 +308,7 @@ class AlgConfig(Checked):
     random_epochs: int = checked(2, at_least(1))
     random_hold: int = checked(1, at_least(1))
     replay_capacity: int = checked(1_000_000, positive(SIZE))
+    keep_random: float = checked(0.0, SHARE)
     normalize_obs: bool = False
     obs_clip: float | None = checked(10.0, POSITIVE_OR_NULL)
     normalize_rewards: bool = False

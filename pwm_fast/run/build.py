@@ -279,14 +279,58 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
     obs_dim, action_dim = dims(env)
     width = obs_dim + action_dim + 2
     with _usable(f"alg.replay_capacity={capacity} does", "alg.replay_capacity"):
-        # A row, the length of its run, and two running sums to draw from.
+        # A row, the length of its run, a flag, and two running sums to draw from.
         memory.require(
-            capacity * (4 * width + 4 + 16),
+            capacity * (4 * width + 4 + 1 + 16),
             f"alg.replay_capacity={capacity} transitions of {width} numbers",
             "alg.replay_capacity",
             device,
         )
-        return Replay(capacity, config.env_count, obs_dim, action_dim, config.alg.horizon, device)
+        return Replay(
+            capacity,
+            config.env_count,
+            obs_dim,
+            action_dim,
+            config.alg.horizon,
+            device,
+            keep=kept_rows(config),
+        )
+
+
+def kept_rows(config: TrainConfig) -> int:
+    """Rows of each env's replay that random transitions keep, as ``alg.keep_random`` asks.
+
+    No more than the random epochs fill: their steps, and the observation after the last one.
+
+    Raises:
+        ConfigError: they hold no window, or the rows beside them hold none.
+    """
+    alg = config.alg
+    if alg.keep_random == 0.0:
+        return 0
+    rows, needed = alg.replay_capacity // config.env_count, alg.horizon + 2
+    random = alg.random_epochs * alg.steps_per_epoch
+    share = f"alg.keep_random={alg.keep_random}"
+    of = f"of the {rows} rows of each env (alg.replay_capacity={alg.replay_capacity})"
+    if random + 1 < needed:
+        raise ConfigError(
+            f"{share} needs random actions to keep: alg.random_epochs={alg.random_epochs} of "
+            f"alg.steps_per_epoch={alg.steps_per_epoch} steps are {random}, a window of "
+            f"alg.horizon={alg.horizon} needs {needed - 1}"
+        )
+    wanted = int(alg.keep_random * rows)
+    if wanted < needed:
+        raise ConfigError(
+            f"{share} keeps {wanted} {of}, a window of alg.horizon={alg.horizon} needs {needed}: "
+            f"at least {needed / rows:.3g}, or 0"
+        )
+    kept = min(wanted, random + 1)
+    if rows - kept < needed:
+        raise ConfigError(
+            f"{share} leaves {rows - kept} {of} for newer transitions, a window of "
+            f"alg.horizon={alg.horizon} needs {needed}: at most {(rows - needed) / rows:.3g}"
+        )
+    return kept
 
 
 def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) -> None:

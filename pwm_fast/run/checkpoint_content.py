@@ -241,6 +241,26 @@ def _replay_problems(replay: dict[str, Any] | None) -> Iterator[tuple[str, str]]
             yield key, f"{str(dtype).removeprefix('torch.')} {list(shape)}, 0 or more"
         elif key == "cursor" and bool((value >= rows).any()):
             yield key, f"of {rows} rows"
+    yield from _kept_problems(replay, num_envs, rows, used)
+
+
+def _kept_problems(
+    replay: dict[str, Any], num_envs: int, rows: int, used: int
+) -> Iterator[tuple[str, str]]:
+    """Likewise, of the parts that replays of older versions lack."""
+    if "keep" in replay:
+        keep = replay["keep"]
+        pair = isinstance(keep, (list, tuple)) and len(keep) == 2 and all(map(_count, keep))
+        if not (pair and keep[1] <= keep[0] < rows):
+            yield "keep", f"two numbers below {rows}, the second not above the first"
+        block = replay.get("block")
+        if not _like(block, torch.int64, num_envs):
+            yield "block", f"int64 {[num_envs]}, 0 or more"
+        elif bool(((block < 0) | (block >= rows)).any()):
+            yield "block", f"of {rows} rows"
+    random = replay.get("random")
+    if random is not None and not _like(random, torch.bool, num_envs, used):
+        yield "random", f"bool {[num_envs, used]}, or null"
 
 
 def _like(value: Any, dtype: torch.dtype, *shape: int) -> TypeGuard[Tensor]:

@@ -17,6 +17,7 @@ from pwm_fast.config.checks import SIZE, checked, positive, seed_range, thread_c
 from pwm_fast.envs import VectorEnv
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.acting import PolicyNotFinite, acting, policy_of
+from pwm_fast.run.open_loop import Held
 from pwm_fast.seeding import Purpose
 
 LOOK_EVERY = 32  # steps between looks at a GPU whether all episodes are over
@@ -33,12 +34,14 @@ class Evaluation:
         held: where the task's goal held through the last second, ``[N]``; None without a goal.
         diverged: where the simulation broke down, bool ``[N]``: return and length stop there, and
             no goal was held.
+        model: how well the world model predicts the episodes, for a training run's log.
     """
 
     returns: Tensor
     lengths: Tensor
     held: Tensor | None
     diverged: Tensor
+    model: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, float]:
         """The figures as numbers."""
@@ -50,7 +53,7 @@ class Evaluation:
         }
         if self.held is not None:
             row["eval_success"] = self.held.float().mean().item()
-        return row
+        return {**row, **self.model}
 
     def summary(self) -> dict[str, Any]:
         """The figures and every single return, for a JSON file."""
@@ -78,6 +81,7 @@ def evaluate(
     deterministic: bool = True,
     planner: Planner | None = None,
     check: Callable[[], None] = lambda: None,
+    record: Held | None = None,
 ) -> Evaluation:
     """Run the first episode of every env of ``env`` to its end.
 
@@ -88,6 +92,7 @@ def evaluate(
         deterministic: act with the mean of the policy.
         planner: acts in place of the policy; of ``agent``.
         check: called before every step; it may raise to stop.
+        record: takes the steps of the episodes.
 
     Raises:
         PolicyNotFinite: an action of a running episode is not finite.
@@ -114,6 +119,8 @@ def evaluate(
         before = obs
         with acting(agent, before):
             obs, reward, terminated, truncated, info = env.step(action)
+        if record is not None:
+            record.add(before, action, reward, running)
         returns += torch.where(running, reward, 0.0)
         lengths += running
         if "diverged" in info:

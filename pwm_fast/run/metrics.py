@@ -14,6 +14,7 @@ from torch import Tensor
 from pwm_fast import files
 
 Row = dict[str, Any]
+SATURATED = 0.98  # of an action in [-1, 1]: there tanh has 4 % of its slope, and less beyond
 MOST = 1e300  # what a float holds; Python's integers have no bound
 
 
@@ -120,6 +121,11 @@ def is_number(value: object) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < MOST and math.isfinite(value)
+
+
+def saturation(action: Tensor) -> Tensor:
+    """Share of the entries of actions that are beyond :data:`SATURATED`, a scalar on the device."""
+    return (action.abs() > SATURATED).float().mean()
 
 
 def rank(diverged: object, reward: object) -> tuple[float, float]:

@@ -51,6 +51,11 @@ class EpochProgress:
         for name, key in (("train_reward", "return"), ("train_episode_length", "length")):
             self._add(name, torch.where(mask, episode[key].float(), 0.0).sum(), count)
 
+    def add_step(self, name: str, value: Tensor) -> None:
+        """Take up a metric of an environment step, whose mean over the epoch is logged."""
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
     def add_total(self, name: str, value: Tensor) -> None:
         """Add to a metric that is a sum over the epoch."""
         self._sums[name] = self._sums[name] + value if name in self._sums else value

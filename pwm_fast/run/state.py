@@ -155,6 +155,7 @@ class RunState:
             self._refuse_other_data(path, content.get("data"))
         self._take_up(path, content)
         if content["replay"] is None:
+            self.replay.keep_at_most(self._random_left(content) + 1)
             then, now = content.get("data"), self._data_record()
             self.use_data(seen=_manifest_of(then) == _manifest_of(now))
         self.skips_seen = int(self.agent.skipped_updates()["skipped_updates"])
@@ -205,6 +206,12 @@ class RunState:
                 f"{path} does not fit this run: {reason} (in its {part})"
                 + (f"; {'; '.join(changed[:6])}" if changed else "")
             ) from error
+
+    def _random_left(self, content: dict[str, Any]) -> int:
+        """Random actions that each env takes after a checkpoint."""
+        alg = self.config.alg
+        taken = content["epoch"] * alg.steps_per_epoch + content["progress"]["done"].get("steps", 0)
+        return max(alg.random_epochs * alg.steps_per_epoch - taken, 0)
 
     def _begin_anew(self, content: dict[str, Any]) -> None:
         """Start new episodes in all envs, whose state a checkpoint could not save.

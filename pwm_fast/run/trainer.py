@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from pwm_fast.run.charts import plot_run
 from pwm_fast.run.evaluation import Evaluation, evaluate
 from pwm_fast.run.interrupt import Interrupt, Interrupted
 from pwm_fast.run.logger import RunLogger
+from pwm_fast.run.open_loop import Held
 from pwm_fast.run.progress import EpochProgress
 from pwm_fast.run.rundir import RunDirectory, Source
 from pwm_fast.run.state import RunState
@@ -161,6 +163,7 @@ class Trainer:
         row["fell_back"] = int(self.state.fallen_back is not None)
         row.update(rates)
         row["replay_size"] = len(self.state.replay)
+        row["random_share"] = self.state.replay.random_share()
         row["steps_per_second"] = self.config.alg.steps_per_epoch * self.config.env_count / elapsed
         self.state.epoch += 1
         row["env_steps"] = self.state.env_steps
@@ -179,15 +182,14 @@ class Trainer:
     def _collect(self) -> None:
         config = self.config.alg
         for _ in self.state.progress.remaining("steps", config.steps_per_epoch, self._stop.check):
-            obs = self.state.obs
-            if self.state.epoch < config.random_epochs:
-                action = self.state.random_action()
-            else:
-                action = self.state.agent.act(obs)
+            obs, random = self.state.obs, self.state.epoch < config.random_epochs
+            action = self.state.random_action() if random else self.state.agent.act(obs)
             self.state.obs, reward, terminated, truncated, info = self._step(obs, action)
+            done = terminated | truncated
             self.state.replay.add(
-                obs, action, reward, terminated, terminated | truncated, info["final_obs"]
+                obs, action, reward, terminated, done, info["final_obs"], random=random
             )
+            self.state.progress.add_step("action_saturation", metrics.saturation(action))
             self.state.agent.observe(obs, reward)
             self.state.progress.add_episodes(info["episode"])
             if "diverged" in info:
@@ -318,7 +320,9 @@ class Trainer:
     def _evaluate(self, episodes: int) -> Evaluation:
         if self._eval_env is None:
             self._eval_env = self.make_eval_env(episodes)
-        return self._evaluated(self._eval_env, Purpose.EVALUATION)
+        held = Held()
+        found = self._evaluated(self._eval_env, Purpose.EVALUATION, held)
+        return replace(found, model=metrics.to_numbers(held.metrics(self.state.agent)))
 
     def _final_evaluation(self) -> Evaluation:
         with closing(self.make_eval_env(self.config.eval.final_episodes)) as env:
@@ -326,10 +330,10 @@ class Trainer:
         self.save("final")
         return result
 
-    def _evaluated(self, env: VectorEnv, purpose: Purpose) -> Evaluation:
+    def _evaluated(self, env: VectorEnv, purpose: Purpose, held: Held | None = None) -> Evaluation:
         seed = seeding.stream(self.config.seed, purpose)
         try:
-            return evaluate(self.state.agent, env, seed, check=self._stop.check)
+            return evaluate(self.state.agent, env, seed, check=self._stop.check, record=held)
         except (Interrupted, PolicyNotFinite):
             raise
         except Exception:

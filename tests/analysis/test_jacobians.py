@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pwm_fast.agent.view import view_of
 from pwm_fast.analysis.jacobians import (
     jacobian_smoothness,
     rademacher,
     tangent_directions,
     vector_jacobian_products,
 )
-from pwm_fast.analysis.prediction import view_of
 from tests.agent.agents import AGENTS, make_agent
 from tests.analysis.closed_forms import A, D, LinearField, normal, quadratic, unit_probes
 from tests.models.builders import simplex

@@ -9,13 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pwm_fast.analysis.prediction import (
-    HeldOut,
-    ModelView,
-    draw_windows,
-    prediction_errors,
-    view_of,
-)
+from pwm_fast.agent.view import ModelView, view_of
+from pwm_fast.analysis.prediction import HeldOut, draw_windows, prediction_errors
 from pwm_fast.replay import Episode
 from tests.agent.agents import ACTION, AGENTS, OBS, make_agent
 from tests.analysis.closed_forms import A, D, normal, whole_windows
@@ -63,6 +58,22 @@ def test_standing_still_is_as_wrong_as_the_displacement() -> None:
     errors = prediction_errors(view(), windows())
     assert torch.allclose(errors["latent_per_displacement"], torch.ones(H, dtype=torch.float64))
     assert torch.allclose(errors["latent_rms"], errors["displacement"])
+
+
+def test_a_window_s_own_ratio() -> None:
+    """Displacements 1, 2, 0 and 10 with an error of 1, 1, 1 and 5: ratios 1, 1/2, none, 1/2."""
+    obs = torch.zeros(2, 4, D, dtype=torch.float64)
+    obs[1, :, 0] = torch.tensor([1.0, 2.0, 0.0, 10.0])
+    wrong = torch.tensor([1.0, 1.0, 1.0, 5.0], dtype=torch.float64)
+
+    def step(z: Tensor, a: Tensor) -> Tensor:
+        return obs[1] + wrong[:, None] * torch.eye(D, dtype=torch.float64)[1]
+
+    data = whole_windows(obs, normal(1, 4, A), normal(1, 4))
+    errors = prediction_errors(view(step), data)
+    assert errors["latent_per_displacement_p50"].tolist() == [0.5]
+    assert errors["latent_per_displacement_p80"].tolist() == pytest.approx([0.8])
+    assert errors["latent_per_displacement"].item() == pytest.approx((28 / 105) ** 0.5)
 
 
 def test_the_mean_is_as_wrong_as_the_spread() -> None:

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from pwm_fast.analysis import simulator
 from pwm_fast.analysis.diagnosis import DiagnoseConfig
 from pwm_fast.analysis.diagnosis import diagnose as run_diagnosis
 from pwm_fast.analysis.diagnosis_figures import draw
+from pwm_fast.analysis.diagnosis_tables import tables
+from pwm_fast.run import metrics
 from tests.run.conftest import Launcher, tiny_arguments
 
 PNG = b"\x89PNG\r\n\x1a\n"
-FILES = {"diagnosis.json", "prediction.png", "jacobian.png", "simplex.png", "esnr.png"}
+FIGURES = ("prediction", "rewards", "sensitivity", "jacobian", "simplex", "esnr")
+FILES = {"diagnosis.json", *(f"{name}.png" for name in FIGURES)}
 QUICK = ("episodes=4", "points=4", "probes=2", "esnr_samples=[2,4]")
 MODULE = {"module": "pwm_fast.diagnose"}
 
@@ -60,6 +64,10 @@ def test_one_checkpoint(whole_run: Path, launcher: Launcher, tmp_path: Path) -> 
         "Jacobian",
         "ESNR",
         "negative mass",
+        "R2 of the reward of step h",
+        "linear in o_0 and actions",
+        "saturated actions of the policy",
+        "effect of an action on the reward",
     ):
         assert text in outcome.out
     assert f"written to {folder}" in outcome.out
@@ -77,6 +85,18 @@ def test_one_checkpoint(whole_run: Path, launcher: Launcher, tmp_path: Path) -> 
     assert found["esnr"]["batch"] == 4, "as the run's own: 8 rollouts in 2 samples"
     assert found["simplex"]["step"] == [0, 1, 2, 3, 4]
     assert found["simplex"]["negative_mass"][0] == 0.0
+    rewards = found["rewards"]
+    assert rewards["step"] == [1, 2, 3, 4]
+    assert rewards["windows"] == [44, 40, 36, 32], "with a step before them"
+    assert rewards["episodes"] == 4 and rewards["fitted"] == 24, "half of the episodes, all steps"
+    for name in ("model", "persistence", "linear_obs", "linear_obs_actions", "advantage"):
+        assert all(v is not None for v in rewards[name] + rewards[f"{name}_low"]), name
+    sensitivity = found["sensitivity"]
+    assert sensitivity["after"] == [1, 4] and sensitivity["starts"] == 4
+    assert all(-1.0 <= c <= 1.0 for c in sensitivity["reward_cosine"])
+    assert all(v > 0 for v in sensitivity["reward_norm_real"] + sensitivity["latent_norm_real"])
+    assert 0.0 <= found["action_saturation"] <= 1.0
+    assert found["integration"] is None, "not asked for"
     assert result["versions"]["torch"] and "commit" in result["git"]
 
 
@@ -152,6 +172,50 @@ def test_a_longer_horizon_than_the_run_s(
     assert {row["horizon"] for row in found["esnr"]["rows"]} == {3}
 
 
+def test_integrators_of_a_flow(
+    whole_run: Path, baseline_run: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    """The run's own gives what it gives anyway, others something else; a baseline has none."""
+    paths = ",".join(f"{run}/checkpoints/final.pt" for run in (whole_run, baseline_run))
+    asked = ("substeps=[1,2]", "integrators=[heun,euler]")
+    result = diagnose(launcher, tmp_path, f"checkpoint=[{paths}]", *asked)
+    flow, baseline = result["checkpoints"]
+    assert {p.name for p in (tmp_path / "here").iterdir()} == FILES | {"integration.png"}
+    rows = flow["integration"]["rows"]
+    cost = [(r["integrator"], r["substeps"], r["evaluations"]) for r in rows]
+    assert cost == [("heun", 1, 2), ("heun", 2, 4), ("euler", 1, 1), ("euler", 2, 2)]
+    (own,) = [row for row in rows if row["own"]]
+    assert own["latent_rms"] == flow["prediction"]["latent_rms"]
+    assert own["reward_r2"] == flow["rewards"]["model"]
+    assert len({row["latent_rms"][0] for row in rows}) == 4
+    assert all(v > 0 for v in flow["sensitivity"]["latent_norm_model"])
+    assert "not integrated" in baseline["integration"]["unavailable"]
+    assert baseline["rewards"]["windows"][0] > 0 and baseline["sensitivity"]["points"][0] > 0
+
+
+def test_an_environment_whose_state_cannot_be_set(
+    whole_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The report says so, and has everything else."""
+    path = f"{whole_run}/checkpoints/final.pt"
+    config = DiagnoseConfig(path, episodes=4, points=4, probes=2, esnr_samples=[2], threads=1)
+    monkeypatch.setattr(simulator, "why_not", lambda env: "it cannot")
+    result = metrics.finite(run_diagnosis(config))
+    (found,) = result["checkpoints"]
+    assert found["sensitivity"] == {"unavailable": "it cannot"}
+    assert "effect of an action, not available: it cannot" in tables(result)
+    assert found["rewards"]["model"][0] is not None
+    assert {p.name for p in draw(result, tmp_path)} == FILES - {"diagnosis.json"}
+
+
+def test_random_actions_are_not_the_policy_s(whole_run: Path) -> None:
+    path = f"{whole_run}/checkpoints/final.pt"
+    quick = {"episodes": 2, "points": 2, "probes": 2, "esnr_samples": [2], "threads": 1}
+    config = DiagnoseConfig(path, policy="random", **quick)
+    (found,) = metrics.finite(run_diagnosis(config))["checkpoints"]
+    assert found["action_saturation"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,6 +228,9 @@ def test_a_longer_horizon_than_the_run_s(
         (["checkpoint={}", "points=1"], "points must be at least 2, got 1"),
         (["checkpoint={}", "probes=0"], "probes must be positive, got 0"),
         (["checkpoint={}", "radius=0"], "radius must be positive and finite, got 0.0"),
+        (["checkpoint={}", "action_step=1"], "action_step must be between 0 and 1: actions"),
+        (["checkpoint={}", "substeps=[0]"], "substeps must be a list of positive numbers"),
+        (["checkpoint={}", "integrators=[rk4]"], "integrators must be null or a list of heun"),
         (["checkpoint={}", "horizon=0"], "horizon must be positive or null, got 0"),
         (["checkpoint={}", "esnr_samples=[1]"], "esnr_samples must be a list of numbers of at"),
         (["checkpoint={}", "esnr_horizons=[]"], "esnr_horizons must be a list of positive"),
@@ -209,10 +276,10 @@ def test_figures_of_nothing(value: float | None, whole_run: Path, tmp_path: Path
     result = run_diagnosis(settings)
     for key, group in result["checkpoints"][0].items():
         columns = group["rows"][0] if key == "esnr" else group
-        if key not in ("prediction", "jacobian", "simplex", "esnr"):
+        if key not in ("prediction", "rewards", "sensitivity", "jacobian", "simplex", "esnr"):
             continue
         for name, old in columns.items():
-            if name not in ("step", "horizon", "samples", "points", "probes", "windows"):
+            if name not in ("step", "horizon", "samples", "points", "probes", "windows", "after"):
                 columns[name] = [value] * len(old) if isinstance(old, list) else value
         if key == "esnr":
             group["rows"] = [{**row, **{"esnr_db": value}} for row in group["rows"]]

@@ -48,6 +48,16 @@ def test_episodes_are_averaged_where_they_end() -> None:
     assert means["train_episode_length"] == pytest.approx(7 / 3)
 
 
+def test_steps_are_averaged_also_across_a_stop() -> None:
+    progress = EpochProgress()
+    progress.add_step("share", torch.tensor(1.0))
+    restored = EpochProgress()
+    restored.load_state_dict(progress.state_dict())
+    for value in (0.0, 0.5):
+        restored.add_step("share", torch.tensor(value))
+    assert restored.means() == {"share": torch.tensor(0.5)}
+
+
 def test_no_episode_is_not_a_number() -> None:
     progress = EpochProgress()
     none = {"mask": torch.tensor([False]), "return": torch.ones(1), "length": torch.ones(1)}

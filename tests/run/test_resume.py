@@ -244,6 +244,7 @@ def test_stopped_with_everything_on(starter: Launcher, tmp_path: Path) -> None:
         "alg.normalize_obs=true",
         "alg.normalize_rewards=true",
         "alg.replay_capacity=120",  # the ring wraps
+        "alg.keep_random=0.2",
     )
     whole = [*arguments, f"run_dir={tmp_path / 'whole'}"]
     assert starter.run(tmp_path, *whole).status == 0

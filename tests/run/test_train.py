@@ -36,6 +36,8 @@ EVERY_ROW = {
     "lr_actor",
     "lr_critic",
     "replay_size",
+    "random_share",
+    "action_saturation",
     "skipped_updates",
 }
 LEARNING_ROW = EVERY_ROW | {

@@ -18,7 +18,8 @@ OBS, ACTION, HORIZON = 37, 8, 16
 def alg_config(model: str, substeps: int = 2, integrator: str = "heun") -> config.AlgConfig:
     """The configuration ``pwm_<model>``, with K steps of an integrator and flow times of 0.5.
 
-    Shipped flows have one Euler step. Fixed flow times cost the same as drawn ones and let any two providers be compared.
+    Shipped flows have one Euler step. Fixed flow times cost the same as drawn ones and let any two
+    providers be compared.
     """
     alg = plain.load("alg", f"pwm_{model}")
     alg.setdefault("model_learning", {})["tau_sampling"] = "midpoint"

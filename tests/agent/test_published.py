@@ -371,7 +371,7 @@ def test_the_flow_preset_differs_in_its_dynamics_alone() -> None:
     different = {k for k in base if base[k] != flow[k]}
     assert different == {"name", "world_model"}
     different = {k for k, v in base["world_model"].items() if flow["world_model"][k] != v}
-    assert different == {"kind", "units"}
+    assert different == {"kind", "units", "integrator", "substeps"}
 
 
 # A run of ``alg=pwm`` from before it was the published one: its saved configuration has no key that

@@ -167,7 +167,7 @@ def test_every_public_operation_has_a_benchmark() -> None:
         for name in ops.__all__
         if callable(getattr(ops, name)) and not isinstance(getattr(ops, name), type)
     }
-    types = {"Dynamics", "Activation", "Method", "Order", "Start"}  # aliases
+    types = {"Dynamics", "Activation", "Consistency", "Method", "Order", "Start", "StartGrad"}
     controls = {"algebra", "invalidate"}  # say how to compute, and compute nothing
     assert public - types - controls == set(operations.OPERATIONS) | set(operations.ELSEWHERE)
 

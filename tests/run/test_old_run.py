@@ -27,10 +27,15 @@ from tests.data.old_runs.make import COMPARED, SAME_ROUNDING, tensors
 from tests.run.conftest import VOLATILE, clean_environment, command, rows
 
 OLD = Path(__file__).parents[1] / "data" / "old_runs"
-# Measured with kernels of plain x86-64, with the reference and as it is now: 1e-6 at most.
 # Logged since then.
 NEW = {"action_saturation", "random_share", "eval_latent_error", "eval_reward_r2"}
+# Measured with kernels of plain x86-64, with the reference and as it is now: 1e-6 at most.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+# What the shipped configurations had then.
+SINCE = {
+    "flow": ("alg.world_model.integrator=heun",),
+    "mlp": ("alg.model_learning.rollout_steps=null",),
+}
 AS_THEN = """
 import os
 os.environ["PWM_FAST_GEMM"] = "torch"
@@ -50,9 +55,20 @@ train.main()
 def test_continued(kind: str, way: str, tmp_path: Path) -> None:
     end = json.loads((OLD / f"{kind}.json").read_text())
     shutil.copytree(OLD / kind, tmp_path / kind)
+    # The same command now means other dynamics and windows: it is refused, and told what to give.
+    plain = subprocess.run(
+        [*command("pwm_fast.train"), *end["overrides"]],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert plain.returncode == 2
+    for override in SINCE[kind]:
+        assert f"{override.split('=')[0]} " in plain.stderr, plain.stderr
     # In a process of its own: what chooses how libraries round is read before the first sum.
     start = command("pwm_fast.train") if way == "now" else [sys.executable, "-c", AS_THEN]
-    out = _run([*start, *end["overrides"]], tmp_path)
+    out = _run([*start, *end["overrides"], *SINCE[kind]], tmp_path)
     assert "after epoch 3" in out
     found = checkpoint.load(tmp_path / kind / "checkpoints" / "final.pt")
     ours = tensors({key: found[key] for key in COMPARED})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pwm_fast.envs.tasks.base import Task, uniform
+from pwm_fast.envs.tasks.base import Task, Variant, Variants, uniform
 
 
 class Hopper(Task):
@@ -28,6 +29,7 @@ class Hopper(Task):
     can_terminate = True
     termination_height = -0.45  # m, over 1.25 m
     noise = 0.05  # m, rad, m/s, rad/s
+    variants: ClassVar[Variants] = {"default": Variant(), "dflex": Variant()}
 
     def observation(self, qpos: Tensor, qvel: Tensor, last_action: Tensor) -> Tensor:
         """See :class:`Hopper`."""

@@ -33,6 +33,7 @@ from bench.pages import ENVIRONMENTS, publish
 from pwm_fast.envs import TASKS, MujocoEnv, Task
 
 OUT = results.STORE / "attainable.json"
+STEPS = 180  # three seconds: a robot that can run does so by then
 Policy = Callable[[MujocoEnv], Tensor]  # actions [E, A] for the state of the envs
 
 
@@ -161,7 +162,7 @@ class Hold:
     """Every motor pulls its joint to its mean angle at a start, fully at 1 rad."""
 
     def __init__(self, task: Task) -> None:
-        model = task.model()
+        self._model = model = task.model()
         self._joints = torch.as_tensor(model.jnt_qposadr[model.actuator_trnid[:, 0]]).long()
         random = torch.Generator().manual_seed(0)
         starts, _ = task.sample_reset(1000, random, torch.float64, torch.device("cpu"))
@@ -169,7 +170,7 @@ class Hold:
 
     def __call__(self, env: MujocoEnv) -> Tensor:
         """Actions ``[E, A]``."""
-        qpos, _ = coordinates(env)
+        qpos, _ = coordinates(env, self._model)
         return (self._pose - qpos[:, self._joints]).clamp(-1.0, 1.0).float()
 
 
@@ -185,12 +186,11 @@ class Random:
         return torch.rand(shape, generator=self._random) * 2.0 - 1.0
 
 
-def coordinates(env: MujocoEnv) -> tuple[Tensor, Tensor]:
+def coordinates(env: MujocoEnv, model: Any) -> tuple[Tensor, Tensor]:
     """Positions ``[E, nq]`` and velocities ``[E, nv]``: a physics state is time, qpos, qvel, ..."""
-    model = env.task.model()
-    physics = env.get_state()["physics"]
-    qpos, qvel = physics[:, 1:].split([model.nq, physics.shape[1] - 1 - model.nq], 1)
-    return qpos, qvel[:, : model.nv]
+    physics = env.get_state()["physics"][:, 1 : 1 + model.nq + model.nv]
+    qpos, qvel = physics.split([model.nq, model.nv], 1)
+    return qpos, qvel
 
 
 def follow(task: Task, policy: Policy, seeds: int, steps: int) -> dict[str, list[float]]:
@@ -200,13 +200,13 @@ def follow(task: Task, policy: Policy, seeds: int, steps: int) -> dict[str, list
         Of each seed: ``reward`` a step; ``falls``, terminated episodes; ``speed``, the mean v_x in
         m/s, and ``last_speed``, that of the last second. An env that falls starts anew.
     """
-    env = MujocoEnv(task, seeds, seed=0, max_episode_steps=2**31)
+    env, model = MujocoEnv(task, seeds, seed=0, max_episode_steps=2**31), task.model()
     rewards, falls, speeds = [], [], []
     for _ in range(steps):
         _, reward, terminated, _, _ = env.step(policy(env))
         rewards.append(reward)
         falls.append(terminated)
-        speeds.append(coordinates(env)[1][:, 0])
+        speeds.append(coordinates(env, model)[1][:, 0])
     last = torch.stack(speeds[-round(1.0 / task.control_dt) :])
     return {
         "reward": _rounded(torch.stack(rewards).mean(0)),
@@ -320,7 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--env", nargs="+", choices=sorted(TASKS), help="robots; default: all")
     parser.add_argument("--variant", nargs="+", help="default: all that the robot has")
-    parser.add_argument("--steps", type=int, default=180, help="control steps an episode")
+    parser.add_argument(
+        "--steps", type=int, help=f"control steps; default: {STEPS}, or a whole short episode"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="episodes side by side")
     parser.add_argument("--samples", type=int, help="sequences an iteration of the planner")
     parser.add_argument("--threads", type=int, default=1, help="physics threads")
@@ -340,7 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 except ValueError as error:
                     print(f"error: {error}", file=sys.stderr)
                     return 2
-                case = measure(task, effort, args.seeds, args.steps, args.threads)
+                steps = args.steps or (
+                    STEPS if task.max_episode_steps > 2 * STEPS else task.max_episode_steps
+                )
+                case = measure(task, effort, args.seeds, steps, args.threads)
                 result = results.write(args.out, merged(result, facts, case))
                 print(f"{name} {variant}: {case['seconds']:.0f} s", flush=True)
     publish(table(result), ENVIRONMENTS if args.docs else None, "attainable")

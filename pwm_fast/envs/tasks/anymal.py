@@ -14,6 +14,8 @@ class Anymal(FloatingTask):
     """A four-legged robot of 37.7 kg with twelve motors of 200 Nm against springs to zero angles.
 
     Joints: HAA, HFE and KFE of the legs LF, RF, LH and RH, without limits; springs of 85 Nm/rad.
+    Hips and thighs, which weigh nothing in dflex, weigh 0.05 kg each. The variants are the same.
+
     Observation (49): see :class:`FloatingTask`. Reward: ``v_x + 0.1 up + heading + height - 0.25 -
     0.005 |a|^2``. Terminates where the height is below 0.25 m; 1000 steps.
     """

@@ -14,6 +14,8 @@ from pwm_fast.envs.tasks.base import Task, Variant, Variants, uniform
 class Hopper(Task):
     """A planar robot of 15.8 kg with three motors of 200 Nm: thigh, leg, foot.
 
+    Both variants are dflex's robot, with its drag and added mass: it can hop well enough.
+
     Observation (11): ``z, pitch, thigh, leg, foot`` and their rates with ``x'`` in front, where
     ``z`` is the torso's height over 1.25 m: ``z, pitch, thigh, leg, foot, x', z', pitch', thigh',
     leg', foot'``. Reward: ``x' + H + 1 - (pitch / 30 deg)^2 - 0.1 |a|^2`` with

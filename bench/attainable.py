@@ -271,7 +271,7 @@ def merged(
 def table(result: Mapping[str, Any]) -> str:
     """Markdown: a line a robot and variant, means over seeds."""
     heads = ("`env`, `env.variant`", "mass", "idle", "holding", "random", "**planner**")
-    heads += ("v_x, and in the last second", "of an episode")
+    heads += ("v_x, the last second's", "of an episode")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for case in result["cases"]:
         policies = case["policies"]
@@ -279,10 +279,11 @@ def table(result: Mapping[str, Any]) -> str:
         cells = [f"`{case['env']}`, {variants}", f"{case['mass']:.4g} kg"]
         cells += [_reward(policies.get(name)) for name in ("idle", "hold", "random", "planner")]
         plan = policies["planner"]
-        walks = TASKS[case["env"]].can_terminate
-        speeds = [f"{_mean(plan[key]):.1f}" for key in ("speed", "last_speed")]
-        cells.append(f"{' and '.join(speeds)} m/s" if walks else "")
-        best = _mean(plan["reward"]) * TASKS[case["env"]].max_episode_steps
+        task = TASKS[case["env"]]
+        mean, last = (f"{_mean(plan[key]):.1f} m/s" for key in ("speed", "last_speed"))
+        span = f"{case['steps'] * task.control_dt:.0f} s"
+        cells.append(f"{mean} in {span}, {last}" if task.can_terminate else "")
+        best = _mean(plan["reward"]) * task.max_episode_steps
         cells.append("" if any(plan["falls"]) else f"{best:,.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *sorted({_measured(case) for case in result["cases"]})])

@@ -179,7 +179,18 @@ def test_a_saved_configuration_without_a_variant_is_dflexs(name: str) -> None:
     assert from_saved(beside).env.options == {"variant": "default"}
 
 
-@pytest.mark.parametrize("env", [{"name": "gym", "id": "Ant-v5"}, {"name": "anymal"}, {}, None, 5])
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"name": "gym", "id": "Ant-v5"},
+        {"name": "anymal"},
+        {"name": ["ant"]},
+        {"name": "ant", "options": 5},
+        {},
+        None,
+        5,
+    ],
+)
 def test_other_saved_environments_get_no_variant(env: Any) -> None:
     assert not configuration.lacks_variant({"env": env})
     assert configuration.with_variant({"env": env}) == {"env": env}

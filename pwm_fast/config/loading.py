@@ -117,8 +117,8 @@ def lacks_variant(values: Mapping[str, Any]) -> bool:
     env = values.get("env")
     if not isinstance(env, Mapping) or env.get("name") not in OLDEST_ROBOTS:
         return False
-    options = env.get("options")
-    return "variant" not in env and not (isinstance(options, Mapping) and "variant" in options)
+    options = env.get("options") or {}
+    return "variant" not in env and isinstance(options, Mapping) and "variant" not in options
 
 
 def with_variant(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class EnvConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name in OLDEST_ROBOTS:  # else what is saved could not be told from what is older
-            self.options = {"variant": "default", **self.options}
+            self.options = {**self.options, "variant": self.options.get("variant", "default")}
 
 
 @dataclass

@@ -129,5 +129,5 @@ def test_comparisons_keep_them_apart(older: Path, tmp_path: Path) -> None:
     environments, _ = arrange([run for run in found if isinstance(run, runs.Run)])
     assert [e.label for e in environments] == [
         "ant (variant=dflex, max_episode_steps=12)",
-        "ant (variant=default, max_episode_steps=12)",
+        "ant (max_episode_steps=12)",
     ]

@@ -63,9 +63,9 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     # The start and the end of a swing are a second apart.
     "cartpole": Effort(horizon=60, samples=64),
-    # One leg has no second one to catch it: what a hop leads to shows a second later.
+    # What a hop or a step leads to shows the later, the fewer legs there are.
     "hopper": Effort(horizon=60, samples=64, fall=100.0),
-    "humanoid": Effort(horizon=28, fall=50.0),
+    "humanoid": Effort(horizon=40, fall=100.0),
 }
 
 

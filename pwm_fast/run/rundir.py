@@ -128,8 +128,13 @@ class RunDirectory:
             return config
         path = self._newest() if config.resume == "auto" else files.user_path(config.resume)
         saved = self._written_config() if path is None else checkpoint.config_of(path)
-        older = configuration.lacks_variant(saved) or self._began_without_variant()
-        if not older or flat(saved).get("env.name") != config.env.name:
+        there = flat(saved)
+        if there.get("env.name") != config.env.name or not (
+            configuration.lacks_variant(saved)
+            or (
+                there.get(VARIANT) == configuration.OLDEST_VARIANT and self._began_without_variant()
+            )
+        ):
             return config
         options = {**config.env.options, "variant": configuration.OLDEST_VARIANT}
         return replace(config, env=replace(config.env, options=options))

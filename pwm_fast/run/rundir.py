@@ -469,8 +469,13 @@ def refuse_other_environment(saved: dict[str, Any], config: TrainConfig, path: P
 
 
 def which_environment(values: dict[str, Any]) -> str:
-    """The environment that a configuration names, as its keys and their values."""
+    """The environment that a configuration names, as its keys and their values.
+
+    A robot's variant is among them unless it is the default one.
+    """
     there = flat(values)
+    if there.get(VARIANT) == "default":
+        del there[VARIANT]
     return " ".join(f"{key}={there[key]}" for key in WHICH_ENVIRONMENT if there.get(key))
 
 

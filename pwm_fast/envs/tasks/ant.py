@@ -13,8 +13,8 @@ from pwm_fast.envs.tasks.floating import FloatingTask
 class Ant(FloatingTask):
     """A four-legged robot of 36 kg with eight motors of 200 Nm: hip_1, ankle_1, ..., ankle_4.
 
-    The variant ``dflex`` weighs 182 kg, as there: on MuJoCo's contacts it stands and hobbles, but
-    cannot run.
+    The variant ``dflex`` weighs 182 kg, as there: on MuJoCo's contacts a planner makes it walk, and
+    the lighter one run (``python -m bench.attainable``).
 
     Observation (37): see :class:`FloatingTask`. Reward: ``v_x + 0.1 up + heading + height - 0.27``.
     Terminates where the centre of the torso, a sphere of 0.25 m, is below 0.27 m; 1000 steps.

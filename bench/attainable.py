@@ -286,7 +286,11 @@ def table(result: Mapping[str, Any]) -> str:
         best = _mean(plan["reward"]) * task.max_episode_steps
         cells.append("" if any(plan["falls"]) else f"{best:,.0f}")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *sorted({_measured(case) for case in result["cases"]})])
+    measured: dict[str, list[str]] = {}
+    for case in result["cases"]:
+        names = measured.setdefault(_measured(case), [])
+        names += [] if case["env"] in names else [case["env"]]
+    return "\n".join([*lines, "", *(f"{', '.join(n)}: {how}" for how, n in measured.items())])
 
 
 def _measured(case: Mapping[str, Any]) -> str:
@@ -294,7 +298,7 @@ def _measured(case: Mapping[str, Any]) -> str:
     software, commit = case["software"], case["commit"]
     seeds = len(case["policies"]["idle"]["reward"])
     return (
-        f"Means over {seeds} episodes; {case['machine']['cpu']}, MuJoCo {software['mujoco']}, "
+        f"means over {seeds} episodes; {case['machine']['cpu']}, MuJoCo {software['mujoco']}, "
         f"torch {software['torch']}, {case['date'][:10]}, commit {commit['id'] or 'unknown'}"
         + (" with uncommitted changes." if commit["dirty"] else ".")
     )

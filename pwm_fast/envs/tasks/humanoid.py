@@ -15,7 +15,9 @@ class Humanoid(FloatingTask):
     """A humanoid of 40.8 kg with 21 motors of 35 to 210 Nm against springs to zero angles.
 
     Joints: abdomen z, y, x; right hip x, z, y, knee, ankle y, x; the same of the left; right
-    shoulder 1, 2, elbow; the same of the left. The variants are the same.
+    shoulder 1, 2, elbow; the same of the left. Measures and joint ranges are those of dm_control's
+    humanoid, from which dflex's differs in some ranges of hips and shoulders. The variants are the
+    same.
 
     Observation (76): see :class:`FloatingTask`. Reward: ``v_x + 0.1 up + heading + H -
     0.002 |a|^2`` with ``d = clip(height - 0.84, -1, 0.1)`` and ``H = 10 d``, or ``-200 d^2`` where

@@ -7,7 +7,9 @@ from pathlib import Path
 from bench.environment import ROOT
 
 README = ROOT / "README.md"
-OPS, PERFORMANCE = (ROOT / "docs" / name for name in ("ops.md", "performance.md"))
+ENVIRONMENTS, OPS, PERFORMANCE = (
+    ROOT / "docs" / name for name in ("environments.md", "ops.md", "performance.md")
+)
 
 
 def put(text: str, name: str, section: str) -> str:

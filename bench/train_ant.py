@@ -13,6 +13,7 @@ Exit status: 0 trained to the end of the time, 1 training failed, 2 one line say
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -64,10 +65,13 @@ def configuration(options: argparse.Namespace, run_dir: Path) -> TrainConfig:
     Raises:
         ConfigError: a value cannot be used.
     """
-    env = plain.load("env", "ant")
+    given = plain.load("env", "ant")
+    own = {f.name for f in dataclasses.fields(config.EnvConfig)}
+    env = {key: value for key, value in given.items() if key in own}
+    env["options"] = {key: value for key, value in given.items() if key not in own}
     env["threads"] = options.threads or min(8, usable_cpus())
     return TrainConfig(
-        env=plain.build(config.EnvConfig, env),
+        env=config.EnvConfig(**env),
         alg=plain.algorithm(options.alg),
         seed=options.seed,
         epochs=options.epochs,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pwm_fast import config as configuration
-from pwm_fast.config import ConfigError, TrainConfig, from_dict, to_dict
+from pwm_fast.config import ConfigError, EnvConfig, TrainConfig, from_dict, from_saved, to_dict
 from tests.models.builders import CONFIGS, compose, compose_raw
 
 ALGS = sorted(p.stem for p in (CONFIGS / "alg").glob("*.yaml"))
@@ -34,7 +34,7 @@ def nested(key: str, value: object) -> dict[str, Any]:
 
 def test_the_files_are_found() -> None:
     assert {"pwm", "pwm_flow", "pwm_5M", "pwm_5M_flow", "pwm_48M_flow"} <= set(ALGS)
-    assert {"ant", "cartpole", "hopper", "gym", "dmc"} <= set(ENVS)
+    assert {"ant", "anymal", "cartpole", "hopper", "humanoid", "gym", "dmc"} <= set(ENVS)
 
 
 @pytest.mark.parametrize("alg", ALGS)
@@ -161,7 +161,39 @@ def test_round_trip_keeps_every_value() -> None:
 def test_options_beside_and_inside() -> None:
     """The YAML files have them beside the environment's keys, a checkpoint under ``options``."""
     config = from_dict({"env": {"name": "cartpole", "start": "upright", "options": {"other": 1}}})
-    assert config.env.options == {"start": "upright", "other": 1}
+    assert config.env.options == {"variant": "default", "start": "upright", "other": 1}
+
+
+@pytest.mark.parametrize("name", ["ant", "cartpole", "hopper"])
+def test_a_saved_configuration_without_a_variant_is_dflexs(name: str) -> None:
+    """Of a run from before there were variants; every newer one names it, whoever made it."""
+    older: dict[str, Any] = {"env": {"name": name, "options": {"start": "upright"}}}
+    assert configuration.lacks_variant(older)
+    assert from_saved(older).env.options == {"variant": "dflex", "start": "upright"}
+    assert older["env"]["options"] == {"start": "upright"}, "its argument is left alone"
+    assert from_saved({"env": {"name": name}}).env.options == {"variant": "dflex"}
+    for made in (from_dict(older), TrainConfig(env=EnvConfig(name))):
+        assert made.env.options["variant"] == "default"
+        assert from_saved(to_dict(made)) == made
+    beside = {"env": {"name": name, "variant": "default"}}
+    assert from_saved(beside).env.options == {"variant": "default"}
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"name": "gym", "id": "Ant-v5"},
+        {"name": "anymal"},
+        {"name": ["ant"]},
+        {"name": "ant", "options": 5},
+        {},
+        None,
+        5,
+    ],
+)
+def test_other_saved_environments_get_no_variant(env: Any) -> None:
+    assert not configuration.lacks_variant({"env": env})
+    assert configuration.with_variant({"env": env}) == {"env": env}
 
 
 def test_from_dict_leaves_its_argument_alone() -> None:

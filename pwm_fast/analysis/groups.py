@@ -125,6 +125,8 @@ def _environment(where: dict[str, Any]) -> Environment:
         for k, v in where.items()
         if k.startswith("env.options.") and v not in (None, {}, [])
     }
+    if options.get("variant") == "default":  # only another one is worth a word
+        del options["variant"]
     limit = where.get("env.max_episode_steps")
     if limit is not None:
         options["max_episode_steps"] = limit

@@ -216,7 +216,7 @@ def _config(path: Path) -> dict[str, Any]:
         values = configuration.read_yaml(path)
     except ConfigError as error:
         raise ConfigError(f"config.yaml is damaged: {error}") from error
-    flat = flatten(values) if isinstance(values, dict) else {}
+    flat = flatten(configuration.with_variant(values)) if isinstance(values, dict) else {}
     lacking = [key for key in ("env.name", "alg.name", "seed") if flat.get(key) is None]
     if lacking:
         raise ConfigError(f"config.yaml is not of a training run: it lacks {', '.join(lacking)}")

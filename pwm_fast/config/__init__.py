@@ -27,15 +27,19 @@ from pwm_fast.config.loading import (
     compose,
     from_dict,
     from_hydra,
+    from_saved,
     hydra_schema,
+    lacks_variant,
     open_overrides,
     read_yaml,
     structured,
     to_dict,
     typed,
+    with_variant,
 )
 from pwm_fast.config.planning import PlanningConfig
 from pwm_fast.config.training import (
+    OLDEST_VARIANT,
     CheckpointConfig,
     DataConfig,
     EnvConfig,
@@ -50,6 +54,7 @@ from pwm_fast.config.training import (
 __all__ = [
     "MAX_THREADS",
     "MISSING",
+    "OLDEST_VARIANT",
     "WORLD_MODELS",
     "ActorConfig",
     "AlgConfig",
@@ -74,11 +79,14 @@ __all__ = [
     "compose",
     "from_dict",
     "from_hydra",
+    "from_saved",
     "hydra_schema",
+    "lacks_variant",
     "open_overrides",
     "read_yaml",
     "structured",
     "to_dict",
     "typed",
+    "with_variant",
     "world_model_kinds",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pwm_fast.config.checks import ConfigError, require
-from pwm_fast.config.training import EnvConfig, TrainConfig
+from pwm_fast.config.training import OLDEST_ROBOTS, OLDEST_VARIANT, EnvConfig, TrainConfig
 
 Typed = TypeVar("Typed")
 
@@ -101,6 +101,35 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     options.update({k: v for k, v in env.items() if k not in known})
     values["env"] = {**{k: v for k, v in env.items() if k in known}, "options": options}
     return structured(TrainConfig, values)
+
+
+def from_saved(values: Mapping[str, Any]) -> TrainConfig:
+    """A checked configuration from one that was saved, by this version or an older one.
+
+    Raises:
+        ConfigError: as of :func:`from_dict`.
+    """
+    return from_dict(with_variant(values))
+
+
+def lacks_variant(values: Mapping[str, Any]) -> bool:
+    """Whether a saved configuration is of a robot, but older than the choice of its variant."""
+    env = values.get("env")
+    if not isinstance(env, Mapping) or env.get("name") not in OLDEST_ROBOTS:
+        return False
+    options = env.get("options") or {}
+    return "variant" not in env and isinstance(options, Mapping) and "variant" not in options
+
+
+def with_variant(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration in which the robot's variant is named, also where it is older."""
+    if not lacks_variant(values):
+        return dict(values)
+    env = dict(values["env"])
+    return {
+        **values,
+        "env": {**env, "options": {**(env.get("options") or {}), "variant": OLDEST_VARIANT}},
+    }
 
 
 def structured(kind: type[Typed], values: Any, prefix: str = "") -> Typed:

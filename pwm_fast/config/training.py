@@ -126,6 +126,12 @@ class DataConfig(Checked):
         require(ok, "data.manifest", self.manifest, "null where data.path is null")
 
 
+# Robots that there were before robots had variants. A configuration that was saved then says
+# nothing of one: its runs were made on the physics that is OLDEST_VARIANT now.
+OLDEST_ROBOTS = ("ant", "cartpole", "hopper")
+OLDEST_VARIANT = "dflex"
+
+
 @dataclass
 class EnvConfig(Checked):
     """The environment to act in.
@@ -138,7 +144,8 @@ class EnvConfig(Checked):
         engine: physics of the built-in robots: ``mujoco`` (native, CPU threads), ``mujoco_warp``
             (on the run's device, extra ``[gpu]``) or ``auto`` (``mujoco_warp`` where the device is
             a CUDA GPU and it can run there, else ``mujoco``; the run says which).
-        options: what the task itself takes, such as ``start`` of the cart-pole.
+        options: what the task itself takes, such as ``start`` of the cart-pole. The ``variant`` of
+            a robot of :data:`OLDEST_ROBOTS` is always among them, ``default`` unless it is given.
     """
 
     PREFIX: ClassVar[str] = "env."
@@ -149,6 +156,11 @@ class EnvConfig(Checked):
     threads: int = checked(1, positive(MAX_THREADS))
     engine: str = checked("auto", one_of("auto", "mujoco", "mujoco_warp"))
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name in OLDEST_ROBOTS:  # else what is saved could not be told from what is older
+            self.options = {**self.options, "variant": self.options.get("variant", "default")}
 
 
 @dataclass

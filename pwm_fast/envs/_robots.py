@@ -51,7 +51,7 @@ class RobotBatch(EnvBatch, ABC):
         _checks.positive(num_envs=num_envs, max_episode_steps=max_episode_steps)
         import mujoco
 
-        self._compiled = mujoco.MjModel.from_xml_string(task.mjcf())
+        self._compiled = task.model()
         floats = mujoco.mj_stateSize(self._compiled, int(mujoco.mjtState.mjSTATE_FULLPHYSICS))
         memory.require(
             num_envs * (self._number_bytes * floats + 4 * (4 * task.obs_dim + 2)),

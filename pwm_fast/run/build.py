@@ -237,7 +237,7 @@ def load_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
     content = checkpoint.load(path)
     checkpoint_content.check(path, content)
     try:
-        return configuration.from_dict(content["config"]), content
+        return configuration.from_saved(content["config"]), content
     except ConfigError as error:
         raise CheckpointError(f"{path} is of another version of pwm_fast: {error}") from error
 

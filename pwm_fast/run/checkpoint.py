@@ -137,6 +137,15 @@ def epoch_of(path: Path) -> int | None:
     return epoch if type(epoch) is int else None
 
 
+def config_of(path: Path) -> dict[str, Any]:
+    """A checkpoint's configuration, without reading its tensors; empty where it cannot be read."""
+    try:
+        config = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
+    except Exception:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def previous_of(path: Path) -> Path:
     """Where :func:`save` keeps the checkpoint before ``path``."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -18,7 +19,14 @@ from pwm_fast.run.provenance import HOW_IT_RUNS, flat, within
 # What may differ between a run and the process that continues it.
 FREE_KEYS = ("epochs", *HOW_IT_RUNS)
 # Options that say which environment an adapter makes; others set it up.
-WHICH_ENVIRONMENT = ("env.name", "env.options.id", "env.options.domain", "env.options.task")
+VARIANT = "env.options.variant"
+WHICH_ENVIRONMENT = (
+    "env.name",
+    "env.options.id",
+    "env.options.domain",
+    "env.options.task",
+    VARIANT,
+)
 UNSAVED = (
     "This run has written no checkpoints/latest.pt yet: if it is killed now, the same command "
     "starts it anew.\n"
@@ -106,6 +114,36 @@ class RunDirectory:
                 folder.rmdir()
 
     # --- what is here -----------------------------------------------------------------------------
+
+    def as_begun(self, config: TrainConfig) -> TrainConfig:
+        """``config`` on the physics of the run that it continues, if that is older than variants.
+
+        Such a run was begun on what is ``env.variant=dflex`` now, by a command that says nothing of
+        a variant. The same command goes on there, however often it is continued.
+
+        Raises:
+            ConfigError: a record of the run is damaged.
+        """
+        if config.resume is None:
+            return config
+        path = self._newest() if config.resume == "auto" else files.user_path(config.resume)
+        saved = self._written_config() if path is None else checkpoint.config_of(path)
+        there = flat(saved)
+        if there.get("env.name") != config.env.name or not (
+            configuration.lacks_variant(saved)
+            or (
+                there.get(VARIANT) == configuration.OLDEST_VARIANT and self._began_without_variant()
+            )
+        ):
+            return config
+        options = {**config.env.options, "variant": configuration.OLDEST_VARIANT}
+        return replace(config, env=replace(config.env, options=options))
+
+    def _began_without_variant(self) -> bool:
+        """Whether the run that is here went on from a checkpoint that is older than variants."""
+        links = [record.get("continues") or {} for record in provenance.read(self.provenance)]
+        changes = [link.get("config_changes", {}).get(VARIANT) for link in links]
+        return any(change is not None and change["was"] is None for change in changes)
 
     def source(self, config: TrainConfig) -> Source | None:
         """The checkpoint that ``config.resume`` continues, or None to start anew.
@@ -431,14 +469,19 @@ def refuse_other_environment(saved: dict[str, Any], config: TrainConfig, path: P
 
 
 def which_environment(values: dict[str, Any]) -> str:
-    """The environment that a configuration names, as its keys and their values."""
+    """The environment that a configuration names, as its keys and their values.
+
+    A robot's variant is among them unless it is the default one.
+    """
     there = flat(values)
+    if there.get(VARIANT) == "default":
+        del there[VARIANT]
     return " ".join(f"{key}={there[key]}" for key in WHICH_ENVIRONMENT if there.get(key))
 
 
 def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration with today's keys: one that a run is older than has its default."""
     try:
-        return configuration.to_dict(configuration.from_dict(saved))
+        return configuration.to_dict(configuration.from_saved(saved))
     except ConfigError:  # it has keys or values of another version: they differ as they stand
         return saved

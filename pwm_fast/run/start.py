@@ -38,6 +38,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
         OSError: a file cannot be written.
     """
     configuration.check_tasks(config)
+    config = RunDirectory(Path(config.run_dir)).as_begun(config)
     device = build.select_device(config.device)
     build.set_threads(config.threads, config.alg, device)
     build.seed_everything(config.seed)
@@ -116,6 +117,11 @@ def _beginning(
         return
     new = ", with a new replay" if source.content["replay"] is None else ""
     yield f"continuing {source.path} after epoch {source.content['epoch']}{new}"
+    if configuration.lacks_variant(source.content["config"]):
+        yield (
+            "this checkpoint is older than env.variant: it goes on with the physics that it began "
+            f"with, env.variant={configuration.OLDEST_VARIANT}"
+        )
     if source.content.get("seeding") != seeding.VERSION:
         yield (
             "this checkpoint is of a version that derived seeds in another way: its evaluations "

@@ -22,9 +22,11 @@ def test_every_environment_has_a_configuration():
 @pytest.mark.parametrize(
     ("name", "num_envs", "options"),
     [
-        ("ant", 128, {"engine"}),
-        ("cartpole", 64, {"engine", "start"}),
-        ("hopper", 64, {"engine"}),
+        ("ant", 128, {"engine", "variant"}),
+        ("anymal", 64, {"engine", "variant"}),
+        ("cartpole", 64, {"engine", "start", "variant"}),
+        ("hopper", 64, {"engine", "variant"}),
+        ("humanoid", 64, {"engine", "variant"}),
         ("gym", 16, {"id", "kwargs"}),
         ("dmc", 8, {"domain", "task", "action_repeat"}),
     ],
@@ -36,6 +38,7 @@ def test_keys(name, num_envs, options):
     assert config["max_episode_steps"] is None
     assert config["threads"] == 1
     assert config.get("engine", "auto") == "auto"
+    assert config.get("variant", "default") == "default"
     assert set(config) == {"name", "num_envs", "max_episode_steps", "threads"} | options
 
 

@@ -327,7 +327,7 @@ def test_stable_under_random_full_range_actions(name, bang_bang):
 @pytest.mark.parametrize(
     ("name", "kwargs", "match"),
     [
-        ("walker", {}, "env.name must be one of ant, cartpole, dmc, gym, hopper"),
+        ("walker", {}, "env.name must be one of ant, anymal, cartpole, dmc, gym, hopper, humanoid"),
         ("cartpole", {"start": "sideways"}, "env.start must be one of hanging, upright"),
         ("cartpole", {"start": ["hanging"]}, r"env.start must be one of .*, got \['hanging'\]"),
         (

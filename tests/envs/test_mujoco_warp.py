@@ -21,15 +21,27 @@ mujoco = pytest.importorskip("mujoco", reason="needs pip install 'pwm-fast[train
 NAMES = sorted(TASKS)
 
 
-class EllipticAnt(Ant):
+class Elliptic:
     """With round friction cones.
 
     Pyramids have edges, and under a capsule that is steeper than 60 degrees mujoco-warp turns them
-    otherwise than MuJoCo: contacts of the ant as shipped differ in the friction's direction.
+    otherwise than MuJoCo: contacts of a robot as shipped differ in the friction's direction.
     """
 
     def mjcf(self):
         return super().mjcf().replace("integrator=", 'cone="elliptic" integrator=')
+
+
+class EllipticAnt(Elliptic, Ant):
+    pass
+
+
+class EllipticAnymal(Elliptic, TASKS["anymal"]):
+    pass
+
+
+class EllipticHumanoid(Elliptic, TASKS["humanoid"]):
+    pass
 
 
 class FreeCart(CartPole):
@@ -56,7 +68,14 @@ def put(warp, native):
 @pytest.mark.parametrize(
     # Tolerances: five times what 2 x 80 steps of 8 envs came to.
     ("task", "atol"),
-    [(CartPole, 4e-6), (FreeCart, 4e-6), (TASKS["hopper"], 1e-4), (EllipticAnt, 2e-4)],
+    [
+        (CartPole, 4e-6),
+        (FreeCart, 4e-6),
+        (TASKS["hopper"], 1e-4),
+        (EllipticAnt, 2e-4),
+        (EllipticAnymal, 2e-4),
+        (EllipticHumanoid, 4e-4),
+    ],
 )
 def test_each_control_step_is_that_of_native_physics(task, atol):
     """From equal states, along an episode with landings and limits."""
@@ -182,29 +201,36 @@ MIXED = """<mujoco>
 
 
 def test_most_contacts_and_rows():
-    def bounds(name):
-        return contacts_and_rows(mujoco.MjModel.from_xml_string(TASKS[name]().mjcf()))
-
-    assert bounds("cartpole") == (0, 1)
-    assert bounds("hopper") == (8, 35)
-    assert bounds("ant") == (25, 108)
+    bounds = {
+        "cartpole": (0, 1),
+        "hopper": (8, 35),
+        "ant": (25, 108),
+        # A trunk and four knees, which are capsules, and four feet; no limits.
+        "anymal": (14, 56),
+        # 16 capsules, the head and the hands; 21 limits.
+        "humanoid": (35, 161),
+    }
+    for name, expected in bounds.items():
+        for variant in TASKS[name].variants:
+            assert contacts_and_rows(TASKS[name](variant=variant).model()) == expected
     model = mujoco.MjModel.from_xml_string(MIXED)
     # Plane with 2 spheres and a box, the box with 2 spheres; 6 rows each; friction; the weld.
     assert contacts_and_rows(model) == (2 + 8 + 2, 12 * 6 + 1 + 7)
 
 
 @needs_warp
-def test_no_more_contacts_and_rows_than_bounded():
-    """Limp ants, thrown at the floor in every posture."""
-    env = make("ant", 12, engine="mujoco_warp")
+@pytest.mark.parametrize(("name", "rows"), [("ant", 108), ("anymal", 56), ("humanoid", 161)])
+def test_no_more_contacts_and_rows_than_bounded(name, rows):
+    """Limp robots, thrown at the floor in every posture."""
+    env = make(name, 12, engine="mujoco_warp")
     generator = torch.Generator().manual_seed(2)
     env._qpos[:, 2] = 0.35
     env._qpos[:, 3:7] = torch.nn.functional.normalize(torch.randn(12, 4, generator=generator))
     most = 0
-    for action in torch.zeros(10, 12, 8):
+    for action in torch.zeros(10, 12, env.task.action_dim):
         env.step(action)
         most = max(most, int(env._data.nefc.numpy().max()))
-    assert 20 < most <= 108
+    assert 20 < most <= rows
     assert env._counters[2] == 0
 
 

@@ -9,8 +9,10 @@ import torch
 from pwm_fast.envs import TASKS, Task, tasks
 from pwm_fast.envs.tasks import rotation
 from pwm_fast.envs.tasks.ant import Ant
+from pwm_fast.envs.tasks.anymal import Anymal
 from pwm_fast.envs.tasks.cartpole import CartPole
 from pwm_fast.envs.tasks.hopper import Hopper
+from pwm_fast.envs.tasks.humanoid import Humanoid
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -31,7 +33,13 @@ def close(actual, expected, atol=1e-6):
 
 @pytest.mark.parametrize(
     ("name", "steps", "can_terminate", "has_goal"),
-    [("ant", 1000, True, False), ("cartpole", 240, False, True), ("hopper", 1000, True, False)],
+    [
+        ("ant", 1000, True, False),
+        ("anymal", 1000, True, False),
+        ("cartpole", 240, False, True),
+        ("hopper", 1000, True, False),
+        ("humanoid", 1000, True, False),
+    ],
 )
 def test_episodes(name, steps, can_terminate, has_goal):
     task = TASKS[name]()
@@ -160,28 +168,37 @@ def test_ant_observation_turned(axis, degrees, angular, quat_xyzw, angular_world
     close(obs[27:29], [up, heading])
 
 
-def test_ant_observation_against_mujoco():
+@pytest.mark.parametrize(
+    ("name", "root"), [("ant", "torso"), ("anymal", "trunk"), ("humanoid", "torso")]
+)
+def test_observations_against_mujoco(name, root):
     mujoco = pytest.importorskip("mujoco", reason="needs pip install 'pwm-fast[train]'")
-    task = Ant()
-    model = mujoco.MjModel.from_xml_string(task.mjcf())
+    task = TASKS[name]()
+    model, n = task.model(), task.action_dim
     data = mujoco.MjData(model)
     generator = torch.Generator().manual_seed(0)
     to_y_up = torch.tensor([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=F64)
     for _ in range(20):
-        qpos = torch.randn(1, 15, generator=generator, dtype=F64)
+        qpos = torch.randn(1, 7 + n, generator=generator, dtype=F64)
         qpos[:, 3:7] /= qpos[:, 3:7].norm()
-        qvel = torch.randn(1, 14, generator=generator, dtype=F64)
-        (obs,) = task.observation(qpos, qvel, torch.zeros(1, 8, dtype=F64))
+        qvel = torch.randn(1, 6 + n, generator=generator, dtype=F64)
+        action = torch.randn(1, n, generator=generator, dtype=F64)
+        (obs,) = task.observation(qpos, qvel, action)
+        assert obs.shape == (task.obs_dim,)
         data.qpos[:], data.qvel[:] = qpos[0].numpy(), qvel[0].numpy()
         mujoco.mj_forward(model, data)
-        torso = model.body("torso").id
+        torso = model.body(root).id
         twist = torch.zeros(6, dtype=F64).numpy()  # angular, linear, in the world's axes
         mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_XBODY, torso, twist, 0)
         rotation_matrix = torch.tensor(data.xmat[torso]).view(3, 3)
         close(obs[0], data.xpos[torso][2])
         close(obs[5:8], to_y_up @ torch.tensor(twist[3:]))
         close(obs[8:11], to_y_up @ torch.tensor(twist[:3]))
-        close(obs[27:29], [rotation_matrix[2, 2].item(), rotation_matrix[0, 0].item()])
+        close(obs[11 : 11 + n], qpos[0, 7:])
+        close(obs[11 + n : 11 + 2 * n], 0.1 * qvel[0, 6:])
+        upright = [rotation_matrix[2, 2].item(), rotation_matrix[0, 0].item()]
+        close(obs[11 + 2 * n : 13 + 2 * n], upright)
+        close(obs[13 + 2 * n :], action[0])
         x, y, z, w = obs[1:5].tolist()
         matrix = torch.zeros(9, dtype=F64).numpy()
         mujoco.mju_quat2Mat(matrix, torch.tensor([w, x, y, z], dtype=F64).numpy())
@@ -198,6 +215,51 @@ def test_ant_reward_and_termination():
     heights = torch.zeros(3, 37)
     heights[:, 0] = torch.tensor([0.26, 0.28, 0.75])
     assert task.terminated(heights).tolist() == [True, False, False]
+
+
+def free_root_obs(task, height, v_x, degrees):
+    """Of a robot that is turned about the vertical axis and has other velocities besides."""
+    half, n = math.radians(degrees) / 2, task.action_dim
+    quat = (math.cos(half), 0.0, 0.0, math.sin(half))
+    qpos = rows((5.0, -3.0, height, *quat, *[0.3] * n))
+    qvel = rows((v_x, 9.0, 9.0, *[2.0] * (3 + n)))
+    return task.observation(qpos, qvel, torch.full((1, n), 0.7, dtype=F64))
+
+
+def test_anymal_reward_and_termination():
+    task = Anymal()
+    obs = free_root_obs(task, 0.6, 1.5, 60.0)
+    action = rows([1.0, -0.5, *[0.0] * 10])
+    # v_x + 0.1 up + cos 60 + (0.6 - 0.25) - 0.005 |a|^2
+    close(task.reward(obs, action), [1.5 + 0.1 + 0.5 + 0.35 - 0.00625])
+    close(task.reward(obs, torch.zeros_like(action)), [1.5 + 0.1 + 0.5 + 0.35])
+    heights = torch.zeros(3, 49)
+    heights[:, 0] = torch.tensor([0.24, 0.26, 0.55])
+    assert task.terminated(heights).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("height", "expected"),
+    [
+        (1.35, 1.0),  # d is clipped at 0.1
+        (0.94, 1.0),
+        (0.89, 0.5),
+        (0.84, 0.0),
+        (0.74, -2.0),  # -200 * 0.1^2
+        (-5.0, -200.0),  # and at -1
+    ],
+)
+def test_humanoid_reward(height, expected):
+    task = Humanoid()
+    obs = free_root_obs(task, height, -0.5, 60.0)
+    action = rows([1.0, -0.5, 0.5, *[0.0] * 18])
+    close(task.reward(obs, action), [-0.5 + 0.1 + 0.5 + expected - 0.003])
+
+
+def test_humanoid_termination():
+    heights = torch.zeros(3, 76)
+    heights[:, 0] = torch.tensor([0.73, 0.75, 1.35])
+    assert Humanoid().terminated(heights).tolist() == [True, False, False]
 
 
 def test_rotations():
@@ -233,11 +295,20 @@ def test_hopper_reset():
     uniform_within(qvel, 0.0, 0.05)
 
 
-def test_ant_reset():
-    qpos, qvel = draw(Ant())
+@pytest.mark.parametrize(
+    ("name", "height", "start"),
+    [
+        ("ant", 0.75, [0.0, 1.0, 0.0, -1.0, 0.0, -1.0, 0.0, 1.0]),
+        # LF, RF, LH, RH
+        ("anymal", 0.55, [0.03, 0.4, -0.8, -0.03, 0.4, -0.8, 0.03, -0.4, 0.8, -0.03, -0.4, 0.8]),
+        ("humanoid", 1.35, [0.0] * 21),
+    ],
+)
+def test_resets_of_robots_with_a_free_root(name, height, start):
+    qpos, qvel = draw(TASKS[name]())
     position, quat, joints = qpos[:, :3], qpos[:, 3:7], qpos[:, 7:]
-    uniform_within(position, [0.0, 0.0, 0.75], 0.1)
-    uniform_within(joints, [0.0, 1.0, 0.0, -1.0, 0.0, -1.0, 0.0, 1.0], 0.2)
+    uniform_within(position, [0.0, 0.0, height], 0.1)
+    uniform_within(joints, start, 0.2)
     uniform_within(qvel[:, 6:], 0.0, 0.25)
     close(quat.norm(dim=-1), torch.ones(4000))
     angle = 2 * torch.atan2(quat[:, 1:].norm(dim=-1), quat[:, 0])

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from importlib import resources
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Variant(NamedTuple):
+    """What one variant of a robot changes of the numbers in its MJCF model.
+
+    Attributes:
+        mass: factor of the density of every geom, so of masses and inertias.
+        torque: factor of the gear of every motor.
+        damping: Nms/rad (Ns/m on a slide) that is added to the damping of every hinge and slide.
+        armature: factor of the armature of every hinge and slide.
+    """
+
+    mass: float = 1.0
+    torque: float = 1.0
+    damping: float = 0.0
+    armature: float = 1.0
+
+
+Variants = Mapping[str, Variant]
 
 
 class Task(ABC):
@@ -26,6 +46,13 @@ class Task(ABC):
         control_dt: seconds a control step.
         max_episode_steps: default time limit in control steps.
         can_terminate: whether :meth:`terminated` can be True.
+        variants: physics of the robot by the name that ``env.variant`` gives it.
+
+    Args:
+        variant: one of ``variants``.
+
+    Raises:
+        ValueError: another ``variant``.
     """
 
     name: ClassVar[str]
@@ -36,16 +63,26 @@ class Task(ABC):
     control_dt: ClassVar[float] = 1.0 / 60.0
     max_episode_steps: ClassVar[int] = 1000
     can_terminate: ClassVar[bool] = False
+    variants: ClassVar[Variants] = {"default": Variant()}
+    variant: str = "default"
 
-    def __init_subclass__(cls) -> None:
+    def __init__(self, variant: str = "default") -> None:
+        if not isinstance(variant, str) or variant not in self.variants:
+            known = ", ".join(self.variants)
+            raise ValueError(f"env.variant of {self.name} must be one of {known}, got {variant!r}")
+        self.variant = variant
+
+    def __init_subclass__(cls, abstract: bool = False) -> None:
         super().__init_subclass__()
+        if abstract:  # what several robots share
+            return
         needed = ("name", "asset", "obs_dim", "action_dim")
         missing = [key for key in needed if not hasattr(cls, key)]
         if missing:
             raise TypeError(f"the task {cls.__qualname__} lacks {', '.join(missing)}")
 
     def mjcf(self) -> str:
-        """The MJCF model as text.
+        """The MJCF model as text, before the variant changes it.
 
         Raises:
             FileNotFoundError: there is no such asset.
@@ -56,6 +93,27 @@ class Task(ABC):
                 f"env {self.name!r} needs its MJCF model in pwm_fast/envs/assets/{self.asset}"
             )
         return file.read_text("utf-8")
+
+    def model(self) -> Any:
+        """The robot of this variant as a new ``mujoco.MjModel``.
+
+        Raises:
+            FileNotFoundError: there is no such asset.
+        """
+        import mujoco
+
+        spec = mujoco.MjSpec.from_string(self.mjcf())
+        change = self.variants[self.variant]
+        for geom in spec.geoms:
+            geom.density *= change.mass
+            geom.mass *= change.mass  # NaN where the density gives it
+        for motor in spec.actuators:
+            motor.gear *= change.torque
+        for joint in spec.joints:
+            if joint.type in (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE):
+                joint.damping[0] += change.damping  # of a polynomial, the linear term
+                joint.armature *= change.armature
+        return spec.compile()
 
     @abstractmethod
     def observation(self, qpos: Tensor, qvel: Tensor, last_action: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pwm_fast.envs.tasks.base import Task, uniform
+from pwm_fast.envs.tasks.base import Task, Variant, Variants, uniform
 
 STARTS = {"hanging": -math.pi, "upright": 0.0}
 
@@ -20,9 +21,10 @@ class CartPole(Task):
 
     Args:
         start: ``"hanging"`` (swing-up, as SHAC runs it) or ``"upright"`` (as PWM's code runs it).
+        variant: ``"default"`` or ``"dflex"``, which are the same here.
 
     Raises:
-        ValueError: another ``start``.
+        ValueError: another ``start`` or ``variant``.
     """
 
     name = "cartpole"
@@ -31,8 +33,10 @@ class CartPole(Task):
     action_dim = 1
     max_episode_steps = 240
     goal_angle = 0.2  # rad from upright: what counts as held
+    variants: ClassVar[Variants] = {"default": Variant(), "dflex": Variant()}
 
-    def __init__(self, start: str = "hanging") -> None:
+    def __init__(self, start: str = "hanging", variant: str = "default") -> None:
+        super().__init__(variant)
         if not isinstance(start, str) or start not in STARTS:
             raise ValueError(f"env.start must be one of {', '.join(STARTS)}, got {start!r}")
         self.start = start

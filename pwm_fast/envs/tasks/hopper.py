@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pwm_fast.envs.tasks.base import Task, uniform
+from pwm_fast.envs.tasks.base import Task, Variant, Variants, uniform
 
 
 class Hopper(Task):
     """A planar robot of 15.8 kg with three motors of 200 Nm: thigh, leg, foot.
+
+    Both variants are dflex's robot, with its drag and added mass: it can hop well enough.
 
     Observation (11): ``z, pitch, thigh, leg, foot`` and their rates with ``x'`` in front, where
     ``z`` is the torso's height over 1.25 m: ``z, pitch, thigh, leg, foot, x', z', pitch', thigh',
@@ -28,6 +31,7 @@ class Hopper(Task):
     can_terminate = True
     termination_height = -0.45  # m, over 1.25 m
     noise = 0.05  # m, rad, m/s, rad/s
+    variants: ClassVar[Variants] = {"default": Variant(), "dflex": Variant()}
 
     def observation(self, qpos: Tensor, qvel: Tensor, last_action: Tensor) -> Tensor:
         """See :class:`Hopper`."""

@@ -1,6 +1,7 @@
 """The study of docs/results.md: the runs, what is kept of them, and the page's tables and figures.
 
 python -m bench.study run cartpole --seeds 0-4 --jobs 2    # go on where an earlier call stopped
+python -m bench.study diagnose cartpole                    # each finished run, once
 python -m bench.study collect cartpole                     # into bench/results/study_cartpole.json
 python -m bench.study docs                                 # draw what is stored
 
@@ -20,12 +21,13 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench import environment, pages
+from bench import environment, frontier, pages
+from bench.arms import STUDIES, Arm
 from bench.results import STORE
 from pwm_fast.analysis import statistics
 from pwm_fast.run import metrics
@@ -33,82 +35,6 @@ from pwm_fast.run import metrics
 RESULTS = environment.ROOT / "docs" / "results.md"
 FIGURES = environment.ROOT / "docs" / "figures"
 CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_success")
-WM, LEARN = "alg.world_model", "alg.model_learning"
-
-
-class Arm(NamedTuple):
-    """A configuration of a study.
-
-    Attributes:
-        name: of its run directories.
-        label: in tables.
-        overrides: of the trainer.
-    """
-
-    name: str
-    label: str
-    overrides: tuple[str, ...]
-
-
-class Study(NamedTuple):
-    """Runs that are compared with one another.
-
-    Attributes:
-        overrides: that all arms have.
-        arms: the configurations.
-        success: what a share in ``eval_success`` means; empty where the task has no goal.
-    """
-
-    overrides: tuple[str, ...]
-    arms: tuple[Arm, ...]
-    success: str = ""
-
-
-def _tiny(name: str, label: str, *overrides: str) -> Arm:
-    kind = "pwm_tiny" if name.startswith(("mlp", "residual")) else "pwm_tiny_flow"
-    return Arm(name, label, (f"alg={kind}", *overrides))
-
-
-# Every arm names all that tells it from the others, so that a default may change beside it.
-HEUN = (f"{WM}.integrator=heun", f"{WM}.substeps=2")
-EULER = (f"{WM}.integrator=euler", f"{WM}.substeps=1")
-WHOLE, CUT4, CUT2, CUT1 = (f"{LEARN}.rollout_steps={n}" for n in ("null", 4, 2, 1))
-
-CARTPOLE = (
-    _tiny("mlp", "MLP (baseline), windows of 16", WHOLE),
-    _tiny("mlp_n4", "MLP, windows of 4", CUT4),
-    _tiny("mlp_n2", "MLP, windows of 2", CUT2),
-    _tiny("mlp_n1", "MLP, windows of 1", CUT1),
-    _tiny("residual", "residual MLP, windows of 16", f"{WM}.kind=residual", WHOLE),
-    _tiny("residual_n1", "residual MLP, windows of 1", f"{WM}.kind=residual", CUT1),
-    _tiny("flow_simnorm", "flow, SimNorm head, Heun K = 2", f"{WM}.head=simnorm", *HEUN, WHOLE),
-    _tiny("flow_heun", "flow, Heun K = 2", *HEUN, WHOLE),
-    _tiny("flow_mixed", "flow, Heun K = 2, learned with Euler K = 1", *HEUN,
-          f"{LEARN}.integrator=euler", f"{LEARN}.substeps=1", WHOLE),
-    _tiny("flow", "flow, Euler K = 1", *EULER, WHOLE),
-    _tiny("flow_n4", "flow, Euler K = 1, windows of 4", *EULER, CUT4),
-    _tiny("flow_n2", "flow, Euler K = 1, windows of 2", *EULER, CUT2),
-    _tiny("flow_n1", "flow, Euler K = 1, windows of 1", *EULER, CUT1),
-    _tiny("flow_encoder", "flow, Euler K = 1, starts' gradient to the encoder", *EULER, WHOLE,
-          f"{LEARN}.start_grad=encoder"),
-    _tiny("flow_none", "flow, Euler K = 1, starts without gradient", *EULER, WHOLE,
-          f"{LEARN}.start_grad=none"),
-    _tiny("flow_auto", "flow, Euler K = 1, encoded starts with measured noise", *EULER, WHOLE,
-          f"{LEARN}.flow_start=teacher", f"{LEARN}.start_noise=auto"),
-    _tiny("shortcut", "shortcut model, K = 1", f"{WM}.kind=shortcut", f"{WM}.substeps=1", WHOLE),
-    _tiny("meanflow", "MeanFlow, K = 1", f"{WM}.kind=shortcut", f"{WM}.substeps=1", WHOLE,
-          f"{LEARN}.consistency=meanflow"),
-)  # fmt: skip
-
-STUDIES = {
-    "cartpole": Study(
-        ("env=cartpole", "device=cpu", "threads=1"),
-        CARTPOLE,
-        "held upright for the last second",
-    ),
-}
-
-
 # --- running ------------------------------------------------------------------------------------
 
 
@@ -143,6 +69,29 @@ def run(study: str, arms: Sequence[Arm], seeds: Sequence[int], out: Path, jobs: 
         return sum(not ok for ok in pool.map(one, work))
 
 
+DIAGNOSE = ("threads=1", "points=4", "probes=2", "esnr_horizons=[1]", "esnr_samples=[2]")
+DIAGNOSIS = "study_diagnosis"
+
+
+def diagnose(study: str, out: Path) -> int:
+    """Diagnose the finished runs that are not yet; the number of failures."""
+    failed = 0
+    for directory in sorted((out / study).glob("*/seed_*")):
+        last = directory / "checkpoints" / "final.pt"
+        if not last.is_file() or (directory / DIAGNOSIS / "diagnosis.json").is_file():
+            continue
+        given = (f"checkpoint={last}", f"out={directory / DIAGNOSIS}", *DIAGNOSE)
+        done = subprocess.run(
+            [sys.executable, "-m", "pwm_fast.diagnose", *given],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        failed += done.returncode != 0
+        print(f"{directory}: {'diagnosed' if done.returncode == 0 else done.stderr.strip()}")
+    return failed
+
+
 # --- collecting ---------------------------------------------------------------------------------
 
 
@@ -160,6 +109,8 @@ def collect(study: str, out: Path) -> dict[str, Any]:
             rows = [r for r in metrics.read(directory / "metrics.jsonl") if "eval_reward" in r]
             keys = ("env", "alg", "seed", "epochs", "env_steps", "wall_time")
             evaluation = dict(summary["evaluation"])
+            known = directory / DIAGNOSIS / "diagnosis.json"
+            found = json.loads(known.read_text("utf-8")) if known.is_file() else None
             record = json.loads((directory / "provenance.json").read_text("utf-8"))
             runs.append(
                 {
@@ -168,6 +119,7 @@ def collect(study: str, out: Path) -> dict[str, Any]:
                     **{k: summary[k] for k in keys},
                     "commits": _commits(record),
                     "evaluation": evaluation,
+                    "model": None if found is None else _model(found["checkpoints"][0]),
                     "curve": {k: [row.get(k) for row in rows] for k in CURVE},
                 }
             )
@@ -178,6 +130,20 @@ def collect(study: str, out: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "machine": environment.machine(torch.device("cpu")),
         "runs": runs,
+    }
+
+
+def _model(found: dict[str, Any]) -> dict[str, Any]:
+    """What a study keeps of a diagnosis: open-loop errors, and what is known of actions."""
+    prediction, rewards = found["prediction"], found["rewards"]
+    sensitivity = found["sensitivity"]
+    has = isinstance(sensitivity, dict) and "reward_cosine" in sensitivity
+    return {
+        **{k: prediction[k] for k in ("step", "latent_per_displacement", "latent_per_spread")},
+        "reward_r2": rewards["model"],
+        "linear_r2": rewards["linear_obs_actions"],
+        "after": sensitivity["after"] if has else None,
+        "reward_cosine": sensitivity["reward_cosine"] if has else None,
     }
 
 
@@ -217,20 +183,36 @@ def _interval(estimate: statistics.Estimate, text: Callable[[float], str]) -> st
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: one row an arm; interquartile means over seeds with 95 % bootstrap intervals."""
-    study = STUDIES[result["study"]]
-    head = ["configuration", "seeds", "return", *(["success"] if study.success else []), "seconds"]
+    """Markdown: one row an arm.
+
+    Returns are interquartile means over seeds with 95 % bootstrap intervals, what is known of a
+    model is the median over them, costs are those of :mod:`bench.frontier`.
+    """
+    study, costs = STUDIES[result["study"]], frontier.stored()
+    head = ["configuration", "update", "epoch", "seeds", "return"]
+    head += ["success"] if study.success else []
+    head += ["latent error / displacement, step 1", "/ spread, step 16", "reward R2, step 16"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in study.arms:
         runs = [r for r in result["runs"] if r["arm"] == arm.name]
         if not runs:
             continue
         returns = statistics.estimate([r["evaluation"]["reward_mean"] for r in runs])
-        cells = [arm.label, str(len(runs)), _interval(returns, lambda x: f"{x:.0f}")]
+        cells = [arm.label]
+        there = costs is not None and arm.name in costs["seconds"]
+        cells += [f"{x:.2f}x" for x in frontier.ratios(costs, arm.name)] if there else ["", ""]
+        cells += [str(len(runs)), _interval(returns, lambda x: f"{x:.0f}")]
         if study.success:
             each = [f"{r['evaluation']['success']:.0%}" for r in runs]
             cells.append(", ".join(each))
-        cells.append(f"{np.median([r['wall_time'] for r in runs]):.0f}")
+        models = [r["model"] for r in runs if r["model"] is not None]
+        for key, i in (
+            ("latent_per_displacement", 0),
+            ("latent_per_spread", -1),
+            ("reward_r2", -1),
+        ):
+            each = [m[key][i] for m in models if m[key][i] is not None]
+            cells.append(f"{np.median(each):.2g}" if each else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -249,11 +231,15 @@ def commands(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Returns over environment steps and over seconds: interquartile means and their bands."""
+    """Returns over environment steps and over cost: interquartile means and their bands.
+
+    Cost is in epochs of the published baseline, as :mod:`bench.frontier` measured them: seconds of
+    runs that shared a machine would tell nothing.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    study = STUDIES[result["study"]]
+    study, costs = STUDIES[result["study"]], frontier.stored()
     arms = [a for a in study.arms if sum(r["arm"] == a.name for r in result["runs"]) > 1]
     figure = Figure(figsize=(10.0, 5.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -263,13 +249,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
         curves = np.array([r["curve"]["eval_reward"] for r in runs], dtype=float)
         centre, band = statistics.bands(curves, statistics.iqm)
         steps = np.array(runs[0]["curve"]["env_steps"], dtype=float)
-        seconds = np.median([r["curve"]["wall_time"] for r in runs], axis=0)
-        for axis, x in zip(axes, (steps, seconds), strict=True):
+        known = costs is not None and arm.name in costs["seconds"]
+        cost = frontier.ratios(costs, arm.name)[1] if known else np.nan
+        epochs = np.array(runs[0]["curve"]["epoch"], dtype=float)
+        for axis, x in zip(axes, (steps, epochs / cost), strict=True):
             axis.plot(x, centre, color=colours[i % 20], label=f"{arm.label} ({len(runs)})")
             if band is not None:
                 axis.fill_between(x, *band, color=colours[i % 20], alpha=0.15, linewidth=0)
     axes[0].set_ylabel("return of 12 episodes")
-    for axis, what in zip(axes, ("environment steps", "seconds, one thread"), strict=True):
+    for axis, what in zip(
+        axes,
+        ("environment steps", "updates' cost, in epochs of the published baseline at 5M"),
+        strict=True,
+    ):
         axis.set_xlabel(what)
         axis.grid(alpha=0.3)
     lines, labels = axes[0].get_legend_handles_labels()
@@ -313,8 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Status 0, 1 where runs failed, 2 for what a user can mend."""
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=("run", "collect", "docs"))
-    parser.add_argument("study", nargs="?", choices=STUDIES, help="of run and collect")
+    parser.add_argument("what", choices=("run", "diagnose", "collect", "docs"))
+    parser.add_argument("study", nargs="?", choices=STUDIES, help="of all but docs")
     parser.add_argument("--arms", nargs="+", help="names; all by default")
     parser.add_argument("--seeds", type=seeds_of, default=seeds_of("0-4"), help="0-4 or 0,2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -332,6 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.what == "run":
         arms = [known[name] for name in options.arms or known]
         return min(run(options.study, arms, options.seeds, options.out, options.jobs), 1)
+    if options.what == "diagnose":
+        return min(diagnose(options.study, options.out), 1)
     path = STORE / f"study_{options.study}.json"
     result = collect(options.study, options.out)
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

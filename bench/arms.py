@@ -1,0 +1,80 @@
+"""The configurations that the study of docs/results.md compares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WM, LEARN = "alg.world_model", "alg.model_learning"
+
+
+class Arm(NamedTuple):
+    """A configuration of a study.
+
+    Attributes:
+        name: of its run directories.
+        label: in tables.
+        overrides: of the trainer.
+    """
+
+    name: str
+    label: str
+    overrides: tuple[str, ...]
+
+
+class Study(NamedTuple):
+    """Runs that are compared with one another.
+
+    Attributes:
+        overrides: that all arms have.
+        arms: the configurations.
+        success: what a share in ``eval_success`` means; empty where the task has no goal.
+    """
+
+    overrides: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    success: str = ""
+
+
+def _tiny(name: str, label: str, *overrides: str) -> Arm:
+    kind = "pwm_tiny" if name.startswith(("mlp", "residual")) else "pwm_tiny_flow"
+    return Arm(name, label, (f"alg={kind}", *overrides))
+
+
+# Every arm names all that tells it from the others, so that a default may change beside it.
+HEUN = (f"{WM}.integrator=heun", f"{WM}.substeps=2")
+EULER = (f"{WM}.integrator=euler", f"{WM}.substeps=1")
+WHOLE, CUT4, CUT2, CUT1 = (f"{LEARN}.rollout_steps={n}" for n in ("null", 4, 2, 1))
+
+CARTPOLE = (
+    _tiny("mlp", "MLP (baseline), windows of 16", WHOLE),
+    _tiny("mlp_n4", "MLP, windows of 4", CUT4),
+    _tiny("mlp_n2", "MLP, windows of 2", CUT2),
+    _tiny("mlp_n1", "MLP, windows of 1", CUT1),
+    _tiny("residual", "residual MLP, windows of 16", f"{WM}.kind=residual", WHOLE),
+    _tiny("residual_n1", "residual MLP, windows of 1", f"{WM}.kind=residual", CUT1),
+    _tiny("flow_simnorm", "flow, SimNorm head, Heun K = 2", f"{WM}.head=simnorm", *HEUN, WHOLE),
+    _tiny("flow_heun", "flow, Heun K = 2", *HEUN, WHOLE),
+    _tiny("flow_mixed", "flow, Heun K = 2, learned with Euler K = 1", *HEUN,
+          f"{LEARN}.integrator=euler", f"{LEARN}.substeps=1", WHOLE),
+    _tiny("flow", "flow, Euler K = 1", *EULER, WHOLE),
+    _tiny("flow_n4", "flow, Euler K = 1, windows of 4", *EULER, CUT4),
+    _tiny("flow_n2", "flow, Euler K = 1, windows of 2", *EULER, CUT2),
+    _tiny("flow_n1", "flow, Euler K = 1, windows of 1", *EULER, CUT1),
+    _tiny("flow_encoder", "flow, Euler K = 1, starts' gradient to the encoder", *EULER, WHOLE,
+          f"{LEARN}.start_grad=encoder"),
+    _tiny("flow_none", "flow, Euler K = 1, starts without gradient", *EULER, WHOLE,
+          f"{LEARN}.start_grad=none"),
+    _tiny("flow_auto", "flow, Euler K = 1, encoded starts with measured noise", *EULER, WHOLE,
+          f"{LEARN}.flow_start=teacher", f"{LEARN}.start_noise=auto"),
+    _tiny("shortcut", "shortcut model, K = 1", f"{WM}.kind=shortcut", f"{WM}.substeps=1", WHOLE),
+    _tiny("meanflow", "MeanFlow, K = 1", f"{WM}.kind=shortcut", f"{WM}.substeps=1", WHOLE,
+          f"{LEARN}.consistency=meanflow"),
+)  # fmt: skip
+
+STUDIES = {
+    "cartpole": Study(
+        ("env=cartpole", "device=cpu", "threads=1"),
+        CARTPOLE,
+        "held upright for the last second",
+    ),
+}

@@ -40,7 +40,7 @@ def _tiny(name: str, label: str, *overrides: str) -> Arm:
     return Arm(name, label, (f"alg={kind}", *overrides))
 
 
-# Every arm names all that tells it from the others, so that a default may change beside it.
+# Arms name what defaults may come to differ in; bench.study refuses runs of what an arm was once.
 HEUN = (f"{WM}.integrator=heun", f"{WM}.substeps=2")
 EULER = (f"{WM}.integrator=euler", f"{WM}.substeps=1")
 WHOLE, CUT4, CUT2, CUT1 = (f"{LEARN}.rollout_steps={n}" for n in ("null", 4, 2, 1))

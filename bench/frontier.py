@@ -116,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     for arm in arms:
         update, epoch = ratios(result, arm.name)
-        print(
-            f"{arm.label}: update {update:.2f}x, epoch {epoch:.2f}x as fast as the published"
-        )
+        print(f"{arm.label}: update {update:.2f}x, epoch {epoch:.2f}x as fast as the published")
     print(f"wrote {out}")
     return 0
 

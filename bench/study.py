@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from bench import environment, frontier, pages
 from bench.arms import STUDIES, Arm
 from bench.results import STORE
+from pwm_fast import config as configuration
 from pwm_fast.analysis import statistics
 from pwm_fast.run import metrics
 
@@ -53,12 +55,11 @@ def run(study: str, arms: Sequence[Arm], seeds: Sequence[int], out: Path, jobs: 
         arguments = command(study, arm, seed, out)
         log = out / study / f"{arm.name}_seed_{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
+        with log.open("a") as file:
             status = subprocess.run(
                 [sys.executable, "-m", "pwm_fast.train", *arguments],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                preexec_fn=lambda: os.nice(10) and None,
                 check=False,
             ).returncode
         state = "finished" if status == 0 else f"ended with status {status}, see {log}"
@@ -106,6 +107,7 @@ def collect(study: str, out: Path) -> dict[str, Any]:
             summary = json.loads(summary_file.read_text("utf-8"))
             if summary["status"] != "finished":
                 continue
+            _check_arm(arm, directory)
             rows = [r for r in metrics.read(directory / "metrics.jsonl") if "eval_reward" in r]
             keys = ("env", "alg", "seed", "epochs", "env_steps", "wall_time")
             evaluation = dict(summary["evaluation"])
@@ -131,6 +133,14 @@ def collect(study: str, out: Path) -> dict[str, Any]:
         "machine": environment.machine(torch.device("cpu")),
         "runs": runs,
     }
+
+
+def _check_arm(arm: Arm, directory: Path) -> None:
+    """Raise ValueError for a run of another configuration than today's arm has."""
+    values = configuration.read_yaml(directory / "config.yaml")
+    ran, now = configuration.from_dict(values).alg, configuration.compose(*arm.overrides).alg
+    if replace(ran, name=now.name) != now:
+        raise ValueError(f"{directory} is of another configuration than the arm {arm.name} has now")
 
 
 def _model(found: dict[str, Any]) -> dict[str, Any]:
@@ -246,6 +256,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for i, arm in enumerate(arms):
         runs = [r for r in result["runs"] if r["arm"] == arm.name]
+        shortest = min(len(r["curve"]["epoch"]) for r in runs)
+        runs = [{**r, "curve": {k: v[:shortest] for k, v in r["curve"].items()}} for r in runs]
         curves = np.array([r["curve"]["eval_reward"] for r in runs], dtype=float)
         centre, band = statistics.bands(curves, statistics.iqm)
         steps = np.array(runs[0]["curve"]["env_steps"], dtype=float)
@@ -293,11 +305,18 @@ def docs(*, figures: bool = True) -> list[str]:
 
 
 def seeds_of(text: str) -> list[int]:
-    """``0-4`` or ``0,2,5``."""
+    """``0-4`` or ``0,2,5``.
+
+    Raises:
+        argparse.ArgumentTypeError: there is a part without a seed.
+    """
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not first.isdigit() or not last.isdigit() or int(last) < int(first):
+            raise argparse.ArgumentTypeError(f"must be like 0-4 or 0,2,5, got {text!r}")
+        found += range(int(first), int(last) + 1)
     return found
 
 
@@ -313,7 +332,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="of the runs")
     options = parser.parse_args(argv)
     if options.what == "docs":
-        print(f"{RESULTS.name}: {', '.join(docs()) or 'nothing is stored'}")
+        try:
+            print(f"{RESULTS.name}: {', '.join(docs()) or 'nothing is stored'}")
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return 0
     if options.study is None:
         parser.error(f"name a study: {', '.join(STUDIES)}")
@@ -323,11 +346,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--arms: no {', '.join(unknown)}; there are {', '.join(known)}")
     if options.what == "run":
         arms = [known[name] for name in options.arms or known]
+        os.nice(10)
         return min(run(options.study, arms, options.seeds, options.out, options.jobs), 1)
     if options.what == "diagnose":
         return min(diagnose(options.study, options.out), 1)
     path = STORE / f"study_{options.study}.json"
-    result = collect(options.study, options.out)
+    try:
+        result = collect(options.study, options.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"{path.name}: {len(result['runs'])} runs")
     return 0

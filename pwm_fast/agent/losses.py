@@ -152,7 +152,8 @@ def pieces(steps: int | None, *windows: Tensor) -> tuple[Tensor, ...]:
     # Piece k begins at step k * steps; its last observation is the next one's first.
     start, end = cut(obs, 0), cut(obs, 1)[:, -1:]
     found = [torch.cat((start, end), dim=1), *(cut(x, 0) for x in others)]
-    return tuple(x.transpose(0, 1).flatten(1, 2) for x in found)
+    # A window's pieces stay side by side: the first rows of a batch are whole windows.
+    return tuple(x.permute(1, 2, 0, *range(3, x.dim())).flatten(1, 2) for x in found)
 
 
 def _parts(

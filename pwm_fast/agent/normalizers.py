@@ -107,9 +107,12 @@ class StartSpread(nn.Module):
 
     @torch.no_grad()
     def update(self, error: Tensor) -> None:
-        """Take in errors ``[H, B, D]``."""
-        self.mean_square.lerp_(error.square().mean(1), 1.0 - self.decay)
-        self.weight.lerp_(torch.ones_like(self.weight), 1.0 - self.decay)
+        """Take in errors ``[H, B, D]``; all of them are left out if one is not finite."""
+        seen = error.to(self.mean_square.dtype).square().mean(1)
+        finite = seen.isfinite().all()
+        rate = torch.where(finite, 1.0 - self.decay, 0.0).to(seen.dtype)
+        self.mean_square.lerp_(torch.where(finite, seen, self.mean_square), rate)
+        self.weight.lerp_(torch.ones_like(self.weight), rate)
 
     def std(self) -> Tensor:
         """Root mean squares ``[H, 1, D]``."""

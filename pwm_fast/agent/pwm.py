@@ -16,7 +16,7 @@ from pwm_fast.agent.imagination import frozen, imagine
 from pwm_fast.agent.losses import flow_times, pieces, weighted_gradients, weighted_loss
 from pwm_fast.agent.normalizers import RunningMeanStd, StartSpread
 from pwm_fast.agent.optim import GuardedAdam
-from pwm_fast.agent.state import OPTIMIZER_KEYS, check, not_finite
+from pwm_fast.agent.state import OPTIMIZER_KEYS, check, fits, not_finite
 from pwm_fast.config import ActorConfig, AlgConfig, CriticConfig, ModelLearningConfig
 from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
 from pwm_fast.ops import ImaginedRollout, extend
@@ -246,15 +246,34 @@ class PWM:
 
     @torch.no_grad()
     def measure_start_spread(self, windows: Windows) -> None:
-        """For ``start_noise=auto``: note how far rollouts are from the encoded observations."""
+        """For ``start_noise=auto``: note how far an update's rollouts are from what is encoded.
+
+        Until this was called :meth:`update_world_model` adds no noise; with other kinds of noise it
+        does nothing.
+
+        Raises:
+            OutOfMemory: the device's memory is too small for it; the message says what to lower.
+        """
         if self.start_spread is None:
             return
-        steps = self.config.model_learning.rollout_steps
-        obs, action = pieces(steps, self._normalize(windows.obs), windows.action)
-        with extend.precision(self.precision), self.keeping():
+        learning = self.config.model_learning
+        what = f"a rollout of {len(windows.action)} steps on {windows.action.shape[1]} windows"
+        with (
+            memory.explained(what, "alg.model_learning.batch_size", self.device),
+            extend.precision(self.precision),
+            self.keeping(),
+        ):
+            obs, action = pieces(
+                learning.rollout_steps, self._normalize(windows.obs), windows.action
+            )
             task = self._task(action.shape[1])
             encoded = self.world_model.encode(obs, task)
-            latents = self.world_model.rollout(encoded[0], action, task)
+            latents = ops.latent_rollout(
+                encoded[0],
+                action,
+                self.world_model.learned_dynamics(learning),
+                task=self.world_model.task_input(task, encoded[0]),
+            )
             self.start_spread.update((latents - encoded)[:-1])
 
     def update_policy(self, obs: Tensor) -> Metrics:
@@ -451,14 +470,23 @@ class PWM:
     def load_state_dict(self, state: dict[str, Any], *, optimizers: bool = True) -> None:
         """Continue from :meth:`state_dict`.
 
+        The measured noise of ``start_noise=auto`` begins anew where the state has none, or one of
+        other windows: an epoch's measurement makes up for it.
+
         Raises:
             ValueError: parameters are missing, unknown, of other shapes or not finite, or an
                 optimiser's state is not of these parameters; nothing was changed.
         """
         modules = self._modules()
+        spread = modules.pop("start_spread", None)
+        if spread is not None and fits(spread, state.get("start_spread")):
+            modules["start_spread"] = spread
         check(state, modules, self.optimizers if optimizers else {})
         for key, module in modules.items():
             module.load_state_dict(state[key])
+        if spread is not None and "start_spread" not in modules:
+            for value in spread.buffers():
+                value.zero_()
         if optimizers:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state[OPTIMIZER_KEYS[name]])

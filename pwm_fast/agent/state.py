@@ -36,6 +36,11 @@ def check(
     _refuse("the saved agent cannot be used", problems)
 
 
+def fits(module: nn.Module, saved: Any) -> bool:
+    """Whether a saved state is of such a module."""
+    return saved is not None and not _mismatches("", module.state_dict(), saved)
+
+
 def _refuse(what: str, problems: list[str]) -> None:
     """Raise ValueError with the first few problems, if there are any."""
     if problems:

@@ -135,8 +135,9 @@ def count_flops(config: AlgConfig, spaces: Spaces, num_envs: int) -> Costs:
 
     The rule: a multiply-add in a matrix product is 2 FLOPs, as torch's FlopCounterMode counts it.
     Element-wise work (LayerNorm, Mish, SimNorm, sums of the integrator), the optimisers' steps,
-    evaluations and the simulator are left out. The backward pass is what autograd really computes:
-    the world model is frozen in the actor's update, so its weights' gradients cost nothing there.
+    evaluations, the measurement of ``start_noise=auto`` and the simulator are left out. The
+    backward pass is what autograd really computes: the world model is frozen in the actor's update,
+    so its weights' gradients cost nothing there.
 
     Args:
         config: of the agent.
@@ -144,13 +145,18 @@ def count_flops(config: AlgConfig, spaces: Spaces, num_envs: int) -> Costs:
         num_envs: N, envs that act at once.
     """
     short = min(config.horizon, 2)
+    cut = config.model_learning.rollout_steps or config.horizon
     with META:
         few, more = (_Work(config, spaces, horizon) for horizon in (short, short + 1))
-        world_model_update, actor_update, one_pass, targets = (
+        actor_update, one_pass, targets = (
             few_flops.extended(more_flops, config.horizon - short)
             for few_flops, more_flops in zip(few.updates(), more.updates(), strict=True)
         )
         macro_step, act = _count(few.macro_step), _count(few.act)
+        least = min(cut, 2)
+        few, more = (_Work(config, spaces, steps) for steps in (least, least + 1))
+        one, other = (_count(work.model_loss, work.model) for work in (few, more))
+        world_model_update = one.extended(other, cut - least)
     passes = config.critic.passes
     critic_updates = Flops(
         targets.forward + passes * one_pass.forward, targets.total + passes * one_pass.total
@@ -176,16 +182,18 @@ class _Work:
         self.rollouts = config.actor.batch_size
         self.latent_dim = config.world_model.latent_dim
 
-    def updates(self) -> tuple[Flops, Flops, Flops, Flops]:
-        """World-model update, actor update, one pass of the critics, their targets."""
-        world_model_update = _count(self.model_loss, self.model)
+    def updates(self) -> tuple[Flops, Flops, Flops]:
+        """Actor update, one pass of the critics, their targets."""
         with frozen(self.model, self.critic):
             actor_update = _count(self.actor_loss, self.actor)
         one_pass = _count(self.critic_loss, self.critic)
-        return world_model_update, actor_update, one_pass, _count(self.critic_targets)
+        return actor_update, one_pass, _count(self.critic_targets)
 
     def model_loss(self) -> Tensor:
-        batch, horizon = self.config.model_learning.batch_size, self.horizon
+        """Of windows of H steps, as many as pieces of their length make up a batch."""
+        learning, horizon = self.config.model_learning, self.horizon
+        pieces = self.config.horizon // (learning.rollout_steps or self.config.horizon)
+        batch = learning.batch_size * pieces
         return weighted_loss(
             self.model,
             self._obs(horizon + 1, batch),

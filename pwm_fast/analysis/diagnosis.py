@@ -318,7 +318,7 @@ def _integration(
         return None
     own = subject.run.alg.world_model
     if own.kind != "flow":
-        return {"unavailable": f"dynamics of kind {own.kind} are not integrated in steps"}
+        return {"unavailable": f"dynamics of kind {own.kind} are not integrated as flows are"}
     agent, horizon = subject.agent, len(windows.action)
     rows = []
     for integrator in config.integrators or [own.integrator]:

@@ -52,7 +52,7 @@ def noise_or_auto(key: str, value: float | str) -> None:
     """A standard deviation, or ``auto``."""
     if value == "auto":
         return
-    require(not isinstance(value, str), key, value, "a number, or auto")
+    require(not isinstance(value, (str, bool)), key, value, "a number, or auto")
     assert not isinstance(value, str)
     not_negative()(key, value)
     finite(key, value)
@@ -137,15 +137,17 @@ class ModelLearningConfig(Checked):
             are sums over them, so it weighs 1/H as much: PWM's code divides it by H twice.
         termination_coef: weight of the termination loss.
         integrator: of the rollouts in world-model updates, where it differs from imagination's
-            ``alg.world_model.integrator``. As the two keys below, of flows alone.
-        substeps: K of these rollouts, where it differs from ``alg.world_model.substeps``.
+            ``alg.world_model.integrator``; of the kind ``flow``.
+        substeps: K of these rollouts, where it differs from ``alg.world_model.substeps``; of the
+            kinds ``flow`` and ``shortcut``.
         consistency: how the kind ``shortcut`` learns what a step of some size does: ``shortcut``
             (as two of half its size) or ``meanflow`` (:class:`pwm_fast.ops.Shortcut`).
         consistency_share: share of the windows that teach it so.
         rollout_steps: n, a divisor of ``alg.horizon``: windows are cut into pieces of n steps,
-            which start at encoded observations. null is the horizon. So a world-model update has
-            rollouts of n steps from every n-th observation, all batched, n - 1 of which a flow
-            computes.
+            which start at encoded observations; null is the horizon. So a world-model update has
+            rollouts of n steps from every n-th observation, all batched, of which a flow computes n
+            - 1 steps. Weights ``gamma^t`` begin anew in each piece, and ``mean_reward_loss``
+            divides by n.
         tau_sampling: flow times of the flow-matching loss, ``uniform``, or ``midpoint`` (0.5 alone,
             an ablation: Heun also evaluates 0 and 1).
         flow_start: where a flow-matching path starts: ``rollout`` (the model's own latent) or
@@ -156,8 +158,9 @@ class ModelLearningConfig(Checked):
         start_noise: standard deviation of noise on the path's start. The target still is the
             encoded successor, so the field learns to lead stray latents back, as ``rollout`` starts
             teach it, without computing a rollout. ``auto``: at every step of the window, and for
-            every entry of the latent, the model's own error there, as a rollout measures it once an
-            epoch.
+            every entry of the latent, the model's own error there. A rollout on one batch measures
+            it once an epoch (in the bootstrap once every ``updates`` updates), and a moving average
+            of the squares is kept; the first step has none.
         target_grad: let the gradient reach the start latent through the velocity target too.
     """
 
@@ -182,7 +185,7 @@ class ModelLearningConfig(Checked):
     tau_sampling: str = checked("uniform", one_of("uniform", "midpoint"))
     flow_start: str = checked("rollout", one_of("rollout", "teacher"))
     start_grad: str = checked("rollout", one_of("rollout", "encoder", "none"))
-    start_noise: float | str = checked(0.0, noise_or_auto)
+    start_noise: int | float | str = checked(0.0, noise_or_auto)
     target_grad: bool = True
 
 
@@ -342,6 +345,19 @@ class AlgConfig(Checked):
             "alg.model_learning.rollout_steps",
             steps,
             f"a divisor of alg.horizon ({self.horizon}), or null",
+        )
+        measured = self.model_learning.start_noise == "auto"
+        require(
+            not measured or (steps or self.horizon) > 1,
+            "alg.model_learning.start_noise",
+            "auto",
+            "a number where windows have one step (rollout_steps=1), whose starts have no error",
+        )
+        require(
+            not measured or self.world_model.kind not in ("mlp", "residual"),
+            "alg.model_learning.start_noise",
+            "auto",
+            f"a number for dynamics of kind {self.world_model.kind}, which learn without noise",
         )
 
     @property

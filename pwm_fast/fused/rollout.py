@@ -254,6 +254,13 @@ def rollout_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients towards ``z0``, ``c``, ``w_z``, ``w_tau``, and the flat parameters."""
     what, horizon, batch = decode_dynamics(spec), dz.shape[0] - 1, dz.shape[1]
+    if horizon == 0:  # nothing moved
+        dc = dz.new_zeros(0, batch, w_z.shape[0])
+        if not wgrad:
+            return dz[0].clone(), dc, None, None, [None] * len(params)
+        none = [torch.zeros_like(p) for p in params]
+        dw_tau = None if w_tau is None else torch.zeros_like(w_tau)
+        return dz[0].clone(), dc, torch.zeros_like(w_z), dw_tau, [*none]
     weights = dynamics_weights(what, w_z, w_tau, params)
     if takes_blocks(kernels, what, weights, batch):
         return blocked_rollout.rollout_backward(

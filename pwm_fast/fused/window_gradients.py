@@ -68,8 +68,7 @@ class WindowOptions(NamedTuple):
         start_grad: where the gradient towards a rolled-out start goes: ``rollout`` (through it),
             ``encoder`` (to the encoded observation of that step) or ``none`` (the first has one).
         target_grad: the gradient reaches latents through a flow's target too.
-        start_noise: standard deviation of noise on a path's start; below 0 it is given with each
-            call.
+        start_noise: standard deviation of noise on a path's start; None where each call gives it.
         gamma: discount of later steps, above 0.
         vmin: first centre of a two-hot reward head.
         vmax: last centre.
@@ -82,7 +81,7 @@ class WindowOptions(NamedTuple):
     teacher: bool
     start_grad: str
     target_grad: bool
-    start_noise: float
+    start_noise: float | None
     gamma: float
     vmin: float
     vmax: float

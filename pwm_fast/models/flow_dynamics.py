@@ -55,12 +55,18 @@ class FlowWorldModel(LatentModel):
 
     def cautions(self, learning: ModelLearningConfig) -> list[str]:
         """What to warn of where the model is trained in that way."""
-        if learning.tau_sampling != "midpoint":
-            return []
-        return [
-            "alg.model_learning.tau_sampling=midpoint trains the velocity at tau = 0.5 alone, "
-            "but the integrator also evaluates it elsewhere (Heun at 0 and 1): an ablation"
-        ]
+        found = super().cautions(learning)
+        if learning.tau_sampling == "midpoint":
+            found.append(
+                "alg.model_learning.tau_sampling=midpoint trains the velocity at tau = 0.5 alone, "
+                "but the integrator also evaluates it elsewhere (Heun at 0 and 1): an ablation"
+            )
+        if learning.start_noise == "auto" and learning.flow_start == "rollout":
+            found.append(
+                "alg.model_learning.start_noise=auto adds the model's own error to starts that "
+                "have it already (flow_start=rollout): it is meant for flow_start=teacher"
+            )
+        return found
 
     def velocity(
         self, z: Tensor, a: Tensor, tau: Tensor | float, task: Tensor | None = None

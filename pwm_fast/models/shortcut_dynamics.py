@@ -32,6 +32,20 @@ class ShortcutWorldModel(LatentModel):
     def _dynamics_of(self, layers: Sequence[ops.Layer]) -> ops.Shortcut:
         return ops.Shortcut(layers, self.config.substeps)
 
+    def cautions(self, learning: ModelLearningConfig) -> list[str]:
+        """What to warn of where the model is trained in that way."""
+        found = super().cautions(learning)
+        share = learning.consistency_share
+        if share in (0.0, 1.0):
+            lost = "sizes of steps" if share == 0.0 else "size 0, which the others build on,"
+            found.append(f"alg.model_learning.consistency_share={share} leaves {lost} untrained")
+        if learning.tau_sampling == "midpoint":
+            found.append(
+                "alg.model_learning.tau_sampling=midpoint trains no step that begins at tau = 0, "
+                "where rollouts begin: an ablation"
+            )
+        return found
+
     def learned_dynamics(self, learning: ModelLearningConfig) -> ops.Shortcut:
         """As they are learned; see :meth:`pwm_fast.models.LatentModel.learned_dynamics`."""
         found = self._dynamics_of(self._transition().layers())

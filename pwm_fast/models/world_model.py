@@ -92,7 +92,13 @@ class LatentModel(nn.Module, ABC):
 
     def cautions(self, learning: ModelLearningConfig) -> list[str]:
         """What to warn of where the model is trained in that way."""
-        return []
+        config, kind = self.config, self.config.kind
+        ignored = {"project": config.project, "head": config.head != "linear"}
+        return [
+            f"alg.world_model.{key}={getattr(config, key)} does nothing for dynamics of kind {kind}"
+            for key, given in ignored.items()
+            if given and kind in ("mlp", "residual", "shortcut")
+        ]
 
     def encoder_layers(self) -> tuple[ops.Layer, ...]:
         """The encoder's parameters as the operations take them; raises as :meth:`dynamics`."""

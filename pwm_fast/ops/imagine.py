@@ -84,7 +84,8 @@ def imagine(
     Args:
         z0: start latents ``[B, D]``.
         policy: the Gaussian policy.
-        dynamics: :class:`Flow`, :class:`LatentMLP` or others (:class:`Dynamics`).
+        dynamics: :class:`Flow`, :class:`Shortcut`, :class:`LatentMLP`, :class:`ResidualMLP` or
+            others (:class:`Dynamics`).
         heads: reward, termination and value heads.
         noise: standard normal ``[H, B, A]``; zeros act deterministically.
         detach: the policy sees latents without their gradient (the dynamics still carry it), so

@@ -245,7 +245,8 @@ def plan(
         z0: latents ``[B, D]``.
         policy: draws P of the trajectories, and the last action for Q functions; None if neither is
             wanted (``options.policy_trajectories=0``).
-        dynamics: :class:`Flow`, :class:`LatentMLP` or others (:class:`Dynamics`).
+        dynamics: :class:`Flow`, :class:`Shortcut`, :class:`LatentMLP`, :class:`ResidualMLP` or
+            others (:class:`Dynamics`).
         heads: reward and termination heads; ``heads.value`` must be None, see ``values``.
         values: value functions of where a trajectory ends; None values it by its rewards alone.
         options: None is TD-MPC2's parameters, ``MPPI()``.

@@ -70,7 +70,8 @@ def latent_rollout(
     Args:
         z0: start latents ``[B, D]``.
         action: actions ``[H, B, A]``, time first.
-        dynamics: :class:`Flow`, :class:`LatentMLP` or others (:class:`Dynamics`).
+        dynamics: :class:`Flow`, :class:`Shortcut`, :class:`LatentMLP`, :class:`ResidualMLP` or
+            others (:class:`Dynamics`).
         task: task embeddings ``[B, E]``, or None.
         backend: see :mod:`pwm_fast.backends`.
 

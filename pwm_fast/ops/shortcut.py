@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pwm_fast.backends.dtypes import at_least_fp32
+from pwm_fast.backends.dtypes import at_least_fp32, full_precision
+from pwm_fast.backends.transforms import watched
+from pwm_fast.fused import weight_cache
 from pwm_fast.ops import _checks
 from pwm_fast.ops.dynamics import (
     Transitions,
@@ -21,6 +24,7 @@ from pwm_fast.ops.dynamics import (
 )
 from pwm_fast.ops.flow import flow_interpolate
 from pwm_fast.ops.mlp import RunNet, mlp
+from pwm_fast.ops.operator import require_grad
 from pwm_fast.ops.types import FusedStep, Layer
 
 Consistency = Literal["shortcut", "meanflow"]
@@ -30,6 +34,7 @@ CONSISTENCIES: tuple[Consistency, ...] = ("shortcut", "meanflow")
 #: Steps of 1, 1/2, ..., 2^-(LEVELS - 1) learn from two of half their size, the smallest halves
 #: being taken for the velocity itself (size 0).
 LEVELS = 3
+SUBSTEPS = tuple(2**i for i in range(LEVELS))
 
 
 class Shortcut(NamedTuple):
@@ -44,14 +49,17 @@ class Shortcut(NamedTuple):
         net: layers of the MLP; input ``[z, a, tau, task, d]``, output width D.
         substeps: K, at least 1.
         consistency: how ``u`` becomes consistent. ``"shortcut"``: a step equals two of half its
-            size. ``"meanflow"``: ``u = v + d (d/dtau u)`` along the path, the derivative by plain
-            PyTorch in forward mode.
-        share: of the windows that teach consistency, in [0, 1]: the first ones of a batch, whose
-            order must be random.
+            size (K is 1, 2 or 4). ``"meanflow"``: ``u = v + d (d/dtau u)`` along the path, the
+            derivative by plain PyTorch in forward mode.
+        share: of the windows that teach consistency, in [0, 1], rounded up: the first ones of a
+            batch, whose order must be random.
         fold: see :class:`pwm_fast.ops.Flow`.
 
-    Source: Frans et al. 2024 (arXiv 2410.12557); Geng et al. 2025 (arXiv 2505.13447), here with
-    time from the start (0) to the successor (1).
+    Source: Frans et al. 2024 (arXiv 2410.12557) and Geng et al. 2025 (arXiv 2505.13447), with time
+    from the start (0) to the successor (1). Unlike there, the halves are of the network itself and
+    not of a moving average, and begin at an eighth; MeanFlow's loss is the plain squared error,
+    tau is uniform and d uniform in [0, 1 - tau]. The derivative is computed in the dtype of ``z``,
+    whatever the precision of GEMMs.
     """
 
     net: Sequence[Layer]
@@ -71,6 +79,11 @@ class Shortcut(NamedTuple):
         _checks.one_of("dynamics.consistency", self.consistency, CONSISTENCIES)
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"dynamics.share must lie in [0, 1], got {self.share}")
+        if self.consistency == "shortcut" and self.substeps not in SUBSTEPS:
+            raise ValueError(
+                f"dynamics.substeps must be one of {', '.join(map(str, SUBSTEPS))}, the steps that "
+                f"consistency 'shortcut' teaches, got {self.substeps}"
+            )
         check_fold(self.net, self.fold)
         check_net(self.net, input_width(z, action, task) + 2, z)
 
@@ -91,7 +104,7 @@ class Shortcut(NamedTuple):
         """Flow matching, and on the first windows consistency; see :class:`Shortcut`."""
         z, tau = steps.z, steps.tau
         batch = z.shape[1]
-        taught = round(self.share * batch)
+        taught = min(batch, math.ceil(self.share * batch))
         if tau is None:
             tau = torch.rand(z.shape[:2], dtype=z.dtype, device=z.device)
         draw = torch.rand(z.shape[0], taught, dtype=tau.dtype, device=tau.device)
@@ -159,8 +172,9 @@ class Shortcut(NamedTuple):
                     torch.cat(self._columns(*parts, steps, rows, moves), dim=-1)
                     for parts, moves in (((point, tau, size), False), (along, True))
                 )
-                rate = _tangent(x.to(steps.z.dtype), t.to(steps.z.dtype), self.net)
-                return velocity + size.unsqueeze(-1) * rate.to(dtype)
+                with full_precision(x):
+                    rate = _tangent(x.to(steps.z.dtype), t.to(steps.z.dtype), self.net)
+                return (velocity + size.unsqueeze(-1) * rate.to(dtype)).detach()
             half = 0.5 * size
             told = torch.where(half < 2.0 ** (0.5 - LEVELS), torch.zeros_like(half), half)
             one = self._average(point, tau, told, steps, rows).to(dtype)
@@ -171,10 +185,20 @@ class Shortcut(NamedTuple):
     def fused(self) -> FusedStep:
         """Euler steps of a flow, the step's size being part of the first bias."""
         first, *others = self.net
-        told = first.weight[:, -1] / self.substeps
-        bias = told if first.bias is None else first.bias + told
-        layer = first._replace(weight=first.weight[:, :-1], bias=bias)
-        return FusedStep((layer, *others), "euler", self.substeps, fold=self.fold)
+        substeps = self.substeps
+
+        def told(weight: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+            part = weight[:, -1] / substeps
+            return weight[:, :-1].contiguous(), bias[0] + part if bias else part
+
+        tensors = (first.weight, *(() if first.bias is None else (first.bias,)))
+        # Frozen weights keep what is made of them, and with it what is packed of that.
+        anew = require_grad(tensors) or watched()
+        weight, bias = (
+            told(*tensors) if anew else weight_cache.kept(("told", substeps), tensors, told)
+        )
+        layer = first._replace(weight=weight, bias=bias)
+        return FusedStep((layer, *others), "euler", substeps, fold=self.fold)
 
 
 def _tangent(x: Tensor, t: Tensor, layers: Sequence[Layer]) -> Tensor:

@@ -29,6 +29,7 @@ from pwm_fast.ops.world_model_loss import (
     WindowLoss,
     check_starts,
     check_windows,
+    target_width,
 )
 
 _LIMIT = 64  # kinds of calls
@@ -119,7 +120,7 @@ def window_gradients(
         return None
     assert isinstance(dynamics, tuple)  # all are named tuples: layers, then options
     own = dynamics[1:]
-    amount = start_noise if noise is None else -1.0
+    amount = None if isinstance(start_noise, Tensor) else start_noise
     options = (weights, gamma, (start, start_grad, amount), target_grad, heads[1:4], own)
     key = (
         options,
@@ -133,7 +134,8 @@ def window_gradients(
         known = _KNOWN[key]
     else:
         check_windows(obs, action, reward, gamma, heads, terminated)
-        check_starts(start, start_grad, start_noise)
+        shape = (*action.shape[:2], target_width(encoder))
+        check_starts(start, start_grad, start_noise, shape, obs)
         if len(_KNOWN) >= _LIMIT:
             _KNOWN.clear()
         known = _KNOWN[key] = _make(obs, action, terminated, tau, nets, dynamics, heads, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -64,18 +65,20 @@ def world_model_loss(
 
     With ``e_t = stop_gradient(encode(obs_{t+1}))`` and the latent rollout ``z_0 = encode(obs_0)``,
     ``z_{t+1} = F(z_t, a_t)``, every part is ``sum_t gamma^t mean(...) / H``: of
-    ``(z_{t+1} - e_t)^2`` for a :class:`LatentMLP`; of ``(v(z_tau, a_t, tau) - (e_t - z_t))^2`` at
-    ``z_tau = (1 - tau) z_t + tau e_t`` for a :class:`Flow`; of the reward's cross-entropy (a scalar
-    head: squared error) and the termination's binary cross-entropy at ``z_t``. Only the latent
-    rollout is sequential; all else runs once over H * B rows, and every weight gets its gradient
-    from one GEMM over all steps.
+    ``(z_{t+1} - e_t)^2`` for a :class:`LatentMLP` or :class:`ResidualMLP`; of
+    ``(v(z_tau, a_t, tau) - (e_t - z_t))^2`` at ``z_tau = (1 - tau) z_t + tau e_t`` for a
+    :class:`Flow` (a :class:`Shortcut` says what its network learns beside it); of the reward's
+    cross-entropy (a scalar head: squared error) and the termination's binary cross-entropy at
+    ``z_t``. Only the latent rollout is sequential; all else runs once over H * B rows, and every
+    weight gets its gradient from one GEMM over all steps.
 
     Args:
         obs: ``[H+1, B, O]``, time first.
         action: ``[H, B, A]``.
         reward: ``[H, B]``.
         encoder: layers on ``[obs, task]``, output width D.
-        dynamics: :class:`Flow`, :class:`LatentMLP` or others (:class:`Dynamics`).
+        dynamics: :class:`Flow`, :class:`Shortcut`, :class:`LatentMLP`, :class:`ResidualMLP` or
+            others (:class:`Dynamics`).
         heads: reward and termination heads (values are not used).
         gamma: discount of later steps.
         terminated: ``[H, B]``, 1 where step t ended in a terminal state; needed with a termination
@@ -105,7 +108,7 @@ def world_model_loss(
     Source: PWM (arXiv 2407.02466), equation 3; Liu et al. 2022 (arXiv 2209.03003), equation 1.
     """
     horizon = check_windows(obs, action, reward, gamma, heads, terminated)
-    check_starts(start, start_grad, start_noise)
+    check_starts(start, start_grad, start_noise, (*action.shape[:2], target_width(encoder)), obs)
 
     def repeated(steps: int) -> tuple[Tensor, ...]:
         return () if task is None else (task.expand(steps, *task.shape),)
@@ -220,9 +223,30 @@ def check_windows(
     return horizon
 
 
-def check_starts(start: Start, start_grad: StartGrad, start_noise: float | Tensor) -> None:
-    """Raise ValueError for options of a path's start that are none."""
+def target_width(encoder: Sequence[Layer]) -> int:
+    """D, or -1 of an encoder that is none, which is told later."""
+    return encoder[-1].weight.shape[0] if encoder and encoder[-1].weight.dim() == 2 else -1
+
+
+def check_starts(
+    start: Start,
+    start_grad: StartGrad,
+    start_noise: float | Tensor,
+    shape: tuple[int, ...],
+    obs: Tensor,
+) -> None:
+    """Raise for options of a path's start that are none, or do not fit starts of that shape."""
     _checks.one_of("start", start, STARTS)
     _checks.one_of("start_grad", start_grad, START_GRADS)
-    if not isinstance(start_noise, Tensor) and start_noise < 0.0:
-        raise ValueError(f"start_noise must not be negative, got {start_noise}")
+    if isinstance(start_noise, Tensor):
+        _checks.floating("start_noise", start_noise)
+        _checks.same_device("start_noise", start_noise, "obs", obs.device)
+        own = start_noise.shape
+        pairs = zip(reversed(own), reversed(shape), strict=False)
+        if shape[-1] >= 0 and (len(own) > 3 or any(n not in (1, m) for n, m in pairs)):
+            raise ValueError(f"start_noise must broadcast to {shape}, got {tuple(own)}")
+    elif isinstance(start_noise, str) or not 0.0 <= start_noise < math.inf:
+        raise ValueError(
+            f"start_noise must not be negative, but a finite number or a tensor, got "
+            f"{start_noise!r}"
+        )

@@ -245,8 +245,8 @@ def test_pieces_are_windows_of_their_own() -> None:
     assert o.shape == (4, 4, 1) and a.shape == (3, 4, 1) and r.shape == (3, 4)
     assert o[:, :, 0].T.tolist() == [
         [0.0, 1.0, 2.0, 3.0],
-        [100.0, 101.0, 102.0, 103.0],
         [3.0, 4.0, 5.0, 6.0],
+        [100.0, 101.0, 102.0, 103.0],
         [103.0, 104.0, 105.0, 106.0],
     ]
     assert torch.equal(a, o[:-1] + 0.25) and torch.equal(r, o[:-1, :, 0] + 0.5)

@@ -128,6 +128,12 @@ def test_start_spread_is_a_moving_average_of_squares() -> None:
     spread.update(second)
     mean = (0.75 * first.square() + second.square()).mean(1, keepdim=True) / 1.75
     torch.testing.assert_close(spread.std(), mean.sqrt())
+    before = spread.std()
+    for bad in (torch.inf, torch.nan):  # a rollout that overflowed
+        error = torch.randn(2, 50, 8)
+        error[1, 3, 4] = bad
+        spread.update(error)
+        assert torch.equal(spread.std(), before)
     again = StartSpread(2, 8)
     again.load_state_dict(spread.state_dict())
     assert torch.equal(again.std(), spread.std())

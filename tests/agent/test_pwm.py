@@ -16,7 +16,7 @@ import pwm_fast
 from pwm_fast import ops
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import imagine
-from pwm_fast.agent.losses import weighted_loss
+from pwm_fast.agent.losses import pieces, weighted_loss
 from pwm_fast.ops import ImaginedRollout, extend
 from pwm_fast.ops.extend import RegressionStep, discounted_return
 from tests.agent.agents import (
@@ -97,15 +97,20 @@ def test_world_model_update(name: str) -> None:
     config = agent.config
     before, others = snapshot(agent, "wm"), snapshot(agent, "actor", "critic")
     torch.manual_seed(4)
-    expected = weighted_loss(
-        agent.world_model,
+    cut = pieces(
+        config.model_learning.rollout_steps,
         normalized(agent, windows.obs),
         windows.action,
         wanted_rewards(agent, windows.reward),
         windows.terminated,
+    )
+    task = torch.zeros(cut[1].shape[1], dtype=torch.int64)
+    expected = weighted_loss(
+        agent.world_model,
+        *cut,
         config.model_learning,
         gamma=config.gamma,
-        task=torch.zeros(6, dtype=torch.int64) if config.world_model.task_dim else None,
+        task=task if config.world_model.task_dim else None,
     )
     grads = torch.autograd.grad(expected.total, list(agent.world_model.parameters()))
     torch.manual_seed(4)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pwm_fast import ops
-from pwm_fast.backends import select
+from pwm_fast.backends import native, select
 from pwm_fast.models import GaussianActor
 from pwm_fast.ops import Flow, Heads, LatentMap, Layer, Policy
+from tests.helpers import tensors_of, with_tensors
 from tests.models.builders import ACTION, OBS, normal, same, small_model
 
 D, A, B, H = 16, 3, 5, 4
@@ -196,3 +197,22 @@ def test_zero_velocity_starts_as_the_identity() -> None:
     for flag in (True, False):
         model = make_world_model(OBS, ACTION, small(kind="flow", zero_velocity=flag))
         assert torch.equal(model.next(z, a), z) == flag
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+@pytest.mark.parametrize("dynamics", [FLOW, MAP], ids=["flow", "map"])
+def test_no_steps(backend: str, dynamics: ops.Dynamics) -> None:
+    """A rollout of no steps is its start, and so is its gradient."""
+    if backend == "native" and native.why_missing() is not None:
+        pytest.skip("no native kernels")
+    net = [
+        with_tensors(p, [x.clone().requires_grad_() for x in tensors_of(p)]) for p in dynamics.net
+    ]
+    own = dynamics._replace(net=net)  # type: ignore[attr-defined]
+    z = torch.rand(3, D).requires_grad_()
+    found = ops.latent_rollout(z, torch.rand(0, 3, A), own, backend=backend)
+    assert found.shape == (1, 3, D) and torch.equal(found[0], z)
+    params = [x for p in net for x in tensors_of(p)]
+    grads = torch.autograd.grad(found.square().sum(), [z, *params], allow_unused=True)
+    torch.testing.assert_close(grads[0], 2.0 * z.detach())
+    assert all(g is None or g.eq(0).all() for g in grads[1:])

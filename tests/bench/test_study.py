@@ -1,0 +1,153 @@
+"""The study's arms, what is collected of their runs, and the page that is made of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from bench import arms, frontier, pages, study
+from pwm_fast.config import compose, to_dict
+from pwm_fast.run import metrics
+
+
+@pytest.mark.parametrize("name", arms.STUDIES)
+def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
+    found = arms.STUDIES[name]
+    assert len({arm.name for arm in found.arms}) == len({a.label for a in found.arms})
+    configs = [compose(*found.overrides, *arm.overrides).alg for arm in found.arms]
+    seen = [json.dumps(dataclasses.asdict(c) | {"name": None}, sort_keys=True) for c in configs]
+    assert len(set(seen)) == len(found.arms)
+
+
+def test_costs_are_of_the_same_configuration() -> None:
+    """``at_5M`` sets in the 5M sizes what the trainer's command sets in the small ones."""
+    for arm in arms.CARTPOLE:
+        small, large = compose(*arm.overrides).alg, frontier.at_5M(arm)
+        for section in ("world_model", "model_learning"):
+            for override in arm.overrides[1:]:
+                key = override.partition("=")[0]
+                if key.rpartition(".")[0] == f"alg.{section}":
+                    last = key.rpartition(".")[2]
+                    ours = getattr(getattr(large, section), last)
+                    assert ours == getattr(getattr(small, section), last), (arm.name, key)
+        assert large.world_model.kind == small.world_model.kind
+        assert large.world_model.latent_dim == 512
+
+
+def test_ratios_are_of_medians() -> None:
+    result = {
+        "updates": 8,
+        "seconds": {
+            "published": {"world_model": [1.0, 2.0, 90.0], "policy": [4.0, 4.0, 4.0]},
+            "flow": {"world_model": [0.5, 0.5, 0.5], "policy": [1.0, 1.0, 7.0]},
+        },
+    }
+    assert frontier.ratios(result, "flow") == (4.0, (8 * 2.0 + 4.0) / (8 * 0.5 + 1.0))
+
+
+DIAGNOSED = {
+    "prediction": {
+        "step": [1, 16],
+        "latent_per_displacement": [0.25, 0.1],
+        "latent_per_spread": [0.01, 0.05],
+        "latent_rms": [0.1, 0.2],
+    },
+    "rewards": {"model": [0.99, 0.9], "linear_obs_actions": [0.5, 0.4]},
+    "sensitivity": "not available: of this environment",
+}
+
+
+def finished_run(directory: Path, reward: float, status: str = "finished") -> None:
+    directory.mkdir(parents=True)
+    summary: dict[str, Any] = {
+        "status": status,
+        "env": "cartpole",
+        "alg": "pwm_tiny",
+        "seed": int(directory.name.removeprefix("seed_")),
+        "epochs": 2,
+        "env_steps": 2048,
+        "wall_time": 3.0,
+        "evaluation": {"reward_mean": reward, "success": 0.5},
+    }
+    own = next(a for a in arms.CARTPOLE if a.name == directory.parent.name)
+    saved = to_dict(compose(*arms.STUDIES["cartpole"].overrides, *own.overrides))
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(saved))
+    (directory / "summary.json").write_text(json.dumps(summary))
+    (directory / "provenance.json").write_text(json.dumps({"runs": [{"commit": "a" * 40}]}))
+    rows = [{"epoch": e, "env_steps": 1024 * e, "wall_time": 1.5 * e} for e in (0, 1, 2)]
+    for row in (rows[0], rows[2]):
+        row |= {"eval_reward": reward - 10.0 + row["epoch"], "eval_success": 0.25}
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert len(metrics.read(directory / "metrics.jsonl")) == 3
+
+
+def test_what_is_collected(tmp_path: Path) -> None:
+    for seed, reward in enumerate((-500.0, -600.0, -700.0)):
+        finished_run(tmp_path / "cartpole" / "mlp_n1" / f"seed_{seed}", reward)
+    finished_run(tmp_path / "cartpole" / "flow" / "seed_0", -100.0, "interrupted")
+    (tmp_path / "cartpole" / "flow" / "seed_1").mkdir()
+    where = tmp_path / "cartpole" / "mlp_n1" / "seed_1" / study.DIAGNOSIS
+    where.mkdir()
+    (where / "diagnosis.json").write_text(json.dumps({"checkpoints": [DIAGNOSED]}))
+    result = study.collect("cartpole", tmp_path)
+    assert [(r["arm"], r["seed"]) for r in result["runs"]] == [("mlp_n1", i) for i in range(3)]
+    assert result["runs"][0]["curve"]["eval_reward"] == [-510.0, -508.0]
+    assert result["runs"][0]["commits"] == ["a" * 12]
+    assert result["runs"][0]["model"] is None
+    assert result["runs"][1]["model"]["reward_r2"] == [0.99, 0.9]
+    assert str(tmp_path) not in json.dumps(result)
+    (line,) = [x for x in study.table(result).splitlines() if x.startswith("| MLP, windows of 1 |")]
+    assert "| 3 | -600 (-700 to -500) | 50%, 50%, 50% | 0.25 | 0.05 | 0.9 |" in line
+    study.draw(result, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert "alg.model_learning.rollout_steps=1" in study.commands(result)
+    (tmp_path / "cartpole" / "flow" / "seed_2").mkdir(parents=True)
+    config = tmp_path / "cartpole" / "mlp_n1" / "seed_0" / "config.yaml"
+    config.write_text(config.read_text().replace("rollout_steps: 1", "rollout_steps: 2"))
+    with pytest.raises(ValueError, match="another configuration than the arm mlp_n1 has now"):
+        study.collect("cartpole", tmp_path)
+
+
+def test_runs_are_started_and_failures_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        started.append(command[3:])
+        return subprocess.CompletedProcess(command, 1 if "seed=1" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    given = ["run", "cartpole", "--arms", "flow", "mlp", "--seeds", "0-1", "--out", str(tmp_path)]
+    assert study.main(given) == 1
+    assert len(started) == 4
+    assert started[0][-2:] == ["seed=0", f"run_dir={tmp_path / 'cartpole' / 'flow' / 'seed_0'}"]
+    shown = capsys.readouterr().out
+    assert "flow seed 0: finished" in shown and "mlp seed 1: ended with status 1" in shown
+    with pytest.raises(SystemExit):
+        study.main(["run", "cartpole", "--arms", "best"])
+    assert "--arms: no best; there are mlp, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", arms.STUDIES)
+def test_the_page_is_made_of_what_is_stored(name: str) -> None:
+    result = study.stored(name)
+    assert result is not None, "python -m bench.study collect"
+    page = study.RESULTS.read_text("utf-8")
+    expected = pages.put(page, f"study-{name}", study.section(result))
+    assert page == expected, "python -m bench.study docs"
+    assert (study.FIGURES / f"study_{name}.png").is_file()
+
+
+def test_seeds() -> None:
+    assert study.seeds_of("0-2,5") == [0, 1, 2, 5]
+    for wrong in ("4-0", "", "a", "1-"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be like 0-4"):
+            study.seeds_of(wrong)

@@ -109,7 +109,9 @@ def esnr() -> list[Case]:
 
 def epoch() -> list[Case]:
     """A training epoch's updates, and then with the physics of 128 Ants."""
-    found = [case for case in agent.epochs(torch.device("cuda")) if "5M" in case.name]
+    # Of two Heun steps, which the aims are about.
+    names = ("updates-5M", "epoch-5M")
+    found = [case for case in agent.epochs(torch.device("cuda")) if case.name in names]
     first = ("published_baseline", "published", "fast_fp16_graph", "fast_bf16_graph")
     return [
         replace(

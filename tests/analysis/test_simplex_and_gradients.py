@@ -46,7 +46,7 @@ def test_negative_entries_that_others_make_up_for() -> None:
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_drift_of_agents(name: str) -> None:
-    """0 for the baseline and for a projected flow, not for a free one."""
+    """0 for the baseline and for a projected flow, not for what is free."""
     changes = AGENTS[name]
     for project in (False, True):
         agent = make_agent(double=True, project=project, **changes)
@@ -55,7 +55,7 @@ def test_drift_of_agents(name: str) -> None:
         noise = torch.randn(5, 6, ACTION, dtype=torch.float64)
         drift = simplex_drift(imagine(agent.world_model, agent.actor, z, noise, task=task).z)
         assert drift["sum_error_max"][0] < 1e-9 and drift["negative_mass"][0] == 0.0
-        if changes["kind"] == "mlp" or project:
+        if changes["kind"] == "mlp" or (changes["kind"] == "flow" and project):
             assert drift["negative_mass"].max() == 0.0
             assert drift["sum_error_max"].max() < 1e-9
         else:
@@ -108,7 +108,10 @@ def test_gradients_of_agents(name: str) -> None:
     agent = make_agent(double=True, **AGENTS[name])
     obs = make_obs(8, dtype=torch.float64)
     for horizon in (1, 3, 5):
-        other = make_agent(double=True, **{**AGENTS[name], "horizon": horizon})
+        changes = {**AGENTS[name], "horizon": horizon}
+        if horizon == 1 and changes.get("start_noise") == "auto":
+            continue  # windows of one step have no error to measure
+        other = make_agent(double=True, **changes)
         torch.manual_seed(3)
         ours = agent.actor_gradients(obs, 4, horizon)
         torch.manual_seed(3)

@@ -25,6 +25,7 @@ def _case(
     *,
     keep: bool,
     spill: int = 0,
+    method: str = "heun",
 ) -> Case:
     """One launch; ``keep`` with what gradients of the weights need."""
     forward = direction == "fwd"
@@ -42,14 +43,14 @@ def _case(
         types["sum_ptr"] = f"*{dtype}"  # no gradient takes the sums, a product does
     types |= dict.fromkeys((*_PLAIN, "w2_n", "w2_k", "w13_n", "w13_k"), "i32")
     types |= dict.fromkeys(("width1", "width2", "eps1", "eps2", "dt", "nil"), "fp32")
-    constants: dict[str, Any] = constants_of(padded, plan, operand, Scheme("heun", 4, padded))
+    constants: dict[str, Any] = constants_of(padded, plan, operand, Scheme(method, 4, padded))
     constants |= {"KEEP": keep}
     # Contiguous weights, read as they are or as their transposes.
     constants |= {"SAVE": True, "w2_k": 1, "w13_k": 1} if forward else {"w2_n": 1, "w13_n": 1}
     if not forward:
         constants["SCALED"] = operand == torch.float16
     options = options_of(plan)
-    words = (f"U{padded}", dtype, plan.name, "weights" if keep else "")
+    words = (f"U{padded}", dtype, plan.name, "weights" if keep else "", method.replace("heun", ""))
     return Case(
         " ".join(w for w in (f"rollout_{direction}", *words) if w),
         fn,
@@ -101,4 +102,21 @@ def cases() -> list[Case]:
                     _case("fwd", layout, padded, dtype, archs, keep=False, spill=forward_spill)
                 )
                 found.append(_case("bwd", layout, padded, dtype, archs, keep=False, spill=spill))
+            if layout in (few, middle) and padded == 512 and dtype == "fp16":
+                # One Euler step, as the shipped flows take; residual dynamics, too.
+                for way in ("fwd", "bwd"):
+                    limit = forward_spill if way == "fwd" else spill
+                    for keep in (True, False):
+                        found.append(
+                            _case(
+                                way,
+                                layout,
+                                padded,
+                                dtype,
+                                archs,
+                                keep=keep,
+                                spill=limit,
+                                method="euler",
+                            )
+                        )
     return found

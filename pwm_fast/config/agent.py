@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pwm_fast.config.checks import (
     FLOAT,
@@ -48,12 +48,12 @@ def world_model_kind(key: str, value: str) -> None:
     one_of(*world_model_kinds())(key, value)
 
 
-def noise_or_auto(key: str, value: float | str) -> None:
+def noise_or_auto(key: str, value: Any) -> None:
     """A standard deviation, or ``auto``."""
     if value == "auto":
         return
-    require(not isinstance(value, (str, bool)), key, value, "a number, or auto")
-    assert not isinstance(value, str)
+    number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(number_given, key, value, "a number, or auto")
     not_negative()(key, value)
     finite(key, value)
 
@@ -185,7 +185,8 @@ class ModelLearningConfig(Checked):
     tau_sampling: str = checked("uniform", one_of("uniform", "midpoint"))
     flow_start: str = checked("rollout", one_of("rollout", "teacher"))
     start_grad: str = checked("rollout", one_of("rollout", "encoder", "none"))
-    start_noise: int | float | str = checked(0.0, noise_or_auto)
+    # A number or "auto": of a union OmegaConf would not convert what is given.
+    start_noise: Any = checked(0.0, noise_or_auto)
     target_grad: bool = True
 
 

@@ -32,7 +32,7 @@ from bench.arms import STUDIES, Arm
 from bench.results import STORE
 from pwm_fast import config as configuration
 from pwm_fast.analysis import statistics
-from pwm_fast.run import metrics
+from pwm_fast.run import metrics, provenance
 
 RESULTS = environment.ROOT / "docs" / "results.md"
 FIGURES = environment.ROOT / "docs" / "figures"
@@ -113,13 +113,13 @@ def collect(study: str, out: Path) -> dict[str, Any]:
             evaluation = dict(summary["evaluation"])
             known = directory / DIAGNOSIS / "diagnosis.json"
             found = json.loads(known.read_text("utf-8")) if known.is_file() else None
-            record = json.loads((directory / "provenance.json").read_text("utf-8"))
+            history = provenance.read(directory / "provenance.json")
             runs.append(
                 {
                     "arm": arm.name,
                     "overrides": list(arm.overrides),
                     **{k: summary[k] for k in keys},
-                    "commits": _commits(record),
+                    "commits": sorted({c[:12] for r in history if (c := r["git"]["commit"])}),
                     "evaluation": evaluation,
                     "model": None if found is None else _model(found["checkpoints"][0]),
                     "curve": {k: [row.get(k) for row in rows] for k in CURVE},
@@ -155,25 +155,6 @@ def _model(found: dict[str, Any]) -> dict[str, Any]:
         "after": sensitivity["after"] if has else None,
         "reward_cosine": sensitivity["reward_cosine"] if has else None,
     }
-
-
-def _commits(record: Any) -> list[str]:
-    """The commits that a run's processes ran."""
-    found: list[str] = []
-
-    def look(x: Any) -> None:
-        if isinstance(x, dict):
-            for key, value in x.items():
-                if key == "commit" and isinstance(value, str):
-                    found.append(value[:12])
-                else:
-                    look(value)
-        elif isinstance(x, list):
-            for value in x:
-                look(value)
-
-    look(record)
-    return sorted(set(found))
 
 
 # --- the page -----------------------------------------------------------------------------------
@@ -290,7 +271,7 @@ def section(result: dict[str, Any]) -> str:
                         commands(result)))  # fmt: skip
 
 
-def docs(*, figures: bool = True) -> list[str]:
+def docs() -> list[str]:
     """Rewrite the page's sections; the names of the studies that are there."""
     found = []
     for study in STUDIES:
@@ -298,8 +279,7 @@ def docs(*, figures: bool = True) -> list[str]:
         if result is None:
             continue
         pages.write(RESULTS, f"study-{study}", section(result))
-        if figures:
-            draw(result, FIGURES / f"study_{study}.png")
+        draw(result, FIGURES / f"study_{study}.png")
         found.append(study)
     return found
 

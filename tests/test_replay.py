@@ -271,6 +271,17 @@ def test_too_small_a_capacity_is_refused() -> None:
         Replay(23, 4, OBS, ACTION, 4)
 
 
+def follow(replay: Replay, other: Replay) -> None:
+    """From now on the other one gets what this one gets."""
+    original = replay.add
+
+    def add_to_both(*args: Tensor, **options: bool) -> None:
+        original(*args, **options)
+        other.add(*args, **options)
+
+    replay.add = add_to_both  # type: ignore[method-assign]
+
+
 def same_contents(a: Replay, b: Replay) -> None:
     for name in ("_data", "_run", "_cursor", "_length", "_random"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
@@ -291,13 +302,7 @@ def test_restored_replay_continues_to_the_bit(added: int, done: float, tmp_path:
     restored.load_state_dict(state)
     same_contents(restored, replay)
     # The restored one gets what the first one gets.
-    original_add = replay.add
-
-    def add_to_both(*args: Tensor) -> None:
-        original_add(*args)
-        restored.add(*args)
-
-    replay.add = add_to_both  # type: ignore[method-assign]
+    follow(replay, restored)
     for _ in range(20):
         recorder.add()
         same_contents(restored, replay)
@@ -592,13 +597,7 @@ def test_a_block_continues_to_the_bit(added: int, tmp_path: Path) -> None:
         recorder.add()
     torch.save(replay.state_dict(), tmp_path / "replay.pt")
     other.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
-    original = replay.add
-
-    def add_to_both(*args: Tensor) -> None:
-        original(*args)
-        other.add(*args)
-
-    replay.add = add_to_both  # type: ignore[method-assign]
+    follow(replay, other)
     for _ in range(20):
         recorder.add()
         same_contents(other, replay)

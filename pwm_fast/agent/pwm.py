@@ -89,11 +89,10 @@ class PWM:
         self.obs_rms = RunningMeanStd((obs_dim,)).to(self.device)
         self.reward_rms = RunningMeanStd().to(self.device)
         self.return_rms = RunningMeanStd().to(self.device)
-        learning = config.model_learning
         self.start_spread: StartSpread | None = None
-        if learning.start_noise == "auto":
-            steps = learning.rollout_steps or config.horizon
-            self.start_spread = StartSpread(steps, config.world_model.latent_dim).to(self.device)
+        if config.model_learning.start_noise == "auto":
+            spread = StartSpread(config.window_steps, config.world_model.latent_dim)
+            self.start_spread = spread.to(self.device)
         self.optimizers = {
             "wm": _optimizer(
                 self.world_model,

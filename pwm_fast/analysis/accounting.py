@@ -145,7 +145,7 @@ def count_flops(config: AlgConfig, spaces: Spaces, num_envs: int) -> Costs:
         num_envs: N, envs that act at once.
     """
     short = min(config.horizon, 2)
-    cut = config.model_learning.rollout_steps or config.horizon
+    cut = config.window_steps
     with META:
         few, more = (_Work(config, spaces, horizon) for horizon in (short, short + 1))
         actor_update, one_pass, targets = (
@@ -191,9 +191,8 @@ class _Work:
 
     def model_loss(self) -> Tensor:
         """Of windows of H steps, as many as pieces of their length make up a batch."""
-        learning, horizon = self.config.model_learning, self.horizon
-        pieces = self.config.horizon // (learning.rollout_steps or self.config.horizon)
-        batch = learning.batch_size * pieces
+        horizon, pieces = self.horizon, self.config.horizon // self.config.window_steps
+        batch = self.config.model_learning.batch_size * pieces
         return weighted_loss(
             self.model,
             self._obs(horizon + 1, batch),

@@ -349,7 +349,7 @@ class AlgConfig(Checked):
         )
         measured = self.model_learning.start_noise == "auto"
         require(
-            not measured or (steps or self.horizon) > 1,
+            not measured or self.window_steps > 1,
             "alg.model_learning.start_noise",
             "auto",
             "a number where windows have one step (rollout_steps=1), whose starts have no error",
@@ -360,6 +360,11 @@ class AlgConfig(Checked):
             "auto",
             f"a number for dynamics of kind {self.world_model.kind}, which learn without noise",
         )
+
+    @property
+    def window_steps(self) -> int:
+        """Macro steps of the windows that a world-model update learns from."""
+        return self.model_learning.rollout_steps or self.horizon
 
     @property
     def imagined_steps(self) -> int:

@@ -120,7 +120,7 @@ def window_gradients(
         return None
     assert isinstance(dynamics, tuple)  # all are named tuples: layers, then options
     own = dynamics[1:]
-    amount = None if isinstance(start_noise, Tensor) else start_noise
+    amount = start_noise if noise is None else None
     options = (weights, gamma, (start, start_grad, amount), target_grad, heads[1:4], own)
     key = (
         options,

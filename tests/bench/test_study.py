@@ -80,7 +80,12 @@ def finished_run(directory: Path, reward: float, status: str = "finished") -> No
     saved = to_dict(compose(*arms.STUDIES["cartpole"].overrides, *own.overrides))
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(saved))
     (directory / "summary.json").write_text(json.dumps(summary))
-    (directory / "provenance.json").write_text(json.dumps({"runs": [{"commit": "a" * 40}]}))
+    record = {
+        "format": "pwm_fast.provenance",
+        "version": 1,
+        "history": [{"git": {"commit": "a" * 40}}],
+    }
+    (directory / "provenance.json").write_text(json.dumps(record))
     rows = [{"epoch": e, "env_steps": 1024 * e, "wall_time": 1.5 * e} for e in (0, 1, 2)]
     for row in (rows[0], rows[2]):
         row |= {"eval_reward": reward - 10.0 + row["epoch"], "eval_success": 0.25}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-from abc import ABCMeta
 from importlib import import_module
 
 from pwm_fast.envs.tasks.base import Task
@@ -18,8 +17,9 @@ def built_in() -> dict[str, type[Task]]:
     found: dict[str, type[Task]] = {}
     for info in pkgutil.iter_modules(__path__, f"{__name__}."):
         for cls in vars(import_module(info.name)).values():
-            # Not isinstance(cls, type): on Python 3.10 an alias such as dict[str, int] is one, too.
-            if not (isinstance(cls, ABCMeta) and issubclass(cls, Task) and "name" in vars(cls)):
+            # Not isinstance(cls, type): on Python 3.10 an alias (dict[str, int], Callable[[int], int])
+            # passes for an instance of the metaclass of what it stands for.
+            if not (issubclass(type(cls), type) and issubclass(cls, Task) and "name" in vars(cls)):
                 continue
             other = found.setdefault(cls.name, cls)
             if other is not cls:

@@ -148,6 +148,10 @@ class ModelLearningConfig(Checked):
             rollouts of n steps from every n-th observation, all batched, of which a flow computes n
             - 1 steps. Weights ``gamma^t`` begin anew in each piece, and ``mean_reward_loss``
             divides by n.
+        flow_share: share of the windows whose flow times are drawn, rounded up; of the kind
+            ``flow``. The others learn at tau = 0, where a rollout of single Euler steps has
+            evaluated the velocity already, so that a smaller share costs less. Below 1 for such
+            rollouts as starts alone.
         tau_sampling: flow times of the flow-matching loss, ``uniform``, or ``midpoint`` (0.5 alone,
             an ablation: Heun also evaluates 0 and 1).
         flow_start: where a flow-matching path starts: ``rollout`` (the model's own latent) or
@@ -182,6 +186,7 @@ class ModelLearningConfig(Checked):
     consistency: str = checked("shortcut", one_of("shortcut", "meanflow"))
     consistency_share: float = checked(0.25, IN_UNIT)
     rollout_steps: int | None = checked(None, or_null(positive()))
+    flow_share: float = checked(1.0, IN_UNIT)
     tau_sampling: str = checked("uniform", one_of("uniform", "midpoint"))
     flow_start: str = checked("rollout", one_of("rollout", "teacher"))
     start_grad: str = checked("rollout", one_of("rollout", "encoder", "none"))
@@ -359,6 +364,19 @@ class AlgConfig(Checked):
             "alg.model_learning.start_noise",
             "auto",
             f"a number for dynamics of kind {self.world_model.kind}, which learn without noise",
+        )
+
+        model, learning = self.world_model, self.model_learning
+        method = learning.integrator or model.integrator, learning.substeps or model.substeps
+        own = (learning.flow_start, learning.start_grad) == ("rollout", "rollout")
+        require(
+            learning.flow_share == 1.0
+            or model.kind != "flow"
+            or (method == ("euler", 1) and not model.project and own),
+            "alg.model_learning.flow_share",
+            learning.flow_share,
+            "1 but for updates' rollouts of one Euler step (integrator=euler substeps=1) without "
+            "projection, which paths start from (flow_start=rollout start_grad=rollout)",
         )
 
     @property

@@ -67,6 +67,8 @@ class WindowOptions(NamedTuple):
         teacher: paths of a flow start at encoded observations, and nothing is rolled out.
         start_grad: where the gradient towards a rolled-out start goes: ``rollout`` (through it),
             ``encoder`` (to the encoded observation of that step) or ``none`` (the first has one).
+        drawn: number of windows, a batch's first, that are flow matching at drawn flow times. The
+            others learn from the latents that were rolled out: all of them, of what is no flow.
         target_grad: the gradient reaches latents through a flow's target too.
         start_noise: standard deviation of noise on a path's start; None where each call gives it.
         gamma: discount of later steps, above 0.
@@ -80,6 +82,7 @@ class WindowOptions(NamedTuple):
     spec: str
     teacher: bool
     start_grad: str
+    drawn: int
     target_grad: bool
     start_noise: float | None
     gamma: float
@@ -161,7 +164,8 @@ def covers(kernels: Kernels, nets: WindowNets, options: WindowOptions, sizes: Wi
         first, *others = (p.weight for p in net.layers)
         # Actions and flow times beside the latent make no weight too wide for a core's caches.
         own = [first if net is nets.encoder else first[:, : sizes.latent], *others]
-        for rows in (sizes.batch, sizes.horizon * sizes.batch):
+        at_drawn = sizes.horizon * options.drawn if net is nets.dynamics else 0
+        for rows in {sizes.batch, sizes.horizon * sizes.batch, at_drawn or sizes.batch}:
             if not row_program.runs(kernels, own, net.specs, rows):
                 return False
     what = options.dynamics
@@ -197,7 +201,7 @@ class WindowGradients:
             return None if net is None else Ready(kernels, inputs, net.specs, net.layers)
 
         self._encoder = Ready(kernels, (sizes.obs,), nets.encoder.specs, nets.encoder.layers)
-        self._velocity = ready(nets.dynamics, (*pair, 1)) if self._flow else None
+        self._velocity = ready(nets.dynamics, (*pair, 1)) if options.drawn else None
         self._reward = Ready(kernels, pair, nets.reward.specs, nets.reward.layers)
         self._termination = ready(nets.termination, pair)
         self._scalar_reward = nets.reward.layers[-1].weight.shape[0] == 1
@@ -242,14 +246,15 @@ class WindowGradients:
         after = obs[1:].flatten(0, 1)
         target = self._encoder.forward([after], encoder, rows, False, False)[0].view(shape)
 
-        # Latents: of the rollout, or encoded ones. No loss needs the last one of a flow.
-        steps = horizon - 1 if self._flow else horizon
+        # Latents: of the rollout, or encoded ones. Flow matching does not need the last one.
+        drawn = options.drawn
+        steps = horizon - 1 if drawn == batch else horizon
         _, w_a, _ = _split_first(nets.dynamics.tensors[0], sizes, self._flow)
         hoisted = [w_a, nets.dynamics.tensors[1]]
         latents: Tensor | None = None
         c_kept: list[Tensor] = []
         through = options.start_grad == "rollout"
-        if steps and not (self._flow and options.teacher):
+        if steps and not options.teacher:
             started = obs[:-1].flatten(0, 1) if options.start_grad == "encoder" else obs[0]
             encoded, kept = self._encoder.forward([started], encoder, len(started), True, True)
             z0 = encoded[:batch]
@@ -267,39 +272,44 @@ class WindowGradients:
             z = encoded.view(shape)
 
         # The dynamics' error, and what it asks of latents and velocity.
-        share = self._dynamics_share
+        share = self._dynamics_share.unsqueeze(-1)
         velocity_grads: list[Tensor] | None = None
         following_grad = None
-        if self._velocity is None:
-            assert latents is not None
-            error = latents[1:] - target
-            following_grad = error * share.unsqueeze(-1)
-            dz = torch.zeros_like(latents[:1]).expand(shape)
-        else:
+        squares = []
+        dz = z.new_zeros(()).expand(shape)
+        if self._velocity is not None:
+            origin, goal = z[:, :drawn], target[:, :drawn]
             if tau is None:
-                tau = torch.rand(horizon, batch, dtype=z.dtype, device=z.device)
-            origin = z
+                tau = torch.rand(horizon, drawn, dtype=z.dtype, device=z.device)
             if noise is not None:
-                origin = torch.addcmul(z, torch.randn_like(z), noise)
+                own = noise[..., :drawn, :] if noise.dim() > 1 and noise.shape[-2] > 1 else noise
+                origin = torch.addcmul(origin, torch.randn_like(origin), own)
             elif options.start_noise:
-                origin = torch.add(z, torch.randn_like(z), alpha=options.start_noise)
-            time = tau.reshape(horizon, batch, 1)
-            start = 1.0 - time
-            path = (start * origin).add_(time * target).view(rows, -1)
-            inputs = [path, actions, time.reshape(rows, 1)]
+                origin = torch.add(origin, torch.randn_like(origin), alpha=options.start_noise)
+            time = tau[:, :drawn].reshape(horizon, drawn, 1)
+            start, count = 1.0 - time, horizon * drawn
+            path = (start * origin).add_(time * goal).reshape(count, -1)
+            inputs = [path, action[:, :drawn].reshape(count, -1), time.reshape(count, 1)]
             params = nets.dynamics.tensors
-            v, v_kept = self._velocity.forward(inputs, params, rows, True, True)
-            error = v.view(shape).add_(origin).sub_(target)
-            dv = error * share.unsqueeze(-1)
+            v, v_kept = self._velocity.forward(inputs, params, count, True, True)
+            error = v.view(horizon, drawn, -1).add_(origin).sub_(goal)
+            squares.append(error.square().mean(-1))
+            dv = error * share
             needs = (True, False, False)
             (dpath, *_), found = self._velocity.backward(
-                dv.view(rows, -1), inputs, params, v_kept, needs, True
+                dv.view(count, -1), inputs, params, v_kept, needs, True
             )
             velocity_grads = [_tensor(g) for g in found]
-            dz = _tensor(dpath).view(shape).mul_(start)
+            dfirst = _tensor(dpath).view(horizon, drawn, -1).mul_(start)
             if options.target_grad:
-                dz = dz.add_(dv)
-        dynamics_loss = self._average(error.square().mean(-1))
+                dfirst = dfirst.add_(dv)
+            dz = dfirst if drawn == batch else F.pad(dfirst, (0, 0, 0, batch - drawn))
+        if drawn < batch:
+            assert latents is not None
+            error = latents[1:, drawn:] - target[:, drawn:]
+            squares.append(error.square().mean(-1))
+            following_grad = error * share
+        dynamics_loss = self._average(torch.cat(squares, 1))
 
         # The heads.
         pair = [z.reshape(rows, sizes.latent), actions]
@@ -334,7 +344,9 @@ class WindowGradients:
             if following_grad is not None:
                 dlatents = torch.zeros_like(latents)
                 dlatents[:horizon] = dz
-                dlatents[1:] += following_grad
+                dlatents[1:, drawn:] += following_grad
+                if self._flow and not options.target_grad:
+                    dlatents[:horizon, drawn:] -= following_grad
             dz0, dc, dw_z, dw_tau, dparams = rollout_backward(
                 self._kernels, dlatents, z0, *moving, saved, options.spec, True
             )

@@ -46,11 +46,12 @@ class FlowWorldModel(LatentModel):
         )
 
     def learned_dynamics(self, learning: ModelLearningConfig) -> ops.Flow:
-        """With the integrator of the update's rollouts, which may differ from imagination's."""
+        """As it is learned: the integrator of updates' rollouts may differ from imagination's."""
         found = self._dynamics_of(self._transition().layers())
         return found._replace(
             substeps=learning.substeps or found.substeps,
             method=learning.integrator or found.method,  # type: ignore[arg-type]
+            share=learning.flow_share,
         )
 
     def cautions(self, learning: ModelLearningConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -42,6 +43,10 @@ class Flow(NamedTuple):
         fold: carry the first layer's pre-activation through the substeps in place of the latent,
             which spares a GEMM an evaluation where the head is linear and the net is narrow;
             None where it pays. The result is the same but for rounding.
+        share: of the windows whose flow times are drawn, in [0, 1], rounded up: the first ones of a
+            batch, whose order must be random. The others learn at tau = 0, where one Euler step has
+            evaluated the velocity already: there the flow-matching error is the latent error of
+            what was rolled out. Below 1 for one such step alone.
     """
 
     net: Sequence[Layer]
@@ -49,11 +54,16 @@ class Flow(NamedTuple):
     method: Method = "heun"
     project: bool = False
     fold: bool | None = None
+    share: float = 1.0
 
     @property
     def learns_from_starts(self) -> bool:
         """See :class:`pwm_fast.ops.Dynamics`."""
-        return True
+        return self.share == 1.0
+
+    def drawn(self, batch: int) -> int:
+        """The number of a batch's windows whose flow times are drawn."""
+        return math.ceil(self.share * batch)
 
     def check(self, z: Tensor, action: int, task: Tensor | None) -> None:
         """See :class:`pwm_fast.ops.Dynamics`."""
@@ -62,6 +72,13 @@ class Flow(NamedTuple):
         _checks.method(self.method)
         if self.project:
             _checks.simnorm_width("z0", z.shape[-1], "the projection's group width", 8)
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"dynamics.share must lie in [0, 1], got {self.share}")
+        if self.share < 1.0 and ((self.method, self.substeps) != ("euler", 1) or self.project):
+            raise ValueError(
+                f"dynamics.share must be 1 but for one Euler step without projection, got "
+                f"{self.share}"
+            )
         check_fold(self.net, self.fold)
         check_net(self.net, inputs, z)
 
@@ -76,8 +93,31 @@ class Flow(NamedTuple):
         """Flow matching on the paths from ``z`` to ``target``.
 
         At ``z_tau = (1 - tau) z + tau target`` the velocity is compared with ``target - z``; see
-        :class:`pwm_fast.ops.Dynamics`.
+        :class:`pwm_fast.ops.Dynamics`. Windows that learn at tau = 0 take no noise on their starts.
         """
+        if steps.following is None:
+            return self._on_paths(steps)
+        n = self.drawn(steps.z.shape[1])
+        rolled, start = steps.following[:, n:], steps.z[:, n:]
+        if not steps.target_grad:  # of the velocity alone: what the start adds has no gradient
+            rolled = rolled + (start.detach() - start)
+        found = squared_error(rolled, steps.target[:, n:], steps.dtype)
+        if n == 0:
+            return found
+        noise = steps.start_noise
+        if isinstance(noise, Tensor) and noise.dim() > 1 and noise.shape[-2] > 1:
+            noise = noise[..., :n, :]
+        first = steps._replace(
+            z=steps.z[:, :n],
+            action=steps.action[:, :n],
+            target=steps.target[:, :n],
+            task=None if steps.task is None else steps.task[:, :n],
+            tau=None if steps.tau is None else steps.tau[:, :n],
+            start_noise=noise,
+        )
+        return torch.cat((self._on_paths(first), found), dim=1)
+
+    def _on_paths(self, steps: Transitions) -> Tensor:
         z, target, tau = steps.z, steps.target, steps.tau
         if tau is None:
             tau = torch.rand(z.shape[:2], dtype=z.dtype, device=z.device)

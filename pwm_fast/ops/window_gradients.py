@@ -212,7 +212,7 @@ def _make(
         return None
     if algebra.in_force() != algebra.Algebra() or rows.name != choices[0].name:
         return None
-    # No loss needs the last step of a flow.
+    # Where all windows learn from starts no loss needs the last step.
     steps = horizon - 1 if dynamics.learns_from_starts else horizon
     spec = pack(choices[-1], step, latent, width, rows=steps * batch).spec
     if net[0].bias is None:
@@ -230,6 +230,7 @@ def _make(
         spec,
         start == "teacher" and dynamics.learns_from_starts,
         start_grad if dynamics.learns_from_starts else "rollout",
+        dynamics.drawn(batch) if isinstance(dynamics, Flow) else 0,
         target_grad,
         noise,
         gamma,

@@ -32,6 +32,7 @@ AGENTS: dict[str, dict[str, Any]] = {
     "measured noise": {"kind": "flow", "flow_start": "teacher", "start_noise": "auto"},
     "pieces": {"kind": "flow", "rollout_steps": 1},
     "pieces, multi-task": {"kind": "flow", "rollout_steps": 1, "task_dim": 3, "num_tasks": 2},
+    "some flow times": {"kind": "flow", "integrator": "euler", "substeps": 1, "flow_share": 0.4},
     "residual": {"kind": "residual"},
     "shortcut": {"kind": "shortcut", "substeps": 1},
     "shortcut of pieces": {"kind": "shortcut", "substeps": 1, "rollout_steps": 1},

@@ -64,6 +64,8 @@ def slow_loss(
     horizon, batch = d.action.shape[:2]
     dynamics = reward = termination = torch.zeros((), dtype=torch.float64)
     noise = None if d.noise is None else config.start_noise * d.noise
+    # Windows beyond these learn at tau = 0.
+    drawn = math.ceil(config.flow_share * batch)
     learns_from_starts = model.config.kind == "flow"
     slow.config = dataclasses.replace(
         model.config,
@@ -83,7 +85,7 @@ def slow_loss(
         if not learns_from_starts:
             difference = slow.next(start, d.action[t]) - target
         else:
-            tau = d.tau[t]
+            tau = torch.where(torch.arange(batch) < drawn, d.tau[t], 0.0)
             origin = start if noise is None else start + noise[t]
             point = (1 - tau)[:, None] * origin + tau[:, None] * target
             goal = target - origin
@@ -143,6 +145,22 @@ CASES: dict[str, dict[str, Any]] = {
     "euler": {"kind": "flow", "integrator": "euler", "substeps": 3},
     "another integrator": {"kind": "flow", "learning": {"integrator": "euler"}},
     "another K": {"kind": "flow", "learning": {"substeps": 1}},
+    **{
+        f"flow_share {share}, target_grad {grad}": {
+            "kind": "flow",
+            "integrator": "euler",
+            "substeps": 1,
+            "target_grad": grad,
+            "learning": {"flow_share": share},
+        }
+        for share, grad in ((0.3, True), (0.3, False), (0.0, True), (0.0, False))
+    },
+    "flow_share, learned with another integrator": {
+        "kind": "flow",
+        "can_terminate": True,
+        "task": 1,
+        "learning": {"flow_share": 0.5, "integrator": "euler", "substeps": 1},
+    },
     "encoder": {"kind": "flow", "start_grad": "encoder"},
     "none": {"kind": "flow", "start_grad": "none"},
     "mlp, none": {"kind": "mlp", "start_grad": "none"},

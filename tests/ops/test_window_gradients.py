@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -63,6 +64,11 @@ class Case(NamedTuple):
     simnorm: bool = False
     fold: bool | None = None
     head_bias: bool = True
+    share: float = 1.0
+
+    @property
+    def drawn(self) -> int:
+        return math.ceil(self.share * self.batch)
 
     @property
     def flow(self) -> bool:
@@ -114,7 +120,8 @@ class Case(NamedTuple):
             noise = self.start_noise
         if self.flow:
             options = (self.substeps, self.kind)
-            dynamics = ops.Flow(nets.net, *options, fold=self.fold)  # type: ignore[arg-type]
+            own = {"fold": self.fold, "share": self.share}
+            dynamics = ops.Flow(nets.net, *options, **own)  # type: ignore[arg-type]
         return {
             "encoder": nets.encoder,
             "dynamics": dynamics,
@@ -128,6 +135,7 @@ class Case(NamedTuple):
 
 
 WEIGHTS = (0.7, 1.3, 0.4)
+SHARE = Case(kind="euler", substeps=1, share=0.4)
 CASES = {
     "heun": Case(),
     "euler, one evaluation": Case(kind="euler", substeps=1),
@@ -155,6 +163,14 @@ CASES = {
     "folded": Case(fold=True, batch=19),
     "folded, without a bias": Case(fold=True, units=(31,), head_bias=False),
     "folded, from the teacher": Case(fold=True, start="teacher"),
+    "some times are drawn": SHARE,
+    "some times are drawn, folded": SHARE._replace(fold=True, batch=19),
+    "some times are drawn, noise": SHARE._replace(start_noise=0.1, draws_tau=True),
+    "some times are drawn, noise of each entry": SHARE._replace(start_noise="tensor"),
+    "some times are drawn, targets without gradient": SHARE._replace(target_grad=False),
+    "some times are drawn, one step": SHARE._replace(horizon=1),
+    "some times are drawn, one window": SHARE._replace(batch=1),
+    "no time is drawn": SHARE._replace(share=0.0, target_grad=False),
 }
 Found = tuple[list[Tensor], list[Tensor]]
 
@@ -162,13 +178,13 @@ Found = tuple[list[Tensor], list[Tensor]]
 def by_autograd(case: Case, dtype: torch.dtype, seed: int = 0) -> Found:
     nets = case.nets(seed).to(dtype)
     torch.manual_seed(3)
-    noise = torch.randn(case.horizon, case.batch, D)  # the same numbers in every dtype
+    noise = torch.randn(case.horizon, case.drawn, D)  # the same numbers in every dtype
     options, data = case.options(nets), case.data(dtype, seed)
     with select.backend("reference"), pytest.MonkeyPatch.context() as patch:
         if case.draws_tau:
             torch.manual_seed(3)
-            tau = torch.rand(case.horizon, case.batch)
-            noise = torch.randn(case.horizon, case.batch, D)
+            tau = torch.rand(case.horizon, case.drawn)
+            noise = torch.randn(case.horizon, case.drawn, D)
             patch.setattr(torch, "rand", lambda *_, **__: tau.to(dtype))
         patch.setattr(torch, "randn_like", lambda *_, **__: noise.to(dtype))
         loss = ops.world_model_loss(**data, **options)
@@ -267,9 +283,12 @@ def test_what_depends_on_more_than_sizes_is_told_apart() -> None:
             Case(start="teacher"),
             Case(start_noise=0.3),
             Case(start_noise="tensor"),
+            Case(kind="euler", substeps=1),
+            SHARE,
+            SHARE._replace(share=0.8),
         )
     }
-    assert len(found) == 6
+    assert len(found) == 9
 
 
 def test_noise_is_read_anew() -> None:
@@ -387,6 +406,8 @@ def test_errors(change: dict[str, Any], message: str) -> None:
         ("alg=pwm_tiny_flow",),
         ("alg=pwm_tiny_flow", "alg.model_learning.start_grad=encoder"),
         ("alg=pwm_tiny_flow", "alg.model_learning.rollout_steps=2"),
+        ("alg=pwm_tiny_flow", "alg.model_learning.flow_share=0.3"),
+        ("alg=pwm_tiny_flow", "alg.model_learning.flow_share=0.0"),
         ("alg=pwm_tiny_flow", "alg.model_learning.substeps=3"),
         ("alg=pwm_tiny_flow", "alg.model_learning.start_noise=auto"),
     ],

@@ -42,8 +42,8 @@ def _tiny(name: str, label: str, *overrides: str) -> Arm:
 
 # Arms name what defaults may come to differ in; bench.study refuses runs of what an arm was once.
 ALL_DRAWN = f"{LEARN}.flow_share=1.0"
-HEUN = (f"{WM}.integrator=heun", f"{WM}.substeps=2", ALL_DRAWN)
-EULER = (f"{WM}.integrator=euler", f"{WM}.substeps=1", ALL_DRAWN)
+HEUN = (ALL_DRAWN, f"{WM}.integrator=heun", f"{WM}.substeps=2")
+EULER = (ALL_DRAWN, f"{WM}.integrator=euler", f"{WM}.substeps=1")
 WHOLE, CUT4, CUT2, CUT1 = (f"{LEARN}.rollout_steps={n}" for n in ("null", 4, 2, 1))
 
 CARTPOLE = (
@@ -58,7 +58,7 @@ CARTPOLE = (
     _tiny("flow_mixed", "flow, Heun K = 2, learned with Euler K = 1", *HEUN,
           f"{LEARN}.integrator=euler", f"{LEARN}.substeps=1", WHOLE),
     _tiny("flow", "flow, Euler K = 1", *EULER, WHOLE),
-    _tiny("flow_share", "flow, Euler K = 1, a quarter of the flow times drawn", *EULER[:2], WHOLE,
+    _tiny("flow_share", "flow, Euler K = 1, a quarter of the flow times drawn", *EULER[1:], WHOLE,
           f"{LEARN}.flow_share=0.25"),
     _tiny("flow_n4", "flow, Euler K = 1, windows of 4", *EULER, CUT4),
     _tiny("flow_n2", "flow, Euler K = 1, windows of 2", *EULER, CUT2),

@@ -39,7 +39,7 @@ def at_5M(arm: Arm) -> AlgConfig:
     for override in overrides:
         key, _, text = override.partition("=")
         section = {WM: "world_model", LEARN: "model_learning"}[key.rpartition(".")[0]]
-        value: Any = None if text == "null" else int(text) if text.isdigit() else text
+        value = text if text[0].isalpha() and text != "null" else json.loads(text)
         part = dataclasses.replace(getattr(alg, section), **{key.rpartition(".")[2]: value})
         alg = dataclasses.replace(alg, **{section: part})
     return alg

@@ -2,7 +2,8 @@
 
 python -m bench.study run cartpole --seeds 0-4 --jobs 2    # go on where an earlier call stopped
 python -m bench.study diagnose cartpole                    # each finished run, once
-python -m bench.study collect cartpole                     # into bench/results/study_cartpole.json
+python -m bench.study collect cartpole                     # into bench/results/study_cartpole.json,
+                                                           # beside the runs that are stored there
 python -m bench.study docs                                 # draw what is stored
 
 ``run`` starts ``python -m pwm_fast.train`` once for each arm and seed, ``--jobs`` at a time at low
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bench import environment, frontier, pages
 from bench.arms import STUDIES, Arm
@@ -37,6 +36,7 @@ from pwm_fast.run import metrics, provenance
 RESULTS = environment.ROOT / "docs" / "results.md"
 FIGURES = environment.ROOT / "docs" / "figures"
 CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_success")
+
 # --- running ------------------------------------------------------------------------------------
 
 
@@ -96,8 +96,32 @@ def diagnose(study: str, out: Path) -> int:
 # --- collecting ---------------------------------------------------------------------------------
 
 
-def collect(study: str, out: Path) -> dict[str, Any]:
-    """Final evaluations and evaluation curves of the finished runs, and what they ran on."""
+def collect(study: str, out: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Final evaluations and evaluation curves of the finished runs, and what they ran on.
+
+    Args:
+        study: its name.
+        out: where the runs are.
+        known: what was collected before. Its runs stay, but for those that are in ``out`` again and
+            those of what an arm was once.
+
+    Raises:
+        ValueError: a run in ``out`` is of another configuration than its arm.
+    """
+    arms = {arm.name: list(arm.overrides) for arm in STUDIES[study].arms}
+    found = {(r["arm"], r["seed"]): r for r in _finished(study, out)}
+    for run in () if known is None else known["runs"]:
+        if arms.get(run["arm"]) == run["overrides"]:
+            found.setdefault((run["arm"], run["seed"]), run)
+    order = list(arms)
+    return {
+        "study": study,
+        "overrides": list(STUDIES[study].overrides),
+        "runs": sorted(found.values(), key=lambda r: (order.index(r["arm"]), r["seed"])),
+    }
+
+
+def _finished(study: str, out: Path) -> list[dict[str, Any]]:
     runs = []
     for arm in STUDIES[study].arms:
         for directory in sorted((out / study / arm.name).glob("seed_*")):
@@ -111,8 +135,8 @@ def collect(study: str, out: Path) -> dict[str, Any]:
             rows = [r for r in metrics.read(directory / "metrics.jsonl") if "eval_reward" in r]
             keys = ("env", "alg", "seed", "epochs", "env_steps", "wall_time")
             evaluation = dict(summary["evaluation"])
-            known = directory / DIAGNOSIS / "diagnosis.json"
-            found = json.loads(known.read_text("utf-8")) if known.is_file() else None
+            file = directory / DIAGNOSIS / "diagnosis.json"
+            diagnosed = json.loads(file.read_text("utf-8")) if file.is_file() else None
             history = provenance.read(directory / "provenance.json")
             runs.append(
                 {
@@ -120,19 +144,19 @@ def collect(study: str, out: Path) -> dict[str, Any]:
                     "overrides": list(arm.overrides),
                     **{k: summary[k] for k in keys},
                     "commits": sorted({c[:12] for r in history if (c := r["git"]["commit"])}),
+                    "on": _ran_on(history[-1]),
                     "evaluation": evaluation,
-                    "model": None if found is None else _model(found["checkpoints"][0]),
+                    "model": None if diagnosed is None else _model(diagnosed["checkpoints"][0]),
                     "curve": {k: [row.get(k) for row in rows] for k in CURVE},
                 }
             )
-    return {
-        "study": study,
-        "overrides": list(STUDIES[study].overrides),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": environment.machine(torch.device("cpu")),
-        "runs": runs,
-    }
+    return runs
+
+
+def _ran_on(record: dict[str, Any]) -> str:
+    m, v = record["machine"], record["versions"]
+    where = f"{m['cpu']}, {m['cpu_capability']}, {m['cores']} cores"
+    return f"{where}; torch {v['torch']}, Python {v['python']}"
 
 
 def _check_arm(arm: Arm, directory: Path) -> None:
@@ -264,11 +288,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def section(result: dict[str, Any]) -> str:
     """What docs/results.md has of a study."""
-    m = result["machine"]
-    where = f"{m['cpu']}, {m['isa']}, {m['cores']} cores; torch {result['torch']}"
+    where = "; ".join(sorted({r["on"] for r in result["runs"]}))
     figure = f"![Returns](figures/study_{result['study']}.png)"
-    return "\n\n".join((f"{where}, Python {result['python']}:", table(result), figure,
-                        commands(result)))  # fmt: skip
+    return "\n\n".join((f"{where}:", table(result), figure, commands(result)))
 
 
 def docs() -> list[str]:
@@ -332,12 +354,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return min(diagnose(options.study, options.out), 1)
     path = STORE / f"study_{options.study}.json"
     try:
-        result = collect(options.study, options.out)
+        known = stored(options.study)
+        result = collect(options.study, options.out, known)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"{path.name}: {len(result['runs'])} runs")
+    before, now = (
+        {(r["arm"], r["seed"]) for r in each["runs"]} for each in (known or {"runs": []}, result)
+    )
+    if before - now:
+        print(f"left out: {len(before - now)} stored runs of what an arm was once")
     return 0
 
 

@@ -11,6 +11,7 @@ from pwm_fast.config.checks import (
     LOGSTD,
     SIZE,
     WIDTH,
+    Check,
     Checked,
     adam_betas,
     at_least,
@@ -48,14 +49,18 @@ def world_model_kind(key: str, value: str) -> None:
     one_of(*world_model_kinds())(key, value)
 
 
-def noise_or_auto(key: str, value: Any) -> None:
-    """A standard deviation, or ``auto``."""
-    if value == "auto":
-        return
-    number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(number_given, key, value, "a number, or auto")
-    not_negative()(key, value)
-    finite(key, value)
+def or_auto(*checks: Check) -> Check:
+    """A number that passes the checks, or ``auto``."""
+
+    def check(key: str, value: Any) -> None:
+        if value == "auto":
+            return
+        number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(number_given, key, value, "a number, or auto")
+        for each in checks:
+            each(key, value)
+
+    return check
 
 
 COUNT_OR_NULL = or_null(number(lambda value: value >= 0, "0 or more, or null"))
@@ -116,6 +121,12 @@ class WorldModelConfig(Checked):
         below = f"below vmax ({self.vmax})"
         require(self.vmin < self.vmax, f"{self.PREFIX}vmin", self.vmin, below)
 
+    def at_zero(self, learning: ModelLearningConfig) -> bool:
+        """Whether a flow's updates roll out single steps, each of the velocity at tau = 0."""
+        method = learning.integrator or self.integrator, learning.substeps or self.substeps
+        own = (learning.flow_start, learning.start_grad) == ("rollout", "rollout")
+        return method == ("euler", 1) and not self.project and own
+
 
 @dataclass
 class ModelLearningConfig(Checked):
@@ -151,7 +162,7 @@ class ModelLearningConfig(Checked):
         flow_share: share of the windows whose flow times are drawn, rounded up; of the kind
             ``flow``. The others learn at tau = 0, where a rollout of single Euler steps has
             evaluated the velocity already, so that a smaller share costs less. Below 1 for such
-            rollouts as starts alone.
+            rollouts as starts alone; ``auto`` is a quarter there, and 1 elsewhere.
         tau_sampling: flow times of the flow-matching loss, ``uniform``, or ``midpoint`` (0.5 alone,
             an ablation: Heun also evaluates 0 and 1).
         flow_start: where a flow-matching path starts: ``rollout`` (the model's own latent) or
@@ -186,12 +197,12 @@ class ModelLearningConfig(Checked):
     consistency: str = checked("shortcut", one_of("shortcut", "meanflow"))
     consistency_share: float = checked(0.25, IN_UNIT)
     rollout_steps: int | None = checked(None, or_null(positive()))
-    flow_share: float = checked(1.0, IN_UNIT)
+    # Of a union, such as a number or "auto", OmegaConf would not convert what is given.
+    flow_share: Any = checked(1.0, or_auto(IN_UNIT))
     tau_sampling: str = checked("uniform", one_of("uniform", "midpoint"))
     flow_start: str = checked("rollout", one_of("rollout", "teacher"))
     start_grad: str = checked("rollout", one_of("rollout", "encoder", "none"))
-    # A number or "auto": of a union OmegaConf would not convert what is given.
-    start_noise: Any = checked(0.0, noise_or_auto)
+    start_noise: Any = checked(0.0, or_auto(not_negative(), finite))
     target_grad: bool = True
 
 
@@ -366,17 +377,14 @@ class AlgConfig(Checked):
             f"a number for dynamics of kind {self.world_model.kind}, which learn without noise",
         )
 
-        model, learning = self.world_model, self.model_learning
-        method = learning.integrator or model.integrator, learning.substeps or model.substeps
-        own = (learning.flow_start, learning.start_grad) == ("rollout", "rollout")
+        model, share = self.world_model, self.model_learning.flow_share
         require(
-            learning.flow_share == 1.0
-            or model.kind != "flow"
-            or (method == ("euler", 1) and not model.project and own),
+            share in ("auto", 1.0) or model.kind != "flow" or model.at_zero(self.model_learning),
             "alg.model_learning.flow_share",
-            learning.flow_share,
-            "1 but for updates' rollouts of one Euler step (integrator=euler substeps=1) without "
-            "projection, which paths start from (flow_start=rollout start_grad=rollout)",
+            share,
+            "1 or auto but for updates' rollouts of single Euler steps (integrator=euler "
+            "substeps=1) without projection, which paths start from (flow_start=rollout "
+            "start_grad=rollout)",
         )
 
     @property

@@ -13,6 +13,10 @@ from pwm_fast.models.layers import MLP, known_layers, mlp
 from pwm_fast.models.world_model import LatentModel, register
 
 
+#: Of the windows whose flow times are drawn, where the others cost nothing (docs/results.md).
+AUTO_SHARE = 0.25
+
+
 @register("flow")
 class FlowWorldModel(LatentModel):
     """Flow dynamics: the latent moves along a velocity field ``v(z, a, tau, task)``, tau in [0, 1].
@@ -51,8 +55,13 @@ class FlowWorldModel(LatentModel):
         return found._replace(
             substeps=learning.substeps or found.substeps,
             method=learning.integrator or found.method,  # type: ignore[arg-type]
-            share=learning.flow_share,
+            share=self._share(learning),
         )
+
+    def _share(self, learning: ModelLearningConfig) -> float:
+        if learning.flow_share == "auto":
+            return AUTO_SHARE if self.config.at_zero(learning) else 1.0
+        return float(learning.flow_share)
 
     def cautions(self, learning: ModelLearningConfig) -> list[str]:
         """What to warn of where the model is trained in that way."""

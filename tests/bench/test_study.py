@@ -83,7 +83,13 @@ def finished_run(directory: Path, reward: float, status: str = "finished") -> No
     record = {
         "format": "pwm_fast.provenance",
         "version": 1,
-        "history": [{"git": {"commit": "a" * 40}}],
+        "history": [
+            {
+                "git": {"commit": "a" * 40},
+                "versions": {"torch": "2.13.0", "python": "3.11.7"},
+                "machine": {"cpu": "Xeon", "cpu_capability": "AVX512", "cores": 2},
+            }
+        ],
     }
     (directory / "provenance.json").write_text(json.dumps(record))
     rows = [{"epoch": e, "env_steps": 1024 * e, "wall_time": 1.5 * e} for e in (0, 1, 2)]
@@ -113,11 +119,43 @@ def test_what_is_collected(tmp_path: Path) -> None:
     study.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "alg.model_learning.rollout_steps=1" in study.commands(result)
+    assert study.section(result).startswith("Xeon, AVX512, 2 cores; torch 2.13.0, Python 3.11.7:")
     (tmp_path / "cartpole" / "flow" / "seed_2").mkdir(parents=True)
     config = tmp_path / "cartpole" / "mlp_n1" / "seed_0" / "config.yaml"
     config.write_text(config.read_text().replace("rollout_steps: 1", "rollout_steps: 2"))
     with pytest.raises(ValueError, match="another configuration than the arm mlp_n1 has now"):
         study.collect("cartpole", tmp_path)
+
+
+def test_stored_runs_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is collected joins what is stored, in the place of the same seed's run."""
+    monkeypatch.setattr(study, "STORE", tmp_path)
+    for part, arm, seed, reward in (
+        ("a", "mlp_n1", 1, -1.0),
+        ("a", "flow", 0, -2.0),
+        ("b", "flow", 1, -3.0),
+        ("b", "flow", 0, -4.0),
+        ("b", "mlp", 3, -5.0),
+    ):
+        finished_run(tmp_path / part / "cartpole" / arm / f"seed_{seed}", reward)
+    assert study.main(["collect", "cartpole", "--out", str(tmp_path / "a")]) == 0
+    assert study.main(["collect", "cartpole", "--out", str(tmp_path / "b")]) == 0
+    result = study.stored("cartpole")
+    assert result is not None
+    shown = [(r["arm"], r["seed"], r["evaluation"]["reward_mean"]) for r in result["runs"]]
+    assert shown == [
+        ("mlp", 3, -5.0),
+        ("mlp_n1", 1, -1.0),
+        ("flow", 0, -4.0),
+        ("flow", 1, -3.0),
+    ]
+    assert "left out" not in capsys.readouterr().out
+    result["runs"][0]["overrides"] = ["alg=pwm_tiny"]
+    (tmp_path / "study_cartpole.json").write_text(json.dumps(result))
+    assert study.main(["collect", "cartpole", "--out", str(tmp_path / "a")]) == 0
+    assert "left out: 1 stored runs of what an arm was once" in capsys.readouterr().out
 
 
 def test_runs_are_started_and_failures_counted(

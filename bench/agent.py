@@ -238,7 +238,7 @@ def epochs(device: torch.device) -> list[Case]:
             },
             partial(
                 build_epoch,
-                alg_config(f"{size}_flow", substeps, integrator),
+                alg_config(f"{size}_flow", substeps, integrator, "auto"),
                 alg_config(size),
                 physics=kind == "epoch",
             ),

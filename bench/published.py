@@ -81,8 +81,8 @@ def ensemble(
     return values
 
 
-def velocity(net: Sequence[Layer], z: Tensor, a: Tensor, tau: float) -> Tensor:
-    column = torch.full((*z.shape[:-1], 1), tau, dtype=z.dtype, device=z.device)
+def velocity(net: Sequence[Layer], z: Tensor, a: Tensor, tau: float | Tensor) -> Tensor:
+    column = torch.zeros(*z.shape[:-1], 1, dtype=z.dtype, device=z.device) + tau
     return normed(net, torch.cat([z, a, column], dim=-1))
 
 
@@ -233,8 +233,12 @@ class Learner:
 
     def world_model_loss(self, windows: Windows) -> Tensor:
         learning, gamma = self.config.model_learning, self.config.gamma
-        model, dynamics = self.world_model, self.world_model.dynamics()
-        horizon = windows.action.shape[0]
+        model, dynamics = self.world_model, self.world_model.learned_dynamics(learning)
+        horizon, batch = windows.action.shape[:2]
+        tau: float | Tensor = 0.5
+        if isinstance(dynamics, Flow) and dynamics.share < 1.0:
+            tau = torch.full((batch, 1), 0.5, dtype=windows.obs.dtype, device=windows.obs.device)
+            tau[dynamics.drawn(batch) :] = 0.0
         with torch.no_grad():
             target = self.encode(windows.obs[1:])
         z = self.encode(windows.obs[0])
@@ -244,7 +248,7 @@ class Learner:
             latents.append(z)
             if isinstance(dynamics, Flow):
                 wanted = target[t] - z
-                found = velocity(dynamics.net, 0.5 * z + 0.5 * target[t], a, 0.5)
+                found = velocity(dynamics.net, (1.0 - tau) * z + tau * target[t], a, tau)
                 error = error + gamma**t * F.mse_loss(found, wanted)
                 z = self.next_latent(dynamics, z, a)
             else:

@@ -318,6 +318,7 @@ OUT_OF_RANGE = {
     "alg.actor.units": [[0]],
     "alg.actor.batch_size": [0],
     "alg.actor.updates": [-1],
+    "alg.actor.entropy_coef": [-0.1, NAN, INF],
     "alg.actor.init": ["zeros", "Torch"],
     "alg.actor.init_logstd": [NAN, INF],
     "alg.actor.min_logstd": [NAN],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,20 @@ from pwm_fast.ops import ImaginedRollout, extend
 from pwm_fast.replay import Windows
 
 Metrics = dict[str, Tensor]
+
+
+class _Imagined(NamedTuple):
+    """Imagined rollouts as they are learned from.
+
+    Attributes:
+        rollout: rewards are scaled, and higher by what entropy earns.
+        returns: ``[B]``.
+        entropy: mean over all steps; None where it earns nothing.
+    """
+
+    rollout: ImaginedRollout
+    returns: Tensor
+    entropy: Tensor | None
 
 
 class PWM:
@@ -353,7 +367,7 @@ class PWM:
 
     def _actor_update(self, obs: Tensor) -> Update:
         with frozen(self.world_model, self.critic), extend.precisions_used(self._used):
-            rollout, returns = self._imagine(obs)
+            rollout, returns, entropy = self._imagine(obs)
             self.return_rms.update(returns)
             loss = self._actor_loss(returns)
             norm = self.optimizers["actor"].step(loss)
@@ -363,6 +377,8 @@ class PWM:
             "imagined_return": returns.detach().mean() / self.config.value_scale,
             "actor_std": self.actor.std().detach().mean(),
         }
+        if entropy is not None:
+            metrics["entropy"] = entropy
         handed = tuple(None if x is None else x.detach() for x in rollout)
         return Update(metrics, handed, self._kept("actor"))
 
@@ -409,7 +425,7 @@ class PWM:
             frozen(self.world_model, self.critic),
         ):
             for part in obs[: size * samples].split(size):
-                loss = self._actor_loss(self._imagine(part, horizon)[1])
+                loss = self._actor_loss(self._imagine(part, horizon).returns)
                 grads.append(torch.autograd.grad(loss, params))
         return grads
 
@@ -510,26 +526,32 @@ class PWM:
     def _encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
         return self.world_model.encode(self._normalize(obs), task)
 
-    def _imagine(self, obs: Tensor, horizon: int | None = None) -> tuple[ImaginedRollout, Tensor]:
+    def _imagine(self, obs: Tensor, horizon: int | None = None) -> _Imagined:
         steps = self.config.imagined_steps if horizon is None else horizon
         task = self._task(obs.shape[0])
+        noise = self._noise(steps, obs.shape[0])
         rollout = imagine(
             self.world_model,
             self.actor,
             self._encode(obs, task),
-            self._noise(steps, obs.shape[0]),
+            noise,
             detach=self.config.actor.detach,
             task=task,
             symlog_rewards=self.config.symlog_rewards,
         )
-        rollout = rollout._replace(reward=rollout.reward * self.config.value_scale)
+        reward, entropy = rollout.reward, None
+        if self.config.actor.entropy_coef:
+            bonus = self.actor.entropy(rollout.action, noise)
+            entropy = bonus.detach().mean()
+            reward = reward + self.config.actor.entropy_coef * bonus
+        rollout = rollout._replace(reward=reward * self.config.value_scale)
         value = self.critic.minimum(rollout.z[-1])
         if self.config.value_delay:
             value = value * self.config.gamma**self.config.value_delay
         returns = extend.discounted_return(
             rollout.reward, value, self.config.gamma, rollout.continues
         )
-        return rollout, returns
+        return _Imagined(rollout, returns, entropy)
 
     def _actor_loss(self, returns: Tensor) -> Tensor:
         loss = -returns.mean()

@@ -224,6 +224,10 @@ class ActorConfig(Checked):
         betas: Adam's betas.
         grad_norm: the gradient's norm is clipped to this.
         detach: the policy sees latents without their gradient (the dynamics still carry it).
+        entropy_coef: imagined rewards are higher by this times ``-log pi(a|z)``, of the actions
+            that were drawn (SAC, arXiv 1801.01290; through a model: SAPO, arXiv 2412.12089), so the
+            critics' values are higher, too. In the units of imagined rewards, before
+            ``alg.value_scale``. 0 is none.
     """
 
     PREFIX: ClassVar[str] = "alg.actor."
@@ -239,6 +243,7 @@ class ActorConfig(Checked):
     betas: list[float] = checked([0.7, 0.95], adam_betas)
     grad_norm: float = checked(1.0, positive())
     detach: bool = True
+    entropy_coef: float = checked(0.0, not_negative(), finite)
 
 
 @dataclass

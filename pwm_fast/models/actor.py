@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,6 +58,15 @@ class GaussianActor(nn.Module):
     def std(self) -> Tensor:
         """Standard deviations before the tanh, ``[A]``."""
         return self.logstd.clamp_min(self.min_logstd).exp()
+
+    def entropy(self, action: Tensor, noise: Tensor) -> Tensor:
+        """``-log pi(a|z)`` of actions ``[..., A]`` that were drawn with ``noise``, ``[...]``.
+
+        Its mean is the policy's entropy. ``1 - a^2`` is kept above 1e-6, as in SAC's code, so that
+        it is finite where an action is at its bound.
+        """
+        density = 0.5 * noise.square() + self.std().log() + 0.5 * math.log(2.0 * math.pi)
+        return (density + torch.log(1.0 - action.square() + 1e-6)).sum(-1)
 
     def policy(self) -> ops.Policy:
         """The parameters as the operations take them.

@@ -40,6 +40,7 @@ AGENTS: dict[str, dict[str, Any]] = {
     "terminating": {"kind": "flow", "can_terminate": True},
     "multi-task": {"kind": "flow", "task_dim": 3, "num_tasks": 2, "can_terminate": True},
     "scalar reward": {"kind": "mlp", "num_bins": 1, "normalize_rewards": True},
+    "entropy": {"kind": "flow", "actor_entropy_coef": 0.3},
     "all normalised": {"kind": "flow", "normalize_obs": True, "detach": False},
     "as published": {
         "kind": "mlp",

@@ -181,7 +181,13 @@ def objective(
     for t in range(config.horizon):
         visited.append(z)
         a = agent.actor(z if seen is None else seen[t], noise[t])
-        reward = ops.two_hot_decode(slow.reward(z, a), -10.0, 10.0) * config.value_scale
+        reward = ops.two_hot_decode(slow.reward(z, a), -10.0, 10.0)
+        if config.actor.entropy_coef:
+            std, drawn = agent.actor.std(), torch.atanh(a)
+            log = torch.distributions.Normal(drawn - std * noise[t], std).log_prob(drawn)
+            log = log - torch.log(1.0 - a.square() + 1e-6)
+            reward = reward - config.actor.entropy_coef * log.sum(-1)
+        reward = reward * config.value_scale
         total = total + config.gamma**t * alive * reward
         if agent.world_model._termination is not None:
             alive = alive * torch.sigmoid(-slow.termination(z, a))
@@ -191,7 +197,7 @@ def objective(
 
 
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("name", ["mlp", "flow", "terminating"])
+@pytest.mark.parametrize("name", ["mlp", "flow", "terminating", "entropy"])
 def test_actor_gradient_equals_finite_differences(name: str, detach: bool) -> None:
     """Every entry of every parameter, float64; the loss is divided by the returns' deviation."""
     agent = make_agent(
@@ -307,6 +313,7 @@ def test_policy_metrics(name: str) -> None:
         "actor_std",
         "value_loss",
         "critic_grad_norm",
+        *(["entropy"] if name == "entropy" else []),
     }
     assert all(m.shape == () and not m.requires_grad for m in metrics.values())
     # In the environment's units, whatever the scale that the critics learn in.

@@ -73,6 +73,27 @@ def test_std_starts_at_exp_minus_1_and_stays_above_its_bound() -> None:
     same(actor(torch.zeros(3, 16), torch.eye(3)).atanh().diagonal(), expected, rtol=1e-5)
 
 
+def test_entropy_of_drawn_actions() -> None:
+    """``-log pi(a|z)`` of the squashed Gaussian; finite at the bounds, gradient included."""
+    actor, z, noise = make(), normal(500, 16), normal(500, 3)
+    action = actor(z, noise)
+    base = torch.distributions.Normal(actor(z).atanh(), actor.std())
+    squashed = torch.distributions.TransformedDistribution(
+        base, torch.distributions.TanhTransform(cache_size=1)
+    )
+    inside = (action.abs() < 0.99).all(-1)
+    assert inside.sum() > 100
+    expected = -squashed.log_prob(action).sum(-1)
+    same(actor.entropy(action, noise)[inside], expected[inside], rtol=1e-3, atol=1e-4)
+    actor, far = make(30.0).float(), 10.0 * normal(500, 16).float()
+    noise = noise.float()
+    action = actor(far, noise)
+    assert (action.abs() == 1.0).any()
+    found = actor.entropy(action, noise)
+    grads = torch.autograd.grad(found.sum(), list(actor.parameters()))
+    assert torch.isfinite(found).all() and all(torch.isfinite(g).all() for g in grads)
+
+
 def test_actions_lie_within_bounds_and_noise_0_is_deterministic() -> None:
     actor, z = make(3.0), normal(40, 16)
     sampled = actor(z, 5.0 * normal(40, 3))

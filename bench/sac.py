@@ -1,7 +1,7 @@
 """An outside anchor: SAC of Stable-Baselines3 on a robot of ours, at so many steps and seconds.
 
 pip install stable-baselines3                                  # no dependency of pwm_fast
-python -m bench.sac hopper --steps 1000000 --out runs/sac      # one seed: runs/sac/hopper/seed_0.json
+python -m bench.sac hopper --steps 1000000 --out runs/sac      # to runs/sac/hopper/seed_0.json
 python -m bench.sac ant --steps 5000000 --seed 1 --threads 2
 
 The environments are the trainer's own, and the policy is evaluated on the episodes that

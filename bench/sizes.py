@@ -20,8 +20,8 @@ def alg_config(
 ) -> config.AlgConfig:
     """The configuration ``pwm_<model>``, with K steps of an integrator and flow times of 0.5.
 
-    Shipped flows have one Euler step and ``flow_share="auto"``. Fixed flow times cost the same as drawn ones and let any two
-    providers be compared.
+    Shipped flows have one Euler step and ``flow_share="auto"``. Fixed flow times cost the same as
+    drawn ones and let any two providers be compared.
     """
     alg = plain.load("alg", f"pwm_{model}")
     alg.setdefault("model_learning", {}).update(tau_sampling="midpoint", flow_share=flow_share)

@@ -115,8 +115,8 @@ def test_the_other_configurations_keep_our_own_values(name: str) -> None:
     )
     assert (alg.actor.init, alg.critic.shuffle) == ("orthogonal", True)
     assert not alg.model_learning.mean_reward_loss
-    tiny = name.startswith("pwm_tiny")
-    assert alg.model_learning.betas == ([0.9, 0.99] if tiny else [0.7, 0.95])
+    small = name.startswith(("pwm_tiny", "pwm_small"))
+    assert alg.model_learning.betas == ([0.9, 0.99] if small else [0.7, 0.95])
 
 
 def test_every_field_is_documented() -> None:

@@ -12,7 +12,6 @@ from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models.layers import MLP, known_layers, mlp
 from pwm_fast.models.world_model import LatentModel, register
 
-
 #: Of the windows whose flow times are drawn, where the others cost nothing (docs/results.md).
 AUTO_SHARE = 0.25
 

@@ -33,7 +33,7 @@ NEW = {"action_saturation", "random_share", "eval_latent_error", "eval_reward_r2
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 # What the shipped configurations had then.
 SINCE = {
-    "flow": ("alg.world_model.integrator=heun",),
+    "flow": ("alg.world_model.integrator=heun", "alg.model_learning.flow_share=1.0"),
     "mlp": ("alg.model_learning.rollout_steps=null",),
 }
 AS_THEN = """

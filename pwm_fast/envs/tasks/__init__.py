@@ -17,8 +17,8 @@ def built_in() -> dict[str, type[Task]]:
     found: dict[str, type[Task]] = {}
     for info in pkgutil.iter_modules(__path__, f"{__name__}."):
         for cls in vars(import_module(info.name)).values():
-            # Not isinstance(cls, type): on Python 3.10 an alias (dict[str, int], Callable[[int], int])
-            # passes for an instance of the metaclass of what it stands for.
+            # Not isinstance(cls, type): on Python 3.10 aliases such as dict[str, int] pass for
+            # instances of the metaclass of what they stand for.
             if not (issubclass(type(cls), type) and issubclass(cls, Task) and "name" in vars(cls)):
                 continue
             other = found.setdefault(cls.name, cls)

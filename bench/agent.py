@@ -19,6 +19,7 @@ from bench.sizes import ACTION, HORIZON, OBS, alg_config, make_agent, make_windo
 from pwm_fast import envs
 from pwm_fast.agent import PWM
 from pwm_fast.config import AlgConfig
+from pwm_fast.models.flow_dynamics import AUTO_SHARE
 from pwm_fast.ops import ImaginedRollout
 from pwm_fast.replay import Replay, Windows
 
@@ -238,7 +239,9 @@ def epochs(device: torch.device) -> list[Case]:
             },
             partial(
                 build_epoch,
-                alg_config(f"{size}_flow", substeps, integrator, "auto"),
+                alg_config(
+                    f"{size}_flow", substeps, integrator, AUTO_SHARE if substeps == 1 else 1.0
+                ),
                 alg_config(size),
                 physics=kind == "epoch",
             ),

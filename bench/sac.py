@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from bench import environment
+from pwm_fast import config as configuration
 from pwm_fast import envs, seeding
 from pwm_fast.envs import VectorEnv
 from pwm_fast.files import write_text
@@ -169,15 +170,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("env", choices=sorted(envs.TASKS))
     parser.add_argument("--steps", type=int, default=1_000_000, help="of all envs together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--envs", type=int, default=64)
+    parser.add_argument("--envs", type=int, help="the robot's own number by default")
     parser.add_argument("--updates", type=int, default=8, help="after each step of all envs")
     parser.add_argument("--every", type=int, default=50_000, help="steps between evaluations")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=Path("runs/sac"))
     options = parser.parse_args(argv)
     for name in ("steps", "envs", "updates", "every", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be positive, got {value}")
     try:
         version(PACKAGE)
     except PackageNotFoundError:
@@ -185,8 +187,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     torch.set_num_threads(options.threads)
     path = options.out / options.env / f"seed_{options.seed}.json"
-    train(options.env, options.steps, options.seed, options.envs, options.updates, options.every,
-          path)  # fmt: skip
+    count = options.envs or configuration.compose(f"env={options.env}").env_count
+    try:
+        train(options.env, options.steps, options.seed, count, options.updates, options.every, path)
+    except ImportError as error:  # no physics
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(path)
     return 0
 

@@ -16,12 +16,12 @@ OBS, ACTION, HORIZON = 37, 8, 16
 
 
 def alg_config(
-    model: str, substeps: int = 2, integrator: str = "heun", flow_share: float | str = 1.0
+    model: str, substeps: int = 2, integrator: str = "heun", flow_share: float = 1.0
 ) -> config.AlgConfig:
     """The configuration ``pwm_<model>``, with K steps of an integrator and flow times of 0.5.
 
-    Shipped flows have one Euler step and ``flow_share="auto"``. Fixed flow times cost the same as
-    drawn ones and let any two providers be compared.
+    Shipped flows have one Euler step and draw the times of a quarter of the windows. Fixed flow
+    times cost the same as drawn ones and let any two providers be compared.
     """
     alg = plain.load("alg", f"pwm_{model}")
     alg.setdefault("model_learning", {}).update(tau_sampling="midpoint", flow_share=flow_share)

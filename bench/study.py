@@ -102,26 +102,36 @@ def collect(study: str, out: Path, known: dict[str, Any] | None = None) -> dict[
     Args:
         study: its name.
         out: where the runs are.
-        known: what was collected before. Its runs stay, but for those that are in ``out`` again and
-            those of what an arm was once.
+        known: what was collected before. Its runs stay, but for those that are in ``out`` again.
 
     Raises:
-        ValueError: a run in ``out`` is of another configuration than its arm.
+        ValueError: a run is of another configuration than its arm has today.
     """
-    arms = {arm.name: list(arm.overrides) for arm in STUDIES[study].arms}
-    found = {(r["arm"], r["seed"]): r for r in _finished(study, out)}
-    for run in () if known is None else known["runs"]:
-        if arms.get(run["arm"]) == run["overrides"]:
+    common = list(STUDIES[study].overrides)
+    configs: dict[str, Any] = {}
+    found = {(r["arm"], r["seed"]): r for r in _finished(study, out, configs)}
+    order = [arm.name for arm in STUDIES[study].arms]
+    if known is not None:
+        if known["overrides"] != common:
+            raise ValueError(f"what is stored was run with {shlex.join(known['overrides'])}")
+        for arm in STUDIES[study].arms:
+            if arm.name in known["configs"]:
+                configs.setdefault(arm.name, known["configs"][arm.name])
+                _check_arm(arm, known["configs"][arm.name], "what is stored")
+        for run in known["runs"]:
+            if run["arm"] not in order:
+                raise ValueError(f"what is stored has the arm {run['arm']}, which is gone")
             found.setdefault((run["arm"], run["seed"]), run)
-    order = list(arms)
     return {
         "study": study,
-        "overrides": list(STUDIES[study].overrides),
+        "overrides": common,
+        "configs": {name: configs[name] for name in order if name in configs},
         "runs": sorted(found.values(), key=lambda r: (order.index(r["arm"]), r["seed"])),
     }
 
 
-def _finished(study: str, out: Path) -> list[dict[str, Any]]:
+def _finished(study: str, out: Path, configs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The finished runs; ``configs`` gets the agent's configuration of each arm, as saved."""
     runs = []
     for arm in STUDIES[study].arms:
         for directory in sorted((out / study / arm.name).glob("seed_*")):
@@ -131,7 +141,9 @@ def _finished(study: str, out: Path) -> list[dict[str, Any]]:
             summary = json.loads(summary_file.read_text("utf-8"))
             if summary["status"] != "finished":
                 continue
-            _check_arm(arm, directory)
+            saved = configuration.read_yaml(directory / "config.yaml")["alg"]
+            _check_arm(arm, saved, str(directory))
+            configs[arm.name] = saved
             rows = [r for r in metrics.read(directory / "metrics.jsonl") if "eval_reward" in r]
             keys = ("env", "alg", "seed", "epochs", "env_steps", "wall_time")
             evaluation = dict(summary["evaluation"])
@@ -141,7 +153,7 @@ def _finished(study: str, out: Path) -> list[dict[str, Any]]:
             runs.append(
                 {
                     "arm": arm.name,
-                    "overrides": list(arm.overrides),
+                    "overrides": _own(study, history[-1]["overrides"]),
                     **{k: summary[k] for k in keys},
                     "commits": sorted({c[:12] for r in history if (c := r["git"]["commit"])}),
                     "on": _ran_on(history[-1]),
@@ -159,12 +171,22 @@ def _ran_on(record: dict[str, Any]) -> str:
     return f"{where}; torch {v['torch']}, Python {v['python']}"
 
 
-def _check_arm(arm: Arm, directory: Path) -> None:
-    """Raise ValueError for a run of another configuration than today's arm has."""
-    values = configuration.read_yaml(directory / "config.yaml")
-    ran, now = configuration.from_dict(values).alg, configuration.compose(*arm.overrides).alg
+def _own(study: str, given: str) -> str:
+    """Of the overrides that a run was given those of its arm."""
+    shared = STUDIES[study].overrides
+    return shlex.join(
+        x
+        for x in shlex.split(given)
+        if x not in shared and x.partition("=")[0] not in ("seed", "run_dir")
+    )
+
+
+def _check_arm(arm: Arm, saved: dict[str, Any], where: str) -> None:
+    """Raise ValueError for an agent's configuration that is another than the arm has today."""
+    ran = configuration.from_dict({"env": {"name": "cartpole"}, "alg": saved}).alg  # any will do
+    now = configuration.compose(*arm.overrides).alg
     if replace(ran, name=now.name) != now:
-        raise ValueError(f"{directory} is of another configuration than the arm {arm.name} has now")
+        raise ValueError(f"{where} is of another configuration than the arm {arm.name} has now")
 
 
 def _model(found: dict[str, Any]) -> dict[str, Any]:
@@ -233,15 +255,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def commands(result: dict[str, Any]) -> str:
-    """The trainer's command of every arm that has runs, and the commits that they ran."""
+    """The trainer's commands of the arms, as they were given, and the commits that they ran."""
     study = STUDIES[result["study"]]
-    there = {r["arm"] for r in result["runs"]}
-    common = shlex.join(study.overrides)
-    commits = sorted({c for r in result["runs"] for c in r["commits"]})
-    lines = [f"python -m pwm_fast.train {common} seed=0 ...   # commits {', '.join(commits)}"]
-    lines += [
-        f"  {shlex.join(arm.overrides)}   # {arm.label}" for arm in study.arms if arm.name in there
-    ]
+    lines = [f"python -m pwm_fast.train {shlex.join(study.overrides)} seed=0 ..."]
+    for arm in study.arms:
+        runs = [r for r in result["runs"] if r["arm"] == arm.name]
+        for given in dict.fromkeys(r["overrides"] for r in runs):
+            commits = sorted({c for r in runs if r["overrides"] == given for c in r["commits"]})
+            lines.append(f"  {given}   # {arm.label}; {', '.join(commits)}")
     return "```sh\n" + "\n".join(lines) + "\n```"
 
 
@@ -354,18 +375,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return min(diagnose(options.study, options.out), 1)
     path = STORE / f"study_{options.study}.json"
     try:
-        known = stored(options.study)
-        result = collect(options.study, options.out, known)
+        result = collect(options.study, options.out, stored(options.study))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"{path.name}: {len(result['runs'])} runs")
-    before, now = (
-        {(r["arm"], r["seed"]) for r in each["runs"]} for each in (known or {"runs": []}, result)
-    )
-    if before - now:
-        print(f"left out: {len(before - now)} stored runs of what an arm was once")
     return 0
 
 

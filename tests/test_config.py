@@ -301,7 +301,7 @@ OUT_OF_RANGE = {
     "alg.world_model.reward_units": [[0]],
     "alg.model_learning.tau_sampling": ["normal"],
     "alg.model_learning.flow_start": ["random"],
-    "alg.model_learning.flow_share": [-0.1, 1.1, 0.5],
+    "alg.model_learning.flow_share": [-0.1, 1.1, 0.5, NAN, True, "some"],
     "alg.model_learning.batch_size": [0],
     "alg.model_learning.updates": [-1],
     "alg.model_learning.bootstrap_updates": [-1],

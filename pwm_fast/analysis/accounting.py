@@ -144,12 +144,12 @@ def count_flops(config: AlgConfig, spaces: Spaces, num_envs: int) -> Costs:
         spaces: of its environment; its termination head is counted where it has one.
         num_envs: N, envs that act at once.
     """
-    short = min(config.horizon, 2)
+    steps, short = config.imagined_steps, min(config.imagined_steps, 2)
     cut = config.window_steps
     with META:
         few, more = (_Work(config, spaces, horizon) for horizon in (short, short + 1))
         actor_update, one_pass, targets = (
-            few_flops.extended(more_flops, config.horizon - short)
+            few_flops.extended(more_flops, steps - short)
             for few_flops, more_flops in zip(few.updates(), more.updates(), strict=True)
         )
         macro_step, act = _count(few.macro_step), _count(few.act)

@@ -156,13 +156,15 @@ class ModelLearningConfig(Checked):
         consistency_share: share of the windows that teach it so.
         rollout_steps: n, a divisor of ``alg.horizon``: windows are cut into pieces of n steps,
             which start at encoded observations; null is the horizon. So a world-model update has
-            rollouts of n steps from every n-th observation, all batched, of which a flow computes n
-            - 1 steps. Weights ``gamma^t`` begin anew in each piece, and ``mean_reward_loss``
-            divides by n.
+            rollouts of n steps from every n-th observation, all batched. A flow whose flow times
+            are all drawn leaves out the last step. Weights ``gamma^t`` begin anew in each piece,
+            and ``mean_reward_loss`` divides by n.
         flow_share: share of the windows whose flow times are drawn, rounded up; of the kind
             ``flow``. The others learn at tau = 0, where a rollout of single Euler steps has
-            evaluated the velocity already, so that a smaller share costs less. Below 1 for such
-            rollouts as starts alone; ``auto`` is a quarter there, and 1 elsewhere.
+            evaluated the velocity already, so that a smaller share costs less (but with
+            ``rollout_steps=1``, where nothing else is rolled out). Below 1 for such rollouts as
+            starts alone. ``auto`` is a quarter there, and 1 elsewhere, with ``start_noise``, which
+            is for drawn flow times, and with other times than ``uniform``.
         tau_sampling: flow times of the flow-matching loss, ``uniform``, or ``midpoint`` (0.5 alone,
             an ablation: Heun also evaluates 0 and 1).
         flow_start: where a flow-matching path starts: ``rollout`` (the model's own latent) or
@@ -226,8 +228,8 @@ class ActorConfig(Checked):
         detach: the policy sees latents without their gradient (the dynamics still carry it).
         entropy_coef: imagined rewards are higher by this times ``-log pi(a|z)``, of the actions
             that were drawn (SAC, arXiv 1801.01290; through a model: SAPO, arXiv 2412.12089), so the
-            critics' values are higher, too. In the units of imagined rewards, before
-            ``alg.value_scale``. 0 is none.
+            critics' values are higher, too, and ``imagined_return``. In the units of imagined
+            rewards, before ``alg.value_scale``. 0 is none.
     """
 
     PREFIX: ClassVar[str] = "alg.actor."

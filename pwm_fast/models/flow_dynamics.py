@@ -12,7 +12,7 @@ from pwm_fast.config import ModelLearningConfig
 from pwm_fast.models.layers import MLP, known_layers, mlp
 from pwm_fast.models.world_model import LatentModel, register
 
-#: Of the windows whose flow times are drawn, where the others cost nothing (docs/results.md).
+#: Share of the windows whose flow times are drawn, for ``flow_share=auto`` (docs/results.md).
 AUTO_SHARE = 0.25
 
 
@@ -58,9 +58,10 @@ class FlowWorldModel(LatentModel):
         )
 
     def _share(self, learning: ModelLearningConfig) -> float:
-        if learning.flow_share == "auto":
-            return AUTO_SHARE if self.config.at_zero(learning) else 1.0
-        return float(learning.flow_share)
+        if learning.flow_share != "auto":
+            return float(learning.flow_share)
+        plain = learning.start_noise == 0.0 and learning.tau_sampling == "uniform"
+        return AUTO_SHARE if plain and self.config.at_zero(learning) else 1.0
 
     def cautions(self, learning: ModelLearningConfig) -> list[str]:
         """What to warn of where the model is trained in that way."""

@@ -46,7 +46,8 @@ class Flow(NamedTuple):
         share: of the windows whose flow times are drawn, in [0, 1], rounded up: the first ones of a
             batch, whose order must be random. The others learn at tau = 0, where one Euler step has
             evaluated the velocity already: there the flow-matching error is the latent error of
-            what was rolled out. Below 1 for one such step alone.
+            what was rolled out, and no noise is added. Below 1 for one such step alone; the loss
+            then rolls out all H steps with their gradient, whatever ``start`` and ``start_grad``.
     """
 
     net: Sequence[Layer]
@@ -97,6 +98,8 @@ class Flow(NamedTuple):
         """
         if steps.following is None:
             return self._on_paths(steps)
+        if steps.tau is not None:
+            _checks.flow_time(steps.tau, "z", steps.z)
         n = self.drawn(steps.z.shape[1])
         rolled, start = steps.following[:, n:], steps.z[:, n:]
         if not steps.target_grad:  # of the velocity alone: what the start adds has no gradient
@@ -112,7 +115,7 @@ class Flow(NamedTuple):
             action=steps.action[:, :n],
             target=steps.target[:, :n],
             task=None if steps.task is None else steps.task[:, :n],
-            tau=None if steps.tau is None else steps.tau[:, :n],
+            tau=steps.tau[:, :n] if steps.tau is not None and steps.tau.dim() > 1 else steps.tau,
             start_noise=noise,
         )
         return torch.cat((self._on_paths(first), found), dim=1)

@@ -83,7 +83,8 @@ def world_model_loss(
         gamma: discount of later steps.
         terminated: ``[H, B]``, 1 where step t ended in a terminal state; needed with a termination
             head.
-        tau: flow times ``[H, B]`` in [0, 1]; drawn uniformly if None.
+        tau: flow times ``[H, B]`` in [0, 1]; drawn uniformly if None. Of ``Flow(share=)`` those of
+            the first windows count.
         start: where a flow-matching path starts: ``"rollout"`` (the model's own latent) or
             ``"teacher"`` (the encoded observation; nothing is rolled out).
         start_grad: where the gradient towards a rolled-out start goes: ``"rollout"`` (through the

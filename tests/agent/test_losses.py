@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pwm_fast import ops
 from pwm_fast.agent.losses import WeightedLoss, pieces, weighted_loss
-from pwm_fast.config import ModelLearningConfig
+from pwm_fast.config import ConfigError, ModelLearningConfig, compose
 from pwm_fast.models import LatentModel
 from pwm_fast.ops import flow as flow_module
 from tests.models.builders import ACTION, OBS, SlowModel, normal, same, small_model
@@ -206,6 +206,55 @@ def test_losses_and_gradients_equal_the_definition(name: str) -> None:
         same(fast_grads[key], expected, msg=key, atol=1e-9)
         if key.endswith("0.weight"):
             assert expected.abs().max() > 1e-4, key
+
+
+EULER: dict[str, Any] = {"integrator": "euler", "substeps": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "learning", "share"),
+    [
+        (EULER, {}, 0.25),
+        ({}, EULER, 0.25),
+        (EULER, {"flow_share": 0.5}, 0.5),
+        (EULER, {"start_noise": 0.1, "flow_share": 0.5}, 0.5),
+        (EULER, {"start_noise": 0.1}, 1.0),
+        (EULER, {"start_noise": "auto"}, 1.0),
+        (EULER, {"tau_sampling": "midpoint"}, 1.0),
+        (EULER, {"flow_start": "teacher"}, 1.0),
+        (EULER, {"start_grad": "none"}, 1.0),
+        (EULER, {"substeps": 2}, 1.0),
+        (EULER, {"integrator": "heun"}, 1.0),
+        (EULER | {"project": True}, {}, 1.0),
+        ({}, {}, 1.0),
+    ],
+)
+def test_the_share_of_drawn_flow_times(
+    model: dict[str, Any], learning: dict[str, Any], share: float
+) -> None:
+    """``auto`` is a quarter where the others cost nothing, and all elsewhere."""
+    config = ModelLearningConfig(**{"flow_share": "auto"} | learning)
+    dynamics = small_model(kind="flow", **model).learned_dynamics(config)
+    assert isinstance(dynamics, ops.Flow)
+    assert dynamics.share == share
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flow_start": "teacher"},
+        {"start_grad": "encoder"},
+        {"integrator": "heun"},
+        {"substeps": 2},
+    ],
+)
+def test_a_share_that_would_cost_more_is_refused(change: dict[str, Any]) -> None:
+    overrides = [f"alg.model_learning.{k}={v}" for k, v in change.items()]
+    share = "alg.model_learning.flow_share"
+    assert compose("alg=pwm_tiny_flow", f"{share}=0.5").alg.model_learning.flow_share == 0.5
+    compose("alg=pwm_tiny_flow", *overrides)
+    with pytest.raises(ConfigError, match=f"{share} must be 1 or auto but for"):
+        compose("alg=pwm_tiny_flow", f"{share}=0.5", *overrides)
 
 
 @pytest.mark.parametrize("start", ["rollout", "teacher"])

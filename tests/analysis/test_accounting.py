@@ -110,6 +110,8 @@ VARIANTS: dict[str, tuple[dict, bool, int]] = {
     "baseline": ({"kind": "mlp"}, False, H),
     "terminating, with tasks": ({"task_dim": 4, "num_tasks": 2}, True, 4),
     "scalar reward": ({"num_bins": 1}, False, 2),
+    "some flow times": ({"integrator": "euler", "substeps": 1}, False, H),
+    "imagines another horizon": ({}, True, H),
 }
 
 
@@ -118,6 +120,11 @@ def test_updates_are_those_of_a_real_agent(name: str) -> None:
     """The agent's own update methods, on real tensors, at the full horizon."""
     changes, terminates, horizon = VARIANTS[name]
     alg = dataclasses.replace(config(**changes), horizon=horizon)
+    if name == "some flow times":
+        learning = dataclasses.replace(alg.model_learning, flow_share=0.3)
+        alg = dataclasses.replace(alg, model_learning=learning)
+    if name == "imagines another horizon":
+        alg = dataclasses.replace(alg, imagination_horizon=horizon + 3)
     costs = count_flops(alg, Spaces(O, A, terminates), num_envs=2)
     agent = PWM(O, A, alg, can_terminate=terminates)
     windows = Windows(

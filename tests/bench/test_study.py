@@ -86,6 +86,7 @@ def finished_run(directory: Path, reward: float, status: str = "finished") -> No
         "history": [
             {
                 "git": {"commit": "a" * 40},
+                "overrides": " ".join(study.command("cartpole", own, 1, directory)),
                 "versions": {"torch": "2.13.0", "python": "3.11.7"},
                 "machine": {"cpu": "Xeon", "cpu_capability": "AVX512", "cores": 2},
             }
@@ -151,11 +152,19 @@ def test_stored_runs_stay(
         ("flow", 0, -4.0),
         ("flow", 1, -3.0),
     ]
-    assert "left out" not in capsys.readouterr().out
-    result["runs"][0]["overrides"] = ["alg=pwm_tiny"]
-    (tmp_path / "study_cartpole.json").write_text(json.dumps(result))
-    assert study.main(["collect", "cartpole", "--out", str(tmp_path / "a")]) == 0
-    assert "left out: 1 stored runs of what an arm was once" in capsys.readouterr().out
+    before = (tmp_path / "study_cartpole.json").read_text()
+    again = ["collect", "cartpole", "--out", str(tmp_path / "a")]
+    for change, message in (
+        (lambda r: r["configs"]["mlp"].update(gamma=0.5), "configuration than the arm mlp has now"),
+        (lambda r: r.update(overrides=["env=hopper"]), "what is stored was run with env=hopper"),
+        (lambda r: r["runs"][0].update(arm="best"), "the arm best, which is gone"),
+    ):
+        result = json.loads(before)
+        change(result)
+        (tmp_path / "study_cartpole.json").write_text(json.dumps(result))
+        assert study.main(again) == 2
+        assert message in capsys.readouterr().err
+        assert json.loads((tmp_path / "study_cartpole.json").read_text()) == result
 
 
 def test_runs_are_started_and_failures_counted(

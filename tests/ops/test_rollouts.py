@@ -80,6 +80,25 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "dynamics.substeps must be a positive integer, got 0",
     ),
     "method": (lambda: rollout(dynamics=FLOW._replace(method="rk4")), "method must be one of heun"),
+    "share": (
+        lambda: rollout(dynamics=FLOW._replace(share=1.5)),
+        r"dynamics.share must lie in \[0, 1\], got 1.5",
+    ),
+    "share of two steps": (
+        lambda: rollout(dynamics=FLOW._replace(method="euler", substeps=2, share=0.5)),
+        "dynamics.share must be 1 but for one Euler step without projection, got 0.5",
+    ),
+    "share of Heun": (
+        lambda: rollout(dynamics=FLOW._replace(substeps=1, share=0.5)),
+        "dynamics.share must be 1 but for one Euler step",
+    ),
+    "share of flow times": (
+        lambda: window(
+            dynamics=FLOW._replace(method="euler", substeps=1, share=0.5),
+            tau=torch.zeros(H, 2 * B),
+        ),
+        "tau must be a scalar",
+    ),
     "fold": (
         lambda: rollout(dynamics=Flow([layer(D, D + A + 1)], fold=True)),
         "dynamics.fold needs a linear last layer",

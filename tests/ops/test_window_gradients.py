@@ -115,6 +115,8 @@ class Case(NamedTuple):
         noise: float | Tensor
         if isinstance(self.start_noise, str):
             noise = torch.linspace(0.0, 0.2, self.horizon * D).view(self.horizon, 1, D)
+            if self.start_noise == "window":
+                noise = noise * torch.linspace(0.5, 1.5, self.batch).view(1, -1, 1)
             noise = noise.to(nets.net[0].weight.dtype)
         else:
             noise = self.start_noise
@@ -167,6 +169,7 @@ CASES = {
     "some times are drawn, folded": SHARE._replace(fold=True, batch=19),
     "some times are drawn, noise": SHARE._replace(start_noise=0.1, draws_tau=True),
     "some times are drawn, noise of each entry": SHARE._replace(start_noise="tensor"),
+    "some times are drawn, noise of each window": SHARE._replace(start_noise="window"),
     "some times are drawn, targets without gradient": SHARE._replace(target_grad=False),
     "some times are drawn, one step": SHARE._replace(horizon=1),
     "some times are drawn, one window": SHARE._replace(batch=1),

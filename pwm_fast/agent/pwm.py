@@ -183,7 +183,7 @@ class PWM:
         """Plan actions for observations ``[N, O]`` in the world model: :func:`pwm_fast.ops.plan`.
 
         The actor draws its share of the trajectories. What a trajectory ends in is worth the least
-        of the critics' values, as in learning.
+        of the critics' values, as in learning; its rewards are without what entropy earns there.
         """
         obs, config = obs.to(self.device), self.config
         scale = config.gamma**config.value_delay / config.value_scale

@@ -369,9 +369,11 @@ def test_unknown_init() -> None:
 def test_the_flow_preset_differs_in_its_dynamics_alone() -> None:
     base, flow = (to_dict(compose(f"alg={name}"))["alg"] for name in ("pwm", "pwm_flow"))
     different = {k for k in base if base[k] != flow[k]}
-    assert different == {"name", "world_model"}
+    assert different == {"name", "world_model", "model_learning"}
     different = {k for k, v in base["world_model"].items() if flow["world_model"][k] != v}
     assert different == {"kind", "units", "integrator", "substeps"}
+    different = {k for k, v in base["model_learning"].items() if flow["model_learning"][k] != v}
+    assert different == {"flow_share"}
 
 
 # A run of ``alg=pwm`` from before it was the published one: its saved configuration has no key that

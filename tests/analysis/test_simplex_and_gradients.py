@@ -49,7 +49,8 @@ def test_drift_of_agents(name: str) -> None:
     """0 for the baseline and for a projected flow, not for what is free."""
     changes = AGENTS[name]
     for project in (False, True):
-        agent = make_agent(double=True, project=project, **changes)
+        own = changes | ({"flow_share": 1.0} if project and "flow_share" in changes else {})
+        agent = make_agent(double=True, project=project, **own)
         task = agent._task(6)
         z = agent._encode(make_obs(dtype=torch.float64), task)
         noise = torch.randn(5, 6, ACTION, dtype=torch.float64)

@@ -82,10 +82,10 @@ def vector_env(env: VectorEnv) -> Any:
             return [getattr(env, attr_name, None)] * env.num_envs
 
         def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-            raise NotImplementedError(attr_name)
+            setattr(env, attr_name, value)
 
         def env_method(self, method_name: str, *args: Any, indices: Any = None, **kw: Any) -> Any:
-            raise NotImplementedError(method_name)
+            return [getattr(env, method_name)(*args, **kw)] * env.num_envs
 
         def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
             return [False] * env.num_envs

@@ -307,7 +307,7 @@ OUT_OF_RANGE = {
     "alg.model_learning.bootstrap_updates": [-1],
     "alg.model_learning.dynamics_coef": [-1.0, NAN, INF],
     "alg.model_learning.reward_coef": [-1.0],
-    "alg.model_learning.start_noise": [-0.1, NAN, INF, "some"],
+    "alg.model_learning.start_noise": [-0.1, NAN, INF, "some", True],
     "alg.model_learning.start_grad": ["latent"],
     "alg.model_learning.integrator": ["rk4"],
     "alg.model_learning.substeps": [0],

@@ -282,8 +282,7 @@ class WindowGradients:
             if tau is None:
                 tau = torch.rand(horizon, drawn, dtype=z.dtype, device=z.device)
             if noise is not None:
-                several = noise.dim() > 1 and noise.shape[-2] > 1
-                spread = noise[..., :drawn, :] if several else noise
+                spread = noise.expand(shape)[:, :drawn]
                 origin = torch.addcmul(origin, torch.randn_like(origin), spread)
             elif options.start_noise:
                 origin = torch.add(origin, torch.randn_like(origin), alpha=options.start_noise)

@@ -108,8 +108,8 @@ class Flow(NamedTuple):
         if n == 0:
             return found
         noise = steps.start_noise
-        if isinstance(noise, Tensor) and noise.dim() > 1 and noise.shape[-2] > 1:
-            noise = noise[..., :n, :]
+        if isinstance(noise, Tensor):
+            noise = noise.expand_as(steps.z)[:, :n]
         first = steps._replace(
             z=steps.z[:, :n],
             action=steps.action[:, :n],

@@ -74,10 +74,21 @@ CARTPOLE = (
           f"{LEARN}.consistency=meanflow"),
 )  # fmt: skip
 
+# Names apart from those above: bench.frontier measured what these cost, at another size.
+SMALL = (
+    Arm("small_mlp", "MLP (baseline)", ("alg=pwm_small",)),
+    Arm("small_residual", "residual MLP", ("alg=pwm_small", f"{WM}.kind=residual")),
+    Arm("small_flow", "flow, Euler K = 1", ("alg=pwm_small_flow",)),
+)
+
 STUDIES = {
     "cartpole": Study(
         ("env=cartpole", "device=cpu", "threads=1"),
         CARTPOLE,
         "held upright for the last second",
+    ),
+    "hopper": Study(
+        ("env=hopper", "device=cpu", "threads=1", "epochs=200", "eval.every=10", "esnr.every=0"),
+        SMALL,
     ),
 }

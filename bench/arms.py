@@ -28,11 +28,16 @@ class Study(NamedTuple):
         overrides: that all arms have.
         arms: the configurations.
         success: what a share in ``eval_success`` means; empty where the task has no goal.
+        steps, seconds: of training, at which returns are compared; none by default.
+        action_repeat: of the environment. Its ``env_steps`` are decisions, ``steps`` are not.
     """
 
     overrides: tuple[str, ...]
     arms: tuple[Arm, ...]
     success: str = ""
+    steps: tuple[int, ...] = ()
+    seconds: tuple[int, ...] = ()
+    action_repeat: int = 1
 
 
 def _tiny(name: str, label: str, *overrides: str) -> Arm:
@@ -90,5 +95,7 @@ STUDIES = {
     "hopper": Study(
         ("env=hopper", "device=cpu", "threads=1", "epochs=200", "eval.every=10", "esnr.every=0"),
         SMALL,
+        steps=(50_000, 100_000, 150_000, 200_000),
+        seconds=(100, 200, 300, 500),
     ),
 }

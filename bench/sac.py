@@ -1,7 +1,8 @@
 """An outside anchor: SAC of Stable-Baselines3 on a robot of ours, at so many steps and seconds.
 
 pip install stable-baselines3                                  # no dependency of pwm_fast
-python -m bench.sac hopper --steps 1000000 --out runs/sac      # to runs/sac/hopper/seed_0.json
+python -m bench.sac hopper --steps 200000           # to runs/study/hopper/sac/seed_0.json, where
+                                                    # `python -m bench.study collect` finds it
 python -m bench.sac ant --steps 5000000 --seed 1 --threads 2
 
 The environments are the trainer's own, and the policy is evaluated on the episodes that
@@ -118,6 +119,7 @@ def train(
     result = {
         "env": name,
         "seed": seed,
+        "steps": steps,
         "num_envs": num_envs,
         "updates_per_step_of_all_envs": updates,
         **SETTINGS,
@@ -174,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, default=8, help="after each step of all envs")
     parser.add_argument("--every", type=int, default=50_000, help="steps between evaluations")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--out", type=Path, default=Path("runs/sac"))
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
     options = parser.parse_args(argv)
     for name in ("steps", "envs", "updates", "every", "threads"):
         value = getattr(options, name)
@@ -186,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {PACKAGE} is missing: pip install {PACKAGE}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    path = options.out / options.env / f"seed_{options.seed}.json"
+    path = options.out / options.env / "sac" / f"seed_{options.seed}.json"
     count = options.envs or configuration.compose(f"env={options.env}").env_count
     try:
         train(options.env, options.steps, options.seed, count, options.updates, options.every, path)

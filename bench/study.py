@@ -3,7 +3,8 @@
 python -m bench.study run cartpole --seeds 0-4 --jobs 2    # go on where an earlier call stopped
 python -m bench.study diagnose cartpole                    # each finished run, once
 python -m bench.study collect cartpole                     # into bench/results/study_cartpole.json,
-                                                           # beside the runs that are stored there
+                                                           # beside the runs that are stored there;
+                                                           # those of bench.sac, too
 python -m bench.study docs                                 # draw what is stored
 
 ``run`` starts ``python -m pwm_fast.train`` once for each arm and seed, ``--jobs`` at a time at low
@@ -13,7 +14,9 @@ priority. A run that was interrupted goes on; one that is finished is left alone
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -22,19 +25,31 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import environment, frontier, pages
-from bench.arms import STUDIES, Arm
+from bench import environment, frontier, pages, sac
+from bench.arms import STUDIES, Arm, Study
 from bench.results import STORE
 from pwm_fast import config as configuration
-from pwm_fast.analysis import statistics
+from pwm_fast.analysis import published, statistics
 from pwm_fast.run import metrics, provenance
 
 RESULTS = environment.ROOT / "docs" / "results.md"
 FIGURES = environment.ROOT / "docs" / "figures"
+REFERENCES = environment.ROOT / "bench" / "references"
+ANCHOR = "sac"
+# What the tables have of diagnoses: heading, which diagnosis, key, and which of its steps.
+MODEL = (
+    ("latent error / displacement, step 1", "model", "latent_per_displacement", 0),
+    ("/ spread, step 16", "model", "latent_per_spread", -1),
+    ("reward R2, step 16", "model", "reward_r2", -1),
+    ("of a linear regression", "model", "linear_r2", -1),
+    ("effect of an action on the reward 4 steps later, cosine", "model", "reward_cosine", 1),
+    ("reward R2 on random data", "model_on_random", "reward_r2", -1),
+    ("of a linear regression there", "model_on_random", "linear_r2", -1),
+)
 CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_success")
 
 # --- running ------------------------------------------------------------------------------------
@@ -70,18 +85,23 @@ def run(study: str, arms: Sequence[Arm], seeds: Sequence[int], out: Path, jobs: 
         return sum(not ok for ok in pool.map(one, work))
 
 
-DIAGNOSE = ("threads=1", "points=4", "probes=2", "esnr_horizons=[1]", "esnr_samples=[2]")
-DIAGNOSIS = "study_diagnosis"
+DIAGNOSE = ("threads=1", "points=16", "probes=2", "esnr_horizons=[1]", "esnr_samples=[2]")
+DIAGNOSIS, ON_RANDOM = "study_diagnosis", "study_diagnosis_random"
+DIAGNOSES = {DIAGNOSIS: (), ON_RANDOM: ("policy=random",)}
 
 
 def diagnose(study: str, out: Path) -> int:
-    """Diagnose the finished runs that are not yet; the number of failures."""
+    """Diagnose the finished runs that are not yet; the number of failures.
+
+    Once on episodes of their own policies, once on random actions.
+    """
     failed = 0
-    for directory in sorted((out / study).glob("*/seed_*")):
-        last = directory / "checkpoints" / "final.pt"
-        if not last.is_file() or (directory / DIAGNOSIS / "diagnosis.json").is_file():
+    runs = sorted((out / study).glob("*/seed_*"))
+    for directory, (name, more) in itertools.product(runs, DIAGNOSES.items()):
+        last, target = directory / "checkpoints" / "final.pt", directory / name
+        if not last.is_file() or (target / "diagnosis.json").is_file():
             continue
-        given = (f"checkpoint={last}", f"out={directory / DIAGNOSIS}", *DIAGNOSE)
+        given = (f"checkpoint={last}", f"out={target}", *DIAGNOSE, *more)
         done = subprocess.run(
             [sys.executable, "-m", "pwm_fast.diagnose", *given],
             capture_output=True,
@@ -89,7 +109,7 @@ def diagnose(study: str, out: Path) -> int:
             check=False,
         )
         failed += done.returncode != 0
-        print(f"{directory}: {'diagnosed' if done.returncode == 0 else done.stderr.strip()}")
+        print(f"{target}: {'written' if done.returncode == 0 else done.stderr.strip()}")
     return failed
 
 
@@ -122,12 +142,39 @@ def collect(study: str, out: Path, known: dict[str, Any] | None = None) -> dict[
             if run["arm"] not in order:
                 raise ValueError(f"what is stored has the arm {run['arm']}, which is gone")
             found.setdefault((run["arm"], run["seed"]), run)
+    anchors = {run["seed"]: run for run in (known or {}).get(ANCHOR, [])}
+    anchors |= {run["seed"]: run for run in _anchors(out / study / ANCHOR)}
     return {
         "study": study,
         "overrides": common,
         "configs": {name: configs[name] for name in order if name in configs},
         "runs": sorted(found.values(), key=lambda r: (order.index(r["arm"]), r["seed"])),
+        ANCHOR: [anchors[seed] for seed in sorted(anchors)],
     }
+
+
+def _anchors(directory: Path) -> list[dict[str, Any]]:
+    """What is kept of the runs of :mod:`bench.sac`."""
+    runs = []
+    for path in sorted(directory.glob("seed_*.json")):
+        run = json.loads(path.read_text("utf-8"))
+        m, v, curve = run["machine"], run["versions"], run["curve"]
+        runs.append(
+            {
+                "seed": run["seed"],
+                "label": f"SAC (Stable-Baselines3 {v[sac.PACKAGE]})",
+                "command": f"python -m bench.sac {run['env']} --steps {run['steps']}",
+                "commit": run["commit"]["id"][:12],
+                "on": f"{m['cpu']}, {m['isa']}, {m['cores']} cores; torch {v['torch']}",
+                "evaluation": {"reward_mean": curve["eval_reward"][-1]},
+                "curve": {
+                    "env_steps": curve["env_steps"],
+                    "wall_time": curve["seconds"],
+                    "eval_reward": curve["eval_reward"],
+                },
+            }
+        )
+    return runs
 
 
 def _finished(study: str, out: Path, configs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,8 +194,6 @@ def _finished(study: str, out: Path, configs: dict[str, Any]) -> list[dict[str, 
             rows = [r for r in metrics.read(directory / "metrics.jsonl") if "eval_reward" in r]
             keys = ("env", "alg", "seed", "epochs", "env_steps", "wall_time")
             evaluation = dict(summary["evaluation"])
-            file = directory / DIAGNOSIS / "diagnosis.json"
-            diagnosed = json.loads(file.read_text("utf-8")) if file.is_file() else None
             history = provenance.read(directory / "provenance.json")
             runs.append(
                 {
@@ -158,7 +203,8 @@ def _finished(study: str, out: Path, configs: dict[str, Any]) -> list[dict[str, 
                     "commits": sorted({c[:12] for r in history if (c := r["git"]["commit"])}),
                     "on": _ran_on(history[-1]),
                     "evaluation": evaluation,
-                    "model": None if diagnosed is None else _model(diagnosed["checkpoints"][0]),
+                    "model": _model(directory / DIAGNOSIS),
+                    "model_on_random": _model(directory / ON_RANDOM),
                     "curve": {k: [row.get(k) for row in rows] for k in CURVE},
                 }
             )
@@ -189,8 +235,12 @@ def _check_arm(arm: Arm, saved: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where} is of another configuration than the arm {arm.name} has now")
 
 
-def _model(found: dict[str, Any]) -> dict[str, Any]:
+def _model(directory: Path) -> dict[str, Any] | None:
     """What a study keeps of a diagnosis: open-loop errors, and what is known of actions."""
+    file = directory / "diagnosis.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text("utf-8"))["checkpoints"][0]
     prediction, rewards = found["prediction"], found["rewards"]
     sensitivity = found["sensitivity"]
     has = isinstance(sensitivity, dict) and "reward_cosine" in sensitivity
@@ -219,39 +269,98 @@ def _interval(estimate: statistics.Estimate, text: Callable[[float], str]) -> st
     return found
 
 
+class Row(NamedTuple):
+    """What is compared: the runs of an arm, or of the anchor."""
+
+    label: str
+    runs: list[dict[str, Any]]
+    arm: Arm | None
+
+    def returns(self) -> list[float]:
+        """Of the final evaluations."""
+        return [r["evaluation"]["reward_mean"] for r in self.runs]
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Arms in the study's order, then the anchor; without those that have no run."""
+    study = STUDIES[result["study"]]
+    found = [Row(a.label, [r for r in result["runs"] if r["arm"] == a.name], a) for a in study.arms]
+    anchors = result.get(ANCHOR, [])
+    labels = dict.fromkeys(run["label"] for run in anchors)
+    found += [Row(x, [run for run in anchors if run["label"] == x], None) for x in labels]
+    return [row for row in found if row.runs]
+
+
+def references(name: str) -> list[published.Published]:
+    """The published curves that a study is compared with."""
+    path = REFERENCES / f"{name}.csv"
+    return published.read(path) if path.is_file() else []
+
+
+def _markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table(result: dict[str, Any]) -> str:
-    """Markdown: one row an arm.
+    """Markdown: one row an arm, and the anchor's.
 
     Returns are interquartile means over seeds with 95 % bootstrap intervals, what is known of a
-    model is the median over them, costs are those of :mod:`bench.frontier`.
+    model is the median over them, costs are those of :mod:`bench.frontier`, where it has them.
     """
     study, costs = STUDIES[result["study"]], frontier.stored()
-    head = ["configuration", "update", "epoch", "seeds", "return"]
+    known = () if costs is None else tuple(costs["seconds"])
+    priced = any(arm.name in known for arm in study.arms)
+    shown = [m for m in MODEL if any(r.get(m[1]) is not None for r in result["runs"])]
+    head = ["configuration", *(["update", "epoch"] if priced else []), "seeds", "return"]
     head += ["success"] if study.success else []
-    head += ["latent error / displacement, step 1", "/ spread, step 16", "reward R2, step 16"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for arm in study.arms:
-        runs = [r for r in result["runs"] if r["arm"] == arm.name]
-        if not runs:
-            continue
-        returns = statistics.estimate([r["evaluation"]["reward_mean"] for r in runs])
-        cells = [arm.label]
-        there = costs is not None and arm.name in costs["seconds"]
-        cells += [f"{x:.2f}x" for x in frontier.ratios(costs, arm.name)] if there else ["", ""]
-        cells += [str(len(runs)), _interval(returns, lambda x: f"{x:.0f}")]
+    head += [heading for heading, _, _, _ in shown]
+    lines = []
+    for row in rows(result):
+        name = None if row.arm is None else row.arm.name
+        cells = [row.label]
+        if priced:
+            there = costs is not None and name in known
+            cells += [f"{x:.2f}x" for x in frontier.ratios(costs, name)] if there else ["", ""]
+        cells.append(str(len(row.runs)))
+        cells.append(_interval(statistics.estimate(row.returns()), lambda x: f"{x:.0f}"))
         if study.success:
-            each = [f"{r['evaluation']['success']:.0%}" for r in runs]
-            cells.append(", ".join(each))
-        models = [r["model"] for r in runs if r["model"] is not None]
-        for key, i in (
-            ("latent_per_displacement", 0),
-            ("latent_per_spread", -1),
-            ("reward_r2", -1),
-        ):
-            each = [m[key][i] for m in models if m[key][i] is not None]
-            cells.append(f"{np.median(each):.2g}" if each else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            each = [r["evaluation"].get("success") for r in row.runs]
+            cells.append(", ".join("" if x is None else f"{x:.0%}" for x in each))
+        for _, which, key, i in shown:
+            models = [m for r in row.runs if (m := r.get(which)) is not None]
+            values = [m[key][i] for m in models if m[key] and m[key][i] is not None]
+            cells.append(f"{np.median(values):.2g}" if values else "")
+        lines.append(cells)
+    return _markdown(head, lines)
+
+
+def equal(result: dict[str, Any]) -> str:
+    """Markdown: returns after so many steps and seconds; published curves beside them.
+
+    Between evaluations a run's return is interpolated; then interquartile means over seeds.
+    """
+    study = STUDIES[result["study"]]
+    head = ["configuration", *(f"{n:,} steps" for n in study.steps)]
+    head += [f"{n} s" for n in study.seconds]
+    points = [("env_steps", n / study.action_repeat) for n in study.steps]
+    points += [("wall_time", float(n)) for n in study.seconds]
+    lines = []
+    for row in rows(result):
+        curves = [run["curve"] for run in row.runs]
+        lines.append([row.label])
+        for key, x in points:
+            there = [np.interp(x, c[key], c["eval_reward"], right=np.nan) for c in curves]
+            found = statistics.estimate(there)
+            lines[-1].append(_interval(found, lambda v: f"{v:.0f}") if found.n else "")
+    for curve in references(result["study"]):
+        cells = []
+        for n in study.steps:
+            value, band = curve.at(n), curve.band_at(n)
+            bounds = f" ({band[0]:.0f} to {band[1]:.0f})" if band is not None else ""
+            cells.append("" if math.isnan(value) else f"{value:.0f}{bounds}")
+        lines.append([curve.name, *cells, *[""] * len(study.seconds)])
+    return _markdown(head, lines)
 
 
 def commands(result: dict[str, Any]) -> str:
@@ -263,43 +372,45 @@ def commands(result: dict[str, Any]) -> str:
         for given in dict.fromkeys(r["overrides"] for r in runs):
             commits = sorted({c for r in runs if r["overrides"] == given for c in r["commits"]})
             lines.append(f"  {given}   # {arm.label}; {', '.join(commits)}")
+    for run in result.get(ANCHOR, []):
+        lines.append(f"{run['command']} --seed {run['seed']}   # {run['label']}; {run['commit']}")
     return "```sh\n" + "\n".join(lines) + "\n```"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Returns over environment steps and over cost: interquartile means and their bands.
+    """Returns over environment steps, and over seconds or cost: interquartile means, their bands.
 
-    Cost is in epochs of the published baseline, as :mod:`bench.frontier` measured them: seconds of
-    runs that shared a machine would tell nothing.
+    A study whose runs had a core each is drawn over seconds. Otherwise cost is in epochs of the
+    published baseline, as :mod:`bench.frontier` measured them: seconds of runs that shared a
+    machine in various ways would tell nothing.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    study, costs = STUDIES[result["study"]], frontier.stored()
-    arms = [a for a in study.arms if sum(r["arm"] == a.name for r in result["runs"]) > 1]
+    study = STUDIES[result["study"]]
     figure = Figure(figsize=(10.0, 5.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for i, arm in enumerate(arms):
-        runs = [r for r in result["runs"] if r["arm"] == arm.name]
-        shortest = min(len(r["curve"]["epoch"]) for r in runs)
-        runs = [{**r, "curve": {k: v[:shortest] for k, v in r["curve"].items()}} for r in runs]
-        curves = np.array([r["curve"]["eval_reward"] for r in runs], dtype=float)
-        centre, band = statistics.bands(curves, statistics.iqm)
-        steps = np.array(runs[0]["curve"]["env_steps"], dtype=float)
-        known = costs is not None and arm.name in costs["seconds"]
-        cost = frontier.ratios(costs, arm.name)[1] if known else np.nan
-        epochs = np.array(runs[0]["curve"]["epoch"], dtype=float)
-        for axis, x in zip(axes, (steps, epochs / cost), strict=True):
-            axis.plot(x, centre, color=colours[i % 20], label=f"{arm.label} ({len(runs)})")
+    for i, row in enumerate(rows(result)):
+        if len(row.runs) < 2:
+            continue
+        shortest = min(len(r["curve"]["env_steps"]) for r in row.runs)
+        curves = [{k: v[:shortest] for k, v in r["curve"].items()} for r in row.runs]
+        centre, band = statistics.bands(
+            np.array([c["eval_reward"] for c in curves], dtype=float), statistics.iqm
+        )
+        steps = np.array(curves[0]["env_steps"], dtype=float) * study.action_repeat
+        style = {"color": colours[i % 20]} if row.arm else {"color": "black", "linestyle": "--"}
+        for axis, x in zip(axes, (steps, _spent(study, row.arm, curves)), strict=True):
+            axis.plot(x, centre, label=f"{row.label} ({len(curves)})", **style)
             if band is not None:
-                axis.fill_between(x, *band, color=colours[i % 20], alpha=0.15, linewidth=0)
+                axis.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
+    for curve in references(result["study"]):
+        axes[0].plot(curve.steps, curve.values, label=curve.label, color="grey", linewidth=1)
     axes[0].set_ylabel("return of 12 episodes")
-    for axis, what in zip(
-        axes,
-        ("environment steps", "updates' cost, in epochs of the published baseline at 5M"),
-        strict=True,
-    ):
+    cost = "updates' cost, in epochs of the published baseline at 5M"
+    over = "seconds of training, a core each" if study.seconds else cost
+    for axis, what in zip(axes, ("environment steps", over), strict=True):
         axis.set_xlabel(what)
         axis.grid(alpha=0.3)
     lines, labels = axes[0].get_legend_handles_labels()
@@ -307,11 +418,24 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def _spent(study: Study, arm: Arm | None, curves: Sequence[dict[str, Any]]) -> np.ndarray:
+    """What each point of the curves cost, for the figure's second axis; NaN where not known."""
+    if study.seconds:
+        return np.mean([np.array(c["wall_time"], dtype=float) for c in curves], axis=0)
+    costs = frontier.stored()
+    if arm is None or costs is None or arm.name not in costs["seconds"]:
+        return np.full(len(curves[0]["env_steps"]), np.nan)
+    return np.array(curves[0]["epoch"], dtype=float) / frontier.ratios(costs, arm.name)[1]
+
+
 def section(result: dict[str, Any]) -> str:
     """What docs/results.md has of a study."""
-    where = "; ".join(sorted({r["on"] for r in result["runs"]}))
+    runs = [run for row in rows(result) for run in row.runs]
+    where = "; ".join(sorted({r["on"] for r in runs}))
     figure = f"![Returns](figures/study_{result['study']}.png)"
-    return "\n\n".join((f"{where}:", table(result), figure, commands(result)))
+    study = STUDIES[result["study"]]
+    at = [equal(result)] if study.steps or study.seconds else []
+    return "\n\n".join((f"{where}:", table(result), *at, figure, commands(result)))
 
 
 def docs() -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from bench import arms, frontier, pages, study
+from bench import arms, frontier, pages, sac, study
 from pwm_fast.config import compose, to_dict
 from pwm_fast.run import metrics
 
@@ -105,9 +105,10 @@ def test_what_is_collected(tmp_path: Path) -> None:
         finished_run(tmp_path / "cartpole" / "mlp_n1" / f"seed_{seed}", reward)
     finished_run(tmp_path / "cartpole" / "flow" / "seed_0", -100.0, "interrupted")
     (tmp_path / "cartpole" / "flow" / "seed_1").mkdir()
-    where = tmp_path / "cartpole" / "mlp_n1" / "seed_1" / study.DIAGNOSIS
-    where.mkdir()
-    (where / "diagnosis.json").write_text(json.dumps({"checkpoints": [DIAGNOSED]}))
+    for name in study.DIAGNOSES:
+        where = tmp_path / "cartpole" / "mlp_n1" / "seed_1" / name
+        where.mkdir()
+        (where / "diagnosis.json").write_text(json.dumps({"checkpoints": [DIAGNOSED]}))
     result = study.collect("cartpole", tmp_path)
     assert [(r["arm"], r["seed"]) for r in result["runs"]] == [("mlp_n1", i) for i in range(3)]
     assert result["runs"][0]["curve"]["eval_reward"] == [-510.0, -508.0]
@@ -116,7 +117,10 @@ def test_what_is_collected(tmp_path: Path) -> None:
     assert result["runs"][1]["model"]["reward_r2"] == [0.99, 0.9]
     assert str(tmp_path) not in json.dumps(result)
     (line,) = [x for x in study.table(result).splitlines() if x.startswith("| MLP, windows of 1 |")]
-    assert "| 3 | -600 (-700 to -500) | 50%, 50%, 50% | 0.25 | 0.05 | 0.9 |" in line
+    assert (
+        "| 3 | -600 (-700 to -500) | 50%, 50%, 50% | 0.25 | 0.05 | 0.9 | 0.4 |  | 0.9 | 0.4 |"
+        in line
+    )
     study.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "alg.model_learning.rollout_steps=1" in study.commands(result)
@@ -126,6 +130,55 @@ def test_what_is_collected(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("rollout_steps: 1", "rollout_steps: 2"))
     with pytest.raises(ValueError, match="another configuration than the arm mlp_n1 has now"):
         study.collect("cartpole", tmp_path)
+
+
+def anchor_run(directory: Path, seed: int, reward: float) -> None:
+    """What ``bench.sac`` leaves, in what matters here."""
+    directory.mkdir(parents=True, exist_ok=True)
+    run = {
+        "env": "hopper",
+        "seed": seed,
+        "steps": 200,
+        "versions": {sac.PACKAGE: "2.9.2", "torch": "2.13.0"},
+        "machine": {"cpu": "Xeon", "isa": "AVX512", "cores": 2},
+        "commit": {"id": "b" * 12, "dirty": False},
+        "curve": {"env_steps": [0, 100, 200], "seconds": [0, 5, 10], "eval_reward": [0, 0, reward]},
+    }
+    (directory / f"seed_{seed}.json").write_text(json.dumps(run))
+
+
+def test_the_anchor_and_published_curves_stand_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal steps are the simulator's; between evaluations, and at no others, returns are known."""
+    own = arms.STUDIES["cartpole"]._replace(steps=(2048, 300), seconds=(2, 4), action_repeat=2)
+    monkeypatch.setitem(arms.STUDIES, "cartpole", own)
+    monkeypatch.setattr(study, "REFERENCES", tmp_path)
+    (tmp_path / "cartpole.csv").write_text(
+        "name,step,return,low,high\nSAC,0,0,0,0\nSAC,600,600,540,660\n"
+    )
+    for seed in range(2):
+        finished_run(tmp_path / "cartpole" / "mlp" / f"seed_{seed}", -500.0 - 100.0 * seed)
+        anchor_run(tmp_path / "cartpole" / study.ANCHOR, seed, 100.0 + 100.0 * seed)
+    result = study.collect("cartpole", tmp_path)
+    (tmp_path / "cartpole" / study.ANCHOR / "seed_1.json").unlink()
+    anchor_run(tmp_path / "cartpole" / study.ANCHOR, 0, 300.0)
+    result = study.collect("cartpole", tmp_path, result)
+    assert [r["evaluation"]["reward_mean"] for r in result[study.ANCHOR]] == [300.0, 200.0]
+    assert study.equal(result).splitlines()[0].endswith("| 2,048 steps | 300 steps | 2 s | 4 s |")
+    ours, anchor, reference = study.equal(result).splitlines()[2:]
+    # Evaluations at 0 and 2048 decisions, which are 4096 steps, and 0 and 3 s.
+    assert ours.endswith("| -559 (-609 to -509) | -560 (-610 to -510) | -559 (-609 to -509) |  |")
+    label = "SAC (Stable-Baselines3 2.9.2)"
+    assert anchor == f"| {label} |  | 125 (100 to 150) | 0 (0 to 0) | 0 (0 to 0) |"
+    assert reference == "| SAC |  | 300 (270 to 330) |  |  |"
+    assert f"| {label} |  |  | 2 | 250 (200 to 300) | ,  |" in study.table(result)
+    assert study.section(result).startswith("Xeon, AVX512, 2 cores; torch 2.13.0; Xeon, AVX512, 2")
+    assert f"python -m bench.sac hopper --steps 200 --seed 1   # {label}; {'b' * 12}" in (
+        study.commands(result)
+    )
+    study.draw(result, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_stored_runs_stay(

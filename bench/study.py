@@ -137,7 +137,7 @@ def collect(study: str, out: Path, known: dict[str, Any] | None = None) -> dict[
         for arm in STUDIES[study].arms:
             if arm.name in known["configs"]:
                 configs.setdefault(arm.name, known["configs"][arm.name])
-                _check_arm(arm, known["configs"][arm.name], "what is stored")
+                _check_arm(study, arm, known["configs"][arm.name], "what is stored")
         for run in known["runs"]:
             if run["arm"] not in order:
                 raise ValueError(f"what is stored has the arm {run['arm']}, which is gone")
@@ -189,7 +189,7 @@ def _finished(study: str, out: Path, configs: dict[str, Any]) -> list[dict[str, 
             if summary["status"] != "finished":
                 continue
             saved = configuration.read_yaml(directory / "config.yaml")["alg"]
-            _check_arm(arm, saved, str(directory))
+            _check_arm(study, arm, saved, str(directory))
             configs[arm.name] = saved
             rows = [r for r in metrics.read(directory / "metrics.jsonl") if "eval_reward" in r]
             keys = ("env", "alg", "seed", "epochs", "env_steps", "wall_time")
@@ -227,10 +227,10 @@ def _own(study: str, given: str) -> str:
     )
 
 
-def _check_arm(arm: Arm, saved: dict[str, Any], where: str) -> None:
+def _check_arm(study: str, arm: Arm, saved: dict[str, Any], where: str) -> None:
     """Raise ValueError for an agent's configuration that is another than the arm has today."""
     ran = configuration.from_dict({"env": {"name": "cartpole"}, "alg": saved}).alg  # any will do
-    now = configuration.compose(*arm.overrides).alg
+    now = configuration.compose(*STUDIES[study].overrides, *arm.overrides).alg
     if replace(ran, name=now.name) != now:
         raise ValueError(f"{where} is of another configuration than the arm {arm.name} has now")
 

@@ -154,10 +154,12 @@ def collect(study: str, out: Path, known: dict[str, Any] | None = None) -> dict[
 
 
 def _anchors(directory: Path) -> list[dict[str, Any]]:
-    """What is kept of the runs of :mod:`bench.sac`."""
+    """What is kept of the finished runs of :mod:`bench.sac`."""
     runs = []
     for path in sorted(directory.glob("seed_*.json")):
         run = json.loads(path.read_text("utf-8"))
+        if run["curve"]["env_steps"][-1] < run["steps"]:
+            continue
         m, v, curve = run["machine"], run["versions"], run["curve"]
         runs.append(
             {
@@ -431,7 +433,8 @@ def _spent(study: Study, arm: Arm | None, curves: Sequence[dict[str, Any]]) -> n
 def section(result: dict[str, Any]) -> str:
     """What docs/results.md has of a study."""
     runs = [run for row in rows(result) for run in row.runs]
-    where = "; ".join(sorted({r["on"] for r in runs}))
+    machines = sorted({run["on"] for run in runs})
+    where = "; ".join(m for m in machines if not any(x != m and x.startswith(m) for x in machines))
     figure = f"![Returns](figures/study_{result['study']}.png)"
     study = STUDIES[result["study"]]
     at = [equal(result)] if study.steps or study.seconds else []

@@ -163,6 +163,9 @@ def test_the_anchor_and_published_curves_stand_beside(
     result = study.collect("cartpole", tmp_path)
     (tmp_path / "cartpole" / study.ANCHOR / "seed_1.json").unlink()
     anchor_run(tmp_path / "cartpole" / study.ANCHOR, 0, 300.0)
+    anchor_run(tmp_path / "cartpole" / study.ANCHOR, 2, 400.0)
+    unfinished = tmp_path / "cartpole" / study.ANCHOR / "seed_2.json"
+    unfinished.write_text(unfinished.read_text().replace('"steps": 200', '"steps": 300'))
     result = study.collect("cartpole", tmp_path, result)
     assert [r["evaluation"]["reward_mean"] for r in result[study.ANCHOR]] == [300.0, 200.0]
     assert study.equal(result).splitlines()[0].endswith("| 2,048 steps | 300 steps | 2 s | 4 s |")
@@ -173,7 +176,7 @@ def test_the_anchor_and_published_curves_stand_beside(
     assert anchor == f"| {label} |  | 125 (100 to 150) | 0 (0 to 0) | 0 (0 to 0) |"
     assert reference == "| SAC |  | 300 (270 to 330) |  |  |"
     assert f"| {label} |  |  | 2 | 250 (200 to 300) | ,  |" in study.table(result)
-    assert study.section(result).startswith("Xeon, AVX512, 2 cores; torch 2.13.0; Xeon, AVX512, 2")
+    assert study.section(result).startswith("Xeon, AVX512, 2 cores; torch 2.13.0, Python 3.11.7:")
     assert f"python -m bench.sac hopper --steps 200 --seed 1   # {label}; {'b' * 12}" in (
         study.commands(result)
     )

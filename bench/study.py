@@ -166,7 +166,7 @@ def _anchors(directory: Path) -> list[dict[str, Any]]:
                 "seed": run["seed"],
                 "label": f"SAC (Stable-Baselines3 {v[sac.PACKAGE]})",
                 "command": f"python -m bench.sac {run['env']} --steps {run['steps']}",
-                "commit": run["commit"]["id"][:12],
+                "commit": run["commit"]["id"] or "unknown commit",
                 "on": f"{m['cpu']}, {m['isa']}, {m['cores']} cores; torch {v['torch']}",
                 "evaluation": {"reward_mean": curve["eval_reward"][-1]},
                 "curve": {
@@ -382,7 +382,7 @@ def commands(result: dict[str, Any]) -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     """Returns over environment steps, and over seconds or cost: interquartile means, their bands.
 
-    A study whose runs had a core each is drawn over seconds. Otherwise cost is in epochs of the
+    A study that compares seconds is drawn over them. Otherwise cost is in epochs of the
     published baseline, as :mod:`bench.frontier` measured them: seconds of runs that shared a
     machine in various ways would tell nothing.
     """
@@ -411,7 +411,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes[0].plot(curve.steps, curve.values, label=curve.label, color="grey", linewidth=1)
     axes[0].set_ylabel("return of 12 episodes")
     cost = "updates' cost, in epochs of the published baseline at 5M"
-    over = "seconds of training, a core each" if study.seconds else cost
+    over = "seconds of training, one thread" if study.seconds else cost
     for axis, what in zip(axes, ("environment steps", over), strict=True):
         axis.set_xlabel(what)
         axis.grid(alpha=0.3)

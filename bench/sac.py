@@ -120,6 +120,7 @@ def train(
         "env": name,
         "seed": seed,
         "steps": steps,
+        "every": every,
         "num_envs": num_envs,
         "updates_per_step_of_all_envs": updates,
         **SETTINGS,

@@ -37,6 +37,7 @@ from pwm_fast.run.evaluation import evaluate
 from pwm_fast.seeding import Purpose
 
 PACKAGE = "stable-baselines3"
+NAME = "sac"  # of its folder beside those of a study's arms, and of what is stored of it
 LIBRARY = "stable_baselines3"
 # The library's defaults but for what many envs side by side ask for.
 SETTINGS = {"batch_size": 256, "learning_rate": 3e-4, "gamma": 0.99, "learning_starts": 10_000}
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {PACKAGE} is missing: pip install {PACKAGE}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    path = options.out / options.env / "sac" / f"seed_{options.seed}.json"
+    path = options.out / options.env / NAME / f"seed_{options.seed}.json"
     count = options.envs or configuration.compose(f"env={options.env}").env_count
     try:
         train(options.env, options.steps, options.seed, count, options.updates, options.every, path)

@@ -21,7 +21,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,6 @@ from pwm_fast.run import metrics, provenance
 RESULTS = environment.ROOT / "docs" / "results.md"
 FIGURES = environment.ROOT / "docs" / "figures"
 REFERENCES = environment.ROOT / "bench" / "references"
-ANCHOR = "sac"
 # What the tables have of diagnoses: heading, which diagnosis, key, and which of its steps.
 MODEL = (
     ("latent error / displacement, step 1", "model", "latent_per_displacement", 0),
@@ -142,14 +141,14 @@ def collect(study: str, out: Path, known: dict[str, Any] | None = None) -> dict[
             if run["arm"] not in order:
                 raise ValueError(f"what is stored has the arm {run['arm']}, which is gone")
             found.setdefault((run["arm"], run["seed"]), run)
-    anchors = {run["seed"]: run for run in (known or {}).get(ANCHOR, [])}
-    anchors |= {run["seed"]: run for run in _anchors(out / study / ANCHOR)}
+    anchors = {run["seed"]: run for run in (known or {}).get(sac.NAME, [])}
+    anchors |= {run["seed"]: run for run in _anchors(out / study / sac.NAME)}
     return {
         "study": study,
         "overrides": common,
         "configs": {name: configs[name] for name in order if name in configs},
         "runs": sorted(found.values(), key=lambda r: (order.index(r["arm"]), r["seed"])),
-        ANCHOR: [anchors[seed] for seed in sorted(anchors)],
+        sac.NAME: [anchors[seed] for seed in sorted(anchors)],
     }
 
 
@@ -264,11 +263,23 @@ def stored(study: str) -> dict[str, Any] | None:
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
-def _interval(estimate: statistics.Estimate, text: Callable[[float], str]) -> str:
-    found = text(estimate.iqm)
-    if estimate.iqm_interval is not None:
-        found += f" ({text(estimate.iqm_interval.low)} to {text(estimate.iqm_interval.high)})"
-    return found
+def _value(value: float, bounds: tuple[float, float] | None) -> str:
+    """A return and what it lies between; nothing for NaN."""
+    if math.isnan(value):
+        return ""
+    return f"{value:.0f}" + (f" ({bounds[0]:.0f} to {bounds[1]:.0f})" if bounds else "")
+
+
+def _estimated(returns: Sequence[float]) -> str:
+    found = statistics.estimate(returns)
+    return _value(found.iqm, found.iqm_interval)
+
+
+def _costs(study: Study) -> dict[str, tuple[float, float]]:
+    """How many times as fast arms' updates and epochs are as the baseline's, where it is known."""
+    stored = frontier.stored()
+    names = [arm.name for arm in study.arms if stored and arm.name in stored["seconds"]]
+    return {name: frontier.ratios(stored, name) for name in names}
 
 
 class Row(NamedTuple):
@@ -287,7 +298,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
     """Arms in the study's order, then the anchor; without those that have no run."""
     study = STUDIES[result["study"]]
     found = [Row(a.label, [r for r in result["runs"] if r["arm"] == a.name], a) for a in study.arms]
-    anchors = result.get(ANCHOR, [])
+    anchors = result.get(sac.NAME, [])
     labels = dict.fromkeys(run["label"] for run in anchors)
     found += [Row(x, [run for run in anchors if run["label"] == x], None) for x in labels]
     return [row for row in found if row.runs]
@@ -310,22 +321,19 @@ def table(result: dict[str, Any]) -> str:
     Returns are interquartile means over seeds with 95 % bootstrap intervals, what is known of a
     model is the median over them, costs are those of :mod:`bench.frontier`, where it has them.
     """
-    study, costs = STUDIES[result["study"]], frontier.stored()
-    known = () if costs is None else tuple(costs["seconds"])
-    priced = any(arm.name in known for arm in study.arms)
+    study = STUDIES[result["study"]]
+    costs = _costs(study)
     shown = [m for m in MODEL if any(r.get(m[1]) is not None for r in result["runs"])]
-    head = ["configuration", *(["update", "epoch"] if priced else []), "seeds", "return"]
+    head = ["configuration", *(["update", "epoch"] if costs else []), "seeds", "return"]
     head += ["success"] if study.success else []
     head += [heading for heading, _, _, _ in shown]
     lines = []
     for row in rows(result):
-        name = None if row.arm is None else row.arm.name
         cells = [row.label]
-        if priced:
-            there = costs is not None and name in known
-            cells += [f"{x:.2f}x" for x in frontier.ratios(costs, name)] if there else ["", ""]
-        cells.append(str(len(row.runs)))
-        cells.append(_interval(statistics.estimate(row.returns()), lambda x: f"{x:.0f}"))
+        if costs:
+            there = row.arm is not None and row.arm.name in costs
+            cells += [f"{x:.2f}x" for x in costs[row.arm.name]] if there else ["", ""]
+        cells += [str(len(row.runs)), _estimated(row.returns())]
         if study.success:
             each = [r["evaluation"].get("success") for r in row.runs]
             cells.append(", ".join("" if x is None else f"{x:.0%}" for x in each))
@@ -353,14 +361,9 @@ def equal(result: dict[str, Any]) -> str:
         lines.append([row.label])
         for key, x in points:
             there = [np.interp(x, c[key], c["eval_reward"], right=np.nan) for c in curves]
-            found = statistics.estimate(there)
-            lines[-1].append(_interval(found, lambda v: f"{v:.0f}") if found.n else "")
+            lines[-1].append(_estimated(there))
     for curve in references(result["study"]):
-        cells = []
-        for n in study.steps:
-            value, band = curve.at(n), curve.band_at(n)
-            bounds = f" ({band[0]:.0f} to {band[1]:.0f})" if band is not None else ""
-            cells.append("" if math.isnan(value) else f"{value:.0f}{bounds}")
+        cells = [_value(curve.at(n), curve.band_at(n)) for n in study.steps]
         lines.append([curve.name, *cells, *[""] * len(study.seconds)])
     return _markdown(head, lines)
 
@@ -374,8 +377,9 @@ def commands(result: dict[str, Any]) -> str:
         for given in dict.fromkeys(r["overrides"] for r in runs):
             commits = sorted({c for r in runs if r["overrides"] == given for c in r["commits"]})
             lines.append(f"  {given}   # {arm.label}; {', '.join(commits)}")
-    for run in result.get(ANCHOR, []):
-        lines.append(f"{run['command']} --seed {run['seed']}   # {run['label']}; {run['commit']}")
+    for run in result.get(sac.NAME, []):
+        said = f"{run['label']}; {run['commit']}; {run['on']}"
+        lines.append(f"{run['command']} --seed {run['seed']}   # {said}")
     return "```sh\n" + "\n".join(lines) + "\n```"
 
 
@@ -390,6 +394,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     study = STUDIES[result["study"]]
+    costs = _costs(study)
     figure = Figure(figsize=(10.0, 5.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
@@ -403,7 +408,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         )
         steps = np.array(curves[0]["env_steps"], dtype=float) * study.action_repeat
         style = {"color": colours[i % 20]} if row.arm else {"color": "black", "linestyle": "--"}
-        for axis, x in zip(axes, (steps, _spent(study, row.arm, curves)), strict=True):
+        for axis, x in zip(axes, (steps, _spent(row, curves, study, costs)), strict=True):
             axis.plot(x, centre, label=f"{row.label} ({len(curves)})", **style)
             if band is not None:
                 axis.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
@@ -420,23 +425,25 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def _spent(study: Study, arm: Arm | None, curves: Sequence[dict[str, Any]]) -> np.ndarray:
-    """What each point of the curves cost, for the figure's second axis; NaN where not known."""
+def _spent(
+    row: Row,
+    curves: Sequence[dict[str, Any]],
+    study: Study,
+    costs: dict[str, tuple[float, float]],
+) -> np.ndarray:
+    """What each point of a row's curves cost, for the second axis; NaN where it is not known."""
     if study.seconds:
         return np.mean([np.array(c["wall_time"], dtype=float) for c in curves], axis=0)
-    costs = frontier.stored()
-    if arm is None or costs is None or arm.name not in costs["seconds"]:
+    if row.arm is None or row.arm.name not in costs:
         return np.full(len(curves[0]["env_steps"]), np.nan)
-    return np.array(curves[0]["epoch"], dtype=float) / frontier.ratios(costs, arm.name)[1]
+    return np.array(curves[0]["epoch"], dtype=float) / costs[row.arm.name][1]
 
 
 def section(result: dict[str, Any]) -> str:
     """What docs/results.md has of a study."""
-    runs = [run for row in rows(result) for run in row.runs]
-    machines = sorted({run["on"] for run in runs})
-    where = "; ".join(m for m in machines if not any(x != m and x.startswith(m) for x in machines))
-    figure = f"![Returns](figures/study_{result['study']}.png)"
     study = STUDIES[result["study"]]
+    where = "; ".join(sorted({r["on"] for r in result["runs"]}))
+    figure = f"![Returns](figures/study_{result['study']}.png)"
     at = [equal(result)] if study.steps or study.seconds else []
     return "\n\n".join((f"{where}:", table(result), *at, figure, commands(result)))
 

@@ -159,15 +159,15 @@ def test_the_anchor_and_published_curves_stand_beside(
     )
     for seed in range(2):
         finished_run(tmp_path / "cartpole" / "mlp" / f"seed_{seed}", -500.0 - 100.0 * seed)
-        anchor_run(tmp_path / "cartpole" / study.ANCHOR, seed, 100.0 + 100.0 * seed)
+        anchor_run(tmp_path / "cartpole" / sac.NAME, seed, 100.0 + 100.0 * seed)
     result = study.collect("cartpole", tmp_path)
-    (tmp_path / "cartpole" / study.ANCHOR / "seed_1.json").unlink()
-    anchor_run(tmp_path / "cartpole" / study.ANCHOR, 0, 300.0)
-    anchor_run(tmp_path / "cartpole" / study.ANCHOR, 2, 400.0)
-    unfinished = tmp_path / "cartpole" / study.ANCHOR / "seed_2.json"
+    (tmp_path / "cartpole" / sac.NAME / "seed_1.json").unlink()
+    anchor_run(tmp_path / "cartpole" / sac.NAME, 0, 300.0)
+    anchor_run(tmp_path / "cartpole" / sac.NAME, 2, 400.0)
+    unfinished = tmp_path / "cartpole" / sac.NAME / "seed_2.json"
     unfinished.write_text(unfinished.read_text().replace('"steps": 200', '"steps": 300'))
     result = study.collect("cartpole", tmp_path, result)
-    assert [r["evaluation"]["reward_mean"] for r in result[study.ANCHOR]] == [300.0, 200.0]
+    assert [r["evaluation"]["reward_mean"] for r in result[sac.NAME]] == [300.0, 200.0]
     assert study.equal(result).splitlines()[0].endswith("| 2,048 steps | 300 steps | 2 s | 4 s |")
     ours, anchor, reference = study.equal(result).splitlines()[2:]
     # Evaluations at 0 and 2048 decisions, which are 4096 steps, and 0 and 3 s.
@@ -182,6 +182,15 @@ def test_the_anchor_and_published_curves_stand_beside(
     )
     study.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("path", sorted(study.REFERENCES.glob("*.csv")), ids=lambda p: p.stem)
+def test_published_curves_can_be_read(path: Path) -> None:
+    for curve in study.references(path.stem):
+        bounds = curve.band_at(200_000)
+        assert bounds is not None
+        assert bounds[0] <= curve.at(200_000) <= bounds[1]
+    assert {c.name.partition(",")[0] for c in study.references(path.stem)} == {"TD-MPC2", "SAC"}
 
 
 def test_stored_runs_stay(

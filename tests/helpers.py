@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +92,20 @@ def assert_2x(
     torch_error = max([torch_error, *(_distance(t, ref) for t, ref in nearby)])
     allowed = 2.0 * torch_error + floor
     assert error <= allowed, f"{what}: error {error:.3e} exceeds {allowed:.3e} ({ours.dtype})"
+
+
+def errs_alike(
+    ours: Sequence[Tensor], torch_same_dtype: Sequence[Tensor], ref_fp64: Sequence[Tensor]
+) -> bool:
+    """Return whether ours errs as PyTorch does over several draws of the inputs.
+
+    One draw of ours against the worst of PyTorch's is a gamble where a result is a single number,
+    or a few sums of many terms. Here both err on all the draws: ours at most twice as much in the
+    root mean square, and never three times as much as PyTorch at its worst.
+    """
+    mine = [_distance(x, ref) for x, ref in zip(ours, ref_fp64, strict=True)]
+    torchs = [_distance(x, ref) for x, ref in zip(torch_same_dtype, ref_fp64, strict=True)]
+    return math.hypot(*mine) <= 2.0 * math.hypot(*torchs) and max(mine) <= 3.0 * max(torchs)
 
 
 def _distance(x: Tensor, ref: Tensor) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from pwm_fast import ops
 from pwm_fast.backends import select
 from pwm_fast.ops import Activation, Layer
-from tests.helpers import PARAMETERS, assert_2x, random_layer
+from tests.helpers import PARAMETERS, assert_2x, errs_alike, random_layer
 
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -97,25 +97,14 @@ def check(case: Case, inputs: Inputs, *, summed: bool = False) -> None:
     # made where one is enough, as nearly always.
     if not refused(0) or not refused(3) or not (found := refused(16)):
         return
-    # One draw of ours against the worst of PyTorch's is a gamble, too, where a gradient is a few
-    # sums of many terms. Then both err on all the draws: ours at most twice as much in the root
-    # mean square, and never three times as much as PyTorch at its worst.
     again = [values_and_gradients(case, case.call, x, summed) for x in drawn]
     for what, error in found.items():
-        mine = [_error(x[what], truth[what]) for x, (_, truth) in zip(again, nearby, strict=True)]
-        torchs = [_error(x[what], truth[what]) for x, truth in nearby]
-        mine.append(_error(ours[what], ref[what]))
-        torchs.append(_error(torch_same_dtype[what], ref[what]))
-        if not (_rms(mine) <= 2.0 * _rms(torchs) and max(mine) <= 3.0 * max(torchs)):
+        if not errs_alike(
+            [x[what] for x in (ours, *again)],
+            [x[what] for x in (torch_same_dtype, *(theirs for theirs, _ in nearby))],
+            [x[what] for x in (ref, *(truth for _, truth in nearby))],
+        ):
             raise error
-
-
-def _error(x: Tensor, truth: Tensor) -> float:
-    return (x.double() - truth).abs().max().item()
-
-
-def _rms(errors: Sequence[float]) -> float:
-    return float(sum(e * e for e in errors) / len(errors)) ** 0.5
 
 
 @contextmanager

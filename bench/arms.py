@@ -80,11 +80,38 @@ CARTPOLE = (
 )  # fmt: skip
 
 # Names apart from those above: bench.frontier measured what these cost, at another size.
+OBSERVATIONS = (
+    Arm("mlp_of_obs", "MLP, latents are observations", ("alg=pwm_small",)),
+    Arm("residual_of_obs", "residual MLP, latents are observations",
+        ("alg=pwm_small", f"{WM}.kind=residual")),
+    Arm("flow_of_obs", "flow, Euler K = 1, latents are observations", ("alg=pwm_small_flow",)),
+)  # fmt: skip
+# The published encoder, and what its small latents are multiplied by.
+ENCODED = (f"{WM}.encoder=mlp", "alg.actor.input_gain=4.0", "alg.critic.input_gain=4.0")
 SMALL = (
-    Arm("small_mlp", "MLP (baseline)", ("alg=pwm_small",)),
-    Arm("small_residual", "residual MLP", ("alg=pwm_small", f"{WM}.kind=residual")),
-    Arm("small_flow", "flow, Euler K = 1", ("alg=pwm_small_flow",)),
+    Arm("small_mlp", "MLP (baseline)", ("alg=pwm_small", *ENCODED)),
+    Arm("small_residual", "residual MLP", ("alg=pwm_small", f"{WM}.kind=residual", *ENCODED)),
+    Arm("small_flow", "flow, Euler K = 1", ("alg=pwm_small_flow", *ENCODED)),
 )
+
+
+def _dm_control(domain: str, task: str) -> Study:
+    """A task of the dm_control suite for 200,000 steps of the simulator, two a decision."""
+    overrides = (
+        "env=dmc",
+        f"env.domain={domain}",
+        f"env.task={task}",
+        "device=cpu",
+        "threads=1",
+        "epochs=782",
+        "eval.every=39",
+        "esnr.every=0",
+        "alg.random_epochs=40",
+        "alg.actor.entropy_coef=0.02",
+    )
+    steps = (50_000, 100_000, 150_000, 200_000)
+    return Study(overrides, OBSERVATIONS, steps=steps, action_repeat=2)
+
 
 STUDIES = {
     "cartpole": Study(
@@ -94,8 +121,25 @@ STUDIES = {
     ),
     "hopper": Study(
         ("env=hopper", "device=cpu", "threads=1", "epochs=200", "eval.every=10", "esnr.every=0"),
-        SMALL,
+        (*SMALL, *OBSERVATIONS),
         steps=(50_000, 100_000, 150_000, 200_000),
         seconds=(100, 200, 300, 500),
     ),
+    "ant": Study(
+        (
+            "env=ant",
+            "env.num_envs=64",
+            "device=cpu",
+            "threads=1",
+            "epochs=200",
+            "eval.every=10",
+            "esnr.every=0",
+        ),
+        (*OBSERVATIONS, *SMALL),
+        steps=(50_000, 100_000, 150_000, 200_000),
+        seconds=(100, 200, 300, 500),
+    ),
+    "cartpole-swingup": _dm_control("cartpole", "swingup"),
+    "cheetah-run": _dm_control("cheetah", "run"),
+    "walker-walk": _dm_control("walker", "walk"),
 }

@@ -86,7 +86,7 @@ class PWM:
         for caution in self.world_model.cautions(config.model_learning):
             warnings.warn(caution, stacklevel=2)
         self.actor = GaussianActor(
-            config.world_model.latent_dim,
+            self.world_model.latent_dim,
             action_dim,
             config.actor.units,
             config.actor.init_logstd,
@@ -95,7 +95,7 @@ class PWM:
             config.actor.init,
         ).to(self.device)
         self.critic = CriticEnsemble(
-            config.world_model.latent_dim,
+            self.world_model.latent_dim,
             config.critic.units,
             config.critic.members,
             config.critic.input_gain,
@@ -105,13 +105,13 @@ class PWM:
         self.return_rms = RunningMeanStd().to(self.device)
         self.start_spread: StartSpread | None = None
         if config.model_learning.start_noise == "auto":
-            spread = StartSpread(config.window_steps, config.world_model.latent_dim)
+            spread = StartSpread(config.window_steps, self.world_model.latent_dim)
             self.start_spread = spread.to(self.device)
         self.optimizers = {
             "wm": _optimizer(
                 self.world_model,
                 config.model_learning,
-                slow=self.world_model._encoder.parameters(),
+                slow=self.world_model.encoder_parameters(),
                 slow_scale=config.model_learning.encoder_lr_scale,
             ),
             "actor": _optimizer(self.actor, config.actor),

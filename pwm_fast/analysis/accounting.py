@@ -52,14 +52,14 @@ class Networks(NamedTuple):
     @classmethod
     def build(cls, config: AlgConfig, spaces: Spaces) -> Networks:
         """The networks that a run with this configuration trains."""
-        latent_dim = config.world_model.latent_dim
         with META:
+            model = make_world_model(
+                spaces.obs_dim, spaces.action_dim, config.world_model, spaces.can_terminate
+            )
             return cls(
-                make_world_model(
-                    spaces.obs_dim, spaces.action_dim, config.world_model, spaces.can_terminate
-                ),
-                GaussianActor(latent_dim, spaces.action_dim, config.actor.units),
-                CriticEnsemble(latent_dim, config.critic.units, config.critic.members),
+                model,
+                GaussianActor(model.latent_dim, spaces.action_dim, config.actor.units),
+                CriticEnsemble(model.latent_dim, config.critic.units, config.critic.members),
             )
 
     def parameters(self) -> dict[str, int]:
@@ -180,7 +180,7 @@ class _Work:
         self.config, self.spaces, self.horizon = config, spaces, horizon
         self.model, self.actor, self.critic = Networks.build(config, spaces)
         self.rollouts = config.actor.batch_size
-        self.latent_dim = config.world_model.latent_dim
+        self.latent_dim = self.model.latent_dim
 
     def updates(self) -> tuple[Flops, Flops, Flops]:
         """Actor update, one pass of the critics, their targets."""

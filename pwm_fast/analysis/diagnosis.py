@@ -245,7 +245,9 @@ def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
     with frozen(agent.world_model, agent.critic):
         errors = prediction_errors(view_of(agent), windows)
         jacobian = _jacobian(agent, windows, config, generator)
-        drift = simplex_drift(_imagined_latents(agent, windows.obs[0], horizon, config), GROUP)
+        drift: dict[str, Tensor] = {}
+        if agent.world_model.simplices:
+            drift = simplex_drift(_imagined_latents(agent, windows.obs[0], horizon, config), GROUP)
     esnr = _esnr(subject, config, horizon, generator)
     with frozen(agent.world_model, agent.critic):
         rewards = reward_report(
@@ -366,7 +368,7 @@ def _jacobian(
         rademacher(config.probes, start, generator),
         radius_z=config.radius * moved,
         radius_a=config.radius,
-        group=GROUP,
+        group=GROUP if agent.world_model.simplices else None,
         generator=generator,
     )
     return {

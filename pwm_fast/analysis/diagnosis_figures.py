@@ -37,7 +37,8 @@ FLOOR = 1e-12  # smallest drift that a logarithmic axis shows; 0 lies there
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Draw a PNG file of each kind, ``prediction.png`` and so on, and return their paths.
 
-    ``integration.png`` is drawn where a checkpoint was tested with several integrators.
+    ``integration.png`` is drawn where a checkpoint was tested with several integrators,
+    ``simplex.png`` where one has an encoder whose latents lie on simplices.
 
     Args:
         result: what ``diagnosis.json`` holds.
@@ -59,6 +60,8 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         "simplex": _simplex,
         "esnr": _esnr,
     }
+    if not any(_on_simplices(c) for c in checkpoints):
+        del drawings["simplex"]
     if any(_integrated(c) for c in checkpoints):
         drawings["integration"] = _integration
     for name, drawing in drawings.items():
@@ -255,6 +258,10 @@ def _jacobian(figure: Any, checkpoints: Checkpoints) -> None:
     _log_scale(right, "y", [c["jacobian"][key] for c in checkpoints for key in changes.values()])
 
 
+def _on_simplices(c: dict[str, Any]) -> bool:
+    return "sum_error" in c["simplex"]
+
+
 def _simplex(figure: Any, checkpoints: Checkpoints) -> None:
     figure.set_size_inches(9.0, 4.2)
     figure.suptitle("Imagined latents off the simplices")
@@ -265,6 +272,8 @@ def _simplex(figure: Any, checkpoints: Checkpoints) -> None:
         drawn: list[float] = []
         clipped = False
         for i, c in enumerate(checkpoints):
+            if not _on_simplices(c):
+                continue
             values = _numbers(c["simplex"][key])
             clipped = clipped or any(v < FLOOR for v in values)
             y = [v if math.isnan(v) else max(v, FLOOR) for v in values]

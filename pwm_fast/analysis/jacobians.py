@@ -40,10 +40,14 @@ def vector_jacobian_products(step: Step, z: Tensor, a: Tensor, probes: Tensor) -
     return torch.stack(of_z), torch.stack(of_a)
 
 
-def tangent_directions(z: Tensor, group: int, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform unit directions ``[B, D]`` along the simplices: every group of them sums to 0."""
+def tangent_directions(
+    z: Tensor, group: int | None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Uniform unit directions ``[B, D]``; along simplices every ``group`` of them sums to 0."""
     device = generator.device if generator is not None else z.device
     u = torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
+    if group is None:
+        return _unit(u)
     groups = u.unflatten(-1, (-1, group))
     return _unit((groups - groups.mean(-1, keepdim=True)).flatten(-2))
 
@@ -56,7 +60,7 @@ def jacobian_smoothness(
     *,
     radius_z: float,
     radius_a: float,
-    group: int = 8,
+    group: int | None = 8,
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
     """Size and change of the Jacobians ``J_z = dF/dz`` and ``J_a = dF/da`` of a macro step F.
@@ -73,9 +77,9 @@ def jacobian_smoothness(
         a: actions ``[B, A]``.
         probes: v, ``[K, B, D]``, such as :func:`rademacher` draws. The D unit vectors times sqrt(D)
             make the estimate exact.
-        radius_z: distance of the nearby latent, in a uniform direction along the simplices.
+        radius_z: distance of the nearby latent, in a uniform direction (along the simplices).
         radius_a: distance of the nearby action, in a uniform direction.
-        group: width of the simplices.
+        group: width of the simplices; None where latents do not lie on any.
         generator: of the directions.
 
     Returns:

@@ -78,9 +78,12 @@ class WorldModelConfig(Checked):
         kind: ``mlp`` (PWM's baseline), ``flow``, ``residual`` (the flow's network as a plain
             residual MLP), ``shortcut`` (a flow that is told its step's size), or another of
             :func:`world_model_kinds`.
-        latent_dim: D, a multiple of 8 (the SimNorm groups).
+        encoder: ``mlp`` (PWM's, learned, ends in SimNorm), or ``identity``: latents are
+            observations, so D is their width and nothing of them can be lost. It wants
+            ``alg.normalize_obs``, and takes dynamics with a linear last layer.
+        latent_dim: D, a multiple of 8 (the SimNorm groups); of ``encoder=mlp``.
         units: hidden widths of the dynamics, or of the velocity field.
-        encoder_units: hidden widths of the encoder.
+        encoder_units: hidden widths of the encoder; of ``encoder=mlp``.
         reward_units: hidden widths of the reward and termination heads.
         num_bins: two-hot bins of the reward head; 1 is a scalar head.
         vmin: first bin centre, in symlog space.
@@ -99,6 +102,7 @@ class WorldModelConfig(Checked):
     PREFIX: ClassVar[str] = "alg.world_model."
 
     kind: str = checked("flow", world_model_kind)
+    encoder: str = checked("mlp", one_of("mlp", "identity"))
     latent_dim: int = checked(512, positive(WIDTH), multiple_of_8)
     units: list[int] = checked([512, 512], widths)
     encoder_units: list[int] = checked([256], widths)
@@ -116,10 +120,18 @@ class WorldModelConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for key, other in (("head", "linear"), ("project", False)):  # these are of simplices
+            fits = self.encoder != "identity" or getattr(self, key) == other
+            value = getattr(self, key)
+            require(fits, self.PREFIX + key, value, f"{other} where encoder is identity")
         ok = self.task_dim > 0 or self.num_tasks == 1
         require(ok, f"{self.PREFIX}num_tasks", self.num_tasks, "1 where task_dim is 0")
         below = f"below vmax ({self.vmax})"
         require(self.vmin < self.vmax, f"{self.PREFIX}vmin", self.vmin, below)
+
+    def latent_width(self, obs_dim: int) -> int:
+        """D, where observations have O numbers."""
+        return obs_dim if self.encoder == "identity" else self.latent_dim
 
     def at_zero(self, learning: ModelLearningConfig) -> bool:
         """Whether a flow's updates roll out single steps, each of the velocity at tau = 0."""

@@ -41,7 +41,7 @@ class WindowNets(NamedTuple):
     """The networks of a world model.
 
     Attributes:
-        encoder: takes an observation.
+        encoder: takes an observation; without layers where latents are observations.
         dynamics: takes ``[z, a]``, of a flow ``[z, a, tau]``.
         reward: takes ``[z, a]``; logits of a two-hot code, or the reward alone.
         termination: takes ``[z, a]``, or None.
@@ -159,7 +159,7 @@ def _through_fold(
 def covers(kernels: Kernels, nets: WindowNets, options: WindowOptions, sizes: WindowSizes) -> bool:
     """Whether :class:`WindowGradients` takes these: all of it runs block of rows by block."""
     for net in nets:
-        if net is None:
+        if net is None or not net.specs:
             continue
         first, *others = (p.weight for p in net.layers)
         # Actions and flow times beside the latent make no weight too wide for a core's caches.
@@ -198,9 +198,9 @@ class WindowGradients:
         pair = (sizes.latent, sizes.action)
 
         def ready(net: Net | None, inputs: Sequence[int]) -> Ready | None:
-            return None if net is None else Ready(kernels, inputs, net.specs, net.layers)
+            return Ready(kernels, inputs, net.specs, net.layers) if net and net.specs else None
 
-        self._encoder = Ready(kernels, (sizes.obs,), nets.encoder.specs, nets.encoder.layers)
+        self._encoder = ready(nets.encoder, (sizes.obs,))
         self._velocity = ready(nets.dynamics, (*pair, 1)) if options.drawn else None
         self._reward = Ready(kernels, pair, nets.reward.specs, nets.reward.layers)
         self._termination = ready(nets.termination, pair)
@@ -243,8 +243,7 @@ class WindowGradients:
         shape = (horizon, batch, sizes.latent)
         encoder = nets.encoder.tensors
         actions = action.reshape(rows, sizes.action)
-        after = obs[1:].flatten(0, 1)
-        target = self._encoder.forward([after], encoder, rows, False, False)[0].view(shape)
+        target = self._encode(obs[1:].flatten(0, 1), encoder, False)[0].view(shape)
 
         # Latents: of the rollout, or encoded ones. Flow matching does not need the last one.
         drawn = options.drawn
@@ -256,7 +255,7 @@ class WindowGradients:
         through = options.start_grad == "rollout"
         if steps and not options.teacher:
             started = obs[:-1].flatten(0, 1) if options.start_grad == "encoder" else obs[0]
-            encoded, kept = self._encoder.forward([started], encoder, len(started), True, True)
+            encoded, kept = self._encode(started, encoder, True)
             z0 = encoded[:batch]
             moved = actions[: steps * batch]
             c, c_kept = self._hoisted.forward([moved], hoisted, len(moved), through, through)
@@ -268,7 +267,7 @@ class WindowGradients:
             z = latents[:horizon]
         else:
             started = obs[:-1].flatten(0, 1)
-            encoded, kept = self._encoder.forward([started], encoder, rows, True, True)
+            encoded, kept = self._encode(started, encoder, True)
             z = encoded.view(shape)
 
         # The dynamics' error, and what it asks of latents and velocity.
@@ -366,7 +365,9 @@ class WindowGradients:
             dz0 = dz[0] if alone else dz.reshape(rows, sizes.latent)
             assert velocity_grads is not None
             dynamics_grads = velocity_grads
-        _, encoder_grads = self._encoder.backward(dz0, [started], encoder, kept, (False,), True)
+        encoder_grads: list[Tensor | None] = []
+        if self._encoder is not None:
+            _, encoder_grads = self._encoder.backward(dz0, [started], encoder, kept, (False,), True)
         each_net = (encoder_grads, dynamics_grads, reward_grads, termination_grads)
         return WindowResult(
             dynamics_loss,
@@ -376,6 +377,12 @@ class WindowGradients:
             total,
             [_tensor(g) for grads in each_net for g in grads],
         )
+
+    def _encode(self, obs: Tensor, params: list[Tensor], save: bool) -> tuple[Tensor, list[Tensor]]:
+        """Latents of observations ``[N, O]``, and what is kept for the way back."""
+        if self._encoder is None:
+            return obs, []
+        return self._encoder.forward([obs], params, len(obs), save, save)
 
     def _reward_error(self, logits: Tensor, reward: Tensor) -> tuple[Tensor, Tensor]:
         """The error of each row, and the gradient of the weighted loss towards the logits."""

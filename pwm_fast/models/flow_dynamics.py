@@ -29,7 +29,7 @@ class FlowWorldModel(LatentModel):
         self._velocity = mlp(
             pair_dim + 1,
             self.config.units,
-            self.config.latent_dim,
+            self.latent_dim,
             last=last,  # type: ignore[arg-type]
         )
 

@@ -11,10 +11,14 @@ from pwm_fast.models.world_model import LatentModel, register
 
 @register("mlp")
 class WorldModel(LatentModel):
-    """PWM's baseline: ``z' = F(z, task, a)``, an MLP that ends in SimNorm (arXiv 2407.02466)."""
+    """PWM's baseline: ``z' = F(z, task, a)``, an MLP that ends in SimNorm (arXiv 2407.02466).
+
+    Of observations (``config.encoder`` is ``identity``) it ends in a linear layer.
+    """
 
     def _build_transition(self, pair_dim: int) -> None:
-        self._dynamics = mlp(pair_dim, self.config.units, self.config.latent_dim, last="simnorm")
+        last: ops.Activation | None = "simnorm" if self.simplices else None
+        self._dynamics = mlp(pair_dim, self.config.units, self.latent_dim, last=last)
 
     def _transition(self) -> MLP:
         return self._dynamics

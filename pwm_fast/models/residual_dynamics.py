@@ -21,7 +21,7 @@ class ResidualWorldModel(LatentModel):
     """
 
     def _build_transition(self, pair_dim: int) -> None:
-        self._dynamics = mlp(pair_dim, self.config.units, self.config.latent_dim)
+        self._dynamics = mlp(pair_dim, self.config.units, self.latent_dim)
 
     def _init_transition(self) -> None:
         if self.config.zero_velocity:

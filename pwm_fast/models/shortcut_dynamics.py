@@ -20,7 +20,7 @@ class ShortcutWorldModel(LatentModel):
     """
 
     def _build_transition(self, pair_dim: int) -> None:
-        self._velocity = mlp(pair_dim + 2, self.config.units, self.config.latent_dim)
+        self._velocity = mlp(pair_dim + 2, self.config.units, self.latent_dim)
 
     def _init_transition(self) -> None:
         if self.config.zero_velocity:

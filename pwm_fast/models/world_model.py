@@ -6,7 +6,7 @@ A kind of dynamics is a file ``<kind>_dynamics.py`` here, which says :func:`regi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import TypeVar
 
@@ -22,7 +22,8 @@ from pwm_fast.models.layers import MLP, init_world_model_, known_layers, mlp
 class LatentModel(nn.Module, ABC):
     """Encoder, reward and termination heads around a latent transition.
 
-    Latents live on a product of simplices: groups of 8, non-negative, each summing to 1.
+    Latents live on a product of simplices: groups of 8, non-negative, each summing to 1. Where
+    ``config.encoder`` is ``identity`` they are the observations, D is O, and nothing encodes.
 
     Args:
         obs_dim: O.
@@ -36,13 +37,16 @@ class LatentModel(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.config = config
-        self.latent_dim = config.latent_dim
+        self.simplices = config.encoder != "identity"
+        self.latent_dim = config.latent_width(obs_dim)
         self.action_dim = action_dim
         self.task_dim = config.task_dim
-        pair = config.latent_dim + config.task_dim + action_dim
-        self._encoder = mlp(
-            obs_dim + config.task_dim, config.encoder_units, config.latent_dim, last="simnorm"
-        )
+        pair = self.latent_dim + config.task_dim + action_dim
+        self._encoder: MLP | None = None
+        if self.simplices:
+            self._encoder = mlp(
+                obs_dim + config.task_dim, config.encoder_units, self.latent_dim, last="simnorm"
+            )
         self._build_transition(pair)
         self._reward = mlp(pair, config.reward_units, config.num_bins)
         self._termination = mlp(pair, config.reward_units, 1) if can_terminate else None
@@ -100,9 +104,13 @@ class LatentModel(nn.Module, ABC):
             if given and kind in ("mlp", "residual", "shortcut")
         ]
 
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """The encoder's parameters; none where latents are observations."""
+        return iter(()) if self._encoder is None else self._encoder.parameters()
+
     def encoder_layers(self) -> tuple[ops.Layer, ...]:
         """The encoder's parameters as the operations take them; raises as :meth:`dynamics`."""
-        return self._encoder.layers()
+        return () if self._encoder is None else self._encoder.layers()
 
     def dynamics(self) -> ops.Dynamics:
         """The transition's parameters as the operations take them.
@@ -180,6 +188,8 @@ class LatentModel(nn.Module, ABC):
 
     def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
         """Latents ``[..., D]`` of observations ``[..., O]``."""
+        if self._encoder is None:
+            return obs
         return self._encoder(obs, *self.embed(task, obs))
 
     def reward(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:

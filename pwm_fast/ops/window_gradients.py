@@ -134,7 +134,7 @@ def window_gradients(
         known = _KNOWN[key]
     else:
         check_windows(obs, action, reward, gamma, heads, terminated)
-        shape = (*action.shape[:2], target_width(encoder))
+        shape = (*action.shape[:2], target_width(encoder, obs))
         check_starts(start, start_grad, start_noise, shape, obs)
         if len(_KNOWN) >= _LIMIT:
             _KNOWN.clear()
@@ -181,8 +181,9 @@ def _make(
     encoder, net, reward, termination = nets
     assert encoder is not None and net is not None and reward is not None
     horizon, batch, width = action.shape
-    latent = encoder[-1].weight.shape[0]
-    _checks.layers("encoder", encoder, obs.shape[-1], obs.device)
+    latent = target_width(encoder, obs)
+    if encoder:
+        _checks.layers("encoder", encoder, obs.shape[-1], obs.device)
     z = obs.new_empty(batch, latent)
     dynamics.check(z, width, None)
     for name, layers in (("reward", reward), ("termination", termination)):
@@ -202,7 +203,7 @@ def _make(
     # What each of the operations would take.
     choices: list[Choice] = []
     for layers in nets:
-        if layers is not None:
+        if layers:
             reason = unsupported(layers) or without_width((obs,), layers)
             choices.append(select("mlp", None, Call([obs, *layer_tensors(layers)], reason)))
     choices.append(select("latent_rollout", None, call_of(dynamics, step, [z, action], None)))

@@ -76,7 +76,7 @@ def world_model_loss(
         obs: ``[H+1, B, O]``, time first.
         action: ``[H, B, A]``.
         reward: ``[H, B]``.
-        encoder: layers on ``[obs, task]``, output width D.
+        encoder: layers on ``[obs, task]``, output width D; none where latents are observations.
         dynamics: :class:`Flow`, :class:`Shortcut`, :class:`LatentMLP`, :class:`ResidualMLP` or
             others (:class:`Dynamics`).
         heads: reward and termination heads (values are not used).
@@ -109,18 +109,20 @@ def world_model_loss(
     Source: PWM (arXiv 2407.02466), equation 3; Liu et al. 2022 (arXiv 2209.03003), equation 1.
     """
     horizon = check_windows(obs, action, reward, gamma, heads, terminated)
-    check_starts(start, start_grad, start_noise, (*action.shape[:2], target_width(encoder)), obs)
+    check_starts(
+        start, start_grad, start_noise, (*action.shape[:2], target_width(encoder, obs)), obs
+    )
 
     def repeated(steps: int) -> tuple[Tensor, ...]:
         return () if task is None else (task.expand(steps, *task.shape),)
 
     def encode(x: Tensor) -> Tensor:
-        return mlp((x, *repeated(x.shape[0])), encoder, backend=backend)
+        return mlp((x, *repeated(x.shape[0])), encoder, backend=backend) if encoder else x
 
     with torch.no_grad():
         target = encode(obs[1:]).detach()  # forward-mode derivatives do not heed no_grad
     if target.shape[-1] == 0:
-        raise ValueError("encoder has output width 0: there is no latent to predict")
+        raise ValueError("latents have width 0: there is nothing to predict")
     following = None
     if dynamics.learns_from_starts and start == "teacher":
         z = encode(obs[:-1])
@@ -224,9 +226,11 @@ def check_windows(
     return horizon
 
 
-def target_width(encoder: Sequence[Layer]) -> int:
-    """D, or -1 of an encoder that is none, which is told later."""
-    return encoder[-1].weight.shape[0] if encoder and encoder[-1].weight.dim() == 2 else -1
+def target_width(encoder: Sequence[Layer], obs: Tensor) -> int:
+    """D, or -1 of an encoder that is no such, which is told later."""
+    if not encoder:
+        return obs.shape[-1]
+    return encoder[-1].weight.shape[0] if encoder[-1].weight.dim() == 2 else -1
 
 
 def check_starts(

@@ -341,7 +341,7 @@ def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) ->
     """
     alg = config.alg
     obs_dim, action_dim = dims(env)
-    latent = alg.world_model.latent_dim
+    latent = alg.world_model.latent_width(obs_dim)
     learning = alg.model_learning.batch_size, alg.horizon, obs_dim + action_dim + 2 + latent
     imagining = alg.actor.batch_size, alg.imagined_steps, action_dim + latent
     for key, (batch, horizon, numbers) in (

@@ -41,6 +41,15 @@ AGENTS: dict[str, dict[str, Any]] = {
     "multi-task": {"kind": "flow", "task_dim": 3, "num_tasks": 2, "can_terminate": True},
     "scalar reward": {"kind": "mlp", "num_bins": 1, "normalize_rewards": True},
     "entropy": {"kind": "flow", "actor_entropy_coef": 0.3},
+    "observations": {"kind": "flow", "encoder": "identity", "normalize_obs": True},
+    "observations of pieces": {"kind": "residual", "encoder": "identity", "rollout_steps": 1},
+    "observations, terminating": {"kind": "mlp", "encoder": "identity", "can_terminate": True},
+    "observations, multi-task": {
+        "kind": "flow",
+        "encoder": "identity",
+        "task_dim": 3,
+        "num_tasks": 2,
+    },
     "all normalised": {"kind": "flow", "normalize_obs": True, "detach": False},
     "as published": {
         "kind": "mlp",

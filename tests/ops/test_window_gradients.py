@@ -65,6 +65,11 @@ class Case(NamedTuple):
     fold: bool | None = None
     head_bias: bool = True
     share: float = 1.0
+    encodes: bool = True
+
+    @property
+    def width(self) -> int:
+        return D if self.encodes else OBS
 
     @property
     def drawn(self) -> int:
@@ -87,10 +92,10 @@ class Case(NamedTuple):
             bias = self.head_bias or last != "velocity"
             return [*hidden, random_layer(widths[-1], outputs, norm=False, bias=bias, generator=g)]
 
-        pair = D + A
+        pair = self.width + A
         return Nets(
-            stack(OBS, D, "simnorm"),
-            stack(pair + self.flow, D, "simnorm" if self.simnorm else "velocity"),
+            stack(OBS, D, "simnorm") if self.encodes else (),
+            stack(pair + self.flow, self.width, "simnorm" if self.simnorm else "velocity"),
             stack(pair, self.bins, "linear"),
             stack(pair, 1, "linear") if self.termination else None,
         )
@@ -114,7 +119,8 @@ class Case(NamedTuple):
             dynamics = ops.ResidualMLP(nets.net, fold=self.fold)
         noise: float | Tensor
         if isinstance(self.start_noise, str):
-            noise = torch.linspace(0.0, 0.2, self.horizon * D).view(self.horizon, 1, D)
+            noise = torch.linspace(0.0, 0.2, self.horizon * self.width)
+            noise = noise.view(self.horizon, 1, self.width)
             if self.start_noise == "window":
                 noise = noise * torch.linspace(0.5, 1.5, self.batch).view(1, -1, 1)
             noise = noise.to(nets.net[0].weight.dtype)
@@ -174,6 +180,15 @@ CASES = {
     "some times are drawn, one step": SHARE._replace(horizon=1),
     "some times are drawn, one window": SHARE._replace(batch=1),
     "no time is drawn": SHARE._replace(share=0.0, target_grad=False),
+    "observations": Case(encodes=False),
+    "observations, folded": Case(encodes=False, fold=True, batch=19),
+    "observations, map": Case(encodes=False, kind="map"),
+    "observations, residual": Case(encodes=False, kind="residual"),
+    "observations, teacher": Case(encodes=False, start="teacher"),
+    "observations, straight to the encoder": Case(encodes=False, start_grad="encoder"),
+    "observations, noise of each entry": Case(encodes=False, start_noise="tensor"),
+    "observations, some times are drawn": SHARE._replace(encodes=False),
+    "observations, one step": SHARE._replace(encodes=False, horizon=1),
 }
 Found = tuple[list[Tensor], list[Tensor]]
 
@@ -181,13 +196,13 @@ Found = tuple[list[Tensor], list[Tensor]]
 def by_autograd(case: Case, dtype: torch.dtype, seed: int = 0) -> Found:
     nets = case.nets(seed).to(dtype)
     torch.manual_seed(3)
-    noise = torch.randn(case.horizon, case.drawn, D)  # the same numbers in every dtype
+    noise = torch.randn(case.horizon, case.drawn, case.width)  # the same numbers in every dtype
     options, data = case.options(nets), case.data(dtype, seed)
     with select.backend("reference"), pytest.MonkeyPatch.context() as patch:
         if case.draws_tau:
             torch.manual_seed(3)
             tau = torch.rand(case.horizon, case.drawn)
-            noise = torch.randn(case.horizon, case.drawn, D)
+            noise = torch.randn(case.horizon, case.drawn, case.width)
             patch.setattr(torch, "rand", lambda *_, **__: tau.to(dtype))
         patch.setattr(torch, "randn_like", lambda *_, **__: noise.to(dtype))
         loss = ops.world_model_loss(**data, **options)

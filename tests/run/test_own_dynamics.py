@@ -58,7 +58,7 @@ class ResidualModel(models.LatentModel):
     """A world model around it."""
 
     def _build_transition(self, pair_dim: int) -> None:
-        self._dynamics = models.mlp(pair_dim, self.config.units, self.config.latent_dim)
+        self._dynamics = models.mlp(pair_dim, self.config.units, self.latent_dim)
 
     def _transition(self) -> models.MLP:
         return self._dynamics

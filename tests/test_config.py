@@ -287,6 +287,7 @@ OUT_OF_RANGE = {
     "alg.max_skipped_updates": [0],
     "alg.normalize_rewards": [True],
     "alg.world_model.kind": ["rnn"],
+    "alg.world_model.encoder": ["linear", "Identity"],
     "alg.world_model.head": ["softmax"],
     "alg.world_model.integrator": ["rk4"],
     "alg.world_model.substeps": [0],
@@ -492,6 +493,16 @@ def test_networks_without_hidden_layers_are_not_trained(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^alg\.{key} must be .* at least one .*, got \[\]$"):
         configuration.check_layers(config)
     configuration.check_layers(from_dict(nested(f"alg.{key}", [8])))
+
+
+@pytest.mark.parametrize(("key", "value"), [("head", "simnorm"), ("project", True)])
+def test_observations_lie_on_no_simplices(key: str, value: object) -> None:
+    message = rf"^alg\.world_model\.{key} must be .* where encoder is identity, got {value!r}$"
+    given = nested(f"alg.world_model.{key}", value)
+    given["alg"]["world_model"]["encoder"] = "identity"
+    with pytest.raises(ConfigError, match=message):
+        from_dict(given)
+    from_dict(nested(f"alg.world_model.{key}", value))
 
 
 @pytest.mark.parametrize(

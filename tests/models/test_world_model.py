@@ -63,6 +63,25 @@ def test_parameter_names(kind: str, head: str, can_terminate: bool, task: str) -
     assert {name for name, _ in model.named_parameters()} == expected
 
 
+@pytest.mark.parametrize("kind", ["mlp", "flow", "residual", "shortcut"])
+@pytest.mark.parametrize("task", TASKS)
+def test_latents_that_are_observations(kind: str, task: str) -> None:
+    """No encoder, D = O (no multiple of 8), and the last layer of every kind is linear."""
+    model = small_model(kind=kind, encoder="identity", **TASKS[task])
+    assert (model.latent_dim, model.simplices, model.encoder_layers()) == (OBS, False, ())
+    names = set(model.state_dict())
+    assert not any("encoder" in name for name in names)
+    net = "_dynamics" if kind in ("mlp", "residual") else "_velocity"
+    assert linear(f"{net}.2") <= names and f"{net}.2.ln.weight" not in names
+    assert model.get_parameter(f"{net}.2.weight").shape[0] == OBS
+    assert "encoder" not in model.num_parameters()
+    obs, action = normal(3, OBS), normal(3, ACTION)
+    number = None if task == "single" else torch.tensor([0, 2, 1])
+    assert torch.equal(model.encode(obs, number), obs)
+    assert model.next(obs, action, number).shape == (3, OBS)
+    assert model.reward(obs, action, number).shape == (3, 21)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", TASKS)
 def test_parameter_shapes(kind: str, task: str) -> None:

@@ -19,6 +19,7 @@ from pwm_fast.agent.view import view_of
 from pwm_fast.analysis import simulator
 from pwm_fast.analysis.gradients import gradient_esnr
 from pwm_fast.analysis.jacobians import jacobian_smoothness, rademacher
+from pwm_fast.analysis.latents import latent_report
 from pwm_fast.analysis.prediction import (
     HeldOut,
     Start,
@@ -243,6 +244,7 @@ def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
     steps = sum(len(episode.action) for episode in subject.episodes)
     windows = windows.to(agent.device)
     with frozen(agent.world_model, agent.critic):
+        latents = latent_report(view_of(agent).encode, subject.episodes, agent.device)
         errors = prediction_errors(view_of(agent), windows)
         jacobian = _jacobian(agent, windows, config, generator)
         drift: dict[str, Tensor] = {}
@@ -268,6 +270,7 @@ def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
         "steps": steps,
         "return_mean": returns.mean().item(),
         "action_saturation": subject.saturation,
+        "latents": latents,
         "prediction": _columns(errors, range(1, horizon + 1)),
         "jacobian": jacobian,
         "simplex": _columns(drift, range(horizon + 1)),

@@ -40,6 +40,14 @@ JACOBIAN_COLUMNS = {
     "da, near a": "change_a_near_a",
     "da, step": "change_a_step",
 }
+LATENT_COLUMNS = {
+    "D": "width",
+    "effective": "dimensions",
+    "O": "obs_width",
+    "its effective": "obs_dimensions",
+    "R2, median": "obs_r2_median",
+    "R2, worst": "obs_r2_min",
+}
 SIMPLEX_TITLES = {
     "negative_mass": "imagined latents: negative mass of a group (0 on the simplex)",
     "sum_error": "imagined latents: |sum of a group - 1| (0 on the simplex)",
@@ -63,6 +71,15 @@ def tables(result: dict[str, Any]) -> str:
             f"{prediction['windows'][-1]:.0f} last {c['horizon']} steps"
             f"\n  saturated actions of the policy (beyond 0.98): {_share(c['action_saturation'])}"
         )
+    blocks.append(
+        _section(
+            "What latents hold: widths and effective dimensions of latents and observations; R2 of "
+            "a linear\nregression of the observation's entries on the latent (1: all is there)",
+            "latents",
+            LATENT_COLUMNS,
+            checkpoints,
+        )
+    )
     blocks += [_rewards(c) for c in checkpoints]
     for section, titles in (("prediction", LATENT_TITLES), ("simplex", SIMPLEX_TITLES)):
         for key, title in titles.items():
@@ -75,15 +92,13 @@ def tables(result: dict[str, Any]) -> str:
                 blocks.append(_over_steps(title, "step", rows))
     blocks += _sensitivity(checkpoints)
     blocks += [_integration(c) for c in checkpoints if c["integration"] is not None]
-    columns = list(JACOBIAN_COLUMNS)
-    values = [[c["jacobian"][JACOBIAN_COLUMNS[k]] for k in columns] for c in checkpoints]
     blocks.append(
-        _table(
+        _section(
             "Jacobian of the macro step: size; relative change (dz of Jz, da of Ja) to a nearby "
             "latent,\naction, and to the step's end",
-            "",
-            columns,
-            dict(zip(labels, values, strict=True)),
+            "jacobian",
+            JACOBIAN_COLUMNS,
+            checkpoints,
         )
     )
     rows = {}
@@ -95,6 +110,14 @@ def tables(result: dict[str, Any]) -> str:
         _over_steps("ESNR of the actor's first-order gradient (dB)", "horizon", rows, powers=False)
     )
     return "\n\n".join(blocks)
+
+
+def _section(
+    title: str, name: str, columns: dict[str, str], checkpoints: Sequence[dict[str, Any]]
+) -> str:
+    """A row of numbers for each checkpoint; ``columns`` are keys of that section by heading."""
+    rows = {c["label"]: [c[name][key] for key in columns.values()] for c in checkpoints}
+    return _table(title, "", list(columns), rows)
 
 
 def _rewards(c: dict[str, Any]) -> str:

@@ -68,6 +68,7 @@ def test_one_checkpoint(whole_run: Path, launcher: Launcher, tmp_path: Path) -> 
         "linear in o_0 and actions",
         "saturated actions of the policy",
         "effect of an action on the reward",
+        "What latents hold",
     ):
         assert text in outcome.out
     assert f"written to {folder}" in outcome.out
@@ -96,6 +97,10 @@ def test_one_checkpoint(whole_run: Path, launcher: Launcher, tmp_path: Path) -> 
     assert all(-1.0 <= c <= 1.0 for c in sensitivity["reward_cosine"])
     assert all(v > 0 for v in sensitivity["reward_norm_real"] + sensitivity["latent_norm_real"])
     assert 0.0 <= found["action_saturation"] <= 1.0
+    latents = found["latents"]
+    assert (latents["width"], latents["obs_width"], len(latents["obs_r2"])) == (16, 5, 5)
+    assert latents["obs_r2_min"] <= latents["obs_r2_median"] <= 1.0
+    assert 1.0 <= latents["dimensions"] <= 16.0 and 1.0 <= latents["obs_dimensions"] <= 5.0
     assert found["integration"] is None, "not asked for"
     assert result["versions"]["torch"] and "commit" in result["git"]
 

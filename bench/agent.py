@@ -140,7 +140,7 @@ def build_world_model(
     def bottom(dtype: torch.dtype) -> Callable[[], object]:
         model = agent.world_model
         gemms = floor.world_model_gemms(
-            model._encoder.layers(), model.dynamics(), model._reward.layers(), batch, horizon
+            model.encoder_layers(), model.dynamics(), model._reward.layers(), batch, horizon
         )
         return floor.floor(gemms, dtype, device)
 
@@ -160,7 +160,7 @@ def build_critic(
     once = copy.deepcopy(alg)
     once.critic.passes = once.critic.minibatches = 1
     g = torch.Generator().manual_seed(seed + 1)
-    latent = alg.world_model.latent_dim
+    latent = agent.world_model.latent_dim
     z = torch.randn(horizon + 1, batch, latent // 8, 8, generator=g).softmax(-1).flatten(2)
     z, reward = z.to(device), torch.randn(horizon, batch, generator=g).to(device)
 

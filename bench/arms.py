@@ -79,14 +79,14 @@ CARTPOLE = (
           f"{LEARN}.consistency=meanflow"),
 )  # fmt: skip
 
-# Names apart from those above: bench.frontier measured what these cost, at another size.
 OBSERVATIONS = (
     Arm("mlp_of_obs", "MLP, latents are observations", ("alg=pwm_small",)),
     Arm("residual_of_obs", "residual MLP, latents are observations",
         ("alg=pwm_small", f"{WM}.kind=residual")),
     Arm("flow_of_obs", "flow, Euler K = 1, latents are observations", ("alg=pwm_small_flow",)),
 )  # fmt: skip
-# The published encoder, and what its small latents are multiplied by.
+# The published encoder, and what its small latents are multiplied by. Names apart from CARTPOLE's:
+# bench.frontier measured what those cost, at another size.
 ENCODED = (f"{WM}.encoder=mlp", "alg.actor.input_gain=4.0", "alg.critic.input_gain=4.0")
 SMALL = (
     Arm("small_mlp", "MLP (baseline)", ("alg=pwm_small", *ENCODED)),

@@ -105,7 +105,7 @@ def _imagine(cuda: Any, model: str, batch: int, provider: str) -> None:
     alg = alg_config(f"{model}_flow", matrix.SUBSTEPS[0])
     with cuda, torch.device(DEVICE), backend(provider, DEVICE):
         agent = PWM(OBS, ACTION, alg, device=DEVICE, graphs=False)
-        z = torch.randn(batch, alg.world_model.latent_dim)
+        z = torch.randn(batch, agent.world_model.latent_dim)
         noise = torch.randn(HORIZON, batch, ACTION)
         rollouts.imagined(agent, z, noise, True)
         with weight_cache.capturing():  # as in a CUDA graph
@@ -147,7 +147,7 @@ def _compared(cuda: Any, provider: str) -> None:
             optimizer.keep_gradients = True
         obs, action = torch.randn(HORIZON + 1, rows, OBS), torch.randn(HORIZON, rows, ACTION)
         agent.update_world_model(Windows(obs, action, *torch.zeros(2, HORIZON, rows)))
-        z = torch.randn(HORIZON + 1, batch, alg.world_model.latent_dim)
+        z = torch.randn(HORIZON + 1, batch, agent.world_model.latent_dim)
         agent._update_critic(ImaginedRollout(z, z.new_empty(0), torch.randn(HORIZON, batch)))
 
 

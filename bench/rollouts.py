@@ -124,7 +124,7 @@ def build(
 ) -> Workload:
     """The workload of one rollout; ``mode`` is ``forward`` or ``backward``."""
     agent = make_agent(alg, device, seed)
-    latent = alg.world_model.latent_dim
+    latent = agent.world_model.latent_dim
     g = torch.Generator().manual_seed(seed + 1)
     z = torch.softmax(torch.randn(batch, latent // 8, 8, generator=g), -1).flatten(1).to(device)
     noise = torch.randn(horizon, batch, ACTION, generator=g).to(device)

@@ -495,6 +495,12 @@ def test_networks_without_hidden_layers_are_not_trained(key: str) -> None:
     configuration.check_layers(from_dict(nested(f"alg.{key}", [8])))
 
 
+def test_an_encoder_that_is_none_needs_no_layers() -> None:
+    given = nested("alg.world_model.encoder_units", [])
+    given["alg"]["world_model"]["encoder"] = "identity"
+    configuration.check_layers(from_dict(given))
+
+
 @pytest.mark.parametrize(("key", "value"), [("head", "simnorm"), ("project", True)])
 def test_observations_lie_on_no_simplices(key: str, value: object) -> None:
     message = rf"^alg\.world_model\.{key} must be .* where encoder is identity, got {value!r}$"

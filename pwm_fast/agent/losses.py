@@ -23,7 +23,8 @@ class WeightedLoss(NamedTuple):
         reward: reward loss.
         termination: termination loss; 0 without that head.
         latent_std: spread of the target latents over the batch, mean over their entries. Near 0 the
-            encoder has collapsed.
+            encoder has collapsed; one that gives up all but a few directions it does not show
+            (:func:`pwm_fast.analysis.latents.latent_report` does).
         metrics: the above as they are logged, of the parts that the model has.
     """
 

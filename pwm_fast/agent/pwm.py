@@ -83,7 +83,13 @@ class PWM:
         self.world_model = make_world_model(
             obs_dim, action_dim, config.world_model, can_terminate
         ).to(self.device)
-        for caution in self.world_model.cautions(config.model_learning):
+        cautions = self.world_model.cautions(config.model_learning)
+        if config.world_model.encoder == "identity" and not config.normalize_obs:
+            cautions.append(
+                "alg.normalize_obs=false with alg.world_model.encoder=identity: the networks see "
+                "observations in whatever units they have"
+            )
+        for caution in cautions:
             warnings.warn(caution, stacklevel=2)
         self.actor = GaussianActor(
             self.world_model.latent_dim,

@@ -70,7 +70,11 @@ def latent_report(
 def effective_dimensions(x: Tensor) -> float:
     """Over how many directions rows ``[N, D]`` spread: D if alike over all, 1 along a line.
 
-    NaN where they do not vary.
+    NaN where they do not vary beyond what float32 rounds.
     """
-    variances = torch.linalg.svdvals((x - x.mean(0)).double()).square()
+    x = x.double()
+    spread = x - x.mean(0)
+    if not spread.abs().max() > torch.finfo(torch.float32).eps * x.abs().max():
+        return float("nan")
+    variances = torch.linalg.svdvals(spread).square()
     return float(variances.sum() ** 2 / variances.square().sum())

@@ -228,8 +228,8 @@ class ActorConfig(Checked):
         units: hidden widths.
         init_logstd: log standard deviation at the start.
         min_logstd: its lower bound.
-        input_gain: factor on the first layer's initial weights. Latents vary by about 0.1 around
-            1/8: at a gain of 1 small networks start, and long stay, in Mish's linear range.
+        input_gain: factor on the first layer's initial weights. Encoded latents vary by about 0.1
+            around 1/8: at a gain of 1 small networks start, and long stay, in Mish's linear range.
         init: initial weights and biases: ``orthogonal`` (gain 1, biases 0) or ``torch`` (as
             ``torch.nn.Linear`` draws both, PWM's; its weights are 0.58 times as large).
         updates: updates an epoch, each on freshly imagined rollouts.

@@ -269,12 +269,15 @@ def check_layers(config: TrainConfig) -> None:
     Raises:
         ConfigError: a list of hidden widths is empty.
     """
-    model = "alg.world_model"
-    for key, units in {
-        f"{model}.units": config.alg.world_model.units,
-        f"{model}.encoder_units": config.alg.world_model.encoder_units,
-        f"{model}.reward_units": config.alg.world_model.reward_units,
+    model, networks = "alg.world_model", config.alg.world_model
+    widths = {
+        f"{model}.units": networks.units,
+        f"{model}.encoder_units": networks.encoder_units,
+        f"{model}.reward_units": networks.reward_units,
         "alg.actor.units": config.alg.actor.units,
         "alg.critic.units": config.alg.critic.units,
-    }.items():
+    }
+    if networks.encoder == "identity":
+        del widths[f"{model}.encoder_units"]
+    for key, units in widths.items():
         require(len(units) > 0, key, list(units), "a list of at least one positive width to train")

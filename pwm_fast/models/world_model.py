@@ -98,11 +98,17 @@ class LatentModel(nn.Module, ABC):
         """What to warn of where the model is trained in that way."""
         config, kind = self.config, self.config.kind
         ignored = {"project": config.project, "head": config.head != "linear"}
-        return [
+        found = [
             f"alg.world_model.{key}={getattr(config, key)} does nothing for dynamics of kind {kind}"
             for key, given in ignored.items()
             if given and kind in ("mlp", "residual", "shortcut")
         ]
+        if learning.start_grad == "encoder" and not self.simplices:
+            found.append(
+                "alg.model_learning.start_grad=encoder is the same as none where no encoder learns "
+                "(alg.world_model.encoder=identity)"
+            )
+        return found
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """The encoder's parameters; none where latents are observations."""
@@ -187,8 +193,18 @@ class LatentModel(nn.Module, ABC):
         return embedding[0] if embedding else None
 
     def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
-        """Latents ``[..., D]`` of observations ``[..., O]``."""
+        """Latents ``[..., D]`` of observations ``[..., O]``.
+
+        Raises:
+            TypeError: observations are not floating.
+            ValueError: they are of another width, or task numbers do not fit (:meth:`embed`).
+        """
         if self._encoder is None:
+            if not obs.is_floating_point():
+                raise TypeError(f"obs must have a floating dtype, got {obs.dtype}")
+            if obs.dim() == 0 or obs.shape[-1] != self.latent_dim:
+                raise ValueError(f"obs must be [..., {self.latent_dim}], got {tuple(obs.shape)}")
+            self.embed(task, obs)
             return obs
         return self._encoder(obs, *self.embed(task, obs))
 

@@ -34,7 +34,8 @@ class WindowLoss(NamedTuple):
         dynamics: latent error, or flow-matching loss.
         reward: reward loss.
         termination: termination loss; None without that head.
-        target: the encoded successors ``[H, B, D]``, without gradient.
+        target: the encoded successors ``[H, B, D]``, without gradient; a view of the observations
+            where these are latents.
     """
 
     dynamics: Tensor

@@ -83,9 +83,11 @@ def set_threads(
 
 def useful_threads(alg: AlgConfig) -> int:
     """How many CPU threads the largest product within a rollout, or its rows, have work for."""
-    widths = [alg.world_model.latent_dim, *alg.world_model.units, alg.world_model.latent_dim]
+    model = alg.world_model
+    ends = [] if model.encoder == "identity" else [model.latent_dim]  # observations are narrow
+    widths = [*ends, *model.units, *ends]
     rows = max(alg.model_learning.batch_size, alg.actor.batch_size)
-    work = rows * max(n * k for n, k in itertools.pairwise(widths))
+    work = rows * max((n * k for n, k in itertools.pairwise(widths)), default=0)
     return max(work // THREAD_SHARE, rows // ROWS_SHARE, 1)
 
 
@@ -342,6 +344,7 @@ def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) ->
     alg = config.alg
     obs_dim, action_dim = dims(env)
     latent = alg.world_model.latent_width(obs_dim)
+    encodes = alg.world_model.encoder != "identity"
     learning = alg.model_learning.batch_size, alg.horizon, obs_dim + action_dim + 2 + latent
     imagining = alg.actor.batch_size, alg.imagined_steps, action_dim + latent
     for key, (batch, horizon, numbers) in (
@@ -351,7 +354,9 @@ def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) ->
         memory.require(
             4 * batch * (horizon + 1) * numbers,
             f"{key}={batch} rollouts of {horizon} steps",
-            f"{key}, the horizon or alg.world_model.latent_dim",
+            f"{key}, the horizon or alg.world_model.latent_dim"
+            if encodes
+            else f"{key} or the horizon",
             device,
         )
     for key, episodes in (

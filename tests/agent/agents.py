@@ -21,6 +21,7 @@ from pwm_fast.replay import Windows
 from tests.models.builders import randomize_
 
 OBS, ACTION = 5, 2
+OBSERVATIONS = {"encoder": "identity", "normalize_obs": True}
 
 # Every kind of agent that takes another path through the code.
 AGENTS: dict[str, dict[str, Any]] = {
@@ -41,14 +42,15 @@ AGENTS: dict[str, dict[str, Any]] = {
     "multi-task": {"kind": "flow", "task_dim": 3, "num_tasks": 2, "can_terminate": True},
     "scalar reward": {"kind": "mlp", "num_bins": 1, "normalize_rewards": True},
     "entropy": {"kind": "flow", "actor_entropy_coef": 0.3},
-    "observations": {"kind": "flow", "encoder": "identity", "normalize_obs": True},
-    "observations of pieces": {"kind": "residual", "encoder": "identity", "rollout_steps": 1},
-    "observations, terminating": {"kind": "mlp", "encoder": "identity", "can_terminate": True},
-    "observations, multi-task": {
+    "observations": {"kind": "flow", **OBSERVATIONS},
+    "observations of pieces": {"kind": "residual", "rollout_steps": 1, **OBSERVATIONS},
+    "observations, terminating": {"kind": "mlp", "can_terminate": True, **OBSERVATIONS},
+    "observations, multi-task": {"kind": "flow", "task_dim": 3, "num_tasks": 2, **OBSERVATIONS},
+    "observations, measured noise": {
         "kind": "flow",
-        "encoder": "identity",
-        "task_dim": 3,
-        "num_tasks": 2,
+        "flow_start": "teacher",
+        "start_noise": "auto",
+        **OBSERVATIONS,
     },
     "all normalised": {"kind": "flow", "normalize_obs": True, "detach": False},
     "as published": {

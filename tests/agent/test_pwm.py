@@ -23,6 +23,7 @@ from tests.agent.agents import (
     ACTION,
     AGENTS,
     OBS,
+    OBSERVATIONS,
     alg_config,
     changed,
     make_agent,
@@ -639,6 +640,18 @@ def test_a_round_of_everything(name: str) -> None:
     assert int(agent.skipped_updates()["skipped_updates"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalize_obs": False}, "see observations in whatever units they have"),
+        ({"start_grad": "encoder"}, "the same as none where no encoder learns"),
+    ],
+)
+def test_observations_as_latents_warn(changes: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        PWM(OBS, ACTION, alg_config(**{**OBSERVATIONS, **changes}))
+
+
 def test_midpoint_warns() -> None:
     """The published mode is an ablation here; no other configuration warns."""
     with pytest.warns(UserWarning, match="tau_sampling=midpoint trains the velocity at tau = 0.5"):
@@ -646,4 +659,5 @@ def test_midpoint_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PWM(OBS, ACTION, alg_config())
+        PWM(OBS, ACTION, alg_config(**OBSERVATIONS))
         PWM(OBS, ACTION, alg_config(kind="mlp", tau_sampling="midpoint"))

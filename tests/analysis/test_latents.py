@@ -60,6 +60,6 @@ def test_what_does_not_vary() -> None:
     first, *others = found["obs_r2"]  # type: ignore[misc]
     assert math.isnan(first) and min(others) > 0.999
     assert found["obs_r2_min"] == min(others)
-    assert math.isnan(effective_dimensions(torch.ones(5, 3)))
+    assert math.isnan(effective_dimensions(torch.full((1608, 5), 0.3)))
     nothing = latent_report(torch.zeros_like, episodes())
     assert max(nothing["obs_r2"]) < 0.02 and math.isnan(nothing["dimensions"])  # type: ignore[call-overload, arg-type]

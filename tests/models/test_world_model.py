@@ -80,6 +80,12 @@ def test_latents_that_are_observations(kind: str, task: str) -> None:
     assert torch.equal(model.encode(obs, number), obs)
     assert model.next(obs, action, number).shape == (3, OBS)
     assert model.reward(obs, action, number).shape == (3, 21)
+    with pytest.raises(ValueError, match=r"^obs must be \[\.\.\., 5\], got \(3, 4\)$"):
+        model.encode(obs[:, 1:], number)
+    with pytest.raises(TypeError, match=r"^obs must have a floating dtype, got torch\.int64$"):
+        model.encode(obs.long(), number)
+    with pytest.raises(ValueError, match="task"):
+        model.encode(obs, torch.zeros(3, dtype=torch.int64) if number is None else None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

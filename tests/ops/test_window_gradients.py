@@ -246,6 +246,41 @@ def test_errs_at_most_twice_as_much(name: str) -> None:
             assert x.is_contiguous()
 
 
+@pytest.mark.parametrize("kind", ["map", "residual", "euler"])
+def test_latents_that_are_observations_by_hand(kind: str) -> None:
+    """The loss of ``encoder=()``, written as a loop over steps."""
+    case = Case(kind=kind, substeps=1, encodes=False)
+    nets = case.nets().to(torch.float64)
+    options, data = case.options(nets), case.data(torch.float64)
+    loss = ops.world_model_loss(**data, **options, backend="reference")
+    obs, action, tau = data["obs"], data["action"], data["tau"]
+    z, parts = obs[0], torch.zeros(3, dtype=torch.float64)
+    for t in range(case.horizon):
+        pair = torch.cat([z, action[t]], -1)
+        logits = ops.mlp((pair,), nets.reward)
+        ends = ops.mlp((pair,), nets.termination or ()).squeeze(-1)
+        if case.flow:
+            time = tau[t].unsqueeze(-1)
+            path = (1 - time) * z + time * obs[t + 1]
+            velocity = ops.mlp((path, action[t], time), nets.net)
+            error = velocity - (obs[t + 1] - z)
+            moved = z + ops.mlp((z, action[t], torch.zeros_like(time)), nets.net)
+        else:
+            moved = ops.mlp((z, action[t]), nets.net) + (z if kind == "residual" else 0.0)
+            error = moved - obs[t + 1]
+        reward = ops.two_hot_cross_entropy(logits, data["reward"][t], -5.0, 5.0)
+        flags = data["terminated"][t]
+        ending = torch.nn.functional.binary_cross_entropy_with_logits(ends, flags)
+        parts = parts + 0.9**t * torch.stack([error.square().mean(), reward.mean(), ending])
+        z = moved
+    found = torch.stack([x for x in loss[:3] if x is not None])
+    torch.testing.assert_close(found, parts / case.horizon, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(loss.target, obs[1:], rtol=0.0, atol=0.0)
+    both = (torch.autograd.grad(x.sum(), nets.tensors) for x in (found, parts / case.horizon))
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads: int) -> None:
     case = CASES["several blocks of rows"]

@@ -127,6 +127,26 @@ def test_several_checkpoints(
     assert sum(baseline["prediction"]["terminated"]) > 0
 
 
+def test_latents_that_are_observations(whole_run: Path, launcher: Launcher, tmp_path: Path) -> None:
+    """They lie on no simplices, so there is no figure of these, but beside one that does."""
+    arguments = tiny_arguments(
+        tmp_path / "run", "alg.world_model.encoder=identity", "alg.normalize_obs=true"
+    )
+    outcome = launcher.run(tmp_path, *arguments)
+    assert outcome.status == 0, outcome.err
+    own = tmp_path / "run" / "checkpoints" / "final.pt"
+    (found,) = diagnose(launcher, tmp_path, f"checkpoint={own}")["checkpoints"]
+    assert {p.name for p in (tmp_path / "here").iterdir()} == FILES - {"simplex.png"}
+    assert found["simplex"] == {"step": [0, 1, 2, 3, 4]}
+    assert (found["latents"]["width"], found["latents"]["obs_width"]) == (5, 5)
+    assert found["latents"]["obs_r2_median"] > 0.9
+    assert found["jacobian"]["norm_z"] > 0.0
+    other = whole_run / "checkpoints" / "final.pt"
+    (tmp_path / "both").mkdir()
+    diagnose(launcher, tmp_path / "both", f"checkpoint=[{own},{other}]")
+    assert {p.name for p in (tmp_path / "both" / "here").iterdir()} == FILES
+
+
 def test_pooled_windows(whole_run: Path, launcher: Launcher, tmp_path: Path) -> None:
     """Both checkpoints see the episodes of both; those of different environments cannot."""
     paths = [f"{whole_run}/checkpoints/{name}.pt" for name in ("best", "final")]

@@ -139,7 +139,5 @@ STUDIES = {
         steps=(50_000, 100_000, 150_000, 200_000),
         seconds=(100, 200, 300, 500),
     ),
-    "cartpole-swingup": _dm_control("cartpole", "swingup"),
     "cheetah-run": _dm_control("cheetah", "run"),
-    "walker-walk": _dm_control("walker", "walk"),
 }

@@ -48,6 +48,8 @@ MODEL = (
     ("effect of an action on the reward 4 steps later, cosine", "model", "reward_cosine", 1),
     ("reward R2 on random data", "model_on_random", "reward_r2", -1),
     ("of a linear regression there", "model_on_random", "linear_r2", -1),
+    ("effective dimensions of latents", "model", "dimensions", 0),
+    ("R2 of the observation, from them", "model", "obs_r2", 0),
 )
 CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_success")
 
@@ -245,12 +247,15 @@ def _model(directory: Path) -> dict[str, Any] | None:
     prediction, rewards = found["prediction"], found["rewards"]
     sensitivity = found["sensitivity"]
     has = isinstance(sensitivity, dict) and "reward_cosine" in sensitivity
+    latents = found.get("latents")  # not in older diagnoses
     return {
         **{k: prediction[k] for k in ("step", "latent_per_displacement", "latent_per_spread")},
         "reward_r2": rewards["model"],
         "linear_r2": rewards["linear_obs_actions"],
         "after": sensitivity["after"] if has else None,
         "reward_cosine": sensitivity["reward_cosine"] if has else None,
+        "dimensions": [latents["dimensions"]] if latents else None,
+        "obs_r2": [latents["obs_r2_median"]] if latents else None,
     }
 
 
@@ -323,7 +328,7 @@ def table(result: dict[str, Any]) -> str:
     """
     study = STUDIES[result["study"]]
     costs = _costs(study)
-    shown = [m for m in MODEL if any(r.get(m[1]) is not None for r in result["runs"])]
+    shown = [m for m in MODEL if any((r.get(m[1]) or {}).get(m[2]) for r in result["runs"])]
     head = ["configuration", *(["update", "epoch"] if costs else []), "seeds", "return"]
     head += ["success"] if study.success else []
     head += [heading for heading, _, _, _ in shown]
@@ -339,7 +344,7 @@ def table(result: dict[str, Any]) -> str:
             cells.append(", ".join("" if x is None else f"{x:.0%}" for x in each))
         for _, which, key, i in shown:
             models = [m for r in row.runs if (m := r.get(which)) is not None]
-            values = [m[key][i] for m in models if m[key] and m[key][i] is not None]
+            values = [m[key][i] for m in models if m.get(key) and m[key][i] is not None]
             cells.append(f"{np.median(values):.2g}" if values else "")
         lines.append(cells)
     return _markdown(head, lines)
@@ -369,14 +374,18 @@ def equal(result: dict[str, Any]) -> str:
 
 
 def commands(result: dict[str, Any]) -> str:
-    """The trainer's commands of the arms, as they were given, and the commits that they ran."""
+    """The trainer's commands of the arms, as they are given today, and the commits that ran them.
+
+    What is shipped may have changed since: :func:`_check_arm` has seen to it that the agents are
+    the same.
+    """
     study = STUDIES[result["study"]]
     lines = [f"python -m pwm_fast.train {shlex.join(study.overrides)} seed=0 ..."]
     for arm in study.arms:
         runs = [r for r in result["runs"] if r["arm"] == arm.name]
-        for given in dict.fromkeys(r["overrides"] for r in runs):
-            commits = sorted({c for r in runs if r["overrides"] == given for c in r["commits"]})
-            lines.append(f"  {given}   # {arm.label}; {', '.join(commits)}")
+        if runs:
+            commits = sorted({commit for run in runs for commit in run["commits"]})
+            lines.append(f"  {shlex.join(arm.overrides)}   # {arm.label}; {', '.join(commits)}")
     for run in result.get(sac.NAME, []):
         said = f"{run['label']}; {run['commit']}; {run['on']}"
         lines.append(f"{run['command']} --seed {run['seed']}   # {said}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def test_what_is_collected(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(result)
     (line,) = [x for x in study.table(result).splitlines() if x.startswith("| MLP, windows of 1 |")]
     assert (
-        "| 3 | -600 (-700 to -500) | 50%, 50%, 50% | 0.25 | 0.05 | 0.9 | 0.4 |  | 0.9 | 0.4 |"
+        "| 3 | -600 (-700 to -500) | 50%, 50%, 50% | 0.25 | 0.05 | 0.9 | 0.4 | 0.9 | 0.4 |"
         in line
     )
     study.draw(result, tmp_path / "figure.png")
@@ -261,6 +262,19 @@ def test_the_page_is_made_of_what_is_stored(name: str) -> None:
     expected = pages.put(page, f"study-{name}", study.section(result))
     assert page == expected, "python -m bench.study docs"
     assert (study.FIGURES / f"study_{name}.png").is_file()
+
+
+@pytest.mark.parametrize("name", arms.STUDIES)
+def test_the_pages_commands_make_what_is_stored(name: str) -> None:
+    """The arms are today's, the agents those of the stored runs."""
+    result = study.stored(name)
+    assert result is not None
+    known = {arm.name: arm for arm in arms.STUDIES[name].arms}
+    for arm, saved in result["configs"].items():
+        study._check_arm(name, known[arm], saved, arm)
+    given = [line.strip() for line in study.commands(result).splitlines()]
+    for arm in result["configs"]:
+        assert any(line.startswith(shlex.join(known[arm].overrides)) for line in given)
 
 
 def test_seeds() -> None:

@@ -119,8 +119,7 @@ def test_what_is_collected(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(result)
     (line,) = [x for x in study.table(result).splitlines() if x.startswith("| MLP, windows of 1 |")]
     assert (
-        "| 3 | -600 (-700 to -500) | 50%, 50%, 50% | 0.25 | 0.05 | 0.9 | 0.4 | 0.9 | 0.4 |"
-        in line
+        "| 3 | -600 (-700 to -500) | 50%, 50%, 50% | 0.25 | 0.05 | 0.9 | 0.4 | 0.9 | 0.4 |" in line
     )
     study.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -123,7 +123,8 @@ def world_model_loss(
     with torch.no_grad():
         target = encode(obs[1:]).detach()  # forward-mode derivatives do not heed no_grad
     if target.shape[-1] == 0:
-        raise ValueError("latents have width 0: there is nothing to predict")
+        of = "encoder has output" if encoder else "obs has"
+        raise ValueError(f"{of} width 0: there is no latent to predict")
     following = None
     if dynamics.learns_from_starts and start == "teacher":
         z = encode(obs[:-1])

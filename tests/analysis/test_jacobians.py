@@ -121,8 +121,18 @@ def test_agents(name: str) -> None:
     """Baseline and flow, with task embeddings and without: against torch's own Jacobian."""
     agent = make_agent(double=True, **AGENTS[name])
     view = view_of(agent)
-    z, a = simplex(3, 16), 2 * torch.rand(3, 2, dtype=torch.float64) - 1
-    result = jacobian_smoothness(view.step, z, a, unit_probes(3, 16), radius_z=0.05, radius_a=0.1)
+    width, on_simplices = agent.world_model.latent_dim, agent.world_model.simplices
+    z = simplex(3, width) if on_simplices else torch.randn(3, width, dtype=torch.float64)
+    a = 2 * torch.rand(3, 2, dtype=torch.float64) - 1
+    result = jacobian_smoothness(
+        view.step,
+        z,
+        a,
+        unit_probes(3, width),
+        radius_z=0.05,
+        radius_a=0.1,
+        group=8 if on_simplices else None,
+    )
     of_z, of_a = zip(
         *(torch.autograd.functional.jacobian(view.step, (z[i], a[i])) for i in range(3)),
         strict=True,

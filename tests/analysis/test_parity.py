@@ -49,7 +49,8 @@ def test_every_shipped_flow_is_fair(flow: str, base: str, spaces: Spaces) -> Non
     assert result.fair
     assert result.different == ()
     assert abs(result.percent("world_model")) <= 2.0
-    for name in ("encoder", "reward", "actor", "critics"):
+    assert result.counts.get("encoder") == result.base.get("encoder") != 0  # None of observations
+    for name in ("reward", "actor", "critics"):
         assert result.counts[name] == result.base[name] > 0
     assert result.counts["velocity"] != 0 != result.base["dynamics"]
 

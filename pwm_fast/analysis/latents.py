@@ -28,7 +28,7 @@ def latent_report(
       are divided by one number, their root mean square spread: what a direction of little spread
       holds counts for as little as it does in a network that reads the latent.
     - the effective number of dimensions ``(sum v)^2 / sum v^2`` of the variances v of the latents'
-      principal directions (Roy and Vetterli 2007 compare such measures): from 1 to D.
+      principal directions (their participation ratio): from 1 to D.
 
     Args:
         encode: latents ``[N, D]`` of observations ``[N, O]``.

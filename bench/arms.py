@@ -95,6 +95,13 @@ SMALL = (
 )
 
 
+def _robot(*env: str) -> Study:
+    """A robot with contacts, for 200 epochs on one thread."""
+    common = ("device=cpu", "threads=1", "epochs=200", "eval.every=10", "esnr.every=0")
+    steps, seconds = (50_000, 100_000, 150_000, 200_000), (100, 200, 300, 500)
+    return Study((*env, *common), (*SMALL, *OBSERVATIONS), steps=steps, seconds=seconds)
+
+
 def _dm_control(domain: str, task: str) -> Study:
     """A task of the dm_control suite for 200,000 steps of the simulator, two a decision."""
     overrides = (
@@ -119,25 +126,7 @@ STUDIES = {
         CARTPOLE,
         "held upright for the last second",
     ),
-    "hopper": Study(
-        ("env=hopper", "device=cpu", "threads=1", "epochs=200", "eval.every=10", "esnr.every=0"),
-        (*SMALL, *OBSERVATIONS),
-        steps=(50_000, 100_000, 150_000, 200_000),
-        seconds=(100, 200, 300, 500),
-    ),
-    "ant": Study(
-        (
-            "env=ant",
-            "env.num_envs=64",
-            "device=cpu",
-            "threads=1",
-            "epochs=200",
-            "eval.every=10",
-            "esnr.every=0",
-        ),
-        (*OBSERVATIONS, *SMALL),
-        steps=(50_000, 100_000, 150_000, 200_000),
-        seconds=(100, 200, 300, 500),
-    ),
+    "hopper": _robot("env=hopper"),
+    "ant": _robot("env=ant", "env.num_envs=64"),
     "cheetah-run": _dm_control("cheetah", "run"),
 }

@@ -84,7 +84,7 @@ class PWM:
             obs_dim, action_dim, config.world_model, can_terminate
         ).to(self.device)
         cautions = self.world_model.cautions(config.model_learning)
-        if config.world_model.encoder == "identity" and not config.normalize_obs:
+        if not config.world_model.encodes and not config.normalize_obs:
             cautions.append(
                 "alg.normalize_obs=false with alg.world_model.encoder=identity: the networks see "
                 "observations in whatever units they have"

@@ -121,17 +121,22 @@ class WorldModelConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key, other in (("head", "linear"), ("project", False)):  # these are of simplices
-            fits = self.encoder != "identity" or getattr(self, key) == other
             value = getattr(self, key)
+            fits = self.encodes or value == other
             require(fits, self.PREFIX + key, value, f"{other} where encoder is identity")
         ok = self.task_dim > 0 or self.num_tasks == 1
         require(ok, f"{self.PREFIX}num_tasks", self.num_tasks, "1 where task_dim is 0")
         below = f"below vmax ({self.vmax})"
         require(self.vmin < self.vmax, f"{self.PREFIX}vmin", self.vmin, below)
 
+    @property
+    def encodes(self) -> bool:
+        """Latents are made from observations by a network, and lie on simplices."""
+        return self.encoder != "identity"
+
     def latent_width(self, obs_dim: int) -> int:
         """D, where observations have O numbers."""
-        return obs_dim if self.encoder == "identity" else self.latent_dim
+        return self.latent_dim if self.encodes else obs_dim
 
     def at_zero(self, learning: ModelLearningConfig) -> bool:
         """Whether a flow's updates roll out single steps, each of the velocity at tau = 0."""

@@ -277,7 +277,7 @@ def check_layers(config: TrainConfig) -> None:
         "alg.actor.units": config.alg.actor.units,
         "alg.critic.units": config.alg.critic.units,
     }
-    if networks.encoder == "identity":
+    if not networks.encodes:
         del widths[f"{model}.encoder_units"]
     for key, units in widths.items():
         require(len(units) > 0, key, list(units), "a list of at least one positive width to train")

@@ -37,7 +37,7 @@ class LatentModel(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.config = config
-        self.simplices = config.encoder != "identity"
+        self.simplices = config.encodes
         self.latent_dim = config.latent_width(obs_dim)
         self.action_dim = action_dim
         self.task_dim = config.task_dim

@@ -84,7 +84,7 @@ def set_threads(
 def useful_threads(alg: AlgConfig) -> int:
     """How many CPU threads the largest product within a rollout, or its rows, have work for."""
     model = alg.world_model
-    ends = [] if model.encoder == "identity" else [model.latent_dim]  # observations are narrow
+    ends = [model.latent_dim] if model.encodes else []  # observations are narrow
     widths = [*ends, *model.units, *ends]
     rows = max(alg.model_learning.batch_size, alg.actor.batch_size)
     work = rows * max((n * k for n, k in itertools.pairwise(widths)), default=0)
@@ -344,7 +344,6 @@ def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) ->
     alg = config.alg
     obs_dim, action_dim = dims(env)
     latent = alg.world_model.latent_width(obs_dim)
-    encodes = alg.world_model.encoder != "identity"
     learning = alg.model_learning.batch_size, alg.horizon, obs_dim + action_dim + 2 + latent
     imagining = alg.actor.batch_size, alg.imagined_steps, action_dim + latent
     for key, (batch, horizon, numbers) in (
@@ -355,7 +354,7 @@ def require_memory(config: TrainConfig, env: VectorEnv, device: torch.device) ->
             4 * batch * (horizon + 1) * numbers,
             f"{key}={batch} rollouts of {horizon} steps",
             f"{key}, the horizon or alg.world_model.latent_dim"
-            if encodes
+            if alg.world_model.encodes
             else f"{key} or the horizon",
             device,
         )

@@ -129,4 +129,6 @@ STUDIES = {
     "hopper": _robot("env=hopper"),
     "ant": _robot("env=ant", "env.num_envs=64"),
     "cheetah-run": _dm_control("cheetah", "run"),
+    "walker-walk": _dm_control("walker", "walk"),
+    "cartpole-swingup": _dm_control("cartpole", "swingup"),
 }

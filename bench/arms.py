@@ -95,11 +95,15 @@ SMALL = (
 )
 
 
-def _robot(*env: str) -> Study:
+LONGER = Arm("flow_of_obs_n4", "flow, Euler K = 1, latents are observations, windows of 4",
+             ("alg=pwm_small_flow", CUT4))  # fmt: skip
+
+
+def _robot(*env: str, more: tuple[Arm, ...] = ()) -> Study:
     """A robot with contacts, for 200 epochs on one thread."""
     common = ("device=cpu", "threads=1", "epochs=200", "eval.every=10", "esnr.every=0")
     steps, seconds = (50_000, 100_000, 150_000, 200_000), (100, 200, 300, 500)
-    return Study((*env, *common), (*SMALL, *OBSERVATIONS), steps=steps, seconds=seconds)
+    return Study((*env, *common), (*SMALL, *OBSERVATIONS, *more), steps=steps, seconds=seconds)
 
 
 def _dm_control(domain: str, task: str) -> Study:
@@ -127,7 +131,7 @@ STUDIES = {
         "held upright for the last second",
     ),
     "hopper": _robot("env=hopper"),
-    "ant": _robot("env=ant", "env.num_envs=64"),
+    "ant": _robot("env=ant", "env.num_envs=64", more=(LONGER,)),
     "cheetah-run": _dm_control("cheetah", "run"),
     "walker-walk": _dm_control("walker", "walk"),
     "cartpole-swingup": _dm_control("cartpole", "swingup"),

@@ -33,7 +33,7 @@ from bench import environment, frontier, pages, sac
 from bench.arms import STUDIES, Arm, Study
 from bench.results import STORE
 from pwm_fast import config as configuration
-from pwm_fast.analysis import published, statistics
+from pwm_fast.analysis import legend, published, statistics
 from pwm_fast.run import metrics, provenance
 
 RESULTS = environment.ROOT / "docs" / "results.md"
@@ -353,7 +353,8 @@ def table(result: dict[str, Any]) -> str:
 def equal(result: dict[str, Any]) -> str:
     """Markdown: returns after so many steps and seconds; published curves beside them.
 
-    Between evaluations a run's return is interpolated; then interquartile means over seeds.
+    Between evaluations, which are close, a run's return is interpolated; then interquartile means
+    over seeds. A published curve is read at its own points alone: they are far apart.
     """
     study = STUDIES[result["study"]]
     head = ["configuration", *(f"{n:,} steps" for n in study.steps)]
@@ -368,7 +369,8 @@ def equal(result: dict[str, Any]) -> str:
             there = [np.interp(x, c[key], c["eval_reward"], right=np.nan) for c in curves]
             lines[-1].append(_estimated(there))
     for curve in references(result["study"]):
-        cells = [_value(curve.at(n), curve.band_at(n)) for n in study.steps]
+        known = set(curve.steps.tolist())
+        cells = [_value(curve.at(n), curve.band_at(n)) if n in known else "" for n in study.steps]
         lines.append([curve.name, *cells, *[""] * len(study.seconds)])
     return _markdown(head, lines)
 
@@ -393,11 +395,10 @@ def commands(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Returns over environment steps, and over seconds or cost: interquartile means, their bands.
+    """Returns over environment steps, and over cost or seconds: interquartile means, their bands.
 
-    A study that compares seconds is drawn over them. Otherwise cost is in epochs of the
-    published baseline, as :mod:`bench.frontier` measured them: seconds of runs that shared a
-    machine in various ways would tell nothing.
+    Cost is in epochs of the published baseline, as :mod:`bench.frontier` measured them. Seconds
+    are drawn where it did not. Rows of one seed are left out where others have more.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -407,8 +408,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10.0, 5.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for i, row in enumerate(rows(result)):
-        if len(row.runs) < 2:
+    all_rows = rows(result)
+    fewest = min(2, max(len(row.runs) for row in all_rows))
+    end = 0.0
+    for i, row in enumerate(all_rows):
+        if len(row.runs) < fewest:
             continue
         shortest = min(len(r["curve"]["env_steps"]) for r in row.runs)
         curves = [{k: v[:shortest] for k, v in r["curve"].items()} for r in row.runs]
@@ -416,18 +420,23 @@ def draw(result: dict[str, Any], path: Path) -> None:
             np.array([c["eval_reward"] for c in curves], dtype=float), statistics.iqm
         )
         steps = np.array(curves[0]["env_steps"], dtype=float) * study.action_repeat
+        end = max(end, steps[-1])
         style = {"color": colours[i % 20]} if row.arm else {"color": "black", "linestyle": "--"}
-        for axis, x in zip(axes, (steps, _spent(row, curves, study, costs)), strict=True):
+        for axis, x in zip(axes, (steps, _spent(row, curves, costs)), strict=True):
             axis.plot(x, centre, label=f"{row.label} ({len(curves)})", **style)
             if band is not None:
                 axis.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
-    for curve in references(result["study"]):
-        axes[0].plot(curve.steps, curve.values, label=curve.label, color="grey", linewidth=1)
+    for i, curve in enumerate(references(result["study"])):
+        shown = curve.steps <= end
+        dashes = (0, legend.reference_dashes(i))
+        style = {"color": legend.REFERENCE, "linestyle": dashes, "marker": "."}
+        axes[0].plot(curve.steps[shown], curve.values[shown], label=curve.label, **style)
     axes[0].set_ylabel("return of 12 episodes")
     cost = "updates' cost, in epochs of the published baseline at 5M"
-    over = "seconds of training, one thread" if study.seconds else cost
+    over = cost if costs else "seconds of training, one thread"
     for axis, what in zip(axes, ("environment steps", over), strict=True):
         axis.set_xlabel(what)
+        axis.locator_params("x", nbins=6)
         axis.grid(alpha=0.3)
     lines, labels = axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=7)
@@ -435,13 +444,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _spent(
-    row: Row,
-    curves: Sequence[dict[str, Any]],
-    study: Study,
-    costs: dict[str, tuple[float, float]],
+    row: Row, curves: Sequence[dict[str, Any]], costs: dict[str, tuple[float, float]]
 ) -> np.ndarray:
     """What each point of a row's curves cost, for the second axis; NaN where it is not known."""
-    if study.seconds:
+    if not costs:
         return np.mean([np.array(c["wall_time"], dtype=float) for c in curves], axis=0)
     if row.arm is None or row.arm.name not in costs:
         return np.full(len(curves[0]["env_steps"]), np.nan)

@@ -150,12 +150,12 @@ def anchor_run(directory: Path, seed: int, reward: float) -> None:
 def test_the_anchor_and_published_curves_stand_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal steps are the simulator's; between evaluations, and at no others, returns are known."""
+    """Equal steps are the simulator's; published curves are known at their points alone."""
     own = arms.STUDIES["cartpole"]._replace(steps=(2048, 300), seconds=(2, 4), action_repeat=2)
     monkeypatch.setitem(arms.STUDIES, "cartpole", own)
     monkeypatch.setattr(study, "REFERENCES", tmp_path)
     (tmp_path / "cartpole.csv").write_text(
-        "name,step,return,low,high\nSAC,0,0,0,0\nSAC,600,600,540,660\n"
+        "name,step,return,low,high\nSAC,0,0,0,0\nSAC,300,300,270,330\nfar,0,0,0,0\nfar,600,600,540,660\n"
     )
     for seed in range(2):
         finished_run(tmp_path / "cartpole" / "mlp" / f"seed_{seed}", -500.0 - 100.0 * seed)
@@ -169,12 +169,13 @@ def test_the_anchor_and_published_curves_stand_beside(
     result = study.collect("cartpole", tmp_path, result)
     assert [r["evaluation"]["reward_mean"] for r in result[sac.NAME]] == [300.0, 200.0]
     assert study.equal(result).splitlines()[0].endswith("| 2,048 steps | 300 steps | 2 s | 4 s |")
-    ours, anchor, reference = study.equal(result).splitlines()[2:]
+    ours, anchor, reference, far = study.equal(result).splitlines()[2:]
     # Evaluations at 0 and 2048 decisions, which are 4096 steps, and 0 and 3 s.
     assert ours.endswith("| -559 (-609 to -509) | -560 (-610 to -510) | -559 (-609 to -509) |  |")
     label = "SAC (Stable-Baselines3 2.9.2)"
     assert anchor == f"| {label} |  | 125 (100 to 150) | 0 (0 to 0) | 0 (0 to 0) |"
     assert reference == "| SAC |  | 300 (270 to 330) |  |  |"
+    assert far == "| far |  |  |  |  |"  # nothing is known between its points
     assert f"| {label} |  |  | 2 | 250 (200 to 300) | ,  |" in study.table(result)
     assert study.section(result).startswith("Xeon, AVX512, 2 cores; torch 2.13.0, Python 3.11.7:")
     assert f"python -m bench.sac hopper --steps 200 --seed 1   # {label}; {'b' * 12}" in (

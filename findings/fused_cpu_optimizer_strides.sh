@@ -59,8 +59,11 @@ def ensemble(fused):
     draws = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(3, 5, 4))
     x, target = (torch.randn(3, 7, n, generator=draws) for n in (4, 5))
-    loss = lambda: (x @ weight.transpose(1, 2) - target).square().mean()  # noqa: E731
     descent = torch.optim.SGD([weight], lr=1.0, fused=fused)
+
+    def loss():
+        return (x @ weight.transpose(1, 2) - target).square().mean()
+
     for _ in range(200):
         (weight.grad,) = torch.autograd.grad(loss(), [weight])
         descent.step()

@@ -18,12 +18,14 @@ class Windows(NamedTuple):
         action: ``[H, B, A]``.
         reward: ``[H, B]``.
         terminated: ``[H, B]``, 1.0 where the transition ended in a terminal state.
+        task: int64 ``[B]``, the number of each window's task; None in a replay of one task.
     """
 
     obs: Tensor
     action: Tensor
     reward: Tensor
     terminated: Tensor
+    task: Tensor | None = None
 
 
 class Episode(NamedTuple):
@@ -34,12 +36,14 @@ class Episode(NamedTuple):
         action: ``[T, A]`` in [-1, 1].
         reward: ``[T]``.
         terminated: bool ``[T]``; True at most at the last step.
+        task: number of its task.
     """
 
     obs: Tensor
     action: Tensor
     reward: Tensor
     terminated: Tensor
+    task: int = 0
 
 
 class Replay:

@@ -70,6 +70,12 @@ SHARE = number(lambda value: 0.0 <= value < 1.0, "in [0, 1)")
 DISCOUNT = number(lambda value: 0.0 < value <= 1.0, "in (0, 1]")
 
 
+def discounts(key: str, values: Any) -> None:
+    """A list of discounts."""
+    for value in values:
+        DISCOUNT(key, value)
+
+
 @dataclass
 class WorldModelConfig(Checked):
     """Networks of the world model.
@@ -230,9 +236,15 @@ class ActorConfig(Checked):
     """Policy network and updates.
 
     Attributes:
+        kind: ``pwm`` (a standard deviation that is learned and the same in all states; layers are
+            Linear, Mish, LayerNorm) or ``tdmpc2`` (one that the network gives for each state;
+            layers are Linear, LayerNorm, Mish).
+        task_input: the network also sees the task's embedding; null is where there are several
+            tasks.
         units: hidden widths.
-        init_logstd: log standard deviation at the start.
+        init_logstd: log standard deviation at the start; of the kind ``pwm``.
         min_logstd: its lower bound.
+        max_logstd: its upper bound; of the kind ``tdmpc2``.
         input_gain: factor on the first layer's initial weights. Encoded latents vary by about 0.1
             around 1/8: at a gain of 1 small networks start, and long stay, in Mish's linear range.
         init: initial weights and biases: ``orthogonal`` (gain 1, biases 0) or ``torch`` (as
@@ -251,9 +263,12 @@ class ActorConfig(Checked):
 
     PREFIX: ClassVar[str] = "alg.actor."
 
+    kind: str = checked("pwm", one_of("pwm", "tdmpc2"))
+    task_input: bool | None = None
     units: list[int] = checked([400, 200, 100], widths)
     init_logstd: float = checked(-1.0, finite, limit(LOGSTD))
     min_logstd: float = checked(-1.427, finite, limit(LOGSTD))
+    max_logstd: float = checked(2.0, finite, limit(LOGSTD))
     input_gain: float = checked(1.0, positive(SIZE), finite)
     init: str = checked("orthogonal", one_of("orthogonal", "torch"))
     updates: int = checked(1, not_negative())
@@ -270,6 +285,10 @@ class CriticConfig(Checked):
     """Value functions and their updates, which follow every actor update.
 
     Attributes:
+        kind: ``pwm`` (values of latents) or ``tdmpc2`` (Q functions of latents and actions with the
+            reward head's bins: to evaluate and plan with; they are not trained).
+        task_input: the networks also see the task's embedding; null is where there are several
+            tasks.
         units: hidden widths.
         members: size of the ensemble; the value is its minimum.
         input_gain: as the actor's.
@@ -286,6 +305,8 @@ class CriticConfig(Checked):
 
     PREFIX: ClassVar[str] = "alg.critic."
 
+    kind: str = checked("pwm", one_of("pwm", "tdmpc2"))
+    task_input: bool | None = None
     units: list[int] = checked([400, 200], widths)
     members: int = checked(3, positive(1024))
     input_gain: float = checked(1.0, positive(2**16), finite)
@@ -311,6 +332,7 @@ class AlgConfig(Checked):
         horizon: H, macro steps of replay windows and imagined rollouts.
         imagination_horizon: macro steps of imagined rollouts where they differ from ``horizon``.
         gamma: discount a step.
+        discounts: one for each task, in place of ``gamma``; null for none.
         steps_per_epoch: environment steps every env takes an epoch.
         random_epochs: epochs of uniform random actions before any update.
         random_hold: steps that a random action is held for on average. Actions drawn anew at every
@@ -348,6 +370,7 @@ class AlgConfig(Checked):
     horizon: int = checked(16, positive())
     imagination_horizon: int | None = checked(None, or_null(positive()))
     gamma: float = checked(0.99, DISCOUNT)
+    discounts: list[float] | None = checked(None, or_null(discounts))
     steps_per_epoch: int = checked(16, positive())
     random_epochs: int = checked(2, at_least(1))
     random_hold: int = checked(1, at_least(1))

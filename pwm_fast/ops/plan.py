@@ -139,7 +139,7 @@ class ValueEnsemble(NamedTuple):
         found = [z]
         for name, x, taken in (("task", task, told), ("a", a, self.on_action)):
             if taken and x is None:
-                raise ValueError(f"{name} must be a tensor, which the value functions take")
+                raise ValueError(f"{name} must be given to value functions that take it, got None")
             if taken and x is not None:
                 found.append(x)
         return tuple(found)
@@ -607,8 +607,6 @@ def _check_values(
         raise ValueError("values.on_action needs a policy, which gives the last action; got None")
     if not 0.0 < values.scale < math.inf:
         raise ValueError(f"values.scale must be a positive number, got {values.scale!r}")
-    if values.task_input and task is None:
-        raise ValueError("values.task_input needs task embeddings [B, E], got task=None")
     given = sum(x.shape[-1] for x in values.inputs(z0, z0.new_empty(0, width), task))
     net = values.layers
     if _is_stacked(net):

@@ -48,6 +48,7 @@ def count(
     precision: str = "auto",
     *,
     can_terminate: bool = False,
+    action_dims: dict[int, int] | None = None,
     cuda: FakeCuda | None = None,
 ) -> Launches:
     """Launches of each of :data:`STEPS`, by kernel.
@@ -61,6 +62,7 @@ def count(
         backend: of the operations.
         precision: of GEMMs.
         can_terminate: episodes may end.
+        action_dims: components of the action that tasks read (:class:`pwm_fast.agent.PWM`).
         cuda: the device, by default ``FakeCuda()``; ``FakeCuda(compile=True)`` also compiles and
             launches all of it.
 
@@ -78,17 +80,21 @@ def count(
                 device=DEVICE,
                 graphs=False,
                 precision=precision,
+                action_dims=action_dims,
             )
         windows = fake_windows(config)
         obs = torch.randn(config.actor.batch_size, OBS, device=DEVICE)
+        task = None
+        if config.world_model.task_dim:
+            task = torch.zeros(len(obs), dtype=torch.int64, device=DEVICE)
         rollout: list[Tensor | None] = []
 
         def actor() -> None:
-            rollout[:] = agent._run("actor", agent._actor_update, obs).handed
+            rollout[:] = agent._run("actor", agent._actor_update, obs, task).handed
 
         def imagine() -> None:
             with select.precision(agent.precision):
-                agent._imagine(obs)
+                agent._imagine(obs, task)
 
         steps: dict[str, Callable[[], object]] = {
             "rollout": imagine,
@@ -124,7 +130,8 @@ def fake_windows(config: AlgConfig) -> Windows:
     h, b = config.horizon, config.model_learning.batch_size
     rows = torch.randn(h + 1, b, OBS + ACTION + 2, device=DEVICE)
     obs, action, reward, terminated = rows.split((OBS, ACTION, 1, 1), -1)
-    return Windows(obs, action[:-1], reward[:-1, :, 0], terminated[:-1, :, 0])
+    task = torch.zeros(b, dtype=torch.int64, device=DEVICE)  # agents of one do not look at it
+    return Windows(obs, action[:-1], reward[:-1, :, 0], terminated[:-1, :, 0], task)
 
 
 def providers() -> list[tuple[str, str]]:

@@ -16,7 +16,14 @@ from pwm_fast.agent.imagination import frozen, imagine
 from pwm_fast.agent.losses import weighted_loss
 from pwm_fast.config import AlgConfig, WorldModelConfig
 from pwm_fast.envs import VectorEnv
-from pwm_fast.models import CriticEnsemble, GaussianActor, LatentModel, make_world_model
+from pwm_fast.models import (
+    Actor,
+    LatentModel,
+    ValueFunctions,
+    make_actor,
+    make_critic,
+    make_world_model,
+)
 from pwm_fast.ops.extend import discounted_return
 from pwm_fast.run import build
 
@@ -46,8 +53,8 @@ class Networks(NamedTuple):
     """An agent's networks on the meta device: shapes without storage."""
 
     world_model: LatentModel
-    actor: GaussianActor
-    critic: CriticEnsemble
+    actor: Actor
+    critic: ValueFunctions
 
     @classmethod
     def build(cls, config: AlgConfig, spaces: Spaces) -> Networks:
@@ -58,8 +65,8 @@ class Networks(NamedTuple):
             )
             return cls(
                 model,
-                GaussianActor(model.latent_dim, spaces.action_dim, config.actor.units),
-                CriticEnsemble(model.latent_dim, config.critic.units, config.critic.members),
+                make_actor(model.latent_dim, spaces.action_dim, config),
+                make_critic(model.latent_dim, spaces.action_dim, config),
             )
 
     def parameters(self) -> dict[str, int]:

@@ -39,7 +39,7 @@ class EmulatedGraphs:
             for x, old in zip(state, before, strict=True):
                 x.copy_(old)
             for x in outputs:
-                x.fill_(float("nan"))
+                x.fill_(float("nan") if x.is_floating_point() else -1)
         torch.set_rng_state(random)
 
         def replay() -> None:

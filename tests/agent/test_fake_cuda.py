@@ -64,7 +64,8 @@ def test_updates_never_wait(name: str) -> None:
     """Forward, backward and optimiser of all updates, on the backend that a GPU would take."""
     options = dict(AGENTS[name])
     can_terminate = options.pop("can_terminate", False)
-    launches = count(alg_config(**options), can_terminate=can_terminate)
+    dims = options.pop("action_dims", None)
+    launches = count(alg_config(**options), can_terminate=can_terminate, action_dims=dims)
     assert all(launches[step].total() > 50 for step in STEPS)
 
 

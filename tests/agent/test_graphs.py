@@ -148,8 +148,8 @@ def test_what_waits_cannot_be_recorded() -> None:
     agent = make_captured(make_agent)
     learn(agent, WARM_UP)
     agent.reward_rms.scale = lambda: 1.0  # type: ignore[assignment]
-    original = agent._normalize
-    agent._normalize = lambda obs: original(obs) * float(obs.sum() > 0)  # type: ignore[method-assign]
+    original = agent.normalized
+    agent.normalized = lambda obs, task: original(obs, task) * float(obs.sum() > 0)  # type: ignore[method-assign]
     with pytest.raises(HostSyncError):
         learn(agent, 1)
 

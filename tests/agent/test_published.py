@@ -107,7 +107,7 @@ def ours(agent: PWM, data: Data, dtype: torch.dtype) -> Results:
         return {k: (p.grad if gradient else p.detach()).clone() for k, p in named}  # type: ignore[union-attr]
 
     for i, windows in enumerate(data.windows, 1):
-        metrics = agent.update_world_model(Windows(*(x.to(dtype) for x in windows)))
+        metrics = agent.update_world_model(Windows(*(x.to(dtype) for x in windows[:4])))
         if i == 1:
             names = ("wm_loss", "dynamics_loss", "reward_loss")
             results["world-model loss"] = {k: metrics[k] for k in names}

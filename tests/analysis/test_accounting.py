@@ -132,16 +132,18 @@ def test_updates_are_those_of_a_real_agent(name: str) -> None:
         torch.randn(horizon, B, A),
         torch.randn(horizon, B),
         torch.zeros(horizon, B),
+        torch.arange(B) % 2,
     )
+    task = torch.arange(8) % 2
     # The counter sees PyTorch's own products, not those inside an operator.
     with select.backend("reference"), FlopCounterMode(display=False) as counter:
         agent.update_world_model(windows)
     assert costs.world_model_update.total == counter.get_total_flops()
     with select.backend("reference"), FlopCounterMode(display=False) as counter:
-        agent.update_policy(torch.randn(8, O))
+        agent.update_policy(torch.randn(8, O), task)
     assert costs.actor_update.total + costs.critic_updates.total == counter.get_total_flops()
     with select.backend("reference"), FlopCounterMode(display=False) as counter:
-        agent.act(torch.randn(1, O))
+        agent.act(torch.randn(1, O), task=task[:1])
     assert costs.act.total == counter.get_total_flops()
     for flops in (costs.world_model_update, costs.actor_update, costs.critic_updates):
         assert 0 < flops.forward < flops.total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -159,8 +159,8 @@ class Replay:
         self._cut()
         self._window_cdf = self._row_cdf = None
 
-    def add_episodes(self, episodes: Sequence[Episode]) -> None:
-        """Store whole episodes, which are all at hand, before any step was added.
+    def add_episodes(self, episodes: Iterable[Episode]) -> None:
+        """Store whole episodes, which can be gone through twice, before any step was added.
 
         Each goes to the env whose ring is the emptiest then. Like steps that were added, they are
         overwritten, the first ones first, when the ring has come round.
@@ -174,19 +174,19 @@ class Replay:
         if len(self):
             raise ValueError(f"episodes go into an empty replay; it holds {len(self)} transitions")
         emptiest = [(0, env) for env in range(self.num_envs)]
-        places = []
+        places, transitions = [], 0
         for episode in episodes:  # one more row than steps: the last observation
             used, env = heapq.heappop(emptiest)
             places.append((env, used))
             heapq.heappush(emptiest, (used + len(episode.obs), env))
+            transitions += len(episode.action)
         most = max(used for used, _ in emptiest)
         if most > self.rows - self._keep:
             beside = f" beside the {self._keep} rows of alg.keep_random" if self._keep else ""
             raise ValueError(
-                f"{len(episodes)} episodes with {sum(len(e.action) for e in episodes)} transitions "
-                f"do not fit{beside}: alg.replay_capacity must be at least "
-                f"{(most + self._keep) * self.num_envs} for {self.num_envs} envs, got "
-                f"{self.rows * self.num_envs}"
+                f"{len(places)} episodes with {transitions} transitions do not fit{beside}: "
+                f"alg.replay_capacity must be at least {(most + self._keep) * self.num_envs} for "
+                f"{self.num_envs} envs, got {self.rows * self.num_envs}"
             )
         for (env, start), episode in zip(places, episodes, strict=True):
             steps = len(episode.action)

@@ -142,7 +142,7 @@ def _episodes(path: Path, tasks: Container[int]) -> Iterator[tuple[str, Episode]
         yield str(path), read_episode(path, contents.obs_dim, contents.action_dim)
 
 
-EPISODE = Format("episode", _holds, _contents, _episodes)
+EPISODE = Format("episode file", _holds, _contents, _episodes)
 
 
 def _shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], Mapping[str, Any]]:

@@ -22,6 +22,7 @@ from pwm_fast.data.errors import DataError
 from pwm_fast.replay import Episode
 
 METADATA, DATA = "metadata.json", "main_data.hdf5"
+CACHE = 1 << 20  # bytes of HDF5's descriptions of groups and arrays to keep
 ARRAYS = ("observations", "actions", "rewards", "terminations")
 
 
@@ -141,6 +142,11 @@ def _groups(path: Path) -> Iterator[Iterator[Any]]:
     except OSError as error:
         raise DataError(f"{data} is no readable HDF5 file: {error}") from error
     with file:
+        # HDF5's own limit is 32 MiB as they are in the file, which take 160 MB or more in memory.
+        limits = file.id.get_mdc_config()
+        limits.set_initial_size = True
+        limits.initial_size = limits.min_size = limits.max_size = CACHE
+        file.id.set_mdc_config(limits)
         count = _metadata(path).get("total_episodes")
         names = [f"episode_{i}" for i in range(len(file))]
         if count != len(names) or not names or any(name not in file for name in names):

@@ -88,7 +88,7 @@ def checked_episode(
             )
     rows = {"obs": 0, "action": first_row, "reward": first_row}
     values = {key: _float32(where, key, arrays[key], row) for key, row in rows.items()}
-    terminated = torch.as_tensor(arrays["terminated"]).clone()
+    terminated = torch.as_tensor(arrays["terminated"], device="cpu").clone()
     if bool(terminated[:-1].any()):
         at = int(terminated.int().argmax()) + first_row
         raise DataError(

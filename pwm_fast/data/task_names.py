@@ -38,8 +38,9 @@ SETS = {"mt30": MT30, "mt80": (*MT30, *(f"mw-{name}" for name in META_WORLD))}
 def names_of(path: Path, numbers: Iterable[int], *, tdmpc2: bool) -> tuple[str, ...]:
     """The names of a data set's tasks by their numbers; empty where nothing says them.
 
-    A file :data:`FILE` in the folder says them. Without it, TD-MPC2's chunks in a path that has
-    ``mt30`` or ``mt80`` in it, as that program asks for, are of its tasks.
+    A file :data:`FILE` in the folder says them. Without it, TD-MPC2's chunks are of its tasks if
+    the name of their folder, or of the one around it, has ``mt30`` or ``mt80`` in it, which that
+    program asks of their path.
 
     Args:
         path: of the data set.
@@ -52,8 +53,8 @@ def names_of(path: Path, numbers: Iterable[int], *, tdmpc2: bool) -> tuple[str, 
     file = path / FILE
     most = max(numbers)
     if not file.is_file():
-        whole = str(path.absolute())
-        names = next((names for key, names in SETS.items() if tdmpc2 and key in whole), ())
+        folders = " ".join(path.absolute().parts[-2:])
+        names = next((names for key, names in SETS.items() if tdmpc2 and key in folders), ())
         return names if most < len(names) else ()
     try:
         listed = json.loads(file.read_text("utf-8"))

@@ -158,6 +158,10 @@ def test_where_names_come_from(tmp_path: Path) -> None:
     assert describe(tmp_path / "mt30").name(29) == "29 (pendulum-spin)"
     assert describe(tmp_path / "mt30" / "chunk_0.pt").name(0) == "0 (walker-stand)"
     assert describe(tmp_path / "my_mt80_part").name(79) == "79 (mw-hand-insert)"
+    inner = tmp_path / "mt30" / "a" / "b"
+    inner.mkdir(parents=True)
+    save(inner / "chunk_0.pt", chunk([0]))
+    assert describe(inner).names == (), "another folder of another's name far above it"
     assert describe(tmp_path / "mt30_more").names == describe(tmp_path / "own").names == ()
     (tmp_path / "own" / "tasks.json").write_text(json.dumps(["stand", "walk", "run"]))
     assert describe(tmp_path / "own").name(1) == "1 (walk)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from pwm_fast.agent.normalizers import RunningMeanStd, StartSpread
 from pwm_fast.agent.optim import GuardedAdam
 from pwm_fast.agent.state import OPTIMIZER_KEYS, check, fits, not_finite
 from pwm_fast.config import ActorConfig, AlgConfig, CriticConfig, ModelLearningConfig
-from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
+from pwm_fast.models import make_actor, make_critic, make_world_model
 from pwm_fast.ops import ImaginedRollout, extend
 from pwm_fast.replay import Windows
 
@@ -57,6 +57,8 @@ class PWM:
         graphs: replay the updates from CUDA graphs; None is on CUDA alone.
         precision: of GEMMs, of :data:`pwm_fast.ops.extend.PRECISIONS`.
         recorder: records the graphs, for a device without them.
+        action_dims: components of the action, the first ones, that tasks of these numbers read;
+            others read all.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class PWM:
         graphs: bool | None = None,
         precision: str = "auto",
         recorder: Recorder | None = None,
+        action_dims: Mapping[int, int] | None = None,
     ) -> None:
         if precision not in extend.PRECISIONS:
             raise ValueError(
@@ -91,22 +94,15 @@ class PWM:
             )
         for caution in cautions:
             warnings.warn(caution, stacklevel=2)
-        self.actor = GaussianActor(
-            self.world_model.latent_dim,
-            action_dim,
-            config.actor.units,
-            config.actor.init_logstd,
-            config.actor.min_logstd,
-            config.actor.input_gain,
-            config.actor.init,
-        ).to(self.device)
-        self.critic = CriticEnsemble(
-            self.world_model.latent_dim,
-            config.critic.units,
-            config.critic.members,
-            config.critic.input_gain,
-        ).to(self.device)
-        self.obs_rms = RunningMeanStd((obs_dim,)).to(self.device)
+        latent_dim = self.world_model.latent_dim
+        self.actor = make_actor(latent_dim, action_dim, config).to(self.device)
+        self.critic = make_critic(latent_dim, action_dim, config).to(self.device)
+        self.action_mask = self._masks(action_dims or {})
+        self.discounts: Tensor | None = None
+        if config.discounts is not None:
+            self.discounts = torch.tensor(config.discounts, dtype=torch.float64, device=self.device)
+        tasks = config.world_model.num_tasks
+        self.obs_rms = RunningMeanStd((obs_dim,), tasks if tasks > 1 else None).to(self.device)
         self.reward_rms = RunningMeanStd().to(self.device)
         self.return_rms = RunningMeanStd().to(self.device)
         self.start_spread: StartSpread | None = None
@@ -137,6 +133,15 @@ class PWM:
                 "critic": CapturedUpdate(self._critic_update, recorder, in_place=True),
             }
 
+    def _masks(self, action_dims: Mapping[int, int]) -> Tensor | None:
+        """Which components of the action each task reads, ``[T, A]``; None where all read all."""
+        if all(width == self.action_dim for width in action_dims.values()):
+            return None
+        masks = torch.ones(self.config.world_model.num_tasks, self.action_dim)
+        for number, width in action_dims.items():
+            masks[number, width:] = 0.0
+        return masks.to(self.device)
+
     def _modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {
             "world_model": self.world_model,
@@ -166,13 +171,22 @@ class PWM:
     # --- acting ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
-        """Actions ``[N, A]`` for observations ``[N, O]``; sampled unless ``deterministic``."""
+    def act(
+        self, obs: Tensor, *, task: Tensor | None = None, deterministic: bool = False
+    ) -> Tensor:
+        """Actions ``[N, A]`` for observations ``[N, O]``; sampled unless ``deterministic``.
+
+        Args:
+            obs: observations.
+            task: int64 ``[N]``, their tasks' numbers, where the model has several.
+            deterministic: act with the mean.
+        """
         obs = obs.to(self.device)
         with extend.precision(self.precision), self.keeping():
-            z = self._encode(obs, self._task(obs.shape[0]))
+            task = self.task_numbers((obs.shape[0],), task)
+            z = self.encode(obs, task)
             noise = None if deterministic else self._noise(obs.shape[0])
-            return self.actor(z, noise)
+            return self._acted(z, task, noise)
 
     @torch.no_grad()
     def plan(
@@ -180,6 +194,7 @@ class PWM:
         obs: Tensor,
         options: ops.MPPI | None = None,
         *,
+        task: Tensor | None = None,
         previous: Tensor | None = None,
         first: Tensor | None = None,
         eval_mode: bool = False,
@@ -188,15 +203,17 @@ class PWM:
     ) -> ops.Plan:
         """Plan actions for observations ``[N, O]`` in the world model: :func:`pwm_fast.ops.plan`.
 
+        ``task`` is as in :meth:`act`.
+
         The actor draws its share of the trajectories. What a trajectory ends in is worth the least
         of the critics' values, as in learning; its rewards are without what entropy earns there.
         """
         obs, config = obs.to(self.device), self.config
         scale = config.gamma**config.value_delay / config.value_scale
-        values = ops.ValueEnsemble(self.critic.layers(), reduce="min", scale=scale)
+        values = self.critic.ensemble(scale=scale)
         with extend.precision(self.precision), self.keeping():
-            task = self._task(obs.shape[0])
-            z = self._encode(obs, task)
+            task = self.task_numbers((obs.shape[0],), task)
+            z = self.encode(obs, task)
             return ops.plan(
                 z,
                 self.actor.policy(),
@@ -204,17 +221,18 @@ class PWM:
                 self.world_model.heads(symlog_rewards=config.symlog_rewards),
                 values=values,
                 options=options,
-                gamma=config.gamma,
+                gamma=self._gamma(task),
                 previous=previous,
                 first=first,
                 eval_mode=eval_mode,
                 noise=noise,
                 generator=generator,
                 task=self.world_model.task_input(task, z),
+                action_mask=self._mask(task),
             )
 
     @torch.no_grad()
-    def why_not_finite(self, obs: Tensor) -> str | None:
+    def why_not_finite(self, obs: Tensor, task: Tensor | None = None) -> str | None:
         """Where numbers stop being finite on the way from ``obs [N, O]`` to actions; else None.
 
         Waits for the device; no random numbers are drawn.
@@ -226,8 +244,10 @@ class PWM:
             return ", ".join(problems[:3]) + more
         with extend.precision(self.precision), self.keeping():
             obs = obs.to(self.device)
-            z = self._encode(obs, self._task(len(obs)))
-            for name, value in (("observations", obs), ("latents", z), ("actions", self.actor(z))):
+            task = self.task_numbers((len(obs),), task)
+            z = self.encode(obs, task)
+            a = self._acted(z, task)
+            for name, value in (("observations", obs), ("latents", z), ("actions", a)):
                 bad = int((~value.isfinite().all(-1)).sum())
                 if bad:
                     sizes = {
@@ -243,10 +263,14 @@ class PWM:
                     )
         return None
 
-    def observe(self, obs: Tensor, reward: Tensor) -> None:
-        """Update the running statistics with collected ``obs [N, O]`` and ``reward [N]``."""
+    def observe(self, obs: Tensor, reward: Tensor, task: Tensor | None = None) -> None:
+        """Update the running statistics with collected ``obs [N, O]`` and ``reward [N]``.
+
+        ``task`` is as in :meth:`act`.
+        """
         if self.config.normalize_obs:
-            self.obs_rms.update(obs.to(self.device))
+            numbers = self.task_numbers((obs.shape[0],), task)
+            self.obs_rms.update(obs.to(self.device), self._group(numbers))
         if self.config.normalize_rewards:
             self.reward_rms.update(reward.to(self.device))
 
@@ -282,10 +306,10 @@ class PWM:
             extend.precision(self.precision),
             self.keeping(),
         ):
-            obs, action = pieces(
-                learning.rollout_steps, self._normalize(windows.obs), windows.action
-            )
-            task = self._task(action.shape[1])
+            task = self.task_numbers((windows.action.shape[1],), windows.task)
+            seen = self.normalized(windows.obs, task)
+            obs, action = pieces(learning.rollout_steps, seen, windows.action)
+            task = self._of_pieces(task, action)
             encoded = self.world_model.encode(obs, task)
             latents = ops.latent_rollout(
                 encoded[0],
@@ -295,8 +319,10 @@ class PWM:
             )
             self.start_spread.update((latents - encoded)[:-1])
 
-    def update_policy(self, obs: Tensor) -> Metrics:
+    def update_policy(self, obs: Tensor, task: Tensor | None = None) -> Metrics:
         """One actor update on rollouts imagined from ``obs [B, O]``, then the critics' updates.
+
+        ``task`` is as in :meth:`act`.
 
         Raises:
             OutOfMemory: the device's memory is too small for it; the message says what to lower.
@@ -306,7 +332,7 @@ class PWM:
         )
         lower = "alg.actor.batch_size or alg.imagination_horizon"
         with memory.explained(what, lower, self.device):
-            actor = self._run("actor", self._actor_update, obs)
+            actor = self._run("actor", self._actor_update, obs, task)
             critic = Update({})
             if self.config.critic.passes:
                 critic = self._run("critic", self._critic_update, *actor.handed)
@@ -333,18 +359,26 @@ class PWM:
         """Gradients that an optimiser keeps."""
         return tuple(p.grad for p in self.optimizers[name].params if p.grad is not None)
 
-    def _model_update(self, obs: Tensor, action: Tensor, reward: Tensor, end: Tensor) -> Update:
+    def _model_update(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        end: Tensor,
+        task: Tensor | None = None,
+    ) -> Update:
         if self.config.normalize_rewards:
             reward = self.reward_rms.normalize(
                 reward, self.config.reward_clip, centre=self.config.centre_rewards
             )
         learning, gamma = self.config.model_learning, self.config.gamma
+        task = self.task_numbers((action.shape[1],), task)
         obs, action, reward, end = pieces(
-            learning.rollout_steps, self._normalize(obs), action, reward, end
+            learning.rollout_steps, self.normalized(obs, task), action, reward, end
         )
+        task = self._of_pieces(task, action)
         windows = obs, action, reward, end
         optimizer = self.optimizers["wm"]
-        task = self._task(action.shape[1])
         tau = flow_times(action, learning)
         spread = None if self.start_spread is None else self.start_spread.std()
         found = None
@@ -371,9 +405,10 @@ class PWM:
         metrics = {**loss.metrics, "wm_grad_norm": norm}
         return Update(metrics, gradients=self._kept("wm"))
 
-    def _actor_update(self, obs: Tensor) -> Update:
+    def _actor_update(self, obs: Tensor, task: Tensor | None = None) -> Update:
+        task = self.task_numbers((obs.shape[0],), task)
         with frozen(self.world_model, self.critic), extend.precisions_used(self._used):
-            rollout, returns, entropy = self._imagine(obs)
+            rollout, returns, entropy = self._imagine(obs, task)
             self.return_rms.update(returns)
             loss = self._actor_loss(returns)
             norm = self.optimizers["actor"].step(loss)
@@ -381,25 +416,27 @@ class PWM:
             "actor_loss": loss.detach(),
             "actor_grad_norm": norm,
             "imagined_return": returns.detach().mean() / self.config.value_scale,
-            "actor_std": self.actor.std().detach().mean(),
+            "actor_std": self._std(rollout.z[0], task),
         }
         if entropy is not None:
             metrics["entropy"] = entropy
-        handed = tuple(None if x is None else x.detach() for x in rollout)
+        handed = tuple(None if x is None else x.detach() for x in (*rollout, task))
         return Update(metrics, handed, self._kept("actor"))
 
-    def _critic_update(self, *rollout: Tensor) -> Update:
-        metrics = self._update_critic(ImaginedRollout(*rollout))
+    def _critic_update(self, *handed: Tensor) -> Update:
+        *rollout, task = handed
+        metrics = self._update_critic(ImaginedRollout(*rollout), task)
         return Update(metrics, gradients=self._kept("critic"))
 
-    def actor_esnr(self, obs: Tensor, samples: int) -> Metrics:
+    def actor_esnr(self, obs: Tensor, samples: int, *, task: Tensor | None = None) -> Metrics:
         """Signal-to-noise ratio of the actor's gradient over ``samples`` micro-batches of ``obs``.
 
         Args:
             obs: ``[B, O]``; the first ``B // samples * samples`` rows are used.
             samples: M, from 2 to B.
+            task: as in :meth:`act`.
         """
-        result = ops.esnr(self.actor_gradients(obs, samples))
+        result = ops.esnr(self.actor_gradients(obs, samples, task=task))
         metrics = {"esnr": result.ratio, "esnr_db": result.db}
         for (name, _), ratio in zip(
             self.actor.named_parameters(), result.tensor_ratio, strict=True
@@ -408,7 +445,12 @@ class PWM:
         return metrics
 
     def actor_gradients(
-        self, obs: Tensor, samples: int, horizon: int | None = None
+        self,
+        obs: Tensor,
+        samples: int,
+        horizon: int | None = None,
+        *,
+        task: Tensor | None = None,
     ) -> list[tuple[Tensor, ...]]:
         """First-order gradients of the actor's loss, one of each of ``samples`` micro-batches.
 
@@ -416,6 +458,7 @@ class PWM:
             obs: ``[B, O]``; the first ``B // samples * samples`` rows are used.
             samples: M, from 1 to B.
             horizon: imagined steps; None is ``config.horizon``.
+            task: as in :meth:`act`.
 
         Returns:
             M tuples in the order of ``actor.parameters()``.
@@ -430,8 +473,10 @@ class PWM:
             self.keeping(),
             frozen(self.world_model, self.critic),
         ):
-            for part in obs[: size * samples].split(size):
-                loss = self._actor_loss(self._imagine(part, horizon).returns)
+            for i in range(samples):
+                rows = slice(i * size, (i + 1) * size)
+                numbers = self.task_numbers((size,), None if task is None else task[rows])
+                loss = self._actor_loss(self._imagine(obs[rows], numbers, horizon).returns)
                 grads.append(torch.autograd.grad(loss, params))
         return grads
 
@@ -516,46 +561,110 @@ class PWM:
 
     # --- parts ----------------------------------------------------------------------------------
 
-    def _task(self, batch: int) -> Tensor | None:
-        if self.config.world_model.task_dim == 0:
+    def task_numbers(self, shape: tuple[int, ...], task: Tensor | None = None) -> Tensor | None:
+        """Task numbers as the networks take them.
+
+        Args:
+            shape: of the rows that they are of.
+            task: int64, the numbers; None where the model knows one task at most.
+
+        Returns:
+            Those that were given; zeros of ``shape`` in a model of one task; None in one without
+            task embeddings.
+
+        Raises:
+            ValueError: there are several tasks, and none is given.
+        """
+        model = self.config.world_model
+        if model.task_dim == 0:
             return None
-        return torch.zeros(batch, dtype=torch.int64, device=self.device)
+        if task is not None:
+            return task.to(self.device)
+        if model.num_tasks > 1:
+            raise ValueError(f"task must be the numbers of {model.num_tasks} tasks, got None")
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def normalized(self, obs: Tensor, task: Tensor | None) -> Tensor:
+        """Observations ``[..., O]`` of :meth:`task_numbers` as the model takes them."""
+        if not self.config.normalize_obs:
+            return obs
+        return self.obs_rms.normalize(obs, self.config.obs_clip, group=self._group(task))
+
+    @torch.no_grad()
+    def _std(self, z: Tensor, task: Tensor | None) -> Tensor:
+        """The policy's mean standard deviation in latents ``[B, D]``."""
+        return self.actor.std(z, self.world_model.task_input(task, z)).mean()
+
+    def _acted(self, z: Tensor, task: Tensor | None, noise: Tensor | None = None) -> Tensor:
+        """The policy's actions ``[B, A]`` in latents ``[B, D]``; deterministic without noise."""
+        return self.actor(z, noise, self.world_model.task_input(task, z), self._mask(task))
+
+    def _value(self, z: Tensor, task: Tensor | None) -> Tensor:
+        """The least of the members' values ``[..., B]`` of latents ``[..., B, D]``.
+
+        Of Q functions, those of the policy's deterministic action.
+        """
+        embedding = self.world_model.task_input(task, z)
+        a = self._acted(z, task) if self.config.critic.kind == "tdmpc2" else None
+        return self.critic.minimum(z, a, embedding)
+
+    def _mask(self, task: Tensor | None) -> Tensor | None:
+        """Which components of the action the tasks of rows read, ``[B, A]``; None for all."""
+        if self.action_mask is None:
+            return None
+        return self.action_mask[0 if task is None else task]
+
+    def _gamma(self, task: Tensor | None) -> float | Tensor:
+        """The discount, or those ``[B]`` of the tasks of rows."""
+        if self.discounts is None or task is None:
+            return self.config.gamma
+        return self.discounts[task]
+
+    def encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
+        """Latents ``[..., D]`` of observations ``[..., O]`` of :meth:`task_numbers`."""
+        return self.world_model.encode(self.normalized(obs, task), task)
+
+    def _of_pieces(self, task: Tensor | None, action: Tensor) -> Tensor | None:
+        """Task numbers of windows' pieces, which stay side by side."""
+        if task is None:
+            return None
+        return task.repeat_interleave(action.shape[1] // max(1, task.shape[0]))
+
+    def _group(self, task: Tensor | None) -> Tensor | None:
+        """The groups of running statistics that rows of such tasks are of."""
+        return task if self.config.world_model.num_tasks > 1 else None
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, self.action_dim, device=self.device)
 
-    def _normalize(self, obs: Tensor) -> Tensor:
-        if not self.config.normalize_obs:
-            return obs
-        return self.obs_rms.normalize(obs, self.config.obs_clip)
-
-    def _encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
-        return self.world_model.encode(self._normalize(obs), task)
-
-    def _imagine(self, obs: Tensor, horizon: int | None = None) -> _Imagined:
+    def _imagine(
+        self, obs: Tensor, task: Tensor | None = None, horizon: int | None = None
+    ) -> _Imagined:
         steps = self.config.imagined_steps if horizon is None else horizon
-        task = self._task(obs.shape[0])
         noise = self._noise(steps, obs.shape[0])
         rollout = imagine(
             self.world_model,
             self.actor,
-            self._encode(obs, task),
+            self.encode(obs, task),
             noise,
             detach=self.config.actor.detach,
             task=task,
+            action_mask=self._mask(task),
             symlog_rewards=self.config.symlog_rewards,
         )
         reward, entropy = rollout.reward, None
         if self.config.actor.entropy_coef:
-            bonus = self.actor.entropy(rollout.action, noise)
+            seen = rollout.z[:-1].detach() if self.config.actor.detach else rollout.z[:-1]
+            embedding = self.world_model.task_input(task, seen)
+            bonus = self.actor.entropy(rollout.action, noise, seen, embedding, self._mask(task))
             entropy = bonus.detach().mean()
             reward = reward + self.config.actor.entropy_coef * bonus
         rollout = rollout._replace(reward=reward * self.config.value_scale)
-        value = self.critic.minimum(rollout.z[-1])
+        value = self._value(rollout.z[-1], task)
         if self.config.value_delay:
             value = value * self.config.gamma**self.config.value_delay
         returns = extend.discounted_return(
-            rollout.reward, value, self.config.gamma, rollout.continues
+            rollout.reward, value, self._gamma(task), rollout.continues
         )
         return _Imagined(rollout, returns, entropy)
 
@@ -565,19 +674,24 @@ class PWM:
             return loss
         return loss / self.return_rms.scale(dtype=loss.dtype)
 
-    def _update_critic(self, rollout: ImaginedRollout) -> Metrics:
+    def _update_critic(self, rollout: ImaginedRollout, task: Tensor | None = None) -> Metrics:
         config = self.config.critic
         with torch.no_grad():
             z = rollout.z.detach()
             continues = rollout.continues
             targets = ops.td_lambda(
                 rollout.reward.detach(),
-                self.critic.minimum(z),
-                gamma=self.config.gamma,
+                self._value(z, task),
+                gamma=self._gamma(task),
                 lam=config.lam,
                 continues=None if continues is None else continues.detach(),
             ).flatten()
-            states = z[:-1].flatten(0, 1)
+            states = z[:-1]
+            if self.critic.task_dim:
+                embedding = self.world_model.task_input(task, states)
+                assert embedding is not None
+                states = torch.cat((states, embedding), -1)
+            states = states.flatten(0, 1)
         size = -(-states.shape[0] // config.minibatches)
         steps: dict[int, extend.RegressionStep | None] = {}  # by rows: the last may have fewer
         losses, norms = [], []
@@ -612,7 +726,7 @@ class PWM:
         if step is not None:
             loss, grads = step(states, targets)
             return loss, optimizer.apply(loss, grads)
-        values = self.critic(states)
+        values = ops.mlp((states,), self.critic.layers(), order="act_norm").squeeze(-1)
         with torch.no_grad():  # the loss's own gradient is written out: 4 launches, not 9
             error = values - targets
             loss = error.square().mean()

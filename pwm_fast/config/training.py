@@ -242,33 +242,20 @@ class TrainConfig(Checked):
         return self.num_envs or self.env.num_envs
 
 
-def check_tasks(config: TrainConfig) -> None:
-    """Refuse to train a model of several tasks: every transition would count as of the first.
+def check_trainable(config: TrainConfig) -> None:
+    """Refuse to begin with what can be made, counted and loaded, but not trained.
 
-    Models and agents of several tasks can be made, measured and loaded; what is missing is a task
-    number beside each transition.
+    Networks without hidden layers would be linear, without a word; runs that have them go on.
 
     Raises:
-        ConfigError: the configuration has more than one task.
+        ConfigError: a list of hidden widths is empty, or the critics are Q functions.
     """
-    model = config.alg.world_model
     require(
-        model.num_tasks == 1,
-        "alg.world_model.num_tasks",
-        model.num_tasks,
-        "1 to train: transitions carry no task number yet, all would count as of task 0 (set "
-        "alg.world_model.num_tasks=1 alg.world_model.task_dim=0, and train one run for each task)",
+        config.alg.critic.kind == "pwm",
+        "alg.critic.kind",
+        config.alg.critic.kind,
+        "pwm to train: Q functions are there to evaluate and plan with",
     )
-
-
-def check_layers(config: TrainConfig) -> None:
-    """Refuse to begin with networks without hidden layers: they would be linear, without a word.
-
-    Such agents can be made, counted and loaded, and their runs go on.
-
-    Raises:
-        ConfigError: a list of hidden widths is empty.
-    """
     model, networks = "alg.world_model", config.alg.world_model
     widths = {
         f"{model}.units": networks.units,

@@ -37,7 +37,6 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
         TrainingDiverged: too many updates in a row were not finite.
         OSError: a file cannot be written.
     """
-    configuration.check_tasks(config)
     config = RunDirectory(Path(config.run_dir)).as_begun(config)
     device = build.select_device(config.device)
     build.set_threads(config.threads, config.alg, device)
@@ -64,7 +63,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 print_summary(finished)
                 return finished, 0
             if source is None:
-                configuration.check_layers(config)
+                configuration.check_trainable(config)
             data = offline.load(config, env)
             trainer = Trainer(
                 config,

@@ -17,6 +17,7 @@ from pwm_fast.config import (
     ModelLearningConfig,
     WorldModelConfig,
 )
+from pwm_fast.models import GaussianActor
 from pwm_fast.replay import Windows
 from tests.models.builders import randomize_
 
@@ -52,6 +53,8 @@ AGENTS: dict[str, dict[str, Any]] = {
         "start_noise": "auto",
         **OBSERVATIONS,
     },
+    "masked": {"kind": "flow", "task_dim": 3, "num_tasks": 2, "action_dims": {0: 1, 1: 2}},
+    "state's deviation": {"kind": "flow", "actor_kind": "tdmpc2", "actor_entropy_coef": 0.1},
     "all normalised": {"kind": "flow", "normalize_obs": True, "detach": False},
     "as published": {
         "kind": "mlp",
@@ -85,6 +88,8 @@ def alg_config(**changes: Any) -> AlgConfig:
         prefix = f"{name}_"  # actor_lr, critic_lr: names that several sections have
         own = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
         own |= {k: v for k, v in changes.items() if k in fields and k not in SHARED}
+        if name == "world_model" and "kind" in changes:
+            own["kind"] = changes["kind"]
         sections[name] = dataclasses.replace(section, **own)
     fields = {f.name for f in dataclasses.fields(AlgConfig)} - set(sections)
     return AlgConfig(
@@ -92,7 +97,7 @@ def alg_config(**changes: Any) -> AlgConfig:
     )
 
 
-SHARED = {"units", "updates", "batch_size", "lr", "betas", "grad_norm"}
+SHARED = {"kind", "task_input", "units", "updates", "batch_size", "lr", "betas", "grad_norm"}
 
 
 def make_agent(
@@ -104,6 +109,7 @@ def make_agent(
     recorder: Recorder | None = None,
     graphs: bool | None = None,
     precision: str = "auto",
+    action_dims: dict[int, int] | None = None,
     **changes: Any,
 ) -> PWM:
     """An agent whose every parameter is random: fresh heads are zero and would hide errors."""
@@ -117,13 +123,15 @@ def make_agent(
         graphs=graphs,
         precision=precision,
         recorder=recorder,
+        action_dims=action_dims,
     )
     for module in (agent.world_model, agent.actor, agent.critic):
         randomize_(module)
         if double:
             module.double()
-    with torch.no_grad():
-        agent.actor.logstd.fill_(-1.0)
+    if isinstance(agent.actor, GaussianActor):
+        with torch.no_grad():
+            agent.actor.logstd.fill_(-1.0)
     return agent
 
 
@@ -140,7 +148,12 @@ def make_windows(
         3.0 * torch.randn(horizon, batch, generator=g),
         terminated,
     )
-    return Windows(*(p.to(device, **kwargs) for p in parts))
+    return Windows(*(p.to(device, **kwargs) for p in parts), make_task(batch, device))
+
+
+def make_task(batch: int = 6, device: str = "cpu") -> Tensor:
+    """Numbers of two tasks, which agents of one do not look at."""
+    return torch.arange(batch, device=device) % 2
 
 
 def make_obs(batch: int = 6, seed: int = 0, device: str = "cpu", **kwargs: Any) -> Tensor:

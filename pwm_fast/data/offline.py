@@ -15,7 +15,7 @@ from pwm_fast.data.errors import DataError
 from pwm_fast.data.formats import DataSet, describe
 from pwm_fast.data.manifest import verify
 from pwm_fast.data.progress import reading_bar
-from pwm_fast.envs import VectorEnv
+from pwm_fast.envs import VectorEnv, tasks_of
 from pwm_fast.files import user_path
 from pwm_fast.replay import Episode
 
@@ -135,7 +135,7 @@ def _places(data: DataSet, env: VectorEnv) -> dict[int, Place]:
     They are the same where they have the same name or, where nothing says the names of the data's,
     the same number. An environment that says of no tasks has one, and so must the data.
     """
-    tasks: Any = getattr(env, "tasks", None)
+    tasks = tasks_of(env)
     held = ", ".join(map(data.name, data.tasks))
     if tasks is None:
         if len(data.tasks) > 1:

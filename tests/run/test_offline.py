@@ -246,12 +246,12 @@ def test_a_stopped_run_goes_on_to_the_bit(data: Path, starter: Launcher, tmp_pat
         "import os, signal\n"
         "from pwm_fast.agent import PWM\n"
         "update, count = PWM.update_policy, 0\n"
-        "def counted(self, obs):\n"
+        "def counted(self, *inputs):\n"
         "    global count\n"
         "    count += 1\n"
         "    if count == 3:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return update(self, obs)\n"
+        "    return update(self, *inputs)\n"
         "PWM.update_policy = counted\n"
     )
     extra = (f"data.path={data}", "alg.normalize_obs=true")
@@ -286,7 +286,9 @@ def test_a_checkpoint_without_replay_gets_the_data_again(
     observed: list[int] = []
     observe = trainer.PWM.observe
     monkeypatch.setattr(
-        trainer.PWM, "observe", lambda self, o, r: (observed.append(len(o)), observe(self, o, r))
+        trainer.PWM,
+        "observe",
+        lambda self, o, *rest: (observed.append(len(o)), observe(self, o, *rest)),
     )
     train(config(tmp_path / "one", data, epochs=1))
     assert observed[:COUNT] == [T] * COUNT

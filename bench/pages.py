@@ -7,8 +7,8 @@ from pathlib import Path
 from bench.environment import ROOT
 
 README = ROOT / "README.md"
-ENVIRONMENTS, OPS, PERFORMANCE = (
-    ROOT / "docs" / name for name in ("environments.md", "ops.md", "performance.md")
+DATA, ENVIRONMENTS, OPS, PERFORMANCE = (
+    ROOT / "docs" / name for name in ("data.md", "environments.md", "ops.md", "performance.md")
 )
 
 

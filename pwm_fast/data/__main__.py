@@ -1,4 +1,4 @@
-"""``python -m pwm_fast.data register|verify|export``: offline data sets and their manifests.
+"""``python -m pwm_fast.data describe|register|verify|export``: offline data and their manifests.
 
 Exit status: 0; 1 if ``verify`` finds a difference; 2 and one line on stderr for what is wrong.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pwm_fast import cli
 from pwm_fast.data.errors import DataError
+from pwm_fast.data.formats import describe
 from pwm_fast.data.manifest import Manifest, compare, default_manifest, register
 from pwm_fast.data.progress import reading_bar
 
@@ -38,7 +39,14 @@ def _run(options: argparse.Namespace) -> int:
         raise DataError(
             f"--manifest {options.manifest} is of one data set, got {len(options.paths)} paths"
         )
-    return _register(options) if options.command == "register" else _verify(options)
+    commands = {"describe": _describe, "register": _register, "verify": _verify}
+    return commands[options.command](options)
+
+
+def _describe(options: argparse.Namespace) -> int:
+    for path in options.paths:
+        print(describe(path, options.manifest).text())
+    return 0
 
 
 def _register(options: argparse.Namespace) -> int:
@@ -77,10 +85,11 @@ def _size(manifest: Manifest) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pwm_fast.data",
-        description="Offline data sets and their SHA-256 manifests.",
+        description="Offline data sets of several formats, and their SHA-256 manifests.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
+        ("describe", "say what a data set holds"),
         ("register", "write the manifest of a data set as it is now"),
         ("verify", "compare a data set with its manifest; exit status 1 if it differs"),
     ):

@@ -110,6 +110,8 @@ def _beginning(
             f"data set {data.path}: {len(data.episodes)} episodes, {data.transitions:,} "
             f"transitions, as registered (manifest sha256 {data.manifest_sha256})"
         )
+        if data.left_out:
+            yield f"left out: {data.left_out:,} episodes of tasks that the environment has not"
     if source is None:
         if config.init is not None:
             yield f"starting with the networks of {config.init}"

@@ -20,6 +20,7 @@ from pwm_fast.run import checkpoint, provenance, trainer
 from pwm_fast.run.build import make_env
 from pwm_fast.run.export import ExportConfig, export
 from pwm_fast.run.start import train
+from tests.data.tdmpc2_files import save
 from tests.run.conftest import Launcher, rows, tiny_arguments, tiny_config
 
 OBS, ACTION, T, COUNT = 5, 1, 12, 6  # of the cart-pole, and of a tiny run's episodes
@@ -127,6 +128,28 @@ def test_what_is_recorded(data: Path, tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "run" / "checkpoints" / "latest.pt")["data"] == expected
 
 
+def test_the_same_episodes_as_a_chunk(data: Path, tmp_path: Path) -> None:
+    """TD-MPC2's form of them fills the replay with the same rows, and the statistics alike."""
+    episodes = [read_episode(p, OBS, ACTION) for p in sorted(data.glob("*.npz"))]
+    first = {"action": torch.full((1, ACTION), torch.nan), "reward": torch.full((1,), torch.nan)}
+    values = {
+        "obs": torch.stack([e.obs for e in episodes]),
+        "action": torch.stack([torch.cat([first["action"], e.action]) for e in episodes]),
+        "reward": torch.stack([torch.cat([first["reward"], e.reward]) for e in episodes]),
+        "task": torch.full((COUNT, T + 1), 3, dtype=torch.int32),
+    }
+    chunk = save(tmp_path / "chunk_0.pt", values)
+    register(chunk)
+    kept = []
+    for name, path in (("npz", data), ("chunk", chunk)):
+        train(config(tmp_path / name, path, epochs=1, alg__normalize_obs=True))
+        kept.append(checkpoint.load(tmp_path / name / "checkpoints" / "latest.pt"))
+        assert record(tmp_path / name)["transitions"] == COUNT * T
+    assert all(torch.equal(kept[0]["replay"][k], kept[1]["replay"][k]) for k in ("data", "run"))
+    means = [content["agent"]["obs_rms"]["mean"] for content in kept]
+    assert torch.equal(*means) and bool(means[0].any())
+
+
 # Refusals
 
 
@@ -223,12 +246,12 @@ def test_a_stopped_run_goes_on_to_the_bit(data: Path, starter: Launcher, tmp_pat
         "import os, signal\n"
         "from pwm_fast.agent import PWM\n"
         "update, count = PWM.update_policy, 0\n"
-        "def counted(self, obs):\n"
+        "def counted(self, *inputs):\n"
         "    global count\n"
         "    count += 1\n"
         "    if count == 3:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return update(self, obs)\n"
+        "    return update(self, *inputs)\n"
         "PWM.update_policy = counted\n"
     )
     extra = (f"data.path={data}", "alg.normalize_obs=true")
@@ -263,7 +286,9 @@ def test_a_checkpoint_without_replay_gets_the_data_again(
     observed: list[int] = []
     observe = trainer.PWM.observe
     monkeypatch.setattr(
-        trainer.PWM, "observe", lambda self, o, r: (observed.append(len(o)), observe(self, o, r))
+        trainer.PWM,
+        "observe",
+        lambda self, o, *rest: (observed.append(len(o)), observe(self, o, *rest)),
     )
     train(config(tmp_path / "one", data, epochs=1))
     assert observed[:COUNT] == [T] * COUNT

@@ -1,13 +1,15 @@
-"""The critic ensemble against a loop over single critics with the same parameters."""
+"""Ensembles of values and Q functions against loops over their members' parameters."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pwm_fast.models import Critic, CriticEnsemble
-from tests.models.builders import normal, randomize_, same
+from pwm_fast import ops
+from pwm_fast.models import Critic, CriticEnsemble, QEnsemble, make_critic
+from tests.helpers import assert_2x
+from tests.models.builders import compose, normal, randomize_, same
 
 
 def ensemble_and_members(
@@ -132,3 +134,162 @@ def test_input_gain(gain: float) -> None:
     first, second = (CriticEnsemble(16, (12, 10), input_gain=gain).params[i] for i in (0, 4))
     for weight, norm in ((first, gain * 2.0**0.5), (second, 2.0**0.5)):
         assert torch.allclose(weight.norm(dim=-1), torch.full(weight.shape[:2], norm))
+
+
+def test_critics_of_tasks() -> None:
+    """Members see the embedding behind the latent."""
+    ensemble, critics = ensemble_and_members()
+    own = CriticEnsemble(14, (12, 10), 3, task_dim=2).double()
+    own.load_state_dict(ensemble.state_dict())
+    z, task = normal(6, 14), normal(6, 2)
+    expected = torch.stack([c(torch.cat([z, task], -1)) for c in critics])
+    same(own(z, task=task), expected)
+    same(own.values(z, None, task), expected)
+    same(own.minimum(z, task=task), expected.amin(0))
+    with pytest.raises(ValueError, match="task must be given to value functions that take it"):
+        own(z)
+    known = own.ensemble(scale=0.5)
+    assert (known.reduce, known.scale, known.on_action, known.task_input) == (
+        "min",
+        0.5,
+        False,
+        True,
+    )
+    x = normal(6, 16)
+    assert torch.equal(ensemble(x, task=task), ensemble(x))  # these have no input for it
+
+
+# --- Q functions ----------------------------------------------------------------------------------
+
+BINS, A, TASK = 11, 3, 2
+
+
+def q_functions(members: int = 5, task_dim: int = TASK, bins: int = BINS) -> QEnsemble:
+    found = QEnsemble(16, A, (12, 10), members, bins, -3.0, 4.0, task_dim).double()
+    randomize_(found)
+    return found
+
+
+def by_hand(q: QEnsemble, x: Tensor) -> Tensor:
+    """Logits ``[E, ..., bins]``: each member's Linear, LayerNorm, Mish, by the stored order."""
+    params, found = [p for _, p in q.named_parameters()], []
+    for e in range(q.members):
+        p, h = [x[e] for x in params], x
+        for i in (0, 4):
+            h = h @ p[i].T + p[i + 1]
+            h = h - h.mean(-1, keepdim=True)
+            h = h / ((h**2).mean(-1, keepdim=True) + 1e-5).sqrt() * p[i + 2] + p[i + 3]
+            h = h * torch.tanh(torch.log1p(torch.exp(h)))
+        found.append(h @ p[8].T + p[9])
+    return torch.stack(found)
+
+
+def decoded(logits: Tensor) -> Tensor:
+    value = torch.softmax(logits, -1) @ torch.linspace(-3.0, 4.0, BINS, dtype=logits.dtype)
+    return value.sign() * value.abs().expm1()
+
+
+def test_names_of_q_functions() -> None:
+    """As TD-MPC2's stacked files: weight, bias, ln.weight, ln.bias of each layer, then the last."""
+    q = QEnsemble(16, A, (12, 10), 5, BINS, task_dim=TASK)
+    shapes = [(12, 21), (12,), (12,), (12,), (10, 12), (10,), (10,), (10,), (BINS, 10), (BINS,)]
+    assert [p.shape for p in q.params] == [(5, *shape) for shape in shapes]
+    assert list(q.state_dict()) == [f"params.{i}" for i in range(10)]
+    assert not q.params[8].any() and not q.params[1].any() and q.params[2].eq(1).all()
+    assert 0.015 < q.params[0].std() < 0.025 and not torch.equal(q.params[0][0], q.params[0][1])
+    assert QEnsemble(16, A).params[8].shape == (5, 101, 512)
+
+
+@pytest.mark.parametrize("members", [1, 2, 5])
+@pytest.mark.parametrize("task_dim", [0, TASK])
+def test_q_functions_equal_a_loop(members: int, task_dim: int) -> None:
+    """Logits, values, least ones; gradients of everything."""
+    q = q_functions(members, task_dim)
+    z, a = normal(6, 16).requires_grad_(), normal(6, A).requires_grad_()
+    task = normal(6, task_dim).requires_grad_() if task_dim else None
+    parts = [z, a] if task is None else [z, task, a]
+    expected = by_hand(q, torch.cat(parts, -1))
+    same(q(z, a, task), expected, rtol=1e-11)
+    same(q.values(z, a, task), decoded(expected))
+    same(q.minimum(z, a, task), decoded(expected).amin(0))
+    weight = normal(members, 6)
+    inputs = [*parts, *q.parameters()]
+    ours = torch.autograd.grad((q.values(z, a, task) * weight).sum(), inputs)
+    slow = torch.autograd.grad((decoded(expected) * weight).sum(), inputs)
+    for g, wanted in zip(ours, slow, strict=True):
+        same(g, wanted)
+    single, double = q_functions(members, task_dim).float(), [x.detach().float() for x in parts]
+    single.load_state_dict(q.state_dict())
+    found = single(double[0], double[-1], double[1] if task_dim else None)
+    q.load_state_dict(single.state_dict())
+    x = torch.cat(double, -1)
+    assert_2x(found, by_hand(single, x), by_hand(q, x.double()), "logits")
+
+
+def test_the_mean_of_two() -> None:
+    """Of two that differ, every pair now and then; of an ensemble of two, of both."""
+    q, z, a, task = q_functions(4), normal(6, 16), normal(6, A), normal(6, TASK)
+    each = q.values(z, a, task)
+    pairs = {(i, j): (each[i] + each[j]) / 2 for i in range(4) for j in range(i)}
+    seen = set()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        found = q.mean_of_two(z, a, task, generator=generator)
+        (pair,) = [k for k, mean in pairs.items() if torch.allclose(found, mean, rtol=1e-9)]
+        seen.add(pair)
+    assert seen == set(pairs)
+    q = q_functions(2)
+    same(q.mean_of_two(z, a, task), q.values(z, a, task).mean(0))
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (4, 3)])
+def test_leading_shapes_of_q_functions(lead: tuple[int, ...]) -> None:
+    q, z, a, task = q_functions(), normal(*lead, 16), normal(*lead, A), normal(*lead, TASK)
+    assert q(z, a, task).shape == (5, *lead, BINS)
+    assert q.values(z, a, task).shape == (5, *lead)
+    assert q.minimum(z, a, task).shape == q.mean_of_two(z, a, task).shape == lead
+
+
+def test_scalar_q_functions() -> None:
+    q, z, a = q_functions(bins=1, task_dim=0), normal(6, 16), normal(6, A)
+    same(q.values(z, a), by_hand(q, torch.cat([z, a], -1))[..., 0])
+
+
+def test_q_functions_in_a_plan() -> None:
+    """A plan of one step without a reward is worth what the pair of members says there."""
+    q, z, task = q_functions(3), normal(4, 16), normal(4, TASK)
+    known = q.ensemble(scale=0.7)
+    assert known.reduce == "two" and known.on_action and known.draws_members
+    policy = ops.Policy([ops.Layer(normal(A, 16))], torch.zeros(A, dtype=torch.float64))
+    step = ops.Layer(normal(16, 16 + TASK + A) * 0.1)
+    options = ops.MPPI(1, 1, samples=5, elites=5, policy_trajectories=0)
+    noise = ops.PlanNoise.draw(4, A, options, known, dtype=torch.float64)
+    plan = ops.plan(
+        z, policy, ops.LatentMLP([step]), ops.Heads([ops.Layer(torch.zeros_like(step.weight[:1]))]),
+        values=known, options=options, noise=noise, task=task, gamma=0.5,
+    )  # fmt: skip
+    x = torch.cat([z[:, None].expand(-1, 5, -1), task[:, None].expand(-1, 5, -1),
+                   plan.trajectories[0]], -1)  # fmt: skip
+    end = x @ step.weight.T
+    last = torch.tanh(end @ policy.layers[0].weight.T)
+    pair = q.values(end, last, x[..., 16 : 16 + TASK])[noise.members[0]]  # type: ignore[index]
+    same(plan.value, 0.5 * 0.7 * pair.mean(0), rtol=1e-9)
+
+
+def test_actions_that_are_missing() -> None:
+    with pytest.raises(ValueError, match="a must be given to value functions that take it"):
+        q_functions().values(normal(6, 16), task=normal(6, TASK))
+
+
+def test_value_functions_by_configuration() -> None:
+    tiny = compose("alg=pwm_tiny").alg
+    plain = make_critic(16, A, tiny)
+    assert isinstance(plain, CriticEnsemble) and plain.members == tiny.critic.members
+    config = compose(
+        "alg=pwm_tiny", "alg.critic.kind=tdmpc2", "alg.critic.members=5", "alg.critic.units=[9]"
+    ).alg
+    q = make_critic(16, A, config)
+    assert isinstance(q, QEnsemble) and q.params[4].shape == (5, config.world_model.num_bins, 9)
+    config.critic.task_input = True
+    with pytest.raises(ValueError, match=r"alg.critic.task_input must be false or null where"):
+        make_critic(16, A, config)

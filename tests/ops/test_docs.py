@@ -39,3 +39,4 @@ def test_examples(capsys: pytest.CaptureFixture) -> None:
         assert explained in printed
     assert "left alone: none" in printed
     assert names["actor"][0].weight.grad is not None  # type: ignore[index]
+    assert not names["masked"].action[:, ~names["mask"]].any()  # type: ignore[attr-defined, index]

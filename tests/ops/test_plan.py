@@ -461,6 +461,8 @@ def test_masks(name: str) -> None:
             noise.masked_fill_(out.unsqueeze(1), -2.0)
     again = other.plan(eval_mode=False)
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+    lost = p.plan(z0=torch.full_like(p.z0, math.nan), first=None)  # the last plan stays
+    assert not lost.mean[:, out].any() and lost.mean[:-1, p.mask].all()
     whole = p.plan(mask=torch.ones_like(p.mask))
     assert torch.equal(whole.action, p.plan(mask=None).action)
     assert whole.action.all()

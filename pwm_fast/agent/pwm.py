@@ -261,7 +261,7 @@ class PWM:
         steps, batch = windows.action.shape[:2]
         what = f"the world model's update on {batch} windows of {steps} steps"
         with memory.explained(what, "alg.model_learning.batch_size or alg.horizon", self.device):
-            return self._run("wm", self._model_update, *windows).metrics
+            return self._run("wm", self._model_update, *windows[:4]).metrics
 
     @torch.no_grad()
     def measure_start_spread(self, windows: Windows) -> None:

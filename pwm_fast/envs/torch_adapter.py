@@ -81,11 +81,13 @@ class TorchVectorEnv(EnvBatch):
     ) -> None:
         base = getattr(envs, "unwrapped", envs)
         self.name = type(base).__name__
-        missing = [k for k in ("num_envs", "single_action_space") if not hasattr(base, k)]
-        if missing:
+        lacking = [k for k in ("num_envs", "single_action_space") if not hasattr(base, k)]
+        if "seed" not in inspect.signature(envs.reset).parameters:
+            lacking.append("reset(seed=...)")
+        if lacking:
             raise ValueError(
-                f"{self.name} has no {' and no '.join(missing)}: it must be a batched torch "
-                "environment itself, without the wrappers of other learning libraries"
+                f"{type(envs).__name__} has no {' and no '.join(lacking)}: it must be a batched "
+                "torch environment itself, without the wrappers of other learning libraries"
             )
         if id(base) in _wrapped:
             raise ValueError(

@@ -192,8 +192,6 @@ class PWM:
         of the critics' values, as in learning; its rewards are without what entropy earns there.
         """
         obs, config = obs.to(self.device), self.config
-        scale = config.gamma**config.value_delay / config.value_scale
-        values = ops.ValueEnsemble(self.critic.layers(), reduce="min", scale=scale)
         with extend.precision(self.precision), self.keeping():
             task = self._task(obs.shape[0])
             z = self._encode(obs, task)
@@ -202,7 +200,7 @@ class PWM:
                 self.actor.policy(),
                 self.world_model.dynamics(),
                 self.world_model.heads(symlog_rewards=config.symlog_rewards),
-                values=values,
+                values=self._values(),
                 options=options,
                 gamma=config.gamma,
                 previous=previous,
@@ -210,6 +208,34 @@ class PWM:
                 eval_mode=eval_mode,
                 noise=noise,
                 generator=generator,
+                task=self.world_model.task_input(task, z),
+            )
+
+    def trajectory_values(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """What :meth:`plan` finds action sequences worth: ``[B, N]``, differentiable in them.
+
+        No gradient reaches the networks' parameters.
+
+        Args:
+            obs: ``[B, O]``.
+            actions: ``[H, B, N, A]`` in [-1, 1], time first: N sequences for each observation.
+
+        Raises:
+            ValueError: shapes or devices do not fit.
+        """
+        config = self.config
+        networks = (self.world_model, self.actor, self.critic)
+        with extend.precision(self.precision), self.keeping(), frozen(*networks):
+            task = self._task(obs.shape[0])
+            z = self._encode(obs, task)
+            return extend.trajectory_values(
+                z,
+                actions,
+                self.world_model.dynamics(),
+                self.world_model.heads(symlog_rewards=config.symlog_rewards),
+                values=self._values(),
+                policy=self.actor.policy(),
+                gamma=config.gamma,
                 task=self.world_model.task_input(task, z),
             )
 
@@ -531,6 +557,11 @@ class PWM:
 
     def _encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
         return self.world_model.encode(self._normalize(obs), task)
+
+    def _values(self) -> ops.ValueEnsemble:
+        """The critics as a plan takes them: the least value, in the rewards' units."""
+        scale = self.config.gamma**self.config.value_delay / self.config.value_scale
+        return ops.ValueEnsemble(self.critic.layers(), reduce="min", scale=scale)
 
     def _imagine(self, obs: Tensor, horizon: int | None = None) -> _Imagined:
         steps = self.config.imagined_steps if horizon is None else horizon

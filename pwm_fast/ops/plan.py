@@ -322,6 +322,63 @@ def plan(
     return Plan(action, mean, std, actions, value)
 
 
+def trajectory_values(
+    z0: Tensor,
+    actions: Tensor,
+    dynamics: Dynamics,
+    heads: Heads,
+    *,
+    values: ValueEnsemble | None = None,
+    policy: Policy | None = None,
+    gamma: float = 0.99,
+    task: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What :func:`plan` finds given action sequences worth, differentiably.
+
+    ``sum_t gamma^t r_t + gamma^H V(z_H)``, where step t counts only as far as the steps before it
+    did not terminate. Nothing is random: Q functions see the mean of the policy's action, and
+    ``values.reduce="two"`` is the mean of all members.
+
+    Args:
+        z0: latents ``[B, D]``.
+        actions: ``[H, B, N, A]``, time first: N sequences for each latent. They are not clamped.
+        dynamics: as of :func:`plan`.
+        heads: as of :func:`plan`.
+        values: as of :func:`plan`.
+        policy: gives the last action for Q functions; else None will do.
+        gamma: discount in [0, 1].
+        task: task embeddings ``[B, E]``, or None.
+        backend: as of :func:`plan`.
+
+    Returns:
+        ``[B, N]``; differentiable in ``z0``, ``actions``, ``task`` and all parameters.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype.
+        ValueError: shapes, devices or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
+    """
+    none_drawn = MPPI(policy_trajectories=0)
+    width = _check(z0, policy, dynamics, heads, values, none_drawn, gamma, None, None, task)
+    _checks.floating("actions", actions)
+    if actions.dim() != 4 or actions.shape[0] == 0 or actions.shape[1::2] != (z0.shape[0], width):
+        raise ValueError(
+            f"actions must be [H, {z0.shape[0]}, N, {width}] with an H of 1 or more, got "
+            f"{tuple(actions.shape)}"
+        )
+    _checks.same_device("actions", actions, "z0", z0.device)
+    count = actions.shape[2]
+    eps = None
+    if values is not None and values.on_action:
+        eps = actions.new_zeros(z0.shape[0], count, width)
+    tasks = None if task is None else _repeated(task, count)
+    starts = _repeated(z0, count)
+    return _Scores(starts, tasks, policy, dynamics, heads, values, gamma, backend)(
+        actions, eps, None
+    )
+
+
 class _Scores(NamedTuple):
     """Values trajectories; the tensors have a row for each, the envs' one after another."""
 

@@ -84,7 +84,7 @@ class CostModel:
         if self.key not in info:
             raise ValueError(f"info_dict must hold {self.key!r}, got {sorted(info)}")
         obs = torch.as_tensor(info[self.key], device=self.agent.device)
-        width = self.agent.obs_rms.mean.numel()
+        width = self.agent.obs_rms.mean.shape[-1]
         present = obs[..., -1, :] if obs.dim() == 4 and obs.shape[2] else obs
         if tuple(present.shape) != (batch, count, width):
             raise ValueError(

@@ -81,9 +81,10 @@ class TorchVectorEnv(EnvBatch):
     ) -> None:
         base = getattr(envs, "unwrapped", envs)
         self.name = type(base).__name__
-        lacking = [k for k in ("num_envs", "single_action_space") if not hasattr(base, k)]
-        if "seed" not in inspect.signature(envs.reset).parameters:
-            lacking.append("reset(seed=...)")
+        needed = ("num_envs", "single_action_space", "reset", "step")
+        lacking = [k for k in needed if not hasattr(base, k)]
+        if not lacking and "seed" not in inspect.signature(envs.reset).parameters:
+            lacking = ["reset(seed=...)"]
         if lacking:
             raise ValueError(
                 f"{type(envs).__name__} has no {' and no '.join(lacking)}: it must be a batched "

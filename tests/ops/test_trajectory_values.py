@@ -13,6 +13,7 @@ from pwm_fast.ops import extend
 from tests.ops.test_plan import BACKENDS, CASES, SMALL, A, Problem, normal, problem, slow_value
 
 N, H = 6, 4
+OTHERS = [pytest.param(b) if isinstance(b, str) else b for b in BACKENDS[1:]]
 
 
 def certain(p: Problem) -> Problem:
@@ -36,8 +37,14 @@ def found(p: Problem, actions: Tensor, **changes: Any) -> Tensor:
     return extend.trajectory_values(p.z0, actions, p.dynamics, p.heads, **given)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+FUSED = ["TD-MPC2 with tasks and ends", "PWM with tasks and ends", "rewards alone"]
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "reference") for name in CASES]
+    + [pytest.param(n, b.values[0], marks=b.marks) for n in FUSED for b in OTHERS],
+)
 def test_values_and_gradients(name: str, backend: str) -> None:
     """In float64, and in float32 where the backend has no more."""
     p = CASES[name]()

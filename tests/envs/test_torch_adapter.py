@@ -75,7 +75,7 @@ def test_episodes_end_and_begin_within_a_step(kind: str) -> None:
         x = before[:, 0] + 0.3 * v
         expected = torch.stack([x, v, before[:, 2] + 1], 1)
         torch.testing.assert_close(info["final_obs"], expected)
-        torch.testing.assert_close(reward, 1 - x.square())
+        torch.testing.assert_close(reward, 1 - x.square() / 4)
         length, total = length + 1, total + reward
         assert torch.equal(terminated, x.abs() > 2) and torch.equal(truncated, length >= 20)
         done = terminated | truncated

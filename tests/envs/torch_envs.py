@@ -103,7 +103,7 @@ class Carts:
         self.state[:, 1] *= 0.9
         self.state[:, 0] += 0.3 * self.state[:, 1]
         self.episode_length_buf += 1
-        self.reward_buf[:] = 1.0 - self.state[:, 0].square()
+        self.reward_buf[:] = 1.0 - 0.25 * self.state[:, 0].square()
         self.terminated[:] = self.state[:, 0].abs() > 2.0
         self.time_outs[:] = self.episode_length_buf >= self.max_episode_length
         ended = self.terminated | self.time_outs

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,15 +13,15 @@ import torch
 from torch import Tensor
 
 from pwm_fast import seeding
-from pwm_fast.envs import _answers, _checks, _spaces
+from pwm_fast.envs import _answers, _checks, _factory, _spaces
 from pwm_fast.envs._batch import EnvBatch
 from pwm_fast.envs._divergence import MAX_VALUE
+from pwm_fast.envs._generators import Generators
 from pwm_fast.envs.protocol import EnvironmentFault, StateNotSupported
 
 FinalObs = Literal["auto", "reset", "extras", "previous"]
 
 GROUPS = ("policy", "actor")  # what Isaac Lab and mjlab call the observations of a policy
-FACTORY = ("num_envs", "seed", "device")  # what a factory must take by these names
 
 _wrapped: weakref.WeakValueDictionary[int, TorchVectorEnv] = weakref.WeakValueDictionary()
 
@@ -100,7 +97,7 @@ class TorchVectorEnv(EnvBatch):
         self._final_obs = _final_obs(self.name, cfg, final_obs, self._can_restart)
         self._ends_by_time = bool(getattr(cfg, "is_finite_horizon", False))
         self._envs, self._base, self._group = envs, base, obs_group
-        self._random = _Random()
+        self._generators = Generators()
         steps = _time_limit(self.name, base, max_episode_steps)
         answer = self._reset_envs(None, seeding.env_seeds(seed, 1)[0])
         if obs_group is None and isinstance(answer, Mapping):
@@ -152,9 +149,9 @@ class TorchVectorEnv(EnvBatch):
             EnvironmentFault: as of the class, or the function raised something.
         """
         _checks.positive(num_envs=num_envs)
-        make = _function(factory, kwargs or {})
+        make = _factory.named(factory, kwargs or {})
         own = {"num_envs": num_envs, "seed": seeding.env_seeds(seed, 1)[0], "device": str(device)}
-        with _Random()():
+        with Generators().inside():
             try:
                 envs = make(**own, **(kwargs or {}))
             except Exception as error:
@@ -259,7 +256,7 @@ class TorchVectorEnv(EnvBatch):
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Observations to act on, true next ones, rewards and flags, all of them copies."""
         where = f"{self.name}, step"
-        with self._random():
+        with self._generators.inside():
             try:
                 answer = self._envs.step(action)
             except Exception as error:
@@ -313,7 +310,7 @@ class TorchVectorEnv(EnvBatch):
 
     def _reset_envs(self, ids: Tensor | None, seed: int | None) -> Any:
         """What the environment answers to a reset."""
-        with self._random(), torch.no_grad():
+        with self._generators.inside(), torch.no_grad():
             try:
                 if ids is None:
                     answer = self._envs.reset(seed=seed)
@@ -414,38 +411,6 @@ class TorchVectorEnv(EnvBatch):
         )
 
 
-class _Random:
-    """The global generators in a state of their own inside, and as they were outside."""
-
-    def __init__(self) -> None:
-        self._inside: tuple[Any, ...] | None = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        outside = _generators()
-        if self._inside is not None:
-            _set_generators(self._inside)
-        try:
-            yield
-        finally:
-            self._inside = _generators()
-            _set_generators(outside)
-
-
-def _generators() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_generators(states: tuple[Any, ...]) -> None:
-    python, numpy, cpu, cuda = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    for i, state in enumerate(cuda):
-        torch.cuda.set_rng_state(state, i)
-
-
 def _sound(x: Tensor) -> Tensor:
     """Where numbers are finite and below :data:`MAX_VALUE` in size."""
     return x.abs() < MAX_VALUE  # NaN compares false
@@ -525,31 +490,3 @@ def _time_limit(name: str, base: Any, asked: int | None) -> int:
             f"{int(own)} steps: set it where the environment is made"
         )
     return limit
-
-
-def _function(factory: str | None, kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """The function that ``module:function`` names.
-
-    It must name the arguments of :data:`FACTORY`: a configuration, perhaps of a foreign checkpoint,
-    cannot have just any function called.
-    """
-    module, _, name = factory.partition(":") if isinstance(factory, str) else ("", "", "")
-    if not (module and name.isidentifier()):
-        raise ValueError(f"env.factory must be module:function, got {factory!r}")
-    try:
-        make = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ImportError(f"env.factory={factory}: {_answers.said(error)}") from error
-    if not inspect.isfunction(make):
-        raise ValueError(f"env.factory={factory}: {module} has no function {name}")
-    parameters = inspect.signature(make).parameters
-    lacking = [k for k in FACTORY if k not in parameters]
-    if lacking:
-        raise ValueError(f"env.factory={factory} must take {', '.join(FACTORY)}, lacks {lacking}")
-    if not isinstance(kwargs, Mapping) or not set(kwargs).isdisjoint(FACTORY):
-        raise ValueError(f"env.kwargs must be the factory's own arguments, got {kwargs!r}")
-    try:
-        inspect.signature(make).bind(**dict.fromkeys(FACTORY), **kwargs)
-    except TypeError as error:
-        raise ValueError(f"env.factory={factory}: {error}, got env.kwargs={kwargs}") from error
-    return make

@@ -222,7 +222,7 @@ def test_a_diverged_env_that_cannot_be_restarted() -> None:
     env.step(torch.ones(N, 1))
     with (
         pytest.warns(RuntimeWarning),
-        pytest.raises(EnvironmentFault, match="the reward is nan.* cannot be restarted alone"),
+        pytest.raises(EnvironmentFault, match=r"the reward is nan.* cannot be restarted alone"),
     ):
         env.step(torch.ones(N, 1))
 
@@ -294,7 +294,9 @@ def test_a_start_that_is_not_finite() -> None:
             super()._reset_idx(ids)
             self.state[2, 1] = torch.nan
 
-    with pytest.raises(EnvironmentFault, match="Bad, env 2: an episode must start .* entry 1 is n"):
+    with pytest.raises(
+        EnvironmentFault, match=r"Bad, env 2: an episode must start .* entry 1 is n"
+    ):
         TorchVectorEnv(Bad(N, auto_reset=False))
 
 
@@ -409,7 +411,7 @@ def test_factories_that_are_refused(options: dict[str, Any], message: str) -> No
 
 
 def test_factories_that_cannot_be_had() -> None:
-    with pytest.raises(ImportError, match="env.factory=nowhere:make: ModuleNotFoundError"):
+    with pytest.raises(ImportError, match=r"env\.factory=nowhere:make: ModuleNotFoundError"):
         make("torch", 3, factory="nowhere:make")
     with pytest.raises(EnvironmentFault, match="failing failed: RuntimeError: no simulator here"):
         make("torch", 3, factory="tests.envs.torch_envs:failing")

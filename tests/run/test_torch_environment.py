@@ -43,7 +43,7 @@ LEARNING: dict[str, Any] = {
 
 
 def test_an_agent_learns(tmp_path: Path) -> None:
-    """To hold the carts near 0 for all 20 steps; at first they run out of bounds in half of them."""
+    """To hold the carts near 0 for all 20 steps; at first they run out of bounds in half."""
     summary, status = train(tiny_config(tmp_path / "run", "torch", **ENV, **LEARNING))
     assert status == 0
     assert rows(tmp_path / "run")[0]["eval_reward"] < 10.0

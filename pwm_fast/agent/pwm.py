@@ -209,8 +209,6 @@ class PWM:
         of the critics' values, as in learning; its rewards are without what entropy earns there.
         """
         obs, config = obs.to(self.device), self.config
-        scale = config.gamma**config.value_delay / config.value_scale
-        values = self.critic.ensemble(scale=scale)
         with extend.precision(self.precision), self.keeping():
             task = self.task_numbers((obs.shape[0],), task)
             z = self.encode(obs, task)
@@ -219,7 +217,7 @@ class PWM:
                 self.actor.policy(),
                 self.world_model.dynamics(),
                 self.world_model.heads(symlog_rewards=config.symlog_rewards),
-                values=values,
+                values=self._values(),
                 options=options,
                 gamma=self._gamma(task),
                 previous=previous,
@@ -227,6 +225,38 @@ class PWM:
                 eval_mode=eval_mode,
                 noise=noise,
                 generator=generator,
+                task=self.world_model.task_input(task, z),
+                action_mask=self._mask(task),
+            )
+
+    def trajectory_values(
+        self, obs: Tensor, actions: Tensor, *, task: Tensor | None = None
+    ) -> Tensor:
+        """What :meth:`plan` finds action sequences worth: ``[B, N]``, differentiable in them.
+
+        No gradient reaches the networks' parameters.
+
+        Args:
+            obs: ``[B, O]``.
+            actions: ``[H, B, N, A]`` in [-1, 1], time first: N sequences for each observation.
+            task: as in :meth:`act`.
+
+        Raises:
+            ValueError: shapes or devices do not fit.
+        """
+        config = self.config
+        networks = (self.world_model, self.actor, self.critic)
+        with extend.precision(self.precision), self.keeping(), frozen(*networks):
+            task = self.task_numbers((obs.shape[0],), task)
+            z = self.encode(obs, task)
+            return extend.trajectory_values(
+                z,
+                actions,
+                self.world_model.dynamics(),
+                self.world_model.heads(symlog_rewards=config.symlog_rewards),
+                values=self._values(),
+                policy=self.actor.policy(),
+                gamma=self._gamma(task),
                 task=self.world_model.task_input(task, z),
                 action_mask=self._mask(task),
             )
@@ -636,6 +666,11 @@ class PWM:
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, self.action_dim, device=self.device)
+
+    def _values(self) -> ops.ValueEnsemble:
+        """The critics as a plan takes them: the least value, in the rewards' units."""
+        scale = self.config.gamma**self.config.value_delay / self.config.value_scale
+        return self.critic.ensemble(scale=scale)
 
     def _imagine(
         self, obs: Tensor, task: Tensor | None = None, horizon: int | None = None

@@ -27,12 +27,14 @@ from pwm_fast.envs.protocol import (
 )
 from pwm_fast.envs.tasks import built_in
 from pwm_fast.envs.tasks.base import Task
+from pwm_fast.envs.torch_adapter import TorchVectorEnv
 
 TASKS: dict[str, type[Task]] = built_in()
 ADAPTERS: dict[str, Callable[..., VectorEnv]] = {
     "dmc": DMControlEnv,
     "dmc_tasks": dm_control_tasks,
     "gym": GymnasiumEnv.from_id,
+    "torch": TorchVectorEnv.from_factory,
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "StateNotSupported",
     "Task",
     "Tasks",
+    "TorchVectorEnv",
     "VectorEnv",
     "choose",
     "make",
@@ -82,9 +85,11 @@ def make(
         threads: physics threads of the native engine; the adapters take 1.
         engine: of a built-in robot: ``mujoco`` (native, on the CPU), ``mujoco_warp`` (on
             ``device``) or ``auto``, see :func:`choose`; the adapters take ``auto``.
-        device: the agent's; the envs' tensors are there where the engine runs there.
+        device: the agent's; the envs' tensors are there where the engine runs there. ``torch``
+            hands it to the factory.
         **options: the task's or adapter's own arguments, such as ``start`` of the cart-pole,
-            ``id`` of ``gym``, ``domain`` and ``task`` of ``dmc``, ``tasks`` of ``dmc_tasks``.
+            ``id`` of ``gym``, ``domain`` and ``task`` of ``dmc``, ``tasks`` of ``dmc_tasks``,
+            ``factory`` of ``torch``.
 
     Raises:
         ValueError: unknown name or option, a missing one, or a number out of range.
@@ -106,6 +111,8 @@ def make(
         if engine != "auto":
             raise ValueError(f"env.engine must be auto for env {name!r}, got {engine!r}")
         common["num_envs"] = num_envs
+        if name == "torch":
+            common["device"] = device
         _check_options(name, ADAPTERS[name], common, options)
         return ADAPTERS[name](**common, **options)
     known = ", ".join(sorted((*TASKS, *ADAPTERS)))

@@ -7,7 +7,8 @@ Dynamics of your own (:class:`pwm_fast.ops.Dynamics`) need :class:`Transitions`,
 A training loop may set the :func:`precision` of GEMMs, note with :func:`precisions_used`
 which ones ran, keep packed weights between updates (:func:`keeping`), and record CUDA graphs
 (:func:`capturing`). :func:`regression` gives loss and gradients of value functions without
-autograd, :func:`window_gradients` those of a world model. :func:`discounted_return`,
+autograd, :func:`window_gradients` those of a world model. :func:`trajectory_values` is what
+:func:`pwm_fast.ops.plan` maximises, for other planners. :func:`discounted_return`,
 :func:`discounted`, :func:`act`, :func:`moments`, :func:`squashed`, :func:`full_precision` and
 :func:`at_least_fp32` are formulas that losses and policies share with the operations.
 """
@@ -30,6 +31,7 @@ from pwm_fast.ops.dynamics import (
 )
 from pwm_fast.ops.imagine import act, moments, squashed
 from pwm_fast.ops.mlp import RunNet
+from pwm_fast.ops.plan import trajectory_values
 from pwm_fast.ops.regression import RegressionStep, regression
 from pwm_fast.ops.returns import discounted, discounted_return
 from pwm_fast.ops.types import FusedStep
@@ -58,6 +60,7 @@ __all__ = [
     "requested",
     "squared_error",
     "squashed",
+    "trajectory_values",
     "window_gradients",
 ]
 

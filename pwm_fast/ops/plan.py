@@ -320,13 +320,11 @@ def plan(
     ensemble = values
     if values is not None and values.draws_members:  # stacked once, then indexed on the device
         ensemble = values._replace(layers=_stacked(values.layers))
-    if isinstance(gamma, Tensor):
-        gamma = _repeated(gamma.to(dtype).unsqueeze(1), o.samples).squeeze(1)
     score = _Scores(
         _repeated(z0, o.samples),
         _each(task, o.samples),
         _each(mask, o.samples),
-        gamma,
+        _discounts(gamma, dtype, o.samples),
         policy,
         dynamics,
         heads,
@@ -354,6 +352,75 @@ def plan(
         action = action + std[0] * noise.action.to(dtype)
     action = action.clamp(-1.0, 1.0).masked_fill(~sound.unsqueeze(-1), math.nan).to(z0.dtype)
     return Plan(action, mean, std, actions, value)
+
+
+def trajectory_values(
+    z0: Tensor,
+    actions: Tensor,
+    dynamics: Dynamics,
+    heads: Heads,
+    *,
+    values: ValueEnsemble | None = None,
+    policy: Policy | None = None,
+    gamma: float | Tensor = 0.99,
+    task: Tensor | None = None,
+    action_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What :func:`plan` finds given action sequences worth, differentiably.
+
+    ``sum_t gamma^t r_t + gamma^H V(z_H)``, where step t counts only as far as the steps before it
+    did not terminate. Nothing is random: Q functions see the mean of the policy's action, and
+    ``values.reduce="two"`` is the mean of all members.
+
+    Args:
+        z0: latents ``[B, D]``.
+        actions: ``[H, B, N, A]``, time first: N sequences for each latent. They are not clamped.
+        dynamics: as of :func:`plan`.
+        heads: as of :func:`plan`.
+        values: as of :func:`plan`.
+        policy: gives the last action for Q functions; else None will do.
+        gamma: as of :func:`plan`.
+        task: task embeddings ``[B, E]``, or None.
+        action_mask: as of :func:`plan`.
+        backend: as of :func:`plan`.
+
+    Returns:
+        ``[B, N]``; differentiable in ``z0``, ``actions``, ``task`` and all parameters.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype.
+        ValueError: shapes, devices or options do not fit.
+        BackendError: the backend that was asked for cannot run this.
+    """
+    none_drawn = MPPI(policy_trajectories=0)
+    width = _check(z0, policy, dynamics, heads, values, none_drawn, gamma, None, None, task)
+    _checks.floating("actions", actions)
+    if actions.dim() != 4 or actions.shape[0] == 0 or actions.shape[1::2] != (z0.shape[0], width):
+        raise ValueError(
+            f"actions must be [H, {z0.shape[0]}, N, {width}] with an H of 1 or more, got "
+            f"{tuple(actions.shape)}"
+        )
+    _checks.same_device("actions", actions, "z0", z0.device)
+    count = actions.shape[2]
+    eps = None
+    if values is not None and values.on_action:
+        eps = actions.new_zeros(z0.shape[0], count, width)
+    mask = checked_mask(action_mask, z0, width)
+    if mask is not None:
+        actions = actions * mask.unsqueeze(1)
+    score = _Scores(
+        _repeated(z0, count),
+        _each(task, count),
+        _each(mask, count),
+        _discounts(gamma, fp32_dtype(z0), count),
+        policy,
+        dynamics,
+        heads,
+        values,
+        backend,
+    )
+    return score(actions, eps, None)
 
 
 class _Scores(NamedTuple):
@@ -490,6 +557,13 @@ def _repeated(x: Tensor, count: int) -> Tensor:
 def _each(x: Tensor | None, count: int) -> Tensor | None:
     """As :func:`_repeated`, of what may be missing."""
     return None if x is None else _repeated(x, count)
+
+
+def _discounts(gamma: float | Tensor, dtype: torch.dtype, count: int) -> float | Tensor:
+    """One discount, or those ``[B count]`` of as many rows."""
+    if not isinstance(gamma, Tensor):
+        return gamma
+    return gamma.to(dtype).repeat_interleave(count)
 
 
 def _noise_shapes(

@@ -29,6 +29,11 @@ def test_every_environment_has_a_configuration():
         ("humanoid", 64, {"engine", "variant"}),
         ("gym", 16, {"id", "kwargs"}),
         ("dmc", 8, {"domain", "task", "action_repeat"}),
+        (
+            "torch",
+            1024,
+            {"factory", "kwargs", "obs_group", "action_bound", "final_obs"},
+        ),
     ],
 )
 def test_keys(name, num_envs, options):

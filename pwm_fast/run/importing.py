@@ -122,12 +122,12 @@ def training_arguments(config: ImportConfig, found: Published) -> list[str]:
 
 
 def _overrides(shipped: dict[str, Any], own: dict[str, Any]) -> list[str]:
-    """Overrides that make one configuration of another; names aside."""
-    changes = provenance.changes(shipped, own)
+    """Overrides for all keys of ``own`` that have other values; names aside."""
+    before, now = provenance.flat(shipped), provenance.flat(own)
     return [
-        f"{key}={_written(both['is'])}"
-        for key, both in changes.items()
-        if key not in ("env.name", "alg.name")
+        f"{key}={_written(value)}"
+        for key, value in now.items()
+        if key not in ("env.name", "alg.name") and before.get(key) != value
     ]
 
 
@@ -150,6 +150,11 @@ def _fitted(config: ImportConfig, found: Published, env: VectorEnv) -> Published
     numbers = _numbers(config, found, env)
     if numbers is not None:
         found = published.of_tasks(found, numbers, obs_dim, action_dim)
+    count = _count(env)
+    if found.num_tasks != count:
+        raise ConfigError(
+            f"{found.path} is of {found.num_tasks} tasks, env={config.env.get('name')} of {count}"
+        )
     masks = getattr(env, "action_dims", None)
     if masks is not None and found.action_dims not in (None, tuple(masks)):
         raise ConfigError(
@@ -169,17 +174,16 @@ def _fitted(config: ImportConfig, found: Published, env: VectorEnv) -> Published
         new = published.preset("pwm")
         alg = replace(alg, actor=new.actor, critic=new.critic)
         found = replace(found, notes=[*found.notes, "policy and critics are new, of PWM's widths"])
-    return replace(found, alg=alg)
+    return replace(found, alg=alg, notes=list(found.notes))
 
 
 def _numbers(config: ImportConfig, found: Published, env: VectorEnv) -> list[int] | None:
     """The tasks of a file that an environment has; None takes the file as it is."""
     if config.tasks is not None:
-        count = len(getattr(env, "tasks", ("",)))
-        if len(config.tasks) != count:
+        if len(config.tasks) != _count(env):
             raise ConfigError(
                 f"tasks={config.tasks} are {len(config.tasks)}, env={config.env.get('name')} has "
-                f"{count} of them"
+                f"{_count(env)} of them"
             )
         return config.tasks
     if found.alg.world_model.task_dim == 0:
@@ -195,6 +199,11 @@ def _numbers(config: ImportConfig, found: Published, env: VectorEnv) -> list[int
     if len(names) == found.num_tasks and found.num_tasks not in SETS:
         return None
     return published.task_numbers(found, names)
+
+
+def _count(env: VectorEnv) -> int:
+    """Number of an environment's tasks."""
+    return len(getattr(env, "tasks", ("its only one",)))
 
 
 def _take_up(found: Published, agent: PWM, *, new_policy: bool) -> None:

@@ -343,9 +343,7 @@ class TDMPC2(Embedded):
         randomize(self.target)
 
     def masks(self) -> Tensor:
-        return torch.stack(
-            [(torch.arange(self.action_dim) < n).float() for n in self.action_dims]
-        )
+        return torch.stack([(torch.arange(self.action_dim) < n).float() for n in self.action_dims])
 
     def joined(self, x: Tensor, task: int | None, *more: Tensor) -> Tensor:
         return torch.cat([x, *self.embedding(len(x), task), *more], -1)

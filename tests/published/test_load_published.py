@@ -71,9 +71,7 @@ def compare_agents(found: Published, file: PWMFile) -> None:
     )
     same(actor(z), double(file.actor)(z).tanh())
     same(actor.logstd, file.actor.logstd.double())  # type: ignore[union-attr,operator]
-    critic = loaded(
-        CriticEnsemble(z.shape[1], alg.critic.units, alg.critic.members), found.critic
-    )
+    critic = loaded(CriticEnsemble(z.shape[1], alg.critic.units, alg.critic.members), found.critic)
     same(critic(z), double(file.critic)(z)[..., 0])
 
 

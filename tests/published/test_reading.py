@@ -43,9 +43,7 @@ def note(text: str) -> None:
 
 @pytest.mark.parametrize("kind", [Foreign, Calls])
 @pytest.mark.parametrize("key", ["obs_rms", "extra"])
-def test_a_foreign_class_is_named_and_not_loaded(
-    kind: type, key: str, tmp_path: Path
-) -> None:
+def test_a_foreign_class_is_named_and_not_loaded(kind: type, key: str, tmp_path: Path) -> None:
     value = kind()
     value.x = 1
     path = pwm_file().save(tmp_path / "x.pt", **{key: value})
@@ -137,9 +135,7 @@ def without(state: dict[str, Any], start: str) -> dict[str, Any]:
             "_reward.1.ln.bias is missing",
         ),
         (
-            lambda f: {
-                "world_model": {**f.world.state_dict(), "_encoder.0.bias": torch.zeros(12)}
-            },
+            lambda f: {"world_model": {**f.world.state_dict(), "_encoder.0.bias": torch.zeros(12)}},
             "_encoder.0.bias is [12] of float32 instead of [11] of floating numbers",
         ),
         (

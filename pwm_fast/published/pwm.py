@@ -142,7 +142,8 @@ def _world_model(path: Path, state: Mapping[str, Any], action_dim: int) -> _Worl
     if "_task_emb.weight" in parts:
         num_tasks, task_dim = parts.take("_task_emb.weight", -1, -1).shape
     parts.done()
-    fits = extra >= 0 and extra in ((task_dim,) if task_dim or not flow else (extra,))
+    zero_fed = flow and not task_dim and extra > 0  # the baseline's code cannot run such a model
+    fits = zero_fed or extra == task_dim
     if not fits or reward.columns != latent + action_dim + extra or encoder.columns <= extra:
         raise parts.error(
             f"{encoder.columns}, {transition.columns} and {reward.columns} columns of _encoder, "
@@ -157,14 +158,14 @@ def _world_model(path: Path, state: Mapping[str, Any], action_dim: int) -> _Worl
     notes: list[str] = []
     obs_dim = encoder.columns - extra
     columns: Columns = {}
-    if extra and not task_dim:
+    if zero_fed:
         for part, width in (("_encoder", obs_dim), (name, None), ("_reward", latent + action_dim)):
             columns[f"{part}.0.weight"] = list(range(width or transition.columns - extra))
         notes.append(
             f"{extra} columns of _encoder, {name} and _reward: dropped, for this single-task model "
             "was fed zeros there"
         )
-    elif extra and flow:  # theirs is [z, a, task]
+    elif flow and task_dim:  # theirs is [z, a, task]
         order = [*range(latent), *range(latent + action_dim, reward.columns)]
         columns["_reward.0.weight"] = [*order, *range(latent, latent + action_dim)]
         notes.append("_reward: columns reordered from [z, a, task] to [z, task, a]")

@@ -19,6 +19,8 @@ LOGSTD = (-10.0, 2.0)  # published bounds, which the older format does not store
 ORDER = ("weight", "bias", "ln.weight", "ln.bias")  # of a layer in the older format
 # Copies of the Q functions: planning takes the online ones, only learning takes the others.
 COPIES = ("_detach_Qs", "_target_Qs")
+# Beside the Q functions' parameters: what TensorDict stores, or, since 0.15, shapes without values.
+BESIDE = re.compile(r"_Qs\.(module\..*|.*__batch_size|.*__device)")
 
 
 def discount(episode_steps: int) -> float:
@@ -145,7 +147,7 @@ def _sorted(path: Path, model: Mapping[str, Any]) -> tuple[Parts, Parts, Parts]:
         ):
             continue
         if name.startswith("_Qs."):
-            if name.endswith(("__batch_size", "__device")):
+            if BESIDE.fullmatch(name):
                 continue
             layer = re.fullmatch(r"_Qs\.params\.(\d+)\.(.+)", name)
             if layer is not None and layer[2] in ORDER:

@@ -263,6 +263,15 @@ def test_a_termination_head_is_left_out(tmp_path: Path) -> None:
     compare_worlds(found, theirs, None)
 
 
+def test_shapes_without_values(tmp_path: Path) -> None:
+    """TensorDict 0.15 registers the module that its Q functions are called through."""
+    theirs = TDMPC2()
+    empty = torch.empty(12, 19, device="meta")
+    named = ("_Qs.module.0.weight", "_detach_Qs.module.0.weight", "_target_Qs.module.0.weight")
+    found = load_published(theirs.save(tmp_path / "x.pt", **dict.fromkeys(named, empty)))
+    compare_tdmpc2_agents(found, theirs, None)
+
+
 def test_a_state_dict_alone(tmp_path: Path) -> None:
     """TD-MPC2 itself reads it with and without a dict around."""
     theirs = TDMPC2()

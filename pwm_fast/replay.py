@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,18 @@ class Windows(NamedTuple):
     action: Tensor
     reward: Tensor
     terminated: Tensor
+    task: Tensor | None = None
+
+
+class Starts(NamedTuple):
+    """Observations to imagine from.
+
+    Attributes:
+        obs: ``[B, O]``.
+        task: int64 ``[B]``, their tasks' numbers; None in a replay of one task.
+    """
+
+    obs: Tensor
     task: Tensor | None = None
 
 
@@ -71,6 +83,7 @@ class Replay:
         horizon: H, transitions a window.
         device: where the rows live.
         keep: rows of each env's block; 0 for none.
+        num_tasks: where there are several, every transition has the number of its task.
 
     Raises:
         ValueError: the capacity holds no window for each env, or not one in the block and one
@@ -87,6 +100,7 @@ class Replay:
         horizon: int,
         device: torch.device | str = "cpu",
         keep: int = 0,
+        num_tasks: int = 1,
     ) -> None:
         rows = capacity // num_envs
         if rows < horizon + 2:
@@ -112,6 +126,8 @@ class Replay:
         self._length = torch.zeros(num_envs, dtype=torch.int32, device=self.device)
         self._random: Tensor | None = torch.zeros_like(self._run, dtype=torch.bool)
         self._block = torch.zeros_like(self._cursor)  # where it begins
+        self._num_tasks = num_tasks
+        self._task: Tensor | None = torch.zeros_like(self._run) if num_tasks > 1 else None
         self._env_index = torch.arange(num_envs, device=self.device)
         self._window_cdf: Tensor | None = None
         self._row_cdf: Tensor | None = None
@@ -126,6 +142,7 @@ class Replay:
         final_obs: Tensor,
         *,
         random: bool = False,
+        task: Tensor | None = None,
     ) -> None:
         """Store one step of every env.
 
@@ -137,6 +154,7 @@ class Replay:
             done: ``[N]`` bool, terminated or truncated.
             final_obs: ``[N, O]``, the true next observation.
             random: the actions are no policy's; for :meth:`random_share`.
+            task: integers ``[N]``, the numbers of the envs' tasks, where there are several.
         """
         # The environment and the policy may live on different devices: each part moves by itself.
         parts = (obs, action, reward.unsqueeze(-1), terminated.unsqueeze(-1))
@@ -147,6 +165,9 @@ class Replay:
         self._run[self._env_index, self._cursor] = self._length
         if self._random is not None:
             self._random[self._env_index, self._cursor] = random
+        if self._task is not None:
+            assert task is not None
+            self._task[self._env_index, self._cursor] = task.to(self._task)
 
         following = self._following(self._cursor)
         tail = torch.zeros_like(row)
@@ -159,8 +180,8 @@ class Replay:
         self._cut()
         self._window_cdf = self._row_cdf = None
 
-    def add_episodes(self, episodes: Sequence[Episode]) -> None:
-        """Store whole episodes, which are all at hand, before any step was added.
+    def add_episodes(self, episodes: Iterable[Episode]) -> None:
+        """Store whole episodes before any step was added; each is held only while it is stored.
 
         Each goes to the env whose ring is the emptiest then. Like steps that were added, they are
         overwritten, the first ones first, when the ring has come round.
@@ -169,36 +190,54 @@ class Replay:
             episodes: of any lengths of 1 step or more.
 
         Raises:
-            ValueError: the replay holds something already, or not all of it has room.
+            ValueError: the replay holds something already, not all of it has room, or an episode is
+                of a task that the replay has no number for; then it is as empty as before.
         """
         if len(self):
             raise ValueError(f"episodes go into an empty replay; it holds {len(self)} transitions")
+        room = self.rows - self._keep
         emptiest = [(0, env) for env in range(self.num_envs)]
-        places = []
-        for episode in episodes:  # one more row than steps: the last observation
-            used, env = heapq.heappop(emptiest)
-            places.append((env, used))
-            heapq.heappush(emptiest, (used + len(episode.obs), env))
-        most = max(used for used, _ in emptiest)
-        if most > self.rows - self._keep:
-            beside = f" beside the {self._keep} rows of alg.keep_random" if self._keep else ""
-            raise ValueError(
-                f"{len(episodes)} episodes with {sum(len(e.action) for e in episodes)} transitions "
-                f"do not fit{beside}: alg.replay_capacity must be at least "
-                f"{(most + self._keep) * self.num_envs} for {self.num_envs} envs, got "
-                f"{self.rows * self.num_envs}"
-            )
-        for (env, start), episode in zip(places, episodes, strict=True):
-            steps = len(episode.action)
-            tail = torch.zeros(1, self._data.shape[-1] - self.obs_dim, device="cpu")
-            parts = (episode.action, episode.reward[:, None], episode.terminated[:, None])
-            rest = torch.cat([torch.cat([p.to(tail) for p in parts], dim=-1), tail])
-            rows = torch.cat([episode.obs.to(tail), rest], dim=-1)
-            self._data[env, start : start + steps + 1] = rows.to(self.device)
-            self._run[env, start : start + steps] = torch.arange(1, steps + 1, device="cpu")
+        count = transitions = 0
+        try:
+            for episode in episodes:  # one more row than steps: the last observation
+                if not 0 <= episode.task < self._num_tasks:
+                    raise ValueError(
+                        f"episode {count} is of task {episode.task}, alg.world_model.num_tasks is "
+                        f"{self._num_tasks}"
+                    )
+                used, env = heapq.heappop(emptiest)
+                after = used + len(episode.obs)
+                if after <= room:
+                    self._write(env, used, episode)
+                heapq.heappush(emptiest, (after, env))
+                count, transitions = count + 1, transitions + len(episode.action)
+            most = max(used for used, _ in emptiest)
+            if most > room:
+                kept = f" beside the {self._keep} rows of alg.keep_random" if self._keep else ""
+                raise ValueError(
+                    f"{count} episodes with {transitions} transitions do not fit{kept}: "
+                    f"alg.replay_capacity must be at least {(most + self._keep) * self.num_envs} "
+                    f"for {self.num_envs} envs, got {self.rows * self.num_envs}"
+                )
+        except BaseException:
+            self._data.zero_()
+            self._run.zero_()
+            raise
         for used, env in emptiest:
             self._cursor[env] = self._block[env] = used % self.rows
         self._window_cdf = self._row_cdf = None
+
+    def _write(self, env: int, start: int, episode: Episode) -> None:
+        """Store an episode in rows of an env from ``start`` on."""
+        steps = len(episode.action)
+        tail = torch.zeros(1, self._data.shape[-1] - self.obs_dim, device="cpu")
+        parts = (episode.action, episode.reward[:, None], episode.terminated[:, None])
+        rest = torch.cat([torch.cat([p.to(tail) for p in parts], dim=-1), tail])
+        rows = torch.cat([episode.obs.to(tail), rest], dim=-1)
+        self._data[env, start : start + steps + 1] = rows.to(self.device)
+        self._run[env, start : start + steps] = torch.arange(1, steps + 1, device="cpu")
+        if self._task is not None:
+            self._task[env, start : start + steps + 1] = episode.task
 
     def keep_at_most(self, rows: int) -> None:
         """Make the blocks smaller, before any step was added; too few rows for a window keep none.
@@ -237,14 +276,16 @@ class Replay:
             windows[:-1, :, o : o + a],
             windows[:-1, :, o + a],
             windows[:-1, :, o + a + 1],
+            None if self._task is None else self._task[env, end].long(),
         )
 
-    def sample_obs(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """``batch_size`` observations ``[B, O]`` acted on, uniformly, with replacement."""
+    def sample_starts(self, batch_size: int, generator: torch.Generator | None = None) -> Starts:
+        """``batch_size`` observations that were acted on, uniformly, with replacement."""
         if self._row_cdf is None:
             self._row_cdf = (self._run > 0).flatten().cumsum(0)
         index = self._draw(self._row_cdf, batch_size, generator)
-        return self._data.view(-1, self._data.shape[-1])[index, : self.obs_dim]
+        obs = self._data.view(-1, self._data.shape[-1])[index, : self.obs_dim]
+        return Starts(obs, None if self._task is None else self._task.view(-1)[index].long())
 
     def num_windows(self) -> int:
         """Number of windows that :meth:`sample` draws from."""
@@ -288,6 +329,7 @@ class Replay:
             "block": self._block.clone(),
             "keep": [self._asked, self._keep],
             "random": None if self._random is None else self._random[:, :used].clone(),
+            "task": None if self._task is None else self._task[:, :used].clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -309,6 +351,17 @@ class Replay:
                 f"the saved replay was made to keep {asked} rows of each env's random transitions, "
                 f"alg.keep_random and alg.random_epochs of this run ask for {self._asked}"
             )
+        task = state.get("task")
+        if (task is None) != (self._task is None):
+            raise ValueError(
+                f"the saved replay is of {'one task' if task is None else 'several tasks'}, "
+                f"alg.world_model.num_tasks of this run is {self._num_tasks}"
+            )
+        if task is not None and task.numel() and int(task.amax()) >= self._num_tasks:
+            raise ValueError(
+                f"the saved replay has a task number {int(task.amax())}, "
+                f"alg.world_model.num_tasks of this run is {self._num_tasks}"
+            )
         self._keep = kept
         used = state["data"].shape[1]
         self._data.zero_()
@@ -320,6 +373,9 @@ class Replay:
         if random is not None:
             self._random = torch.zeros_like(self._run, dtype=torch.bool)
             self._random[:, :used] = random.to(self.device)
+        if self._task is not None and task is not None:
+            self._task.zero_()
+            self._task[:, :used] = task.to(self.device)
         self._block.copy_(state.get("block", torch.zeros_like(self._block)))
         self._cursor.copy_(state["cursor"])
         self._length.copy_(state["length"])

@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     EXPORT = 9  # recorded episodes
     EXPORT_AGENT = 10  # the global generators while they are recorded
     PLANNING = 11  # a planner's trajectories
+    TASK = 12  # envs of each of several tasks
 
 
 def in_range(seed: int) -> bool:

@@ -18,18 +18,21 @@ class RunningMeanStd(nn.Module):
 
     Args:
         shape: of one item; ``()`` for scalars.
+        groups: G, of which each has statistics of its own, as items of several tasks have; None is
+            one for all.
     """
 
     mean: Tensor
     var: Tensor
     count: Tensor
 
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, shape: tuple[int, ...] = (), groups: int | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        of = () if groups is None else (groups,)
+        self.register_buffer("mean", torch.zeros((*of, *shape), dtype=torch.float64))
+        self.register_buffer("var", torch.ones((*of, *shape), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(of, dtype=torch.float64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMeanStd:
         """Follow to another device, but not to another dtype: 16 bits cannot even count."""
@@ -42,45 +45,70 @@ class RunningMeanStd(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Merge a batch ``[..., *shape]``; items with a non-finite entry are left out."""
+    def update(self, x: Tensor, group: Tensor | None = None) -> None:
+        """Merge a batch ``[..., *shape]``; items with a non-finite entry are left out.
+
+        Args:
+            x: the items.
+            group: integers of the leading shape of ``x``, their groups, where there are several.
+        """
         rows = x.detach().double().reshape(-1, *self.shape)
         finite = torch.isfinite(rows)
         weight = (finite.flatten(1).all(1) if self.shape else finite).double()
-        n = weight.sum()
-        spread = weight.reshape(-1, *([1] * len(self.shape)))
         rows = torch.where(finite, rows, 0.0)
+        # Rows [n, 1, *shape] and weights [n, G, 1...]: of one group as well.
+        groups = self.count.numel()
+        weight = weight.unsqueeze(-1)
+        if group is not None:
+            numbers = torch.arange(groups, device=rows.device)
+            weight = weight * (group.reshape(-1, 1) == numbers)
+        n = weight.sum(0)
+        spread = weight.reshape(-1, groups, *([1] * len(self.shape)))
+        rows = rows.unsqueeze(1)
+        count = self.count.reshape(groups)
+        n, count = (v.reshape(groups, *([1] * len(self.shape))) for v in (n, count))
+        mean, var = (v.reshape(groups, *self.shape) for v in (self.mean, self.var))
         batch_mean = (rows * spread).sum(0) / n.clamp_min(1.0)
         batch_var = ((rows - batch_mean).square() * spread).sum(0) / n.clamp_min(1.0)
-        total = (self.count + n).clamp_min(1.0)
-        delta = batch_mean - self.mean
-        merged = (
-            self.var * self.count + batch_var * n + delta.square() * self.count * n / total
-        ) / total
+        total = (count + n).clamp_min(1.0)
+        delta = batch_mean - mean
+        merged = (var * count + batch_var * n + delta.square() * count * n / total) / total
         seen = n > 0
-        self.var.copy_(torch.where(seen, merged, self.var))
-        self.mean.add_(torch.where(seen, delta * n / total, 0.0))
-        self.count.add_(n)
+        self.var.copy_(torch.where(seen, merged, var).view_as(self.var))
+        self.mean.add_(torch.where(seen, delta * n / total, 0.0).view_as(self.mean))
+        self.count.add_(n.view_as(self.count))
 
     def scale(self, eps: float = 1e-5, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``sqrt(var + eps)``, of the item's shape, rounded once to ``dtype``."""
+        """``sqrt(var + eps)``, of the buffers' shape, rounded once to ``dtype``."""
         return (self.var + eps).sqrt().to(dtype)
 
-    def normalize(self, x: Tensor, clip: float | None = 10.0, *, centre: bool = True) -> Tensor:
+    def normalize(
+        self,
+        x: Tensor,
+        clip: float | None = 10.0,
+        *,
+        centre: bool = True,
+        group: Tensor | None = None,
+    ) -> Tensor:
         """``(x - mean) / sqrt(var + eps)``, clipped.
 
         Args:
             x: ``[..., *shape]``, floating.
             clip: deviations from 0 that values are clipped to; None clips nothing.
             centre: subtract the mean.
+            group: integers of the leading shape of ``x``, or one that broadcasts to it, where there
+                are several groups.
 
         Returns:
             As ``x``, computed in float32 at least.
         """
         y = at_least_fp32(x)  # in 16 bits a mean far from 0 would lose what is around it
+        mean, scale = self.mean.to(y.dtype), self.scale(dtype=y.dtype)
+        if group is not None:
+            mean, scale = mean[group], scale[group]
         if centre:
-            y = y - self.mean.to(y.dtype)
-        y = y / self.scale(dtype=y.dtype)
+            y = y - mean
+        y = y / scale
         return (y if clip is None else y.clamp(-clip, clip)).to(x.dtype)
 
 

@@ -18,12 +18,22 @@ class Planner:
         agent: whose networks plan.
         options: of the plans.
         seed: of the random numbers.
+        task: int64 ``[N]``, the numbers of the envs' tasks, where the model has several.
         eval_mode: add no noise to the actions.
     """
 
-    def __init__(self, agent: PWM, options: ops.MPPI, seed: int, *, eval_mode: bool = True) -> None:
+    def __init__(
+        self,
+        agent: PWM,
+        options: ops.MPPI,
+        seed: int,
+        *,
+        task: Tensor | None = None,
+        eval_mode: bool = True,
+    ) -> None:
         self.agent = agent
         self.options = options
+        self.task = task
         self.eval_mode = eval_mode
         self.generator = torch.Generator(agent.device).manual_seed(seed)
         self.mean: Tensor | None = None
@@ -38,6 +48,7 @@ class Planner:
         plan = self.agent.plan(
             obs,
             self.options,
+            task=self.task,
             previous=self.mean,
             first=first.to(self.agent.device),
             eval_mode=self.eval_mode,

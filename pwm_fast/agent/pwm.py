@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -57,6 +57,8 @@ class PWM:
         graphs: replay the updates from CUDA graphs; None is on CUDA alone.
         precision: of GEMMs, of :data:`pwm_fast.ops.extend.PRECISIONS`.
         recorder: records the graphs, for a device without them.
+        action_dims: components of the action, the first ones, that tasks of these numbers read;
+            others read all.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class PWM:
         graphs: bool | None = None,
         precision: str = "auto",
         recorder: Recorder | None = None,
+        action_dims: Mapping[int, int] | None = None,
     ) -> None:
         if precision not in extend.PRECISIONS:
             raise ValueError(
@@ -106,7 +109,8 @@ class PWM:
             config.critic.members,
             config.critic.input_gain,
         ).to(self.device)
-        self.obs_rms = RunningMeanStd((obs_dim,)).to(self.device)
+        tasks = config.world_model.num_tasks
+        self.obs_rms = RunningMeanStd((obs_dim,), tasks if tasks > 1 else None).to(self.device)
         self.reward_rms = RunningMeanStd().to(self.device)
         self.return_rms = RunningMeanStd().to(self.device)
         self.start_spread: StartSpread | None = None
@@ -166,11 +170,19 @@ class PWM:
     # --- acting ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
-        """Actions ``[N, A]`` for observations ``[N, O]``; sampled unless ``deterministic``."""
+    def act(
+        self, obs: Tensor, *, task: Tensor | None = None, deterministic: bool = False
+    ) -> Tensor:
+        """Actions ``[N, A]`` for observations ``[N, O]``; sampled unless ``deterministic``.
+
+        Args:
+            obs: observations.
+            task: int64 ``[N]``, their tasks' numbers, where the model has several.
+            deterministic: act with the mean.
+        """
         obs = obs.to(self.device)
         with extend.precision(self.precision), self.keeping():
-            z = self._encode(obs, self._task(obs.shape[0]))
+            z = self.encode(obs, self.task_numbers((obs.shape[0],), task))
             noise = None if deterministic else self._noise(obs.shape[0])
             return self.actor(z, noise)
 
@@ -180,6 +192,7 @@ class PWM:
         obs: Tensor,
         options: ops.MPPI | None = None,
         *,
+        task: Tensor | None = None,
         previous: Tensor | None = None,
         first: Tensor | None = None,
         eval_mode: bool = False,
@@ -188,6 +201,8 @@ class PWM:
     ) -> ops.Plan:
         """Plan actions for observations ``[N, O]`` in the world model: :func:`pwm_fast.ops.plan`.
 
+        ``task`` is as in :meth:`act`.
+
         The actor draws its share of the trajectories. What a trajectory ends in is worth the least
         of the critics' values, as in learning; its rewards are without what entropy earns there.
         """
@@ -195,8 +210,8 @@ class PWM:
         scale = config.gamma**config.value_delay / config.value_scale
         values = ops.ValueEnsemble(self.critic.layers(), reduce="min", scale=scale)
         with extend.precision(self.precision), self.keeping():
-            task = self._task(obs.shape[0])
-            z = self._encode(obs, task)
+            task = self.task_numbers((obs.shape[0],), task)
+            z = self.encode(obs, task)
             return ops.plan(
                 z,
                 self.actor.policy(),
@@ -214,7 +229,7 @@ class PWM:
             )
 
     @torch.no_grad()
-    def why_not_finite(self, obs: Tensor) -> str | None:
+    def why_not_finite(self, obs: Tensor, task: Tensor | None = None) -> str | None:
         """Where numbers stop being finite on the way from ``obs [N, O]`` to actions; else None.
 
         Waits for the device; no random numbers are drawn.
@@ -226,7 +241,7 @@ class PWM:
             return ", ".join(problems[:3]) + more
         with extend.precision(self.precision), self.keeping():
             obs = obs.to(self.device)
-            z = self._encode(obs, self._task(len(obs)))
+            z = self.encode(obs, self.task_numbers((len(obs),), task))
             for name, value in (("observations", obs), ("latents", z), ("actions", self.actor(z))):
                 bad = int((~value.isfinite().all(-1)).sum())
                 if bad:
@@ -243,10 +258,14 @@ class PWM:
                     )
         return None
 
-    def observe(self, obs: Tensor, reward: Tensor) -> None:
-        """Update the running statistics with collected ``obs [N, O]`` and ``reward [N]``."""
+    def observe(self, obs: Tensor, reward: Tensor, task: Tensor | None = None) -> None:
+        """Update the running statistics with collected ``obs [N, O]`` and ``reward [N]``.
+
+        ``task`` is as in :meth:`act`.
+        """
         if self.config.normalize_obs:
-            self.obs_rms.update(obs.to(self.device))
+            numbers = self.task_numbers((obs.shape[0],), task)
+            self.obs_rms.update(obs.to(self.device), self._group(numbers))
         if self.config.normalize_rewards:
             self.reward_rms.update(reward.to(self.device))
 
@@ -282,10 +301,10 @@ class PWM:
             extend.precision(self.precision),
             self.keeping(),
         ):
-            obs, action = pieces(
-                learning.rollout_steps, self._normalize(windows.obs), windows.action
-            )
-            task = self._task(action.shape[1])
+            task = self.task_numbers((windows.action.shape[1],), windows.task)
+            seen = self.normalized(windows.obs, task)
+            obs, action = pieces(learning.rollout_steps, seen, windows.action)
+            task = self._of_pieces(task, action)
             encoded = self.world_model.encode(obs, task)
             latents = ops.latent_rollout(
                 encoded[0],
@@ -295,8 +314,10 @@ class PWM:
             )
             self.start_spread.update((latents - encoded)[:-1])
 
-    def update_policy(self, obs: Tensor) -> Metrics:
+    def update_policy(self, obs: Tensor, task: Tensor | None = None) -> Metrics:
         """One actor update on rollouts imagined from ``obs [B, O]``, then the critics' updates.
+
+        ``task`` is as in :meth:`act`.
 
         Raises:
             OutOfMemory: the device's memory is too small for it; the message says what to lower.
@@ -306,7 +327,7 @@ class PWM:
         )
         lower = "alg.actor.batch_size or alg.imagination_horizon"
         with memory.explained(what, lower, self.device):
-            actor = self._run("actor", self._actor_update, obs)
+            actor = self._run("actor", self._actor_update, obs, task)
             critic = Update({})
             if self.config.critic.passes:
                 critic = self._run("critic", self._critic_update, *actor.handed)
@@ -333,18 +354,26 @@ class PWM:
         """Gradients that an optimiser keeps."""
         return tuple(p.grad for p in self.optimizers[name].params if p.grad is not None)
 
-    def _model_update(self, obs: Tensor, action: Tensor, reward: Tensor, end: Tensor) -> Update:
+    def _model_update(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        end: Tensor,
+        task: Tensor | None = None,
+    ) -> Update:
         if self.config.normalize_rewards:
             reward = self.reward_rms.normalize(
                 reward, self.config.reward_clip, centre=self.config.centre_rewards
             )
         learning, gamma = self.config.model_learning, self.config.gamma
+        task = self.task_numbers((action.shape[1],), task)
         obs, action, reward, end = pieces(
-            learning.rollout_steps, self._normalize(obs), action, reward, end
+            learning.rollout_steps, self.normalized(obs, task), action, reward, end
         )
+        task = self._of_pieces(task, action)
         windows = obs, action, reward, end
         optimizer = self.optimizers["wm"]
-        task = self._task(action.shape[1])
         tau = flow_times(action, learning)
         spread = None if self.start_spread is None else self.start_spread.std()
         found = None
@@ -371,9 +400,10 @@ class PWM:
         metrics = {**loss.metrics, "wm_grad_norm": norm}
         return Update(metrics, gradients=self._kept("wm"))
 
-    def _actor_update(self, obs: Tensor) -> Update:
+    def _actor_update(self, obs: Tensor, task: Tensor | None = None) -> Update:
+        task = self.task_numbers((obs.shape[0],), task)
         with frozen(self.world_model, self.critic), extend.precisions_used(self._used):
-            rollout, returns, entropy = self._imagine(obs)
+            rollout, returns, entropy = self._imagine(obs, task)
             self.return_rms.update(returns)
             loss = self._actor_loss(returns)
             norm = self.optimizers["actor"].step(loss)
@@ -385,21 +415,23 @@ class PWM:
         }
         if entropy is not None:
             metrics["entropy"] = entropy
-        handed = tuple(None if x is None else x.detach() for x in rollout)
+        handed = tuple(None if x is None else x.detach() for x in (*rollout, task))
         return Update(metrics, handed, self._kept("actor"))
 
-    def _critic_update(self, *rollout: Tensor) -> Update:
-        metrics = self._update_critic(ImaginedRollout(*rollout))
+    def _critic_update(self, *handed: Tensor) -> Update:
+        *rollout, task = handed
+        metrics = self._update_critic(ImaginedRollout(*rollout), task)
         return Update(metrics, gradients=self._kept("critic"))
 
-    def actor_esnr(self, obs: Tensor, samples: int) -> Metrics:
+    def actor_esnr(self, obs: Tensor, samples: int, *, task: Tensor | None = None) -> Metrics:
         """Signal-to-noise ratio of the actor's gradient over ``samples`` micro-batches of ``obs``.
 
         Args:
             obs: ``[B, O]``; the first ``B // samples * samples`` rows are used.
             samples: M, from 2 to B.
+            task: as in :meth:`act`.
         """
-        result = ops.esnr(self.actor_gradients(obs, samples))
+        result = ops.esnr(self.actor_gradients(obs, samples, task=task))
         metrics = {"esnr": result.ratio, "esnr_db": result.db}
         for (name, _), ratio in zip(
             self.actor.named_parameters(), result.tensor_ratio, strict=True
@@ -408,7 +440,12 @@ class PWM:
         return metrics
 
     def actor_gradients(
-        self, obs: Tensor, samples: int, horizon: int | None = None
+        self,
+        obs: Tensor,
+        samples: int,
+        horizon: int | None = None,
+        *,
+        task: Tensor | None = None,
     ) -> list[tuple[Tensor, ...]]:
         """First-order gradients of the actor's loss, one of each of ``samples`` micro-batches.
 
@@ -416,6 +453,7 @@ class PWM:
             obs: ``[B, O]``; the first ``B // samples * samples`` rows are used.
             samples: M, from 1 to B.
             horizon: imagined steps; None is ``config.horizon``.
+            task: as in :meth:`act`.
 
         Returns:
             M tuples in the order of ``actor.parameters()``.
@@ -430,8 +468,10 @@ class PWM:
             self.keeping(),
             frozen(self.world_model, self.critic),
         ):
-            for part in obs[: size * samples].split(size):
-                loss = self._actor_loss(self._imagine(part, horizon).returns)
+            for i in range(samples):
+                rows = slice(i * size, (i + 1) * size)
+                numbers = self.task_numbers((size,), None if task is None else task[rows])
+                loss = self._actor_loss(self._imagine(obs[rows], numbers, horizon).returns)
                 grads.append(torch.autograd.grad(loss, params))
         return grads
 
@@ -516,30 +556,59 @@ class PWM:
 
     # --- parts ----------------------------------------------------------------------------------
 
-    def _task(self, batch: int) -> Tensor | None:
-        if self.config.world_model.task_dim == 0:
+    def task_numbers(self, shape: tuple[int, ...], task: Tensor | None = None) -> Tensor | None:
+        """Task numbers as the networks take them.
+
+        Args:
+            shape: of the rows that they are of.
+            task: int64, the numbers; None where the model knows one task at most.
+
+        Returns:
+            Those that were given; zeros of ``shape`` in a model of one task; None in one without
+            task embeddings.
+
+        Raises:
+            ValueError: there are several tasks, and none is given.
+        """
+        model = self.config.world_model
+        if model.task_dim == 0:
             return None
-        return torch.zeros(batch, dtype=torch.int64, device=self.device)
+        if task is not None:
+            return task.to(self.device)
+        if model.num_tasks > 1:
+            raise ValueError(f"task must be the numbers of {model.num_tasks} tasks, got None")
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def normalized(self, obs: Tensor, task: Tensor | None) -> Tensor:
+        """Observations ``[..., O]`` of :meth:`task_numbers` as the model takes them."""
+        if not self.config.normalize_obs:
+            return obs
+        return self.obs_rms.normalize(obs, self.config.obs_clip, group=self._group(task))
+
+    def encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
+        """Latents ``[..., D]`` of observations ``[..., O]`` of :meth:`task_numbers`."""
+        return self.world_model.encode(self.normalized(obs, task), task)
+
+    def _of_pieces(self, task: Tensor | None, action: Tensor) -> Tensor | None:
+        """Task numbers of windows' pieces, which stay side by side."""
+        if task is None:
+            return None
+        return task.repeat_interleave(action.shape[1] // max(1, task.shape[0]))
+
+    def _group(self, task: Tensor | None) -> Tensor | None:
+        """The groups of running statistics that rows of such tasks are of."""
+        return task if self.config.world_model.num_tasks > 1 else None
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, self.action_dim, device=self.device)
 
-    def _normalize(self, obs: Tensor) -> Tensor:
-        if not self.config.normalize_obs:
-            return obs
-        return self.obs_rms.normalize(obs, self.config.obs_clip)
-
-    def _encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
-        return self.world_model.encode(self._normalize(obs), task)
-
-    def _imagine(self, obs: Tensor, horizon: int | None = None) -> _Imagined:
+    def _imagine(self, obs: Tensor, task: Tensor | None, horizon: int | None = None) -> _Imagined:
         steps = self.config.imagined_steps if horizon is None else horizon
-        task = self._task(obs.shape[0])
         noise = self._noise(steps, obs.shape[0])
         rollout = imagine(
             self.world_model,
             self.actor,
-            self._encode(obs, task),
+            self.encode(obs, task),
             noise,
             detach=self.config.actor.detach,
             task=task,
@@ -565,7 +634,7 @@ class PWM:
             return loss
         return loss / self.return_rms.scale(dtype=loss.dtype)
 
-    def _update_critic(self, rollout: ImaginedRollout) -> Metrics:
+    def _update_critic(self, rollout: ImaginedRollout, task: Tensor | None) -> Metrics:
         config = self.config.critic
         with torch.no_grad():
             z = rollout.z.detach()

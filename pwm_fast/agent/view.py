@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pwm_fast.agent.pwm import PWM
@@ -28,23 +27,24 @@ class ModelView(NamedTuple):
     termination: Callable[[Tensor, Tensor], Tensor] | None
 
 
-def view_of(agent: PWM) -> ModelView:
-    """The world model of an agent, for the task that the agent acts in.
+def view_of(agent: PWM, task: Tensor | None = None) -> ModelView:
+    """The world model of an agent.
+
+    Args:
+        agent: whose.
+        task: int64, the number of the task that all rows are of, or ``[B]`` of each row, where the
+            model has several.
 
     Observations are normalised as the agent does it; rewards that were normalised for a scalar head
     are put back (what was clipped stays within its bounds).
     """
     model = agent.world_model
-    numbered = agent.config.world_model.task_dim > 0
-    # Training has one environment; its task is number 0.
-    task = torch.zeros((), dtype=torch.int64, device=agent.device) if numbered else None
+    task = agent.task_numbers((), task)
     scale = agent.reward_rms.scale() if agent.config.normalize_rewards else None
     centre = agent.reward_rms.mean if agent.config.centre_rewards else 0.0
 
     def encode(obs: Tensor) -> Tensor:
-        if agent.config.normalize_obs:
-            obs = agent.obs_rms.normalize(obs, agent.config.obs_clip)
-        return model.encode(obs, task)
+        return agent.encode(obs, task)
 
     def reward(z: Tensor, a: Tensor) -> Tensor:
         value = model.decode_reward(model.reward(z, a, task))

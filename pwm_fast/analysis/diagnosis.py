@@ -386,11 +386,11 @@ def _jacobian(
 @torch.no_grad()
 def _imagined_latents(agent: PWM, obs: Tensor, horizon: int, config: DiagnoseConfig) -> Tensor:
     """Latents ``[H+1, B, D]`` of rollouts as the agent imagines them when it learns."""
-    task = agent._task(obs.shape[0])
+    task = agent.task_numbers(obs.shape[:1])
     noise = agent._noise(horizon, obs.shape[0])
     if config.policy == "deterministic":
         noise = torch.zeros_like(noise)
-    z = agent._encode(obs, task)
+    z = agent.encode(obs, task)
     return imagine(agent.world_model, agent.actor, z, noise, task=task).z
 
 

@@ -48,7 +48,6 @@ from pwm_fast.config.training import (
     TrainConfig,
     WandbConfig,
     check_layers,
-    check_tasks,
 )
 
 __all__ = [
@@ -75,7 +74,6 @@ __all__ = [
     "at_most",
     "check_choices",
     "check_layers",
-    "check_tasks",
     "compose",
     "from_dict",
     "from_hydra",

@@ -242,25 +242,6 @@ class TrainConfig(Checked):
         return self.num_envs or self.env.num_envs
 
 
-def check_tasks(config: TrainConfig) -> None:
-    """Refuse to train a model of several tasks: every transition would count as of the first.
-
-    Models and agents of several tasks can be made, measured and loaded; what is missing is a task
-    number beside each transition.
-
-    Raises:
-        ConfigError: the configuration has more than one task.
-    """
-    model = config.alg.world_model
-    require(
-        model.num_tasks == 1,
-        "alg.world_model.num_tasks",
-        model.num_tasks,
-        "1 to train: transitions carry no task number yet, all would count as of task 0 (set "
-        "alg.world_model.num_tasks=1 alg.world_model.task_dim=0, and train one run for each task)",
-    )
-
-
 def check_layers(config: TrainConfig) -> None:
     """Refuse to begin with networks without hidden layers: they would be linear, without a word.
 

@@ -11,6 +11,7 @@ import torch
 from pwm_fast.envs.dm_control_adapter import DMControlEnv
 from pwm_fast.envs.engines import ENGINES, Engine, choose, why_unusable
 from pwm_fast.envs.gymnasium_adapter import GymnasiumEnv
+from pwm_fast.envs.many_tasks import ManyTasks, dm_control_tasks
 from pwm_fast.envs.mujoco_cpu import MujocoEnv
 from pwm_fast.envs.mujoco_warp import MujocoWarpEnv
 from pwm_fast.envs.protocol import (
@@ -19,7 +20,10 @@ from pwm_fast.envs.protocol import (
     Box,
     EnvironmentFault,
     StateNotSupported,
+    Tasks,
     VectorEnv,
+    task_of,
+    tasks_of,
 )
 from pwm_fast.envs.tasks import built_in
 from pwm_fast.envs.tasks.base import Task
@@ -27,6 +31,7 @@ from pwm_fast.envs.tasks.base import Task
 TASKS: dict[str, type[Task]] = built_in()
 ADAPTERS: dict[str, Callable[..., VectorEnv]] = {
     "dmc": DMControlEnv,
+    "dmc_tasks": dm_control_tasks,
     "gym": GymnasiumEnv.from_id,
 }
 
@@ -41,13 +46,17 @@ __all__ = [
     "Engine",
     "EnvironmentFault",
     "GymnasiumEnv",
+    "ManyTasks",
     "MujocoEnv",
     "MujocoWarpEnv",
     "StateNotSupported",
     "Task",
+    "Tasks",
     "VectorEnv",
     "choose",
     "make",
+    "task_of",
+    "tasks_of",
     "why_unusable",
 ]
 
@@ -75,7 +84,7 @@ def make(
             ``device``) or ``auto``, see :func:`choose`; the adapters take ``auto``.
         device: the agent's; the envs' tensors are there where the engine runs there.
         **options: the task's or adapter's own arguments, such as ``start`` of the cart-pole,
-            ``id`` of ``gym``, ``domain`` and ``task`` of ``dmc``.
+            ``id`` of ``gym``, ``domain`` and ``task`` of ``dmc``, ``tasks`` of ``dmc_tasks``.
 
     Raises:
         ValueError: unknown name or option, a missing one, or a number out of range.

@@ -40,6 +40,42 @@ class Box:
     dtype: torch.dtype = field(default=torch.float32)
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of an environment that has several.
+
+    Attributes:
+        names: what they are called.
+        numbers: by which a model knows them.
+        action_dims: components of the action, the first ones, that each reads.
+        of_env: int64 ``[N]``, the number of each env's task.
+        action_mask: ``[N, A]``, 1.0 where the task of an env reads a component, else 0.0.
+    """
+
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+    action_dims: tuple[int, ...]
+    of_env: Tensor
+    action_mask: Tensor
+
+    @property
+    def action_dims_by_number(self) -> dict[int, int]:
+        """``action_dims`` by the tasks' numbers."""
+        return dict(zip(self.numbers, self.action_dims, strict=True))
+
+
+def tasks_of(env: VectorEnv) -> Tasks | None:
+    """The tasks of an environment that says of any; else None."""
+    found: Tasks | None = getattr(env, "tasks", None)
+    return found
+
+
+def task_of(env: VectorEnv) -> Tensor | None:
+    """The number of each env's task, int64 ``[N]``, where the environment says of any."""
+    found = tasks_of(env)
+    return None if found is None else found.of_env
+
+
 @runtime_checkable
 class VectorEnv(Protocol):
     """A batch of N envs with Gymnasium's 5-tuple, torch tensors and same-step autoreset.
@@ -59,6 +95,8 @@ class VectorEnv(Protocol):
       reset) is one the task is after.
 
     An environment may say in an attribute ``divergence`` why an env diverged first, if one did.
+
+    One of several tasks has them in an attribute ``tasks`` (:class:`Tasks`).
 
     Attributes:
         num_envs: N.

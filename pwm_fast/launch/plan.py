@@ -43,7 +43,6 @@ def plan(
     for index, (own, label) in enumerate(zip(overrides, labels, strict=True), start=first):
         try:
             run = configuration.from_hydra(_composed(config_loader, config, own))
-            configuration.check_tasks(run)
             if run.device.startswith("cuda:") and len(overrides) > 1:
                 raise ConfigError(
                     f"device={run.device} cannot be shared by the runs of a sweep, each of which "

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pwm_fast import ops
+from pwm_fast.config import WorldModelConfig
 from pwm_fast.hooks import hooked, hooked_everywhere, why_not_itself
 from pwm_fast.ops import Activation, Layer, Order
 
@@ -283,12 +284,15 @@ def act_norm_layers(net: nn.Sequential) -> list[Layer]:
     return taken_apart(net, "act_norm", root=True)
 
 
-def run_act_norm(net: nn.Sequential, x: Tensor) -> Tensor:
-    """An :func:`act_norm_mlp` as one operation, or one by one where that would skip something."""
+def run_act_norm(net: nn.Sequential, *inputs: Tensor) -> Tensor:
+    """An :func:`act_norm_mlp` as one operation, or one by one where that would skip something.
+
+    The inputs are logically concatenated: ``[..., K_i]`` each.
+    """
     layers = known_layers(net, "act_norm", root=True)
     if layers is not None:
-        return ops.mlp((x,), layers, order="act_norm")
-    found = net(x)
+        return ops.mlp(inputs, layers, order="act_norm")
+    found = net(inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1))
     assert isinstance(found, Tensor)
     return found
 
@@ -300,3 +304,19 @@ def init_orthogonal_(module: nn.Module, gain: float, input_gain: float = 1.0) ->
     for i, m in enumerate(linears):
         nn.init.orthogonal_(m.weight, gain if i else gain * input_gain)
         nn.init.zeros_(m.bias)
+
+
+def task_width(config: WorldModelConfig, sees: bool | None, key: str) -> int:
+    """E for a network beside the world model that sees the task's embedding, 0 for one that not.
+
+    Args:
+        config: of the world model, which has the embeddings.
+        sees: what was asked for; None is where there are several tasks.
+        key: of the configuration, which asked.
+
+    Raises:
+        ValueError: it is to see embeddings that the world model does not have.
+    """
+    if sees and config.task_dim == 0:
+        raise ValueError(f"{key} must be false or null where alg.world_model.task_dim is 0")
+    return config.task_dim if sees or (sees is None and config.num_tasks > 1) else 0

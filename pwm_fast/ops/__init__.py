@@ -15,7 +15,7 @@ from pwm_fast.ops.flow import Flow, flow_interpolate, flow_step, integrate, velo
 from pwm_fast.ops.imagine import imagine
 from pwm_fast.ops.mlp import linear_act_norm, linear_norm_act, mlp
 from pwm_fast.ops.norm_act import layer_norm_act
-from pwm_fast.ops.plan import MPPI, Plan, PlanNoise, ValueEnsemble, plan
+from pwm_fast.ops.plan import MPPI, Plan, PlanNoise, Reduction, ValueEnsemble, plan
 from pwm_fast.ops.pointwise import mish, symexp, symlog
 from pwm_fast.ops.returns import td_lambda
 from pwm_fast.ops.rollout import latent_rollout
@@ -52,6 +52,7 @@ __all__ = [
     "Plan",
     "PlanNoise",
     "Policy",
+    "Reduction",
     "ResidualMLP",
     "RunningEsnr",
     "Shortcut",

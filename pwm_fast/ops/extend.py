@@ -8,8 +8,8 @@ A training loop may set the :func:`precision` of GEMMs, note with :func:`precisi
 which ones ran, keep packed weights between updates (:func:`keeping`), and record CUDA graphs
 (:func:`capturing`). :func:`regression` gives loss and gradients of value functions without
 autograd, :func:`window_gradients` those of a world model. :func:`discounted_return`,
-:func:`discounted`, :func:`squashed`, :func:`full_precision` and :func:`at_least_fp32` are formulas
-that losses and policies share with the operations.
+:func:`discounted`, :func:`act`, :func:`moments`, :func:`squashed`, :func:`full_precision` and
+:func:`at_least_fp32` are formulas that losses and policies share with the operations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pwm_fast.ops.dynamics import (
     input_width,
     squared_error,
 )
-from pwm_fast.ops.imagine import squashed
+from pwm_fast.ops.imagine import act, moments, squashed
 from pwm_fast.ops.mlp import RunNet
 from pwm_fast.ops.regression import RegressionStep, regression
 from pwm_fast.ops.returns import discounted, discounted_return
@@ -42,6 +42,7 @@ __all__ = [
     "RunNet",
     "Transitions",
     "WindowGradients",
+    "act",
     "at_least_fp32",
     "capturing",
     "check_net",
@@ -50,6 +51,7 @@ __all__ = [
     "full_precision",
     "input_width",
     "keeping",
+    "moments",
     "precision",
     "precisions_used",
     "regression",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ from pwm_fast.ops.rollout import (
     saved_by_rollout,
 )
 from pwm_fast.ops.two_hot import two_hot_decode
-from pwm_fast.ops.types import Heads, ImaginedRollout, Layer, Policy
+from pwm_fast.ops.types import ORDERS, Heads, ImaginedRollout, Layer, Policy
 from pwm_fast.ops.weights import flat, pack, specs_of
 
 declare("imagine", "gemm")
@@ -73,6 +74,7 @@ def imagine(
     detach: bool = True,
     last_value_only: bool = False,
     task: Tensor | None = None,
+    action_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> ImaginedRollout:
     """A policy acting in a world model for H macro steps, with rewards, terminations and values.
@@ -80,6 +82,10 @@ def imagine(
     ``a_t = tanh(mu(z_t) + std noise_t)``, ``z_{t+1} = F(z_t, a_t)``; only these are sequential. The
     heads run once over all steps. Where the world model's parameters require no gradient, none of
     theirs is computed.
+
+    One operator runs all steps of a policy with one standard deviation for all states, layers in
+    the order ``act_norm``, no task input and no mask. Of any other each network is an operator of
+    its own at each step (:func:`pwm_fast.explain` tells which).
 
     Args:
         z0: start latents ``[B, D]``.
@@ -91,25 +97,30 @@ def imagine(
         detach: the policy sees latents without their gradient (the dynamics still carry it), so
             that its own backward pass is one batch.
         last_value_only: value the last latents alone.
-        task: task embeddings ``[B, E]``, or None.
+        task: task embeddings ``[B, E]``, or None. The value head does not take them.
+        action_mask: ``[B, A]``, bool or floating: which components of its action a row has, 1, and
+            which are only there because other tasks have more, 0. Actions are multiplied by it.
+            None: all of them.
         backend: see :mod:`pwm_fast.backends`.
 
     Returns:
         :class:`ImaginedRollout`, differentiable in ``z0``, ``task`` and all parameters.
 
     Raises:
-        TypeError: a tensor is not floating.
+        TypeError: a tensor is not floating (the mask: nor bool).
         ValueError: shapes, devices or options do not fit.
         BackendError: the backend that was asked for cannot run this.
 
-    Source: PWM (arXiv 2407.02466), section 4; SHAC (arXiv 2204.07137).
+    Source: PWM (arXiv 2407.02466), section 4; SHAC (arXiv 2204.07137); masks and the other kind of
+    policy: TD-MPC2 (arXiv 2310.16828).
     """
     check_rows("z0", z0)
     check_steps("noise", noise, z0)
     width = noise.shape[-1]
     dynamics.check(z0, width, task)
-    check_policy(policy, z0, width)
-    z, action = roll_out(z0, policy, dynamics, noise, detach, task, backend)
+    check_policy(policy, z0, width, task)
+    mask = checked_mask(action_mask, z0, width)
+    z, action = roll_out(z0, policy, dynamics, noise, detach, task, mask, backend)
     reward, continues = read_heads(z[:-1], action, heads, task, backend)
     value = None
     if heads.value is not None:
@@ -130,23 +141,25 @@ def roll_out(
     noise: Tensor,
     detach: bool,
     task: Tensor | None,
+    mask: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """What is sequential: latents ``[H+1, B, D]`` and actions ``[H, B, A]``."""
     step = dynamics.fused()
-    tensors = [z0, noise, policy.std, *layer_tensors(policy.layers)]
-    call = call_of(dynamics, step, tensors, task)
+    whole = algebra.in_force().hoist and mask is None and _in_one_operator(policy)
+    tensors = [z0, noise, *_tensors(policy)]
+    call = call_of(dynamics, step, tensors if mask is None else [*tensors, mask], task)
     if call.unsupported is None:
-        reason = unsupported(policy.layers, "act_norm")
+        reason = unsupported(policy.layers, policy.order)
         call = call._replace(unsupported=reason or without_width([], policy.layers))
-    if call.unsupported is None and noise.requires_grad:
+    if call.unsupported is None and whole and noise.requires_grad:
         call = call._replace(unsupported="a gradient towards noise is asked for")
     choice = select("imagine", backend, call)
     if choice.is_reference or isinstance(step, str):
-        return _reference(z0, noise, policy, dynamics, task, detach)
-    if not algebra.in_force().hoist:
+        return _reference(z0, noise, policy, dynamics, task, mask, detach)
+    if not whole:
         run = partial(fused_mlp, choice)
-        return _reference(z0, noise, policy, dynamics, task, detach, run)
+        return _reference(z0, noise, policy, dynamics, task, mask, detach, run)
     rows = noise.shape[:-1].numel()
     packed = pack(choice, step, z0.shape[-1], noise.shape[-1], task, rows=rows)
     return _imagine(
@@ -160,10 +173,20 @@ def roll_out(
         policy.std,
         flat(policy.layers),
         packed.spec,
-        encode_layers(specs_of(policy.layers, "act_norm")),
+        encode_layers(specs_of(policy.layers, policy.order)),
         detach,
         choice=choice,
     )
+
+
+def _in_one_operator(policy: Policy) -> bool:
+    """Whether the operator of whole rollouts covers the kind of policy."""
+    return policy.std is not None and policy.order == "act_norm" and not policy.task_input
+
+
+def _tensors(policy: Policy) -> list[Tensor]:
+    own = layer_tensors(policy.layers)
+    return own if policy.std is None else [policy.std, *own]
 
 
 def _reference(
@@ -172,18 +195,58 @@ def _reference(
     policy: Policy,
     dynamics: Dynamics,
     task: Tensor | None,
+    mask: Tensor | None,
     detach: bool,
     run: RunNet = reference_mlp,
 ) -> tuple[Tensor, Tensor]:
     latents, actions, state = [z], [], at_least_fp32(z)
     for eps in noise.unbind(0):
         seen = latents[-1]
-        mu = run((seen.detach() if detach else seen,), policy.layers, "act_norm")
-        a = squashed(mu, policy.std, eps)
+        a = act(policy, seen.detach() if detach else seen, eps, task, mask, run)
         state = dynamics.step(state, a, task, z.dtype, run)
         actions.append(a)
         latents.append(state.to(z.dtype))
     return torch.stack(latents), torch.stack(actions) if actions else torch.empty_like(noise)
+
+
+def act(
+    policy: Policy,
+    z: Tensor,
+    eps: Tensor | None,
+    task: Tensor | None,
+    mask: Tensor | None,
+    run: RunNet,
+) -> Tensor:
+    """Actions ``[..., A]`` of a policy.
+
+    Args:
+        policy: the policy.
+        z: latents ``[..., D]``.
+        eps: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``.
+        task: embeddings ``[..., E]``, or None.
+        mask: what actions are multiplied by, or None.
+        run: evaluates the network, ``run(inputs, layers, order)``.
+
+    Raises:
+        ValueError: the policy takes embeddings, and there are none.
+    """
+    y = run(policy.inputs(z, task), policy.layers, policy.order)
+    mu, std = y, policy.std
+    if std is None:
+        mu, std = moments(y, policy)
+    a = torch.tanh(mu) if eps is None else squashed(mu, std, eps)
+    a = a.to(common_dtype(y, policy.std, eps))
+    return a if mask is None else a * mask.to(a.dtype)
+
+
+def moments(outputs: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[..., A]`` by a network's outputs ``[mu, x]``, ``[..., 2A]``.
+
+    For a policy without a ``std``; both are in float32 at least.
+    """
+    low, high = policy.min_logstd, policy.max_logstd
+    mu, x = at_least_fp32(outputs).chunk(2, -1)
+    return mu, torch.exp(low + 0.5 * (high - low) * (torch.tanh(x) + 1.0))
 
 
 def read_heads(
@@ -233,11 +296,42 @@ def _over_steps(head: Callable[..., Tensor], axis: int, *inputs: Tensor) -> Tens
     return torch.stack([head(*step) for step in zip(*inputs, strict=True)], axis)
 
 
-def check_policy(policy: Policy, z0: Tensor, width: int, source: str = "noise") -> None:
+def check_policy(
+    policy: Policy, z0: Tensor, width: int, task: Tensor | None, source: str = "noise"
+) -> None:
     """Raise ValueError where a policy does not fit ``z0 [B, D]`` and the action width."""
-    _checks.floating("policy.std", policy.std)
-    if tuple(policy.std.shape) != (width,):
-        raise ValueError(f"policy.std must be [{width}], got {tuple(policy.std.shape)}")
-    outputs = _checks.layers("policy.layers", policy.layers, z0.shape[-1], z0.device)
-    if outputs != width:
+    _checks.one_of("policy.order", policy.order, ORDERS)
+    if policy.std is not None:
+        _checks.floating("policy.std", policy.std)
+        if tuple(policy.std.shape) != (width,):
+            raise ValueError(f"policy.std must be [{width}], got {tuple(policy.std.shape)}")
+    elif not -math.inf < policy.min_logstd <= policy.max_logstd < math.inf:
+        raise ValueError(
+            "policy.min_logstd must be a finite number of at most policy.max_logstd, "
+            f"got {policy.min_logstd} and {policy.max_logstd}"
+        )
+    inputs = sum(x.shape[-1] for x in policy.inputs(z0, task))
+    outputs = _checks.layers("policy.layers", policy.layers, inputs, z0.device)
+    if policy.std is None and outputs != 2 * width:
+        raise ValueError(
+            f"policy.layers must have 2 * {width} outputs, means and log standard deviations of "
+            f"the actions, where policy.std is None, got {outputs}"
+        )
+    if policy.std is not None and outputs != width:
         raise ValueError(f"policy.layers has output width {outputs}, but {source} has {width}")
+
+
+def checked_mask(mask: Tensor | None, z0: Tensor, width: int) -> Tensor | None:
+    """The mask in the dtype of ``z0 [B, D]``; raises where it is no mask of its rows' actions."""
+    if mask is None:
+        return None
+    kind = mask.dtype if isinstance(mask, Tensor) else None
+    if kind is None or not (kind == torch.bool or kind.is_floating_point):
+        raise TypeError(
+            f"action_mask must be a bool or floating tensor, got {kind or type(mask).__name__}"
+        )
+    if tuple(mask.shape) != (z0.shape[0], width):
+        wanted = [z0.shape[0], width]
+        raise ValueError(f"action_mask must be {wanted}, got {tuple(mask.shape)}")
+    _checks.same_device("action_mask", mask, "z0", z0.device)
+    return mask.to(z0.dtype)

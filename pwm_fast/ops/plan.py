@@ -15,12 +15,13 @@ from pwm_fast.backends.select import for_part
 from pwm_fast.ops import _checks
 from pwm_fast.ops.dynamics import Dynamics
 from pwm_fast.ops.imagine import (
+    act,
     check_policy,
+    checked_mask,
     decoded,
     in_dtype_of,
     read_heads,
     roll_out,
-    squashed,
 )
 from pwm_fast.ops.mlp import members_of, mlp
 from pwm_fast.ops.returns import discounted, discounted_return
@@ -103,6 +104,8 @@ class ValueEnsemble(NamedTuple):
         vmax: last bin centre.
         symlog: the bins live in symlog space and their expectation goes through symexp.
         scale: factor on the values, where rewards have another unit.
+        task_input: the members also see the task's embedding. None: where they see an action, and
+            there is an embedding.
     """
 
     layers: Ensemble
@@ -113,6 +116,7 @@ class ValueEnsemble(NamedTuple):
     vmax: float = 10.0
     symlog: bool = True
     scale: float = 1.0
+    task_input: bool | None = None
 
     @property
     def members(self) -> int:
@@ -124,6 +128,21 @@ class ValueEnsemble(NamedTuple):
     def draws_members(self) -> bool:
         """Two members are drawn; of one or two, all are taken."""
         return self.reduce == "two" and self.members > 2
+
+    def inputs(self, z: Tensor, a: Tensor | None, task: Tensor | None) -> tuple[Tensor, ...]:
+        """What the members take of latents, actions and task embeddings, in their order.
+
+        Raises:
+            ValueError: they take actions or embeddings, and there are none.
+        """
+        told = self.on_action and task is not None if self.task_input is None else self.task_input
+        found = [z]
+        for name, x, taken in (("task", task, told), ("a", a, self.on_action)):
+            if taken and x is None:
+                raise ValueError(f"{name} must be given to value functions that take it, got None")
+            if taken and x is not None:
+                found.append(x)
+        return tuple(found)
 
 
 class PlanNoise(NamedTuple):
@@ -218,13 +237,14 @@ def plan(
     *,
     values: ValueEnsemble | None = None,
     options: MPPI | None = None,
-    gamma: float = 0.99,
+    gamma: float | Tensor = 0.99,
     previous: Tensor | None = None,
     first: Tensor | None = None,
     eval_mode: bool = False,
     noise: PlanNoise | None = None,
     generator: torch.Generator | None = None,
     task: Tensor | None = None,
+    action_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Plan:
     """Choose actions by model predictive path integral control (MPPI) in a latent model.
@@ -241,6 +261,9 @@ def plan(
     A trajectory whose value is NaN or infinite has no weight. Where that is so of all, the action
     is NaN and the mean stays what it was.
 
+    With a mask the components that it leaves out are 0 in all trajectories, the policy's too, in
+    the last action, in every mean and standard deviation, and so in the action that is taken.
+
     Args:
         z0: latents ``[B, D]``.
         policy: draws P of the trajectories, and the last action for Q functions; None if neither is
@@ -250,7 +273,8 @@ def plan(
         heads: reward and termination heads; ``heads.value`` must be None, see ``values``.
         values: value functions of where a trajectory ends; None values it by its rewards alone.
         options: None is TD-MPC2's parameters, ``MPPI()``.
-        gamma: discount in [0, 1].
+        gamma: discount in [0, 1], or one for each env, a floating tensor ``[B]`` whose numbers are
+            not looked at.
         previous: the mean ``[H, B, A]`` of the plan before, which this one starts from, one step
             on; None starts from 0.
         first: bool ``[B]``: envs whose episode begins, which start from 0; None is none of them.
@@ -258,6 +282,8 @@ def plan(
         noise: the random numbers (:meth:`PlanNoise.draw`); drawn if None.
         generator: they are drawn with, on the device of ``z0``; None is torch's global one.
         task: task embeddings ``[B, E]``, or None.
+        action_mask: ``[B, A]``, bool or floating: 1 for the components of its action that an env
+            has, 0 for those that are only there because other tasks have more. None: all of them.
         backend: see :mod:`pwm_fast.backends`; what has no such backend runs on the reference.
 
     Returns:
@@ -274,6 +300,7 @@ def plan(
     """
     o = MPPI() if options is None else options
     width = _check(z0, policy, dynamics, heads, values, o, gamma, previous, first, task)
+    mask = checked_mask(action_mask, z0, width)
     dtype, batch = fp32_dtype(z0), z0.shape[0]
     if noise is None:
         noise = PlanNoise.draw(
@@ -287,20 +314,23 @@ def plan(
         assert policy is not None
         count = o.policy_trajectories
         drawn = noise.policy.to(z0.dtype).flatten(1, 2)
-        starts, tasks = _repeated(z0, count), None if task is None else _repeated(task, count)
-        _, prior = roll_out(starts, policy, dynamics, drawn, True, tasks, backend)
+        starts, tasks, masks = _repeated(z0, count), _each(task, count), _each(mask, count)
+        _, prior = roll_out(starts, policy, dynamics, drawn, True, tasks, masks, backend)
         prior = prior.view(o.horizon, batch, count, width)
     ensemble = values
     if values is not None and values.draws_members:  # stacked once, then indexed on the device
         ensemble = values._replace(layers=_stacked(values.layers))
+    if isinstance(gamma, Tensor):
+        gamma = _repeated(gamma.to(dtype).unsqueeze(1), o.samples).squeeze(1)
     score = _Scores(
         _repeated(z0, o.samples),
-        None if task is None else _repeated(task, o.samples),
+        _each(task, o.samples),
+        _each(mask, o.samples),
+        gamma,
         policy,
         dynamics,
         heads,
         ensemble,
-        gamma,
         backend,
     )
 
@@ -309,12 +339,16 @@ def plan(
     for i in range(o.iterations):
         eps = noise.samples[i].to(dtype)
         drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * eps).clamp(-1.0, 1.0).to(z0.dtype)
+        if mask is not None:
+            drawn = drawn * mask.unsqueeze(1)
         actions = drawn if prior is None else torch.cat((prior, drawn), 2)
         last = None if noise.last_action is None else noise.last_action[i]
         members = None if noise.members is None else noise.members[i]
         value = score(actions, last, members).to(dtype)
         elites, weight, sound = _elites(actions.to(dtype), value, o)
         mean, std = _averaged(elites, weight, sound, mean, std, o)
+        if mask is not None:
+            mean, std = mean * mask, std * mask
     action = _taken(elites[0], weight, noise.choice.to(dtype))
     if not eval_mode:
         action = action + std[0] * noise.action.to(dtype)
@@ -327,11 +361,12 @@ class _Scores(NamedTuple):
 
     z0: Tensor
     task: Tensor | None
+    mask: Tensor | None
+    gamma: float | Tensor
     policy: Policy | None
     dynamics: Dynamics
     heads: Heads
     values: ValueEnsemble | None
-    gamma: float
     backend: str | None
 
     def __call__(self, actions: Tensor, eps: Tensor | None, members: Tensor | None) -> Tensor:
@@ -344,6 +379,9 @@ class _Scores(NamedTuple):
         else:
             last = self._last(self.values, z[-1], eps, members)
         part = for_part("td_lambda", self.backend)
+        if isinstance(self.gamma, Tensor):  # of the same dtype as what it discounts
+            reward, last = at_least_fp32(reward), at_least_fp32(last)
+            continues = None if continues is None else at_least_fp32(continues)
         total = discounted_return(reward, last, self.gamma, continues, backend=part)
         return total.view(actions.shape[1:3])
 
@@ -351,26 +389,28 @@ class _Scores(NamedTuple):
         self, values: ValueEnsemble, z: Tensor, eps: Tensor | None, members: Tensor | None
     ) -> Tensor:
         """Values of the latents ``[rows, D]`` that the trajectories end in."""
-        inputs: tuple[Tensor, ...] = (z,)
+        a = None
         if values.on_action:
             assert self.policy is not None and eps is not None
-            mu = mlp((z,), self.policy.layers, order="act_norm", backend=self.backend)
-            a = squashed(mu, self.policy.std, eps.flatten(0, 1)).to(z.dtype)
-            inputs = (z, a) if self.task is None else (z, self.task, a)
+            a = act(self.policy, z, eps.flatten(0, 1), self.task, self.mask, self._run).to(z.dtype)
+        inputs = values.inputs(z, a, self.task)
         net, order = values.layers, values.order
         if _is_stacked(net):
             if members is not None:  # mlp would look at numbers that are not on a GPU
                 net = [members_of(layer, members) for layer in net]
-            y = mlp(inputs, net, order=order, backend=self.backend)
+            y = self._run(inputs, net, order)
         else:
             stacks: Sequence[Sequence[Layer]] = net  # type: ignore[assignment]
-            y = torch.stack([mlp(inputs, x, order=order, backend=self.backend) for x in stacks])
+            y = torch.stack([self._run(inputs, x, order) for x in stacks])
         found = in_dtype_of(z, y)
         value = decoded(found, values.vmin, values.vmax, values.symlog, self.backend)
         with full_precision(value):
             value = at_least_fp32(value)
             value = value.amin(0) if values.reduce == "min" else value.mean(0)
             return (values.scale * value).to(found.dtype)
+
+    def _run(self, inputs: Sequence[Tensor], layers: Sequence[Layer], order: Order) -> Tensor:
+        return mlp(inputs, layers, order=order, backend=self.backend)
 
 
 def _is_stacked(net: Ensemble) -> TypeGuard[Sequence[Layer]]:
@@ -447,6 +487,11 @@ def _repeated(x: Tensor, count: int) -> Tensor:
     return x.unsqueeze(1).expand(-1, count, -1).flatten(0, 1)
 
 
+def _each(x: Tensor | None, count: int) -> Tensor | None:
+    """As :func:`_repeated`, of what may be missing."""
+    return None if x is None else _repeated(x, count)
+
+
 def _noise_shapes(
     batch: int, width: int, o: MPPI, values: ValueEnsemble | None
 ) -> dict[str, tuple[int, ...] | None]:
@@ -494,7 +539,7 @@ def _check(
     heads: Heads,
     values: ValueEnsemble | None,
     o: MPPI,
-    gamma: float,
+    gamma: float | Tensor,
     previous: Tensor | None,
     first: Tensor | None,
     task: Tensor | None,
@@ -503,7 +548,12 @@ def _check(
     check_rows("z0", z0)
     if not isinstance(o, MPPI):
         raise TypeError(f"options must be an MPPI or None, got {type(o).__name__}")
-    if not 0.0 <= gamma <= 1.0:
+    if isinstance(gamma, Tensor):
+        _checks.floating("gamma", gamma)
+        if tuple(gamma.shape) != (z0.shape[0],):
+            raise ValueError(f"gamma must be a number or [{z0.shape[0]}], got {tuple(gamma.shape)}")
+        _checks.same_device("gamma", gamma, "z0", z0.device)
+    elif not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
     if task is not None:
         _checks.same_rows("task", task, "z0", z0)
@@ -513,9 +563,10 @@ def _check(
     # What the reward head takes beside latents and task: there may be no policy.
     width = max(heads.reward[0].weight.shape[-1] - inputs, 0)
     if policy is not None:
-        _checks.floating("policy.std", policy.std)
-        width = policy.std.numel()
-        check_policy(policy, z0, width, "policy.std")
+        if policy.std is not None:
+            _checks.floating("policy.std", policy.std)
+        width = policy.width
+        check_policy(policy, z0, width, task, "policy.std")
     elif o.policy_trajectories:
         raise ValueError(
             f"options.policy_trajectories must be 0 without a policy, got {o.policy_trajectories}"
@@ -529,7 +580,7 @@ def _check(
             "heads.value must be None: give values=ops.ValueEnsemble(layers, reduce='min')"
         )
     if values is not None:
-        _check_values(values, z0, inputs, width, policy)
+        _check_values(values, z0, width, policy, task)
     if previous is not None:
         _checks.floating("previous", previous)
         wanted = (o.horizon, z0.shape[0], width)
@@ -546,7 +597,7 @@ def _check(
 
 
 def _check_values(
-    values: ValueEnsemble, z0: Tensor, inputs: int, width: int, policy: Policy | None
+    values: ValueEnsemble, z0: Tensor, width: int, policy: Policy | None, task: Tensor | None
 ) -> None:
     _checks.one_of("values.order", values.order, ORDERS)
     _checks.one_of("values.reduce", values.reduce, REDUCTIONS)
@@ -556,7 +607,7 @@ def _check_values(
         raise ValueError("values.on_action needs a policy, which gives the last action; got None")
     if not 0.0 < values.scale < math.inf:
         raise ValueError(f"values.scale must be a positive number, got {values.scale!r}")
-    given = inputs + width if values.on_action else z0.shape[-1]
+    given = sum(x.shape[-1] for x in values.inputs(z0, z0.new_empty(0, width), task))
     net = values.layers
     if _is_stacked(net):
         outputs = _checks.layers("values.layers", net, given, z0.device, ensemble=True)

@@ -58,7 +58,7 @@ def td_lambda(
     rewards: Tensor,
     values: Tensor,
     *,
-    gamma: float = 0.99,
+    gamma: float | Tensor = 0.99,
     lam: float = 0.95,
     continues: Tensor | None = None,
     backend: str | None = None,
@@ -67,10 +67,14 @@ def td_lambda(
 
     ``G_t = r_t + gamma c_t ((1 - lam) V_{t+1} + lam G_{t+1})`` with ``G_H = V_H``.
 
+    Only the products ``gamma c_t`` count. So a discount for each row (each task has its own, as
+    TD-MPC2's) is exactly ``gamma=1`` with ``continues`` times the discounts, which is how it runs.
+
     Args:
         rewards: ``[H, ...]``, time first.
         values: ``[H+1, ...]``: values of the visited states, the last one bootstraps.
-        gamma: discount in [0, 1].
+        gamma: discount in [0, 1], or one for each row, a floating tensor ``[...]`` (or one that
+            broadcasts to it) whose numbers are not looked at.
         lam: lambda in [0, 1]; 0 gives one-step targets, 1 the discounted return.
         continues: ``[H, ...]``: 0 where the episode ended at step t, else 1 (or a probability).
             What is behind an end is left out: it may be NaN or infinite, and no gradient comes from
@@ -92,9 +96,11 @@ def td_lambda(
     if tuple(values.shape) != expected:
         raise ValueError(f"values must be {expected} for these rewards, got {tuple(values.shape)}")
     _check_continues(rewards, continues)
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    if not 0.0 <= lam <= 1.0:
+        raise ValueError(f"lam must lie in [0, 1], got {lam}")
+    if not isinstance(gamma, Tensor) and not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+    gamma, continues = _discounts(gamma, continues, rewards)
     choice = _choose(rewards, values, continues, backend)
     if not choice.is_reference:
         return _run(rewards, values, continues, gamma, lam, choice)
@@ -104,7 +110,7 @@ def td_lambda(
 def discounted_return(
     rewards: Tensor,
     last_value: Tensor,
-    gamma: float,
+    gamma: float | Tensor,
     continues: Tensor | None = None,
     *,
     backend: str | None = None,
@@ -114,7 +120,7 @@ def discounted_return(
     Args:
         rewards: ``[H, ...]``, time first.
         last_value: ``[...]``, of the state after the last step.
-        gamma: discount.
+        gamma: discount, or one for each row, as of :func:`td_lambda`.
         continues: ``[H, ...]`` or None.
         backend: as of :func:`td_lambda`.
 
@@ -133,6 +139,7 @@ def discounted_return(
             f"got {tuple(last_value.shape)}"
         )
     _check_continues(rewards, continues)
+    gamma, continues = _discounts(gamma, continues, rewards)
     choice = _choose(rewards, last_value, continues, backend)
     if not choice.is_reference:
         return _run(rewards, last_value.unsqueeze(0), continues, gamma, 1.0, choice)[0]
@@ -154,6 +161,25 @@ def _check_continues(rewards: Tensor, continues: Tensor | None) -> None:
         raise ValueError(
             f"continues must be {tuple(rewards.shape)} as the rewards, got {tuple(continues.shape)}"
         )
+
+
+def _discounts(
+    gamma: float | Tensor, continues: Tensor | None, rewards: Tensor
+) -> tuple[float, Tensor | None]:
+    """One discount for all rows, with the weights ``[H, ...]`` that it multiplies."""
+    if not isinstance(gamma, Tensor):
+        return gamma, continues
+    _checks.floating("gamma", gamma)
+    rows = rewards.shape[1:]
+    fits = gamma.dim() <= len(rows) and all(
+        n in (1, m) for n, m in zip(reversed(gamma.shape), reversed(rows), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"gamma must be a number or broadcast to {tuple(rows)}, got {tuple(gamma.shape)}"
+        )
+    _checks.same_device("gamma", gamma, "rewards", rewards.device)
+    return 1.0, gamma.expand(rewards.shape) if continues is None else gamma * continues
 
 
 def _choose(

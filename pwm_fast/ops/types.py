@@ -75,15 +75,44 @@ class FusedStep(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A Gaussian policy ``a = tanh(mu(z) + std noise)``.
+    """A Gaussian policy ``a = tanh(mu(z) + std(z) noise)``.
 
     Attributes:
-        layers: of ``mu``: Linear, activation, LayerNorm each, and a last Linear of width A.
-        std: ``[A]``.
+        layers: of the network, whose last layer is a Linear. Its outputs are ``mu [A]``, or where
+            ``std`` is None ``[mu, x]``, 2A of them.
+        std: ``[A]``, the same in all states (PWM). None: each state has its own (TD-MPC2),
+            ``log std = min_logstd + 0.5 (max_logstd - min_logstd) (tanh(x) + 1)``.
+        order: ``"act_norm"`` (PWM's) or ``"norm_act"`` (TD-MPC2's).
+        task_input: the network takes ``[z, task]``, the task's embedding behind the latent.
+        min_logstd: lower bound of ``log std`` where ``std`` is None.
+        max_logstd: its upper bound.
     """
 
     layers: Sequence[Layer]
-    std: Tensor
+    std: Tensor | None
+    order: Order = "act_norm"
+    task_input: bool = False
+    min_logstd: float = -10.0
+    max_logstd: float = 2.0
+
+    @property
+    def width(self) -> int:
+        """A, as far as ``std`` or the network's outputs say it."""
+        if self.std is not None:
+            return self.std.numel()
+        return self.layers[-1].weight.shape[0] // 2 if len(self.layers) else 0
+
+    def inputs(self, z: Tensor, task: Tensor | None) -> tuple[Tensor, ...]:
+        """What the network takes of latents ``[..., D]`` and embeddings ``[..., E]``.
+
+        Raises:
+            ValueError: it takes embeddings, and there are none.
+        """
+        if not self.task_input:
+            return (z,)
+        if task is None:
+            raise ValueError("policy.task_input needs task embeddings, got task=None")
+        return z, task
 
 
 class Heads(NamedTuple):

@@ -26,8 +26,8 @@ class PolicyNotFinite(RuntimeError):
 
 
 @contextmanager
-def acting(agent: PWM, obs: Tensor) -> Iterator[None]:
-    """Inside, an environment takes actions that ``agent`` chose for ``obs``.
+def acting(agent: PWM, obs: Tensor, task: Tensor | None = None) -> Iterator[None]:
+    """Inside, an environment takes actions that ``agent`` chose for ``obs`` of such tasks.
 
     On a GPU environments do not look at them: such an env ends as diverged.
 
@@ -37,7 +37,7 @@ def acting(agent: PWM, obs: Tensor) -> Iterator[None]:
     try:
         yield
     except ActionNotFinite as error:
-        raise PolicyNotFinite(agent.why_not_finite(obs)) from error
+        raise PolicyNotFinite(agent.why_not_finite(obs, task)) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pwm_fast import memory, seeding
 from pwm_fast.agent import PWM
 from pwm_fast.backends import select
 from pwm_fast.config import AlgConfig, ConfigError, TrainConfig
-from pwm_fast.envs import TASKS, Engine, VectorEnv, choose, make
+from pwm_fast.envs import TASKS, Engine, VectorEnv, choose, make, tasks_of
 from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint, checkpoint_content
 from pwm_fast.run.checkpoint import CheckpointError
@@ -208,6 +208,8 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
             f"precision={config.precision} cannot run on device={device}: {reason}; give "
             "precision=auto, which is exact on a CPU and fast on a GPU"
         )
+    check_tasks(config.alg, env)
+    tasks = tasks_of(env)
     with _usable(f"alg={config.alg.name} does", "the latent_dim and units of its networks"):
         return PWM(
             *dims(env),
@@ -216,6 +218,38 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
             device=device,
             graphs=None if config.graphs == "auto" else config.graphs == "true",
             precision=config.precision,
+            action_dims=None if tasks is None else tasks.action_dims_by_number,
+        )
+
+
+def check_tasks(alg: AlgConfig, env: VectorEnv) -> None:
+    """Refuse an agent that cannot tell the tasks of its environment apart, or is not told.
+
+    Raises:
+        ConfigError: naming the keys to set.
+    """
+    model, tasks = alg.world_model, tasks_of(env)
+    count = 1 if tasks is None else len(tasks.names)
+    if tasks is None and model.num_tasks > 1:
+        raise ConfigError(
+            f"alg.world_model.num_tasks={model.num_tasks} wants an environment that says which "
+            "task each env is of, such as env=dmc_tasks; another wants alg.world_model.num_tasks=1"
+        )
+    if tasks is not None and count > 1 and not model.task_dim:
+        raise ConfigError(
+            f"an environment of {count} tasks wants a model that can tell them apart: give "
+            f"alg.world_model.num_tasks={count} and the width of their embeddings, such as "
+            "alg.world_model.task_dim=32"
+        )
+    if tasks is not None and model.task_dim and max(tasks.numbers) >= model.num_tasks:
+        raise ConfigError(
+            f"the environment's tasks have the numbers {list(tasks.numbers)}, "
+            f"alg.world_model.num_tasks={model.num_tasks} are 0 to {model.num_tasks - 1}"
+        )
+    if alg.discounts is not None and len(alg.discounts) != model.num_tasks:
+        raise ConfigError(
+            f"alg.discounts must be one for each of alg.world_model.num_tasks={model.num_tasks} "
+            f"tasks, got {len(alg.discounts)}"
         )
 
 
@@ -280,10 +314,11 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
     capacity = config.alg.replay_capacity
     obs_dim, action_dim = dims(env)
     width = obs_dim + action_dim + 2
+    several = config.alg.world_model.num_tasks > 1
     with _usable(f"alg.replay_capacity={capacity} does", "alg.replay_capacity"):
         # A row, the length of its run, a flag, and two running sums to draw from.
         memory.require(
-            capacity * (4 * width + 4 + 1 + 16),
+            capacity * (4 * width + 4 + 1 + 16 + 4 * several),
             f"alg.replay_capacity={capacity} transitions of {width} numbers",
             "alg.replay_capacity",
             device,
@@ -296,6 +331,7 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
             config.alg.horizon,
             device,
             keep=kept_rows(config),
+            num_tasks=config.alg.world_model.num_tasks,
         )
 
 

@@ -270,6 +270,11 @@ def _kept_problems(
     random = replay.get("random")
     if random is not None and not _like(random, torch.bool, num_envs, used):
         yield "random", f"bool {[num_envs, used]}, or null"
+    task = replay.get("task")
+    if task is not None and not (
+        _like(task, torch.int32, num_envs, used) and bool((task >= 0).all())
+    ):
+        yield "task", f"int32 {[num_envs, used]}, 0 or more, or null"
 
 
 def _like(value: Any, dtype: torch.dtype, *shape: int) -> TypeGuard[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError
-from pwm_fast.envs import VectorEnv
+from pwm_fast.envs import Tasks, VectorEnv, task_of
 from pwm_fast.replay import Episode
 from pwm_fast.run.acting import PolicyNotFinite
 
@@ -43,6 +43,7 @@ class MixedPolicy:
         policy: one of :data:`POLICIES`.
         random_share: share of the envs that act at random whatever ``policy`` is, in [0, 1].
         random_hold: see :func:`renew_random_actions`.
+        tasks: of the environment, where it says of any.
 
     Raises:
         ConfigError: an argument out of range, or no agent for envs that need one.
@@ -57,6 +58,7 @@ class MixedPolicy:
         policy: str,
         random_share: float = 0.0,
         random_hold: int = 1,
+        tasks: Tasks | None = None,
     ) -> None:
         check_policy(policy, random_share)
         share = 1.0 if policy == "random" else random_share
@@ -66,6 +68,8 @@ class MixedPolicy:
         # Bresenham's line: the first k envs hold round(k * share) random ones, for every k.
         self.random = ((index + 1) * share + 0.5).floor() > (index * share + 0.5).floor()
         self._agent = None if share == 1.0 else agent
+        self._task = None if tasks is None else tasks.of_env
+        self._mask = None if tasks is None else tasks.action_mask.cpu()
         self._deterministic = policy == "deterministic"
         self._hold = random_hold
         self._held = 2.0 * torch.rand(num_envs, action_dim, device="cpu") - 1.0
@@ -77,12 +81,13 @@ class MixedPolicy:
             PolicyNotFinite: one of the agent's is not finite.
         """
         self._held = renew_random_actions(self._held, self._hold)
+        drawn = self._held if self._mask is None else self._held * self._mask
         if self._agent is None:
-            return self._held
-        action = self._agent.act(obs, deterministic=self._deterministic).cpu()
-        action = torch.where(self.random[:, None], self._held, action)
+            return drawn
+        action = self._agent.act(obs, task=self._task, deterministic=self._deterministic).cpu()
+        action = torch.where(self.random[:, None], drawn, action)
         if not bool(action.isfinite().all()):
-            raise PolicyNotFinite(self._agent.why_not_finite(obs))
+            raise PolicyNotFinite(self._agent.why_not_finite(obs, self._task))
         return action
 
 
@@ -131,6 +136,8 @@ def first_episodes(env: VectorEnv, act: Act, seed: int) -> list[Episode]:
     all_obs, action, reward, terminated, final_obs = (
         torch.stack(part) for part in zip(*steps, strict=True)
     )
+    task = task_of(env)
+    numbers = [0] * env.num_envs if task is None else task.tolist()
     episodes = []
     for i, length in enumerate(lengths.tolist()):
         last = final_obs[length - 1, i]
@@ -140,6 +147,7 @@ def first_episodes(env: VectorEnv, act: Act, seed: int) -> list[Episode]:
                 action[:length, i].clamp(-1.0, 1.0),
                 reward[:length, i].clone(),
                 terminated[:length, i].clone(),
+                numbers[i],
             )
         )
     return episodes

@@ -14,7 +14,7 @@ from pwm_fast import ops, seeding
 from pwm_fast.agent import PWM, Planner
 from pwm_fast.config import MISSING, Checked, PlanningConfig
 from pwm_fast.config.checks import SIZE, checked, positive, seed_range, thread_count
-from pwm_fast.envs import VectorEnv
+from pwm_fast.envs import Tasks, VectorEnv, task_of, tasks_of
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.acting import PolicyNotFinite, acting, policy_of
 from pwm_fast.run.open_loop import Held
@@ -34,6 +34,7 @@ class Evaluation:
         held: where the task's goal held through the last second, ``[N]``; None without a goal.
         diverged: where the simulation broke down, bool ``[N]``: return and length stop there, and
             no goal was held.
+        tasks: of the environment, where it has several.
         model: how well the world model predicts the episodes, for a training run's log.
     """
 
@@ -41,6 +42,7 @@ class Evaluation:
     lengths: Tensor
     held: Tensor | None
     diverged: Tensor
+    tasks: Tasks | None = None
     model: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, float]:
@@ -53,7 +55,17 @@ class Evaluation:
         }
         if self.held is not None:
             row["eval_success"] = self.held.float().mean().item()
+        for name, episodes in self._by_task().items():
+            row[f"eval_reward/{name}"] = self.returns[episodes].mean().item()
         return {**row, **self.model}
+
+    def _by_task(self) -> dict[str, Tensor]:
+        """Which episodes, bool ``[N]``, are of each task; empty where there is one."""
+        tasks = self.tasks
+        if tasks is None or len(tasks.names) == 1:
+            return {}
+        pairs = zip(tasks.names, tasks.numbers, strict=True)
+        return {name: tasks.of_env.cpu() == number for name, number in pairs}
 
     def summary(self) -> dict[str, Any]:
         """The figures and every single return, for a JSON file."""
@@ -69,6 +81,15 @@ class Evaluation:
             "diverged": int(self.diverged.sum()),
             "returns": self.returns.tolist(),
             "lengths": self.lengths.tolist(),
+            "tasks": {
+                name: {
+                    "episodes": int(episodes.sum()),
+                    "reward_mean": self.returns[episodes].mean().item(),
+                    "reward_std": self.returns[episodes].std(correction=0).item(),
+                    "returns": self.returns[episodes].tolist(),
+                }
+                for name, episodes in self._by_task().items()
+            },
         }
 
 
@@ -99,7 +120,7 @@ def evaluate(
         RuntimeError: an episode does not end within the environment's time limit.
     """
     obs, _ = env.reset(seed=seed)
-    n = env.num_envs
+    n, task = env.num_envs, task_of(env)
     running = torch.ones(n, dtype=torch.bool, device=env.device)
     returns = torch.zeros(n, device=env.device)
     lengths = torch.zeros(n, dtype=torch.int64, device=env.device)
@@ -112,12 +133,12 @@ def evaluate(
     for i in range(1, env.max_episode_steps + 1):
         check()
         if planner is None:
-            action = agent.act(obs, deterministic=deterministic).to(env.device)
+            action = agent.act(obs, task=task, deterministic=deterministic).to(env.device)
         else:
             action = planner.act(obs, first).to(env.device)
         unusable |= running & ~torch.isfinite(action).all(-1)  # not every environment looks
         before = obs
-        with acting(agent, before):
+        with acting(agent, before, task):
             obs, reward, terminated, truncated, info = env.step(action)
         if record is not None:
             record.add(before, action, reward, running)
@@ -133,16 +154,15 @@ def evaluate(
         if i % look_every == 0 and not bool(running.any()):
             break
     if bool(unusable.any()):
-        raise PolicyNotFinite(agent.why_not_finite(before))
+        raise PolicyNotFinite(agent.why_not_finite(before, task))
     if bool(running.any()):
         raise RuntimeError(
             f"{int(running.sum())} episodes were not over after max_episode_steps="
             f"{env.max_episode_steps} steps"
         )
     held = (streak >= GOAL_STEPS) & ~diverged
-    return Evaluation(
-        returns.cpu(), lengths.cpu(), held.cpu() if has_goal else None, diverged.cpu()
-    )
+    goal = held.cpu() if has_goal else None
+    return Evaluation(returns.cpu(), lengths.cpu(), goal, diverged.cpu(), tasks_of(env))
 
 
 @dataclass
@@ -187,7 +207,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     with closing(build.make_env(run, config.episodes, seed, device)) as env:
         agent = build.restore_agent(path, run, content, env, device)
         with policy_of(path):
-            result = evaluate(agent, env, seed, planner=_planner(config, agent))
+            result = evaluate(agent, env, seed, planner=_planner(config, agent, env))
     return {
         "checkpoint": str(path),
         "env": run.env.name,
@@ -203,11 +223,12 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def _planner(config: EvaluateConfig, agent: PWM) -> Planner | None:
+def _planner(config: EvaluateConfig, agent: PWM, env: VectorEnv) -> Planner | None:
     if config.planning.kind == "none":
         return None
     seed = seeding.stream(config.seed, Purpose.PLANNING)
-    return Planner(agent, ops.MPPI(**config.planning.parameters()), seed)
+    options = ops.MPPI(**config.planning.parameters())
+    return Planner(agent, options, seed, task=task_of(env))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -234,6 +255,9 @@ def table(result: dict[str, Any]) -> str:
     ):
         numbers = (result[f"{key}_mean"], result[f"{key}_std"], min(values), max(values))
         lines.append(f"{label:16}" + "".join(f"{n:12.1f}" for n in numbers))
+    for name, own in result["tasks"].items():
+        numbers = own["reward_mean"], own["reward_std"], min(own["returns"]), max(own["returns"])
+        lines.append(f"{name:16}" + "".join(f"{n:12.1f}" for n in numbers))
     if result["success"] is not None:
         lines.append(f"{'goal held':16}{result['success']:12.0%}")
     if result["diverged"]:

@@ -14,6 +14,7 @@ from pwm_fast.config import MISSING, Checked, ConfigError, TrainConfig
 from pwm_fast.config.checks import checked, positive, positive_or_null, seed_range, thread_count
 from pwm_fast.data.episodes import write_episode
 from pwm_fast.data.manifest import register
+from pwm_fast.envs import tasks_of
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.acting import policy_of
 from pwm_fast.run.collection import MixedPolicy, check_policy, first_episodes
@@ -94,6 +95,7 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
             policy=policy,
             random_share=config.random_share,
             random_hold=hold,
+            tasks=tasks_of(env),
         )
         out.mkdir(parents=True, exist_ok=True)
         width, transitions = len(str(config.episodes - 1)), 0

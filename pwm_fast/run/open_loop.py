@@ -19,9 +19,13 @@ class Held:
     """The first steps of an evaluation's episodes; nothing is learned from them.
 
     Nothing here draws random numbers or waits for the device.
+
+    Args:
+        task: int64 ``[N]``, the numbers of the envs' tasks, where there are several.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, task: Tensor | None = None) -> None:
+        self._task = None if task is None else task[:EPISODES]
         self._steps: list[tuple[Tensor, ...]] = []
 
     def add(self, obs: Tensor, action: Tensor, reward: Tensor, running: Tensor) -> None:
@@ -55,12 +59,18 @@ class Held:
             action[rows].flatten(1, 2),
             reward[rows].flatten(1),
             whole,
+            None if self._task is None else self._task.repeat(len(starts)),
         )
 
 
 @torch.no_grad()
 def open_loop(
-    agent: PWM, obs: Tensor, action: Tensor, reward: Tensor, whole: Tensor
+    agent: PWM,
+    obs: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    whole: Tensor,
+    task: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """One-step latent error over the displacement, and R2 of the reward of step H, open loop.
 
@@ -70,6 +80,7 @@ def open_loop(
         action: ``[H+1, B, A]``; the last is not looked at.
         reward: ``[H+1, B]``; likewise.
         whole: bool ``[B]``: the windows that count.
+        task: int64 ``[B]``, the numbers of their tasks, where there are several.
 
     Returns:
         Scalars on the device, NaN where no window counts or nothing differs:
@@ -78,7 +89,7 @@ def open_loop(
         - ``eval_reward_r2``: 1 - (mean squared error) / (variance) of the reward of step H, from
           ``encode(o_0)`` and the actions alone.
     """
-    view = view_of(agent)
+    view = view_of(agent, task)
     count = whole.sum()
 
     def mean(values: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast.envs import Tasks
+
 
 class EpochProgress:
     """Steps and updates of an epoch, and the sums of their metrics, which stay on the device."""
@@ -44,12 +46,23 @@ class EpochProgress:
                 self._sums[name] = value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def add_episodes(self, episode: dict[str, Tensor]) -> None:
-        """Take up the training episodes that ended in a step of the environment."""
+    def add_episodes(self, episode: dict[str, Tensor], tasks: Tasks | None = None) -> None:
+        """Take up the training episodes that ended in a step of the environment.
+
+        Of several tasks each has a mean return of its own as well.
+        """
         mask = episode["mask"]
+        self._add_means(mask, train_reward=episode["return"])
+        self._add_means(mask, train_episode_length=episode["length"])
+        if tasks is not None and len(tasks.names) > 1:
+            for name, number in zip(tasks.names, tasks.numbers, strict=True):
+                own = mask & (tasks.of_env == number)
+                self._add_means(own, **{f"train_reward/{name}": episode["return"]})
+
+    def _add_means(self, mask: Tensor, **values: Tensor) -> None:
         count = mask.sum().float()
-        for name, key in (("train_reward", "return"), ("train_episode_length", "length")):
-            self._add(name, torch.where(mask, episode[key].float(), 0.0).sum(), count)
+        for name, value in values.items():
+            self._add(name, torch.where(mask, value.float(), 0.0).sum(), count)
 
     def add_step(self, name: str, value: Tensor) -> None:
         """Take up a metric of an environment step, whose mean over the epoch is logged."""

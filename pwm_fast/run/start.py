@@ -37,7 +37,6 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
         TrainingDiverged: too many updates in a row were not finite.
         OSError: a file cannot be written.
     """
-    configuration.check_tasks(config)
     config = RunDirectory(Path(config.run_dir)).as_begun(config)
     device = build.select_device(config.device)
     build.set_threads(config.threads, config.alg, device)

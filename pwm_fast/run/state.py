@@ -13,7 +13,7 @@ from pwm_fast import seeding
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data.offline import OfflineData
-from pwm_fast.envs import StateNotSupported, VectorEnv
+from pwm_fast.envs import StateNotSupported, VectorEnv, tasks_of
 from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint, checkpoint_content
 from pwm_fast.run.checkpoint import CheckpointError
@@ -49,6 +49,8 @@ class RunState:
         skips_seen: skipped updates at the last look.
         progress: of the epoch that runs.
         obs: observations of all envs.
+        tasks: of the environment, where it says of any.
+        task: their numbers, env by env.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class RunState:
         self.skips_seen = 0
         self.progress = EpochProgress()
         self.obs, _ = env.reset()
+        self.tasks = tasks_of(env)
+        self.task = None if self.tasks is None else self.tasks.of_env
         self._held_action = torch.zeros(config.env_count, agent.action_dim, device=agent.device)
 
     @property
@@ -92,7 +96,9 @@ class RunState:
     def random_action(self) -> Tensor:
         """Uniform actions ``[N, A]``, each held for ``alg.random_hold`` steps on average."""
         self._held_action = renew_random_actions(self._held_action, self.config.alg.random_hold)
-        return self._held_action
+        if self.tasks is None:
+            return self._held_action
+        return self._held_action * self.tasks.action_mask.to(self._held_action.device)
 
     def content(self, *, with_replay: bool) -> dict[str, Any]:
         """What a checkpoint holds, as :func:`pwm_fast.run.checkpoint.save` writes it."""
@@ -137,7 +143,8 @@ class RunState:
             raise ConfigError(f"data.path={self.data.path}: {error}") from error
         if not seen:
             for episode in self.data.episodes:
-                self.agent.observe(episode.obs[:-1], episode.reward)
+                task = torch.full((len(episode.reward),), episode.task, device="cpu")
+                self.agent.observe(episode.obs[:-1], episode.reward, task)
 
     def restore(self, source: Source, *, own_best: bool) -> None:
         """Continue from a checkpoint.

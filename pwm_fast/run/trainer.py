@@ -14,7 +14,7 @@ from pwm_fast import seeding
 from pwm_fast.agent import PWM
 from pwm_fast.config import TrainConfig
 from pwm_fast.data.offline import OfflineData
-from pwm_fast.envs import VectorEnv
+from pwm_fast.envs import VectorEnv, task_of
 from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint, metrics
 from pwm_fast.run.acting import PolicyNotFinite, acting
@@ -173,7 +173,7 @@ class Trainer:
         self._log(row, evaluation)
         self._guard()
         if diverged:  # not every environment looks at actions
-            why = self.state.agent.why_not_finite(self.state.obs)
+            why = self.state.agent.why_not_finite(self.state.obs, self.state.task)
             if why is not None:
                 raise TrainingDiverged(
                     f"{PolicyNotFinite(why)}, {self._whereabouts(self.state.epoch)}"
@@ -183,21 +183,29 @@ class Trainer:
         config = self.config.alg
         for _ in self.state.progress.remaining("steps", config.steps_per_epoch, self._stop.check):
             obs, random = self.state.obs, self.state.epoch < config.random_epochs
-            action = self.state.random_action() if random else self.state.agent.act(obs)
+            task = self.state.task
+            action = self.state.random_action() if random else self.state.agent.act(obs, task=task)
             self.state.obs, reward, terminated, truncated, info = self._step(obs, action)
             done = terminated | truncated
             self.state.replay.add(
-                obs, action, reward, terminated, done, info["final_obs"], random=random
+                obs,
+                action,
+                reward,
+                terminated,
+                done,
+                info["final_obs"],
+                random=random,
+                task=task,
             )
             self.state.progress.add_step("action_saturation", metrics.saturation(action))
-            self.state.agent.observe(obs, reward)
-            self.state.progress.add_episodes(info["episode"])
+            self.state.agent.observe(obs, reward, task)
+            self.state.progress.add_episodes(info["episode"], self.state.tasks)
             if "diverged" in info:
                 self.state.progress.add_total("diverged", info["diverged"].sum())
 
     def _step(self, obs: Tensor, action: Tensor) -> tuple[Any, ...]:
         try:
-            with acting(self.state.agent, obs):
+            with acting(self.state.agent, obs, self.state.task):
                 return self.state.env.step(action.to(self.state.env.device))
         except PolicyNotFinite:
             raise
@@ -241,8 +249,8 @@ class Trainer:
         if bootstrap:
             self._logger.status("")
         for _ in self.state.progress.remaining("policy_updates", config.actor.updates, check):
-            obs = self.state.replay.sample_obs(config.actor.batch_size)
-            self.state.progress.add(self.state.agent.update_policy(obs))
+            starts = self.state.replay.sample_starts(config.actor.batch_size)
+            self.state.progress.add(self.state.agent.update_policy(*starts))
 
     def bootstrap_updates(self) -> int:
         """World-model updates before the first policy update.
@@ -261,8 +269,8 @@ class Trainer:
             self.state.bootstrapped and config.every and (self.state.epoch + 1) % config.every == 0
         ):
             return {}
-        obs = self.state.replay.sample_obs(self.config.alg.actor.batch_size)
-        return self.state.agent.actor_esnr(obs, config.samples)
+        obs, task = self.state.replay.sample_starts(self.config.alg.actor.batch_size)
+        return self.state.agent.actor_esnr(obs, config.samples, task=task)
 
     def _mind_overflow(self, skips: metrics.Row) -> bool:
         """Go on in a wider precision if updates were skipped since the last look; True if so."""
@@ -320,7 +328,7 @@ class Trainer:
     def _evaluate(self, episodes: int) -> Evaluation:
         if self._eval_env is None:
             self._eval_env = self.make_eval_env(episodes)
-        held = Held()
+        held = Held(task_of(self._eval_env))
         found = self._evaluated(self._eval_env, Purpose.EVALUATION, held)
         return replace(found, model=metrics.to_numbers(held.metrics(self.state.agent)))
 

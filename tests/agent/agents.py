@@ -85,6 +85,8 @@ def alg_config(**changes: Any) -> AlgConfig:
         prefix = f"{name}_"  # actor_lr, critic_lr: names that several sections have
         own = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
         own |= {k: v for k, v in changes.items() if k in fields and k not in SHARED}
+        if name == "world_model" and "kind" in changes:
+            own["kind"] = changes["kind"]
         sections[name] = dataclasses.replace(section, **own)
     fields = {f.name for f in dataclasses.fields(AlgConfig)} - set(sections)
     return AlgConfig(
@@ -92,7 +94,7 @@ def alg_config(**changes: Any) -> AlgConfig:
     )
 
 
-SHARED = {"units", "updates", "batch_size", "lr", "betas", "grad_norm"}
+SHARED = {"kind", "task_input", "units", "updates", "batch_size", "lr", "betas", "grad_norm"}
 
 
 def make_agent(
@@ -140,7 +142,12 @@ def make_windows(
         3.0 * torch.randn(horizon, batch, generator=g),
         terminated,
     )
-    return Windows(*(p.to(device, **kwargs) for p in parts))
+    return Windows(*(p.to(device, **kwargs) for p in parts), make_task(batch, device))
+
+
+def make_task(batch: int = 6, device: str = "cpu") -> Tensor:
+    """Numbers of two tasks, which agents of one do not look at."""
+    return torch.arange(batch, device=device) % 2
 
 
 def make_obs(batch: int = 6, seed: int = 0, device: str = "cpu", **kwargs: Any) -> Tensor:

@@ -26,6 +26,7 @@ from tests.helpers import PARAMETERS, assert_2x, errs_alike, random_layer
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
 
+LOGSTD = (-4.0, 0.5)
 WIDTHS = (1, 7, 510, 617, 777, 1788)
 BATCHES = (0, 1, 199)
 
@@ -477,8 +478,10 @@ def _rollout_case(name: str, dynamics: Callable[[Inputs], ops.Dynamics], imagine
     """Two macro steps; ``imagined`` with a policy, detached from the latents or not by the name.
 
     A fold is what runs where the dynamics are frozen: their gradients are compared in float64
-    alone.
+    alone. A policy of TD-MPC2's kind sees the task and gives each state its deviation; a mask
+    leaves out components of actions.
     """
+    own_std, masked = "tdmpc2" in name, "masked" in name
     one_shot = name.endswith("map")
     residual, told = "residual" in name, "shortcut" in name
     simnorm = one_shot or name.endswith("simnorm_head")
@@ -494,13 +497,21 @@ def _rollout_case(name: str, dynamics: Callable[[Inputs], ops.Dynamics], imagine
         if not imagined:
             return data | {"a": _normal(g, 2, batch, 3)}
         data |= {"noise": _normal(g, 2, batch, 3), "std": 0.2 + _uniform(g, 3)}
-        data |= _layer_inputs("policy", random_layer(width, 31, generator=g))
-        return data | _layer_inputs("mu", random_layer(31, 3, norm=False, generator=g))
+        if masked:
+            data["mask"] = (_uniform(g, batch, 3) < 0.6).double()
+        if own_std:
+            del data["std"]
+        seen, outputs = (width + 5, 6) if own_std else (width, 3)
+        data |= _layer_inputs("policy", random_layer(seen, 31, generator=g))
+        return data | _layer_inputs("mu", random_layer(31, outputs, norm=False, generator=g))
 
     def call(i: Inputs) -> Outputs:
         if not imagined:
             return (ops.latent_rollout(i["z"], i["a"], dynamics(i), task=i["task"]),)
-        policy = ops.Policy([_layer(i, "policy", "mish"), _layer(i, "mu", "none")], i["std"])
+        layers = [_layer(i, "policy", "mish"), _layer(i, "mu", "none")]
+        policy = ops.Policy(layers, i.get("std"))
+        if own_std:
+            policy = ops.Policy(layers, None, "norm_act", True, *LOGSTD)
         # Without heads worth the name: their gradients are those of mlp, tested for themselves.
         heads = ops.Heads([Layer(i["z"].new_zeros(1, i["z"].shape[1] + 8))])
         result = ops.imagine(
@@ -511,6 +522,7 @@ def _rollout_case(name: str, dynamics: Callable[[Inputs], ops.Dynamics], imagine
             noise=i["noise"],
             detach=detach,
             task=i["task"],
+            action_mask=i.get("mask"),
         )
         return result.z, result.action
 
@@ -540,14 +552,26 @@ def _rollout_case(name: str, dynamics: Callable[[Inputs], ops.Dynamics], imagine
                 z = z + (0.5 * dt) * (k1 + velocity(z + dt * k1, (k + 1) * dt))
         return z
 
+    def torch_action(x: Tensor, eps: Tensor, i: Inputs) -> Tensor:
+        if own_std:
+            h = torch.cat((x, i["task"]), dim=1)
+            h = _torch_linear_norm_act(h, i, "policy", "mish")
+            mu, raw = _torch_linear_norm_act(h, i, "mu", "none").chunk(2, dim=1)
+            low, high = LOGSTD
+            std = torch.exp(low + 0.5 * (high - low) * (torch.tanh(raw) + 1.0))
+        else:
+            h = F.mish(F.linear(x, i["policy.weight"], i["policy.bias"]))
+            mu = F.linear(_torch_norm(h, i, "policy"), i["mu.weight"], i["mu.bias"])
+            std = i["std"]
+        a = torch.tanh(mu + std * eps)
+        return a * i["mask"] if masked else a
+
     def torch_call(i: Inputs) -> Outputs:
         z, zs, actions = i["z"], [i["z"]], []
         for t in range(2):
             if imagined:
                 x = z.detach() if detach else z
-                h = F.mish(F.linear(x, i["policy.weight"], i["policy.bias"]))
-                mu = F.linear(_torch_norm(h, i, "policy"), i["mu.weight"], i["mu.bias"])
-                actions.append(torch.tanh(mu + i["std"] * i["noise"][t]))
+                actions.append(torch_action(x, i["noise"][t], i))
             z = torch_step(z, actions[-1] if imagined else i["a"][t], i)
             zs.append(z)
         return (torch.stack(zs), torch.stack(actions)) if imagined else (torch.stack(zs),)
@@ -560,8 +584,8 @@ def _rollout_case(name: str, dynamics: Callable[[Inputs], ops.Dynamics], imagine
         build,
         call,
         torch_call,
-        rows=("z", "task"),
-        constants=("noise", *frozen) if "folded" in name else ("noise",),
+        rows=("z", "task", "mask") if masked else ("z", "task"),
+        constants=("noise", "mask", *frozen) if "folded" in name else ("noise", "mask"),
         widths=(1, 7, 510),
     )
 
@@ -602,8 +626,19 @@ ROLLOUTS = tuple(
     )
 )
 
+# Not one operator: each network is one at each step.
+POLICIES = tuple(
+    _rollout_case(name, dynamics, True)
+    for name, dynamics in (
+        ("imagine_tdmpc2_map", _dynamics("map", last="simnorm")),
+        ("imagine_attached_tdmpc2_masked_map", _dynamics("map", last="simnorm")),
+        ("imagine_attached_masked_heun", _dynamics("heun")),
+    )
+)
+
 CASES = (
     *ROLLOUTS,
+    *POLICIES,
     Case(
         "simnorm",
         lambda b, w, g: {"x": _normal(g, b, _eights(w), scale=2.0)},

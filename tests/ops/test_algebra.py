@@ -16,7 +16,7 @@ from pwm_fast.fused import algebra
 from pwm_fast.ops import weights
 from pwm_fast.ops.types import FusedStep
 from tests.helpers import choice, random_layer
-from tests.ops.contract import CASES, ROLLOUTS, Case, check
+from tests.ops.contract import CASES, POLICIES, ROLLOUTS, Case, check
 
 DEFAULT: dict[str, bool] = {}
 ALONE = [
@@ -48,7 +48,7 @@ def differentiable(case: Case) -> Case:
 
 
 @pytest.mark.parametrize("switches", [*ALONE, *TOGETHER], ids=name)
-@pytest.mark.parametrize("case", [*ROLLOUTS, *LAYERS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*ROLLOUTS, *POLICIES, *LAYERS], ids=lambda case: case.name)
 def test_in_float64(case: Case, switches: dict[str, bool]) -> None:
     with select.backend("torch"), ops.algebra(**switches):
         for each in {case.constants: case, (): differentiable(case)}.values():

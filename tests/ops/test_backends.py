@@ -10,13 +10,13 @@ import torch
 from pwm_fast.backends import select
 from pwm_fast.backends.native import why_missing
 from pwm_fast.fused import gemm
-from tests.ops.contract import CASES, ROLLOUTS, Case, check, values_and_gradients
+from tests.ops.contract import CASES, POLICIES, ROLLOUTS, Case, check, values_and_gradients
 from tests.ops.test_contract import expanded, strided, transposed
 
 FUSED = tuple(
     case
     for case in CASES
-    if case in ROLLOUTS
+    if case in (*ROLLOUTS, *POLICIES)
     or case.name.startswith(("mlp", "linear_norm_act", "velocity_field", "flow_step"))
     or case.name in ("linear_act_norm", "linear_act_norm_ensemble_shared_input")
 )

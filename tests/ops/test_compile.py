@@ -164,6 +164,30 @@ def test_inductor() -> None:
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_a_policy_step_by_step() -> None:
+    """With a deviation for each state and a mask each network is an operator at each step."""
+    policy = ops.Policy(net([D, 7, 2 * A]), None, "norm_act")
+    dynamics, heads = ops.LatentMLP(net([D + A, 9, D])), ops.Heads(net([D + A, 1]))
+
+    def call(z: Tensor, a: Tensor) -> Tensor:
+        noise = torch.stack([a, 0.5 * a])
+        return ops.imagine(z, policy, dynamics, heads, noise=noise, action_mask=a > 0.0).z
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    inputs = [x for layer in (*policy.layers, *dynamics.net) for x in tensors_of(layer)]
+    for batch in (5, 3):
+        z, a = latents(batch)
+        for x in (z, a):  # else the second batch is compiled anew
+            torch._dynamo.mark_dynamic(x, 0)
+        ours, expected = compiled(z, a), call(z, a)
+        torch.testing.assert_close(ours, expected, atol=0.0, rtol=0.0)
+        grads = [torch.autograd.grad(y.square().sum(), [z, *inputs]) for y in (ours, expected)]
+        for got, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
+
+
 def test_vmap_within() -> None:
     """A mapped operation inside a compiled function."""
     function = Function("mlp", "auto")

@@ -131,6 +131,13 @@ def imagine_arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (z, policy, ops.Flow(layers), heads), {"noise": torch.randn(H, B, A)}
 
 
+def masked_arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A policy with a deviation for each state."""
+    (z, _, dynamics, heads), kwargs = imagine_arguments()
+    policy = ops.Policy(net([D, 7, 2 * A], grad=True), None, "norm_act")
+    return (z, policy, dynamics, heads), {**kwargs, "action_mask": torch.ones(B, A)}
+
+
 def plan_arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
     arguments, _ = imagine_arguments()
     q = [net([D + A, 7, 11]) for _ in range(3)]
@@ -143,6 +150,7 @@ def plan_arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:
 CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "flow_step": lambda: (arguments(), {}),
     "imagine": imagine_arguments,
+    "imagine masked": masked_arguments,
     "plan": plan_arguments,
     "simnorm": lambda: ((torch.randn(B, D),), {}),
     "two_hot_cross_entropy": lambda: ((torch.randn(B, 11), torch.randn(B)), {}),
@@ -154,6 +162,7 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_what_is_told_is_what_happens(name: str) -> None:
     args, kwargs = CALLS[name]()
+    name = name.partition(" ")[0]
     told = pwm_fast.explain(name, *args, **kwargs)
     chosen: list[tuple[str, str | None]] = []
     operators = Operators()

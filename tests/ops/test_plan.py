@@ -40,7 +40,8 @@ class Problem(NamedTuple):
     previous: Tensor | None = None
     first: Tensor | None = None
     task: Tensor | None = None
-    gamma: float = 0.95
+    gamma: float | Tensor = 0.95
+    mask: Tensor | None = None
 
     def plan(self, **changes: Any) -> ops.Plan:
         given = self._replace(**{k: v for k, v in changes.items() if k in self._fields})
@@ -58,6 +59,7 @@ class Problem(NamedTuple):
             first=given.first,
             noise=given.noise,
             task=given.task,
+            action_mask=given.mask,
             **more,
         )
 
@@ -72,6 +74,10 @@ def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         return type(x)(*(_map(part, change) for part in x))
     return [_map(part, change) for part in x] if isinstance(x, list) else x
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
 
 
 def normal(*shape: int) -> Tensor:
@@ -92,14 +98,20 @@ def problem(
     flow: bool = False,
     values: str = "q",
     reduce: Any = "two",
-    policy: bool = True,
+    policy: bool | str = True,
     task: int = 0,
+    sees: bool | None = None,
+    masked: bool = False,
     terminates: bool = False,
     scalar: bool = False,
     warm: bool = True,
     seed: int = 0,
 ) -> Problem:
-    """A random one in float64; ``values``: q, q stacked, v, v apart, none."""
+    """A random one in float64; ``values``: q, q stacked, v, v apart, none.
+
+    With ``policy="tdmpc2"`` each state has its own deviation, and the policy sees the task.
+    ``masked`` gives each env its own components of actions, and its own discount.
+    """
     GENERATOR.manual_seed(seed)
     pair, bins = D + task + A, 1 if scalar else BINS
     last = random_layer(17, D, "simnorm", generator=GENERATOR)
@@ -115,7 +127,8 @@ def problem(
         symlog=not flow,
         termination=net([pair, 7, 1]) if terminates else None,
     )
-    widths = [pair if values[0] == "q" else D, 10, bins]
+    told = task if sees or (sees is None and values[0] == "q") else 0
+    widths = [D + told + (A if values[0] == "q" else 0), 10, bins]
     ensemble = None
     if values in ("q", "v apart"):
         order = "norm_act" if values == "q" else "act_norm"
@@ -125,12 +138,17 @@ def problem(
         ensemble = ValueEnsemble(net(widths, members=(E,)), order)
     if ensemble is not None:
         ensemble = ensemble._replace(
-            on_action=values[0] == "q", reduce=reduce, vmin=-2.0, vmax=5.0, scale=0.7
+            on_action=values[0] == "q",
+            reduce=reduce,
+            vmin=-2.0,
+            vmax=5.0,
+            scale=0.7,
+            task_input=sees,
         )
     horizon = options.horizon
     return Problem(
         torch.softmax(normal(batch, D // 8, 8), -1).flatten(1),
-        ops.Policy(net([D, 8, A]), normal(A).exp() * 0.3) if policy else None,
+        actor(policy, task),
         dynamics,
         heads,
         ensemble,
@@ -139,7 +157,15 @@ def problem(
         previous=torch.tanh(normal(horizon, batch, A)) if warm else None,
         first=torch.arange(batch) % 3 == 1 if warm else None,
         task=normal(batch, task) if task else None,
+        gamma=torch.linspace(0.8, 1.0, batch, dtype=torch.float64) if masked else 0.95,
+        mask=torch.arange(A) < 1 + torch.arange(batch)[:, None] % A if masked else None,
     )
+
+
+def actor(kind: bool | str, task: int) -> ops.Policy | None:
+    if kind == "tdmpc2":
+        return ops.Policy(net([D + task, 8, 2 * A]), None, "norm_act", task > 0, -3.0, 1.0)
+    return ops.Policy(net([D, 8, A]), normal(A).exp() * 0.3) if kind else None
 
 
 # --- a second implementation, env by env; no function of pwm_fast is used below ------------------
@@ -191,6 +217,19 @@ def member(layers: Any, e: int) -> list[Layer]:
     return [with_tensors(layer, [x[e] for x in tensors_of(layer)]) for layer in layers]
 
 
+def slow_action(p: Problem, b: int, z: Tensor, eps: Tensor) -> Tensor:
+    """Masked before the tanh, as in TD-MPC2."""
+    assert p.policy is not None
+    mask = torch.ones(A, dtype=z.dtype) if p.mask is None else p.mask[b].to(z.dtype)
+    if p.policy.std is not None:
+        mu = run_net(p.policy.layers, z, act_first=True)
+        return torch.tanh(mu * mask + p.policy.std * mask * eps * mask)
+    x = z if p.task is None else torch.cat([z, p.task[b].expand(len(z), -1)], -1)
+    out = run_net(p.policy.layers, x)
+    log_std = -3.0 + 0.5 * (1.0 + 3.0) * (torch.tanh(out[:, A:]) + 1)
+    return torch.tanh(out[:, :A] * mask + (log_std * mask).exp() * (eps * mask))
+
+
 def slow_value(p: Problem, b: int, i: int, actions: Tensor) -> Tensor:
     """Values ``[N]`` of actions ``[H, N, A]``."""
     n = actions.shape[1]
@@ -200,7 +239,7 @@ def slow_value(p: Problem, b: int, i: int, actions: Tensor) -> Tensor:
         x = torch.cat([z, *task, a], -1)
         logits = run_net(p.heads.reward, x)
         total = total + weight * decoded(logits, p.heads.vmin, p.heads.vmax, p.heads.symlog)
-        weight = p.gamma * weight
+        weight = (p.gamma[b] if isinstance(p.gamma, Tensor) else p.gamma) * weight
         if p.heads.termination is not None:
             weight = weight * (1 - torch.sigmoid(run_net(p.heads.termination, x)[:, 0]))
         z = slow_step(p, z, a, task)
@@ -209,10 +248,11 @@ def slow_value(p: Problem, b: int, i: int, actions: Tensor) -> Tensor:
         return total
     x = z
     if v.on_action:
-        assert p.policy is not None and p.noise.last_action is not None
-        mu = run_net(p.policy.layers, z, act_first=True)
-        a = torch.tanh(mu + p.policy.std * p.noise.last_action[i, b])
-        x = torch.cat([z, *task, a], -1)
+        assert p.noise.last_action is not None
+        a = slow_action(p, b, z, p.noise.last_action[i, b])
+        x = torch.cat([z, *([] if v.task_input is False else task), a], -1)
+    elif v.task_input:
+        x = torch.cat([z, *task], -1)
     outs = [run_net(member(v.layers, e), x, v.order == "act_norm") for e in range(E)]
     each = torch.stack([decoded(out, v.vmin, v.vmax, v.symlog) for out in outs])
     if v.reduce == "two":
@@ -228,12 +268,10 @@ def slow_plan(p: Problem, eval_mode: bool = False) -> ops.Plan:
     for b in range(len(p.z0)):
         prior = torch.empty(o.horizon, 0, A, dtype=p.z0.dtype)
         if p.noise.policy is not None:
-            assert p.policy is not None
             z, drawn = p.z0[b].expand(o.policy_trajectories, D), []
             task = [] if p.task is None else [p.task[b].expand(len(z), -1)]
             for eps in p.noise.policy[:, b]:
-                mu = run_net(p.policy.layers, z, act_first=True)
-                drawn.append(torch.tanh(mu + p.policy.std * eps))
+                drawn.append(slow_action(p, b, z, eps))
                 z = slow_step(p, z, drawn[-1], task)
             prior = torch.stack(drawn)
         mean = torch.zeros(o.horizon, A, dtype=p.z0.dtype)
@@ -244,6 +282,8 @@ def slow_plan(p: Problem, eval_mode: bool = False) -> ops.Plan:
         for i in range(o.iterations):
             free = (mean[:, None] + std[:, None] * p.noise.samples[i, :, b]).clip(-1, 1)
             actions = torch.cat([prior, free], 1)
+            if p.mask is not None:
+                actions = actions * p.mask[b]
             value = slow_value(p, b, i, actions)
             order = value.argsort(descending=True)[: o.elites]
             score = torch.exp(o.temperature * (value[order] - value.max()))
@@ -252,6 +292,8 @@ def slow_plan(p: Problem, eval_mode: bool = False) -> ops.Plan:
             mean = (score[None, :, None] * elites).sum(1)
             spread = (score[None, :, None] * (elites - mean[:, None]) ** 2).sum(1)
             std = spread.sqrt().clip(o.min_std, o.max_std)
+            if p.mask is not None:
+                mean, std = mean * p.mask[b], std * p.mask[b]
         taken = int((score.log() + p.noise.choice[b]).argmax())
         action = elites[0, taken]
         if not eval_mode:
@@ -270,6 +312,14 @@ CASES: dict[str, Callable[..., Problem]] = {
     "TD-MPC2 with tasks and ends": partial(
         problem, 3, SMALL, task=2, terminates=True, values="q stacked"
     ),
+    "TD-MPC2 on many tasks": partial(
+        problem, 4, SMALL, policy="tdmpc2", task=2, masked=True, values="q stacked"
+    ),
+    "TD-MPC2 with its policy": partial(problem, 3, SMALL, policy="tdmpc2", reduce="mean"),
+    "PWM on many tasks": partial(
+        problem, 3, SMALL, flow=True, values="v", sees=True, task=2, masked=True, terminates=True
+    ),
+    "Q functions without a task": partial(problem, 2, SMALL, task=2, sees=False),
     "PWM": partial(problem, 5, SMALL, flow=True, values="v", reduce="min", scalar=True),
     "PWM with tasks and ends": partial(
         problem, 2, SMALL, flow=True, values="v", task=3, terminates=True
@@ -390,12 +440,53 @@ def test_envs_do_not_touch_one_another() -> None:
         torch.testing.assert_close(alone.action, whole.action[own])
 
 
+@pytest.mark.parametrize("name", ["TD-MPC2 on many tasks", "PWM on many tasks"])
+def test_masks(name: str) -> None:
+    """What is left out is 0 all along, and neither its noise nor the last plan matters there."""
+    p = CASES[name]()
+    assert p.mask is not None and p.previous is not None
+    out = ~p.mask
+    found = p.plan(eval_mode=False)
+    assert not found.action[out].any() and found.action[p.mask].all()
+    for x in (found.mean, found.std, found.trajectories.transpose(1, 2).flatten(0, 1)):
+        assert not x[:, out].any() and x[:, p.mask].any()
+    other = p._replace(
+        noise=_map(p.noise, lambda x: x if x.dtype == torch.int64 else x.clone()),
+        previous=torch.where(p.mask, p.previous, 0.5),
+        mask=p.mask.double(),
+    )
+    other.noise.action[out] = 3.0
+    for noise in (other.noise.samples, other.noise.policy, other.noise.last_action):
+        if noise is not None:  # [..., B, N, A]
+            noise.masked_fill_(out.unsqueeze(1), -2.0)
+    again = other.plan(eval_mode=False)
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+    whole = p.plan(mask=torch.ones_like(p.mask))
+    assert torch.equal(whole.action, p.plan(mask=None).action)
+    assert whole.action.all()
+
+
+@pytest.mark.parametrize("name", ["TD-MPC2", "PWM with tasks and ends", "rewards alone"])
+def test_discounts_of_each_env(name: str) -> None:
+    """To the bit what a number gives; another env's does not matter."""
+    p = CASES[name]().to(torch.float32)
+    batch = len(p.z0)
+    same = p.plan(gamma=torch.full((batch,), 0.95))
+    assert all(torch.equal(x, y) for x, y in zip(same, p.plan(), strict=True))
+    gamma = torch.full((batch,), 0.95)
+    gamma[0] = 0.5
+    found = p.plan(gamma=gamma)
+    assert torch.equal(found.value[1:], same.value[1:])
+    assert torch.equal(found.value[:1], p.plan(gamma=0.5).value[:1])
+    assert not torch.allclose(found.value[0], same.value[0])
+
+
 def test_no_env() -> None:
-    for name in ("TD-MPC2", "PWM with tasks and ends", "rewards alone"):
+    for name in ("TD-MPC2", "TD-MPC2 on many tasks", "PWM with tasks and ends", "rewards alone"):
         p = CASES[name]()
         noise = PlanNoise.draw(0, A, p.options, p.values, dtype=torch.float64)
-        task = None if p.task is None else p.task[:0]
-        found = p.plan(z0=p.z0[:0], noise=noise, previous=None, first=None, task=task)
+        none = {k: x[:0] for k in ("z0", "task", "mask", "gamma") if _is_tensor(x := getattr(p, k))}
+        found = p.plan(noise=noise, previous=None, first=None, **none)
         assert found.action.shape == (0, A) and found.mean.shape == (p.options.horizon, 0, A)
         assert found.value.shape == (0, p.options.samples)
 
@@ -462,17 +553,20 @@ def test_gradients_and_inputs_are_left_alone() -> None:
 
 def test_nothing_waits_for_a_gpu() -> None:
     """On a made-up one, and with what a host would wait for forbidden."""
-    for values in ("q", "q stacked", "v"):
-        p = problem(2, SMALL, values=values).to(torch.float32)
+    tasks = CASES["TD-MPC2 on many tasks"]()
+    for p in (*(problem(2, SMALL, values=values) for values in ("q", "q stacked", "v")), tasks):
+        p = p.to(torch.float32)
         with no_sync() as mode:
             p.plan()
         assert mode.operators > 50
-    p = problem(2, SMALL).to(torch.float32)
-    if not torch.cuda.is_available():
+    for p in (problem(2, SMALL), tasks):
+        if torch.cuda.is_available():
+            break
+        p = p.to(torch.float32)
         with FakeCuda():
             here = _map(p, lambda x: torch.empty(x.shape, dtype=x.dtype, device=DEVICE))
             assert here.plan(noise=None).action.device == DEVICE
-            assert here.plan(noise=None).value.shape == (2, 20)
+            assert here.plan(noise=None).value.shape == (len(p.z0), 20)
 
 
 def test_generators() -> None:
@@ -514,9 +608,10 @@ def test_random_numbers() -> None:
     assert counts.diagonal().sum() == 0 and off.min() > 140 and off.max() < 260
 
 
+@pytest.mark.parametrize("name", ["PWM", "TD-MPC2 on many tasks"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bits(dtype: torch.dtype) -> None:
-    p = CASES["PWM"]().to(dtype)
+def test_16_bits(dtype: torch.dtype, name: str) -> None:
+    p = CASES[name]().to(dtype)
     found = p.plan()
     assert found.action.dtype == found.trajectories.dtype == dtype
     assert found.mean.dtype == found.std.dtype == found.value.dtype == torch.float32
@@ -619,6 +714,20 @@ V = P.values
 assert V is not None
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "z0": ({"z0": P.z0[0]}, "z0 must be [B, D], got (16,)"),
+    "gammas": ({"gamma": torch.ones(2)}, "gamma must be a number or [3], got (2,)"),
+    "mask": ({"mask": torch.ones(3, A + 1)}, "action_mask must be [3, 3], got (3, 4)"),
+    "policy's task": (
+        {"policy": P.policy._replace(task_input=True)},  # type: ignore[union-attr]
+        "policy.task_input needs task embeddings, got task=None",
+    ),
+    "policy's outputs": (
+        {"policy": P.policy._replace(std=None)},  # type: ignore[union-attr]
+        "policy.layers must have 2 * 1 outputs, means and log standard deviations",
+    ),
+    "values' task": (
+        {"values": V._replace(task_input=True)},
+        "task must be given to value functions that take it, got None",
+    ),
     "gamma": ({"gamma": 1.5}, "gamma must lie in [0, 1], got 1.5"),
     "task": ({"task": torch.zeros(2, 1)}, "task has leading shape (2,), but z0 has (3,)"),
     "policy": (

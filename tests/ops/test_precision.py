@@ -14,10 +14,18 @@ from pwm_fast.backends.precision import FAST
 from pwm_fast.backends.torch import TorchKernels, row_scale
 from pwm_fast.fused import gemm
 from tests.helpers import random_layer
-from tests.ops.contract import CASES, ROLLOUTS, Case, check_precision, values_and_gradients
+from tests.ops.contract import (
+    CASES,
+    POLICIES,
+    ROLLOUTS,
+    Case,
+    check_precision,
+    values_and_gradients,
+)
 
 PRODUCTS = [
     *ROLLOUTS,
+    *POLICIES,
     *(
         case
         for case in CASES

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from pwm_fast import ops
+from pwm_fast.ops import extend
 
 
 def n_step_return(
@@ -129,3 +130,47 @@ def test_derivatives(horizon: int) -> None:
 def test_dtype_is_kept(dtype: torch.dtype) -> None:
     rewards, values, continues = (x.to(dtype) for x in draw(4, 3))
     assert ops.td_lambda(rewards, values, continues=continues).dtype == dtype
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_discount_for_each_row(ends: bool) -> None:
+    """Each row's targets are to the bit those of its own number, and so are its gradients."""
+    rewards, values, continues = draw(5, 2, 3)
+    rewards.requires_grad_(), values.requires_grad_()
+    gamma = torch.tensor([0.9, 0.0, 1.0], dtype=torch.float64)
+    c = continues if ends else None
+    whole = ops.td_lambda(rewards, values, gamma=gamma, continues=c)
+    summed = extend.discounted_return(rewards, values[-1], gamma, c)
+    grads = torch.autograd.grad(whole.square().sum(), (rewards, values), retain_graph=True)
+    for i, number in enumerate(gamma.tolist()):
+        own = None if c is None else c[:, :, i]
+        one = ops.td_lambda(rewards[..., i], values[..., i], gamma=number, continues=own)
+        assert torch.equal(whole[..., i], one)
+        alone = extend.discounted_return(rewards[..., i], values[-1, :, i], number, own)
+        torch.testing.assert_close(summed[..., i], alone, rtol=1e-15, atol=0.0)
+        for grad, whole_grad in zip(
+            torch.autograd.grad(one.square().sum(), (rewards, values)), grads, strict=True
+        ):
+            assert torch.equal(grad[..., i], whole_grad[..., i])
+    rows = ops.td_lambda(rewards, values, gamma=gamma.new_tensor([[0.5], [0.7]]), continues=c)
+    for i, number in enumerate((0.5, 0.7)):
+        own = None if c is None else c[:, i]
+        one = ops.td_lambda(rewards[:, i], values[:, i], gamma=number, continues=own)
+        assert torch.equal(rows[:, i], one)
+
+
+def test_derivatives_in_discounts() -> None:
+    rewards, values, continues = draw(3, 2)
+    gamma = torch.rand(2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda g: ops.td_lambda(rewards, values, gamma=g, continues=continues), gamma)
+    assert gradcheck(lambda g: extend.discounted_return(rewards, values[-1], g), gamma)
+
+
+def test_discounts_that_do_not_fit() -> None:
+    rewards, values, _ = draw(3, 2)
+    with pytest.raises(ValueError, match=r"gamma must be a number or broadcast to \(2,\), got"):
+        ops.td_lambda(rewards, values, gamma=torch.rand(3))
+    with pytest.raises(ValueError, match=r"gamma must be a number or broadcast to \(2,\), got"):
+        extend.discounted_return(rewards, values[-1], torch.rand(3, 2))
+    with pytest.raises(TypeError, match="gamma must have a floating dtype"):
+        ops.td_lambda(rewards, values, gamma=torch.ones(2, dtype=torch.int64))

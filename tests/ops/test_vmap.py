@@ -115,6 +115,34 @@ def imagine_case(task: int) -> Case:
     return Case("imagine", call, values, ("z", "noise", "task")[: 2 + bool(task)], ("noise",))
 
 
+def tdmpc2_case() -> Case:
+    """A deviation for each state, a task and a mask: an MLP for each network at each step."""
+
+    def call(v: Values, backend: str) -> Tensor:
+        out = ops.imagine(
+            v["z"],
+            ops.Policy(v["policy"], None, "norm_act", task_input=True),
+            ops.LatentMLP(v["net"]),
+            ops.Heads(v["reward"]),
+            noise=v["noise"],
+            task=v["task"],
+            action_mask=v["mask"],
+            backend=backend,
+        )
+        return torch.cat([out.z[1:], out.action, out.reward.unsqueeze(-1)], -1)
+
+    values = {
+        "z": torch.randn(4, 8),
+        "noise": torch.randn(2, 4, 2),
+        "task": torch.randn(4, 3),
+        "mask": torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]),
+        "policy": net([11, 9, 4]),
+        "net": net([13, 9, 8]),
+        "reward": net([13, 7, 5]),
+    }
+    return Case("imagine", call, values, ("z", "noise", "task", "mask"), ("noise", "mask"))
+
+
 def cases() -> dict[str, Case]:
     torch.manual_seed(0)
     return {
@@ -127,6 +155,7 @@ def cases() -> dict[str, Case]:
         "flow_step": flow_case(),
         "imagine": imagine_case(0),
         "imagine task": imagine_case(3),
+        "imagine tdmpc2": tdmpc2_case(),
         "simnorm": Case(
             "simnorm",
             lambda v, b: ops.simnorm(v["x"], backend=b),

@@ -1,0 +1,201 @@
+"""Policies with a deviation for each state, task inputs and action masks, beyond the contract."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import pwm_fast
+from pwm_fast import ops
+from pwm_fast.backends.native import why_missing
+from pwm_fast.ops import Layer, Policy
+from tests.helpers import random_layer, tensors_of, with_tensors
+
+D, A, E, B, H = 8, 3, 2, 5, 4
+needs_native = pytest.mark.skipif(why_missing() is not None, reason="no native kernels")
+
+
+def net(inputs: int, outputs: int, dtype: torch.dtype) -> list[Layer]:
+    hidden = random_layer(inputs, 9, "mish", dtype=dtype)
+    return [hidden, random_layer(9, outputs, norm=False, dtype=dtype)]
+
+
+def arguments(dtype: torch.dtype = torch.float64, *, task: bool = True) -> dict[str, Any]:
+    torch.manual_seed(0)
+    seen = E if task else 0
+    dynamics = ops.LatentMLP([*net(D + seen + A, 7, dtype)[:1], random_layer(9, D, dtype=dtype)])
+    return {
+        "z0": torch.randn(B, D, dtype=dtype),
+        "policy": Policy(net(D + seen, 2 * A, dtype), None, "norm_act", task_input=task),
+        "dynamics": dynamics,
+        "heads": ops.Heads(net(D + seen + A, 1, dtype)),
+        "noise": torch.randn(H, B, A, dtype=dtype),
+        "task": torch.randn(B, E, dtype=dtype) if task else None,
+        "action_mask": torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 1, 1]]).bool(),
+    }
+
+
+def pwm(dtype: torch.dtype) -> Policy:
+    """PWM's kind, which one operator runs."""
+    return Policy(net(D, A, dtype), torch.full((A,), 0.3, dtype=dtype))
+
+
+@needs_native
+def test_what_runs() -> None:
+    """The one operator of whole rollouts for PWM's policy alone; else each network is fused."""
+    whole = {"policy": pwm(torch.float32), "action_mask": None}
+    changes: dict[str, dict[str, Any]] = {
+        "a deviation for each state": {"action_mask": None},
+        "a mask": {**whole, "action_mask": torch.ones(B, A)},
+        "the other order": {**whole, "policy": whole["policy"]._replace(order="norm_act")},
+        "a task": {**whole, "policy": Policy(net(D + E, A, torch.float32), torch.ones(A),
+                                             task_input=True)},
+    }  # fmt: skip
+    given = arguments(torch.float32)
+    for name, change in changes.items():
+        said = pwm_fast.explain(ops.imagine, **given | change, backend="native")
+        assert said.backend == "native" and "pwm_fast::imagine" not in str(said), name
+        assert f"{2 * H + 1} times pwm_fast::mlp" in str(said), name
+    said = pwm_fast.explain(ops.imagine, **given | whole, backend="native")
+    assert any(name.startswith("pwm_fast::imagine") for name in said.operators)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_masks(backend: str) -> None:
+    """Of any dtype; what is left out is 0 and cannot be told from what its noise is."""
+    given = arguments()
+    mask = given["action_mask"]
+    found = ops.imagine(**given, backend=backend)
+    assert not found.action[:, ~mask].any() and found.action[:, mask].all()
+    same = ops.imagine(**given | {"action_mask": mask.float()}, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(found[:3], same[:3], strict=True))
+    other = torch.where(mask, given["noise"], torch.randn(H, B, A, dtype=torch.float64))
+    other = ops.imagine(**given | {"noise": other}, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(found[:3], other[:3], strict=True))
+    noise = given["noise"].clone().requires_grad_()
+    rollout = ops.imagine(**given | {"noise": noise}, detach=False, backend=backend)
+    (grad,) = torch.autograd.grad(rollout.reward.sum(), noise)
+    assert not grad[:, ~mask].any() and grad[0, mask].all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_a_mask_of_ones(backend: str) -> None:
+    """What PWM's policy does in one operator, step by step: the same but for rounding."""
+    if backend == "native" and why_missing() is not None:
+        pytest.skip("no native kernels")
+    given = arguments(torch.float32, task=False) | {"policy": pwm(torch.float32)}
+    for x in (*tensors_of(given["policy"].layers[0]), given["policy"].std):
+        x.requires_grad_()
+    wanted = [*tensors_of(given["policy"].layers[0]), given["policy"].std]
+    found = []
+    for mask in (None, torch.ones(B, A, dtype=torch.bool)):
+        out = ops.imagine(**given | {"action_mask": mask}, detach=False, backend=backend)
+        grads = torch.autograd.grad(out.reward.sum() + out.z.square().sum(), wanted)
+        found.append([*out[:3], *grads])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("detach", [False, True])
+def test_derivatives(detach: bool, backend: str) -> None:
+    """In latents, noise, task, mask and all parameters, by differences."""
+    given = arguments()
+    nets = [given["policy"].layers, given["dynamics"].net, given["heads"].reward]
+    mask = given["action_mask"].double()
+    params = [x for layers in nets for layer in layers for x in tensors_of(layer)]
+    inputs = [given["z0"], given["noise"], given["task"], mask, *params]
+
+    def call(z0: Tensor, noise: Tensor, task: Tensor, mask: Tensor, *params: Tensor) -> Any:
+        rest = iter(params)
+        policy, dynamics, reward = (
+            [with_tensors(p, [next(rest) for _ in tensors_of(p)]) for p in layers]
+            for layers in nets
+        )
+        out = ops.imagine(
+            z0,
+            given["policy"]._replace(layers=policy),
+            ops.LatentMLP(dynamics),
+            ops.Heads(reward),
+            noise=noise,
+            detach=detach,
+            task=task,
+            action_mask=mask,
+            backend=backend,
+        )
+        return (out.action, out.reward) if detach else out[:3]
+
+    if detach:  # what is detached has no derivative, and differences would see one
+        inputs[0] = inputs[0].detach()
+        own = [p.requires_grad_() for p in params[: len(params) // 3]]
+        grads = torch.autograd.grad(
+            call(*inputs)[0].sum(), own[:4], allow_unused=False, retain_graph=False
+        )
+        assert all(g.isfinite().all() and g.any() for g in grads)
+        return
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    assert gradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_are_kept(dtype: torch.dtype) -> None:
+    out = ops.imagine(**arguments(dtype))
+    assert all(x.dtype == dtype for x in out[:3])
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("horizon", [0, 2])
+def test_nothing_or_one(batch: int, horizon: int) -> None:
+    given = arguments()
+    given |= {k: given[k][:batch] for k in ("z0", "task", "action_mask")}
+    out = ops.imagine(**given | {"noise": given["noise"][:horizon, :batch]})
+    assert out.z.shape == (horizon + 1, batch, D) and out.reward.shape == (horizon, batch)
+
+
+G = arguments()
+ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
+    "mask shape": (
+        lambda: G | {"action_mask": torch.ones(A)},
+        "action_mask must be [5, 3], got (3,)",
+    ),
+    "odd outputs": (
+        lambda: G | {"policy": G["policy"]._replace(layers=net(D + E, 5, torch.float64))},
+        "policy.layers must have 2 * 3 outputs, means and log standard deviations",
+    ),
+    "no task": (
+        lambda: arguments(task=False) | {"policy": G["policy"]},
+        "policy.task_input needs task embeddings, got task=None",
+    ),
+    "task of no use": (
+        lambda: G | {"policy": G["policy"]._replace(task_input=False)},
+        "policy.layers[0].weight takes 10 inputs, but 8 arrive",
+    ),
+    "order": (
+        lambda: G | {"policy": G["policy"]._replace(order="norm")},
+        "policy.order must be one of norm_act, act_norm, got 'norm'",
+    ),
+    "bounds": (
+        lambda: G | {"policy": G["policy"]._replace(min_logstd=3.0)},
+        "policy.min_logstd must be a finite number of at most policy.max_logstd, got 3.0 and 2.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    given, message = ERRORS[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.imagine(**given())
+
+
+@pytest.mark.parametrize("mask", [torch.ones(B, A, dtype=torch.int64), [[1] * A] * B])
+def test_masks_of_other_types(mask: Any) -> None:
+    kind = "torch.int64" if isinstance(mask, Tensor) else "list"
+    with pytest.raises(TypeError, match=f"must be a bool or floating tensor, got {kind}"):
+        ops.imagine(**G | {"action_mask": mask})

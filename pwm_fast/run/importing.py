@@ -17,7 +17,7 @@ from pwm_fast.agent import PWM
 from pwm_fast.agent.state import OPTIMIZER_KEYS
 from pwm_fast.config import MISSING, Checked, ConfigError, TrainConfig
 from pwm_fast.config.checks import checked, one_of, positive
-from pwm_fast.envs import VectorEnv
+from pwm_fast.envs import Tasks, VectorEnv, tasks_of
 from pwm_fast.published import Published
 from pwm_fast.published.tasks import SETS
 from pwm_fast.run import build, checkpoint, provenance, seal
@@ -90,7 +90,8 @@ def import_checkpoint(config: ImportConfig, found: Published) -> tuple[Path, Pub
     out = new_folder(str(config.out))
     # Only an environment says what it needs; it can be made before the agent is known.
     plain = configuration.from_dict({"env": config.env})
-    with closing(build.make_env(plain, 1, seeding.stream(0, seeding.Purpose.TRAINING))) as env:
+    seed = seeding.stream(plain.seed, seeding.Purpose.TRAINING)
+    with closing(build.make_env(plain, plain.env_count, seed)) as env:
         found = _fitted(config, found, env)
         alg = dataclasses.asdict(found.alg)
         run = configuration.from_dict({"env": config.env, "alg": alg, "run_dir": str(out)})
@@ -146,26 +147,27 @@ def _fitted(config: ImportConfig, found: Published, env: VectorEnv) -> Published
     Raises:
         ConfigError: there is none, or it has other widths.
     """
+    name, tasks = config.env.get("name"), tasks_of(env)
     obs_dim, action_dim = build.dims(env)
-    numbers = _numbers(config, found, env)
+    numbers = _numbers(config, found, tasks)
     if numbers is not None:
         found = published.of_tasks(found, numbers, obs_dim, action_dim)
-    count = _count(env)
-    if found.num_tasks != count:
+    if tasks is not None and max(tasks.numbers) >= found.num_tasks:
         raise ConfigError(
-            f"{found.path} is of {found.num_tasks} tasks, env={config.env.get('name')} of {count}"
+            f"{found.path} is of {found.num_tasks} tasks, those of env={name} have the numbers "
+            f"{list(tasks.numbers)}"
         )
-    masks = getattr(env, "action_dims", None)
-    if masks is not None and found.action_dims not in (None, tuple(masks)):
-        raise ConfigError(
-            f"the tasks of {found.path} have {found.action_dims} actions, those of "
-            f"env={config.env.get('name')} have {tuple(masks)}: give tasks=[...], their numbers in "
-            "the file"
-        )
+    if tasks is not None and found.action_dims is not None:
+        own = tuple(found.action_dims[n] for n in tasks.numbers)
+        if own != tasks.action_dims:
+            raise ConfigError(
+                f"the tasks of {found.path} have {own} actions, those of env={name} have "
+                f"{tasks.action_dims}: give tasks=[...], their numbers in the file"
+            )
     if (found.obs_dim, found.action_dim) != (obs_dim, action_dim):
         raise ConfigError(
             f"{found.path} is of {found.obs_dim} observations and {found.action_dim} actions, "
-            f"env={config.env.get('name')} has {obs_dim} and {action_dim}"
+            f"env={name} has {obs_dim} and {action_dim}"
         )
     alg = found.alg
     if found.family == "tdmpc2":  # published: by the episode's length
@@ -177,33 +179,28 @@ def _fitted(config: ImportConfig, found: Published, env: VectorEnv) -> Published
     return replace(found, alg=alg, notes=list(found.notes))
 
 
-def _numbers(config: ImportConfig, found: Published, env: VectorEnv) -> list[int] | None:
+def _numbers(config: ImportConfig, found: Published, tasks: Tasks | None) -> list[int] | None:
     """The tasks of a file that an environment has; None takes the file as it is."""
+    name, count = config.env.get("name"), 1 if tasks is None else len(tasks.names)
     if config.tasks is not None:
-        if len(config.tasks) != _count(env):
+        if len(config.tasks) != count:
             raise ConfigError(
-                f"tasks={config.tasks} are {len(config.tasks)}, env={config.env.get('name')} has "
-                f"{_count(env)} of them"
+                f"tasks={config.tasks} are {len(config.tasks)}, env={name} has {count} of them"
             )
         return config.tasks
     if found.alg.world_model.task_dim == 0:
         return None
-    names = getattr(env, "tasks", None)
-    if names is None and config.env.get("name") == "dmc":
-        names = (f"{config.env.get('domain')}-{config.env.get('task')}",)
-    if names is None:
+    if tasks is None and name == "dmc":
+        return published.task_numbers(found, [f"{config.env['domain']}-{config.env['task']}"])
+    if tasks is None:
         raise ConfigError(
-            f"{found.path} is of {found.num_tasks} tasks, and env={config.env.get('name')} is of "
-            "one: give its number in the file as tasks=[N]"
+            f"{found.path} is of {found.num_tasks} tasks, and env={name} is of one: give its "
+            "number in the file as tasks=[N]"
         )
-    if len(names) == found.num_tasks and found.num_tasks not in SETS:
+    whole = tasks.numbers != tuple(range(count))  # env.numbers are those in the file
+    if whole or (count == found.num_tasks and found.num_tasks not in SETS):
         return None
-    return published.task_numbers(found, names)
-
-
-def _count(env: VectorEnv) -> int:
-    """Number of an environment's tasks."""
-    return len(getattr(env, "tasks", ("its only one",)))
+    return published.task_numbers(found, tasks.names)
 
 
 def _take_up(found: Published, agent: PWM, *, new_policy: bool) -> None:
@@ -225,8 +222,8 @@ def _take_up(found: Published, agent: PWM, *, new_policy: bool) -> None:
         state.update(actor=found.actor, critic=found.critic)
     for key in ("obs_rms", "rew_rms", "ret_rms"):
         own = getattr(found, key)
-        if own is not None and not (new_policy and key == "ret_rms"):
-            state[key] = own
+        if own is not None and not (new_policy and key == "ret_rms"):  # the same for every task
+            state[key] = {k: v.expand_as(state[key][k]) for k, v in own.items()}
     for name, key in OPTIMIZER_KEYS.items():
         part = key.removesuffix("_opt")
         moments = found.optimizers.get(part)

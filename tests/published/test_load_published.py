@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast import load_published
-from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
-from pwm_fast.models.layers import mlp as own_mlp
+from pwm_fast.models import make_actor, make_critic, make_world_model
 from pwm_fast.published import Published, PublishedError, discount, of_tasks, task_numbers
 from tests.published import codes
 from tests.published.codes import TDMPC2, PWMFile, World, pwm_file
@@ -25,10 +24,7 @@ ACTION_DIMS = (3, 1, 2, 3)
 
 
 def double(module: Any) -> Any:
-    made = copy.deepcopy(module).double()
-    if isinstance(made, codes.Ensemble):
-        made._member = [module._member[0].double()]
-    return made
+    return copy.deepcopy(module).double()
 
 
 def normal(*shape: int) -> Tensor:
@@ -51,6 +47,16 @@ def world_of(found: Published) -> Any:
     )
 
 
+def actor_of(found: Published) -> Any:
+    width = found.alg.world_model.latent_dim
+    return loaded(make_actor(width, found.action_dim, found.alg), found.actor)
+
+
+def critic_of(found: Published) -> Any:
+    width = found.alg.world_model.latent_dim
+    return loaded(make_critic(width, found.action_dim, found.alg), found.critic)
+
+
 @torch.no_grad()
 def compare_worlds(found: Published, theirs: Any, task: int | None, **step: Any) -> None:
     ours, theirs = world_of(found), double(theirs)
@@ -65,14 +71,11 @@ def compare_worlds(found: Published, theirs: Any, task: int | None, **step: Any)
 
 @torch.no_grad()
 def compare_agents(found: Published, file: PWMFile) -> None:
-    alg, z = found.alg, normal(ROWS, found.alg.world_model.latent_dim)
-    actor = loaded(
-        GaussianActor(z.shape[1], found.action_dim, alg.actor.units, min_logstd=-1.427), found.actor
-    )
+    z = normal(ROWS, found.alg.world_model.latent_dim)
+    actor = actor_of(found)
     same(actor(z), double(file.actor)(z).tanh())
     same(actor.logstd, file.actor.logstd.double())  # type: ignore[union-attr,operator]
-    critic = loaded(CriticEnsemble(z.shape[1], alg.critic.units, alg.critic.members), found.critic)
-    same(critic(z), double(file.critic)(z)[..., 0])
+    same(critic_of(found).values(z), double(file.critic)(z)[..., 0])
 
 
 # --- PWM ------------------------------------------------------------------------------------------
@@ -206,30 +209,18 @@ def test_tdmpc2(several: bool, old: bool, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def compare_tdmpc2_agents(found: Published, theirs: TDMPC2, task: int | None) -> None:
-    """Policy and Q functions, the latter by their formula on the stacked parameters."""
-    alg, model = found.alg, found.alg.world_model
-    z, a = normal(ROWS, model.latent_dim), normal(ROWS, found.action_dim)
-    embedding = [] if task is None else [world_of(found).embed(torch.tensor(task), z)[0]]
-    net = own_mlp(model.latent_dim + model.task_dim, alg.actor.units, 2 * found.action_dim)
-    pi = loaded(net, {k.removeprefix("_pi."): v for k, v in found.actor.items()})
-    mu, log_std = pi(z, *embedding).chunk(2, -1)
-    low, high = alg.actor.min_logstd, alg.actor.max_logstd
-    log_std = low + 0.5 * (high - low) * (log_std.tanh() + 1.0)
-    expected = double(theirs).pi(z, task)
-    masked = 1.0 if task is None else theirs.masks()[task].double()
-    same(mu * masked, expected[0])
-    same(log_std * masked, expected[1])
-    x = torch.cat([z, *embedding, a], -1)
-    params = {int(k.removeprefix("params.")): v.double() for k, v in found.critic.items()}
-    assert sorted(params) == list(range(4 * len(alg.critic.units) + 2))
-    for i in range(0, len(params), 4):
-        x = x @ params[i].mT + params[i + 1].unsqueeze(1)
-        if i + 2 in params:
-            x = nn.functional.layer_norm(x, x.shape[-1:])
-            x = nn.functional.mish(x * params[i + 2].unsqueeze(1) + params[i + 3].unsqueeze(1))
-    online = double(theirs.online)
-    same(x, online(torch.cat([z, *embedding, a], -1)))
-    assert not torch.allclose(x, double(theirs.target)(torch.cat([z, *embedding, a], -1)))
+    z, a = normal(ROWS, found.alg.world_model.latent_dim), normal(ROWS, found.action_dim)
+    embedding = None if task is None else world_of(found).embed(torch.tensor(task), z)[0]
+    mask = None if task is None else theirs.masks()[task].double().expand_as(a)
+    actor, reference = actor_of(found), double(theirs)
+    mu, log_std = reference.pi(z, task)
+    same(actor(z, task=embedding, mask=mask), mu.tanh())
+    masked = 1.0 if mask is None else mask
+    same(actor.std(z, embedding).log() * masked, log_std)
+    logits = critic_of(found)(z, a, embedding)
+    same(logits, reference.q_logits(z, a, task))
+    targets = double(theirs.target)(reference.joined(z, task, a))
+    assert not torch.allclose(logits, targets), "the online ones"
 
 
 @pytest.mark.parametrize(
@@ -307,18 +298,13 @@ def test_some_tasks_of_tdmpc2(old: bool, tmp_path: Path) -> None:
         same(ours.encode(obs, torch.tensor(number)), z)
         same(ours.next(z, a_masked, torch.tensor(number)), reference.next(z, padded, task))
         same(ours.reward(z, a_masked, torch.tensor(number)), reference.reward(z, padded, task))
-        embedding = world_of(found).embed(torch.tensor(number), z)[0]
-        net = own_mlp(16 + WIDTH, [12, 12], 4)
-        pi = loaded(net, {k.removeprefix("_pi."): v for k, v in found.actor.items()})
-        mu, log_std = pi(z, embedding).chunk(2, -1)
-        mask = theirs.masks()[task, :2]
-        wanted = reference.pi(z, task)
-        same(mu * mask, wanted[0][:, :2])
-        same((-10.0 + 6.0 * (log_std.tanh() + 1.0)) * mask, wanted[1][:, :2])
-        x = torch.cat([z, embedding, a_masked], -1)
-        first = x @ found.critic["params.0"].double().mT
-        full = torch.cat([z, embedding, padded], -1)
-        same(first, full @ whole.critic["params.0"].double().mT)
+        embedding = ours.embed(torch.tensor(number), z)[0]
+        mask = theirs.masks()[task, :2].double().expand(ROWS, -1)
+        mu, log_std = reference.pi(z, task)
+        same(actor_of(found)(z, task=embedding, mask=mask), mu[:, :2].tanh())
+        same(actor_of(found).std(z, embedding).log() * mask, log_std[:, :2])
+        logits = critic_of(found)(z, a_masked, embedding)
+        same(logits, reference.q_logits(z, padded, task))
     assert whole.num_tasks == TASKS, "the file itself is as it was"
 
 
@@ -334,8 +320,7 @@ def test_one_task_of_a_flow(tmp_path: Path) -> None:
         same(ours.encode(obs, task), z)
         same(ours.next(z, a, task), theirs.next(z, pad(a, (0, 1)), 3))
         same(ours.reward(z, a, task), theirs.reward(z, pad(a, (0, 1)), 3))
-        actor = loaded(GaussianActor(16, 2, [9, 8, 7]), found.actor)
-        same(actor(z), double(file.actor)(z).tanh()[:, :2])
+        same(actor_of(found)(z), double(file.actor)(z).tanh()[:, :2])
     assert found.optimizers == {} and whole.optimizers
 
 

@@ -15,9 +15,10 @@ import torch
 from pwm_fast import load_published
 from pwm_fast.agent.optim import GuardedAdam
 from pwm_fast.config import ConfigError, compose
-from pwm_fast.envs.protocol import Box
+from pwm_fast.envs.protocol import Box, Tasks, tasks_of
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.checkpoint import CheckpointError
+from pwm_fast.run.evaluation import EvaluateConfig, evaluate_checkpoint
 from pwm_fast.run.importing import ImportConfig, import_checkpoint, look, training_arguments
 from pwm_fast.run.start import train
 from tests.published.codes import TDMPC2, PWMFile, pwm_file
@@ -233,6 +234,51 @@ def test_without_an_environment_nothing_is_written(launcher: Launcher, tmp_path:
     assert {path.name for path in tmp_path.iterdir()} == {*before, "cwd"}
 
 
+def test_numbers_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment whose tasks have the file's numbers and widths takes all of it."""
+    monkeypatch.setattr(build, "make_env", lambda *_: ManyTasks((1, 12)))
+    statistics = ("obs_rms", "ret_rms")
+    file = pwm_file(obs=5, action=3, bins=21, tasks=30, task_dim=6, normalised=statistics)
+    content = checkpoint.load(imported(file.save(tmp_path / "x.pt"), tmp_path / "out"))
+    table = content["agent"]["world_model"]["_task_emb.weight"]
+    assert file.world._task_emb is not None
+    assert torch.equal(table, file.world._task_emb.weight)
+    means = content["agent"]["obs_rms"]["mean"]
+    assert torch.equal(means, file.rms["obs_rms"].mean.double().expand(30, 5)), "the same for all"
+    few = pwm_file(obs=5, action=3, bins=21, tasks=4, task_dim=6, normalised=("ret_rms",))
+    with pytest.raises(ConfigError, match=r"is of 4 tasks, those of env=cartpole have the numbers"):
+        imported(few.save(tmp_path / "y.pt"), tmp_path / "new")
+
+
+def test_tasks_of_dm_control(tmp_path: Path) -> None:
+    """A policy of PWM's in two of a file's 30 tasks: what acts there is the published one."""
+    pytest.importorskip("dm_control")
+    env = {
+        "name": "dmc_tasks",
+        "tasks": ["cup-catch", "cartpole-swingup"],
+        "num_envs": 2,
+        "max_episode_steps": 6,
+    }
+    file = pwm_file(obs=24, action=6, bins=21, tasks=30, task_dim=6, normalised=("ret_rms",))
+    path = imported(file.save(tmp_path / "x.pt"), tmp_path / "out", env=env)
+    run, content = build.load_run(path)
+    with closing(build.make_env(run, 4, 0)) as made:
+        agent = build.restore_agent(path, run, content, made, torch.device("cpu"))
+        obs, _ = made.reset(seed=3)
+        tasks = tasks_of(made)
+        assert tasks is not None
+        action = agent.act(obs, task=tasks.of_env, deterministic=True)
+    width = obs.shape[1]
+    with torch.no_grad():
+        for row, number in enumerate([12, 10, 12, 10]):
+            padded = torch.nn.functional.pad(obs[row : row + 1], (0, 24 - width))
+            expected = file.actor(file.world.encode(padded, number)).tanh()[0, :2]
+            kept = tasks.action_mask[row].bool()
+            torch.testing.assert_close(action[row][kept], expected[kept])
+    result = evaluate_checkpoint(EvaluateConfig(checkpoint=str(path), episodes=2, device="cpu"))
+    assert len(result["returns"]) == 2 and result["imported"]["of"] == "PWM"
+
+
 def test_wrong_command_lines(launcher: Launcher, tmp_path: Path) -> None:
     source = cartpole_file().save(tmp_path / "x.pt")
     for arguments, said in (
@@ -291,8 +337,10 @@ class OneTask:
 
 
 class ManyTasks(OneTask):
-    tasks = ("walker-walk", "ball_in_cup-catch")
-    action_dims = (3, 2)
+    def __init__(self, numbers: tuple[int, ...] = (0, 1)) -> None:
+        self.tasks = Tasks(
+            ("walker-walk", "cup-catch"), numbers, (3, 2), torch.tensor(numbers), torch.ones(2, 3)
+        )
 
 
 def test_a_task_of_dm_control_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +368,7 @@ def test_an_environment_of_several_tasks(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"tasks \[1, 12\] of .* have 4, 3 actions"):
         imported(whole, tmp_path / "new")
     single = pwm_file(obs=5, action=3).save(tmp_path / "z.pt")
-    with pytest.raises(ConfigError, match="is of 1 tasks, env=cartpole of 2"):
+    with pytest.raises(ConfigError, match="is of 1 tasks, those of env=cartpole have the num"):
         imported(single, tmp_path / "new")
     as_many = pwm_file(obs=5, action=3, bins=21, tasks=2, task_dim=6, normalised=("ret_rms",))
     kept = checkpoint.load(imported(as_many.save(tmp_path / "w.pt"), tmp_path / "kept"))

@@ -304,7 +304,7 @@ def run(
     for _ in range(alg.model_learning.updates):
         update_world_model(source.replay.sample(alg.model_learning.batch_size))
     for _ in range(alg.actor.updates):
-        update_policy(source.replay.sample_obs(alg.actor.batch_size))
+        update_policy(source.replay.sample_starts(alg.actor.batch_size).obs)
 
 
 def build_epoch(

@@ -49,7 +49,7 @@ def updates(alg: str) -> dict[str, Callable[[], object]]:
     rows, starts = run.alg.model_learning.batch_size, run.alg.actor.batch_size
     return {
         "world model": lambda: agent.update_world_model(replay.sample(rows)),
-        "policy": lambda: agent.update_policy(replay.sample_obs(starts)),
+        "policy": lambda: agent.update_policy(*replay.sample_starts(starts)),
     }
 
 

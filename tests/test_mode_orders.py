@@ -171,7 +171,9 @@ def test_replay(made: str, order: tuple[str, ...]) -> None:
                 obs = torch.randn(2, 3)
                 replay.add(obs, torch.rand(2, 2), torch.ones(2), done & False, done, obs)
             windows = replay.sample(5)
-            assert replay.sample_obs(5).shape == (5, 3) and len(replay) and replay.num_windows()
+            assert (
+                replay.sample_starts(5).obs.shape == (5, 3) and len(replay) and replay.num_windows()
+            )
         (windows.obs.clone().sum() * torch.ones((), requires_grad=True)).backward()
 
 

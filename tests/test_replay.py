@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -205,14 +206,14 @@ def test_every_window_is_sampled_and_uniformly(added: int) -> None:
 
 
 @pytest.mark.parametrize("added", [1, 9, 111])
-def test_sample_obs_returns_every_row_acted_upon_and_uniformly(added: int) -> None:
+def test_starts_are_every_row_acted_upon_and_uniformly(added: int) -> None:
     """Terminal observations, and the tentative next one, are no starts for imagination."""
     replay = Replay(3 * 30, 3, OBS, ACTION, 4)
     recorder = Recorder(replay, added, 0.2)
     for _ in range(added):
         recorder.add()
     expected = recorder.acted_on()
-    obs = replay.sample_obs(300 * len(expected))
+    obs = replay.sample_starts(300 * len(expected)).obs
     assert obs[:, 3].eq(0).all()
     uniform(Counter(tuple(row) for row in obs[:, :3].int().tolist()), expected)
 
@@ -256,7 +257,7 @@ def test_generator_decides_what_is_sampled() -> None:
 
     def draw(seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return replay.sample(20, generator).obs, replay.sample_obs(20, generator)
+        return replay.sample(20, generator).obs, replay.sample_starts(20, generator).obs
 
     first, again, other = draw(1), draw(1), draw(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -309,7 +310,7 @@ def test_restored_replay_continues_to_the_bit(added: int, done: float, tmp_path:
     if replay.num_windows():
         generators = [torch.Generator().manual_seed(5) for _ in range(2)]
         a, b = replay.sample(30, generators[0]), restored.sample(30, generators[1])
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
 
 
 def test_saved_state_holds_only_rows_that_were_written() -> None:
@@ -366,7 +367,7 @@ def run_without_sync(device: str, keep: int = 0) -> None:
         for step in steps:
             replay.add(*step)
         windows = replay.sample(64, generator)
-        obs = replay.sample_obs(64, generator)
+        obs = replay.sample_starts(64, generator).obs
     assert mode.operators > 100
     assert windows.obs.device.type == obs.device.type == torch.device(device).type
 
@@ -450,7 +451,7 @@ def test_whole_episodes(
         for _ in range(20):
             counts += check(replay.sample(200), recorder)
         uniform(counts, recorder.windows())
-    drawn = replay.sample_obs(500) if len(replay) else torch.zeros(0, OBS)
+    drawn = replay.sample_starts(500).obs if len(replay) else torch.zeros(0, OBS)
     assert set(map(tuple, drawn[:, :3].int().tolist())) == recorder.acted_on()
     # And through a checkpoint.
     other = Replay(rows * num_envs, num_envs, OBS, ACTION, horizon)
@@ -546,7 +547,7 @@ def test_the_first_rows_are_kept(
             assert set(check(replay.sample(16), recorder)) <= expected
     uniform(check(replay.sample(300 * len(expected)), recorder), expected)
     acted = recorder.acted_on()
-    drawn = replay.sample_obs(300 * len(acted))
+    drawn = replay.sample_starts(300 * len(acted)).obs
     uniform(Counter(tuple(row) for row in drawn[:, :3].int().tolist()), acted)
     first = {(n, 0, step) for n in range(num_envs) for step in range(keep - 1)}
     assert done > 0 or first <= acted, "the first steps are there to the end"
@@ -613,7 +614,7 @@ def test_without_a_block_nothing_is_different() -> None:
         for recorder in recorders:
             recorder.add()
         same_contents(plain, given_up)
-    draws = [r.sample(30, torch.Generator().manual_seed(1)) for r in (plain, given_up)]
+    draws = [r.sample(30, torch.Generator().manual_seed(1))[:4] for r in (plain, given_up)]
     assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
 
 
@@ -672,3 +673,93 @@ def test_the_share_that_a_block_keeps() -> None:
     steps_of(replay, 8, random=True)
     steps_of(replay, 100, random=False)
     assert len(replay) == 2 * (5 + 13) and replay.random_share() == pytest.approx(5 / 18)
+
+
+# Several tasks
+
+
+def tasks_of_rows(obs: Tensor) -> Tensor:
+    """The task's number, which :func:`several` writes into the first component."""
+    return obs[..., 0].long()
+
+
+def several(capacity: int = 60, num_envs: int = 3, keep: int = 0, steps: int = 40) -> Replay:
+    """A replay of envs of which each changes its task with every episode of 4 steps."""
+    replay = Replay(capacity, num_envs, 2, 1, 2, keep=keep, num_tasks=4)
+    generator = torch.Generator().manual_seed(0)
+    task = torch.zeros(num_envs, dtype=torch.int64)
+    for t in range(steps):
+        if t % 4 == 0:
+            task = torch.randint(4, (num_envs,), generator=generator)
+        obs = torch.stack((task.float(), torch.full((num_envs,), float(t))), -1)
+        after = torch.stack((task.float(), torch.full((num_envs,), t + 1.0)), -1)
+        none = torch.zeros(num_envs, dtype=torch.bool)
+        done = torch.full((num_envs,), t % 4 == 3)
+        replay.add(obs, obs[:, :1], obs[:, 0], none, done, after, task=task)
+    return replay
+
+
+@pytest.mark.parametrize("keep", [0, 7])
+def test_the_task_goes_with_what_is_sampled(keep: int) -> None:
+    """Also where rings have come round, and out of a kept block; and through a checkpoint."""
+    replay = several(keep=keep)
+    other = Replay(60, 3, 2, 1, 2, keep=keep, num_tasks=4)
+    other.load_state_dict(replay.state_dict())
+    for source in (replay, other):
+        windows = source.sample(500)
+        assert windows.task is not None and windows.task.dtype == torch.int64
+        assert torch.equal(windows.task.expand(3, -1), tasks_of_rows(windows.obs))
+        starts = source.sample_starts(500)
+        assert starts.task is not None and torch.equal(starts.task, tasks_of_rows(starts.obs))
+        assert len(starts.task.unique()) > 2
+
+
+def test_one_task_has_no_numbers() -> None:
+    replay = Replay(60, 3, OBS, ACTION, 2)
+    recorder = Recorder(replay, seed=0, done=0.2)
+    for _ in range(9):
+        recorder.add()
+    assert replay.sample(5).task is None and replay.sample_starts(5).task is None
+    assert replay.state_dict()["task"] is None
+
+
+def test_episodes_of_several_tasks_are_streamed() -> None:
+    """One at a time is asked for; each is where its task's number says."""
+    replay = Replay(60, 2, 2, 1, 2, num_tasks=4)
+    references: list[Any] = []
+
+    def episodes() -> Iterator[Episode]:
+        for task in (3, 1, 2, 3):
+            assert sum(1 for ref in references if ref() is not None) <= 1
+            obs = torch.stack((torch.full((6,), float(task)), torch.arange(6.0)), -1)
+            references.append(weakref.ref(obs))
+            yield Episode(obs, obs[:5, :1], obs[:5, 0], torch.zeros(5, dtype=torch.bool), task)
+            del obs
+
+    replay.add_episodes(episodes())
+    assert len(references) == 4 and len(replay) == 20
+    windows = replay.sample(300)
+    assert windows.task is not None
+    assert torch.equal(windows.task.expand(3, -1), tasks_of_rows(windows.obs))
+    assert set(windows.task.tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("task", [-1, 4])
+def test_episodes_of_unknown_tasks_are_refused(task: int) -> None:
+    replay = Replay(60, 2, 2, 1, 2, num_tasks=4)
+    obs = torch.ones(6, 2)
+    episode = Episode(obs, obs[:5, :1], obs[:5, 0], torch.zeros(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=f"episode 1 is of task {task}, .*num_tasks is 4"):
+        replay.add_episodes([episode, episode._replace(task=task)])
+    assert len(replay) == 0 and replay.num_windows() == 0
+
+
+def test_a_saved_replay_of_other_tasks_is_refused() -> None:
+    replay = several()
+    with pytest.raises(ValueError, match=r"is of several tasks, .*num_tasks of this run is 1"):
+        Replay(60, 3, 2, 1, 2).load_state_dict(replay.state_dict())
+    with pytest.raises(ValueError, match=r"has a task number 3, .*num_tasks of this run is 2"):
+        Replay(60, 3, 2, 1, 2, num_tasks=2).load_state_dict(replay.state_dict())
+    one = Replay(60, 3, 2, 1, 2)
+    with pytest.raises(ValueError, match=r"is of one task, .*num_tasks of this run is 4"):
+        several().load_state_dict(one.state_dict())

@@ -8,17 +8,18 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from pwm_fast import ops
-from pwm_fast.models import GaussianActor, LatentModel
+from pwm_fast.models import Actor, LatentModel
 
 
 def imagine(
     model: LatentModel,
-    actor: GaussianActor,
+    actor: Actor,
     z: Tensor,
     noise: Tensor,
     *,
     detach: bool = True,
     task: Tensor | None = None,
+    action_mask: Tensor | None = None,
     symlog_rewards: bool = False,
 ) -> ops.ImaginedRollout:
     """Roll the policy out in the world model, differentiably.
@@ -32,6 +33,7 @@ def imagine(
         noise: standard normal ``[H, B, A]``.
         detach: the policy sees latents without their gradient.
         task: task numbers ``[B]``, or None.
+        action_mask: ``[B, A]``, 1.0 for components that tasks read, or None.
         symlog_rewards: leave the rewards of a two-hot head in symlog space.
 
     Returns:
@@ -46,6 +48,7 @@ def imagine(
         noise=noise,
         detach=detach,
         task=model.task_input(task, z),
+        action_mask=action_mask,
     )
 
 

@@ -18,7 +18,7 @@ from pwm_fast.agent.normalizers import RunningMeanStd, StartSpread
 from pwm_fast.agent.optim import GuardedAdam
 from pwm_fast.agent.state import OPTIMIZER_KEYS, check, fits, not_finite
 from pwm_fast.config import ActorConfig, AlgConfig, CriticConfig, ModelLearningConfig
-from pwm_fast.models import CriticEnsemble, GaussianActor, make_world_model
+from pwm_fast.models import make_actor, make_critic, make_world_model
 from pwm_fast.ops import ImaginedRollout, extend
 from pwm_fast.replay import Windows
 
@@ -94,21 +94,13 @@ class PWM:
             )
         for caution in cautions:
             warnings.warn(caution, stacklevel=2)
-        self.actor = GaussianActor(
-            self.world_model.latent_dim,
-            action_dim,
-            config.actor.units,
-            config.actor.init_logstd,
-            config.actor.min_logstd,
-            config.actor.input_gain,
-            config.actor.init,
-        ).to(self.device)
-        self.critic = CriticEnsemble(
-            self.world_model.latent_dim,
-            config.critic.units,
-            config.critic.members,
-            config.critic.input_gain,
-        ).to(self.device)
+        latent_dim = self.world_model.latent_dim
+        self.actor = make_actor(latent_dim, action_dim, config).to(self.device)
+        self.critic = make_critic(latent_dim, action_dim, config).to(self.device)
+        self.action_mask = self._masks(action_dims or {})
+        self.discounts: Tensor | None = None
+        if config.discounts is not None:
+            self.discounts = torch.tensor(config.discounts, dtype=torch.float64, device=self.device)
         tasks = config.world_model.num_tasks
         self.obs_rms = RunningMeanStd((obs_dim,), tasks if tasks > 1 else None).to(self.device)
         self.reward_rms = RunningMeanStd().to(self.device)
@@ -140,6 +132,15 @@ class PWM:
                 "actor": CapturedUpdate(self._actor_update, recorder),
                 "critic": CapturedUpdate(self._critic_update, recorder, in_place=True),
             }
+
+    def _masks(self, action_dims: Mapping[int, int]) -> Tensor | None:
+        """Which components of the action each task reads, ``[T, A]``; None where all read all."""
+        if all(width == self.action_dim for width in action_dims.values()):
+            return None
+        masks = torch.ones(self.config.world_model.num_tasks, self.action_dim)
+        for number, width in action_dims.items():
+            masks[number, width:] = 0.0
+        return masks.to(self.device)
 
     def _modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {
@@ -182,9 +183,10 @@ class PWM:
         """
         obs = obs.to(self.device)
         with extend.precision(self.precision), self.keeping():
-            z = self.encode(obs, self.task_numbers((obs.shape[0],), task))
+            task = self.task_numbers((obs.shape[0],), task)
+            z = self.encode(obs, task)
             noise = None if deterministic else self._noise(obs.shape[0])
-            return self.actor(z, noise)
+            return self._acted(z, task, noise)
 
     @torch.no_grad()
     def plan(
@@ -208,7 +210,7 @@ class PWM:
         """
         obs, config = obs.to(self.device), self.config
         scale = config.gamma**config.value_delay / config.value_scale
-        values = ops.ValueEnsemble(self.critic.layers(), reduce="min", scale=scale)
+        values = self.critic.ensemble(scale=scale)
         with extend.precision(self.precision), self.keeping():
             task = self.task_numbers((obs.shape[0],), task)
             z = self.encode(obs, task)
@@ -219,13 +221,14 @@ class PWM:
                 self.world_model.heads(symlog_rewards=config.symlog_rewards),
                 values=values,
                 options=options,
-                gamma=config.gamma,
+                gamma=self._gamma(task),
                 previous=previous,
                 first=first,
                 eval_mode=eval_mode,
                 noise=noise,
                 generator=generator,
                 task=self.world_model.task_input(task, z),
+                action_mask=self._mask(task),
             )
 
     @torch.no_grad()
@@ -241,8 +244,10 @@ class PWM:
             return ", ".join(problems[:3]) + more
         with extend.precision(self.precision), self.keeping():
             obs = obs.to(self.device)
-            z = self.encode(obs, self.task_numbers((len(obs),), task))
-            for name, value in (("observations", obs), ("latents", z), ("actions", self.actor(z))):
+            task = self.task_numbers((len(obs),), task)
+            z = self.encode(obs, task)
+            a = self._acted(z, task)
+            for name, value in (("observations", obs), ("latents", z), ("actions", a)):
                 bad = int((~value.isfinite().all(-1)).sum())
                 if bad:
                     sizes = {
@@ -411,7 +416,7 @@ class PWM:
             "actor_loss": loss.detach(),
             "actor_grad_norm": norm,
             "imagined_return": returns.detach().mean() / self.config.value_scale,
-            "actor_std": self.actor.std().detach().mean(),
+            "actor_std": self._std(rollout.z[0], task),
         }
         if entropy is not None:
             metrics["entropy"] = entropy
@@ -585,6 +590,36 @@ class PWM:
             return obs
         return self.obs_rms.normalize(obs, self.config.obs_clip, group=self._group(task))
 
+    @torch.no_grad()
+    def _std(self, z: Tensor, task: Tensor | None) -> Tensor:
+        """The policy's mean standard deviation in latents ``[B, D]``."""
+        return self.actor.std(z, self.world_model.task_input(task, z)).mean()
+
+    def _acted(self, z: Tensor, task: Tensor | None, noise: Tensor | None = None) -> Tensor:
+        """The policy's actions ``[B, A]`` in latents ``[B, D]``; deterministic without noise."""
+        return self.actor(z, noise, self.world_model.task_input(task, z), self._mask(task))
+
+    def _value(self, z: Tensor, task: Tensor | None) -> Tensor:
+        """The least of the members' values ``[..., B]`` of latents ``[..., B, D]``.
+
+        Of Q functions, those of the policy's deterministic action.
+        """
+        embedding = self.world_model.task_input(task, z)
+        a = self._acted(z, task) if self.config.critic.kind == "tdmpc2" else None
+        return self.critic.minimum(z, a, embedding)
+
+    def _mask(self, task: Tensor | None) -> Tensor | None:
+        """Which components of the action the tasks of rows read, ``[B, A]``; None for all."""
+        if self.action_mask is None:
+            return None
+        return self.action_mask[0 if task is None else task]
+
+    def _gamma(self, task: Tensor | None) -> float | Tensor:
+        """The discount, or those ``[B]`` of the tasks of rows."""
+        if self.discounts is None or task is None:
+            return self.config.gamma
+        return self.discounts[task]
+
     def encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
         """Latents ``[..., D]`` of observations ``[..., O]`` of :meth:`task_numbers`."""
         return self.world_model.encode(self.normalized(obs, task), task)
@@ -602,7 +637,9 @@ class PWM:
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, self.action_dim, device=self.device)
 
-    def _imagine(self, obs: Tensor, task: Tensor | None, horizon: int | None = None) -> _Imagined:
+    def _imagine(
+        self, obs: Tensor, task: Tensor | None = None, horizon: int | None = None
+    ) -> _Imagined:
         steps = self.config.imagined_steps if horizon is None else horizon
         noise = self._noise(steps, obs.shape[0])
         rollout = imagine(
@@ -612,19 +649,22 @@ class PWM:
             noise,
             detach=self.config.actor.detach,
             task=task,
+            action_mask=self._mask(task),
             symlog_rewards=self.config.symlog_rewards,
         )
         reward, entropy = rollout.reward, None
         if self.config.actor.entropy_coef:
-            bonus = self.actor.entropy(rollout.action, noise)
+            seen = rollout.z[:-1].detach() if self.config.actor.detach else rollout.z[:-1]
+            embedding = self.world_model.task_input(task, seen)
+            bonus = self.actor.entropy(rollout.action, noise, seen, embedding, self._mask(task))
             entropy = bonus.detach().mean()
             reward = reward + self.config.actor.entropy_coef * bonus
         rollout = rollout._replace(reward=reward * self.config.value_scale)
-        value = self.critic.minimum(rollout.z[-1])
+        value = self._value(rollout.z[-1], task)
         if self.config.value_delay:
             value = value * self.config.gamma**self.config.value_delay
         returns = extend.discounted_return(
-            rollout.reward, value, self.config.gamma, rollout.continues
+            rollout.reward, value, self._gamma(task), rollout.continues
         )
         return _Imagined(rollout, returns, entropy)
 
@@ -634,19 +674,24 @@ class PWM:
             return loss
         return loss / self.return_rms.scale(dtype=loss.dtype)
 
-    def _update_critic(self, rollout: ImaginedRollout, task: Tensor | None) -> Metrics:
+    def _update_critic(self, rollout: ImaginedRollout, task: Tensor | None = None) -> Metrics:
         config = self.config.critic
         with torch.no_grad():
             z = rollout.z.detach()
             continues = rollout.continues
             targets = ops.td_lambda(
                 rollout.reward.detach(),
-                self.critic.minimum(z),
-                gamma=self.config.gamma,
+                self._value(z, task),
+                gamma=self._gamma(task),
                 lam=config.lam,
                 continues=None if continues is None else continues.detach(),
             ).flatten()
-            states = z[:-1].flatten(0, 1)
+            states = z[:-1]
+            if self.critic.task_dim:
+                embedding = self.world_model.task_input(task, states)
+                assert embedding is not None
+                states = torch.cat((states, embedding), -1)
+            states = states.flatten(0, 1)
         size = -(-states.shape[0] // config.minibatches)
         steps: dict[int, extend.RegressionStep | None] = {}  # by rows: the last may have fewer
         losses, norms = [], []
@@ -681,7 +726,7 @@ class PWM:
         if step is not None:
             loss, grads = step(states, targets)
             return loss, optimizer.apply(loss, grads)
-        values = self.critic(states)
+        values = ops.mlp((states,), self.critic.layers(), order="act_norm").squeeze(-1)
         with torch.no_grad():  # the loss's own gradient is written out: 4 launches, not 9
             error = values - targets
             loss = error.square().mean()

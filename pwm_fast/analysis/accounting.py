@@ -214,23 +214,34 @@ class _Work:
             task=self._task(self.rollouts),
             symlog_rewards=self.config.symlog_rewards,
         )
-        value = self.critic.minimum(rollout.z[-1])
+        value = self._values(rollout.z[-1])
         returns = discounted_return(rollout.reward, value, self.config.gamma, rollout.continues)
         return -returns.mean()
 
     def critic_targets(self) -> Tensor:
-        return self.critic.minimum(torch.empty(self.horizon + 1, self.rollouts, self.latent_dim))
+        return self._values(torch.empty(self.horizon + 1, self.rollouts, self.latent_dim))
 
     def critic_loss(self) -> Tensor:
         """Of all rows at once: the minibatches of a pass are parts of them."""
-        values = self.critic(torch.empty(self.horizon * self.rollouts, self.latent_dim))
+        z = torch.empty(self.horizon * self.rollouts, self.latent_dim)
+        values = self.critic.values(z, self._action(len(z)), self._embedding(z))
         return (values - torch.empty(self.horizon * self.rollouts)).square().mean()
 
     def act(self) -> Tensor:
-        return self.actor(self.model.encode(self._obs(1), self._task(1)), self._action(1))
+        z = self.model.encode(self._obs(1), self._task(1))
+        return self.actor(z, self._action(1), self._embedding(z))
 
     def macro_step(self) -> Tensor:
         return self.model.next(torch.empty(1, self.latent_dim), self._action(1), self._task(1))
+
+    def _values(self, z: Tensor) -> Tensor:
+        """The least of the members' values; of Q functions, those of the policy's actions."""
+        embedding = self._embedding(z)
+        a = self.actor(z, None, embedding) if self.config.critic.kind == "tdmpc2" else None
+        return self.critic.minimum(z, a, embedding)
+
+    def _embedding(self, z: Tensor) -> Tensor | None:
+        return self.model.task_input(self._task(z.shape[-2]), z)
 
     def _obs(self, *shape: int) -> Tensor:
         return torch.empty(*shape, self.spaces.obs_dim)

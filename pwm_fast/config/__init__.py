@@ -47,7 +47,7 @@ from pwm_fast.config.training import (
     EvalConfig,
     TrainConfig,
     WandbConfig,
-    check_layers,
+    check_trainable,
 )
 
 __all__ = [
@@ -73,7 +73,7 @@ __all__ = [
     "allotted_threads",
     "at_most",
     "check_choices",
-    "check_layers",
+    "check_trainable",
     "compose",
     "from_dict",
     "from_hydra",

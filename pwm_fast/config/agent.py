@@ -424,6 +424,12 @@ class AlgConfig(Checked):
             f"a number for dynamics of kind {self.world_model.kind}, which learn without noise",
         )
 
+        require(
+            self.discounts is None or self.value_delay == 0,
+            "alg.discounts",
+            self.discounts,
+            f"null with alg.value_delay={self.value_delay}, which is a power of one discount",
+        )
         model, share = self.world_model, self.model_learning.flow_share
         require(
             share in ("auto", 1.0) or model.kind != "flow" or model.at_zero(self.model_learning),

@@ -242,14 +242,20 @@ class TrainConfig(Checked):
         return self.num_envs or self.env.num_envs
 
 
-def check_layers(config: TrainConfig) -> None:
-    """Refuse to begin with networks without hidden layers: they would be linear, without a word.
+def check_trainable(config: TrainConfig) -> None:
+    """Refuse to begin with what can be made, counted and loaded, but not trained.
 
-    Such agents can be made, counted and loaded, and their runs go on.
+    Networks without hidden layers would be linear, without a word; runs that have them go on.
 
     Raises:
-        ConfigError: a list of hidden widths is empty.
+        ConfigError: a list of hidden widths is empty, or the critics are Q functions.
     """
+    require(
+        config.alg.critic.kind == "pwm",
+        "alg.critic.kind",
+        config.alg.critic.kind,
+        "pwm to train: Q functions are there to evaluate and plan with",
+    )
     model, networks = "alg.world_model", config.alg.world_model
     widths = {
         f"{model}.units": networks.units,

@@ -179,6 +179,7 @@ def _discounts(
             f"gamma must be a number or broadcast to {tuple(rows)}, got {tuple(gamma.shape)}"
         )
     _checks.same_device("gamma", gamma, "rewards", rewards.device)
+    gamma = gamma.to(rewards.dtype)
     return 1.0, gamma.expand(rewards.shape) if continues is None else gamma * continues
 
 

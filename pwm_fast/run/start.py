@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 print_summary(finished)
                 return finished, 0
             if source is None:
-                configuration.check_layers(config)
+                configuration.check_trainable(config)
             data = offline.load(config, env)
             trainer = Trainer(
                 config,

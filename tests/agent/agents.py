@@ -17,6 +17,7 @@ from pwm_fast.config import (
     ModelLearningConfig,
     WorldModelConfig,
 )
+from pwm_fast.models import GaussianActor
 from pwm_fast.replay import Windows
 from tests.models.builders import randomize_
 
@@ -52,6 +53,8 @@ AGENTS: dict[str, dict[str, Any]] = {
         "start_noise": "auto",
         **OBSERVATIONS,
     },
+    "masked": {"kind": "flow", "task_dim": 3, "num_tasks": 2, "action_dims": {0: 1, 1: 2}},
+    "state's deviation": {"kind": "flow", "actor_kind": "tdmpc2", "actor_entropy_coef": 0.1},
     "all normalised": {"kind": "flow", "normalize_obs": True, "detach": False},
     "as published": {
         "kind": "mlp",
@@ -106,6 +109,7 @@ def make_agent(
     recorder: Recorder | None = None,
     graphs: bool | None = None,
     precision: str = "auto",
+    action_dims: dict[int, int] | None = None,
     **changes: Any,
 ) -> PWM:
     """An agent whose every parameter is random: fresh heads are zero and would hide errors."""
@@ -119,13 +123,15 @@ def make_agent(
         graphs=graphs,
         precision=precision,
         recorder=recorder,
+        action_dims=action_dims,
     )
     for module in (agent.world_model, agent.actor, agent.critic):
         randomize_(module)
         if double:
             module.double()
-    with torch.no_grad():
-        agent.actor.logstd.fill_(-1.0)
+    if isinstance(agent.actor, GaussianActor):
+        with torch.no_grad():
+            agent.actor.logstd.fill_(-1.0)
     return agent
 
 

@@ -13,7 +13,15 @@ from pwm_fast.agent import PWM
 from pwm_fast.agent.graphs import WARM_UP, CapturedUpdate, CudaGraphs, Update
 from pwm_fast.fused.weight_cache import kept
 from pwm_fast.memory import OutOfMemory
-from tests.agent.agents import AGENTS, changed, make_agent, make_obs, make_windows, snapshot
+from tests.agent.agents import (
+    AGENTS,
+    changed,
+    make_agent,
+    make_obs,
+    make_task,
+    make_windows,
+    snapshot,
+)
 from tests.agent.no_sync import HostSyncError
 from tests.agent.recorder import make_captured
 
@@ -39,11 +47,13 @@ def learn(agent: PWM, updates: int, device: str = "cpu", batch: int = 6) -> list
         windows = make_windows(batch, seed=i, device=device)
         if i == WARM_UP + 3:
             windows.reward[0, 0] = float("nan")
-        agent.observe(make_obs(8, seed=i, device=device), torch.rand(8, device=device))
+        task = make_task(8, device)
+        agent.observe(make_obs(8, seed=i, device=device), torch.rand(8, device=device), task)
         row = {**agent.update_world_model(windows)}
-        row.update(agent.update_policy(make_obs(batch, seed=100 + i, device=device)))
+        starts = make_obs(batch, seed=100 + i, device=device), make_task(batch, device)
+        row.update(agent.update_policy(*starts))
         row.update(agent.skipped_updates())
-        row["action"] = agent.act(make_obs(2, seed=i, device=device))
+        row["action"] = agent.act(make_obs(2, seed=i, device=device), task=task[:2])
         rows.append({k: v.clone() for k, v in row.items()})
     return rows
 

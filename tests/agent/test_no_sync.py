@@ -11,7 +11,15 @@ from torch import Tensor
 
 from pwm_fast import ops
 from pwm_fast.replay import Replay
-from tests.agent.agents import ACTION, AGENTS, OBS, make_agent, make_obs, make_windows
+from tests.agent.agents import (
+    ACTION,
+    AGENTS,
+    OBS,
+    make_agent,
+    make_obs,
+    make_task,
+    make_windows,
+)
 from tests.agent.no_sync import HostSyncError, no_sync
 
 PLAN = ops.MPPI(iterations=2, samples=8, elites=3, policy_trajectories=2)
@@ -74,24 +82,25 @@ def test_the_check_lets_pass_what_does_not_wait() -> None:
 def learn_without_waiting(name: str, device: str) -> None:
     agent = make_agent(device=device, **AGENTS[name])
     obs, windows = make_obs(device=device), make_windows(device=device)
+    task = make_task(device=device)
     reward = windows.reward[0]
     bad = make_windows(device=device)
     bad.reward[0, 0] = float("nan")
     if device != "cpu":  # libraries start up, kernels compile
         agent.update_world_model(windows)
-        agent.update_policy(obs)
-        agent.actor_esnr(obs, 2)
+        agent.update_policy(obs, task)
+        agent.actor_esnr(obs, 2, task=task)
     with no_sync(device) as mode:
-        agent.act(obs)
-        agent.act(obs, deterministic=True)
-        planned = agent.plan(obs, PLAN)
-        agent.plan(obs, PLAN, previous=planned.mean, first=obs[:, 0] > 0.0)
-        agent.observe(obs, reward)
+        agent.act(obs, task=task)
+        agent.act(obs, task=task, deterministic=True)
+        planned = agent.plan(obs, PLAN, task=task)
+        agent.plan(obs, PLAN, task=task, previous=planned.mean, first=obs[:, 0] > 0.0)
+        agent.observe(obs, reward, task)
         agent.set_progress(0.3)
         for data in (windows, bad, windows):
             agent.update_world_model(data)
-        agent.update_policy(obs)
-        agent.actor_esnr(obs, 2)
+        agent.update_policy(obs, task)
+        agent.actor_esnr(obs, 2, task=task)
         agent.skipped_updates()
     assert mode.operators > 1000
     assert int(agent.skipped_updates()["skipped_updates"]) == 1

@@ -7,7 +7,7 @@ import torch
 
 from pwm_fast import ops
 from pwm_fast.agent import Planner
-from tests.agent.agents import ACTION, AGENTS, make_agent, make_obs
+from tests.agent.agents import ACTION, AGENTS, make_agent, make_obs, make_task
 from tests.models.builders import same
 
 OPTIONS = ops.MPPI(iterations=2, samples=12, elites=4, policy_trajectories=3)
@@ -23,11 +23,12 @@ def test_trajectories_are_worth_what_the_actor_learns_from(name: str) -> None:
     agent, obs = make_agent(value_scale=0.3, **changes), make_obs(5)
     one = ops.MPPI(horizon=3, iterations=1, samples=1, elites=1, policy_trajectories=1)
     torch.manual_seed(4)
-    returns = agent._imagine(obs, 3).returns
+    task = make_task(5)
+    returns = agent._imagine(obs, agent.task_numbers((5,), task), 3).returns
     torch.manual_seed(4)
     eps = torch.randn(3, 5, ACTION)
     noise = ops.PlanNoise.draw(5, ACTION, one)._replace(policy=eps.unsqueeze(2))
-    plan = agent.plan(obs, one, noise=noise, eval_mode=True)
+    plan = agent.plan(obs, one, task=task, noise=noise, eval_mode=True)
     same(0.3 * plan.value[:, 0], returns, rtol=2e-5, atol=1e-6)
     same(plan.action, plan.trajectories[0, :, 0])
     assert not plan.value.requires_grad

@@ -17,6 +17,7 @@ from pwm_fast import ops
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import imagine
 from pwm_fast.agent.losses import pieces, weighted_loss
+from pwm_fast.models import GaussianActor
 from pwm_fast.ops import ImaginedRollout, extend
 from pwm_fast.ops.extend import RegressionStep, discounted_return
 from tests.agent.agents import (
@@ -28,6 +29,7 @@ from tests.agent.agents import (
     changed,
     make_agent,
     make_obs,
+    make_task,
     make_windows,
     snapshot,
 )
@@ -37,12 +39,16 @@ NAN = float("nan")
 
 
 def normalized(agent: PWM, obs: Tensor) -> Tensor:
-    """Observations as the agent's networks see them."""
+    """Observations ``[..., B, O]`` of :func:`make_task` as the agent's networks see them."""
     if not agent.config.normalize_obs:
         return obs
     rms, limit = agent.obs_rms, agent.config.obs_clip
     assert limit is not None
-    return ((obs - rms.mean) / (rms.var + 1e-5).sqrt()).clip(-limit, limit).float()
+    mean, var = rms.mean, rms.var
+    if agent.config.world_model.num_tasks > 1:
+        task = make_task(obs.shape[-2])
+        mean, var = mean[task], var[task]
+    return ((obs - mean) / (var + 1e-5).sqrt()).clip(-limit, limit).float()
 
 
 def wanted_rewards(agent: PWM, reward: Tensor) -> Tensor:
@@ -61,18 +67,19 @@ def wanted_rewards(agent: PWM, reward: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", AGENTS)
 def test_act(name: str) -> None:
     """``tanh(mu + std noise)`` of the encoded observation; deterministic on request."""
-    agent, obs = make_agent(**AGENTS[name]), make_obs(7)
-    agent.observe(make_obs(50, seed=1), torch.randn(50))
-    x = normalized(agent, obs)
-    task = torch.zeros(7, dtype=torch.int64) if agent.config.world_model.task_dim else None
-    z = agent.world_model.encode(x, task)
-    same(agent.act(obs, deterministic=True), agent.actor(z), rtol=1e-5, atol=1e-6)
+    agent, obs, task = make_agent(**AGENTS[name]), make_obs(7), make_task(7)
+    agent.observe(make_obs(50, seed=1), torch.randn(50), make_task(50))
+    x, own = normalized(agent, obs), agent.task_numbers((7,), task)
+    z = agent.world_model.encode(x, own)
+    e = agent.world_model.task_input(own, z)
+    found = agent.act(obs, task=task, deterministic=True)
+    same(found, agent.actor(z, None, e, agent._mask(own)), rtol=1e-5, atol=1e-6)
     torch.manual_seed(4)
-    action = agent.act(obs)
+    action = agent.act(obs, task=task)
     torch.manual_seed(4)
-    same(action, agent.actor(z, torch.randn(7, ACTION)), rtol=1e-5, atol=1e-6)
+    same(action, agent.actor(z, torch.randn(7, ACTION), e, agent._mask(own)), rtol=1e-5, atol=1e-6)
     assert not action.requires_grad
-    assert not torch.equal(agent.act(obs), action)
+    assert not torch.equal(agent.act(obs, task=task), action)
 
 
 def test_observe_updates_only_what_is_normalised() -> None:
@@ -94,7 +101,7 @@ def test_observe_updates_only_what_is_normalised() -> None:
 def test_world_model_update(name: str) -> None:
     """Metrics are those of the loss on the (normalised) windows; only the world model moves."""
     agent, windows = make_agent(**AGENTS[name]), make_windows()
-    agent.observe(make_obs(50, seed=1), 5.0 * torch.randn(50))
+    agent.observe(make_obs(50, seed=1), 5.0 * torch.randn(50), make_task(50))
     config = agent.config
     before, others = snapshot(agent, "wm"), snapshot(agent, "actor", "critic")
     torch.manual_seed(4)
@@ -105,7 +112,7 @@ def test_world_model_update(name: str) -> None:
         wanted_rewards(agent, windows.reward),
         windows.terminated,
     )
-    task = torch.zeros(cut[1].shape[1], dtype=torch.int64)
+    task = make_task().repeat_interleave(cut[1].shape[1] // 6)
     expected = weighted_loss(
         agent.world_model,
         *cut,
@@ -135,7 +142,7 @@ def test_world_model_update(name: str) -> None:
 @pytest.mark.parametrize("name", AGENTS)
 def test_world_model_learns_fixed_windows(name: str) -> None:
     agent, windows = make_agent(**AGENTS[name], model_learning_lr=3e-3), make_windows(32)
-    agent.observe(windows.obs[0], windows.reward[0])
+    agent.observe(windows.obs[0], windows.reward[0], windows.task)
 
     def loss() -> float:
         torch.manual_seed(4)
@@ -250,7 +257,7 @@ def test_detached_gradient_is_another_one() -> None:
         agent = make_agent(detach=detach, passes=0, actor_grad_norm=1e9)
         agent.optimizers["actor"].keep_gradients = True
         torch.manual_seed(4)
-        agent.update_policy(make_obs())
+        agent.update_policy(make_obs(), make_task())
         grads.append(agent.gradients()["actor.mu_net.0.weight"].clone())
     assert (grads[0] - grads[1]).abs().max() > 1e-4
 
@@ -281,7 +288,7 @@ def test_policy_update_leaves_world_model_and_critics_alone(name: str) -> None:
     ):
         setattr(module, method, spy(getattr(module, method)))
     before, actor = snapshot(agent, "wm", "critic"), snapshot(agent, "actor")
-    agent.update_policy(make_obs())
+    agent.update_policy(make_obs(), make_task())
     assert len(asked) >= 4
     assert not any(asked[:4])
     assert changed(before, snapshot(agent, "wm", "critic")) == []
@@ -295,7 +302,7 @@ def test_critic_updates_leave_world_model_and_actor_alone() -> None:
     one, both = make_agent(passes=0), make_agent(passes=2)
     for agent in (one, both):
         torch.manual_seed(4)
-        agent.update_policy(make_obs())
+        agent.update_policy(make_obs(), make_task())
     difference = changed(snapshot(one), snapshot(both))
     assert difference and all(k.startswith("critic.") for k in difference)
     assert all(p.grad is None for p in both.critic.parameters())
@@ -306,7 +313,7 @@ def test_policy_metrics(name: str) -> None:
     """Every figure under its name, as a scalar on the device."""
     agent = make_agent(**AGENTS[name], value_scale=0.25, normalize_returns=False)
     torch.manual_seed(4)
-    metrics = agent.update_policy(make_obs())
+    metrics = agent.update_policy(make_obs(), make_task())
     assert set(metrics) == {
         "actor_loss",
         "actor_grad_norm",
@@ -314,12 +321,13 @@ def test_policy_metrics(name: str) -> None:
         "actor_std",
         "value_loss",
         "critic_grad_norm",
-        *(["entropy"] if name == "entropy" else []),
+        *(["entropy"] if agent.config.actor.entropy_coef else []),
     }
     assert all(m.shape == () and not m.requires_grad for m in metrics.values())
     # In the environment's units, whatever the scale that the critics learn in.
     same(metrics["imagined_return"] * 0.25, -metrics["actor_loss"], rtol=1e-5, atol=1e-6)
-    assert abs(metrics["actor_std"].item() - np.exp(-1.0)) < 0.01
+    if isinstance(agent.actor, GaussianActor):
+        assert abs(metrics["actor_std"].item() - np.exp(-1.0)) < 0.01
 
 
 def test_policy_update_raises_the_imagined_return() -> None:
@@ -554,7 +562,7 @@ def test_non_finite_windows_leave_the_world_model_as_it_was(name: str, part: str
 def test_non_finite_start_leaves_the_actor_as_it_was(name: str) -> None:
     """Statistics of the returns stay finite, and no critic ever becomes NaN."""
     agent = make_agent(**AGENTS[name])
-    agent.update_policy(make_obs())
+    agent.update_policy(make_obs(), make_task())
     before = snapshot(agent, "actor", "wm")
     obs = make_obs()
     obs[3, 1] = NAN
@@ -566,7 +574,7 @@ def test_non_finite_start_leaves_the_actor_as_it_was(name: str) -> None:
     assert all(torch.isfinite(p).all() for p in agent.critic.parameters())
     # Of a pass's two minibatches one or both hold a NaN target: 3 states of 18 are bad.
     assert 2 <= int(agent.optimizers["critic"].skipped) <= 4
-    agent.update_policy(make_obs())
+    agent.update_policy(make_obs(), make_task())
     assert len(changed(before, snapshot(agent, "actor"))) > 5
     assert int(agent.optimizers["actor"].skipped_in_a_row) == 0
 
@@ -631,10 +639,12 @@ def test_actor_esnr(name: str) -> None:
 def test_a_round_of_everything(name: str) -> None:
     """Each kind of agent acts, observes, learns and measures, with finite results."""
     agent = make_agent(**AGENTS[name])
-    action = agent.act(make_obs())
-    agent.observe(make_obs(), torch.randn(6))
-    metrics = {**agent.update_world_model(make_windows()), **agent.update_policy(make_obs())}
-    metrics |= agent.actor_esnr(make_obs(), 2)
+    task = make_task()
+    action = agent.act(make_obs(), task=task)
+    agent.observe(make_obs(), torch.randn(6), task)
+    metrics = agent.update_world_model(make_windows())
+    metrics |= agent.update_policy(make_obs(), task)
+    metrics |= agent.actor_esnr(make_obs(), 2, task=task)
     assert action.shape == (6, ACTION)
     assert all(torch.isfinite(v) for v in metrics.values())
     assert int(agent.skipped_updates()["skipped_updates"]) == 0

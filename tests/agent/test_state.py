@@ -10,20 +10,29 @@ import torch
 from torch import Tensor
 
 from pwm_fast.agent import PWM
-from tests.agent.agents import AGENTS, changed, make_agent, make_obs, make_windows, snapshot
+from tests.agent.agents import (
+    AGENTS,
+    changed,
+    make_agent,
+    make_obs,
+    make_task,
+    make_windows,
+    snapshot,
+)
 
 
 def learn(agent: PWM, seed: int, *, poison: bool = False) -> list[Tensor]:
     """One epoch of everything that changes an agent."""
     torch.manual_seed(seed)
     agent.set_progress(0.1 * seed)
-    agent.observe(make_obs(8, seed), torch.randn(8))
+    agent.observe(make_obs(8, seed), torch.randn(8), make_task(8))
     windows = make_windows(seed=seed)
     if poison:
         windows.reward[0, 0] = float("nan")
-    metrics = {**agent.update_world_model(windows), **agent.update_policy(make_obs(6, seed))}
+    metrics = agent.update_world_model(windows)
+    metrics |= agent.update_policy(make_obs(6, seed), make_task(6))
     metrics |= agent.skipped_updates()
-    return [agent.act(make_obs(4, seed)), *metrics.values()]
+    return [agent.act(make_obs(4, seed), task=make_task(4)), *metrics.values()]
 
 
 def statistics(agent: PWM) -> dict[str, Tensor]:

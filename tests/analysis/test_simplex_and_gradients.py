@@ -12,7 +12,7 @@ from pwm_fast import ops
 from pwm_fast.agent.imagination import imagine
 from pwm_fast.analysis.gradients import gradient_esnr
 from pwm_fast.analysis.simplex import simplex_drift
-from tests.agent.agents import ACTION, AGENTS, make_agent, make_obs
+from tests.agent.agents import ACTION, AGENTS, make_agent, make_obs, make_task
 from tests.analysis.closed_forms import normal
 from tests.models.builders import simplex
 
@@ -53,8 +53,8 @@ def test_drift_of_agents(name: str) -> None:
     for project in (False, True):
         own = changes | ({"flow_share": 1.0} if project and "flow_share" in changes else {})
         agent = make_agent(double=True, project=project, **own)
-        task = agent._task(6)
-        z = agent._encode(make_obs(dtype=torch.float64), task)
+        task = agent.task_numbers((6,), make_task())
+        z = agent.encode(make_obs(dtype=torch.float64), task)
         noise = torch.randn(5, 6, ACTION, dtype=torch.float64)
         drift = simplex_drift(imagine(agent.world_model, agent.actor, z, noise, task=task).z)
         assert drift["sum_error_max"][0] < 1e-9 and drift["negative_mass"][0] == 0.0
@@ -109,21 +109,21 @@ def test_no_signal_is_no_crash() -> None:
 def test_gradients_of_agents(name: str) -> None:
     """At any horizon those of an agent of that horizon, and its logged ESNR is theirs."""
     agent = make_agent(double=True, **AGENTS[name])
-    obs = make_obs(8, dtype=torch.float64)
+    obs, task = make_obs(8, dtype=torch.float64), make_task(8)
     for horizon in (1, 3, 5):
         changes = {**AGENTS[name], "horizon": horizon}
         if horizon == 1 and changes.get("start_noise") == "auto":
             continue  # windows of one step have no error to measure
         other = make_agent(double=True, **changes)
         torch.manual_seed(3)
-        ours = agent.actor_gradients(obs, 4, horizon)
+        ours = agent.actor_gradients(obs, 4, horizon, task=task)
         torch.manual_seed(3)
-        theirs = other.actor_gradients(obs, 4)
+        theirs = other.actor_gradients(obs, 4, task=task)
         assert len(ours) == 4
         for a, b in zip(ours, theirs, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         torch.manual_seed(3)
-        assert other.actor_esnr(obs, 4)["esnr"] == ops.esnr(ours).ratio
+        assert other.actor_esnr(obs, 4, task=task)["esnr"] == ops.esnr(ours).ratio
 
 
 def test_the_gradient_is_the_loss_s_slope() -> None:
@@ -134,7 +134,7 @@ def test_the_gradient_is_the_loss_s_slope() -> None:
 
     def loss() -> Tensor:
         torch.manual_seed(1)
-        return agent._actor_loss(agent._imagine(obs, 2)[1])
+        return agent._actor_loss(agent._imagine(obs, horizon=2)[1])
 
     bias = dict(agent.actor.named_parameters())["mu_net.6.bias"]
     index = [p is bias for p in agent.actor.parameters()].index(True)

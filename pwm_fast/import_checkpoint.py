@@ -32,13 +32,19 @@ def run(cfg: Any) -> int:
         return 0
     path, found = import_checkpoint(config, found)
     print(found.describe())
-    arguments = shlex.join(training_arguments(config, found))
     print(
         f"\nwritten to {path}; what to run next:\n"
         f"  python -m pwm_fast.evaluate checkpoint={path}\n"
-        f"  python -m pwm_fast.diagnose checkpoint={path}\n"
-        f"  python -m pwm_fast.train init={path} {arguments}"
+        f"  python -m pwm_fast.diagnose checkpoint={path}"
     )
+    if found.alg.critic.kind == "pwm":
+        arguments = shlex.join(training_arguments(config, found))
+        print(f"  python -m pwm_fast.train init={path} {arguments}")
+    else:
+        print(
+            "to train it, import it with critics=new, for Q functions are there to evaluate and "
+            "plan with; policy=new critics=new takes its world model alone"
+        )
     return 0
 
 

@@ -38,7 +38,8 @@ class ImportConfig(Checked):
         out: folder to make, new or empty; with ``env``.
         tasks: of a file of several tasks, the numbers there of the environment's tasks; null takes
             those of their names, where the file has TD-MPC2's 30 or 80, else all.
-        policy: ``file``, or ``new`` for new policy and critics with PWM's networks.
+        policy: ``file``, or ``new`` for a new one with PWM's networks.
+        critics: likewise. Q functions of TD-MPC2 are not trained here, new critics are.
         substeps: K of a flow.
         integrator: ``heun`` or ``euler``, of a flow.
     """
@@ -48,6 +49,7 @@ class ImportConfig(Checked):
     out: str | None = None
     tasks: list[int] | None = None
     policy: str = checked("file", one_of("file", "new"))
+    critics: str = checked("file", one_of("file", "new"))
     substeps: int = checked(2, positive(1024))
     integrator: str = checked("heun", one_of("heun", "euler"))
 
@@ -97,7 +99,7 @@ def import_checkpoint(config: ImportConfig, found: Published) -> tuple[Path, Pub
         run = configuration.from_dict({"env": config.env, "alg": alg, "run_dir": str(out)})
         build.seed_everything(run.seed)
         agent = build.make_agent(run, env, torch.device("cpu"))
-        _take_up(found, agent, new_policy=config.policy == "new")
+        _take_up(config, found, agent)
     path = out / "checkpoints" / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, _content(run, found, agent))
@@ -172,11 +174,14 @@ def _fitted(config: ImportConfig, found: Published, env: VectorEnv) -> Published
     alg = found.alg
     if found.family == "tdmpc2":  # published: by the episode's length
         alg = replace(alg, gamma=published.discount(env.max_episode_steps))
+    notes, new = list(found.notes), published.preset("pwm")
     if config.policy == "new":
-        new = published.preset("pwm")
-        alg = replace(alg, actor=new.actor, critic=new.critic)
-        found = replace(found, notes=[*found.notes, "policy and critics are new, of PWM's widths"])
-    return replace(found, alg=alg, notes=list(found.notes))
+        alg = replace(alg, actor=new.actor)
+        notes.append("the policy is new, of PWM's widths")
+    if config.critics == "new":
+        alg = replace(alg, critic=new.critic)
+        notes.append("the critics are new, of PWM's widths")
+    return replace(found, alg=alg, notes=notes)
 
 
 def _numbers(config: ImportConfig, found: Published, tasks: Tasks | None) -> list[int] | None:
@@ -203,7 +208,7 @@ def _numbers(config: ImportConfig, found: Published, tasks: Tasks | None) -> lis
     return published.task_numbers(found, tasks.names)
 
 
-def _take_up(found: Published, agent: PWM, *, new_policy: bool) -> None:
+def _take_up(config: ImportConfig, found: Published, agent: PWM) -> None:
     """Give an agent what the file has; the rest of it stays new.
 
     Raises:
@@ -218,16 +223,20 @@ def _take_up(found: Published, agent: PWM, *, new_policy: bool) -> None:
             "termination head says never until it has learned"
         )
     state["world_model"] = {**kept, **found.world_model}
-    if not new_policy:
-        state.update(actor=found.actor, critic=found.critic)
+    new = {"actor": config.policy == "new", "critic": config.critics == "new"}
+    for part, parameters in (("actor", found.actor), ("critic", found.critic)):
+        if not new[part]:
+            state[part] = parameters
     for key in ("obs_rms", "rew_rms", "ret_rms"):
         own = getattr(found, key)
-        if own is not None and not (new_policy and key == "ret_rms"):  # the same for every task
+        if own is not None and not (
+            any(new.values()) and key == "ret_rms"
+        ):  # the same for every task
             state[key] = {k: v.expand_as(state[key][k]) for k, v in own.items()}
     for name, key in OPTIMIZER_KEYS.items():
         part = key.removesuffix("_opt")
         moments = found.optimizers.get(part)
-        if moments is None or (new_policy and part != "world_model"):
+        if moments is None or new.get(part):
             continue
         module = getattr(agent, part)
         names = {id(p): n for n, p in module.named_parameters()}

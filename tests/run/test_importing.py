@@ -14,8 +14,10 @@ import torch
 
 from pwm_fast import load_published
 from pwm_fast.agent.optim import GuardedAdam
-from pwm_fast.config import ConfigError, compose
+from pwm_fast.analysis.diagnosis import DiagnoseConfig, diagnose
+from pwm_fast.config import ConfigError, PlanningConfig, compose
 from pwm_fast.envs.protocol import Box, Tasks, tasks_of
+from pwm_fast.models import QEnsemble
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.checkpoint import CheckpointError
 from pwm_fast.run.evaluation import EvaluateConfig, evaluate_checkpoint
@@ -184,14 +186,18 @@ def test_one_task_of_many(tmp_path: Path, no_plots: None) -> None:
     assert whole.num_tasks == 4 and run.alg.world_model.num_tasks == 1
 
 
-def test_new_policy_in_the_world_model_of_tdmpc2(tmp_path: Path, no_plots: None) -> None:
-    """And a run that goes on from there trains it."""
+@pytest.mark.parametrize("policy", ["file", "new"])
+def test_training_in_the_world_model_of_tdmpc2(policy: str, tmp_path: Path, no_plots: None) -> None:
+    """Its own policy or a new one, with new critics."""
     theirs = TDMPC2(obs=OBS, action=ACTION)
     source = theirs.save(tmp_path / "walker.pt")
-    config = ImportConfig(checkpoint=str(source), env=ENV, out=str(tmp_path / "out"), policy="new")
+    config = ImportConfig(
+        str(source), env=ENV, out=str(tmp_path / "out"), policy=policy, critics="new"
+    )
     path, found = import_checkpoint(config, look(config))
     run, content = build.load_run(path)
-    assert (run.alg.actor.kind, run.alg.critic.kind) == ("pwm", "pwm")
+    kind = "pwm" if policy == "new" else "tdmpc2"
+    assert (run.alg.actor.kind, run.alg.critic.kind) == (kind, "pwm")
     assert run.alg.gamma == 0.95, "of episodes of 12 steps"
     with closing(build.make_env(run, 3, 0)) as env:
         agent = build.restore_agent(path, run, content, env, torch.device("cpu"))
@@ -201,9 +207,67 @@ def test_new_policy_in_the_world_model_of_tdmpc2(tmp_path: Path, no_plots: None)
         torch.testing.assert_close(z, theirs.encode(obs))
         torch.testing.assert_close(agent.world_model.next(z, action), theirs.next(z, action))
         torch.testing.assert_close(agent.world_model.reward(z, action), theirs.reward(z, action))
+        own = torch.allclose(agent.act(obs, deterministic=True), theirs.pi(z)[0].tanh())
+        assert own == (policy == "file")
     arguments = training_arguments(config, found)
     trained = compose(*arguments, *SHORT, f"init={path}", f"run_dir={tmp_path / 'run'}")
     assert train(trained)[0]["status"] == "finished"
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+def test_tdmpc2(old: bool, tmp_path: Path) -> None:
+    """Its policy acts, its planner plans with its Q functions, and diagnose measures it."""
+    theirs = TDMPC2(obs=OBS, action=ACTION)
+    path = imported(theirs.save(tmp_path / "x.pt", old=old), tmp_path / "out")
+    run, content = build.load_run(path)
+    with closing(build.make_env(run, 3, 0)) as env:
+        agent = build.restore_agent(path, run, content, env, torch.device("cpu"))
+    obs = torch.randn(6, OBS)
+    with torch.no_grad():
+        z = theirs.encode(obs)
+        a = theirs.pi(z)[0].tanh()
+        torch.testing.assert_close(agent.act(obs, deterministic=True), a)
+        assert isinstance(agent.critic, QEnsemble)
+        torch.testing.assert_close(agent.critic(z, a), theirs.q_logits(z, a))
+    planning = PlanningConfig(
+        kind="mppi", horizon=2, iterations=1, samples=8, elites=2, policy_trajectories=2
+    )
+    evaluated = EvaluateConfig(str(path), episodes=2, device="cpu", planning=planning)
+    assert len(evaluate_checkpoint(evaluated)["returns"]) == 2
+    measured = DiagnoseConfig(
+        str(path), episodes=2, windows=4, points=2, probes=2, horizon=2, esnr_samples=[2]
+    )
+    assert diagnose(measured)["checkpoints"][0]["epoch"] == 0
+
+
+def test_tdmpc2_in_tasks_of_dm_control(tmp_path: Path) -> None:
+    """Two of a file's 30, each of which reads its own part of the action."""
+    pytest.importorskip("dm_control")
+    env = {
+        "name": "dmc_tasks",
+        "tasks": ["cup-catch", "cartpole-swingup"],
+        "num_envs": 2,
+        "max_episode_steps": 6,
+    }
+    dims = [6] * 30
+    dims[12], dims[10] = 2, 1
+    theirs = TDMPC2(obs=24, action=6, action_dims=dims, task_dim=6)
+    path = imported(theirs.save(tmp_path / "x.pt"), tmp_path / "out", env=env)
+    run, content = build.load_run(path)
+    assert run.alg.gamma == 0.95
+    with closing(build.make_env(run, 4, 0)) as made:
+        agent = build.restore_agent(path, run, content, made, torch.device("cpu"))
+        obs, _ = made.reset(seed=3)
+        tasks = tasks_of(made)
+        assert tasks is not None
+        action = agent.act(obs, task=tasks.of_env, deterministic=True)
+    with torch.no_grad():
+        for row, number in enumerate([12, 10, 12, 10]):
+            padded = torch.nn.functional.pad(obs[row : row + 1], (0, 24 - obs.shape[1]))
+            expected = theirs.pi(theirs.encode(padded, number), number)[0].tanh()[0, :2]
+            torch.testing.assert_close(action[row], expected)
+    result = evaluate_checkpoint(EvaluateConfig(str(path), episodes=2, device="cpu"))
+    assert set(result["tasks"]) == {"cup-catch", "cartpole-swingup"}
 
 
 def test_a_task_that_terminates(tmp_path: Path) -> None:
@@ -221,6 +285,15 @@ def test_a_task_that_terminates(tmp_path: Path) -> None:
         agent = build.restore_agent(path, run, content, made, torch.device("cpu"))
     logit = agent.world_model.termination(torch.rand(5, 16), torch.rand(5, action))
     assert logit is not None and bool((logit == -10.0).all())
+
+
+def test_q_functions_are_not_trained(launcher: Launcher, tmp_path: Path) -> None:
+    source = TDMPC2(obs=OBS, action=ACTION).save(tmp_path / "x.pt")
+    done = launcher.run(
+        tmp_path, str(source), "env=cartpole", "out=made", module="pwm_fast.import_checkpoint"
+    )
+    assert done.status == 0 and "to train it, import it with critics=new" in done.out
+    assert "pwm_fast.train" not in done.out
 
 
 def test_without_an_environment_nothing_is_written(launcher: Launcher, tmp_path: Path) -> None:
@@ -299,6 +372,7 @@ def test_wrong_command_lines(launcher: Launcher, tmp_path: Path) -> None:
         ("one", {"env": {}}, "env=NAME is needed beside out="),
         ("one", {"out": None}, "out=DIR is needed beside env="),
         ("one", {"out": "full"}, "full must be a new or an empty folder"),
+        ("one", {"critics": "none"}, "critics must be one of file, new, got 'none'"),
         ("one", {"policy": "none"}, "policy must be one of file, new, got 'none'"),
         ("one", {"substeps": 0}, "substeps must be positive, got 0"),
         ("one", {"tasks": [0]}, "it has one task and no embedding"),

@@ -5,6 +5,7 @@ Importing this package, or ``pwm_fast.ops``, needs torch alone.
 
 - :func:`accelerate`: run somebody's own modules on the operations.
 - :func:`explain`: what a call of an operation would do.
+- :func:`load_published`: a checkpoint of PWM, Flow-MBPO-PWM or TD-MPC2.
 - :func:`backend`, :class:`BackendError`: which backend runs; see :mod:`pwm_fast.backends`.
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pwm_fast.backends.select import backend as backend
     from pwm_fast.backends.select import precision as precision
     from pwm_fast.explanation import explain as explain
+    from pwm_fast.published import load_published as load_published
 
 # A plain (not editable) install keeps the compiled extension in site-packages. Extending the path
 # lets `import pwm_fast._C` find it there also when Python runs inside a source checkout.
@@ -40,6 +42,7 @@ _LAZY = {
     "backend": "backends.select",
     "BackendError": "backends.select",
     "explain": "explanation",
+    "load_published": "published",
     "precision": "backends.select",
 }
 

@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train an agent, many with -m, or go on where a run stopped",
     "evaluate": "evaluate a checkpoint's policy in real episodes",
     "diagnose": "prediction error, Jacobians, simplex drift and gradient noise of checkpoints",
+    "import_checkpoint": "take up a checkpoint of PWM, Flow-MBPO-PWM or TD-MPC2",
     "compare": "compare runs over seeds, on one page",
     "plot": "draw the figures of runs anew",
     "parity": "parameters and FLOPs of two agents",

@@ -16,8 +16,11 @@ BEGIN, END = "<!-- layers:begin -->", "<!-- layers:end -->"
 
 #: What stands in one box: a layer of the contract has many modules.
 BOXES = {
-    "commands": ("submit", "compare", "diagnose", "evaluate", "info", "parity", "plot", "train"),
-    "leaves": ("data", "envs", "config", "replay"),
+    "commands": (
+        *("submit", "compare", "diagnose", "evaluate", "import_checkpoint", "info"),
+        *("parity", "plot", "train"),
+    ),
+    "leaves": ("published", "data", "envs", "config", "replay"),
     "help": ("cli", "recording", "configs", "files", "hooks", "memory", "optional", "scopes"),
 }
 HIDDEN = {"__main__", "seeding", "help"}  # every part may use them

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pwm_fast import files
+from pwm_fast.published import recognise
 from pwm_fast.run import seal
 
 FORMAT = "pwm_fast.checkpoint"
@@ -32,7 +33,7 @@ KEYS = {
 }
 # Also, if the checkpoint is new enough: "data", what the replay was filled with at the start;
 # "precision", which replaced the configured one after an overflow, else None; "ended", numbers of
-# training episodes in the completed epochs.
+# training episodes in the completed epochs; "imported", what published checkpoint it was made of.
 
 
 class CheckpointError(RuntimeError):
@@ -107,11 +108,13 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
+        _refuse_published(path)
         raise CheckpointError(
             f"{path} is no readable checkpoint ({path.stat().st_size} bytes; cut short, damaged or "
             f"of another program): {_reason(error)}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
+        _refuse_published(path)
         found = (
             f"the keys {', '.join(map(str, list(content)[:6]))}"
             if isinstance(content, dict)
@@ -126,6 +129,16 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}")
     return content
+
+
+def _refuse_published(path: Path) -> None:
+    """Say what reads a checkpoint of a published code."""
+    title = recognise(path)
+    if title is not None:
+        raise CheckpointError(
+            f"{path} is a checkpoint of {title}, not of pwm_fast: "
+            f"python -m pwm_fast.import_checkpoint {path} env=NAME out=DIR makes one of it"
+        )
 
 
 def epoch_of(path: Path) -> int | None:

@@ -184,6 +184,14 @@ def _data(value: Any) -> bool:
     )
 
 
+def _imported(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() == {"file", "sha256", "of"}
+        and all(isinstance(each, str) for each in value.values())
+    )
+
+
 def _ended(value: Any) -> bool:
     return value is None or (
         isinstance(value, dict)
@@ -207,6 +215,7 @@ RULES: dict[str, Rule] = {
     "rng": (_rng, "states of random number generators"),
     "replay": (lambda v: v is None or isinstance(v, dict), "a replay, or None"),
     "data": (_data, "what the replay was filled with, or None"),
+    "imported": (_imported, "file, sha256 and of, the code that wrote it, or None"),
     "ended": (_ended, "numbers of episodes, in all and diverged, or None"),
     "precision": (
         lambda v: v is None or (isinstance(v, str) and v in select.PRECISIONS),

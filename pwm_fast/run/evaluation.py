@@ -213,6 +213,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
         "env": run.env.name,
         "alg": run.alg.name,
         "training_seed": run.seed,
+        "imported": content.get("imported"),
         "epoch": content["epoch"],
         "env_steps": content["epoch"] * run.alg.steps_per_epoch * run.env_count,
         "seed": config.seed,
@@ -233,10 +234,16 @@ def _planner(config: EvaluateConfig, agent: PWM, env: VectorEnv) -> Planner | No
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
     returns, lengths = result["returns"], result["lengths"]
+    imported = result["imported"]
+    origin = (
+        f"trained     {result['env']}, {result['alg']}, seed {result['training_seed']}: "
+        f"{result['epoch']} epochs, {result['env_steps']:,} environment steps"
+        if imported is None
+        else f"imported    for {result['env']}, of {imported['of']}: {imported['file']}"
+    )
     lines = [
         f"checkpoint  {result['checkpoint']}",
-        f"trained     {result['env']}, {result['alg']}, seed {result['training_seed']}: "
-        f"{result['epoch']} epochs, {result['env_steps']:,} environment steps",
+        origin,
         f"evaluated   {result['episodes']} episodes, {_actor(result)}, seed {result['seed']}"
         + (f", physics {result['physics']}" if result["physics"] else ""),
         "",

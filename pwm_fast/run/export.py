@@ -74,7 +74,7 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
             "export needs either checkpoint=PATH, or env=NAME for random actions in a new "
             f"environment; got {'both' if config.env else 'neither'}"
         )
-    out = _new_folder(config.out)
+    out = new_folder(config.out)
     build.set_threads(config.threads)
     build.seed_everything(config.seed, Purpose.EXPORT_AGENT)
     device = build.select_device(config.device)
@@ -116,7 +116,12 @@ def _source(config: ExportConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
     return build.load_run(checkpoint.named(config.checkpoint))
 
 
-def _new_folder(name: str) -> Path:
+def new_folder(name: str) -> Path:
+    """The folder ``out=name``, which is not made yet.
+
+    Raises:
+        ConfigError: it is there and not empty, or cannot be made.
+    """
     out = files.user_path(name)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"out={out} must be a new or an empty folder: it is there already")

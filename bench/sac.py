@@ -101,11 +101,13 @@ class _Acting:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def act(self, obs: torch.Tensor, *, deterministic: bool = False) -> torch.Tensor:
+    def act(
+        self, obs: torch.Tensor, *, task: torch.Tensor | None, deterministic: bool
+    ) -> torch.Tensor:
         action, _ = self._model.predict(obs.numpy(), deterministic=deterministic)
         return torch.from_numpy(action)
 
-    def why_not_finite(self, obs: torch.Tensor) -> str | None:
+    def why_not_finite(self, obs: torch.Tensor, task: torch.Tensor | None) -> str | None:
         return None
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ import torch
 
 from bench import sac
 from pwm_fast import envs
+from pwm_fast.run.acting import PolicyNotFinite
+from pwm_fast.run.evaluation import evaluate
 
 mujoco = pytest.importorskip("mujoco")
 
@@ -66,6 +68,21 @@ def test_robots_as_the_librarys_own_kind(monkeypatch: pytest.MonkeyPatch) -> Non
             np.testing.assert_array_equal(info["terminal_observation"], final)
     robots.close()
     other.close()
+
+
+def test_a_model_acts_in_evaluations() -> None:
+    class Model:
+        def predict(self, obs: np.ndarray, *, deterministic: bool) -> tuple[np.ndarray, None]:
+            assert obs.shape == (2, 11) and deterministic
+            return np.full((2, 3), value, np.float32), None
+
+    env = envs.make("hopper", 2, max_episode_steps=3)
+    value = 0.5
+    assert evaluate(cast(Any, sac._Acting(Model())), env, 0).lengths.tolist() == [3, 3]
+    value = np.nan
+    with pytest.raises(PolicyNotFinite):
+        evaluate(cast(Any, sac._Acting(Model())), env, 0)
+    env.close()
 
 
 def test_what_is_missing_is_one_line(

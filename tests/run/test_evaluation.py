@@ -46,8 +46,8 @@ class Scripted:
 
 
 class Idle:
-    def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
-        assert deterministic
+    def act(self, obs: Tensor, *, task: Tensor | None, deterministic: bool) -> Tensor:
+        assert task is None and deterministic
         return torch.zeros(obs.shape[0], 1)
 
 

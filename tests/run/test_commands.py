@@ -256,7 +256,7 @@ def test_an_error_within_a_step_is_one_line(launcher: Launcher, tmp_path: Path) 
 def test_a_bug_shows_its_traceback(launcher: Launcher, tmp_path: Path) -> None:
     code = (
         "from pwm_fast.agent import PWM\n"
-        "def broken(self, obs):\n"
+        "def broken(self, *starts):\n"
         "    raise ValueError('a bug of ours')\n"
         "PWM.update_policy = broken\n"
     )

@@ -120,7 +120,7 @@ def test_directions_stay_in_the_simplices() -> None:
 def test_agents(name: str) -> None:
     """Baseline and flow, with task embeddings and without: against torch's own Jacobian."""
     agent = make_agent(double=True, **AGENTS[name])
-    view = view_of(agent)
+    view = view_of(agent, torch.tensor(1))  # agents of one task do not look at it
     width, on_simplices = agent.world_model.latent_dim, agent.world_model.simplices
     z = simplex(3, width) if on_simplices else torch.randn(3, width, dtype=torch.float64)
     a = 2 * torch.rand(3, 2, dtype=torch.float64) - 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from pwm_fast.agent.view import ModelView, view_of
 from pwm_fast.analysis.prediction import HeldOut, draw_windows, prediction_errors
 from pwm_fast.replay import Episode
-from tests.agent.agents import ACTION, AGENTS, OBS, make_agent
+from tests.agent.agents import ACTION, AGENTS, OBS, make_agent, make_task
 from tests.analysis.closed_forms import A, D, normal, whole_windows
 
 H, B = 5, 7
@@ -206,21 +206,21 @@ def test_fewer_windows_are_distinct_and_reproducible() -> None:
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_agents(name: str) -> None:
-    """Baseline and flow, single-task and with task embeddings: as their own methods say."""
+    """Baseline and flow, of one task and of rows of two: as their own methods say."""
     agent = make_agent(double=True, **AGENTS[name])
-    agent.observe(torch.randn(50, OBS) * 3 + 1, 5 * torch.randn(50))
+    agent.observe(torch.randn(50, OBS) * 3 + 1, 5 * torch.randn(50), make_task(50))
     data = whole_windows(
         normal(H + 1, B, OBS), 2 * torch.rand(H, B, ACTION).double() - 1, normal(H, B)
     )
-    errors = prediction_errors(view_of(agent), data)
-    task = agent._task(B)
-    z = agent._encode(data.obs[0], task)
+    errors = prediction_errors(view_of(agent, make_task(B)), data)
+    task = agent.task_numbers((B,), make_task(B))
+    z = agent.encode(data.obs[0], task)
     reward = agent.world_model.decode_reward(agent.world_model.reward(z, data.action[0], task))
     if agent.config.normalize_rewards:
         reward = reward * agent.reward_rms.scale()
         reward = reward + (agent.reward_rms.mean if agent.config.centre_rewards else 0.0)
     following = agent.world_model.next(z, data.action[0], task)
-    real = agent._encode(data.obs[1], task)
+    real = agent.encode(data.obs[1], task)
     rms = (following - real).square().sum(-1).mean().sqrt()
     assert errors["latent_rms"][0] == pytest.approx(rms.item(), rel=1e-9)
     rmse = (reward - data.reward[0]).square().mean().sqrt()

@@ -27,7 +27,6 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> PWM:
     """Its model is ``z' = z + a`` with the reward ``2 z_0``; :func:`drift` moves what is real."""
 
     def view_of(_: PWM, task: Tensor | None) -> ModelView:
-        assert task is None
         return ModelView(lambda o: o, lambda z, a: z + a, lambda z, a: 2 * z[..., 0], None)
 
     monkeypatch.setattr(open_loop, "view_of", view_of)
@@ -86,8 +85,7 @@ def test_windows_of_an_evaluation(
     envs: int, steps: int, agent: PWM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one env and consecutive steps, of the first episodes alone; no random number is drawn."""
-    held = Held(torch.arange(envs) % 3)
-    lengths = [steps - 4 - n % 2 for n in range(envs)]
+    held, lengths = Held(torch.arange(envs) % 3), [steps - 4 - n % 2 for n in range(envs)]
     buffer = torch.zeros(envs, OBS)
     for t in range(steps):
         buffer[:, 0], buffer[:, 1] = torch.arange(envs), t
@@ -99,11 +97,11 @@ def test_windows_of_an_evaluation(
     held.metrics(agent)
     assert torch.equal(torch.get_rng_state(), state)
     ((obs, action, reward, whole, task),) = seen
+    assert torch.equal(task, obs[0, :, 0].long() % 3), "each window's own"
     kept = min(envs, EPISODES)
     assert obs.shape[0] == H + 1 and kept <= obs.shape[1] <= WINDOWS + kept
     assert (obs[1:, :, 1] == obs[:-1, :, 1] + 1).all() and (obs[..., 0] == obs[:1, :, 0]).all()
     assert torch.equal(action, obs[..., :ACTION] + 0.5) and torch.equal(reward, obs[..., 1] * 10)
-    assert torch.equal(task, obs[0, :, 0].long() % 3)
     last = obs[-1]
     expected = last[:, 1] < torch.tensor(lengths)[last[:, 0].long()]
     assert torch.equal(whole, expected) and bool(whole.any()) and not bool(whole.all())

@@ -19,7 +19,16 @@ MEANING = (
     "alg.world_model.vmax",
 )
 # What else says which networks fit, for messages.
-SHAPES = ("alg.world_model", "alg.actor.units", "alg.critic.units", "alg.critic.members")
+SHAPES = (
+    "alg.world_model",
+    "alg.actor.kind",
+    "alg.actor.task_input",
+    "alg.actor.units",
+    "alg.critic.kind",
+    "alg.critic.task_input",
+    "alg.critic.units",
+    "alg.critic.members",
+)
 
 
 def warm_start(agent: PWM, config: TrainConfig) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pwm_fast.agent import PWM
-from pwm_fast.config import ConfigError
+from pwm_fast.config import ConfigError, from_dict, to_dict
 from pwm_fast.run import checkpoint, metrics, trainer
 from pwm_fast.run.checkpoint import CheckpointError
-from pwm_fast.run.rundir import RunDirectory
+from pwm_fast.run.rundir import RunDirectory, refuse_other_environment
 from pwm_fast.run.start import train
 from tests.run.conftest import content_of, finish, rows, tiny_config
 
@@ -454,6 +454,25 @@ def test_another_environment_is_named(finished: Path, tmp_path: Path) -> None:
         message = str(caught.value)
         assert f"{path} is of another environment: env.name=cartpole, this run has " in message
         assert "env.name=hopper" in message and "instead of" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "was", "now"),
+    [
+        ("dmc_tasks", "tasks", ["walker-walk", "walker-run"], ["walker-run", "walker-walk"]),
+        ("dmc_tasks", "numbers", [0, 1], [1, 0]),
+        ("torch", "factory", "robots:walk", "robots:run"),
+        ("gym", "id", "Hopper-v5", "Walker2d-v5"),
+    ],
+)
+def test_what_an_adapter_makes_is_the_environment(name: str, key: str, was: Any, now: Any) -> None:
+    """Also where every width is the same: nothing else would show that the numbers are others."""
+    saved, config = (from_dict({"env": {"name": name, key: value}}) for value in (was, now))
+    refuse_other_environment(to_dict(saved), saved, Path("a.pt"))
+    with pytest.raises(CheckpointError) as caught:
+        refuse_other_environment(to_dict(saved), config, Path("a.pt"))
+    there, here = (f"env.name={name} env.options.{key}={value}" for value in (was, now))
+    assert f"of another environment: {there}, this run has {here}." in str(caught.value)
 
 
 def test_other_sizes_are_named_with_their_keys(finished: Path, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_goes_on_with_its_own_weights(source: Path, tmp_path: Path) -> None:
         ({"env": "hopper", "env__max_episode_steps": 30}, "env.name=hopper"),
         ({"alg__world_model__kind": "mlp"}, "alg.world_model.kind was 'flow', is 'mlp'"),
         ({"alg__critic__members": 2}, "alg.critic.members was 3, is 2"),
+        ({"alg__actor__kind": "tdmpc2"}, "alg.actor.kind was 'pwm', is 'tdmpc2'; the saved agent"),
         ({"alg__normalize_obs": False}, "alg.normalize_obs was True, is False; its numbers mean"),
         ({"alg__world_model__vmax": 5.0}, "alg.world_model.vmax was 10.0, is 5.0; its numbers"),
     ],

@@ -94,7 +94,7 @@ def build_world_model(
     """One update on ``batch`` windows; its outputs are the clipped gradients."""
     agent = make_agent(alg, device, seed)
     windows = make_windows(batch, device, seed)
-    windows = type(windows)(windows.obs[: horizon + 1], *(x[:horizon] for x in windows[1:]))
+    windows = Windows(windows.obs[: horizon + 1], *(x[:horizon] for x in windows[1:4]))
 
     def plain(name: str, compiled: Callable[[Function], Function]) -> Provider:
         learner = published.Learner(agent)
@@ -134,7 +134,7 @@ def build_world_model(
 
     def truth() -> Outputs:
         learner = published.Learner(agent, torch.float64)
-        learner.update_world_model(type(windows)(*(x.double() for x in windows)))
+        learner.update_world_model(Windows(*(x.double() for x in windows[:4])))
         return gradients(learner.world_model)
 
     def bottom(dtype: torch.dtype) -> Callable[[], object]:

@@ -327,7 +327,12 @@ def test_stable_under_random_full_range_actions(name, bang_bang):
 @pytest.mark.parametrize(
     ("name", "kwargs", "match"),
     [
-        ("walker", {}, "env.name must be one of ant, anymal, cartpole, dmc, gym, hopper, humanoid"),
+        (
+            "walker",
+            {},
+            "env.name must be one of ant, anymal, cartpole, dmc, dmc_tasks, gym, hopper, humanoid, "
+            "torch, got 'walker'",
+        ),
         ("cartpole", {"start": "sideways"}, "env.start must be one of hanging, upright"),
         ("cartpole", {"start": ["hanging"]}, r"env.start must be one of .*, got \['hanging'\]"),
         (
@@ -343,6 +348,8 @@ def test_stable_under_random_full_range_actions(name, bang_bang):
         ("ant", {"max_episode_steps": 0}, "max_episode_steps must be at least 1, got 0"),
         ("gym", {}, "id"),
         ("dmc", {"domain": "cheetah"}, "task"),
+        ("dmc_tasks", {}, "tasks"),
+        ("torch", {}, "factory"),
         ("gym", {"id": "Hopper-v5", "threads": 2}, "env.threads must be 1"),
         ("gym", {"id": "Hopper-v5", "engine": "mujoco"}, "env.engine must be auto for env 'gym'"),
         ("ant", {"engine": "bullet"}, "env.engine must be one of auto, mujoco, mujoco_warp"),
@@ -363,6 +370,9 @@ def test_missing_libraries_name_their_extra(module, monkeypatch):
     }[module]
     with pytest.raises(ImportError, match=rf"pwm-fast\[{extra}\]"):
         make(name, 2, **options)
+    if module == "dm_control":
+        with pytest.raises(ImportError, match=rf"pwm-fast\[{extra}\]"):
+            make("dmc_tasks", 2, tasks=["cheetah-run"])
 
 
 @on_both

@@ -492,7 +492,15 @@ def test_networks_without_hidden_layers_are_not_trained(key: str) -> None:
     config = from_dict(nested(f"alg.{key}", []))
     with pytest.raises(ConfigError, match=rf"^alg\.{key} must be .* at least one .*, got \[\]$"):
         configuration.check_trainable(config)
+    configuration.check_trainable(config, begins=False)
     configuration.check_trainable(from_dict(nested(f"alg.{key}", [8])))
+
+
+def test_q_functions_are_not_trained() -> None:
+    config = from_dict(nested("alg.critic.kind", "tdmpc2"))
+    for begins in (True, False):
+        with pytest.raises(ConfigError, match=r"^alg\.critic\.kind must be pwm to train.*'tdmpc2'"):
+            configuration.check_trainable(config, begins=begins)
 
 
 def test_an_encoder_that_is_none_needs_no_layers() -> None:

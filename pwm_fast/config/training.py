@@ -242,10 +242,13 @@ class TrainConfig(Checked):
         return self.num_envs or self.env.num_envs
 
 
-def check_trainable(config: TrainConfig) -> None:
-    """Refuse to begin with what can be made, counted and loaded, but not trained.
+def check_trainable(config: TrainConfig, *, begins: bool = True) -> None:
+    """Refuse what can be made, counted and loaded, but not trained.
 
-    Networks without hidden layers would be linear, without a word; runs that have them go on.
+    Args:
+        config: of the run.
+        begins: whether it starts anew. Networks without hidden layers would be linear, without a
+            word; runs that have them go on.
 
     Raises:
         ConfigError: a list of hidden widths is empty, or the critics are Q functions.
@@ -256,6 +259,8 @@ def check_trainable(config: TrainConfig) -> None:
         config.alg.critic.kind,
         "pwm to train: Q functions are there to evaluate and plan with",
     )
+    if not begins:
+        return
     model, networks = "alg.world_model", config.alg.world_model
     widths = {
         f"{model}.units": networks.units,

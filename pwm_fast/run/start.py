@@ -62,8 +62,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 )
                 print_summary(finished)
                 return finished, 0
-            if source is None:
-                configuration.check_trainable(config)
+            configuration.check_trainable(config, begins=source is None)
             data = offline.load(config, env)
             trainer = Trainer(
                 config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -294,6 +295,11 @@ def test_q_functions_are_not_trained(launcher: Launcher, tmp_path: Path) -> None
     )
     assert done.status == 0 and "to train it, import it with critics=new" in done.out
     assert "pwm_fast.train" not in done.out
+    path = tmp_path / "made" / "checkpoints" / "imported.pt"
+    changes = {"resume": str(path), "run_dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"}
+    with pytest.raises(ConfigError, match=r"alg\.critic\.kind must be pwm to train"):
+        train(dataclasses.replace(build.load_run(path)[0], **changes))
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_an_environment_nothing_is_written(launcher: Launcher, tmp_path: Path) -> None:

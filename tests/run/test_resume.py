@@ -302,7 +302,7 @@ def test_a_run_of_linear_networks_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         start.train(tiny_config(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(configuration, "check_trainable", lambda _: None)
+        patch.setattr(configuration, "check_trainable", lambda *_, **__: None)
         start.train(tiny_config(tmp_path / "run", **changes))
     summary, status = start.train(tiny_config(tmp_path / "run", **{**changes, "epochs": 3}))
     assert (summary["epochs"], status) == (3, 0)

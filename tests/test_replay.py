@@ -723,6 +723,13 @@ def test_one_task_has_no_numbers() -> None:
     assert replay.state_dict()["task"] is None
 
 
+def test_steps_of_several_tasks_want_their_numbers() -> None:
+    replay, none = Replay(60, 3, 2, 1, 2, num_tasks=4), torch.zeros(3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="task must be the numbers of 4 tasks, got None"):
+        replay.add(torch.ones(3, 2), torch.ones(3, 1), torch.ones(3), none, none, torch.ones(3, 2))
+    assert len(replay) == 0
+
+
 def test_episodes_of_several_tasks_are_streamed() -> None:
     """One at a time is asked for; each is where its task's number says."""
     replay = Replay(60, 2, 2, 1, 2, num_tasks=4)

@@ -145,7 +145,9 @@ class Pretrainer(Trainer):
                 self.state.progress.add(agent.update_world_model(windows))
         self.state.bootstrapped = True
         elapsed = max(time.monotonic() - started, 1e-9)
-        row: metrics.Row = {"epoch": self.state.epoch + 1, "env_steps": 0}
+        epoch = self.state.epoch + 1
+        measured = self._measured(epoch) if self._measured_in(epoch) else {}
+        row: metrics.Row = {"epoch": epoch, "env_steps": 0, **measured}
         row.update(metrics.to_numbers(self.state.progress.means()))
         skips = metrics.to_numbers(agent.skipped_updates())
         row.update(skips)
@@ -153,10 +155,8 @@ class Pretrainer(Trainer):
         row["fell_back"] = int(self.state.fallen_back is not None)
         row["lr_wm"] = rates["lr_wm"]
         row["updates_per_second"] = learning.updates / elapsed
-        self.state.epoch += 1
-        row["updates"] = self.state.epoch * learning.updates
-        if self._measured_in(self.state.epoch):
-            row.update(self._measured())
+        row["updates"] = epoch * learning.updates
+        self.state.epoch = epoch
         self.state.progress = EpochProgress()
         self._tick()
         self._logger.write({**row, "wall_time": self.state.wall_time})
@@ -166,7 +166,7 @@ class Pretrainer(Trainer):
         every = self.config.eval.every
         return epoch == self.config.epochs or (every > 0 and epoch % every == 0)
 
-    def _measured(self) -> metrics.Row:
+    def _measured(self, epoch: int) -> metrics.Row:
         """The model's losses and open-loop errors on what it has not learned from."""
         if self._windows is None:
             return {}
@@ -180,7 +180,7 @@ class Pretrainer(Trainer):
         found |= {k.replace("eval_", "holdout_"): v for k, v in open_loops.items()}
         row = metrics.to_numbers(found)
         shown = ", ".join(f"{k.removeprefix('holdout_')} {v:.4g}" for k, v in row.items())
-        self._logger.say(f"epoch {self.state.epoch}, held-out episodes: {shown}")
+        self._logger.say(f"epoch {epoch}, held-out episodes: {shown}")
         self._last = row
         return row
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from bench.environment import ROOT
 
 README = ROOT / "README.md"
-DATA, ENVIRONMENTS, OPS, PERFORMANCE = (
-    ROOT / "docs" / name for name in ("data.md", "environments.md", "ops.md", "performance.md")
+DATA, ENVIRONMENTS, OPS, PERFORMANCE, PRETRAINING = (
+    ROOT / "docs" / f"{name}.md"
+    for name in ("data", "environments", "ops", "performance", "pretraining")
 )
 
 

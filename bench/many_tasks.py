@@ -49,6 +49,7 @@ PRETRAIN = ("data.holdout=0.1", "eval.every=25", "threads=1")
 POLICY = (
     "alg.model_learning.updates=0",
     "alg.random_epochs=1",
+    "alg.keep_random=0.0",
     "env.num_envs=4",
     f"epochs={POLICY_EPOCHS}",
     "eval.every=20",

@@ -195,7 +195,7 @@ class TrainConfig(Checked):
             null refuses a ``run_dir`` that holds a run.
         init: a checkpoint whose networks and running statistics a new run starts with, whatever
             its number of envs; null starts with random weights. A run that goes on has its own.
-            Without ``alg=`` on the command line the run has the checkpoint's ``alg``, too
+            Without ``alg=`` and ``env=`` on the command line the run has the checkpoint's, too
             (:mod:`pwm_fast.run.inherit`).
         task: of the tasks of ``init``'s model the one to train for; null takes the environment that
             ``env`` says.

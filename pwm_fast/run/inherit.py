@@ -1,7 +1,7 @@
 """What a run that begins with a checkpoint's networks takes over of its configuration.
 
-``init=PATH`` without ``alg=``: the checkpoint's ``alg``. ``init=PATH task=NAME``: the environment
-of that one of its model's tasks, too. What the command line says besides, stays.
+``init=PATH`` without ``alg=``: the checkpoint's ``alg``, and without ``env=`` its environment, or
+with ``task=NAME`` that of the one of its model's tasks. What the command line says besides, stays.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     found = config
     if "alg" not in given:
         found = replace(found, alg=_alg(run, found, given))
-    if found.task is not None and "env" not in given:
-        found = replace(found, env=_env(run, content, found, given))
+    if "env" not in given and (found.task is not None or run.env.name != OFFLINE):
+        env = run.env if found.task is None else _env_of_task(run, content, found)
+        found = replace(found, env=_with_given(env, found.env, given))
     if "run_dir" not in given:
         place = found.task or found.env.name
         own = RUN_DIR.format(place=place, alg=found.alg.name, seed=found.seed)
@@ -65,8 +66,7 @@ def _alg(run: TrainConfig, config: TrainConfig, given: set[str]) -> AlgConfig:
     if config.task is not None and run.env.name == OFFLINE:
         # The policy of one task need not see which it is, and rollouts then are one operation.
         values["actor"]["task_input"] = values["critic"]["task_input"] = False
-    own = {k: v for k, v in flat({"alg": configuration.to_dict(config)["alg"]}).items()}
-    for key, value in own.items():
+    for key, value in flat({"alg": configuration.to_dict(config)["alg"]}).items():
         if any(key == g or key.startswith(f"{g}.") for g in given):
             *parents, last = key.split(".")[1:]
             section = values
@@ -76,9 +76,7 @@ def _alg(run: TrainConfig, config: TrainConfig, given: set[str]) -> AlgConfig:
     return configuration.structured(AlgConfig, values, "alg.")
 
 
-def _env(
-    run: TrainConfig, content: Mapping[str, Any], config: TrainConfig, given: set[str]
-) -> EnvConfig:
+def _env_of_task(run: TrainConfig, content: Mapping[str, Any], config: TrainConfig) -> EnvConfig:
     """The environment of one of the tasks of the checkpoint's model."""
     options = run.env.options
     names = options.get("tasks") or []
@@ -86,15 +84,21 @@ def _env(
         known = f"one of {', '.join(map(str, names))}" if names else "null: it has one task"
         raise ConfigError(f"task of init={config.init} must be {known}, got {config.task!r}")
     numbers = options.get("numbers") or list(range(len(names)))
-    widths = {
+    own = {
+        "tasks": [config.task],
+        "numbers": [numbers[names.index(config.task)]],
         "obs_dim": content["agent"]["obs_rms"]["mean"].shape[-1],
         "action_dim": content["held_action"].shape[-1],
     }
+    if run.env.name != OFFLINE:
+        return replace(run.env, options={**options, **own})
     file = Path(str(resources.files("pwm_fast.configs"))) / "env" / "dmc_tasks.yaml"
     env = configuration.from_dict({"env": configuration.read_yaml(file)}).env
-    own = {"tasks": [config.task], "numbers": [numbers[names.index(config.task)]], **widths}
-    kept = {k: v for k, v in config.env.options.items() if f"env.{k}" in given}
-    repeat = {"action_repeat": options.get("action_repeat", env.options["action_repeat"])}
-    env = replace(env, options={**env.options, **own, **repeat, **kept})
-    fields = {k: getattr(config.env, k) for k in vars(env) if f"env.{k}" in given}
-    return replace(env, **fields)
+    return replace(env, options={**env.options, **own})
+
+
+def _with_given(env: EnvConfig, composed: EnvConfig, given: set[str]) -> EnvConfig:
+    """An environment with what the command line says of one."""
+    fields = {k: getattr(composed, k) for k in vars(env) if f"env.{k}" in given}
+    options = {k: v for k, v in composed.options.items() if f"env.{k}" in given}
+    return replace(env, **{**fields, "options": {**env.options, **options}})

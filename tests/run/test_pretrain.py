@@ -230,6 +230,17 @@ def test_tasks_that_there_are_not(pretrained: Path) -> None:
         composed("task=near-by")
 
 
+def test_without_a_task_the_environment_is_the_checkpoints(tmp_path: Path) -> None:
+    """Of a run that acted; with what the command line says."""
+    train(tiny_config(tmp_path / "run", epochs=0, env="hopper", alg__horizon=2))
+    path = tmp_path / "run" / "checkpoints" / "final.pt"
+    found = composed(f"init={path}", "env.num_envs=3")
+    assert found.env.name == "hopper" and found.env.num_envs == 3
+    assert found.env.max_episode_steps == 12 and found.alg.horizon == 2
+    assert found.run_dir == "runs/hopper/pwm/seed_0"
+    assert composed(f"init={path}", "env=ant").env.name == "ant"
+
+
 def test_without_init_nothing_is_taken_over() -> None:
     assert composed("env=hopper", "seed=2") == configuration.compose("env=hopper", "seed=2")
 

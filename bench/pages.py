@@ -7,9 +7,8 @@ from pathlib import Path
 from bench.environment import ROOT
 
 README = ROOT / "README.md"
-DATA, ENVIRONMENTS, OPS, PERFORMANCE, PRETRAINING = (
-    ROOT / "docs" / f"{name}.md"
-    for name in ("data", "environments", "ops", "performance", "pretraining")
+DATA, ENVIRONMENTS, OPS, PERFORMANCE = (
+    ROOT / "docs" / f"{name}.md" for name in ("data", "environments", "ops", "performance")
 )
 
 

@@ -56,7 +56,9 @@ def follow(
     """
     out = options.out / options.env / stem / f"seed_{options.seed}.json"
     judged = seeding.stream(0, Purpose.EVALUATE)
-    curve: dict[str, list[float]] = {"env_steps": [], "seconds": [], "eval_reward": []}
+    curve: dict[str, list[float]] = {
+        key: [] for key in ("env_steps", "seconds", "cpu_seconds", "eval_reward")
+    }
     result = {
         "env": options.env,
         "seed": options.seed,
@@ -71,27 +73,29 @@ def follow(
         "curve": curve,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    spent = 0.0
+    spent = cpu = 0.0
     with closing(envs.make(options.env, EPISODES, seed=judged)) as judging:
         while True:
             found = evaluate(cast(Any, learner), judging, judged)
             curve["env_steps"].append(learner.env_steps)
             curve["seconds"].append(round(spent, 1))
+            curve["cpu_seconds"].append(round(cpu, 1))  # of all threads
             curve["eval_reward"].append(found.returns.mean().item())
             result["returns"] = found.returns.tolist()
             result["success"] = None if found.held is None else found.held.float().mean().item()
             write_text(out, json.dumps(result, indent=1) + "\n")
             print(
                 f"env_steps {learner.env_steps}  reward {curve['eval_reward'][-1]:.1f}  "
-                f"{spent:.0f} s",
+                f"{spent:.0f} s, {cpu:.0f} s of CPU",
                 flush=True,
             )
             if learner.env_steps >= options.steps:
                 print(out)
                 return result
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             learner.learn(min(options.every, options.steps - learner.env_steps))
             spent += time.perf_counter() - started
+            cpu += time.process_time() - worked
 
 
 def parser(program: str, description: str | None) -> argparse.ArgumentParser:

@@ -1,9 +1,9 @@
 """Gradients through a built-in robot's control step, by finite differences in native MuJoCo.
 
-None of the engines that step these models differentiates them: mujoco-warp 4.0 compiles its kernels
-without a backward pass, so that Warp's tape gives zeros. MuJoCo's own ``mjd_transitionFD`` answers
-for one physics step of one env in a call. Here every env is stepped once more for each of its ``2 nv
-+ nu`` coordinates, velocities and controls, and all of that is one call of MuJoCo's batch
+None of the engines that step these models differentiates them: mujoco-warp 4.0 compiles its
+kernels without a backward pass, so that Warp's tape gives zeros. MuJoCo's own ``mjd_transitionFD``
+answers for one physics step of one env in a call. Here every env is stepped once more for each of
+its ``2 nv + nu`` coordinates, velocities and controls, all in one call of MuJoCo's batch
 (``python -m bench.gradients`` measures both).
 """
 
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from pwm_fast.envs import MujocoEnv
 
-# Of coordinates in m and rad, velocities in m/s and rad/s, and controls. Near 1e-8 rounding takes
-# over, and a larger one meets more contacts that begin or end within it.
-STEP = 1e-7
+# Of coordinates in m and rad, velocities in m/s and rad/s, and controls. Where a step meets the
+# begin or the end of a contact, what jumps there enters divided by it: the smaller, the rarer. At
+# 1e-9 rounding still leaves six digits; at 1e-7 one gradient in some hundred is a thousand times
+# too large (python -m bench.gradients).
+STEP = 1e-9
 
 
 class State(NamedTuple):
@@ -45,18 +47,19 @@ class Physics:
     Args:
         env: whose states it steps from; it is only read.
         threads: of the physics.
+        step: of the differences.
     """
 
-    def __init__(self, env: MujocoEnv, threads: int = 1) -> None:
+    def __init__(self, env: MujocoEnv, threads: int = 1, step: float = STEP) -> None:
         import mujoco.batch
 
-        self._env = env
+        self._env, self._step = env, step
         self._substeps = env.task.substeps
         model = env.task.model()
-        self._joints = _Joints(model)
+        self.joints = Joints(model)
         self.copies = 2 * model.nv + model.nu + 1  # the first one is not moved
         batch = mujoco.batch.Batch(model, env.num_envs * self.copies, threads)
-        self._step = batch.step
+        self._advance = batch.step
         self._rows = torch.from_numpy(batch.state).view(env.num_envs, self.copies, -1)
         self._qpos, self._qvel, self._ctrl = (
             torch.from_numpy(batch.bind(name)).view(env.num_envs, self.copies, -1)
@@ -93,14 +96,14 @@ class Physics:
         """
         self._load()
         self._ctrl.copy_(action.unsqueeze(1))
-        motions = self._joints.motions(self._qpos[:, 0])
+        motions = self.joints.motions(self._qpos[:, 0])
         nv = motions.shape[1]
-        self._qpos[:, 1 : 1 + nv] += STEP * motions
-        self._qvel[:, 1 + nv : 1 + 2 * nv].diagonal(dim1=1, dim2=2).add_(STEP)
-        self._ctrl[:, 1 + 2 * nv :].diagonal(dim1=1, dim2=2).add_(STEP)
-        self._step(nstep=self._substeps)
+        self._qpos[:, 1 : 1 + nv] += self._step * motions
+        self._qvel[:, 1 + nv : 1 + 2 * nv].diagonal(dim1=1, dim2=2).add_(self._step)
+        self._ctrl[:, 1 + 2 * nv :].diagonal(dim1=1, dim2=2).add_(self._step)
+        self._advance(nstep=self._substeps)
         after = torch.cat((self._qpos, self._qvel), dim=-1)
-        jacobian = (after[:, 1:] - after[:, :1]) / STEP
+        jacobian = (after[:, 1:] - after[:, :1]) / self._step
         return self._qpos[:, 0].clone(), self._qvel[:, 0].clone(), jacobian, motions
 
     def _load(self) -> None:
@@ -129,7 +132,7 @@ class _Step(torch.autograd.Function):
         return (scaled.unsqueeze(1) @ motions).squeeze(1), dqvel, daction, None
 
 
-class _Joints:
+class Joints:
     """Which motions a model's joints make."""
 
     def __init__(self, model: Any) -> None:

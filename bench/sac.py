@@ -38,6 +38,11 @@ LIBRARY = "stable_baselines3"
 SETTINGS = {"batch_size": 256, "learning_rate": 3e-4, "gamma": 0.99, "learning_starts": 10_000}
 
 
+def label(run: dict[str, Any]) -> str:
+    """What tables call a stored run."""
+    return f"SAC (Stable-Baselines3 {run['versions'][PACKAGE]})"
+
+
 def vector_env(env: VectorEnv) -> Any:
     """``env`` as the library's own kind of vector environment."""
     spaces = importlib.import_module("gymnasium").spaces

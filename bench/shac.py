@@ -20,7 +20,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,11 @@ class Settings:
 
 
 SETTINGS = {"cartpole": Settings(horizon=32, actor_units=(64, 64), actor_lr=1e-2)}
+
+
+def label(run: dict[str, Any]) -> str:
+    """What tables call a stored run."""
+    return f"SHAC, H = {run['horizon']}, through MuJoCo {run['versions'][PACKAGE]}"
 
 
 class Rollout(NamedTuple):

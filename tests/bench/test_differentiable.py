@@ -1,4 +1,4 @@
-"""Gradients through a robot's control steps, against central differences that know nothing of it."""
+"""Gradients through a robot's control steps, against central differences of plain ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-mujoco = pytest.importorskip("mujoco")
 pytest.importorskip("mujoco.batch", reason="needs pip install 'pwm-fast[train]'")
 
+import mujoco
+
 from bench.attainable import coordinates
-from bench.differentiable import Physics, State
+from bench.differentiable import STEP, Physics, State
 from pwm_fast.envs import TASKS, MujocoEnv
 from pwm_fast.envs.tasks.base import Task
 
@@ -56,9 +57,9 @@ def paid(task: Task, env: MujocoEnv, chosen: Tensor) -> tuple[Tensor, list[int]]
     return total, contacts
 
 
-def through(task: Task, env: MujocoEnv, chosen: Tensor) -> Tensor:
+def through(task: Task, env: MujocoEnv, chosen: Tensor, step: float) -> Tensor:
     """The same by steps with gradients; the envs are stepped."""
-    physics = Physics(env)
+    physics = Physics(env, step=step)
     state = physics.state()._replace(action=torch.zeros(ENVS, task.action_dim).double())
     total = torch.zeros(ENVS, dtype=torch.float64)
     for action in chosen:
@@ -68,7 +69,8 @@ def through(task: Task, env: MujocoEnv, chosen: Tensor) -> Tensor:
     return total + task.reward(task.observation(*state), torch.zeros_like(action))
 
 
-# Robot, steps before, steps that are differentiated, whether it touches the ground, largest error.
+# Robot, steps before, steps that are differentiated, whether it touches the ground, largest error
+# with steps of 1e-7. Those that are shipped leave rounding errors of 1e-6 a control step.
 @pytest.mark.parametrize(
     ("name", "before", "steps", "down", "bound"),
     [
@@ -98,13 +100,15 @@ def test_a_return_s_gradient(name: str, before: int, steps: int, down: bool, bou
             assert more == fewer == contacts
             expected[t, :, a] = (high - low) / (2.0 * eps)
     assert any(contacts) == down
-    chosen.requires_grad_()
-    total = through(task, env, chosen)
-    torch.testing.assert_close(total, before_all, rtol=1e-12, atol=1e-12)
-    (found,) = torch.autograd.grad(total.sum(), chosen)
-    error = (found - expected).abs().max() / expected.abs().max()
     assert expected[:, 0].abs().max() > 1e-3
-    assert float(error) < bound
+    start = env.get_state()
+    for step, largest in ((1e-7, bound), (STEP, 1e-4)):
+        env.set_state(start)
+        given = chosen.clone().requires_grad_()
+        total = through(task, env, given, step)
+        torch.testing.assert_close(total, before_all, rtol=1e-12, atol=1e-12)
+        (found,) = torch.autograd.grad(total.sum(), given)
+        assert float((found - expected).abs().max() / expected.abs().max()) < largest
 
 
 def test_gradients_of_the_state_are_along_its_motions() -> None:

@@ -166,6 +166,8 @@ def _anchors(directory: Path, anchor: Any) -> list[dict[str, Any]]:
         if run["curve"]["env_steps"][-1] < run["steps"]:
             continue
         m, v, curve = run["machine"], run["versions"], run["curve"]
+        # Of one thread the CPU's seconds, which do not depend on what else a machine does.
+        alone = run.get("threads") == 1 and "cpu_seconds" in curve  # not in older runs
         runs.append(
             {
                 "seed": run["seed"],
@@ -179,7 +181,7 @@ def _anchors(directory: Path, anchor: Any) -> list[dict[str, Any]]:
                 },
                 "curve": {
                     "env_steps": curve["env_steps"],
-                    "wall_time": curve["seconds"],
+                    "wall_time": curve["cpu_seconds" if alone else "seconds"],
                     "eval_reward": curve["eval_reward"],
                 },
             }

@@ -156,3 +156,28 @@ def test_values_are_the_environment_s() -> None:
         env.step(action)
         for ours, theirs in zip(state, physics.state(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Running the tape backwards")
+def test_mujoco_warp_s_own_gradients_are_zero() -> None:
+    """Why there are differences. Where this fails, it has some: use them."""
+    mujoco_warp = pytest.importorskip("mujoco_warp", reason="needs pip install 'pwm-fast[gpu]'")
+    import warp
+
+    task = TASKS["cartpole"]()
+    model = task.model()
+    model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)  # which it does not know
+    with warp.ScopedDevice("cpu"):
+        device_model = mujoco_warp.put_model(model)
+        data = mujoco_warp.make_data(model, nworld=1, nconmax=1, njmax=1)
+        data.ctrl.requires_grad = data.qvel.requires_grad = True
+        tape = warp.Tape()
+        with tape:
+            mujoco_warp.step(device_model, data)
+        tape.backward(grads={data.qvel: warp.ones_like(data.qvel)})
+        found = data.ctrl.grad.numpy().copy()
+    env = MujocoEnv(task, 1)
+    changed = Physics(env).differences(torch.zeros(1, 1))[2][0, -1]
+    assert found.tolist() == [[0.0]]
+    assert float(changed[2]) == pytest.approx(0.315, rel=0.05)

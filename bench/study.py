@@ -413,6 +413,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     all_rows = rows(result)
+    first = {run["label"] for run in result.get(ANCHORS[0].NAME, [])}
     fewest = min(2, max(len(row.runs) for row in all_rows))
     end = 0.0
     for i, row in enumerate(all_rows):
@@ -425,7 +426,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         )
         steps = np.array(curves[0]["env_steps"], dtype=float) * study.action_repeat
         end = max(end, steps[-1])
-        style = {"color": colours[i % 20]} if row.arm else {"color": "black", "linestyle": "--"}
+        style = {"color": colours[i % 20]}
+        if row.arm is None:
+            style = {"color": "black", "linestyle": "--" if row.runs[0]["label"] in first else ":"}
         for axis, x in zip(axes, (steps, _spent(row, curves, costs)), strict=True):
             axis.plot(x, centre, label=f"{row.label} ({len(curves)})", **style)
             if band is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.environment import ROOT
@@ -47,3 +48,9 @@ def write(page: Path, name: str, section: str) -> bool:
     if new != old:
         page.write_text(new, "utf-8")
     return new != old
+
+
+def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.environment import ROOT
 
 README = ROOT / "README.md"
 DATA, ENVIRONMENTS, OPS, PERFORMANCE = (
-    ROOT / "docs" / name for name in ("data.md", "environments.md", "ops.md", "performance.md")
+    ROOT / "docs" / f"{name}.md" for name in ("data", "environments", "ops", "performance")
 )
 
 
@@ -47,3 +48,9 @@ def write(page: Path, name: str, section: str) -> bool:
     if new != old:
         page.write_text(new, "utf-8")
     return new != old
+
+
+def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

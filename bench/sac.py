@@ -16,24 +16,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench import environment
+from bench import anchors
 from pwm_fast import config as configuration
 from pwm_fast import envs, seeding
 from pwm_fast.envs import VectorEnv
-from pwm_fast.files import write_text
-from pwm_fast.run.evaluation import evaluate
 from pwm_fast.seeding import Purpose
 
 PACKAGE = "stable-baselines3"
@@ -41,7 +36,11 @@ NAME = "sac"  # of its folder beside those of a study's arms, and of what is sto
 LIBRARY = "stable_baselines3"
 # The library's defaults but for what many envs side by side ask for.
 SETTINGS = {"batch_size": 256, "learning_rate": 3e-4, "gamma": 0.99, "learning_starts": 10_000}
-EPISODES = 12
+
+
+def label(run: dict[str, Any]) -> str:
+    """What tables call a stored run."""
+    return f"SAC (Stable-Baselines3 {run['versions'][PACKAGE]})"
 
 
 def vector_env(env: VectorEnv) -> Any:
@@ -95,11 +94,20 @@ def vector_env(env: VectorEnv) -> Any:
     return Robots()
 
 
-class _Acting:
-    """A trained model as what :func:`evaluate` calls."""
+class _Learner:
+    """The library's model as what is followed."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, settings: dict[str, Any]) -> None:
         self._model = model
+        self.settings = settings
+
+    @property
+    def env_steps(self) -> int:
+        steps: int = self._model.num_timesteps
+        return steps
+
+    def learn(self, steps: int) -> None:
+        self._model.learn(steps, reset_num_timesteps=False, log_interval=None)
 
     def act(
         self, obs: torch.Tensor, *, task: torch.Tensor | None, deterministic: bool
@@ -111,95 +119,49 @@ class _Acting:
         return None
 
 
-def train(
-    name: str, steps: int, seed: int, num_envs: int, updates: int, every: int, out: Path
-) -> dict[str, Any]:
-    """Train, evaluate every so many steps, and keep the curve in ``out`` as it grows."""
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate, as :func:`bench.anchors.follow` does.
+
+    Raises:
+        ImportError: physics is missing.
+    """
     library = importlib.import_module(LIBRARY)
-    own = seeding.stream(seed, Purpose.TRAINING)
-    judged = seeding.stream(0, Purpose.EVALUATE)
-    curve: dict[str, list[float]] = {"env_steps": [], "seconds": [], "eval_reward": []}
-    result = {
-        "env": name,
-        "seed": seed,
-        "steps": steps,
-        "every": every,
-        "num_envs": num_envs,
-        "updates_per_step_of_all_envs": updates,
-        **SETTINGS,
-        "versions": {PACKAGE: version(PACKAGE), "torch": torch.__version__},
-        "threads": torch.get_num_threads(),
-        "machine": environment.machine(torch.device("cpu")),
-        "commit": environment.commit(),
-        "curve": curve,
-    }
-    with (
-        closing(envs.make(name, num_envs, seed=own)) as training,
-        closing(envs.make(name, EPISODES, seed=judged)) as judging,
-    ):
+    num_envs = options.envs or configuration.compose(f"env={options.env}").env_count
+    own = seeding.stream(options.seed, Purpose.TRAINING)
+    with closing(envs.make(options.env, num_envs, seed=own)) as training:
         model = library.SAC(
             "MlpPolicy",
             vector_env(training),
-            seed=seed,
-            buffer_size=min(steps, 1_000_000),
+            seed=options.seed,
+            buffer_size=min(options.steps, 1_000_000),
             train_freq=(1, "step"),
-            gradient_steps=updates,
+            gradient_steps=options.updates,
             device="cpu",
             **SETTINGS,
         )
-        spent = 0.0
-        while True:
-            found = evaluate(cast(Any, _Acting(model)), judging, judged)
-            curve["env_steps"].append(model.num_timesteps)
-            curve["seconds"].append(round(spent, 1))
-            curve["eval_reward"].append(found.returns.mean().item())
-            result["returns"] = found.returns.tolist()
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(out, json.dumps(result, indent=1) + "\n")
-            print(
-                f"env_steps {model.num_timesteps}  reward {curve['eval_reward'][-1]:.1f}  "
-                f"{spent:.0f} s",
-                flush=True,
-            )
-            if model.num_timesteps >= steps:
-                return result
-            started = time.perf_counter()
-            left = min(every, steps - model.num_timesteps)
-            model.learn(left, reset_num_timesteps=False, log_interval=None)
-            spent += time.perf_counter() - started
+        settings = {"num_envs": num_envs, "updates_per_step_of_all_envs": options.updates}
+        return anchors.follow(_Learner(model, settings | SETTINGS), options, [PACKAGE], NAME)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Status 0, or 2 for what a user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sac", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("env", choices=sorted(envs.TASKS))
-    parser.add_argument("--steps", type=int, default=1_000_000, help="of all envs together")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--envs", type=int, help="the robot's own number by default")
-    parser.add_argument("--updates", type=int, default=8, help="after each step of all envs")
-    parser.add_argument("--every", type=int, default=50_000, help="steps between evaluations")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser = anchors.parser("python -m bench.sac", __doc__)
+    parser.add_argument("--envs", type=anchors.positive, help="the robot's own number by default")
+    parser.add_argument(
+        "--updates", type=anchors.positive, default=8, help="after each step of all envs"
+    )
     options = parser.parse_args(argv)
-    for name in ("steps", "envs", "updates", "every", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be positive, got {value}")
     try:
         version(PACKAGE)
     except PackageNotFoundError:
         print(f"error: {PACKAGE} is missing: pip install {PACKAGE}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    path = options.out / options.env / NAME / f"seed_{options.seed}.json"
-    count = options.envs or configuration.compose(f"env={options.env}").env_count
     try:
-        train(options.env, options.steps, options.seed, count, options.updates, options.every, path)
+        train(options)
     except ImportError as error:  # no physics
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(path)
     return 0
 
 

@@ -4,7 +4,7 @@ python -m bench.study run cartpole --seeds 0-4 --jobs 2    # go on where an earl
 python -m bench.study diagnose cartpole                    # each finished run, once
 python -m bench.study collect cartpole                     # into bench/results/study_cartpole.json,
                                                            # beside the runs that are stored there;
-                                                           # those of bench.sac, too
+                                                           # those of bench.sac and .shac, too
 python -m bench.study docs                                 # draw what is stored
 
 ``run`` starts ``python -m pwm_fast.train`` once for each arm and seed, ``--jobs`` at a time at low
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import environment, frontier, pages, sac
+from bench import environment, frontier, pages, sac, shac
 from bench.arms import STUDIES, Arm, Study
 from bench.results import STORE
 from pwm_fast import config as configuration
@@ -51,6 +51,7 @@ MODEL = (
     ("effective dimensions of latents", "model", "dimensions", 0),
     ("R2 of the observation, from them", "model", "obs_r2", 0),
 )
+ANCHORS = (sac, shac)
 CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_success")
 
 # --- running ------------------------------------------------------------------------------------
@@ -143,36 +144,44 @@ def collect(study: str, out: Path, known: dict[str, Any] | None = None) -> dict[
             if run["arm"] not in order:
                 raise ValueError(f"what is stored has the arm {run['arm']}, which is gone")
             found.setdefault((run["arm"], run["seed"]), run)
-    anchors = {run["seed"]: run for run in (known or {}).get(sac.NAME, [])}
-    anchors |= {run["seed"]: run for run in _anchors(out / study / sac.NAME)}
+    anchors: dict[str, list[dict[str, Any]]] = {}
+    for anchor in ANCHORS:
+        runs = {run["seed"]: run for run in (known or {}).get(anchor.NAME, [])}
+        runs |= {run["seed"]: run for run in _anchors(out / study / anchor.NAME, anchor)}
+        anchors[anchor.NAME] = [runs[seed] for seed in sorted(runs)]
     return {
         "study": study,
         "overrides": common,
         "configs": {name: configs[name] for name in order if name in configs},
         "runs": sorted(found.values(), key=lambda r: (order.index(r["arm"]), r["seed"])),
-        sac.NAME: [anchors[seed] for seed in sorted(anchors)],
+        **anchors,
     }
 
 
-def _anchors(directory: Path) -> list[dict[str, Any]]:
-    """What is kept of the finished runs of :mod:`bench.sac`."""
+def _anchors(directory: Path, anchor: Any) -> list[dict[str, Any]]:
+    """What is kept of the finished runs of one of :data:`ANCHORS`."""
     runs = []
     for path in sorted(directory.glob("seed_*.json")):
         run = json.loads(path.read_text("utf-8"))
         if run["curve"]["env_steps"][-1] < run["steps"]:
             continue
         m, v, curve = run["machine"], run["versions"], run["curve"]
+        # Of one thread the CPU's seconds, which do not depend on what else a machine does.
+        alone = run.get("threads") == 1 and "cpu_seconds" in curve  # not in older runs
         runs.append(
             {
                 "seed": run["seed"],
-                "label": f"SAC (Stable-Baselines3 {v[sac.PACKAGE]})",
-                "command": f"python -m bench.sac {run['env']} --steps {run['steps']}",
+                "label": anchor.label(run),
+                "command": f"python -m {anchor.__name__} {run['env']} --steps {run['steps']}",
                 "commit": run["commit"]["id"] or "unknown commit",
                 "on": f"{m['cpu']}, {m['isa']}, {m['cores']} cores; torch {v['torch']}",
-                "evaluation": {"reward_mean": curve["eval_reward"][-1]},
+                "evaluation": {
+                    "reward_mean": curve["eval_reward"][-1],
+                    "success": run.get("success"),  # not in older runs
+                },
                 "curve": {
                     "env_steps": curve["env_steps"],
-                    "wall_time": curve["seconds"],
+                    "wall_time": curve["cpu_seconds" if alone else "seconds"],
                     "eval_reward": curve["eval_reward"],
                 },
             }
@@ -288,7 +297,7 @@ def _costs(study: Study) -> dict[str, tuple[float, float]]:
 
 
 class Row(NamedTuple):
-    """What is compared: the runs of an arm, or of the anchor."""
+    """What is compared: the runs of an arm, or of an anchor."""
 
     label: str
     runs: list[dict[str, Any]]
@@ -300,10 +309,10 @@ class Row(NamedTuple):
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """Arms in the study's order, then the anchor; without those that have no run."""
+    """Arms in the study's order, then the anchors; without those that have no run."""
     study = STUDIES[result["study"]]
     found = [Row(a.label, [r for r in result["runs"] if r["arm"] == a.name], a) for a in study.arms]
-    anchors = result.get(sac.NAME, [])
+    anchors = [run for anchor in ANCHORS for run in result.get(anchor.NAME, [])]
     labels = dict.fromkeys(run["label"] for run in anchors)
     found += [Row(x, [run for run in anchors if run["label"] == x], None) for x in labels]
     return [row for row in found if row.runs]
@@ -315,13 +324,8 @@ def references(name: str) -> list[published.Published]:
     return published.read(path) if path.is_file() else []
 
 
-def _markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def table(result: dict[str, Any]) -> str:
-    """Markdown: one row an arm, and the anchor's.
+    """Markdown: one row an arm, and an anchor.
 
     Returns are interquartile means over seeds with 95 % bootstrap intervals, what is known of a
     model is the median over them, costs are those of :mod:`bench.frontier`, where it has them.
@@ -347,7 +351,7 @@ def table(result: dict[str, Any]) -> str:
             values = [m[key][i] for m in models if m.get(key) and m[key][i] is not None]
             cells.append(f"{np.median(values):.2g}" if values else "")
         lines.append(cells)
-    return _markdown(head, lines)
+    return pages.markdown(head, lines)
 
 
 def equal(result: dict[str, Any]) -> str:
@@ -372,7 +376,7 @@ def equal(result: dict[str, Any]) -> str:
         known = set(curve.steps.tolist())
         cells = [_value(curve.at(n), curve.band_at(n)) if n in known else "" for n in study.steps]
         lines.append([curve.name, *cells, *[""] * len(study.seconds)])
-    return _markdown(head, lines)
+    return pages.markdown(head, lines)
 
 
 def commands(result: dict[str, Any]) -> str:
@@ -388,7 +392,7 @@ def commands(result: dict[str, Any]) -> str:
         if runs:
             commits = sorted({commit for run in runs for commit in run["commits"]})
             lines.append(f"  {shlex.join(arm.overrides)}   # {arm.label}; {', '.join(commits)}")
-    for run in result.get(sac.NAME, []):
+    for run in (run for anchor in ANCHORS for run in result.get(anchor.NAME, [])):
         said = f"{run['label']}; {run['commit']}; {run['on']}"
         lines.append(f"{run['command']} --seed {run['seed']}   # {said}")
     return "```sh\n" + "\n".join(lines) + "\n```"
@@ -409,6 +413,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     all_rows = rows(result)
+    first = {run["label"] for run in result.get(ANCHORS[0].NAME, [])}
     fewest = min(2, max(len(row.runs) for row in all_rows))
     end = 0.0
     for i, row in enumerate(all_rows):
@@ -421,7 +426,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         )
         steps = np.array(curves[0]["env_steps"], dtype=float) * study.action_repeat
         end = max(end, steps[-1])
-        style = {"color": colours[i % 20]} if row.arm else {"color": "black", "linestyle": "--"}
+        style = {"color": colours[i % 20]}
+        if row.arm is None:
+            style = {"color": "black", "linestyle": "--" if row.runs[0]["label"] in first else ":"}
         for axis, x in zip(axes, (steps, _spent(row, curves, costs)), strict=True):
             axis.plot(x, centre, label=f"{row.label} ({len(curves)})", **style)
             if band is not None:

@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "train": "train an agent, many with -m, or go on where a run stopped",
+    "pretrain": "train a world model alone on data, of many tasks",
     "evaluate": "evaluate a checkpoint's policy in real episodes",
     "diagnose": "prediction error, Jacobians, simplex drift and gradient noise of checkpoints",
     "import_checkpoint": "take up a checkpoint of PWM, Flow-MBPO-PWM or TD-MPC2",

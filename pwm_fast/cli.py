@@ -56,7 +56,7 @@ def main(
     launch.register()
     # `launch` has a default, so that Hydra would refuse the + of a group without one.
     sys.argv[1:] = [re.sub(r"^\+launch=", "launch=", argument) for argument in sys.argv[1:]]
-    if name in ("train", "export", "import_checkpoint"):
+    if name in ("train", "pretrain", "export", "import_checkpoint"):
         sys.argv[1:] = open_overrides(sys.argv[1:])
     ConfigStore.instance().store(name=f"{name}_schema", node=schema())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on: they are reported here

@@ -38,8 +38,10 @@ def run(cfg: Any) -> int:
         f"  python -m pwm_fast.diagnose checkpoint={path}"
     )
     if found.alg.critic.kind == "pwm":
-        arguments = shlex.join(training_arguments(config, found))
-        print(f"  python -m pwm_fast.train init={path} {arguments}")
+        print(f"  python -m pwm_fast.train init={path}")
+        if found.optimizers:  # only a resume takes them, and wants the configuration in full
+            arguments = shlex.join(training_arguments(config, found))
+            print(f"or, with the optimisers' moments:\n  ... train resume={path} {arguments}")
     else:
         print(
             "to train it, import it with critics=new, for Q functions are there to evaluate and "

@@ -11,12 +11,16 @@ from typing import Any, NoReturn
 
 from pwm_fast import cli
 from pwm_fast import config as configuration
+from pwm_fast.run.inherit import inherited
 from pwm_fast.run.start import train
 
 
 def run(cfg: Any) -> int:
-    """Train as Hydra's configuration says."""
-    return train(configuration.from_hydra(cfg))[1]
+    """Train as Hydra's configuration and command line say."""
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = list(HydraConfig.get().overrides.task)
+    return train(inherited(configuration.from_hydra(cfg), overrides))[1]
 
 
 def main() -> NoReturn:

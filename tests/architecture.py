@@ -18,7 +18,7 @@ BEGIN, END = "<!-- layers:begin -->", "<!-- layers:end -->"
 BOXES = {
     "commands": (
         *("submit", "compare", "diagnose", "evaluate", "import_checkpoint", "info"),
-        *("parity", "plot", "train"),
+        *("parity", "plot", "pretrain", "train"),
     ),
     "leaves": ("published", "data", "envs", "config", "replay"),
     "help": ("cli", "recording", "configs", "files", "hooks", "memory", "optional", "scopes"),

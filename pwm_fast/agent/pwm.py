@@ -296,8 +296,11 @@ class PWM:
     def observe(self, obs: Tensor, reward: Tensor, task: Tensor | None = None) -> None:
         """Update the running statistics with collected ``obs [N, O]`` and ``reward [N]``.
 
-        ``task`` is as in :meth:`act`.
+        ``task`` is as in :meth:`act`. Where the world model does not learn, those that it has
+        learned with stay.
         """
+        if self.config.model_learning.updates == 0:
+            return
         if self.config.normalize_obs:
             numbers = self.task_numbers((obs.shape[0],), task)
             self.obs_rms.update(obs.to(self.device), self._group(numbers))
@@ -316,6 +319,30 @@ class PWM:
         what = f"the world model's update on {batch} windows of {steps} steps"
         with memory.explained(what, "alg.model_learning.batch_size or alg.horizon", self.device):
             return self._run("wm", self._model_update, *windows).metrics
+
+    @torch.no_grad()
+    def world_model_losses(self, windows: Windows) -> Metrics:
+        """The losses of :meth:`update_world_model` on windows that nothing is learned from.
+
+        The flow times are the same in every call; the global random numbers are left alone.
+        """
+        windows = self._prepared(windows)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices),
+            extend.precision(self.precision),
+            self.keeping(),
+        ):
+            torch.manual_seed(0)
+            loss = weighted_loss(
+                self.world_model,
+                *windows[:4],
+                self.config.model_learning,
+                gamma=self.config.gamma,
+                task=windows.task,
+                spread=None if self.start_spread is None else self.start_spread.std(),
+            )
+        return loss.metrics
 
     @torch.no_grad()
     def measure_start_spread(self, windows: Windows) -> None:
@@ -397,24 +424,16 @@ class PWM:
         end: Tensor,
         task: Tensor | None = None,
     ) -> Update:
-        if self.config.normalize_rewards:
-            reward = self.reward_rms.normalize(
-                reward, self.config.reward_clip, centre=self.config.centre_rewards
-            )
         learning, gamma = self.config.model_learning, self.config.gamma
-        task = self.task_numbers((action.shape[1],), task)
-        obs, action, reward, end = pieces(
-            learning.rollout_steps, self.normalized(obs, task), action, reward, end
-        )
-        task = self._of_pieces(task, action)
-        windows = obs, action, reward, end
+        windows = self._prepared(Windows(obs, action, reward, end, task))
+        action, task = windows.action, windows.task
         optimizer = self.optimizers["wm"]
         tau = flow_times(action, learning)
         spread = None if self.start_spread is None else self.start_spread.std()
         found = None
         if task is None:
             found = weighted_gradients(
-                self.world_model, *windows, learning, gamma=gamma, tau=tau, spread=spread
+                self.world_model, *windows[:4], learning, gamma=gamma, tau=tau, spread=spread
             )
         if found is not None:
             loss, grads, precision = found
@@ -424,7 +443,7 @@ class PWM:
             with extend.precisions_used(self._used):
                 loss = weighted_loss(
                     self.world_model,
-                    *windows,
+                    *windows[:4],
                     learning,
                     gamma=gamma,
                     task=task,
@@ -563,8 +582,12 @@ class PWM:
             state[OPTIMIZER_KEYS[name]] = optimizer.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any], *, optimizers: bool = True) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], *, optimizers: bool = True, policy: bool = True
+    ) -> None:
         """Continue from :meth:`state_dict`.
+
+        Without ``policy`` the world model and the statistics that it learned with are taken alone.
 
         The measured noise of ``start_noise=auto`` begins anew where the state has none, or one of
         other windows: an epoch's measurement makes up for it.
@@ -574,6 +597,8 @@ class PWM:
                 optimiser's state is not of these parameters; nothing was changed.
         """
         modules = self._modules()
+        if not policy:
+            modules = {k: modules[k] for k in ("world_model", "obs_rms", "rew_rms")}
         spread = modules.pop("start_spread", None)
         if spread is not None and fits(spread, state.get("start_spread")):
             modules["start_spread"] = spread
@@ -653,6 +678,19 @@ class PWM:
     def encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
         """Latents ``[..., D]`` of observations ``[..., O]`` of :meth:`task_numbers`."""
         return self.world_model.encode(self.normalized(obs, task), task)
+
+    def _prepared(self, windows: Windows) -> Windows:
+        """Windows as the world model learns from them: normalised, and cut to its lengths."""
+        obs, action, reward, end, task = windows
+        if self.config.normalize_rewards:
+            reward = self.reward_rms.normalize(
+                reward, self.config.reward_clip, centre=self.config.centre_rewards
+            )
+        task = self.task_numbers((action.shape[1],), task)
+        steps = self.config.model_learning.rollout_steps
+        obs = self.normalized(obs, task)
+        obs, action, reward, end = pieces(steps, obs, action, reward, end)
+        return Windows(obs, action, reward, end, self._of_pieces(task, action))
 
     def _of_pieces(self, task: Tensor | None, action: Tensor) -> Tensor | None:
         """Task numbers of windows' pieces, which stay side by side."""

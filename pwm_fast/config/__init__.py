@@ -39,6 +39,7 @@ from pwm_fast.config.loading import (
 )
 from pwm_fast.config.planning import PlanningConfig
 from pwm_fast.config.training import (
+    OFFLINE,
     OLDEST_VARIANT,
     CheckpointConfig,
     DataConfig,
@@ -53,6 +54,7 @@ from pwm_fast.config.training import (
 __all__ = [
     "MAX_THREADS",
     "MISSING",
+    "OFFLINE",
     "OLDEST_VARIANT",
     "WORLD_MODELS",
     "ActorConfig",

@@ -156,7 +156,8 @@ class ModelLearningConfig(Checked):
     """World-model updates.
 
     Attributes:
-        updates: updates an epoch.
+        updates: updates an epoch. 0 leaves the model, and the statistics that it learned with, as
+            they are: there is no bootstrap either.
         bootstrap_updates: updates before the first policy update; null is one episode's length.
         batch_size: windows a batch.
         lr: Adam's learning rate at the start; it decays linearly to ``alg.final_lr``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pwm_fast.config.agent import AlgConfig
+from pwm_fast.config.agent import SHARE, AlgConfig
 from pwm_fast.config.checks import (
     MAX_THREADS,
     SIZE,
@@ -107,18 +107,21 @@ class WandbConfig(Checked):
 
 @dataclass
 class DataConfig(Checked):
-    """Offline data that the replay holds before the first epoch (``docs/reproducibility.md``).
+    """Offline data that the replay holds before the first epoch (``docs/data.md``).
 
     Attributes:
-        path: a registered folder of episodes, .npz or .pt, or one such file; null for none.
+        path: a registered folder of episodes of any format there, or one such file; null for none.
         manifest: its manifest; null is ``manifest.json`` in the folder, or
             ``<file>.manifest.json`` beside the file.
+        holdout: share of the episodes that ``python -m pwm_fast.pretrain`` does not learn from, to
+            measure the model on; 0 for all other commands.
     """
 
     PREFIX: ClassVar[str] = "data."
 
     path: str | None = checked(None, not_empty("a path or null"))
     manifest: str | None = checked(None, not_empty("a path or null"))
+    holdout: float = checked(0.0, SHARE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,6 +133,9 @@ class DataConfig(Checked):
 # nothing of one: its runs were made on the physics that is OLDEST_VARIANT now.
 OLDEST_ROBOTS = ("ant", "cartpole", "hopper")
 OLDEST_VARIANT = "dflex"
+
+
+OFFLINE = "offline"  # of a world model that is pretrained on data: nothing can act there
 
 
 @dataclass
@@ -189,6 +195,10 @@ class TrainConfig(Checked):
             null refuses a ``run_dir`` that holds a run.
         init: a checkpoint whose networks and running statistics a new run starts with, whatever
             its number of envs; null starts with random weights. A run that goes on has its own.
+            Without ``alg=`` and ``env=`` on the command line the run has the checkpoint's, too
+            (:mod:`pwm_fast.run.inherit`).
+        task: of the tasks of ``init``'s model the one to train for; null takes the environment that
+            ``env`` says.
         data: offline data.
         checkpoint: checkpoints.
         eval: evaluation.
@@ -210,6 +220,7 @@ class TrainConfig(Checked):
     run_dir: str = checked("runs/default", not_empty("a path"))
     resume: str | None = "auto"
     init: str | None = checked(None, not_empty("a path or null"))
+    task: str | None = checked(None, not_empty("the name of a task, or null"))
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

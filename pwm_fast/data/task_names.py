@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pwm_fast import files
 from pwm_fast.data.errors import DataError
 
 FILE = "tasks.json"  # a list of names in a data set's folder, in the order of their numbers
@@ -33,6 +34,16 @@ META_WORLD = (
     "hand-insert",
 )
 SETS = {"mt30": MT30, "mt80": (*MT30, *(f"mw-{name}" for name in META_WORLD))}
+
+
+def write_names(folder: Path, names: Mapping[int, str]) -> None:
+    """Write what tasks are called into the folder of a data set; gaps get their number's name.
+
+    Raises:
+        OSError: the file cannot be written; it names the file.
+    """
+    listed = [names.get(number, f"task {number}") for number in range(max(names) + 1)]
+    files.write_text(folder / FILE, json.dumps(listed, indent=1) + "\n")
 
 
 def names_of(path: Path, numbers: Iterable[int], *, tdmpc2: bool) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pwm_fast.envs.gymnasium_adapter import GymnasiumEnv
 from pwm_fast.envs.many_tasks import ManyTasks, dm_control_tasks
 from pwm_fast.envs.mujoco_cpu import MujocoEnv
 from pwm_fast.envs.mujoco_warp import MujocoWarpEnv
+from pwm_fast.envs.offline import OfflineEnv
 from pwm_fast.envs.protocol import (
     SAME_STEP,
     ActionNotFinite,
@@ -34,6 +35,7 @@ ADAPTERS: dict[str, Callable[..., VectorEnv]] = {
     "dmc": DMControlEnv,
     "dmc_tasks": dm_control_tasks,
     "gym": GymnasiumEnv.from_id,
+    "offline": OfflineEnv,
     "torch": TorchVectorEnv.from_factory,
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "ManyTasks",
     "MujocoEnv",
     "MujocoWarpEnv",
+    "OfflineEnv",
     "StateNotSupported",
     "Task",
     "Tasks",

@@ -11,6 +11,7 @@ from pwm_fast import config as configuration
 from pwm_fast import files
 from pwm_fast.config import ConfigError
 from pwm_fast.launch.sweep import Run, log_path
+from pwm_fast.run.inherit import inherited
 from pwm_fast.run.provenance import within
 
 # Of Hydra's own overrides, those that are about the sweep and mean nothing to one of its runs.
@@ -42,7 +43,8 @@ def plan(
     on_gpu = False
     for index, (own, label) in enumerate(zip(overrides, labels, strict=True), start=first):
         try:
-            run = configuration.from_hydra(_composed(config_loader, config, own))
+            composed = configuration.from_hydra(_composed(config_loader, config, own))
+            run = inherited(composed, own)
             if run.device.startswith("cuda:") and len(overrides) > 1:
                 raise ConfigError(
                     f"device={run.device} cannot be shared by the runs of a sweep, each of which "

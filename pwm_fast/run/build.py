@@ -20,7 +20,7 @@ from pwm_fast import memory, seeding
 from pwm_fast.agent import PWM
 from pwm_fast.backends import select
 from pwm_fast.config import AlgConfig, ConfigError, TrainConfig
-from pwm_fast.envs import TASKS, Engine, VectorEnv, choose, make, tasks_of
+from pwm_fast.envs import TASKS, Engine, OfflineEnv, VectorEnv, choose, make, tasks_of
 from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint, checkpoint_content
 from pwm_fast.run.checkpoint import CheckpointError
@@ -312,6 +312,8 @@ def make_replay(config: TrainConfig, env: VectorEnv, device: torch.device) -> Re
             f"({env.max_episode_steps} steps): there would be nothing to learn from"
         )
     capacity = config.alg.replay_capacity
+    if isinstance(env, OfflineEnv):  # all of the data, whatever the capacity of later runs
+        capacity = max(env.rows, config.alg.horizon + 2)
     obs_dim, action_dim = dims(env)
     width = obs_dim + action_dim + 2
     several = config.alg.world_model.num_tasks > 1

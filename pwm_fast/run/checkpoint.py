@@ -150,6 +150,19 @@ def epoch_of(path: Path) -> int | None:
     return epoch if type(epoch) is int else None
 
 
+def glance(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, whose tensors are read as they are used; empty if it is unreadable.
+
+    For looks at shapes and the configuration: nothing is verified.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return {}
+    ours = isinstance(content, dict) and content.get("format") == FORMAT
+    return content if ours and content.keys() >= KEYS else {}
+
+
 def config_of(path: Path) -> dict[str, Any]:
     """A checkpoint's configuration, without reading its tensors; empty where it cannot be read."""
     try:

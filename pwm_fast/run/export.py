@@ -14,6 +14,7 @@ from pwm_fast.config import MISSING, Checked, ConfigError, TrainConfig
 from pwm_fast.config.checks import checked, positive, positive_or_null, seed_range, thread_count
 from pwm_fast.data.episodes import write_episode
 from pwm_fast.data.manifest import register
+from pwm_fast.data.task_names import write_names
 from pwm_fast.envs import tasks_of
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.acting import policy_of
@@ -106,6 +107,9 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
             for i, episode in enumerate(batch, start=first):
                 write_episode(out / f"episode_{i:0{width}}.npz", episode)
                 transitions += len(episode.action)
+        tasks = tasks_of(env)
+        if tasks is not None:
+            write_names(out, dict(zip(tasks.numbers, tasks.names, strict=True)))
     return out, transitions, register(out)[0].sha256
 
 

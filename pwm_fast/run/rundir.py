@@ -165,7 +165,7 @@ class RunDirectory:
         checkpoint_content.check(path, content)
         if config.resume == "auto":
             refuse_other_config(content["config"], config, path)
-            if content["replay"] is None:
+            if content["replay"] is None and config.env.name != configuration.OFFLINE:
                 raise CheckpointError(
                     f"{path} was not written as {path.name}: it has no replay, so another file was "
                     f"given its name. {self._way_on(self.results())}"

@@ -11,7 +11,7 @@ import torch
 
 from pwm_fast import config as configuration
 from pwm_fast import seeding
-from pwm_fast.config import TrainConfig
+from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data import offline
 from pwm_fast.data.offline import OfflineData
 from pwm_fast.run import build, provenance
@@ -24,8 +24,12 @@ from pwm_fast.run.warm_start import warm_start
 from pwm_fast.seeding import Purpose
 
 
-def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
+def train(config: TrainConfig, kind: type[Trainer] = Trainer) -> tuple[dict[str, Any], int]:
     """Run one training run to its end, or on from where it was left.
+
+    Args:
+        config: of the run.
+        kind: what an epoch of it does.
 
     Returns:
         What ``run_dir/summary.json`` holds, and the process's exit status.
@@ -37,6 +41,10 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
         TrainingDiverged: too many updates in a row were not finite.
         OSError: a file cannot be written.
     """
+    if kind is Trainer and config.data.holdout:
+        raise ConfigError(
+            f"data.holdout={config.data.holdout} is for python -m pwm_fast.pretrain; here it is 0"
+        )
     config = RunDirectory(Path(config.run_dir)).as_begun(config)
     device = build.select_device(config.device)
     build.set_threads(config.threads, config.alg, device)
@@ -64,7 +72,7 @@ def train(config: TrainConfig) -> tuple[dict[str, Any], int]:
                 return finished, 0
             configuration.check_trainable(config, begins=source is None)
             data = offline.load(config, env)
-            trainer = Trainer(
+            trainer = kind(
                 config,
                 directory,
                 env,

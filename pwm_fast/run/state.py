@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data.offline import OfflineData
 from pwm_fast.envs import StateNotSupported, VectorEnv, tasks_of
-from pwm_fast.replay import Replay
+from pwm_fast.replay import Episode, Replay
 from pwm_fast.run import checkpoint, checkpoint_content
 from pwm_fast.run.checkpoint import CheckpointError
 from pwm_fast.run.collection import renew_random_actions
@@ -24,6 +25,9 @@ from pwm_fast.seeding import Purpose
 
 # What taking up a part of a checkpoint raises that is of another run, or damaged.
 UNFIT = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, OverflowError)
+
+
+HELD_OUT = 256  # episodes, at most
 
 
 class RunState:
@@ -48,6 +52,7 @@ class RunState:
         torn: an environment failed; True where it is the one of training, in the middle of a step.
         skips_seen: skipped updates at the last look.
         progress: of the epoch that runs.
+        held_out: episodes of the data that are not learned from.
         obs: observations of all envs.
         tasks: of the environment, where it says of any.
         task: their numbers, env by env.
@@ -77,6 +82,7 @@ class RunState:
         self.torn: bool | None = None
         self.skips_seen = 0
         self.progress = EpochProgress()
+        self.held_out: list[Episode] = []
         self.obs, _ = env.reset()
         self.tasks = tasks_of(env)
         self.task = None if self.tasks is None else self.tasks.of_env
@@ -138,13 +144,24 @@ class RunState:
         if self.data is None:
             return
         try:
-            self.replay.add_episodes(self.data.episodes)
+            self.replay.add_episodes(self._episodes(self.data, seen))
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(f"data.path={self.data.path}: {error}") from error
-        if not seen:
-            for episode in self.data.episodes:
+
+    def _episodes(self, data: OfflineData, seen: bool) -> Iterator[Episode]:
+        """The episodes to learn from, each noted on its way; those that are held out are kept."""
+        self.held_out = []
+        every = round(1.0 / self.config.data.holdout) if self.config.data.holdout else 0
+        for i, episode in enumerate(data.episodes):
+            if every and i % every == every // 2 and len(self.held_out) < HELD_OUT:
+                self.held_out.append(episode)
+                continue
+            if not seen:
                 task = torch.full((len(episode.reward),), episode.task, device="cpu")
                 self.agent.observe(episode.obs[:-1], episode.reward, task)
+            yield episode
 
     def restore(self, source: Source, *, own_best: bool) -> None:
         """Continue from a checkpoint.

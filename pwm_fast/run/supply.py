@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.config import OFFLINE, ConfigError, TrainConfig
 from pwm_fast.replay import Replay
 
 ENOUGH = 100  # episodes, none of H steps: fewer than 3 % have as many, with 95 % confidence
@@ -76,6 +76,8 @@ def shortage(
 def outlook(config: TrainConfig) -> list[str]:
     """Why a run will not learn anything, as far as its configuration says."""
     alg, found = config.alg, []
+    if config.env.name == OFFLINE:  # nothing acts
+        return []
     if 0 < config.epochs < alg.random_epochs:
         found.append(
             f"epochs={config.epochs} end before the random actions of "

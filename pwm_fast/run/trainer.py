@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -49,6 +49,8 @@ class Trainer:
         make_eval_env: makes that many envs for an evaluation.
         data: offline data, which :meth:`RunState.use_data` or :meth:`restore` put into the replay.
     """
+
+    KEEPS_REPLAY: ClassVar[bool] = True  # in `latest`
 
     _logger: RunLogger
     _stop: Interrupt
@@ -130,15 +132,19 @@ class Trainer:
                 logger.close(ok=ok)
 
     def _train(self) -> None:
-        if not self.state.latest_eval:
-            row: metrics.Row = {"epoch": 0, "env_steps": 0}
-            self._log(row, self._evaluate(self.config.eval.episodes))
+        self._begin()
         every = self.config.checkpoint.every
         while self.state.epoch < self.config.epochs:
             self._epoch()
             if every and self.state.epoch % every == 0 and self.state.epoch < self.config.epochs:
                 self.save("latest")
         self.save("latest")
+
+    def _begin(self) -> None:
+        """Look at the untrained policy, unless an evaluation was made before."""
+        if not self.state.latest_eval:
+            row: metrics.Row = {"epoch": 0, "env_steps": 0}
+            self._log(row, self._evaluate(self.config.eval.episodes))
 
     # --- one epoch ------------------------------------------------------------------------------
 
@@ -234,7 +240,7 @@ class Trainer:
         check = self._stop.check
         bootstrap = not self.state.bootstrapped
         updates = self.bootstrap_updates() if bootstrap else config.model_learning.updates
-        if bootstrap:
+        if bootstrap and updates:
             there, batch = self.state.replay.num_windows(), config.model_learning.batch_size
             few = "" if there >= batch else f"; these are few, a batch has {batch}"
             self._logger.say(f"bootstrap: {updates} world-model updates on {there:,} windows{few}")
@@ -259,6 +265,8 @@ class Trainer:
         should not consist of its bootstrap.
         """
         config = self.config.alg.model_learning
+        if config.updates == 0:  # the model stays as it is
+            return 0
         if config.bootstrap_updates is not None:
             return config.bootstrap_updates
         return min(self.state.env.max_episode_steps, config.updates * self.config.epochs)
@@ -332,7 +340,7 @@ class Trainer:
         found = self._evaluated(self._eval_env, Purpose.EVALUATION, held)
         return replace(found, model=metrics.to_numbers(held.metrics(self.state.agent)))
 
-    def _final_evaluation(self) -> Evaluation:
+    def _final_evaluation(self) -> Evaluation | None:
         with closing(self.make_eval_env(self.config.eval.final_episodes)) as env:
             result = self._evaluated(env, Purpose.FINAL_EVALUATION)
         self.save("final")
@@ -397,12 +405,17 @@ class Trainer:
             "wall_time": self.state.wall_time,
             "best": self.state.best,
             "parameters": self.state.agent.world_model.num_parameters(),
+            **self._beside(),
         }
         if result is not None:
             summary["evaluation"] = result.summary()
             self._logger.summarize({"final_reward": summary["evaluation"]["reward_mean"]})
         self.directory.write_summary(summary)
         return summary
+
+    def _beside(self) -> dict[str, Any]:
+        """What else a summary says."""
+        return {}
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -439,7 +452,7 @@ class Trainer:
 
     def _write(self, name: str, *, keep_previous: bool) -> None:
         latest = name == "latest"
-        content = self.state.content(with_replay=latest)
+        content = self.state.content(with_replay=latest and self.KEEPS_REPLAY)
         path = self.directory.checkpoints / f"{name}.pt"
         checkpoint.save(path, content, keep_previous=keep_previous)
         if latest:

@@ -9,6 +9,7 @@ from pwm_fast import files
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.run import build, provenance, seal
+from pwm_fast.run.inherit import learned_policy
 from pwm_fast.run.rundir import which_environment
 
 # What networks' numbers mean: where shapes fit, with another value they still would be wrong.
@@ -64,7 +65,9 @@ def warm_start(agent: PWM, config: TrainConfig) -> dict[str, Any]:
     if any(key in MEANING for key in changed):
         problem = "its numbers mean something else"
     try:
-        agent.load_state_dict(content["agent"], optimizers=False)
+        agent.load_state_dict(
+            content["agent"], optimizers=False, policy=learned_policy(content["config"])
+        )
     except ValueError as error:
         problem = str(error)
     if problem:

@@ -98,4 +98,4 @@ def test_what_is_missing_is_one_line(
     )
     with pytest.raises(SystemExit):
         sac.main(["hopper", "--updates", "0"])
-    assert "--updates must be positive, got 0" in capsys.readouterr().err
+    assert "--updates: must be a positive number, got 0" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from bench import arms, frontier, pages, sac, study
+from bench import arms, frontier, pages, sac, shac, study
 from pwm_fast.config import compose, to_dict
 from pwm_fast.run import metrics
 
@@ -183,6 +183,27 @@ def test_the_anchor_and_published_curves_stand_beside(
     )
     study.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_another_anchor_stands_below(tmp_path: Path) -> None:
+    """SHAC's seconds are those of the CPU where it had one thread; it knows who held the pole."""
+    finished_run(tmp_path / "cartpole" / "mlp" / "seed_0", -500.0)
+    for seed, threads in enumerate((1, 2)):
+        anchor_run(tmp_path / "cartpole" / shac.NAME, seed, 100.0)
+        path = tmp_path / "cartpole" / shac.NAME / f"seed_{seed}.json"
+        run = json.loads(path.read_text())
+        run |= {"threads": threads, "horizon": 16, "success": 0.25}
+        run["versions"][shac.PACKAGE] = "3.17.0"
+        run["curve"]["cpu_seconds"] = [0, 3, 6]
+        path.write_text(json.dumps(run))
+    anchor_run(tmp_path / "cartpole" / sac.NAME, 0, 50.0)
+    result = study.collect("cartpole", tmp_path)
+    assert study.collect("cartpole", tmp_path / "elsewhere", result) == result
+    assert [run["curve"]["wall_time"][-1] for run in result[shac.NAME]] == [6, 10]
+    label = "SHAC, H = 16, through MuJoCo 3.17.0"
+    assert [row.label for row in study.rows(result)][1:] == ["SAC (Stable-Baselines3 2.9.2)", label]
+    assert "| 2 | 100 (100 to 100) | 25%, 25% |" in study.table(result).splitlines()[-1]
+    assert f"python -m bench.shac hopper --steps 200 --seed 1   # {label}" in study.commands(result)
 
 
 @pytest.mark.parametrize("path", sorted(study.REFERENCES.glob("*.csv")), ids=lambda p: p.stem)

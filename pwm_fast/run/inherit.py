@@ -1,0 +1,104 @@
+"""What a run that begins with a checkpoint's networks takes over of its configuration.
+
+``init=PATH`` without ``alg=``: the checkpoint's ``alg``, and without ``env=`` its environment, or
+with ``task=NAME`` that of the one of its model's tasks. What the command line says besides, stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pwm_fast import config as configuration
+from pwm_fast import files
+from pwm_fast.config import OFFLINE, AlgConfig, ConfigError, EnvConfig, TrainConfig
+from pwm_fast.run import checkpoint
+from pwm_fast.run.provenance import flat
+
+RUN_DIR = "runs/{place}/{alg}/seed_{seed}"  # as in configs/config.yaml
+
+
+def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """The configuration with what ``init`` brings.
+
+    Args:
+        config: as composed.
+        overrides: of the command line, such as ``alg.actor.lr=1e-3``: what they name is the user's.
+
+    Raises:
+        ConfigError: there is no such task, or ``task`` has nothing to be one of.
+    """
+    if config.init is None:
+        if config.task is not None:
+            raise ConfigError(
+                f"task={config.task} is one of the tasks of a checkpoint's model: give init=PATH"
+            )
+        return config
+    given = {text.partition("=")[0].lstrip("+~") for text in overrides}
+    content = checkpoint.glance(files.user_path(config.init))
+    if not content:
+        return config  # who reads it says what is wrong
+    run = configuration.from_saved(content["config"])
+    found = config
+    if "alg" not in given:
+        found = replace(found, alg=_alg(run, found, given))
+    if "env" not in given and (found.task is not None or run.env.name != OFFLINE):
+        env = run.env if found.task is None else _env_of_task(run, content, found)
+        found = replace(found, env=_with_given(env, found.env, given))
+    if "run_dir" not in given:
+        place = found.task or found.env.name
+        own = RUN_DIR.format(place=place, alg=found.alg.name, seed=found.seed)
+        found = replace(found, run_dir=own)
+    return found
+
+
+def learned_policy(saved: Mapping[str, Any]) -> bool:
+    """Whether the policy in a checkpoint of that configuration has learned anything."""
+    return bool(saved["env"]["name"] != OFFLINE)
+
+
+def _alg(run: TrainConfig, config: TrainConfig, given: set[str]) -> AlgConfig:
+    """The checkpoint's agent, with what the command line says of it."""
+    values = configuration.to_dict(run)["alg"]
+    if config.task is not None and run.env.name == OFFLINE:
+        # The policy of one task need not see which it is, and rollouts then are one operation.
+        values["actor"]["task_input"] = values["critic"]["task_input"] = False
+    for key, value in flat({"alg": configuration.to_dict(config)["alg"]}).items():
+        if any(key == g or key.startswith(f"{g}.") for g in given):
+            *parents, last = key.split(".")[1:]
+            section = values
+            for parent in parents:
+                section = section[parent]
+            section[last] = value
+    return configuration.structured(AlgConfig, values, "alg.")
+
+
+def _env_of_task(run: TrainConfig, content: Mapping[str, Any], config: TrainConfig) -> EnvConfig:
+    """The environment of one of the tasks of the checkpoint's model."""
+    options = run.env.options
+    names = options.get("tasks") or []
+    if config.task not in names:
+        known = f"one of {', '.join(map(str, names))}" if names else "null: it has one task"
+        raise ConfigError(f"task of init={config.init} must be {known}, got {config.task!r}")
+    numbers = options.get("numbers") or list(range(len(names)))
+    own = {
+        "tasks": [config.task],
+        "numbers": [numbers[names.index(config.task)]],
+        "obs_dim": content["agent"]["obs_rms"]["mean"].shape[-1],
+        "action_dim": content["held_action"].shape[-1],
+    }
+    if run.env.name != OFFLINE:
+        return replace(run.env, options={**options, **own})
+    file = Path(str(resources.files("pwm_fast.configs"))) / "env" / "dmc_tasks.yaml"
+    env = configuration.from_dict({"env": configuration.read_yaml(file)}).env
+    return replace(env, options={**env.options, **own})
+
+
+def _with_given(env: EnvConfig, composed: EnvConfig, given: set[str]) -> EnvConfig:
+    """An environment with what the command line says of one."""
+    fields = {k: getattr(composed, k) for k in vars(env) if f"env.{k}" in given}
+    options = {k: v for k, v in composed.options.items() if f"env.{k}" in given}
+    return replace(env, **{**fields, "options": {**env.options, **options}})

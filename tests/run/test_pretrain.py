@@ -1,0 +1,300 @@
+"""A world model from data alone, and policies that are learned in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pwm_fast import config as configuration
+from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.data import register
+from pwm_fast.run import checkpoint, pretraining
+from pwm_fast.run.export import ExportConfig, export
+from pwm_fast.run.inherit import inherited
+from pwm_fast.run.interrupt import Interrupted
+from pwm_fast.run.pretraining import Pretrainer, prepared, pretrain
+from pwm_fast.run.start import train
+from tests.envs.suites import dm_control_suite
+from tests.run.conftest import TINY, Launcher, rows, tiny_config
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+NAMES = ("near-by", "far-off", "walker-walk")
+OBS, ACTION = 5, 2
+DIRS = ("whole", "stopped")
+
+
+def write_data(folder: Path, tasks: tuple[int, ...] = (0, 2), names: bool = True) -> Path:
+    """Six episodes of each task, in TD-MPC2's format: the second half of them is noisier."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    task = torch.tensor(tasks).repeat_interleave(6)
+    obs = torch.zeros(len(task), 13, OBS)
+    action = torch.rand(len(task), 13, ACTION, generator=generator) * 2 - 1
+    obs[:, 0] = torch.randn(len(task), OBS, generator=generator)
+    for t in range(12):
+        obs[:, t + 1] = 0.9 * obs[:, t] + 0.1 * (1 + task[:, None]) * action[:, t + 1, :1]
+    reward = obs[..., 0] * (1.0 - task[:, None])
+    torch.save(
+        {"obs": obs, "action": action, "reward": reward, "task": task[:, None].expand(-1, 13)},
+        folder / "chunk_0.pt",
+    )
+    if names:
+        (folder / "tasks.json").write_text(json.dumps(NAMES))
+    register(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+def tiny(run_dir: Path, data: Path | None, **changes: Any) -> TrainConfig:
+    """A pretraining of a fraction of a second."""
+    own = {"num_envs": None, "env.max_episode_steps": None, "data.holdout": 0.25, **changes}
+    if data is not None:
+        own["data.path"] = str(data)
+    return tiny_config(run_dir, env="offline", **own)
+
+
+def test_a_world_model_alone(data: Path, tmp_path: Path) -> None:
+    """It learns; policy, critics and replay are as they were, and what it is says the file."""
+    summary, status = pretrain(tiny(tmp_path / "run", data, epochs=40))
+    assert status == 0 and summary["status"] == "finished"
+    assert summary["updates"] == 80 and summary["env_steps"] == 0
+    logged = rows(tmp_path / "run")
+    assert [row["updates"] for row in logged] == list(range(2, 82, 2))
+    measured = [row for row in logged if "holdout_wm_loss" in row]
+    assert [row["epoch"] for row in measured] == list(range(2, 41, 2))
+    assert measured[-1]["holdout_wm_loss"] < 0.8 * measured[0]["holdout_wm_loss"]
+    assert measured[-1]["holdout_latent_error"] > 0.0
+    assert summary["holdout"] == {k: v for k, v in measured[-1].items() if "holdout" in k}
+
+    content = checkpoint.load(tmp_path / "run" / "checkpoints" / "final.pt")
+    model = content["config"]["alg"]["world_model"]
+    assert (model["num_tasks"], model["task_dim"]) == (3, pretraining.TASK_DIM)
+    options = content["config"]["env"]["options"]
+    assert options["tasks"] == ["near-by", "walker-walk"] and options["numbers"] == [0, 2]
+    assert content["replay"] is None
+    first = checkpoint.load(tmp_path / "run" / "checkpoints" / "latest.previous.pt")
+    for part in ("actor", "critic"):
+        for name, value in content["agent"][part].items():
+            assert torch.equal(value, first["agent"][part][name]), "no policy is trained"
+
+
+def test_what_is_held_out_is_not_learned_from(data: Path, tmp_path: Path) -> None:
+    """A quarter of 12 episodes; without them the replay has the others."""
+    seen: dict[str, Any] = {}
+
+    class Looking(Pretrainer):
+        def _begin(self) -> None:
+            super()._begin()
+            seen["held"] = self.state.held_out
+            seen["replay"] = len(self.state.replay)
+            seen["windows"] = self._windows
+
+    train(prepared(tiny(tmp_path / "run", data, epochs=1)), Looking)
+    assert [e.task for e in seen["held"]] == [0, 2, 2] and seen["replay"] == 9 * 12
+    held = {tuple(row.tolist()) for e in seen["held"] for row in e.obs}
+    assert {tuple(row.tolist()) for row in seen["windows"].obs.flatten(0, 1)} <= held
+
+
+def test_an_interrupted_run_goes_on_to_the_bit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within an epoch; the data are read anew."""
+    whole = tiny(tmp_path / "whole", data)
+    pretrain(whole)
+    stopped = tiny(tmp_path / "stopped", data)
+    original, calls = Pretrainer._measured, 0
+
+    def stop(self: Pretrainer, epoch: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Interrupted
+        return original(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretrainer, "_measured", stop)
+        assert pretrain(stopped)[0]["status"] == "interrupted"
+    assert pretrain(stopped)[0]["status"] == "finished"
+    logged = [[{**row, "updates_per_second": 0.0} for row in rows(tmp_path / d)] for d in DIRS]
+    assert logged[0] == logged[1]
+    ours, theirs = (
+        checkpoint.load(Path(c.run_dir) / "checkpoints" / "final.pt")["agent"]["world_model"]
+        for c in (stopped, whole)
+    )
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.path": None, "data.holdout": 0.0}, "data.path=DIR is needed"),
+        ({"env.name": "cartpole"}, "env must be left alone to pretrain"),
+        ({"alg.horizon": 16}, "alg.horizon=16 is longer than an episode (12 steps)"),
+        ({"alg.world_model.num_tasks": 2, "alg.world_model.task_dim": 4}, "are 0 to 1"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], message: str, data: Path, tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", data)
+    values = configuration.to_dict(config)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        place = values
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        pretrain(configuration.from_dict(values))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_ends_have_to_be_learned(tmp_path: Path) -> None:
+    """Data with terminal states want a model that has a head for them, and get one."""
+    out = tmp_path / "hopper"
+    export(ExportConfig(out=str(out), env={"name": "hopper"}, episodes=4))
+    config = tiny(tmp_path / "run", out, **{"alg.horizon": 2, "data.holdout": 0.0})
+    with pytest.raises(ConfigError, match=r"4 episodes end in a terminal state.*can_terminate"):
+        pretrain(config)
+    env = configuration.EnvConfig("offline", options={"can_terminate": True})
+    config.env, config.run_dir = env, str(tmp_path / "other")
+    assert "termination" in pretrain(config)[0]["parameters"]
+
+
+def test_train_holds_nothing_out(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.holdout=0.1 is for python -m pwm_fast.pretrain"):
+        train(tiny_config(tmp_path / "run", data__path="somewhere", data__holdout=0.1))
+
+
+def test_it_cannot_be_evaluated(data: Path, tmp_path: Path, launcher: Launcher) -> None:
+    pretrain(tiny(tmp_path / "run", data, epochs=1))
+    path = tmp_path / "run" / "checkpoints" / "final.pt"
+    outcome = launcher.run(tmp_path, f"checkpoint={path}", module="pwm_fast.evaluate")
+    assert outcome.status == 2
+    assert "python -m pwm_fast.train init=PATH task=NAME learns a policy" in outcome.err
+
+
+# What a run takes over of the checkpoint that it begins with
+
+
+@pytest.fixture
+def pretrained(data: Path, tmp_path: Path) -> Path:
+    pretrain(tiny(tmp_path / "model", data, epochs=2))
+    return tmp_path / "model" / "checkpoints" / "final.pt"
+
+
+def composed(*overrides: str) -> TrainConfig:
+    return inherited(configuration.compose(*overrides), overrides)
+
+
+def test_the_agent_is_the_checkpoints(pretrained: Path) -> None:
+    """But for what the command line says, and with a directory of its own."""
+    found = composed(f"init={pretrained}", "task=walker-walk", "alg.actor.lr=0.01", "seed=3")
+    assert found.alg.world_model.units == TINY["alg.world_model.units"]
+    assert found.alg.world_model.num_tasks == 3 and found.alg.actor.lr == 0.01
+    assert found.alg.actor.task_input is False and found.alg.critic.task_input is False
+    assert found.env.name == "dmc_tasks"
+    options = {"tasks": ["walker-walk"], "numbers": [2], "obs_dim": OBS, "action_dim": ACTION}
+    assert {k: found.env.options[k] for k in options} == options
+    assert found.run_dir == "runs/walker-walk/pwm/seed_3"
+
+
+def test_what_is_named_is_the_users(pretrained: Path) -> None:
+    found = composed(
+        f"init={pretrained}",
+        "task=near-by",
+        "alg.actor.task_input=true",
+        "env.num_envs=5",
+        "+env.action_repeat=4",
+        "run_dir=here",
+    )
+    assert found.alg.actor.task_input is True and found.alg.critic.task_input is False
+    assert found.env.num_envs == 5 and found.env.options["action_repeat"] == 4
+    assert found.run_dir == "here"
+    whole = composed(f"init={pretrained}", "alg=pwm_tiny", "env=hopper")
+    assert whole.alg == configuration.compose("alg=pwm_tiny").alg
+    assert whole.env.name == "hopper"
+
+
+def test_tasks_that_there_are_not(pretrained: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must be one of near-by, walker-walk, got 'far-off'"):
+        composed(f"init={pretrained}", "task=far-off")
+    with pytest.raises(ConfigError, match=r"task=near-by .* give init=PATH"):
+        composed("task=near-by")
+
+
+def test_without_a_task_the_environment_is_the_checkpoints(tmp_path: Path) -> None:
+    """Of a run that acted; with what the command line says."""
+    train(tiny_config(tmp_path / "run", epochs=0, env="hopper", alg__horizon=2))
+    path = tmp_path / "run" / "checkpoints" / "final.pt"
+    found = composed(f"init={path}", "env.num_envs=3")
+    assert found.env.name == "hopper" and found.env.num_envs == 3
+    assert found.env.max_episode_steps == 12 and found.alg.horizon == 2
+    assert found.run_dir == "runs/hopper/pwm/seed_0"
+    assert composed(f"init={path}", "env=ant").env.name == "ant"
+
+
+def test_without_init_nothing_is_taken_over() -> None:
+    assert composed("env=hopper", "seed=2") == configuration.compose("env=hopper", "seed=2")
+
+
+def test_a_sweep_over_tasks(pretrained: Path, launcher: Launcher, tmp_path: Path) -> None:
+    """Each run in a directory of its own, and a task that is none stops it before it starts."""
+    outcome = launcher.run(tmp_path, "-m", f"init={pretrained}", "task=near-by,there-not")
+    assert outcome.status == 2
+    assert "run 1 (task=there-not): task of init=" in outcome.err
+    assert "nothing was started" in outcome.err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_a_policy_in_the_model_of_one_task(updates: int, tmp_path: Path) -> None:
+    """Of the built-in cart-pole: frozen, or learning on; the policy is a new one, and learns."""
+    out = tmp_path / "data"
+    export(ExportConfig(out=str(out), env={"name": "cartpole", "max_episode_steps": 12}))
+    pretrain(tiny(tmp_path / "model", out, **{"alg.normalize_obs": True}))
+    given = tmp_path / "model" / "checkpoints" / "final.pt"
+    before = checkpoint.load(given)["agent"]
+    changes = {"alg.normalize_obs": True, "alg.model_learning.updates": updates}
+    config = tiny_config(tmp_path / "run", init=str(given), **changes)
+    summary = train(config)[0]
+    assert summary["status"] == "finished" and summary["env_steps"] == 96
+    after = checkpoint.load(tmp_path / "run" / "checkpoints" / "final.pt")["agent"]
+    for part in ("world_model", "obs_rms"):
+        same = [torch.equal(after[part][k], v) for k, v in before[part].items()]
+        assert all(same) == (updates == 0), part
+    assert not torch.equal(after["actor"]["logstd"], before["actor"]["logstd"])
+
+
+@pytest.mark.slow
+def test_three_tasks_together_and_one_of_them_alone(tmp_path: Path, launcher: Launcher) -> None:
+    """From random episodes of three tasks by the commands: data, model, policy, evaluation."""
+    dm_control_suite()
+    tasks = "env.tasks=[cartpole-swingup,reacher-easy,pendulum-swingup]"
+    steps = "env.max_episode_steps=30"
+
+    def run(module: str, *arguments: str) -> str:
+        outcome = launcher.run(tmp_path, *arguments, module=f"pwm_fast.{module}")
+        assert outcome.status == 0, outcome.err
+        return outcome.out
+
+    run("data", "export", "out=data", "env=dmc_tasks", tasks, steps, "episodes=9")
+    small = [
+        f"{k}={v}".replace(" ", "")
+        for k, v in TINY.items()
+        if k.startswith(("alg.", "threads")) and k != "alg.replay_capacity"
+    ]
+    run("pretrain", "data.path=data", "run_dir=model", "epochs=2", "data.holdout=0.2", *small)
+    init = ("init=model/checkpoints/final.pt", "task=reacher-easy", "data.path=data", steps)
+    said = run("train", *init, "epochs=2", "num_envs=2", "eval.episodes=1", "eval.final_episodes=2")
+    assert "left out: 6 episodes of tasks" in said
+    folder = tmp_path / "runs" / "reacher-easy" / "pwm_5M_flow" / "seed_0"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+    path = folder / "checkpoints" / "final.pt"
+    assert "return" in run("evaluate", f"checkpoint={path}", "episodes=2")

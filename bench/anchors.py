@@ -36,10 +36,12 @@ class Learner(Protocol):
     def learn(self, steps: int) -> None:
         """Take at least that many steps more, and learn from them."""
 
-    def act(self, obs: torch.Tensor, *, deterministic: bool = False) -> torch.Tensor:
-        """Actions ``[N, A]`` for observations ``[N, O]``."""
+    def act(
+        self, obs: torch.Tensor, *, task: torch.Tensor | None = None, deterministic: bool = False
+    ) -> torch.Tensor:
+        """Actions ``[N, A]`` for observations ``[N, O]``; of one task."""
 
-    def why_not_finite(self, obs: torch.Tensor) -> str | None:
+    def why_not_finite(self, obs: torch.Tensor, task: torch.Tensor | None = None) -> str | None:
         """What of the policy is not finite, if that is known."""
 
 

@@ -110,12 +110,12 @@ class _Learner:
         self._model.learn(steps, reset_num_timesteps=False, log_interval=None)
 
     def act(
-        self, obs: torch.Tensor, *, task: torch.Tensor | None, deterministic: bool
+        self, obs: torch.Tensor, *, task: torch.Tensor | None = None, deterministic: bool = False
     ) -> torch.Tensor:
         action, _ = self._model.predict(obs.numpy(), deterministic=deterministic)
         return torch.from_numpy(action)
 
-    def why_not_finite(self, obs: torch.Tensor, task: torch.Tensor | None) -> str | None:
+    def why_not_finite(self, obs: torch.Tensor, task: torch.Tensor | None = None) -> str | None:
         return None
 
 

@@ -132,12 +132,14 @@ class SHAC:
             self.update()
 
     @torch.no_grad()
-    def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
+    def act(
+        self, obs: Tensor, *, task: Tensor | None = None, deterministic: bool = False
+    ) -> Tensor:
         """Actions ``[N, A]`` for observations ``[N, O]``."""
         noise = None if deterministic else torch.randn(len(obs), self.actor.action_dim)
         return self.actor(self.obs_rms.normalize(obs), noise)
 
-    def why_not_finite(self, obs: Tensor) -> str | None:
+    def why_not_finite(self, obs: Tensor, task: Tensor | None = None) -> str | None:
         """Nothing is known."""
         return None
 

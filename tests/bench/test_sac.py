@@ -78,10 +78,10 @@ def test_a_model_acts_in_evaluations() -> None:
 
     env = envs.make("hopper", 2, max_episode_steps=3)
     value = 0.5
-    assert evaluate(cast(Any, sac._Acting(Model())), env, 0).lengths.tolist() == [3, 3]
+    assert evaluate(cast(Any, sac._Learner(Model(), {})), env, 0).lengths.tolist() == [3, 3]
     value = np.nan
     with pytest.raises(PolicyNotFinite):
-        evaluate(cast(Any, sac._Acting(Model())), env, 0)
+        evaluate(cast(Any, sac._Learner(Model(), {})), env, 0)
     env.close()
 
 

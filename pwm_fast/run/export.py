@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pwm_fast.config import MISSING, Checked, ConfigError, TrainConfig
 from pwm_fast.config.checks import checked, positive, positive_or_null, seed_range, thread_count
 from pwm_fast.data.episodes import write_episode
 from pwm_fast.data.manifest import register
+from pwm_fast.data.task_names import FILE
 from pwm_fast.envs import tasks_of
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.acting import policy_of
@@ -84,7 +86,7 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
     num_envs = min(config.episodes, NUM_ENVS)
     seed = seeding.stream(config.seed, Purpose.EXPORT)
     with closing(build.make_env(run, num_envs, seed, device)) as env:
-        agent = None
+        agent, tasks = None, tasks_of(env)
         if content is not None:
             path = checkpoint.named(str(config.checkpoint))
             agent = build.restore_agent(path, run, content, env, device)
@@ -95,9 +97,11 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
             policy=policy,
             random_share=config.random_share,
             random_hold=hold,
-            tasks=tasks_of(env),
+            tasks=tasks,
         )
         out.mkdir(parents=True, exist_ok=True)
+        if tasks is not None and tasks.numbers == tuple(range(len(tasks.names))):
+            files.write_text(out / FILE, json.dumps(tasks.names, indent=0) + "\n")
         width, transitions = len(str(config.episodes - 1)), 0
         for first in range(0, config.episodes, num_envs):
             starts = seeding.stream(config.seed, Purpose.EXPORT, first)

@@ -26,7 +26,7 @@ H, B = 3, 6
 def agent(monkeypatch: pytest.MonkeyPatch) -> PWM:
     """Its model is ``z' = z + a`` with the reward ``2 z_0``; :func:`drift` moves what is real."""
 
-    def view_of(_: PWM) -> ModelView:
+    def view_of(_: PWM, task: Tensor | None) -> ModelView:
         return ModelView(lambda o: o, lambda z, a: z + a, lambda z, a: 2 * z[..., 0], None)
 
     monkeypatch.setattr(open_loop, "view_of", view_of)
@@ -65,7 +65,7 @@ def test_by_hand(agent: PWM) -> None:
 def test_a_model_without_actions_is_seen(agent: PWM, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says that nothing moves: an error of 1, and far less of the reward."""
     deaf = ModelView(lambda o: o, lambda z, a: z, lambda z, a: 2 * z[..., 0], None)
-    monkeypatch.setattr(open_loop, "view_of", lambda _: deaf)
+    monkeypatch.setattr(open_loop, "view_of", lambda *_: deaf)
     found = open_loop.open_loop(agent, *drift(0.0, 500), torch.ones(500, dtype=torch.bool))
     assert found["eval_latent_error"] == pytest.approx(1.0)
     assert found["eval_reward_r2"] < 0.5
@@ -85,7 +85,7 @@ def test_windows_of_an_evaluation(
     envs: int, steps: int, agent: PWM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one env and consecutive steps, of the first episodes alone; no random number is drawn."""
-    held, lengths = Held(), [steps - 4 - n % 2 for n in range(envs)]
+    held, lengths = Held(torch.arange(envs) % 3), [steps - 4 - n % 2 for n in range(envs)]
     buffer = torch.zeros(envs, OBS)
     for t in range(steps):
         buffer[:, 0], buffer[:, 1] = torch.arange(envs), t
@@ -96,7 +96,8 @@ def test_windows_of_an_evaluation(
     state = torch.get_rng_state()
     held.metrics(agent)
     assert torch.equal(torch.get_rng_state(), state)
-    ((obs, action, reward, whole),) = seen
+    ((obs, action, reward, whole, task),) = seen
+    assert torch.equal(task, obs[0, :, 0].long() % 3), "each window's own"
     kept = min(envs, EPISODES)
     assert obs.shape[0] == H + 1 and kept <= obs.shape[1] <= WINDOWS + kept
     assert (obs[1:, :, 1] == obs[:-1, :, 1] + 1).all() and (obs[..., 0] == obs[:1, :, 0]).all()

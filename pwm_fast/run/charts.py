@@ -12,6 +12,7 @@ from pwm_fast import files
 from pwm_fast.run import metrics
 
 DPI = 120
+COLUMNS = 6  # of small axes side by side
 
 
 class Curve(NamedTuple):
@@ -91,7 +92,9 @@ PANELS = {
 
 
 def plot_run(run_dir: Path, title: str = "", directory: Path | None = None) -> list[Path]:
-    """Draw the figures of a run: one PNG each, and ``summary.png`` of all.
+    """Draw the figures of a run: one PNG each, and ``summary.png`` of those that all runs have.
+
+    A run of several tasks also has ``task_returns.png``.
 
     Args:
         run_dir: holds ``metrics.jsonl``; a run that still goes on, or was killed, is fine.
@@ -121,6 +124,8 @@ def plot_run(run_dir: Path, title: str = "", directory: Path | None = None) -> l
         _draw(figure.add_subplot(), panel, rows)
         figure.suptitle(title, fontsize="small", color="0.4")
         figures[name] = figure
+    if tasks := metrics.tasks_of(rows):
+        figures["task_returns"] = _task_returns(Figure, tasks, rows, title)
     figure = Figure(figsize=(12.0, 7.6), layout="constrained")
     figure.suptitle(title, fontsize="x-large")
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS.values(), strict=True):
@@ -140,6 +145,33 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
+def grid(figure_type: Any, titles: Sequence[str]) -> tuple[Any, list[Any]]:
+    """A figure of small axes side by side, a row of up to :data:`COLUMNS` below the other.
+
+    Args:
+        figure_type: matplotlib's ``Figure``.
+        titles: of the axes.
+
+    Returns:
+        The figure, and its axes in the titles' order.
+    """
+    columns = min(len(titles), COLUMNS)
+    rows = -(-len(titles) // columns)
+    figure = figure_type(figsize=(2.4 * columns + 0.4, 1.7 * rows + 0.9), layout="constrained")
+    drawn = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    for axes, title in zip(drawn, titles, strict=False):
+        axes.set_title(title, fontsize="small")
+        axes.tick_params(labelsize="x-small")
+        tidy(axes)
+        count_steps(axes)
+    for axes in drawn[len(titles) :]:
+        axes.remove()
+    for axes in drawn[max(len(titles) - columns, 0) : len(titles)]:  # nothing stands below them
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("environment steps", fontsize="x-small")
+    return figure, drawn[: len(titles)]
+
+
 def tidy(axes: Any) -> None:
     """Thin grid lines, and a frame at the left and below alone."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -151,6 +183,33 @@ def count_steps(axes: Any) -> None:
     from matplotlib.ticker import EngFormatter
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _task_returns(
+    figure_type: Any, tasks: Sequence[str], rows: Sequence[metrics.Row], title: str
+) -> Any:
+    """Returns of each task in axes of its own: their scales differ, and lines of 30 are a knot."""
+    figure, drawn = grid(figure_type, tasks)
+    shared: dict[str, Any] = {}
+    for axes, task in zip(drawn, tasks, strict=True):
+        axes.set_xlim(0, max(rows[-1]["env_steps"], 1))
+        for curve in (
+            Curve(f"train_reward/{task}", "training (sampled actions)", "0.6"),
+            Curve(f"eval_reward/{task}", "evaluation (mean)", "C0"),
+        ):
+            _draw_curve(axes, curve, rows, positive=False)
+        shared.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.suptitle(title, fontsize="small", color="0.4")
+    figure.supylabel("return", fontsize="small")
+    figure.legend(
+        shared.values(),
+        shared,
+        loc="outside lower left",
+        fontsize="x-small",
+        ncols=2,
+        frameon=False,
+    )
+    return figure
 
 
 def _draw(axes: Any, panel: Panel, rows: Sequence[metrics.Row]) -> None:

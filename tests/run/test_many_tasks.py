@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,26 @@ def test_one_of_the_tasks(done: Path) -> None:
     assert build.of_task(one, "pendulum-swingup", 8, 2) == one
     numbered = EnvConfig("dmc_tasks", options={"tasks": NAMES, "numbers": [7, 3, 5]})
     assert build.of_task(numbered, "cup-catch", 8, 2).options["numbers"] == [3]
+
+
+def test_training_in_one_of_the_tasks(done: Path, tmp_path: Path) -> None:
+    """In a world model of all of them: the others' rows of its table stay as they are."""
+    run, content = build.load_run(final(done))
+    config = replace(
+        run,
+        env=build.of_task(run.env, "cup-catch", *build.dims_of(content)),
+        init=str(final(done)),
+        run_dir=str(tmp_path / "run"),
+    )
+    summary, status = train(config)
+    assert (summary["status"], status) == ("finished", 0)
+    assert "tasks" in summary["evaluation"] and not summary["evaluation"]["tasks"]
+    before, after = (
+        checkpoint.load(final(d))["agent"]["world_model"] for d in (done, tmp_path / "run")
+    )
+    changed = (before["_task_emb.weight"] != after["_task_emb.weight"]).any(1)
+    assert changed.tolist() == [False, True, False]
+    assert not any("/cup-catch" in key for row in rows(tmp_path / "run") for key in row)
 
 
 @pytest.mark.parametrize(

@@ -276,10 +276,10 @@ def test_an_evaluation_where_the_environment_does_not_look(value: float) -> None
         def __init__(self, value: float) -> None:
             self.value = value
 
-        def act(self, obs: Tensor, *, deterministic: bool) -> Tensor:
+        def act(self, obs: Tensor, *, task: None, deterministic: bool) -> Tensor:
             return torch.tensor([[0.0], [self.value], [0.0]])
 
-        def why_not_finite(self, obs: Tensor) -> str:
+        def why_not_finite(self, obs: Tensor, task: None) -> str:
             return "actor.x has 1 NaN"
 
     env: Any = Blind()

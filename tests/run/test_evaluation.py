@@ -46,8 +46,10 @@ class Scripted:
 
 
 class Idle:
-    def act(self, obs: Tensor, *, deterministic: bool = False) -> Tensor:
-        assert deterministic
+    def act(
+        self, obs: Tensor, *, task: Tensor | None = None, deterministic: bool = False
+    ) -> Tensor:
+        assert deterministic and task is None
         return torch.zeros(obs.shape[0], 1)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pwm_fast.agent import PWM
 from pwm_fast.agent.view import ModelView
 from pwm_fast.config import ConfigError
+from pwm_fast.envs import Tasks
 from pwm_fast.run import build, metrics, open_loop
 from pwm_fast.run.open_loop import EPISODES, WINDOWS, Held
 from tests.agent.agents import ACTION, OBS, make_agent
@@ -26,7 +27,7 @@ H, B = 3, 6
 def agent(monkeypatch: pytest.MonkeyPatch) -> PWM:
     """Its model is ``z' = z + a`` with the reward ``2 z_0``; :func:`drift` moves what is real."""
 
-    def view_of(_: PWM) -> ModelView:
+    def view_of(_: PWM, task: Tensor | None) -> ModelView:
         return ModelView(lambda o: o, lambda z, a: z + a, lambda z, a: 2 * z[..., 0], None)
 
     monkeypatch.setattr(open_loop, "view_of", view_of)
@@ -65,7 +66,7 @@ def test_by_hand(agent: PWM) -> None:
 def test_a_model_without_actions_is_seen(agent: PWM, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says that nothing moves: an error of 1, and far less of the reward."""
     deaf = ModelView(lambda o: o, lambda z, a: z, lambda z, a: 2 * z[..., 0], None)
-    monkeypatch.setattr(open_loop, "view_of", lambda _: deaf)
+    monkeypatch.setattr(open_loop, "view_of", lambda *_: deaf)
     found = open_loop.open_loop(agent, *drift(0.0, 500), torch.ones(500, dtype=torch.bool))
     assert found["eval_latent_error"] == pytest.approx(1.0)
     assert found["eval_reward_r2"] < 0.5
@@ -80,12 +81,18 @@ def test_rewards_that_do_not_differ_have_no_r2(agent: PWM) -> None:
     assert none["eval_reward_r2"].isnan() and none["eval_latent_error"].isnan()
 
 
-@pytest.mark.parametrize(("envs", "steps"), [(2, 11), (20, 11), (3, 400)])
+@pytest.mark.parametrize(
+    ("envs", "steps", "tasks"), [(2, 11, 0), (20, 11, 0), (3, 400, 3), (20, 11, 3), (40, 11, 19)]
+)
 def test_windows_of_an_evaluation(
-    envs: int, steps: int, agent: PWM, monkeypatch: pytest.MonkeyPatch
+    envs: int, steps: int, tasks: int, agent: PWM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one env and consecutive steps, of the first episodes alone; no random number is drawn."""
-    held, lengths = Held(), [steps - 4 - n % 2 for n in range(envs)]
+    number = torch.arange(envs) % max(tasks, 1)
+    names = tuple(map(str, range(tasks)))
+    dims = (ACTION,) * tasks
+    given = Tasks(names, tuple(range(tasks)), dims, number, torch.ones(envs, ACTION))
+    held, lengths = Held(given if tasks else None), [steps - 4 - n % 2 for n in range(envs)]
     buffer = torch.zeros(envs, OBS)
     for t in range(steps):
         buffer[:, 0], buffer[:, 1] = torch.arange(envs), t
@@ -96,8 +103,10 @@ def test_windows_of_an_evaluation(
     state = torch.get_rng_state()
     held.metrics(agent)
     assert torch.equal(torch.get_rng_state(), state)
-    ((obs, action, reward, whole),) = seen
-    kept = min(envs, EPISODES)
+    ((obs, action, reward, whole, task),) = seen
+    assert task is None if not tasks else torch.equal(task, obs[0, :, 0].long() % tasks)
+    kept = min(envs, max(EPISODES, tasks))
+    assert int(obs[0, :, 0].max()) == kept - 1
     assert obs.shape[0] == H + 1 and kept <= obs.shape[1] <= WINDOWS + kept
     assert (obs[1:, :, 1] == obs[:-1, :, 1] + 1).all() and (obs[..., 0] == obs[:1, :, 0]).all()
     assert torch.equal(action, obs[..., :ACTION] + 0.5) and torch.equal(reward, obs[..., 1] * 10)

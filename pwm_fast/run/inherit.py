@@ -84,9 +84,8 @@ def _env_of_task(run: TrainConfig, content: Mapping[str, Any], config: TrainConf
         shipped = configuration.from_dict({"env": configuration.read_yaml(file)}).env
         own = {k: env.options.get(k) for k in ("tasks", "numbers")}
         env = replace(shipped, options={**shipped.options, **own})
-    widths = (content["agent"]["obs_rms"]["mean"], content["held_action"])
     try:
-        return build.of_task(env, str(config.task), *(x.shape[-1] for x in widths))
+        return build.of_task(env, str(config.task), *build.dims_of(content))
     except ConfigError as error:
         raise ConfigError(f"init={config.init}: {error}") from error
 

@@ -44,8 +44,10 @@ def run(cfg: Any) -> int:
 def _target(config: DiagnoseConfig) -> Path:
     """Where the results go, looked at before the work starts."""
     first = config.paths[0]
-    name = f"{first.stem}.diagnosis" if len(config.paths) == 1 else "comparison.diagnosis"
-    folder = files.user_path(config.out) if config.out else first.with_name(name)
+    name = first.stem if len(config.paths) == 1 else "comparison"
+    of_task = f".{config.task}" if config.task else ""
+    default = first.with_name(f"{name}{of_task}.diagnosis")
+    folder = files.user_path(config.out) if config.out else default
     if not config.out and not first.parent.is_dir():
         return folder  # that the checkpoint is missing is said when it is read
     above = next(p for p in (folder, *folder.absolute().parents) if p.exists())

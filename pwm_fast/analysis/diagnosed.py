@@ -16,7 +16,7 @@ class Diagnosed(NamedTuple):
     """A diagnosis of one checkpoint; NaN for what it does not hold.
 
     Attributes:
-        checkpoint: its file's name.
+        checkpoint: its file's name, and of a model of several tasks the one that was looked at.
         epoch: epochs behind it.
         policy: of the held-out episodes.
         horizon: H.
@@ -64,8 +64,9 @@ def _is_of(run: Run, checkpoint: dict[str, Any]) -> bool:
 def _row(policy: str, c: dict[str, Any]) -> Diagnosed:
     rewards, sensitivity = c["rewards"], c["sensitivity"]
     low, high = _number(rewards["model_low"][-1]), _number(rewards["model_high"][-1])
+    task = f" ({c['task']})" if c.get("task") else ""  # older versions do not say
     return Diagnosed(
-        Path(c["checkpoint"]).name,
+        Path(c["checkpoint"]).name + task,
         int(c["epoch"]),
         policy,
         int(c["horizon"]),

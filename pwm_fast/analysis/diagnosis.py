@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pwm_fast import config as configuration
 from pwm_fast import seeding
 from pwm_fast.agent import PWM
 from pwm_fast.agent.imagination import frozen, imagine
-from pwm_fast.agent.view import view_of
+from pwm_fast.agent.view import ModelView, view_of
 from pwm_fast.analysis import simulator
 from pwm_fast.analysis.gradients import gradient_esnr
 from pwm_fast.analysis.jacobians import jacobian_smoothness, rademacher
@@ -35,6 +36,7 @@ from pwm_fast.config.checks import (
     Check,
     at_least,
     checked,
+    not_empty,
     or_null,
     positive,
     positive_or_null,
@@ -42,6 +44,7 @@ from pwm_fast.config.checks import (
     seed_range,
     thread_count,
 )
+from pwm_fast.envs import tasks_of
 from pwm_fast.replay import Episode
 from pwm_fast.run import build, checkpoint, metrics, provenance
 from pwm_fast.run.acting import policy_of
@@ -89,8 +92,10 @@ class DiagnoseConfig(Checked):
 
     Attributes:
         checkpoint: file of a training run, or a list of them.
+        task: of a model of several tasks, the name of the one to look at; null where it knows one.
         out: folder for JSON and figures; null is ``<checkpoint>.diagnosis`` beside the (first)
-            checkpoint, or ``comparison.diagnosis`` there for several.
+            checkpoint, ``<checkpoint>.<task>.diagnosis`` with a task, and ``comparison`` in place
+            of the checkpoint's name for several.
         policy: who acts in the held-out episodes: ``stochastic`` and ``deterministic`` are the
             checkpoint's policy, ``random`` is uniform random actions.
         random_share: share of the episodes with random actions whatever the policy.
@@ -118,6 +123,7 @@ class DiagnoseConfig(Checked):
     """
 
     checkpoint: Any = checked(MISSING, _paths)
+    task: str | None = checked(None, not_empty("a task's name or null"))
     out: str | None = None
     policy: str = "stochastic"
     random_share: float = 0.0
@@ -154,7 +160,9 @@ class Subject(NamedTuple):
 
     Attributes:
         path: its file.
-        run: its configuration.
+        run: its configuration, with the environment of one task.
+        task: the number of that task, a scalar; None where the environment says of none.
+        reads: components of the action, the first ones, that the task reads.
         epoch: epochs behind it.
         agent: restored from it.
         episodes: held out, collected for it.
@@ -167,12 +175,22 @@ class Subject(NamedTuple):
 
     path: Path
     run: TrainConfig
+    task: Tensor | None
+    reads: int
     epoch: int
     agent: PWM
     episodes: list[Episode]
     states: list[Tensor | None]
     no_states: str | None
     saturation: float
+
+    def view(self) -> ModelView:
+        """Its world model, in that task."""
+        return view_of(self.agent, self.task)
+
+    def numbers(self, rows: int) -> Tensor | None:
+        """The number of the task for each of so many rows."""
+        return None if self.task is None else self.task.expand(rows)
 
 
 def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
@@ -204,12 +222,13 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
 
 def _subject(path: Path, config: DiagnoseConfig, device: torch.device) -> Subject:
     run, content = build.load_run(path)
+    run = _of_one_task(path, run, content, config.task)
     build.set_threads(config.threads, run.alg, device)
     # The same for every checkpoint, whatever its place.
     build.seed_everything(config.seed, Purpose.DIAGNOSE_AGENT)
     seed = seeding.stream(config.seed, Purpose.DIAGNOSE)
     with closing(build.make_env(run, config.episodes, seed, device)) as env:
-        agent = build.restore_agent(path, run, content, env, device)
+        agent, tasks = build.restore_agent(path, run, content, env, device), tasks_of(env)
         act = MixedPolicy(
             agent,
             config.episodes,
@@ -217,6 +236,7 @@ def _subject(path: Path, config: DiagnoseConfig, device: torch.device) -> Subjec
             policy=config.policy,
             random_share=config.random_share,
             random_hold=run.alg.random_hold,
+            tasks=tasks,
         )
         no_states = simulator.why_not(env)
         recording = simulator.Recording(env, act) if no_states is None else None
@@ -226,9 +246,29 @@ def _subject(path: Path, config: DiagnoseConfig, device: torch.device) -> Subjec
         None if recording is None else recording.states(i, len(episode.action))
         for i, episode in enumerate(episodes)
     ]
-    own = [e.action for e, random in zip(episodes, act.random.tolist(), strict=True) if not random]
+    task, reads = None, agent.action_dim
+    if tasks is not None:
+        task, (reads,) = tasks.of_env[0], tasks.action_dims
+    own = [
+        e.action[:, :reads]
+        for e, random in zip(episodes, act.random.tolist(), strict=True)
+        if not random
+    ]
     saturation = metrics.saturation(torch.cat(own)).item() if own else float("nan")
-    return Subject(path, run, content["epoch"], agent, episodes, states, no_states, saturation)
+    of_run = path, run, task, reads, content["epoch"], agent
+    return Subject(*of_run, episodes, states, no_states, saturation)
+
+
+def _of_one_task(
+    path: Path, run: TrainConfig, content: dict[str, Any], task: str | None
+) -> TrainConfig:
+    """A run's configuration with the environment of one of its tasks."""
+    names = build.task_names(run.env)
+    if task is not None:
+        return replace(run, env=build.of_task(run.env, task, *build.dims_of(content)))
+    if len(names) > 1:
+        raise ConfigError(f"{path} is of several tasks: give task=NAME, one of {', '.join(names)}")
+    return run
 
 
 def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
@@ -244,22 +284,25 @@ def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
     steps = sum(len(episode.action) for episode in subject.episodes)
     windows = windows.to(agent.device)
     with frozen(agent.world_model, agent.critic):
-        latents = latent_report(view_of(agent).encode, subject.episodes, agent.device)
-        errors = prediction_errors(view_of(agent), windows)
-        jacobian = _jacobian(agent, windows, config, generator)
+        latents = latent_report(subject.view().encode, subject.episodes, agent.device)
+        errors = prediction_errors(subject.view(), windows)
+        jacobian = _jacobian(subject, windows, config, generator)
         drift: dict[str, Tensor] = {}
         if agent.world_model.simplices:
-            drift = simplex_drift(_imagined_latents(agent, windows.obs[0], horizon, config), GROUP)
+            drift = simplex_drift(
+                _imagined_latents(subject, windows.obs[0], horizon, config), GROUP
+            )
     esnr = _esnr(subject, config, horizon, generator)
     with frozen(agent.world_model, agent.critic):
         rewards = reward_report(
-            view_of(agent), subject.episodes, starts, horizon, generator, agent.device
+            subject.view(), subject.episodes, starts, horizon, generator, agent.device
         )
         sensitivity = _sensitivity(subject, config, starts, horizon)
         integration = _integration(subject, config, starts, windows)
     return {
         "checkpoint": str(subject.path),
         "env": run.env.name,
+        "task": config.task,
         "alg": run.alg.name,
         "kind": run.alg.world_model.kind,
         "training_seed": run.seed,
@@ -295,7 +338,7 @@ def _sensitivity(
     # One step more than n: the reward after n steps is of the action there.
     windows = cut_windows(subject.episodes, [(e, t) for e, t, _ in known], horizon + 1)
     physics = torch.stack([states[t] for _, t, states in known])
-    view, obs = view_of(agent), windows.obs[0]
+    view, obs = subject.view(), windows.obs[0]
     rows = 2 * agent.action_dim * len(known)
     after = sorted({n for n in (1, 4, horizon) if n <= horizon})
     seed = seeding.stream(config.seed, Purpose.DIAGNOSE)
@@ -329,8 +372,8 @@ def _integration(
     for integrator in config.integrators or [own.integrator]:
         for substeps in config.substeps or [own.substeps]:
             with _integrating(agent, integrator, substeps):
-                errors = prediction_errors(view_of(agent), windows)
-                scores = model_r2(view_of(agent), subject.episodes, starts, horizon, agent.device)
+                errors = prediction_errors(subject.view(), windows)
+                scores = model_r2(subject.view(), subject.episodes, starts, horizon, agent.device)
             rows.append(
                 {
                     "integrator": integrator,
@@ -357,15 +400,20 @@ def _integrating(agent: PWM, integrator: str, substeps: int) -> Iterator[None]:
 
 
 def _jacobian(
-    agent: PWM, windows: HeldOut, config: DiagnoseConfig, generator: torch.Generator
+    subject: Subject, windows: HeldOut, config: DiagnoseConfig, generator: torch.Generator
 ) -> dict[str, float]:
-    view = view_of(agent)
+    """Of the latents, and of the components of the action that the task reads."""
+    agent, view, reads = subject.agent, subject.view(), subject.reads
+
+    def step(z: Tensor, a: Tensor) -> Tensor:
+        return view.step(z, F.pad(a, (0, agent.action_dim - reads)))
+
     with torch.no_grad():
         z = view.encode(windows.obs[:2])
         moved = (z[1] - z[0]).double().square().sum(-1).mean().sqrt().item()
-        start, action = z[0, : config.points], windows.action[0, : config.points]
+        start, action = z[0, : config.points], windows.action[0, : config.points, :reads]
     result = jacobian_smoothness(
-        view.step,
+        step,
         start,
         action,
         rademacher(config.probes, start, generator),
@@ -384,14 +432,18 @@ def _jacobian(
 
 
 @torch.no_grad()
-def _imagined_latents(agent: PWM, obs: Tensor, horizon: int, config: DiagnoseConfig) -> Tensor:
+def _imagined_latents(
+    subject: Subject, obs: Tensor, horizon: int, config: DiagnoseConfig
+) -> Tensor:
     """Latents ``[H+1, B, D]`` of rollouts as the agent imagines them when it learns."""
-    task = agent.task_numbers(obs.shape[:1])
-    noise = agent._noise(horizon, obs.shape[0])
+    agent, rows = subject.agent, obs.shape[0]
+    task = agent.task_numbers((rows,), subject.numbers(rows))
+    noise = agent._noise(horizon, rows)
     if config.policy == "deterministic":
         noise = torch.zeros_like(noise)
     z = agent.encode(obs, task)
-    return imagine(agent.world_model, agent.actor, z, noise, task=task).z
+    mask = agent._mask(task)
+    return imagine(agent.world_model, agent.actor, z, noise, task=task, action_mask=mask).z
 
 
 def _esnr(
@@ -408,7 +460,8 @@ def _esnr(
     obs = pool[rows].to(agent.device)
 
     def gradients(steps: int, samples: int) -> list[tuple[Tensor, ...]]:
-        return agent.actor_gradients(obs[: batch * samples], samples, steps)
+        chosen = obs[: batch * samples]
+        return agent.actor_gradients(chosen, samples, steps, task=subject.numbers(len(chosen)))
 
     return {"batch": batch, "rows": gradient_esnr(gradients, horizons, config.esnr_samples)}
 

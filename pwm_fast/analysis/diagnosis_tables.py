@@ -62,9 +62,10 @@ def tables(result: dict[str, Any]) -> str:
     blocks = []
     for c in checkpoints:
         prediction = c["prediction"]
+        where = f"{c['env']} {c['task']}" if c["task"] else c["env"]
         blocks.append(
             f"{c['label']}: {c['checkpoint']}\n"
-            f"  {c['env']}, {c['episodes']} held-out episodes, {c['steps']:,} steps, mean return "
+            f"  {where}, {c['episodes']} held-out episodes, {c['steps']:,} steps, mean return "
             f"{_number(c['return_mean']).strip()}, policy {settings['policy']}"
             + (f" with {settings['random_share']:.0%} random" if settings["random_share"] else "")
             + f"; {prediction['windows'][0]:.0f} windows, of which "

@@ -22,11 +22,11 @@ from pwm_fast.analysis.legend import (
     place,
     reference_dashes,
 )
-from pwm_fast.analysis.measures import GRADIENTS, Comparison
+from pwm_fast.analysis.measures import GRADIENTS, Comparison, task_key
 from pwm_fast.analysis.published import Published
-from pwm_fast.analysis.runs import Series
+from pwm_fast.analysis.runs import RETURN, Series
 from pwm_fast.analysis.statistics import STATISTICS
-from pwm_fast.run.charts import count_steps, tidy
+from pwm_fast.run.charts import count_steps, grid, tidy
 
 DPI = 160
 MODEL = {
@@ -75,6 +75,7 @@ def draw_all(comparison: Comparison, statistic: str = "iqm") -> list[Picture]:
             _returns(comparison, statistic, over_time=False),
             _returns(comparison, statistic, over_time=True),
             _final(comparison),
+            _tasks(comparison, statistic),
             _success(comparison, statistic),
             _world_model(comparison, statistic),
             _esnr(comparison, statistic),
@@ -136,6 +137,29 @@ def _final(comparison: Comparison) -> Picture:
         measure.label[0].upper() + measure.label[1:],
         "Dots: runs. Thick mark: interquartile mean and its 95 % interval; thin mark below it: "
         "mean and its own. A single run has no interval.",
+    )
+
+
+def _tasks(comparison: Comparison, statistic: str) -> Picture | None:
+    """Curves of each task in axes of its own, where there are several."""
+    from matplotlib.figure import Figure
+
+    environment = comparison.environment
+    if not comparison.tasks:
+        return None
+    figure, drawn = grid(Figure, comparison.tasks)
+    for axes, task in zip(drawn, comparison.tasks, strict=True):
+        for index, group in enumerate(environment.groups):
+            curves = [thinned(run.series(task_key(RETURN, task))) for run in group.runs]
+            _draw_group(axes, environment, index, curves, statistic)
+        axes.set_xlim(left=0)
+    figure.supylabel("return of real episodes", fontsize="small")
+    _curves_key(figure, environment)
+    return _picture(
+        figure,
+        "task_returns",
+        "Return of each task",
+        "Mean return of every evaluation over the episodes of a task; each has a scale of its own.",
     )
 
 

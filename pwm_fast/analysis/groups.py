@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ ENVIRONMENT = ("env.name", "env.max_episode_steps", "env.options")
 ALGS = Path(__file__).parent.parent / "configs" / "alg"
 LONGEST = 34  # characters of a label that fits beside a figure
 MOST = 7  # groups that colours tell apart
+LISTED = 48  # characters of a list that names of environments and files hold
 
 
 @dataclass
@@ -130,10 +132,19 @@ def _environment(where: dict[str, Any]) -> Environment:
     limit = where.get("env.max_episode_steps")
     if limit is not None:
         options["max_episode_steps"] = limit
-    shown = ", ".join(f"{k}={v}" for k, v in options.items())
-    words = [name, *map(str, options.values())]
-    slug = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", word) for word in words)
+    texts = {k: _listed(v) if isinstance(v, list) else str(v) for k, v in options.items()}
+    shown = ", ".join(f"{k}={v}" for k, v in texts.items())
+    slug = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", v).strip("_") for v in (name, *texts.values()))
     return Environment(name, slug, f"{name} ({shown})" if shown else name)
+
+
+def _listed(values: list[Any]) -> str:
+    """The values, or so many of them, the first, and a hash that tells them from others."""
+    text = ", ".join(map(str, values))
+    if len(text) <= LISTED:
+        return f"[{text}]"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return f"{len(values)} such as {values[0]} ({digest})"
 
 
 def _drop_doubles(group: Group) -> list[LeftOut]:

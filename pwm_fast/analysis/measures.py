@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,6 +75,7 @@ class Comparison:
         reaches: of every group; empty without a target.
         seconds: wall-clock times at which returns are read off; empty where none were logged.
         published: curves from elsewhere.
+        tasks: whose returns were logged one by one; empty where there is one.
     """
 
     environment: Environment
@@ -87,6 +88,7 @@ class Comparison:
     reaches: list[Reach]
     seconds: list[float] = field(default_factory=list)
     published: list[Published] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
 
     @property
     def primary(self) -> Measure:
@@ -123,6 +125,11 @@ def at_key(steps: float) -> str:
     return f"return_at_{steps:.0f}"
 
 
+def task_key(key: str, task: str) -> str:
+    """Key of a measure of one task, where there are several."""
+    return f"{key}/{task}"
+
+
 def after_key(seconds: float) -> str:
     """Key of the return after so many seconds of wall-clock time."""
     return f"return_after_{seconds:.0f}_s"
@@ -148,6 +155,7 @@ def measure(
     budget = budget_of(environment.runs)
     steps = sorted(set(steps)) or sorted({round(f * budget) for f in FRACTIONS})
     seconds = seconds_of(environment.runs)
+    tasks = metrics.tasks_of([row for run in environment.runs for row in run.rows])
     measures = [
         Measure("final_return", "return of the final evaluation", "return"),
         Measure("final_success", "goal held in the final evaluation", ""),
@@ -157,6 +165,14 @@ def measure(
         Measure("auc", f"area under the curve up to {budget:.0f} steps", "return"),
         *(Measure(at_key(s), f"return at {s:.0f} steps", "return") for s in steps),
         *(Measure(after_key(s), f"return after {s:.0f} seconds", "return") for s in seconds),
+        *(
+            Measure(task_key(key, task), f"{label}, {task}", "return")
+            for key, label in (
+                ("final_return", "return of the final evaluation"),
+                (at_key(steps[-1]), f"return at {steps[-1]:.0f} steps"),
+            )
+            for task in tasks
+        ),
         *(
             [
                 Measure("seconds_to_target", f"wall-clock time to a return of {target:g}", "s"),
@@ -173,7 +189,8 @@ def measure(
         Measure("skipped_updates", "updates skipped as non-finite", ""),
     ]
     values = {
-        str(run.path): _of_run(run, budget, steps, seconds, target) for run in environment.runs
+        str(run.path): _of_run(run, budget, steps, seconds, target, tasks)
+        for run in environment.runs
     }
     estimates = [
         {
@@ -196,6 +213,7 @@ def measure(
         reaches,
         seconds,
         list(published),
+        tasks,
     )
 
 
@@ -267,6 +285,7 @@ def _of_run(
     steps: Sequence[float],
     seconds: Sequence[float],
     target: float | None,
+    tasks: Sequence[str],
 ) -> dict[str, float]:
     curve = run.evaluations
     final = run.final if run.finished else None
@@ -279,6 +298,11 @@ def _of_run(
         "auc": area(curve, budget),
         **{at_key(s): value_at(curve, s) for s in steps},
         **{after_key(s): value_after(curve, s) for s in seconds},
+        **{task_key("final_return", t): _of_task(final, t) for t in tasks},
+        **{
+            task_key(at_key(steps[-1]), t): value_at(run.series(task_key(RETURN, t)), steps[-1])
+            for t in tasks
+        },
         "wall_time": _last(run.series("wall_time")),
         "finished_wall_time": _get(run.summary, "wall_time") if run.finished else math.nan,
         "throughput": _throughput(run),
@@ -316,6 +340,13 @@ def _censored_median(values: np.ndarray, there: np.ndarray) -> float:
 def _get(result: dict[str, object] | None, key: str) -> float:
     value = None if result is None else result.get(key)
     return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _of_task(final: dict[str, Any] | None, task: str) -> float:
+    """A task's mean return in a final evaluation."""
+    tasks = None if final is None else final.get("tasks")
+    own = tasks.get(task) if isinstance(tasks, dict) else None
+    return _get(own if isinstance(own, dict) else None, "reward_mean")
 
 
 def _throughput(run: Run) -> float:

@@ -18,7 +18,7 @@ from pwm_fast.analysis.diagnosed import diagnosed
 from pwm_fast.analysis.figures import Picture, how_to_read
 from pwm_fast.analysis.groups import plural, short_key, shown
 from pwm_fast.analysis.legend import REFERENCE, color_of, dashes_of, reference_dashes
-from pwm_fast.analysis.measures import GRADIENTS, after_key, at_key
+from pwm_fast.analysis.measures import GRADIENTS, after_key, at_key, task_key
 from pwm_fast.analysis.report import Report
 from pwm_fast.analysis.runs import Run
 from pwm_fast.analysis.statistics import Estimate, Interval
@@ -66,6 +66,7 @@ def _environment() -> jinja2.Environment:
         after_key=after_key,
         at_key=at_key,
         diagnosed=diagnosed,
+        task_key=task_key,
         version=pwm_fast.__version__,
         zip=zip,
     )

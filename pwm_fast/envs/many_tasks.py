@@ -52,8 +52,8 @@ class ManyTasks:
     ) -> None:
         _checks.positive(num_envs=num_envs)
         names, count = tuple(tasks), len(tasks)
-        own = tuple(range(count) if numbers is None else numbers)
-        _check(names, own, num_envs)
+        own = _numbers(numbers, count)
+        _check(names, num_envs)
         self.num_envs = num_envs
         self._rows = [torch.arange(k, num_envs, count, device="cpu") for k in range(count)]
         self._parts: list[VectorEnv] = []
@@ -79,11 +79,13 @@ class ManyTasks:
         widths = (("obs_dim", obs_dim, obs_dims), ("action_dim", action_dim, action_dims))
         found = {}
         for name, given, own in widths:
-            most = max(own)
-            if given is not None and given < most:
-                task = names[own.index(most)]
-                raise ValueError(f"env.{name} must be at least {most} ({task}), got {given}")
-            found[name] = most if given is None else given
+            found[name] = most = max(own)
+            if given is not None:
+                _checks.positive(**{f"env.{name}": given})
+                if given < most:
+                    task = names[own.index(most)]
+                    raise ValueError(f"env.{name} must be at least {most} ({task}), got {given}")
+                found[name] = given
         self.single_observation_space = Box((found["obs_dim"],))
         self.single_action_space = Box((found["action_dim"],), -1.0, 1.0)
         self.device = torch.device("cpu")
@@ -211,18 +213,21 @@ def dm_control_tasks(
         ValueError: see :class:`ManyTasks` and
             :class:`~pwm_fast.envs.dm_control_adapter.DMControlEnv`.
     """
-    if isinstance(tasks, str):
-        raise ValueError(f"env.tasks must be a list such as [walker-walk], got {tasks!r}")
+    if not _is_list(tasks) or not all(isinstance(name, str) for name in tasks):
+        raise ValueError(f"env.tasks must be a list of names such as [walker-walk], got {tasks!r}")
     named = [_domain_and_task(name) for name in tasks]
 
     def make(k: int, count: int, seed: int) -> VectorEnv:
-        return DMControlEnv(
-            *named[k],
-            count,
-            seed=seed,
-            max_episode_steps=max_episode_steps,
-            action_repeat=action_repeat,
-        )
+        try:
+            return DMControlEnv(
+                *named[k],
+                count,
+                seed=seed,
+                max_episode_steps=max_episode_steps,
+                action_repeat=action_repeat,
+            )
+        except ValueError as error:  # which of the tasks it is
+            raise ValueError(f"{tasks[k]} of env.tasks: {error}") from error
 
     return ManyTasks(
         make,
@@ -237,7 +242,7 @@ def dm_control_tasks(
 
 def _domain_and_task(name: str) -> tuple[str, str]:
     """Of ``"walker-walk"`` and the like."""
-    domain, hyphen, task = str(name).partition("-")
+    domain, hyphen, task = name.partition("-")
     if not hyphen:
         raise ValueError(f"env.tasks must name domain and task as in walker-walk, got {name!r}")
     return DOMAINS.get(domain, domain), task.replace("-", "_")
@@ -247,16 +252,29 @@ def _part_seed(seed: int, part: int) -> int:
     return seeding.stream(seed, Purpose.TASK, part)
 
 
-def _check(tasks: tuple[str, ...], numbers: tuple[int, ...], num_envs: int) -> None:
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _numbers(given: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The numbers of so many tasks."""
+    if given is None:
+        return tuple(range(count))
+    whole = _is_list(given) and all(type(n) is int and n >= 0 for n in given)
+    if not whole or len(set(given)) < len(given) or len(given) != count:
+        raise ValueError(
+            f"env.numbers must be a number of 0 or more for each of {count} tasks, all different, "
+            f"got {given!r}"
+        )
+    return tuple(given)
+
+
+def _check(tasks: tuple[str, ...], num_envs: int) -> None:
     if not tasks:
         raise ValueError("env.tasks must name at least one task, got none")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"env.tasks must all be different, got {list(tasks)}")
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
-    if not whole or len(set(numbers)) < len(numbers) or len(numbers) != len(tasks):
-        raise ValueError(
-            f"env.numbers must be a number of 0 or more for each of {len(tasks)} tasks, all "
-            f"different, got {list(numbers)}"
-        )
     if num_envs < len(tasks):
-        raise ValueError(f"{len(tasks)} tasks need as many envs at least, got {num_envs}")
+        raise ValueError(
+            f"{len(tasks)} tasks need as many envs or episodes at least, one each, got {num_envs}"
+        )

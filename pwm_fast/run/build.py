@@ -19,7 +19,7 @@ from pwm_fast import config as configuration
 from pwm_fast import memory, seeding
 from pwm_fast.agent import PWM
 from pwm_fast.backends import select
-from pwm_fast.config import AlgConfig, ConfigError, TrainConfig
+from pwm_fast.config import AlgConfig, ConfigError, EnvConfig, TrainConfig
 from pwm_fast.envs import TASKS, Engine, OfflineEnv, VectorEnv, choose, make, tasks_of
 from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint, checkpoint_content
@@ -189,6 +189,59 @@ def make_env(
         )
 
 
+def task_names(env: EnvConfig) -> list[str]:
+    """The names of the tasks that an environment's configuration picks; empty where it is of one.
+
+    Such an environment takes them as ``tasks``, and ``numbers``, ``obs_dim`` and ``action_dim``
+    beside them, as ``dmc_tasks`` does.
+    """
+    return list(env.options.get("tasks") or [])
+
+
+def of_task(env: EnvConfig, task: str, obs_dim: int, action_dim: int) -> EnvConfig:
+    """One task of several, as the envs of that task that a model of all of them knows.
+
+    Args:
+        env: of several tasks, or of one that ``task`` names.
+        task: one of :func:`task_names`.
+        obs_dim: O of the model, to which observations are filled up.
+        action_dim: A of the model, of which the task reads the first components.
+
+    Returns:
+        The configuration with that task alone, under the number that it has in ``env``.
+
+    Raises:
+        ConfigError: there is no such task; the message names those that there are.
+    """
+    names = task_names(env)
+    if not names:
+        raise ConfigError(
+            f"task={task} is for environments of several tasks, env={env.name} has one"
+        )
+    if task not in names:
+        raise ConfigError(f"task must be one of {', '.join(names)}, got {task!r}")
+    number = (env.options.get("numbers") or range(len(names)))[names.index(task)]
+    own = {"tasks": [task], "numbers": [number], "obs_dim": obs_dim, "action_dim": action_dim}
+    return replace(env, options={**env.options, **own})
+
+
+def check_evaluations(config: TrainConfig, env: VectorEnv) -> None:
+    """Refuse evaluations with fewer episodes than the environment has tasks.
+
+    Raises:
+        ConfigError: naming the key to raise.
+    """
+    tasks = None if isinstance(env, OfflineEnv) else tasks_of(env)  # where nothing acts
+    count = 1 if tasks is None else len(tasks.names)
+    for key in ("episodes", "final_episodes"):
+        given = getattr(config.eval, key)
+        if given < count:
+            raise ConfigError(
+                f"eval.{key} must be at least {count}, an episode for each of the environment's "
+                f"tasks, got {given}"
+            )
+
+
 def dims(env: VectorEnv) -> tuple[int, int]:
     """Widths O of observations and A of actions."""
     return env.single_observation_space.shape[0], env.single_action_space.shape[0]
@@ -276,6 +329,11 @@ def load_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
         return configuration.from_saved(content["config"]), content
     except ConfigError as error:
         raise CheckpointError(f"{path} is of another version of pwm_fast: {error}") from error
+
+
+def dims_of(content: dict[str, Any]) -> tuple[int, int]:
+    """Widths O of observations and A of actions of a checkpoint that :func:`load_run` read."""
+    return content["obs"].shape[-1], content["held_action"].shape[-1]
 
 
 def restore_agent(

@@ -12,6 +12,7 @@ from pwm_fast import files
 from pwm_fast.run import metrics
 
 DPI = 120
+COLUMNS = 6  # of small axes side by side
 
 
 class Curve(NamedTuple):
@@ -68,6 +69,7 @@ PANELS = {
             Curve("reward_loss", "reward", "C1"),
             Curve("termination_loss", "termination", "C2"),
             Curve("wm_loss", "total (weighted)", "k"),
+            Curve("holdout_wm_loss", "total, held out", "C3"),
         ),
         log=True,
     ),
@@ -90,8 +92,24 @@ PANELS = {
 }
 
 
+# Of a run of ``pwm_fast.pretrain``, which has no policy.
+PRETRAINING = {
+    "held_out": Panel(
+        "Open loop, on held-out episodes",
+        "",
+        (
+            Curve("holdout_latent_error", "error of a step, in steps", "C0"),
+            Curve("holdout_reward_r2", "R2 of the reward after H steps", "C1"),
+        ),
+    ),
+    **{name: PANELS[name] for name in ("world_model_losses", "gradient_norms")},
+}
+
+
 def plot_run(run_dir: Path, title: str = "", directory: Path | None = None) -> list[Path]:
-    """Draw the figures of a run: one PNG each, and ``summary.png`` of all.
+    """Draw the figures of a run: one PNG each, and ``summary.png`` of those that all runs have.
+
+    A run of several tasks also has ``task_returns.png``.
 
     Args:
         run_dir: holds ``metrics.jsonl``; a run that still goes on, or was killed, is fine.
@@ -116,15 +134,21 @@ def plot_run(run_dir: Path, title: str = "", directory: Path | None = None) -> l
     directory.mkdir(parents=True, exist_ok=True)
     title = title or run_dir.name
     figures = {}
-    for name, panel in PANELS.items():
+    panels = PRETRAINING if along(rows)[0] == "updates" else PANELS
+    for name, panel in panels.items():
         figure = Figure(figsize=(6.8, 4.2), layout="constrained")
         _draw(figure.add_subplot(), panel, rows)
         figure.suptitle(title, fontsize="small", color="0.4")
         figures[name] = figure
+    if tasks := metrics.tasks_of(rows):
+        figures["task_returns"] = _task_returns(Figure, tasks, rows, title)
     figure = Figure(figsize=(12.0, 7.6), layout="constrained")
     figure.suptitle(title, fontsize="x-large")
-    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS.values(), strict=True):
+    drawn = list(figure.subplots(2, 2).flat)
+    for axes, panel in zip(drawn, panels.values(), strict=False):
         _draw(axes, panel, rows)
+    for axes in drawn[len(panels) :]:
+        axes.remove()
     figures["summary"] = figure
     return [save(figure, directory / f"{name}.png") for name, figure in figures.items()]
 
@@ -140,6 +164,40 @@ def save(figure: Any, path: Path) -> Path:
     return path
 
 
+def grid(figure_type: Any, titles: Sequence[str]) -> tuple[Any, list[Any]]:
+    """A figure of small axes side by side, a row of up to :data:`COLUMNS` below the other.
+
+    Args:
+        figure_type: matplotlib's ``Figure``.
+        titles: of the axes.
+
+    Returns:
+        The figure, and its axes in the titles' order.
+    """
+    columns = min(len(titles), COLUMNS)
+    rows = -(-len(titles) // columns)
+    figure = figure_type(figsize=(2.4 * columns + 0.4, 1.7 * rows + 0.9), layout="constrained")
+    drawn = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    for axes, title in zip(drawn, titles, strict=False):
+        axes.set_title(title, fontsize="small")
+        axes.tick_params(labelsize="x-small")
+        tidy(axes)
+        count_steps(axes)
+    for axes in drawn[len(titles) :]:
+        axes.remove()
+    for axes in drawn[max(len(titles) - columns, 0) : len(titles)]:  # nothing stands below them
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("environment steps", fontsize="x-small")
+    return figure, drawn[: len(titles)]
+
+
+def along(rows: Sequence[metrics.Row]) -> tuple[str, str]:
+    """The key that goes along the horizontal axis, and its label: pretraining takes no steps."""
+    if "updates" in rows[-1]:
+        return "updates", "world-model updates"
+    return "env_steps", "environment steps"
+
+
 def tidy(axes: Any) -> None:
     """Thin grid lines, and a frame at the left and below alone."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -153,13 +211,41 @@ def count_steps(axes: Any) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
+def _task_returns(
+    figure_type: Any, tasks: Sequence[str], rows: Sequence[metrics.Row], title: str
+) -> Any:
+    """Returns of each task in axes of its own: their scales differ, and lines of 30 are a knot."""
+    figure, drawn = grid(figure_type, tasks)
+    shared: dict[str, Any] = {}
+    for axes, task in zip(drawn, tasks, strict=True):
+        axes.set_xlim(0, max(rows[-1]["env_steps"], 1))
+        for curve in (
+            Curve(f"train_reward/{task}", "training (sampled actions)", "0.6"),
+            Curve(f"eval_reward/{task}", "evaluation (mean)", "C0"),
+        ):
+            _draw_curve(axes, curve, rows, positive=False)
+        shared.update(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.suptitle(title, fontsize="small", color="0.4")
+    figure.supylabel("return", fontsize="small")
+    figure.legend(
+        shared.values(),
+        shared,
+        loc="outside lower left",
+        fontsize="x-small",
+        ncols=2,
+        frameon=False,
+    )
+    return figure
+
+
 def _draw(axes: Any, panel: Panel, rows: Sequence[metrics.Row]) -> None:
+    x, label = along(rows)
     axes.set_title(panel.title)
-    axes.set_xlabel("environment steps")
+    axes.set_xlabel(label)
     axes.set_ylabel(panel.ylabel)
     tidy(axes)
     count_steps(axes)
-    axes.set_xlim(0, max(rows[-1]["env_steps"], 1))
+    axes.set_xlim(0, max(rows[-1][x], 1))
     drawn = [_draw_curve(axes, curve, rows, positive=panel.log) for curve in panel.curves]
     if not any(drawn):
         axes.text(0.5, 0.5, "nothing logged yet", ha="center", transform=axes.transAxes)
@@ -182,7 +268,7 @@ def _draw_curve(axes: Any, curve: Curve, rows: Sequence[metrics.Row], *, positiv
         there = [row for row in there if row[curve.key] > 0]
     if not there:
         return False
-    x = np.array([row["env_steps"] for row in there], dtype=float)
+    x = np.array([row[along(rows)[0]] for row in there], dtype=float)
     y = np.array([row[curve.key] for row in there], dtype=float)
     style = {"color": curve.color, "linewidth": 1.4}
     if curve.spread is not None:

@@ -33,8 +33,8 @@ def renew_random_actions(held: Tensor, hold: int) -> Tensor:
 class MixedPolicy:
     """Acts as an agent does, or at random in a share of the envs.
 
-    The random envs are spread evenly among all. Random actions are held as in the first epochs of
-    a training run.
+    The random envs are spread evenly among all, or among those of each task. Random actions are
+    held as in the first epochs of a training run.
 
     Args:
         agent: acts; may be None where all envs act at random.
@@ -65,6 +65,9 @@ class MixedPolicy:
         if agent is None and share < 1.0:
             raise ConfigError(f"policy must be random without a checkpoint, got {policy!r}")
         index = torch.arange(num_envs, device="cpu")
+        if tasks is not None:  # else every second env might be all of one task
+            number = tasks.of_env.cpu()
+            index = (number[:, None] == number).tril(-1).sum(1)
         # Bresenham's line: the first k envs hold round(k * share) random ones, for every k.
         self.random = ((index + 1) * share + 0.5).floor() > (index * share + 0.5).floor()
         self._agent = None if share == 1.0 else agent

@@ -241,25 +241,26 @@ def table(result: dict[str, Any]) -> str:
         if imported is None
         else f"imported    for {result['env']}, of {imported['of']}: {imported['file']}"
     )
+    width = max([16, *(len(name) + 2 for name in result["tasks"])])
     lines = [
         f"checkpoint  {result['checkpoint']}",
         origin,
         f"evaluated   {result['episodes']} episodes, {_actor(result)}, seed {result['seed']}"
         + (f", physics {result['physics']}" if result["physics"] else ""),
         "",
-        f"{'':16}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}",
+        f"{'':{width}}{'mean':>12}{'std':>12}{'min':>12}{'max':>12}",
     ]
     for label, key, values in (
         ("return", "reward", returns),
         ("episode length", "episode_length", lengths),
     ):
         numbers = (result[f"{key}_mean"], result[f"{key}_std"], min(values), max(values))
-        lines.append(f"{label:16}" + "".join(f"{n:12.1f}" for n in numbers))
+        lines.append(f"{label:{width}}" + "".join(f"{n:12.1f}" for n in numbers))
     for name, own in result["tasks"].items():
         numbers = own["reward_mean"], own["reward_std"], min(own["returns"]), max(own["returns"])
-        lines.append(f"{name:16}" + "".join(f"{n:12.1f}" for n in numbers))
+        lines.append(f"{name:{width}}" + "".join(f"{n:12.1f}" for n in numbers))
     if result["success"] is not None:
-        lines.append(f"{'goal held':16}{result['success']:12.0%}")
+        lines.append(f"{'goal held':{width}}{result['success']:12.0%}")
     if result["diverged"]:
         lines.append(diverged_line(result))
     return "\n".join(lines)

@@ -85,7 +85,7 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
     num_envs = min(config.episodes, NUM_ENVS)
     seed = seeding.stream(config.seed, Purpose.EXPORT)
     with closing(build.make_env(run, num_envs, seed, device)) as env:
-        agent = None
+        agent, tasks = None, tasks_of(env)
         if content is not None:
             path = checkpoint.named(str(config.checkpoint))
             agent = build.restore_agent(path, run, content, env, device)
@@ -96,9 +96,11 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
             policy=policy,
             random_share=config.random_share,
             random_hold=hold,
-            tasks=tasks_of(env),
+            tasks=tasks,
         )
         out.mkdir(parents=True, exist_ok=True)
+        if tasks is not None:
+            write_names(out, dict(zip(tasks.numbers, tasks.names, strict=True)))
         width, transitions = len(str(config.episodes - 1)), 0
         for first in range(0, config.episodes, num_envs):
             starts = seeding.stream(config.seed, Purpose.EXPORT, first)
@@ -107,9 +109,6 @@ def export(config: ExportConfig) -> tuple[Path, int, str]:
             for i, episode in enumerate(batch, start=first):
                 write_episode(out / f"episode_{i:0{width}}.npz", episode)
                 transitions += len(episode.action)
-        tasks = tasks_of(env)
-        if tasks is not None:
-            write_names(out, dict(zip(tasks.numbers, tasks.names, strict=True)))
     return out, transitions, register(out)[0].sha256
 
 

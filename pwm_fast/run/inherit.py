@@ -15,7 +15,7 @@ from typing import Any
 from pwm_fast import config as configuration
 from pwm_fast import files
 from pwm_fast.config import OFFLINE, AlgConfig, ConfigError, EnvConfig, TrainConfig
-from pwm_fast.run import checkpoint
+from pwm_fast.run import build, checkpoint
 from pwm_fast.run.provenance import flat
 
 RUN_DIR = "runs/{place}/{alg}/seed_{seed}"  # as in configs/config.yaml
@@ -78,23 +78,16 @@ def _alg(run: TrainConfig, config: TrainConfig, given: set[str]) -> AlgConfig:
 
 def _env_of_task(run: TrainConfig, content: Mapping[str, Any], config: TrainConfig) -> EnvConfig:
     """The environment of one of the tasks of the checkpoint's model."""
-    options = run.env.options
-    names = options.get("tasks") or []
-    if config.task not in names:
-        known = f"one of {', '.join(map(str, names))}" if names else "null: it has one task"
-        raise ConfigError(f"task of init={config.init} must be {known}, got {config.task!r}")
-    numbers = options.get("numbers") or list(range(len(names)))
-    own = {
-        "tasks": [config.task],
-        "numbers": [numbers[names.index(config.task)]],
-        "obs_dim": content["agent"]["obs_rms"]["mean"].shape[-1],
-        "action_dim": content["held_action"].shape[-1],
-    }
-    if run.env.name != OFFLINE:
-        return replace(run.env, options={**options, **own})
-    file = Path(str(resources.files("pwm_fast.configs"))) / "env" / "dmc_tasks.yaml"
-    env = configuration.from_dict({"env": configuration.read_yaml(file)}).env
-    return replace(env, options={**env.options, **own})
+    env = run.env
+    if env.name == OFFLINE:  # its tasks are known by their names alone
+        file = Path(str(resources.files("pwm_fast.configs"))) / "env" / "dmc_tasks.yaml"
+        shipped = configuration.from_dict({"env": configuration.read_yaml(file)}).env
+        own = {k: env.options.get(k) for k in ("tasks", "numbers")}
+        env = replace(shipped, options={**shipped.options, **own})
+    try:
+        return build.of_task(env, str(config.task), *build.dims_of(content))
+    except ConfigError as error:
+        raise ConfigError(f"init={config.init}: {error}") from error
 
 
 def _with_given(env: EnvConfig, composed: EnvConfig, given: set[str]) -> EnvConfig:

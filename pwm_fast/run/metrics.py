@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -15,6 +15,7 @@ from pwm_fast import files
 
 Row = dict[str, Any]
 SATURATED = 0.98  # of an action in [-1, 1]: there tanh has 4 % of its slope, and less beyond
+OF_TASKS = ("eval_reward/", "train_reward/")  # keys of one task's mean returns begin so
 MOST = 1e300  # what a float holds; Python's integers have no bound
 
 
@@ -114,6 +115,19 @@ def _parsed(line: str) -> Row | None:
         return None
     sound = isinstance(row, dict) and type(row.get("epoch")) is int and row["epoch"] >= 0
     return row if sound else None
+
+
+def tasks_of(rows: Sequence[Row]) -> list[str]:
+    """The tasks whose returns were logged one by one, in their order; empty where there is one."""
+    return list(
+        dict.fromkeys(
+            key.removeprefix(prefix)
+            for row in rows
+            for prefix in OF_TASKS
+            for key in row
+            if key.startswith(prefix)
+        )
+    )
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pwm_fast.agent import PWM
 from pwm_fast.agent.view import view_of
+from pwm_fast.envs import Tasks
 from pwm_fast.ops import extend
 
-EPISODES = 16  # of an evaluation that are kept, at most
+EPISODES = 16  # of an evaluation that are kept, at most, but one of each task
 WINDOWS = 256  # that are predicted, at most
 
 
@@ -21,15 +22,16 @@ class Held:
     Nothing here draws random numbers or waits for the device.
 
     Args:
-        task: int64 ``[N]``, the numbers of the envs' tasks, where there are several.
+        tasks: of the environment, where it says of any.
     """
 
-    def __init__(self, task: Tensor | None = None) -> None:
-        self._task = None if task is None else task[:EPISODES]
+    def __init__(self, tasks: Tasks | None = None) -> None:
+        self._kept = EPISODES if tasks is None else max(EPISODES, len(tasks.names))
+        self._task = None if tasks is None else tasks.of_env[: self._kept]
         self._steps: list[tuple[Tensor, ...]] = []
 
     def add(self, obs: Tensor, action: Tensor, reward: Tensor, running: Tensor) -> None:
-        """Keep a step of the first :data:`EPISODES` envs.
+        """Keep a step of the first envs.
 
         Args:
             obs: ``[N, O]`` that was acted on.
@@ -38,7 +40,7 @@ class Held:
             running: bool ``[N]``: the step is of an env's first episode.
         """
         # Clones: an environment may hand out its own buffers.
-        self._steps.append(tuple(x[:EPISODES].clone() for x in (obs, action, reward, running)))
+        self._steps.append(tuple(x[: self._kept].clone() for x in (obs, action, reward, running)))
 
     def metrics(self, agent: PWM) -> dict[str, Tensor]:
         """How well the agent's model predicts them; see :func:`open_loop`."""

@@ -56,6 +56,7 @@ def train(config: TrainConfig, kind: type[Trainer] = Trainer) -> tuple[dict[str,
         build.deterministic(config.deterministic),
         closing(build.make_env(config, config.env_count, training, device)) as env,
     ):
+        build.check_evaluations(config, env)
         build.require_memory(config, env, device)
         agent = build.make_agent(config, env, device)
         replay = build.make_replay(config, env, device)

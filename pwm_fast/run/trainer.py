@@ -14,7 +14,7 @@ from pwm_fast import seeding
 from pwm_fast.agent import PWM
 from pwm_fast.config import TrainConfig
 from pwm_fast.data.offline import OfflineData
-from pwm_fast.envs import VectorEnv, task_of
+from pwm_fast.envs import VectorEnv, tasks_of
 from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint, metrics
 from pwm_fast.run.acting import PolicyNotFinite, acting
@@ -336,7 +336,7 @@ class Trainer:
     def _evaluate(self, episodes: int) -> Evaluation:
         if self._eval_env is None:
             self._eval_env = self.make_eval_env(episodes)
-        held = Held(task_of(self._eval_env))
+        held = Held(tasks_of(self._eval_env))
         found = self._evaluated(self._eval_env, Purpose.EVALUATION, held)
         return replace(found, model=metrics.to_numbers(held.metrics(self.state.agent)))
 

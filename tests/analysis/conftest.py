@@ -48,6 +48,7 @@ def write_run(
     env: dict[str, Any] | None = None,
     seconds: float = 2.0,
     success: float | None = 0.5,
+    tasks: dict[str, float] | None = None,
     **changes: Any,
 ) -> Path:
     """Write a run directory.
@@ -63,6 +64,7 @@ def write_run(
         env: the environment's keys.
         seconds: an epoch takes.
         success: of every evaluation; None for a task without a goal.
+        tasks: how many times the mean return each of several tasks has.
         **changes: of the configuration.
     """
     path.mkdir(parents=True)
@@ -76,6 +78,8 @@ def write_run(
         if epoch % EVERY == 0:
             row.update(eval_reward=returns(epoch * STEPS), eval_reward_std=1.0)
             row.update({} if success is None else {"eval_success": success})
+            for name, times in (tasks or {}).items():
+                row[f"eval_reward/{name}"] = times * returns(epoch * STEPS)
         if epoch:
             row["steps_per_second"] = STEPS / seconds
         if epoch > 4:
@@ -98,6 +102,7 @@ def write_run(
                 "reward_std": 2.0,
                 "episode_length_mean": 240.0,
                 "success": success,
+                "tasks": {k: {"reward_mean": v * final} for k, v in (tasks or {}).items()},
             }
         (path / "summary.json").write_text(json.dumps(summary))
     return path

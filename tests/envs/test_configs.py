@@ -29,6 +29,7 @@ def test_every_environment_has_a_configuration():
         ("humanoid", 64, {"engine", "variant"}),
         ("gym", 16, {"id", "kwargs"}),
         ("dmc", 8, {"domain", "task", "action_repeat"}),
+        ("dmc_tasks", 12, {"tasks", "numbers", "obs_dim", "action_dim", "action_repeat"}),
         (
             "torch",
             1024,

@@ -75,3 +75,14 @@ def test_full_disk_names_the_file() -> None:
         log.write({"epoch": 0})
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
     log.close()
+
+
+def test_tasks_of_rows() -> None:
+    """In the order in which evaluations name them; those of training alone behind them."""
+    rows = [
+        {"epoch": 0, "eval_reward": 1.0, "eval_reward_std": 0.0},
+        {"epoch": 1, "train_reward/c": None, "eval_reward/b": 1.0, "eval_reward/a": 2.0},
+        {"epoch": 2, "eval_reward_r2": 0.0, "train_reward/a": 1.0},
+    ]
+    assert metrics.tasks_of(rows) == ["b", "a", "c"]
+    assert metrics.tasks_of(rows[:1]) == metrics.tasks_of([]) == []

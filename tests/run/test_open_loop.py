@@ -13,6 +13,7 @@ from torch import Tensor
 from pwm_fast.agent import PWM
 from pwm_fast.agent.view import ModelView
 from pwm_fast.config import ConfigError
+from pwm_fast.envs import Tasks
 from pwm_fast.run import build, metrics, open_loop
 from pwm_fast.run.open_loop import EPISODES, WINDOWS, Held
 from tests.agent.agents import ACTION, OBS, make_agent
@@ -80,12 +81,18 @@ def test_rewards_that_do_not_differ_have_no_r2(agent: PWM) -> None:
     assert none["eval_reward_r2"].isnan() and none["eval_latent_error"].isnan()
 
 
-@pytest.mark.parametrize(("envs", "steps"), [(2, 11), (20, 11), (3, 400)])
+@pytest.mark.parametrize(
+    ("envs", "steps", "tasks"), [(2, 11, 0), (20, 11, 0), (3, 400, 3), (20, 11, 3), (40, 11, 19)]
+)
 def test_windows_of_an_evaluation(
-    envs: int, steps: int, agent: PWM, monkeypatch: pytest.MonkeyPatch
+    envs: int, steps: int, tasks: int, agent: PWM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one env and consecutive steps, of the first episodes alone; no random number is drawn."""
-    held, lengths = Held(torch.arange(envs) % 3), [steps - 4 - n % 2 for n in range(envs)]
+    number = torch.arange(envs) % max(tasks, 1)
+    names = tuple(map(str, range(tasks)))
+    dims = (ACTION,) * tasks
+    given = Tasks(names, tuple(range(tasks)), dims, number, torch.ones(envs, ACTION))
+    held, lengths = Held(given if tasks else None), [steps - 4 - n % 2 for n in range(envs)]
     buffer = torch.zeros(envs, OBS)
     for t in range(steps):
         buffer[:, 0], buffer[:, 1] = torch.arange(envs), t
@@ -97,8 +104,9 @@ def test_windows_of_an_evaluation(
     held.metrics(agent)
     assert torch.equal(torch.get_rng_state(), state)
     ((obs, action, reward, whole, task),) = seen
-    assert torch.equal(task, obs[0, :, 0].long() % 3), "each window's own"
-    kept = min(envs, EPISODES)
+    assert task is None if not tasks else torch.equal(task, obs[0, :, 0].long() % tasks)
+    kept = min(envs, max(EPISODES, tasks))
+    assert int(obs[0, :, 0].max()) == kept - 1
     assert obs.shape[0] == H + 1 and kept <= obs.shape[1] <= WINDOWS + kept
     assert (obs[1:, :, 1] == obs[:-1, :, 1] + 1).all() and (obs[..., 0] == obs[:1, :, 0]).all()
     assert torch.equal(action, obs[..., :ACTION] + 0.5) and torch.equal(reward, obs[..., 1] * 10)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pwm_fast.run import metrics
+from pwm_fast.run import charts, metrics
 from pwm_fast.run.charts import PANELS, _running_mean, plot_run
 
 image = pytest.importorskip("matplotlib.image")
@@ -45,6 +45,41 @@ def test_draws_whatever_there_is(name: str, tmp_path: Path) -> None:
         pixels = image.imread(path)
         assert pixels.shape[0] > 300 and pixels.shape[1] > 500
         assert pixels[..., :3].std() > 0.02, "a blank figure"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [2, 7, 30])
+def test_several_tasks(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axes for each, whatever of it was logged; a run of one task has no such figure."""
+    names = [f"domain-task-{k}" for k in range(count)]
+    logged = [
+        row(
+            e,
+            eval_reward=1.0,
+            **{f"eval_reward/{name}": float(k * e) for k, name in enumerate(names) if e % 2 == 0},
+            **{f"train_reward/{name}": None if e < 3 else 1.0 for name in names[1:]},
+        )
+        for e in range(9)
+    ]
+    drawn = []
+    made = charts._task_returns
+    monkeypatch.setattr(
+        charts, "_task_returns", lambda *given: drawn.append(made(*given)) or drawn[-1]
+    )
+    write(tmp_path, logged)
+    written = plot_run(tmp_path, "a title")
+    assert {p.name for p in written} == NAMES | {"task_returns.png"}
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes] == names
+    assert [len(axes.lines) for axes in figure.axes] == [1] + [2] * (count - 1)
+    for k, axes in enumerate(figure.axes):
+        assert axes.lines[-1].get_ydata().tolist() == [k * e for e in (0, 2, 4, 6, 8)]
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert not any(
+        a.shrunk(0.98, 0.98).overlaps(b.shrunk(0.98, 0.98))
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
+    )
 
 
 def test_nothing_logged(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pwm_fast import config as configuration
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data import register
 from pwm_fast.run import checkpoint, pretraining
+from pwm_fast.run.charts import plot_run
 from pwm_fast.run.export import ExportConfig, export
 from pwm_fast.run.inherit import inherited
 from pwm_fast.run.interrupt import Interrupted
@@ -85,6 +86,14 @@ def test_a_world_model_alone(data: Path, tmp_path: Path) -> None:
     for part in ("actor", "critic"):
         for name, value in content["agent"][part].items():
             assert torch.equal(value, first["agent"][part][name]), "no policy is trained"
+
+
+def test_its_figures(data: Path, tmp_path: Path) -> None:
+    """Along updates; of a policy there is nothing to draw."""
+    pytest.importorskip("matplotlib")
+    pretrain(tiny(tmp_path / "run", data))
+    drawn = {path.stem for path in plot_run(tmp_path / "run")}
+    assert drawn == {"held_out", "world_model_losses", "gradient_norms", "summary"}
 
 
 def test_what_is_held_out_is_not_learned_from(data: Path, tmp_path: Path) -> None:
@@ -224,7 +233,7 @@ def test_what_is_named_is_the_users(pretrained: Path) -> None:
 
 
 def test_tasks_that_there_are_not(pretrained: Path) -> None:
-    with pytest.raises(ConfigError, match=r"must be one of near-by, walker-walk, got 'far-off'"):
+    with pytest.raises(ConfigError, match=r"one of near-by, walker-walk, got 'far-off'"):
         composed(f"init={pretrained}", "task=far-off")
     with pytest.raises(ConfigError, match=r"task=near-by .* give init=PATH"):
         composed("task=near-by")
@@ -249,7 +258,7 @@ def test_a_sweep_over_tasks(pretrained: Path, launcher: Launcher, tmp_path: Path
     """Each run in a directory of its own, and a task that is none stops it before it starts."""
     outcome = launcher.run(tmp_path, "-m", f"init={pretrained}", "task=near-by,there-not")
     assert outcome.status == 2
-    assert "run 1 (task=there-not): task of init=" in outcome.err
+    assert "run 1 (task=there-not): init=" in outcome.err
     assert "nothing was started" in outcome.err and not (tmp_path / "runs").exists()
 
 

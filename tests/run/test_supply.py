@@ -143,27 +143,3 @@ def test_command(launcher: Launcher, tmp_path: Path) -> None:
     assert outcome.err.count("\n") == 1
     assert "warning: after epoch 12 there is nothing" in outcome.out
     assert (tmp_path / "run" / "checkpoints" / "latest.pt").exists()
-
-
-@pytest.mark.parametrize("changes", [{"num_tasks": 3, "task_dim": 16}, {"num_tasks": 2}])
-def test_several_tasks_are_refused(changes: dict[str, int], tmp_path: Path) -> None:
-    """Until transitions carry the task's number: else all are of the first."""
-    keys = {f"alg.world_model.{k}": v for k, v in {"task_dim": 1, **changes}.items()}
-    with pytest.raises(ConfigError) as caught:
-        train(tiny_config(tmp_path / "run", **keys))
-    assert "alg.world_model.num_tasks must be 1 to train" in str(caught.value)
-    assert "alg.world_model.num_tasks=1 alg.world_model.task_dim=0" in str(caught.value)
-    assert not (tmp_path / "run").exists()
-
-
-def test_several_tasks_are_refused_by_the_commands(launcher: Launcher, tmp_path: Path) -> None:
-    keys = ("alg.world_model.num_tasks=3", "alg.world_model.task_dim=16")
-    for sweep in ((), ("seed=0,1", "launch=hydra"), ("seed=0,1",)):
-        arguments = tiny_arguments(Path("run_${seed}"), *keys, *sweep)
-        outcome = launcher.run(tmp_path, *(["-m"] if sweep else []), *arguments)
-        assert outcome.status == 2
-        assert "alg.world_model.num_tasks must be 1 to train" in outcome.err
-        assert "Traceback" not in outcome.err
-    assert not list(tmp_path.glob("run_*"))
-    outcome = launcher.run(tmp_path, *keys, "alg=pwm_5M_flow", module="pwm_fast.parity")
-    assert "num_tasks" not in outcome.err, "models of several tasks can be counted"

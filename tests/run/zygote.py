@@ -22,7 +22,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-SIMULATORS = {"env=dmc": "dm_control.suite", "env=gym": "gymnasium.envs.mujoco"}
+SIMULATORS = {
+    "env=dmc": "dm_control.suite",
+    "env=dmc_tasks": "dm_control.suite",
+    "env=gym": "gymnasium.envs.mujoco",
+}
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -331,7 +331,7 @@ def load_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
         raise CheckpointError(f"{path} is of another version of pwm_fast: {error}") from error
 
 
-def dims_of(content: dict[str, Any]) -> tuple[int, int]:
+def dims_of(content: Mapping[str, Any]) -> tuple[int, int]:
     """Widths O of observations and A of actions of a checkpoint that :func:`load_run` read."""
     return content["obs"].shape[-1], content["held_action"].shape[-1]
 

@@ -19,7 +19,7 @@ LOGSTD = (-10.0, 2.0)  # published bounds, which the older format does not store
 ORDER = ("weight", "bias", "ln.weight", "ln.bias")  # of a layer in the older format
 # Copies of the Q functions: planning takes the online ones, only learning takes the others.
 COPIES = ("_detach_Qs", "_target_Qs")
-# Beside the Q functions' parameters: what TensorDict stores, or, since 0.15, shapes without values.
+# Beside the Q functions' parameters: what TensorDict stores to 0.11, and shapes since 0.14.
 BESIDE = re.compile(r"_Qs\.(module\..*|.*__batch_size|.*__device)")
 
 

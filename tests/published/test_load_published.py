@@ -255,7 +255,7 @@ def test_a_termination_head_is_left_out(tmp_path: Path) -> None:
 
 
 def test_shapes_without_values(tmp_path: Path) -> None:
-    """TensorDict 0.15 registers the module that its Q functions are called through."""
+    """Since TensorDict 0.14 the module that its Q functions are called through is registered."""
     theirs = TDMPC2()
     empty = torch.empty(12, 19, device="meta")
     named = ("_Qs.module.0.weight", "_detach_Qs.module.0.weight", "_target_Qs.module.0.weight")

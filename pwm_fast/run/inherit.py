@@ -45,7 +45,14 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     found = config
     if "alg" not in given:
         found = replace(found, alg=_alg(run, found, given))
-    if "env" not in given and (found.task is not None or run.env.name != OFFLINE):
+    if "env" in given:
+        if found.task is not None:
+            raise ConfigError(
+                f"task={found.task} makes the environment itself: leave out either it or "
+                f"env={found.env.name}"
+            )
+        found = replace(found, env=_numbered(run, content, found))
+    elif found.task is not None or run.env.name != OFFLINE:
         env = run.env if found.task is None else _env_of_task(run, content, found)
         found = replace(found, env=_with_given(env, found.env, given))
     if "run_dir" not in given:
@@ -53,6 +60,12 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         own = RUN_DIR.format(place=place, alg=found.alg.name, seed=found.seed)
         found = replace(found, run_dir=own)
     return found
+
+
+def task_numbers(env: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of an environment's tasks by their names, as its options say them."""
+    names = env.get("tasks") or []
+    return dict(zip(names, env.get("numbers") or range(len(names)), strict=False))
 
 
 def learned_policy(saved: Mapping[str, Any]) -> bool:
@@ -78,23 +91,40 @@ def _alg(run: TrainConfig, config: TrainConfig, given: set[str]) -> AlgConfig:
 
 def _env_of_task(run: TrainConfig, content: Mapping[str, Any], config: TrainConfig) -> EnvConfig:
     """The environment of one of the tasks of the checkpoint's model."""
-    options = run.env.options
-    names = options.get("tasks") or []
-    if config.task not in names:
-        known = f"one of {', '.join(map(str, names))}" if names else "null: it has one task"
+    options, numbers = run.env.options, task_numbers(run.env.options)
+    if config.task not in numbers:
+        known = f"one of {', '.join(numbers)}" if numbers else "null: it has one task"
         raise ConfigError(f"task of init={config.init} must be {known}, got {config.task!r}")
-    numbers = options.get("numbers") or list(range(len(names)))
-    own = {
-        "tasks": [config.task],
-        "numbers": [numbers[names.index(config.task)]],
-        "obs_dim": content["agent"]["obs_rms"]["mean"].shape[-1],
-        "action_dim": content["held_action"].shape[-1],
-    }
+    own = {"tasks": [config.task], "numbers": [numbers[config.task]], **_widths(content)}
     if run.env.name != OFFLINE:
         return replace(run.env, options={**options, **own})
     file = Path(str(resources.files("pwm_fast.configs"))) / "env" / "dmc_tasks.yaml"
     env = configuration.from_dict({"env": configuration.read_yaml(file)}).env
     return replace(env, options={**env.options, **own})
+
+
+def _numbered(run: TrainConfig, content: Mapping[str, Any], config: TrainConfig) -> EnvConfig:
+    """The environment of the command line; its tasks have the numbers that the model knows."""
+    env, numbers = config.env, task_numbers(run.env.options)
+    names = env.options.get("tasks") or []
+    if not (numbers and names) or env.options.get("numbers") is not None:
+        return env
+    if not numbers.keys() >= set(names):
+        raise ConfigError(
+            f"env.tasks must be of {', '.join(numbers)}, which the model of init={config.init} "
+            f"knows, or env.numbers say as which of them it takes others, got {list(names)}"
+        )
+    own = {k: env.options.get(k) or width for k, width in _widths(content).items()}
+    own["numbers"] = [numbers[name] for name in names]
+    return replace(env, options={**env.options, **own})
+
+
+def _widths(content: Mapping[str, Any]) -> dict[str, int]:
+    """Widths of a checkpoint's observations and actions, as options of an environment."""
+    return {
+        "obs_dim": content["agent"]["obs_rms"]["mean"].shape[-1],
+        "action_dim": content["held_action"].shape[-1],
+    }
 
 
 def _with_given(env: EnvConfig, composed: EnvConfig, given: set[str]) -> EnvConfig:

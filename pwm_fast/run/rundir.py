@@ -25,6 +25,9 @@ WHICH_ENVIRONMENT = (
     "env.options.id",
     "env.options.domain",
     "env.options.task",
+    "env.options.tasks",
+    "env.options.numbers",
+    "env.options.factory",
     VARIANT,
 )
 UNSAVED = (

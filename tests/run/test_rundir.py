@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pwm_fast.agent import PWM
-from pwm_fast.config import ConfigError
+from pwm_fast.config import ConfigError, from_dict, to_dict
 from pwm_fast.run import checkpoint, metrics, trainer
 from pwm_fast.run.checkpoint import CheckpointError
-from pwm_fast.run.rundir import RunDirectory
+from pwm_fast.run.rundir import RunDirectory, refuse_other_environment
 from pwm_fast.run.start import train
 from tests.run.conftest import content_of, finish, rows, tiny_config
 
@@ -454,6 +454,23 @@ def test_another_environment_is_named(finished: Path, tmp_path: Path) -> None:
         message = str(caught.value)
         assert f"{path} is of another environment: env.name=cartpole, this run has " in message
         assert "env.name=hopper" in message and "instead of" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "then", "now"),
+    [
+        ("dmc_tasks", "tasks", ["walker-walk", "cheetah-run"], ["cheetah-run", "walker-walk"]),
+        ("dmc_tasks", "numbers", [0, 1], [1, 0]),
+        ("torch", "factory", "envs:walk", "envs:run"),
+    ],
+)
+def test_other_tasks_are_another_environment(name: str, key: str, then: Any, now: Any) -> None:
+    """Their widths may be the same; the replay's transitions are of the tasks that were."""
+    saved, config = (from_dict({"env": {"name": name, key: value}}) for value in (then, now))
+    path = Path("final.pt")
+    refuse_other_environment(to_dict(saved), saved, path)
+    with pytest.raises(CheckpointError, match=rf"another environment: .*env.options.{key}="):
+        refuse_other_environment(to_dict(saved), config, path)
 
 
 def test_other_sizes_are_named_with_their_keys(finished: Path, tmp_path: Path) -> None:

@@ -491,14 +491,21 @@ def test_what_stays_possible(key: str, value: object) -> None:
 def test_networks_without_hidden_layers_are_not_trained(key: str) -> None:
     config = from_dict(nested(f"alg.{key}", []))
     with pytest.raises(ConfigError, match=rf"^alg\.{key} must be .* at least one .*, got \[\]$"):
-        configuration.check_trainable(config)
-    configuration.check_trainable(from_dict(nested(f"alg.{key}", [8])))
+        configuration.check_layers(config)
+    configuration.check_layers(from_dict(nested(f"alg.{key}", [8])))
+
+
+def test_bounds_of_a_state_s_deviation_are_in_order() -> None:
+    given = {"kind": "tdmpc2", "min_logstd": 1.0, "max_logstd": 0.5}
+    with pytest.raises(ConfigError, match=r"alg.actor.min_logstd must be at most .*max_logstd=0.5"):
+        from_dict({"env": {"name": "cartpole"}, "alg": {"actor": given}})
+    from_dict({"env": {"name": "cartpole"}, "alg": {"actor": {**given, "kind": "pwm"}}})
 
 
 def test_an_encoder_that_is_none_needs_no_layers() -> None:
     given = nested("alg.world_model.encoder_units", [])
     given["alg"]["world_model"]["encoder"] = "identity"
-    configuration.check_trainable(from_dict(given))
+    configuration.check_layers(from_dict(given))
 
 
 @pytest.mark.parametrize(("key", "value"), [("head", "simnorm"), ("project", True)])

@@ -48,7 +48,8 @@ from pwm_fast.config.training import (
     EvalConfig,
     TrainConfig,
     WandbConfig,
-    check_trainable,
+    check_critics,
+    check_layers,
 )
 
 __all__ = [
@@ -75,7 +76,8 @@ __all__ = [
     "allotted_threads",
     "at_most",
     "check_choices",
-    "check_trainable",
+    "check_critics",
+    "check_layers",
     "compose",
     "from_dict",
     "from_hydra",

@@ -432,6 +432,13 @@ class AlgConfig(Checked):
             self.discounts,
             f"null with alg.value_delay={self.value_delay}, which is a power of one discount",
         )
+        actor = self.actor
+        require(
+            actor.kind != "tdmpc2" or actor.min_logstd <= actor.max_logstd,
+            "alg.actor.min_logstd",
+            actor.min_logstd,
+            f"at most alg.actor.max_logstd={actor.max_logstd}",
+        )
         model, share = self.world_model, self.model_learning.flow_share
         require(
             share in ("auto", 1.0) or model.kind != "flow" or model.at_zero(self.model_learning),

@@ -253,20 +253,14 @@ class TrainConfig(Checked):
         return self.num_envs or self.env.num_envs
 
 
-def check_trainable(config: TrainConfig) -> None:
-    """Refuse to begin with what can be made, counted and loaded, but not trained.
+def check_layers(config: TrainConfig) -> None:
+    """Refuse to begin with networks without hidden layers: they would be linear, without a word.
 
-    Networks without hidden layers would be linear, without a word; runs that have them go on.
+    Such agents can be made, counted and loaded, and their runs go on.
 
     Raises:
-        ConfigError: a list of hidden widths is empty, or the critics are Q functions.
+        ConfigError: a list of hidden widths is empty.
     """
-    require(
-        config.alg.critic.kind == "pwm",
-        "alg.critic.kind",
-        config.alg.critic.kind,
-        "pwm to train: Q functions are there to evaluate and plan with",
-    )
     model, networks = "alg.world_model", config.alg.world_model
     widths = {
         f"{model}.units": networks.units,
@@ -279,3 +273,17 @@ def check_trainable(config: TrainConfig) -> None:
         del widths[f"{model}.encoder_units"]
     for key, units in widths.items():
         require(len(units) > 0, key, list(units), "a list of at least one positive width to train")
+
+
+def check_critics(config: TrainConfig) -> None:
+    """Refuse to train, or to go on with, critics that are not trained.
+
+    Raises:
+        ConfigError: they are Q functions.
+    """
+    require(
+        config.alg.critic.kind == "pwm",
+        "alg.critic.kind",
+        config.alg.critic.kind,
+        "pwm to train: Q functions are there to evaluate and plan with",
+    )

@@ -70,8 +70,9 @@ def train(config: TrainConfig, kind: type[Trainer] = Trainer) -> tuple[dict[str,
                 )
                 print_summary(finished)
                 return finished, 0
+            configuration.check_critics(config)
             if source is None:
-                configuration.check_trainable(config)
+                configuration.check_layers(config)
             data = offline.load(config, env)
             trainer = kind(
                 config,

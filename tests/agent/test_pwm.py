@@ -77,7 +77,9 @@ def test_act(name: str) -> None:
     torch.manual_seed(4)
     action = agent.act(obs, task=task)
     torch.manual_seed(4)
-    same(action, agent.actor(z, torch.randn(7, ACTION), e, agent._mask(own, z)), rtol=1e-5, atol=1e-6)
+    same(
+        action, agent.actor(z, torch.randn(7, ACTION), e, agent._mask(own, z)), rtol=1e-5, atol=1e-6
+    )
     assert not action.requires_grad
     assert not torch.equal(agent.act(obs, task=task), action)
 

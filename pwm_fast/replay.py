@@ -67,8 +67,8 @@ class Replay:
     action; if it ended, the row stays as the terminal observation and the next episode starts
     behind it. A window may therefore end on the observation after any transition, terminal or not,
     and none crosses from one episode into the next. Only ``__len__``, :meth:`num_windows`,
-    :meth:`longest`, :meth:`random_share`, :meth:`terminations`, :meth:`add_episodes`,
-    :meth:`state_dict` and :meth:`load_state_dict` wait for the device.
+    :meth:`longest`, :meth:`random_share`, :meth:`add_episodes`, :meth:`state_dict` and
+    :meth:`load_state_dict` wait for the device.
 
     With ``keep`` the first rows that steps are added to are a block of their own, which is written
     once; the other rows of the env are the ring, which goes round without it. An episode that is
@@ -315,10 +315,6 @@ class Replay:
         if self._random is None:
             return float("nan")
         return float((self._random & held).sum() / held.sum())
-
-    def terminations(self) -> int:
-        """Number of transitions held that ended in a terminal state."""
-        return int(self._data[..., -1][self._run > 0].sum())
 
     def __len__(self) -> int:
         """Number of transitions held."""

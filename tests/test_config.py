@@ -496,6 +496,13 @@ def test_networks_without_hidden_layers_are_not_trained(key: str) -> None:
     configuration.check_trainable(from_dict(nested(f"alg.{key}", [8])))
 
 
+def test_bounds_of_a_state_s_deviation_are_in_order() -> None:
+    given = {"kind": "tdmpc2", "min_logstd": 1.0, "max_logstd": 0.5}
+    with pytest.raises(ConfigError, match=r"alg.actor.min_logstd must be at most .*max_logstd=0.5"):
+        from_dict({"env": {"name": "cartpole"}, "alg": {"actor": given}})
+    from_dict({"env": {"name": "cartpole"}, "alg": {"actor": {**given, "kind": "pwm"}}})
+
+
 def test_q_functions_are_not_trained() -> None:
     config = from_dict(nested("alg.critic.kind", "tdmpc2"))
     for begins in (True, False):

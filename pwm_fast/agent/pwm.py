@@ -226,7 +226,7 @@ class PWM:
                 noise=noise,
                 generator=generator,
                 task=self.world_model.task_input(task, z),
-                action_mask=self._mask(task),
+                action_mask=self._mask(task, z),
             )
 
     def trajectory_values(
@@ -258,7 +258,7 @@ class PWM:
                 policy=self.actor.policy(),
                 gamma=self._gamma(task),
                 task=self.world_model.task_input(task, z),
-                action_mask=self._mask(task),
+                action_mask=self._mask(task, z),
             )
 
     @torch.no_grad()
@@ -652,7 +652,7 @@ class PWM:
 
     def _acted(self, z: Tensor, task: Tensor | None, noise: Tensor | None = None) -> Tensor:
         """The policy's actions ``[B, A]`` in latents ``[B, D]``; deterministic without noise."""
-        return self.actor(z, noise, self.world_model.task_input(task, z), self._mask(task))
+        return self.actor(z, noise, self.world_model.task_input(task, z), self._mask(task, z))
 
     def _value(self, z: Tensor, task: Tensor | None) -> Tensor:
         """The least of the members' values ``[..., B]`` of latents ``[..., B, D]``.
@@ -663,17 +663,17 @@ class PWM:
         a = self._acted(z, task) if self.config.critic.kind == "tdmpc2" else None
         return self.critic.minimum(z, a, embedding)
 
-    def _mask(self, task: Tensor | None) -> Tensor | None:
-        """Which components of the action the tasks of rows read, ``[B, A]``; None for all."""
+    def _mask(self, task: Tensor | None, z: Tensor) -> Tensor | None:
+        """Which action components the tasks of ``z [..., B, D]`` read, ``[B, A]``; None for all."""
         if self.action_mask is None:
             return None
-        return self.action_mask[0 if task is None else task]
+        return self.action_mask.expand(z.shape[-2], -1) if task is None else self.action_mask[task]
 
     def _gamma(self, task: Tensor | None) -> float | Tensor:
         """The discount, or those ``[B]`` of the tasks of rows."""
-        if self.discounts is None or task is None:
+        if self.config.discounts is None or self.discounts is None:
             return self.config.gamma
-        return self.discounts[task]
+        return self.config.discounts[0] if task is None else self.discounts[task]
 
     def encode(self, obs: Tensor, task: Tensor | None) -> Tensor:
         """Latents ``[..., D]`` of observations ``[..., O]`` of :meth:`task_numbers`."""
@@ -715,21 +715,23 @@ class PWM:
     ) -> _Imagined:
         steps = self.config.imagined_steps if horizon is None else horizon
         noise = self._noise(steps, obs.shape[0])
+        z = self.encode(obs, task)
+        mask = self._mask(task, z)
         rollout = imagine(
             self.world_model,
             self.actor,
-            self.encode(obs, task),
+            z,
             noise,
             detach=self.config.actor.detach,
             task=task,
-            action_mask=self._mask(task),
+            action_mask=mask,
             symlog_rewards=self.config.symlog_rewards,
         )
         reward, entropy = rollout.reward, None
         if self.config.actor.entropy_coef:
             seen = rollout.z[:-1].detach() if self.config.actor.detach else rollout.z[:-1]
             embedding = self.world_model.task_input(task, seen)
-            bonus = self.actor.entropy(rollout.action, noise, seen, embedding, self._mask(task))
+            bonus = self.actor.entropy(rollout.action, noise, seen, embedding, mask)
             entropy = bonus.detach().mean()
             reward = reward + self.config.actor.entropy_coef * bonus
         rollout = rollout._replace(reward=reward * self.config.value_scale)

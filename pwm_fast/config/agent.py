@@ -333,7 +333,8 @@ class AlgConfig(Checked):
         horizon: H, macro steps of replay windows and imagined rollouts.
         imagination_horizon: macro steps of imagined rollouts where they differ from ``horizon``.
         gamma: discount a step.
-        discounts: one for each task, in place of ``gamma``; null for none.
+        discounts: one for each task, in place of ``gamma`` in returns and values; null for none.
+            The world model's loss keeps ``gamma``.
         steps_per_epoch: environment steps every env takes an epoch.
         random_epochs: epochs of uniform random actions before any update.
         random_hold: steps that a random action is held for on average. Actions drawn anew at every
@@ -430,6 +431,13 @@ class AlgConfig(Checked):
             "alg.discounts",
             self.discounts,
             f"null with alg.value_delay={self.value_delay}, which is a power of one discount",
+        )
+        actor = self.actor
+        require(
+            actor.kind != "tdmpc2" or actor.min_logstd <= actor.max_logstd,
+            "alg.actor.min_logstd",
+            actor.min_logstd,
+            f"at most alg.actor.max_logstd={actor.max_logstd}",
         )
         model, share = self.world_model, self.model_learning.flow_share
         require(

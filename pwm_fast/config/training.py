@@ -113,8 +113,8 @@ class DataConfig(Checked):
         path: a registered folder of episodes of any format there, or one such file; null for none.
         manifest: its manifest; null is ``manifest.json`` in the folder, or
             ``<file>.manifest.json`` beside the file.
-        holdout: share of the episodes that ``python -m pwm_fast.pretrain`` does not learn from, to
-            measure the model on; 0 for all other commands.
+        holdout: share of every task's episodes that ``python -m pwm_fast.pretrain`` does not learn
+            from, to measure the model on, of about 256 at most; 0 for all other commands.
     """
 
     PREFIX: ClassVar[str] = "data."

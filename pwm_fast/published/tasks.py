@@ -7,21 +7,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from pwm_fast.data.task_names import MT30
 from pwm_fast.published.networks import keep
 from pwm_fast.published.reading import PublishedError
 from pwm_fast.published.result import Published, State
 
-# The first 30 of TD-MPC2's tasks, in its order: all of its set of 30, and the same of its 80.
-CONTROL_TASKS = (
-    *("walker-stand", "walker-walk", "walker-run", "cheetah-run", "reacher-easy"),
-    *("reacher-hard", "acrobot-swingup", "pendulum-swingup", "cartpole-balance"),
-    *("cartpole-balance-sparse", "cartpole-swingup", "cartpole-swingup-sparse", "cup-catch"),
-    *("finger-spin", "finger-turn-easy", "finger-turn-hard", "fish-swim", "hopper-stand"),
-    *("hopper-hop", "walker-walk-backwards", "walker-run-backwards", "cheetah-run-backwards"),
-    *("cheetah-run-front", "cheetah-run-back", "cheetah-jump", "hopper-hop-backwards"),
-    *("reacher-three-easy", "reacher-three-hard", "cup-spin", "pendulum-spin"),
-)
-SETS = (30, 80)  # their sizes
+SETS = (30, 80)  # sizes of TD-MPC2's; the first 30 tasks are the same in both
 
 
 def task_numbers(found: Published, names: Sequence[str]) -> list[int]:
@@ -39,7 +30,7 @@ def task_numbers(found: Published, names: Sequence[str]) -> list[int]:
         raise PublishedError(
             f"{found.path} has {found.num_tasks} tasks, whose names it does not hold: {how}"
         )
-    known = {name: i for i, name in enumerate(CONTROL_TASKS)}
+    known = {name: i for i, name in enumerate(MT30)}
     plain = [n.replace("ball_in_cup", "cup").replace("_", "-") for n in names]
     unknown = [name for name, p in zip(names, plain, strict=True) if p not in known]
     if unknown:

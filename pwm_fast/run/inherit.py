@@ -45,7 +45,14 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     found = config
     if "alg" not in given:
         found = replace(found, alg=_alg(run, found, given))
-    if "env" not in given and (found.task is not None or run.env.name != OFFLINE):
+    if "env" in given:
+        if found.task is not None:
+            raise ConfigError(
+                f"task={found.task} makes the environment itself: leave out either it or "
+                f"env={found.env.name}"
+            )
+        found = replace(found, env=_numbered(run, content, found))
+    elif found.task is not None or run.env.name != OFFLINE:
         env = run.env if found.task is None else _env_of_task(run, content, found)
         found = replace(found, env=_with_given(env, found.env, given))
     if "run_dir" not in given:
@@ -53,6 +60,12 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         own = RUN_DIR.format(place=place, alg=found.alg.name, seed=found.seed)
         found = replace(found, run_dir=own)
     return found
+
+
+def task_numbers(env: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of an environment's tasks by their names, as its options say them."""
+    names = env.get("tasks") or []
+    return dict(zip(names, env.get("numbers") or range(len(names)), strict=False))
 
 
 def learned_policy(saved: Mapping[str, Any]) -> bool:
@@ -88,6 +101,23 @@ def _env_of_task(run: TrainConfig, content: Mapping[str, Any], config: TrainConf
         return build.of_task(env, str(config.task), *build.dims_of(content))
     except ConfigError as error:
         raise ConfigError(f"init={config.init}: {error}") from error
+
+
+def _numbered(run: TrainConfig, content: Mapping[str, Any], config: TrainConfig) -> EnvConfig:
+    """The environment of the command line; its tasks have the numbers that the model knows."""
+    env, numbers = config.env, task_numbers(run.env.options)
+    names = env.options.get("tasks") or []
+    if not (numbers and names) or env.options.get("numbers") is not None:
+        return env
+    if not numbers.keys() >= set(names):
+        raise ConfigError(
+            f"env.tasks must be of {', '.join(numbers)}, which the model of init={config.init} "
+            f"knows, or env.numbers say as which of them it takes others, got {list(names)}"
+        )
+    widths = zip(("obs_dim", "action_dim"), build.dims_of(content), strict=True)
+    own: dict[str, Any] = {k: env.options.get(k) or width for k, width in widths}
+    own["numbers"] = [numbers[name] for name in names]
+    return replace(env, options={**env.options, **own})
 
 
 def _with_given(env: EnvConfig, composed: EnvConfig, given: set[str]) -> EnvConfig:

@@ -12,7 +12,7 @@ import torch
 from pwm_fast import config as configuration
 from pwm_fast import files
 from pwm_fast.config import ConfigError, TrainConfig
-from pwm_fast.data import DataError, DataSet, describe
+from pwm_fast.data import DataSet, describe
 from pwm_fast.replay import Replay, Windows
 from pwm_fast.run import metrics
 from pwm_fast.run.open_loop import open_loop
@@ -97,13 +97,6 @@ class Pretrainer(Trainer):
     _last: metrics.Row = MappingProxyType({})  # type: ignore[assignment]
 
     def _begin(self) -> None:
-        terminated = self.state.replay.terminations()
-        terminated += sum(int(e.terminated.sum()) for e in self.state.held_out)
-        if terminated and not self.state.env.can_terminate:
-            raise DataError(
-                f"data.path={self.config.data.path}: {terminated} episodes end in a terminal "
-                "state, which the model is to learn: give env.can_terminate=true"
-            )
         self._windows = self._held_out()
         if self._windows is None:
             self._logger.say(

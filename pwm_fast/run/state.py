@@ -13,8 +13,9 @@ from pwm_fast import config as configuration
 from pwm_fast import seeding
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError, TrainConfig
+from pwm_fast.data import DataError
 from pwm_fast.data.offline import OfflineData
-from pwm_fast.envs import StateNotSupported, VectorEnv, tasks_of
+from pwm_fast.envs import OfflineEnv, StateNotSupported, VectorEnv, tasks_of
 from pwm_fast.replay import Episode, Replay
 from pwm_fast.run import checkpoint, checkpoint_content
 from pwm_fast.run.checkpoint import CheckpointError
@@ -27,7 +28,7 @@ from pwm_fast.seeding import Purpose
 UNFIT = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, OverflowError)
 
 
-HELD_OUT = 256  # episodes, at most
+HELD_OUT = 256  # episodes, at most, but for rounding
 
 
 class RunState:
@@ -86,6 +87,8 @@ class RunState:
         self.obs, _ = env.reset()
         self.tasks = tasks_of(env)
         self.task = None if self.tasks is None else self.tasks.of_env
+        # An environment that acts says by itself whether its episodes end in terminal states.
+        self._nothing_ends = isinstance(env, OfflineEnv) and not env.can_terminate
         self._held_action = torch.zeros(config.env_count, agent.action_dim, device=agent.device)
 
     @property
@@ -151,11 +154,25 @@ class RunState:
             raise ConfigError(f"data.path={self.data.path}: {error}") from error
 
     def _episodes(self, data: OfflineData, seen: bool) -> Iterator[Episode]:
-        """The episodes to learn from, each noted on its way; those that are held out are kept."""
+        """The episodes to learn from, each noted on its way; those that are held out are kept.
+
+        Of each task the same share is held out, evenly over its episodes, whatever their order is.
+        The tasks begin at different places of that rhythm, so that of many with few episodes each
+        some are held out, too.
+        """
         self.held_out = []
-        every = round(1.0 / self.config.data.holdout) if self.config.data.holdout else 0
+        tasks = sorted({place.number for place in data.episodes.places.values()})
+        due = {number: (i + 0.5) / len(tasks) for i, number in enumerate(tasks)}
+        share = min(self.config.data.holdout, HELD_OUT / len(data.episodes))
         for i, episode in enumerate(data.episodes):
-            if every and i % every == every // 2 and len(self.held_out) < HELD_OUT:
+            if bool(episode.terminated[-1]) and self._nothing_ends:
+                raise DataError(
+                    f"data.path={data.path}: episode {i} ends in a terminal state, which the model "
+                    "is to learn: give env.can_terminate=true"
+                )
+            due[episode.task] += share
+            if due[episode.task] >= 1.0:
+                due[episode.task] -= 1.0
                 self.held_out.append(episode)
                 continue
             if not seen:

@@ -26,6 +26,25 @@ def test_equals_numpy_over_all_batches(shape: tuple[int, ...]) -> None:
     assert rms.count.item() == len(rows) == 118
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_each_group_has_its_own(shape: tuple[int, ...]) -> None:
+    """As if each had been alone, whatever the others are; one of no items stays as it was."""
+    generator = torch.Generator().manual_seed(0)
+    groups, alone = RunningMeanStd(shape, 4), [RunningMeanStd(shape) for _ in range(4)]
+    for n in (1, 7, 50):
+        group = torch.randint(0, 3, (n, 2), generator=generator)
+        x = torch.randn(n, 2, *shape, generator=generator) * 3.0 + 1e3 * group.view(
+            n, 2, *([1] * len(shape))
+        )
+        x.view(n * 2, -1)[0] = float("nan")
+        groups.update(x, group)
+        for k, one in enumerate(alone):
+            one.update(x[group == k])
+    for name, value in groups.state_dict().items():
+        expected = torch.stack([one.state_dict()[name] for one in alone])
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_before_the_first_update() -> None:
     """Mean 0 and variance 1, which one batch replaces rather than averages with."""
     rms = RunningMeanStd((2,))

@@ -105,6 +105,20 @@ def test_components_that_a_task_does_not_read_are_zero() -> None:
         assert action[..., task == 1, :].abs().min() > 0.0, name
 
 
+def test_the_one_task_of_a_wider_action() -> None:
+    """A model without embeddings: its task's components are masked in the same places."""
+    agent, obs = make_agent(kind="flow", action_dims={0: 1}), make_obs(10)
+    options = ops.MPPI(horizon=2, iterations=2, samples=20, elites=5, policy_trajectories=4)
+    actions = {
+        "drawn": agent.act(obs),
+        "planned": agent.plan(obs, options).action,
+        "imagined": agent._imagine(obs).rollout.action,
+    }
+    for name, action in actions.items():
+        assert not action[..., 1].any() and action[..., 0].abs().min() > 0.0, name
+    assert agent.update_policy(obs)["actor_loss"].isfinite()
+
+
 def test_without_smaller_tasks_nothing_is_masked() -> None:
     """Then rollouts stay one operator."""
     assert many(action_dims={0: ACTION, 1: ACTION}).action_mask is None
@@ -125,6 +139,15 @@ def test_each_task_has_its_discount() -> None:
         same(returns[task == number], expected[task == number], rtol=1e-12)
         other = expected[task != number] - returns[task != number]
         assert other.abs().min() > 1e-6
+
+
+def test_the_discount_of_one_task_without_an_embedding() -> None:
+    found = []
+    for changes in ({"discounts": [0.5]}, {"gamma": 0.5}):
+        agent = make_agent(kind="flow", **changes)
+        torch.manual_seed(0)
+        found.append(agent._imagine(make_obs()).returns)
+    assert torch.equal(*found)
 
 
 def test_discounts_and_a_delayed_value_do_not_go_together() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import torch
 from pwm_fast import config as configuration
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data import register
+from pwm_fast.data.offline import Place
+from pwm_fast.replay import Episode
 from pwm_fast.run import checkpoint, pretraining
 from pwm_fast.run.charts import plot_run
 from pwm_fast.run.export import ExportConfig, export
@@ -20,6 +24,8 @@ from pwm_fast.run.inherit import inherited
 from pwm_fast.run.interrupt import Interrupted
 from pwm_fast.run.pretraining import Pretrainer, prepared, pretrain
 from pwm_fast.run.start import train
+from pwm_fast.run.state import RunState
+from pwm_fast.run.warm_start import warm_start
 from tests.envs.suites import dm_control_suite
 from tests.run.conftest import TINY, Launcher, rows, tiny_config
 
@@ -113,6 +119,31 @@ def test_what_is_held_out_is_not_learned_from(data: Path, tmp_path: Path) -> Non
     assert {tuple(row.tolist()) for row in seen["windows"].obs.flatten(0, 1)} <= held
 
 
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+@pytest.mark.parametrize(
+    ("episodes", "share", "held"), [(10, 0.1, 3), (10, 0.7, 21), (200, 0.6, 256), (1, 0.02, 0)]
+)
+def test_every_task_s_share_is_held_out(order: str, episodes: int, share: float, held: int) -> None:
+    """Of three tasks, in whatever order the data have them; 256 in all are enough."""
+    tasks = torch.tensor([0, 2, 5])
+    found = tasks.repeat(episodes) if order == "in turn" else tasks.repeat_interleave(episodes)
+    blank = torch.zeros(1, 1)
+
+    class Fitted(list[Episode]):
+        places: ClassVar[dict[int, Place]] = {n: Place(n, 1) for n in (0, 2, 5)}
+
+    own = Fitted(Episode(blank, blank, blank[0], blank[0].bool(), int(n)) for n in found)
+    state: Any = SimpleNamespace(
+        config=SimpleNamespace(data=configuration.DataConfig("data", holdout=share)),
+        _nothing_ends=True,
+    )
+    data: Any = SimpleNamespace(episodes=own)
+    learned = list(RunState._episodes(state, data, seen=True))
+    counts = Counter(e.task for e in state.held_out)
+    assert len(state.held_out) == held and len(learned) == 3 * episodes - held
+    assert max(counts.values(), default=0) - min(counts.get(n, 0) for n in (0, 2, 5)) <= 1
+
+
 def test_an_interrupted_run_goes_on_to_the_bit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,8 +201,9 @@ def test_ends_have_to_be_learned(tmp_path: Path) -> None:
     out = tmp_path / "hopper"
     export(ExportConfig(out=str(out), env={"name": "hopper"}, episodes=4))
     config = tiny(tmp_path / "run", out, **{"alg.horizon": 2, "data.holdout": 0.0})
-    with pytest.raises(ConfigError, match=r"4 episodes end in a terminal state.*can_terminate"):
+    with pytest.raises(ConfigError, match=r"episode 0 ends in a terminal state.*can_terminate"):
         pretrain(config)
+    assert not (tmp_path / "run").exists(), "it was refused before anything was written"
     env = configuration.EnvConfig("offline", options={"can_terminate": True})
     config.env, config.run_dir = env, str(tmp_path / "other")
     assert "termination" in pretrain(config)[0]["parameters"]
@@ -230,6 +262,30 @@ def test_what_is_named_is_the_users(pretrained: Path) -> None:
     whole = composed(f"init={pretrained}", "alg=pwm_tiny", "env=hopper")
     assert whole.alg == configuration.compose("alg=pwm_tiny").alg
     assert whole.env.name == "hopper"
+
+
+def test_an_environment_of_several_of_its_tasks(pretrained: Path) -> None:
+    """They have the numbers and the widths that the model has, unless others are given."""
+    own = (f"init={pretrained}", "env=dmc_tasks")
+    found = composed(*own, "env.tasks=[walker-walk,near-by]").env.options
+    expected = {"numbers": [2, 0], "obs_dim": OBS, "action_dim": ACTION}
+    assert {k: found[k] for k in expected} == expected
+    found = composed(*own, "env.tasks=[cheetah-run]", "env.numbers=[1]").env.options
+    assert found["numbers"] == [1] and found["obs_dim"] is None
+    with pytest.raises(
+        ConfigError, match=r"env.tasks must be of near-by, walker-walk.*cheetah-run"
+    ):
+        composed(*own, "env.tasks=[walker-walk,cheetah-run]")
+    with pytest.raises(ConfigError, match=r"task=near-by makes the environment.*env=hopper"):
+        composed(f"init={pretrained}", "task=near-by", "env=hopper")
+
+
+def test_a_task_under_another_number_is_refused(pretrained: Path) -> None:
+    """By whatever way the configuration came to it: its embedding would be another task's."""
+    config = composed(f"init={pretrained}", "task=walker-walk")
+    config.env.options["numbers"] = [0]
+    with pytest.raises(ConfigError, match=r"walker-walk is number 2 there and 0 here"):
+        warm_start(SimpleNamespace(load_state_dict=lambda *_, **__: None), config)  # type: ignore[arg-type]
 
 
 def test_tasks_that_there_are_not(pretrained: Path) -> None:

@@ -306,3 +306,15 @@ def test_a_run_of_linear_networks_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         start.train(tiny_config(tmp_path / "run", **changes))
     summary, status = start.train(tiny_config(tmp_path / "run", **{**changes, "epochs": 3}))
     assert (summary["epochs"], status) == (3, 0)
+
+
+def test_q_functions_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither from a checkpoint of such an agent, as an import writes one."""
+    changes = {"alg__critic__kind": "tdmpc2", "epochs": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(configuration, "check_trainable", lambda *_, **__: None)
+        start.train(tiny_config(tmp_path / "made", **changes))
+    changes |= {"resume": str(tmp_path / "made" / "checkpoints" / "final.pt"), "epochs": 3}
+    with pytest.raises(ConfigError, match=r"alg\.critic\.kind must be pwm to train"):
+        start.train(tiny_config(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()

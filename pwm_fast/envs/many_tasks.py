@@ -259,4 +259,7 @@ def _check(tasks: tuple[str, ...], numbers: tuple[int, ...], num_envs: int) -> N
             f"different, got {list(numbers)}"
         )
     if num_envs < len(tasks):
-        raise ValueError(f"{len(tasks)} tasks need as many envs at least, got {num_envs}")
+        raise ValueError(
+            f"{len(tasks)} tasks need as many envs (num_envs, or an evaluation's episodes) "
+            f"at least, got {num_envs}"
+        )

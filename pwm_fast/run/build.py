@@ -222,6 +222,23 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
         )
 
 
+def check_episodes(config: TrainConfig, env: VectorEnv) -> None:
+    """Refuse evaluations that some of the environment's tasks have no episode in.
+
+    Raises:
+        ConfigError: naming the key to set.
+    """
+    tasks = tasks_of(env)
+    least = 1 if tasks is None else len(tasks.names)
+    for key in ("episodes", "final_episodes"):
+        episodes = getattr(config.eval, key)
+        if episodes < least:
+            raise ConfigError(
+                f"eval.{key} must be at least {least}, one for each of the environment's tasks, "
+                f"got {episodes}"
+            )
+
+
 def check_tasks(alg: AlgConfig, env: VectorEnv) -> None:
     """Refuse an agent that cannot tell the tasks of its environment apart, or is not told.
 
@@ -241,7 +258,7 @@ def check_tasks(alg: AlgConfig, env: VectorEnv) -> None:
             f"alg.world_model.num_tasks={count} and the width of their embeddings, such as "
             "alg.world_model.task_dim=32"
         )
-    if tasks is not None and model.task_dim and max(tasks.numbers) >= model.num_tasks:
+    if tasks is not None and max(tasks.numbers) >= model.num_tasks:
         raise ConfigError(
             f"the environment's tasks have the numbers {list(tasks.numbers)}, "
             f"alg.world_model.num_tasks={model.num_tasks} are 0 to {model.num_tasks - 1}"

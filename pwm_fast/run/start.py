@@ -57,6 +57,8 @@ def train(config: TrainConfig, kind: type[Trainer] = Trainer) -> tuple[dict[str,
         closing(build.make_env(config, config.env_count, training, device)) as env,
     ):
         build.require_memory(config, env, device)
+        if kind is Trainer:
+            build.check_episodes(config, env)
         agent = build.make_agent(config, env, device)
         replay = build.make_replay(config, env, device)
         with RunDirectory(Path(config.run_dir)) as directory, Interrupt() as stop:

@@ -155,7 +155,12 @@ class Replay:
             final_obs: ``[N, O]``, the true next observation.
             random: the actions are no policy's; for :meth:`random_share`.
             task: integers ``[N]``, the numbers of the envs' tasks, where there are several.
+
+        Raises:
+            ValueError: there are several tasks, and no numbers.
         """
+        if self._task is not None and task is None:
+            raise ValueError(f"task must be the numbers of {self._num_tasks} tasks, got None")
         # The environment and the policy may live on different devices: each part moves by itself.
         parts = (obs, action, reward.unsqueeze(-1), terminated.unsqueeze(-1))
         row = torch.cat([p.to(self.device, self._data.dtype) for p in parts], dim=-1)
@@ -165,8 +170,7 @@ class Replay:
         self._run[self._env_index, self._cursor] = self._length
         if self._random is not None:
             self._random[self._env_index, self._cursor] = random
-        if self._task is not None:
-            assert task is not None
+        if self._task is not None and task is not None:
             self._task[self._env_index, self._cursor] = task.to(self._task)
 
         following = self._following(self._cursor)

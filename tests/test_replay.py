@@ -761,6 +761,14 @@ def test_episodes_of_unknown_tasks_are_refused(task: int) -> None:
     assert len(replay) == 0 and replay.num_windows() == 0
 
 
+def test_a_step_of_several_tasks_needs_their_numbers() -> None:
+    replay, flags = Replay(60, 2, 2, 1, 2, num_tasks=4), torch.zeros(2, dtype=torch.bool)
+    obs = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="task must be the numbers of 4 tasks, got None"):
+        replay.add(obs, obs[:, :1], obs[:, 0], flags, flags, obs)
+    assert len(replay) == 0
+
+
 def test_a_saved_replay_of_other_tasks_is_refused() -> None:
     replay = several()
     with pytest.raises(ValueError, match=r"is of several tasks, .*num_tasks of this run is 1"):

@@ -25,9 +25,17 @@ class CostModel:
         agent: whose networks judge.
         key: of the observations in a solver's info.
         task: the number of the task that is solved, where the agent's model has several.
+
+    Raises:
+        ValueError: the model has several tasks, and none of this number.
     """
 
     def __init__(self, agent: PWM, key: str = "state", task: int | None = None) -> None:
+        count = agent.config.world_model.num_tasks
+        if count > 1 and task not in range(count):
+            raise ValueError(
+                f"task must be a number from 0 to {count - 1}, one of the model's, got {task!r}"
+            )
         self.agent = agent
         self.key = key
         self.task = task

@@ -294,7 +294,7 @@ def check_tasks(alg: AlgConfig, env: VectorEnv) -> None:
             f"alg.world_model.num_tasks={count} and the width of their embeddings, such as "
             "alg.world_model.task_dim=32"
         )
-    if tasks is not None and model.task_dim and max(tasks.numbers) >= model.num_tasks:
+    if tasks is not None and max(tasks.numbers) >= model.num_tasks:
         raise ConfigError(
             f"the environment's tasks have the numbers {list(tasks.numbers)}, "
             f"alg.world_model.num_tasks={model.num_tasks} are 0 to {model.num_tasks - 1}"

@@ -29,7 +29,8 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         overrides: of the command line, such as ``alg.actor.lr=1e-3``: what they name is the user's.
 
     Raises:
-        ConfigError: there is no such task, or ``task`` has nothing to be one of.
+        ConfigError: there is no such task, ``task`` has nothing to be one of, or the file that is
+            to say what ``alg`` is is not there.
     """
     if config.init is None:
         if config.task is not None:
@@ -38,7 +39,13 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
             )
         return config
     given = {text.partition("=")[0].lstrip("+~") for text in overrides}
-    content = checkpoint.glance(files.user_path(config.init))
+    path = files.user_path(config.init)
+    if "alg" not in given and not path.is_file():
+        raise ConfigError(
+            f"init={config.init}: there is no such file, which says what alg is; a run that began "
+            "with it goes on with alg=, env= and run_dir= as they were"
+        )
+    content = checkpoint.glance(path)
     if not content:
         return config  # who reads it says what is wrong
     run = configuration.from_saved(content["config"])

@@ -57,6 +57,12 @@ def loop(agent: PWM, obs: Tensor, actions: Tensor) -> Tensor:
     return -(total + weight * value)
 
 
+@pytest.mark.parametrize("task", [None, -1, 2])
+def test_a_task_that_the_model_has_not(task: int | None) -> None:
+    with pytest.raises(ValueError, match=f"task must be a number from 0 to 1, .*got {task}"):
+        CostModel(make_agent(**KINDS["multi-task"]), "x", task)
+
+
 @pytest.mark.parametrize("same_obs", [True, False])
 @pytest.mark.parametrize("name", KINDS)
 def test_costs_and_gradients_are_those_of_a_plain_loop(name: str, same_obs: bool) -> None:

@@ -306,6 +306,14 @@ def test_without_a_task_the_environment_is_the_checkpoints(tmp_path: Path) -> No
     assert composed(f"init={path}", "env=ant").env.name == "ant"
 
 
+def test_a_file_that_is_gone_is_missed() -> None:
+    """The defaults, with which the run would begin another one, are not what it had."""
+    with pytest.raises(ConfigError, match=r"init=gone.pt: there is no such file"):
+        composed("init=gone.pt")
+    given = ("init=gone.pt", "alg=pwm_tiny", "run_dir=here")
+    assert composed(*given) == configuration.compose(*given)
+
+
 def test_without_init_nothing_is_taken_over() -> None:
     assert composed("env=hopper", "seed=2") == configuration.compose("env=hopper", "seed=2")
 

@@ -331,7 +331,7 @@ def test_stable_under_random_full_range_actions(name, bang_bang):
             "walker",
             {},
             "env.name must be one of ant, anymal, cartpole, dmc, dmc_tasks, gym, hopper, humanoid, "
-            "torch, got 'walker'",
+            "offline, torch, got 'walker'",
         ),
         ("cartpole", {"start": "sideways"}, "env.start must be one of hanging, upright"),
         ("cartpole", {"start": ["hanging"]}, r"env.start must be one of .*, got \['hanging'\]"),

@@ -270,7 +270,8 @@ def test_random_episodes_without_a_checkpoint(tmp_path: Path) -> None:
     numbered = {**ENV, "tasks": NAMES[:2], "numbers": [4, 2]}
     export(ExportConfig(str(tmp_path / "own"), env=numbered, episodes=2, device="cpu"))
     found = describe(tmp_path / "own")
-    assert sorted(found.tasks) == [2, 4] and found.names == ()
+    assert sorted(found.tasks) == [2, 4]
+    assert found.names == ("task 0", "task 1", NAMES[1], "task 3", NAMES[0])
 
 
 # --- one of the tasks -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ COMMANDS = {
     "plot": "draw the figures of runs anew",
     "parity": "parameters and FLOPs of two agents",
     "submit": "send an experiment of several runs to a Slurm cluster",
-    "data": "register, verify and export offline data",
+    "data": "describe, register, verify and export offline data",
     "info": "versions, hardware and backends, for bug reports",
 }
 

@@ -263,7 +263,7 @@ def _of_one_task(
     path: Path, run: TrainConfig, content: dict[str, Any], task: str | None
 ) -> TrainConfig:
     """A run's configuration with the environment of one of its tasks."""
-    names = build.task_names(run.env)
+    names = list(build.task_numbers(run.env))
     if task is not None:
         return replace(run, env=build.of_task(run.env, task, *build.dims_of(content)))
     if len(names) > 1:

@@ -68,7 +68,7 @@ def load(path: Path) -> Named:
         DataError: the file is not readable, or holds something else; the message names it.
     """
     try:
-        with _these_alone(STAND_INS):
+        with these_alone(STAND_INS):
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
@@ -107,7 +107,7 @@ def _unreadable(path: Path, said: str) -> str:
 
 
 @contextmanager
-def _these_alone(allowed: list[Any]) -> Iterator[None]:
+def these_alone(allowed: list[Any]) -> Iterator[None]:
     """Let ``torch.load(weights_only=True)`` build these beside tensors, and nothing else.
 
     What a program has allowed elsewhere, as tensordict does with its own classes, does not count.

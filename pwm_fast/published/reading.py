@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.config import ConfigError
+from pwm_fast.data.tensors import these_alone
 
 #: Families of files and the names of the codes that write them.
 FAMILIES = {"pwm": "PWM", "flow_mbpo_pwm": "Flow-MBPO-PWM", "tdmpc2": "TD-MPC2"}
@@ -117,7 +118,7 @@ def _family(content: Any) -> str | None:
 
 
 def _load(path: Path, *, mmap: bool = False) -> Any:
-    with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
+    with these_alone(_STAND_INS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of foreign files; what matters of them is said
         foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
         if foreign:

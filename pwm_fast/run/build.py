@@ -189,13 +189,14 @@ def make_env(
         )
 
 
-def task_names(env: EnvConfig) -> list[str]:
-    """The names of the tasks that an environment's configuration picks; empty where it is of one.
+def task_numbers(env: EnvConfig) -> dict[str, int]:
+    """The numbers, by their names, of the tasks that a configuration picks; empty where it is one.
 
     Such an environment takes them as ``tasks``, and ``numbers``, ``obs_dim`` and ``action_dim``
     beside them, as ``dmc_tasks`` does.
     """
-    return list(env.options.get("tasks") or [])
+    names = env.options.get("tasks") or []
+    return dict(zip(names, env.options.get("numbers") or range(len(names)), strict=False))
 
 
 def of_task(env: EnvConfig, task: str, obs_dim: int, action_dim: int) -> EnvConfig:
@@ -203,7 +204,7 @@ def of_task(env: EnvConfig, task: str, obs_dim: int, action_dim: int) -> EnvConf
 
     Args:
         env: of several tasks, or of one that ``task`` names.
-        task: one of :func:`task_names`.
+        task: one of :func:`task_numbers`.
         obs_dim: O of the model, to which observations are filled up.
         action_dim: A of the model, of which the task reads the first components.
 
@@ -213,15 +214,15 @@ def of_task(env: EnvConfig, task: str, obs_dim: int, action_dim: int) -> EnvConf
     Raises:
         ConfigError: there is no such task; the message names those that there are.
     """
-    names = task_names(env)
-    if not names:
+    numbers = task_numbers(env)
+    if not numbers:
         raise ConfigError(
             f"task={task} is for environments of several tasks, env={env.name} has one"
         )
-    if task not in names:
-        raise ConfigError(f"task must be one of {', '.join(names)}, got {task!r}")
-    number = (env.options.get("numbers") or range(len(names)))[names.index(task)]
-    own = {"tasks": [task], "numbers": [number], "obs_dim": obs_dim, "action_dim": action_dim}
+    if task not in numbers:
+        raise ConfigError(f"task must be one of {', '.join(numbers)}, got {task!r}")
+    widths = {"obs_dim": obs_dim, "action_dim": action_dim}
+    own = {"tasks": [task], "numbers": [numbers[task]], **widths}
     return replace(env, options={**env.options, **own})
 
 

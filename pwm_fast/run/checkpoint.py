@@ -143,11 +143,14 @@ def _refuse_published(path: Path) -> None:
 
 def epoch_of(path: Path) -> int | None:
     """Epochs behind a checkpoint, without reading its tensors; None where it cannot be read."""
-    try:
-        epoch = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"]
-    except Exception:
-        return None
+    epoch = _mapped(path).get("epoch")
     return epoch if type(epoch) is int else None
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """A checkpoint's configuration, without reading its tensors; empty where it cannot be read."""
+    config = _mapped(path).get("config")
+    return config if isinstance(config, dict) else {}
 
 
 def glance(path: Path) -> dict[str, Any]:
@@ -155,21 +158,17 @@ def glance(path: Path) -> dict[str, Any]:
 
     For looks at shapes and the configuration: nothing is verified.
     """
+    content = _mapped(path)
+    return content if content.get("format") == FORMAT and content.keys() >= KEYS else {}
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """What a file holds, its tensors mapped into memory; empty if that cannot be read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
         return {}
-    ours = isinstance(content, dict) and content.get("format") == FORMAT
-    return content if ours and content.keys() >= KEYS else {}
-
-
-def config_of(path: Path) -> dict[str, Any]:
-    """A checkpoint's configuration, without reading its tensors; empty where it cannot be read."""
-    try:
-        config = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
-    except Exception:
-        return {}
-    return config if isinstance(config, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def previous_of(path: Path) -> Path:

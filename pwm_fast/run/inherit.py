@@ -69,12 +69,6 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     return found
 
 
-def task_numbers(env: Mapping[str, Any]) -> dict[str, int]:
-    """The numbers of an environment's tasks by their names, as its options say them."""
-    names = env.get("tasks") or []
-    return dict(zip(names, env.get("numbers") or range(len(names)), strict=False))
-
-
 def learned_policy(saved: Mapping[str, Any]) -> bool:
     """Whether the policy in a checkpoint of that configuration has learned anything."""
     return bool(saved["env"]["name"] != OFFLINE)
@@ -112,7 +106,7 @@ def _env_of_task(run: TrainConfig, content: Mapping[str, Any], config: TrainConf
 
 def _numbered(run: TrainConfig, content: Mapping[str, Any], config: TrainConfig) -> EnvConfig:
     """The environment of the command line; its tasks have the numbers that the model knows."""
-    env, numbers = config.env, task_numbers(run.env.options)
+    env, numbers = config.env, build.task_numbers(run.env)
     names = env.options.get("tasks") or []
     if not (numbers and names) or env.options.get("numbers") is not None:
         return env

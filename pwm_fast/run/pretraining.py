@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -94,7 +93,7 @@ class Pretrainer(Trainer):
     KEEPS_REPLAY: ClassVar[bool] = False  # it is in the data set
 
     _windows: Windows | None = None
-    _last: metrics.Row = MappingProxyType({})  # type: ignore[assignment]
+    _last: metrics.Row | None = None
 
     def _begin(self) -> None:
         self._windows = self._held_out()
@@ -132,20 +131,15 @@ class Pretrainer(Trainer):
         check = self._stop.check
         with agent.keeping():
             for i in self.state.progress.remaining("model_updates", learning.updates, check):
-                windows = self.state.replay.sample(learning.batch_size)
-                if i == 0:
-                    agent.measure_start_spread(windows)
-                self.state.progress.add(agent.update_world_model(windows))
+                self._update_model(i)
         self.state.bootstrapped = True
         elapsed = max(time.monotonic() - started, 1e-9)
         epoch = self.state.epoch + 1
-        measured = self._measured(epoch) if self._measured_in(epoch) else {}
+        due = self._evaluation_due() or epoch == self.config.epochs
+        measured = self._measured(epoch) if due else {}
         row: metrics.Row = {"epoch": epoch, "env_steps": 0, **measured}
         row.update(metrics.to_numbers(self.state.progress.means()))
-        skips = metrics.to_numbers(agent.skipped_updates())
-        row.update(skips)
-        self._mind_overflow(skips)
-        row["fell_back"] = int(self.state.fallen_back is not None)
+        row.update(self._skips())
         row["lr_wm"] = rates["lr_wm"]
         row["updates_per_second"] = learning.updates / elapsed
         row["updates"] = epoch * learning.updates
@@ -154,10 +148,6 @@ class Pretrainer(Trainer):
         self._tick()
         self._logger.write({**row, "wall_time": self.state.wall_time})
         self._guard()
-
-    def _measured_in(self, epoch: int) -> bool:
-        every = self.config.eval.every
-        return epoch == self.config.epochs or (every > 0 and epoch % every == 0)
 
     def _measured(self, epoch: int) -> metrics.Row:
         """The model's losses and open-loop errors on what it has not learned from."""
@@ -182,4 +172,4 @@ class Pretrainer(Trainer):
 
     def _beside(self) -> dict[str, Any]:
         updates = self.state.epoch * self.config.alg.model_learning.updates
-        return {"env_steps": 0, "updates": updates, "holdout": dict(self._last)}
+        return {"env_steps": 0, "updates": updates, "holdout": self._last or {}}

@@ -163,10 +163,7 @@ class Trainer:
 
         row: metrics.Row = {"epoch": self.state.epoch + 1}
         row.update(metrics.to_numbers({**self.state.progress.means(), **self._esnr()}))
-        skips = metrics.to_numbers(self.state.agent.skipped_updates())
-        row.update(skips)
-        self._mind_overflow(skips)
-        row["fell_back"] = int(self.state.fallen_back is not None)
+        row.update(self._skips())
         row.update(rates)
         row["replay_size"] = len(self.state.replay)
         row["random_share"] = self.state.replay.random_share()
@@ -248,15 +245,20 @@ class Trainer:
             if bootstrap and i % LOOK_EVERY == 0:
                 self._guard()
                 self._logger.status(f"bootstrap: {i} of {updates} world-model updates")
-            windows = self.state.replay.sample(config.model_learning.batch_size)
-            if i % max(1, config.model_learning.updates) == 0:
-                self.state.agent.measure_start_spread(windows)
-            self.state.progress.add(self.state.agent.update_world_model(windows))
+            self._update_model(i)
         if bootstrap:
             self._logger.status("")
         for _ in self.state.progress.remaining("policy_updates", config.actor.updates, check):
             starts = self.state.replay.sample_starts(config.actor.batch_size)
             self.state.progress.add(self.state.agent.update_policy(*starts))
+
+    def _update_model(self, i: int) -> None:
+        """The world-model update with number ``i``, counted from 0 in its epoch or bootstrap."""
+        learning = self.config.alg.model_learning
+        windows = self.state.replay.sample(learning.batch_size)
+        if i % max(1, learning.updates) == 0:
+            self.state.agent.measure_start_spread(windows)
+        self.state.progress.add(self.state.agent.update_world_model(windows))
 
     def bootstrap_updates(self) -> int:
         """World-model updates before the first policy update.
@@ -279,6 +281,12 @@ class Trainer:
             return {}
         obs, task = self.state.replay.sample_starts(self.config.alg.actor.batch_size)
         return self.state.agent.actor_esnr(obs, config.samples, task=task)
+
+    def _skips(self) -> metrics.Row:
+        """Skipped updates; whether the run goes on in a wider precision, which this may decide."""
+        skips = metrics.to_numbers(self.state.agent.skipped_updates())
+        self._mind_overflow(skips)
+        return {**skips, "fell_back": int(self.state.fallen_back is not None)}
 
     def _mind_overflow(self, skips: metrics.Row) -> bool:
         """Go on in a wider precision if updates were skipped since the last look; True if so."""

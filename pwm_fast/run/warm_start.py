@@ -9,7 +9,7 @@ from pwm_fast import files
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.run import build, provenance, seal
-from pwm_fast.run.inherit import learned_policy, task_numbers
+from pwm_fast.run.inherit import learned_policy
 from pwm_fast.run.rundir import which_environment
 
 # What networks' numbers mean: where shapes fit, with another value they still would be wrong.
@@ -62,7 +62,7 @@ def warm_start(agent: PWM, config: TrainConfig) -> dict[str, Any]:
         if provenance.within(key, (*MEANING, *SHAPES))
     ]
     problem = ""
-    theirs, ours = (task_numbers(c.env.options) for c in (run, config))
+    theirs, ours = (build.task_numbers(c.env) for c in (run, config))
     for name, number in ours.items():
         if theirs.get(name, number) != number:
             problem = f"the task {name} is number {theirs[name]} there and {number} here"

@@ -29,6 +29,12 @@ from tests.run.conftest import Launcher, tiny_config
 
 OBS, ACTION = 5, 1  # of the cart-pole
 ENV = {"name": "cartpole", "max_episode_steps": 12, "num_envs": 4}
+TWO_TASKS = {
+    "name": "dmc_tasks",
+    "tasks": ["cup-catch", "cartpole-swingup"],
+    "num_envs": 2,
+    "max_episode_steps": 6,
+}
 # A tiny run of a published agent: what concerns the environment and the length of the run.
 SHORT = (
     "env.max_episode_steps=12",
@@ -244,16 +250,10 @@ def test_tdmpc2(old: bool, tmp_path: Path) -> None:
 def test_tdmpc2_in_tasks_of_dm_control(tmp_path: Path) -> None:
     """Two of a file's 30, each of which reads its own part of the action."""
     pytest.importorskip("dm_control")
-    env = {
-        "name": "dmc_tasks",
-        "tasks": ["cup-catch", "cartpole-swingup"],
-        "num_envs": 2,
-        "max_episode_steps": 6,
-    }
     dims = [6] * 30
     dims[12], dims[10] = 2, 1
     theirs = TDMPC2(obs=24, action=6, action_dims=dims, task_dim=6)
-    path = imported(theirs.save(tmp_path / "x.pt"), tmp_path / "out", env=env)
+    path = imported(theirs.save(tmp_path / "x.pt"), tmp_path / "out", env=TWO_TASKS)
     run, content = build.load_run(path)
     assert run.alg.gamma == 0.95
     with closing(build.make_env(run, 4, 0)) as made:
@@ -332,14 +332,8 @@ def test_numbers_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_tasks_of_dm_control(tmp_path: Path) -> None:
     """A policy of PWM's in two of a file's 30 tasks: what acts there is the published one."""
     pytest.importorskip("dm_control")
-    env = {
-        "name": "dmc_tasks",
-        "tasks": ["cup-catch", "cartpole-swingup"],
-        "num_envs": 2,
-        "max_episode_steps": 6,
-    }
     file = pwm_file(obs=24, action=6, bins=21, tasks=30, task_dim=6, normalised=("ret_rms",))
-    path = imported(file.save(tmp_path / "x.pt"), tmp_path / "out", env=env)
+    path = imported(file.save(tmp_path / "x.pt"), tmp_path / "out", env=TWO_TASKS)
     run, content = build.load_run(path)
     with closing(build.make_env(run, 4, 0)) as made:
         agent = build.restore_agent(path, run, content, made, torch.device("cpu"))

@@ -280,7 +280,7 @@ def test_random_episodes_without_a_checkpoint(tmp_path: Path) -> None:
 def test_one_of_the_tasks(done: Path) -> None:
     """Alone it is what it is beside the others: the model sees the same."""
     run, content = build.load_run(final(done))
-    assert build.task_names(run.env) == NAMES and build.dims_of(content) == WIDTHS
+    assert list(build.task_numbers(run.env)) == NAMES and build.dims_of(content) == WIDTHS
     one = build.of_task(run.env, "pendulum-swingup", 8, 2)
     assert one.options == {
         "tasks": ["pendulum-swingup"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -67,8 +67,8 @@ class Replay:
     action; if it ended, the row stays as the terminal observation and the next episode starts
     behind it. A window may therefore end on the observation after any transition, terminal or not,
     and none crosses from one episode into the next. Only ``__len__``, :meth:`num_windows`,
-    :meth:`longest`, :meth:`random_share`, :meth:`add_episodes`, :meth:`state_dict` and
-    :meth:`load_state_dict` wait for the device.
+    :meth:`longest`, :meth:`random_share`, :meth:`episodes`, :meth:`add_episodes`,
+    :meth:`state_dict` and :meth:`load_state_dict` wait for the device.
 
     With ``keep`` the first rows that steps are added to are a block of their own, which is written
     once; the other rows of the env are the ring, which goes round without it. An episode that is
@@ -305,6 +305,26 @@ class Replay:
             self._length < self.rows - self._keep
         )  # and its first step is held
         return (self._run == 1).sum(1) - going_on.long()
+
+    def episodes(self) -> Iterator[Episode]:
+        """The episodes that have ended and are held whole, on the CPU, env by env.
+
+        One that was cut where the block of ``keep`` ends is two.
+        """
+        steps = torch.arange(1, self.longest() + 2, device=self.device)
+        o, a = self.obs_dim, self.action_dim
+        # Only steps that were acted on have a run, and its first one is overwritten first.
+        for env, first in (self._run == 1).nonzero():
+            row = self._moved(env, first, steps - 1)
+            length = int((self._run[env, row] == steps).cumprod(0).sum())
+            if self._length[env] > 0 and row[length] == self._cursor[env]:
+                continue  # it goes on
+            data = self._data[env, row[: length + 1]].cpu()
+            rest = data[:-1]
+            task = 0 if self._task is None else int(self._task[env, first])
+            yield Episode(
+                data[:, :o], rest[:, o : o + a], rest[:, o + a], rest[:, o + a + 1] > 0, task
+            )
 
     def random_share(self) -> float:
         """Share of the transitions held that :meth:`add` was told are of random actions.

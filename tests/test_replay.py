@@ -94,6 +94,16 @@ class Recorder:
                     found.add((n, window[0].episode, window[0].step))
         return found
 
+    def whole(self) -> dict[tuple[int, int], int]:
+        """Steps of the episodes that have ended and are in the ring from their first step on."""
+        found = {}
+        for n, records in self.held():
+            for r in records:
+                if not r.acted and r.episode != self.episode[n]:
+                    begun = any(s == Record(r.episode, 0, True) for s in records)
+                    found |= {(n, r.episode): r.step} if begun else {}
+        return found
+
     def acted_on(self) -> set[Key]:
         return {(n, r.episode, r.step) for n, records in self.held() for r in records if r.acted}
 
@@ -191,6 +201,42 @@ def test_episodes_that_are_ended_from_outside(
         begun = [{r.episode for r in held[n] if r.acted and r.step == 0} for n in held]
         ended = [len(begun[n] - {recorder.episode[n]}) for n in held]
         assert replay.ended().tolist() == ended
+
+
+@pytest.mark.parametrize(("num_envs", "rows", "horizon", "done"), CASES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_episodes_are_those_that_ended_and_are_held_whole(
+    num_envs: int, rows: int, horizon: int, done: float, seed: int
+) -> None:
+    """Five times round the ring, some ended from outside."""
+    replay = Replay(num_envs * rows, num_envs, OBS, ACTION, horizon)
+    recorder = Recorder(replay, seed, done)
+    found = 0
+    for step in range(5 * rows):
+        recorder.end_episodes() if step % 4 == 3 else recorder.add()
+        expected = recorder.whole()
+        for episode in replay.episodes():
+            env, number, first = check_episode(episode, recorder)
+            assert first == 0 and len(episode.action) == expected.pop((env, number))
+            found += 1
+        assert not expected
+    assert found > 0
+
+
+def check_episode(episode: Episode, recorder: Recorder) -> Key:
+    """Steps of one episode, one after another, as they were added; the first one."""
+    steps = len(episode.action)
+    first, before = episode.obs[0], episode.obs[:-1]
+    assert episode.obs.shape == (steps + 1, OBS)
+    assert torch.equal(episode.obs[:, :2], first[:2].expand(steps + 1, 2))
+    assert torch.equal(episode.obs[:, 2], first[2] + torch.arange(steps + 1.0))
+    assert torch.equal(episode.action, action_of(before))
+    assert torch.equal(episode.reward, reward_of(before))
+    env, number, step = first[:3].int().tolist()
+    terminal = bool(episode.obs[-1, 3]) and recorder.ended_terminal[env, number]
+    assert episode.terminated.dtype == torch.bool
+    assert episode.terminated.tolist() == [False] * (steps - 1) + [terminal]
+    return env, number, step
 
 
 @pytest.mark.parametrize("added", [9, 40, 111])
@@ -538,6 +584,7 @@ def test_the_first_rows_are_kept(
     """Five times round the ring: the block stays whole, and no window leads out of it."""
     replay = Replay(num_envs * rows, num_envs, OBS, ACTION, horizon, keep=keep)
     recorder = KeepingRecorder(replay, keep, seed, done)
+    whole: set[Key] = set()
     for _ in range(5 * rows):
         recorder.add()
         expected = recorder.windows()
@@ -545,6 +592,12 @@ def test_the_first_rows_are_kept(
         assert len(replay) == len(recorder.acted_on())
         if expected:
             assert set(check(replay.sample(16), recorder)) <= expected
+        for episode in replay.episodes():  # one that the block's end cuts is two
+            env, number, first = check_episode(episode, recorder)
+            steps = {(env, number, first + t) for t in range(len(episode.action))}
+            assert steps <= recorder.acted_on()
+            whole |= steps
+    assert whole
     uniform(check(replay.sample(300 * len(expected)), recorder), expected)
     acted = recorder.acted_on()
     drawn = replay.sample_starts(300 * len(acted)).obs

@@ -8,8 +8,9 @@ from pathlib import Path
 from bench.environment import ROOT
 
 README = ROOT / "README.md"
-DATA, ENVIRONMENTS, OPS, PERFORMANCE = (
-    ROOT / "docs" / f"{name}.md" for name in ("data", "environments", "ops", "performance")
+DATA, ENVIRONMENTS, OPS, PERFORMANCE, PRETRAINING = (
+    ROOT / "docs" / f"{name}.md"
+    for name in ("data", "environments", "ops", "performance", "pretraining")
 )
 
 

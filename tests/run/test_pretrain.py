@@ -345,29 +345,42 @@ def test_a_policy_in_the_model_of_one_task(updates: int, tmp_path: Path) -> None
     assert not torch.equal(after["actor"]["logstd"], before["actor"]["logstd"])
 
 
+SUITE = ("cartpole-swingup", "reacher-easy", "pendulum-swingup")
+
+
 @pytest.mark.slow
-def test_three_tasks_together_and_one_of_them_alone(tmp_path: Path, launcher: Launcher) -> None:
-    """From random episodes of three tasks by the commands: data, model, policy, evaluation."""
+@pytest.mark.parametrize(("alg", "kind"), [("pwm_5M", "mlp"), ("pwm_5M_flow", "flow")])
+def test_three_tasks_together_and_each_of_them_alone(
+    alg: str, kind: str, tmp_path: Path, launcher: Launcher
+) -> None:
+    """By the commands: an agent's data of three tasks, a model, policies, their evaluation."""
     dm_control_suite()
-    tasks = "env.tasks=[cartpole-swingup,reacher-easy,pendulum-swingup]"
     steps = "env.max_episode_steps=30"
+    tiny = [f"{k}={v}".replace(" ", "") for k, v in TINY.items() if not k.startswith("env.")]
+    small = [x for x in tiny if x.startswith(("alg.", "threads")) and "replay" not in x]
+    brief = (steps, "num_envs=3", "eval.episodes=3", "eval.final_episodes=3", "esnr.every=0")
 
     def run(module: str, *arguments: str) -> str:
         outcome = launcher.run(tmp_path, *arguments, module=f"pwm_fast.{module}")
         assert outcome.status == 0, outcome.err
         return outcome.out
 
-    run("data", "export", "out=data", "env=dmc_tasks", tasks, steps, "episodes=9")
-    small = [
-        f"{k}={v}".replace(" ", "")
-        for k, v in TINY.items()
-        if k.startswith(("alg.", "threads")) and k != "alg.replay_capacity"
-    ]
-    run("pretrain", "data.path=data", "run_dir=model", "epochs=2", "data.holdout=0.2", *small)
-    init = ("init=model/checkpoints/final.pt", "task=reacher-easy", "data.path=data", steps)
-    said = run("train", *init, "epochs=2", "num_envs=2", "eval.episodes=1", "eval.final_episodes=2")
-    assert "left out: 6 episodes of tasks" in said
-    folder = tmp_path / "runs" / "reacher-easy" / "pwm_5M_flow" / "seed_0"
-    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
-    path = folder / "checkpoints" / "final.pt"
-    assert "return" in run("evaluate", f"checkpoint={path}", "episodes=2")
+    tasks = ("env=dmc_tasks", f"env.tasks=[{','.join(SUITE)}]")
+    model = ("alg.world_model.num_tasks=3", "alg.world_model.task_dim=4")
+    run("train", f"alg={alg}", *tasks, *tiny, *brief, *model, "run_dir=agent")
+    agent = "checkpoint=agent/checkpoints/final.pt"
+    run("data", "export", "out=data", agent, "episodes=9", "random_share=0.34")
+    run("pretrain", "data.path=data", f"alg={alg}", "run_dir=model", "epochs=2", *small)
+    frozen = ("alg.model_learning.updates=0", "data.path=data", "init=model/checkpoints/final.pt")
+    run("train", "-m", *frozen, *brief, "epochs=2", f"task={','.join(SUITE)}")
+    logs = [path.read_text("utf-8") for path in (tmp_path / "runs" / "multirun").rglob("*.log")]
+    assert ["left out: 6 episodes of tasks" in log for log in logs] == [True] * len(SUITE)
+    learned = checkpoint.load(tmp_path / "model" / "checkpoints" / "final.pt")
+    assert learned["config"]["alg"]["world_model"]["kind"] == kind
+    for task in SUITE:
+        folder = tmp_path / "runs" / task / alg / "seed_0"
+        assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+        path = folder / "checkpoints" / "final.pt"
+        same = checkpoint.load(path)["agent"]["world_model"]
+        assert all(torch.equal(same[k], v) for k, v in learned["agent"]["world_model"].items())
+        assert "return" in run("evaluate", f"checkpoint={path}", "episodes=2")

@@ -33,7 +33,8 @@ def imagine(
         noise: standard normal ``[H, B, A]``.
         detach: the policy sees latents without their gradient.
         task: task numbers ``[B]``, or None.
-        action_mask: ``[B, A]``, 1.0 for components that tasks read, or None.
+        action_mask: ``[B, A]``, 1.0 for components that tasks read, bool ``[A]`` for all rows, or
+            None.
         symlog_rewards: leave the rewards of a two-hot head in symlog space.
 
     Returns:

@@ -134,9 +134,15 @@ class PWM:
             }
 
     def _masks(self, action_dims: Mapping[int, int]) -> Tensor | None:
-        """Which components of the action each task reads, ``[T, A]``; None where all read all."""
-        if all(width == self.action_dim for width in action_dims.values()):
+        """Which components of the action each task reads, ``[T, A]``; None where all read all.
+
+        Where all read the same ones, bool ``[A]``, which leaves rollouts one operator.
+        """
+        widths = set(action_dims.values())
+        if widths <= {self.action_dim}:
             return None
+        if len(widths) == 1:
+            return torch.arange(self.action_dim, device=self.device) < widths.pop()
         masks = torch.ones(self.config.world_model.num_tasks, self.action_dim)
         for number, width in action_dims.items():
             masks[number, width:] = 0.0
@@ -226,7 +232,7 @@ class PWM:
                 noise=noise,
                 generator=generator,
                 task=self.world_model.task_input(task, z),
-                action_mask=self._mask(task, z),
+                action_mask=self._mask(task),
             )
 
     def trajectory_values(
@@ -258,7 +264,7 @@ class PWM:
                 policy=self.actor.policy(),
                 gamma=self._gamma(task),
                 task=self.world_model.task_input(task, z),
-                action_mask=self._mask(task, z),
+                action_mask=self._mask(task),
             )
 
     @torch.no_grad()
@@ -652,7 +658,7 @@ class PWM:
 
     def _acted(self, z: Tensor, task: Tensor | None, noise: Tensor | None = None) -> Tensor:
         """The policy's actions ``[B, A]`` in latents ``[B, D]``; deterministic without noise."""
-        return self.actor(z, noise, self.world_model.task_input(task, z), self._mask(task, z))
+        return self.actor(z, noise, self.world_model.task_input(task, z), self._mask(task))
 
     def _value(self, z: Tensor, task: Tensor | None) -> Tensor:
         """The least of the members' values ``[..., B]`` of latents ``[..., B, D]``.
@@ -663,11 +669,11 @@ class PWM:
         a = self._acted(z, task) if self.config.critic.kind == "tdmpc2" else None
         return self.critic.minimum(z, a, embedding)
 
-    def _mask(self, task: Tensor | None, z: Tensor) -> Tensor | None:
-        """Which action components the tasks of ``z [..., B, D]`` read, ``[B, A]``; None for all."""
-        if self.action_mask is None:
-            return None
-        return self.action_mask.expand(z.shape[-2], -1) if task is None else self.action_mask[task]
+    def _mask(self, task: Tensor | None) -> Tensor | None:
+        """Which action components tasks read, ``[B, A]`` or of all ``[A]``; None for all."""
+        if self.action_mask is None or self.action_mask.dim() == 1 or task is None:
+            return self.action_mask
+        return self.action_mask[task]
 
     def _gamma(self, task: Tensor | None) -> float | Tensor:
         """The discount, or those ``[B]`` of the tasks of rows."""
@@ -716,7 +722,7 @@ class PWM:
         steps = self.config.imagined_steps if horizon is None else horizon
         noise = self._noise(steps, obs.shape[0])
         z = self.encode(obs, task)
-        mask = self._mask(task, z)
+        mask = self._mask(task)
         rollout = imagine(
             self.world_model,
             self.actor,

@@ -442,7 +442,7 @@ def _imagined_latents(
     if config.policy == "deterministic":
         noise = torch.zeros_like(noise)
     z = agent.encode(obs, task)
-    mask = agent._mask(task, z)
+    mask = agent._mask(task)
     return imagine(agent.world_model, agent.actor, z, noise, task=task, action_mask=mask).z
 
 

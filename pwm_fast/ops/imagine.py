@@ -84,8 +84,8 @@ def imagine(
     theirs is computed.
 
     One operator runs all steps of a policy with one standard deviation for all states, layers in
-    the order ``act_norm``, no task input and no mask. Of any other each network is an operator of
-    its own at each step (:func:`pwm_fast.explain` tells which).
+    the order ``act_norm``, no task input, and no mask or one for all rows. Of any other each
+    network is an operator of its own at each step (:func:`pwm_fast.explain` tells which).
 
     Args:
         z0: start latents ``[B, D]``.
@@ -100,7 +100,7 @@ def imagine(
         task: task embeddings ``[B, E]``, or None. The value head does not take them.
         action_mask: ``[B, A]``, bool or floating: which components of its action a row has, 1, and
             which are only there because other tasks have more, 0. Actions are multiplied by it.
-            None: all of them.
+            Or bool ``[A]``, the same for all rows. None: all of them.
         backend: see :mod:`pwm_fast.backends`.
 
     Returns:
@@ -146,9 +146,11 @@ def roll_out(
 ) -> tuple[Tensor, Tensor]:
     """What is sequential: latents ``[H+1, B, D]`` and actions ``[H, B, A]``."""
     step = dynamics.fused()
-    whole = algebra.in_force().hoist and mask is None and _in_one_operator(policy)
+    whole = algebra.in_force().hoist and _in_one_operator(policy, mask)
     tensors = [z0, noise, *_tensors(policy)]
-    call = call_of(dynamics, step, tensors if mask is None else [*tensors, mask], task)
+    if mask is not None and mask.is_floating_point():
+        tensors.append(mask)
+    call = call_of(dynamics, step, tensors, task)
     if call.unsupported is None:
         reason = unsupported(policy.layers, policy.order)
         call = call._replace(unsupported=reason or without_width([], policy.layers))
@@ -160,6 +162,8 @@ def roll_out(
     if not whole:
         run = partial(fused_mlp, choice)
         return _reference(z0, noise, policy, dynamics, task, mask, detach, run)
+    if mask is not None:
+        policy, noise = _masked(policy, mask), noise.masked_fill(~mask, 0.0)
     rows = noise.shape[:-1].numel()
     packed = pack(choice, step, z0.shape[-1], noise.shape[-1], task, rows=rows)
     return _imagine(
@@ -179,9 +183,20 @@ def roll_out(
     )
 
 
-def _in_one_operator(policy: Policy) -> bool:
-    """Whether the operator of whole rollouts covers the kind of policy."""
-    return policy.std is not None and policy.order == "act_norm" and not policy.task_input
+def _in_one_operator(policy: Policy, mask: Tensor | None) -> bool:
+    """Whether the operator of whole rollouts covers the kind of policy and of mask."""
+    if policy.std is None or policy.order != "act_norm" or policy.task_input:
+        return False
+    last = policy.layers[-1]  # its zeros have to stay zeros
+    return mask is None or (mask.dim() == 1 and last.ln_weight is None and last.act == "none")
+
+
+def _masked(policy: Policy, mask: Tensor) -> Policy:
+    """A policy whose means are 0 where ``mask [A]`` is False: without noise, so are its actions."""
+    *layers, last = policy.layers
+    bias = None if last.bias is None else last.bias.masked_fill(~mask, 0.0)
+    last = last._replace(weight=last.weight.masked_fill(~mask[:, None], 0.0), bias=bias)
+    return policy._replace(layers=[*layers, last])
 
 
 def _tensors(policy: Policy) -> list[Tensor]:
@@ -322,7 +337,12 @@ def check_policy(
 
 
 def checked_mask(mask: Tensor | None, z0: Tensor, width: int) -> Tensor | None:
-    """The mask in the dtype of ``z0 [B, D]``; raises where it is no mask of its rows' actions."""
+    """A mask of rows in the dtype of ``z0 [B, D]``, or a bool one ``[A]`` for all, as it is.
+
+    Raises:
+        TypeError: it is no mask.
+        ValueError: it does not fit actions of that width.
+    """
     if mask is None:
         return None
     kind = mask.dtype if isinstance(mask, Tensor) else None
@@ -330,8 +350,12 @@ def checked_mask(mask: Tensor | None, z0: Tensor, width: int) -> Tensor | None:
         raise TypeError(
             f"action_mask must be a bool or floating tensor, got {kind or type(mask).__name__}"
         )
-    if tuple(mask.shape) != (z0.shape[0], width):
+    if tuple(mask.shape) not in ((z0.shape[0], width), (width,)):
         wanted = [z0.shape[0], width]
-        raise ValueError(f"action_mask must be {wanted}, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"action_mask must be {wanted}, or bool [{width}] for all rows, got {tuple(mask.shape)}"
+        )
+    if mask.dim() == 1 and kind != torch.bool:
+        raise TypeError(f"action_mask for all rows, [{width}], must be bool, got {kind}")
     _checks.same_device("action_mask", mask, "z0", z0.device)
-    return mask.to(z0.dtype)
+    return mask if mask.dim() == 1 else mask.to(z0.dtype)

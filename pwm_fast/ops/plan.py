@@ -283,7 +283,8 @@ def plan(
         generator: they are drawn with, on the device of ``z0``; None is torch's global one.
         task: task embeddings ``[B, E]``, or None.
         action_mask: ``[B, A]``, bool or floating: 1 for the components of its action that an env
-            has, 0 for those that are only there because other tasks have more. None: all of them.
+            has, 0 for those that are only there because other tasks have more. Or bool ``[A]``, the
+            same for all envs. None: all of them.
         backend: see :mod:`pwm_fast.backends`; what has no such backend runs on the reference.
 
     Returns:
@@ -314,7 +315,7 @@ def plan(
         assert policy is not None
         count = o.policy_trajectories
         drawn = noise.policy.to(z0.dtype).flatten(1, 2)
-        starts, tasks, masks = _repeated(z0, count), _each(task, count), _each(mask, count)
+        starts, tasks, masks = _repeated(z0, count), _each(task, count), _masks(mask, count)
         _, prior = roll_out(starts, policy, dynamics, drawn, True, tasks, masks, backend)
         prior = prior.view(o.horizon, batch, count, width)
     ensemble = values
@@ -323,7 +324,7 @@ def plan(
     score = _Scores(
         _repeated(z0, o.samples),
         _each(task, o.samples),
-        _each(mask, o.samples),
+        _masks(mask, o.samples),
         _discounts(gamma, dtype, o.samples),
         policy,
         dynamics,
@@ -338,7 +339,7 @@ def plan(
         eps = noise.samples[i].to(dtype)
         drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * eps).clamp(-1.0, 1.0).to(z0.dtype)
         if mask is not None:
-            drawn = drawn * mask.unsqueeze(1)
+            drawn = drawn * mask.unsqueeze(-2)
         actions = drawn if prior is None else torch.cat((prior, drawn), 2)
         last = None if noise.last_action is None else noise.last_action[i]
         members = None if noise.members is None else noise.members[i]
@@ -408,11 +409,11 @@ def trajectory_values(
         eps = actions.new_zeros(z0.shape[0], count, width)
     mask = checked_mask(action_mask, z0, width)
     if mask is not None:
-        actions = actions * mask.unsqueeze(1)
+        actions = actions * mask.unsqueeze(-2)
     score = _Scores(
         _repeated(z0, count),
         _each(task, count),
-        _each(mask, count),
+        _masks(mask, count),
         _discounts(gamma, fp32_dtype(z0), count),
         policy,
         dynamics,
@@ -557,6 +558,11 @@ def _repeated(x: Tensor, count: int) -> Tensor:
 def _each(x: Tensor | None, count: int) -> Tensor | None:
     """As :func:`_repeated`, of what may be missing."""
     return None if x is None else _repeated(x, count)
+
+
+def _masks(mask: Tensor | None, count: int) -> Tensor | None:
+    """A mask ``[B count, A]`` of as many rows; one for all rows is that already."""
+    return mask if mask is None or mask.dim() == 1 else _repeated(mask, count)
 
 
 def _discounts(gamma: float | Tensor, dtype: torch.dtype, count: int) -> float | Tensor:

@@ -119,6 +119,22 @@ def test_the_one_task_of_a_wider_action() -> None:
     assert agent.update_policy(obs)["actor_loss"].isfinite()
 
 
+def test_tasks_of_one_width_are_masked_as_one() -> None:
+    """In one operator, to the same policy, values and actions as row by row."""
+    found = []
+    for each in (False, True):
+        agent, obs, task = many(action_dims={0: 1, 1: 1}), make_obs(10), make_task(10)
+        assert agent.action_mask is not None and agent.action_mask.dtype == torch.bool
+        if each:
+            agent.action_mask = agent.action_mask.float().expand(2, ACTION)
+        torch.manual_seed(0)
+        metrics = agent.update_policy(obs, task)
+        names = ("actor_loss", "value_loss", "actor_grad_norm")
+        found.append([*(metrics[k] for k in names), agent.act(obs, task=task)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_without_smaller_tasks_nothing_is_masked() -> None:
     """Then rollouts stay one operator."""
     assert many(action_dims={0: ACTION, 1: ACTION}).action_mask is None

@@ -466,6 +466,9 @@ def test_masks(name: str) -> None:
     whole = p.plan(mask=torch.ones_like(p.mask))
     assert torch.equal(whole.action, p.plan(mask=None).action)
     assert whole.action.all()
+    same = torch.arange(A) < A - 1  # of all envs
+    for ours, expected in zip(p.plan(mask=same), p.plan(mask=same.expand_as(p.mask)), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("name", ["TD-MPC2", "PWM with tasks and ends", "rewards alone"])
@@ -717,7 +720,10 @@ assert V is not None
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "z0": ({"z0": P.z0[0]}, "z0 must be [B, D], got (16,)"),
     "gammas": ({"gamma": torch.ones(2)}, "gamma must be a number or [3], got (2,)"),
-    "mask": ({"mask": torch.ones(3, A + 1)}, "action_mask must be [3, 3], got (3, 4)"),
+    "mask": (
+        {"mask": torch.ones(3, A + 1)},
+        "or bool [3] for all rows, got (3, 4)",
+    ),
     "policy's task": (
         {"policy": P.policy._replace(task_input=True)},  # type: ignore[union-attr]
         "policy.task_input needs task embeddings, got task=None",

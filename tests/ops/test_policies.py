@@ -62,8 +62,10 @@ def test_what_runs() -> None:
         said = pwm_fast.explain(ops.imagine, **given | change, backend="native")
         assert said.backend == "native" and "pwm_fast::imagine" not in str(said), name
         assert f"{2 * H + 1} times pwm_fast::mlp" in str(said), name
-    said = pwm_fast.explain(ops.imagine, **given | whole, backend="native")
-    assert any(name.startswith("pwm_fast::imagine") for name in said.operators)
+    for mask in (None, torch.tensor([True, False, True])):
+        change = whole | {"action_mask": mask}
+        said = pwm_fast.explain(ops.imagine, **given | change, backend="native")
+        assert any(name.startswith("pwm_fast::imagine") for name in said.operators)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -100,6 +102,44 @@ def test_a_mask_of_ones(backend: str) -> None:
         found.append([*out[:3], *grads])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def ending(dtype: torch.dtype, *, norm: bool) -> Policy:
+    """A policy of PWM's kind whose last layer is more than a Linear."""
+    last = random_layer(9, A, "mish", norm=norm, dtype=dtype)
+    return Policy([*net(D, A, dtype)[:1], last], torch.ones(A, dtype=dtype))
+
+
+POLICIES: dict[str, Callable[[torch.dtype], Policy]] = {
+    "pwm": pwm,
+    "tdmpc2": lambda dtype: Policy(net(D, 2 * A, dtype), None, "norm_act"),
+    "norm at the end": lambda dtype: ending(dtype, norm=True),
+    "mish at the end": lambda dtype: ending(dtype, norm=False),
+}
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+def test_a_mask_of_all_rows(backend: str, kind: str) -> None:
+    """The same as one that says it row by row, forward and in every gradient."""
+    if backend == "native" and why_missing() is not None:
+        pytest.skip("no native kernels")
+    dtype = torch.float32 if backend == "native" else torch.float64
+    given = arguments(dtype, task=False)
+    given["policy"] = policy = POLICIES[kind](dtype)
+    leaves = [given["z0"], *(x for layer in policy.layers for x in tensors_of(layer))]
+    leaves += [] if policy.std is None else [policy.std]
+    for x in leaves:
+        x.requires_grad_()
+    mask, found = torch.tensor([True, False, True]), []
+    for said in (mask, mask.expand(B, A)):
+        out = ops.imagine(**given | {"action_mask": said}, detach=False, backend=backend)
+        assert not out.action[..., 1].any() and out.action[..., ::2].all()
+        grads = torch.autograd.grad(out.reward.sum() + out.z.square().sum(), leaves)
+        found.append([*out[:3], *grads])
+    close = {"rtol": 1e-4, "atol": 1e-5} if backend == "native" else {"rtol": 1e-10, "atol": 1e-12}
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, **close)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -169,8 +209,8 @@ def test_nothing_or_one(batch: int, horizon: int) -> None:
 G = arguments()
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "mask shape": (
-        lambda: G | {"action_mask": torch.ones(A)},
-        "action_mask must be [5, 3], got (3,)",
+        lambda: G | {"action_mask": torch.ones(1, A)},
+        "action_mask must be [5, 3], or bool [3] for all rows, got (1, 3)",
     ),
     "odd outputs": (
         lambda: G | {"policy": G["policy"]._replace(layers=net(D + E, 5, torch.float64))},
@@ -207,3 +247,5 @@ def test_masks_of_other_types(mask: Any) -> None:
     kind = "torch.int64" if isinstance(mask, Tensor) else "list"
     with pytest.raises(TypeError, match=f"must be a bool or floating tensor, got {kind}"):
         ops.imagine(**G | {"action_mask": mask})
+    with pytest.raises(TypeError, match=r"for all rows, \[3\], must be bool, got torch.float32"):
+        ops.imagine(**G | {"action_mask": torch.ones(A)})

@@ -72,6 +72,14 @@ def test_they_are_what_a_plan_maximises() -> None:
     assert torch.equal(found(p, plan.trajectories), plan.value)
 
 
+def test_a_mask_of_all_rows() -> None:
+    p = problem(3, SMALL)
+    mask, actions = torch.tensor([True, False, True]), normal(H, 3, N, A)
+    values = [found(p, actions, action_mask=m) for m in (mask, mask.expand(3, A), None)]
+    torch.testing.assert_close(values[0], values[1])
+    assert (values[0] - values[2]).abs().min() > 1e-6
+
+
 P = problem(3, SMALL)
 GOOD = torch.zeros(H, 3, N, A, dtype=torch.float64)
 

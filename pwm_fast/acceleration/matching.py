@@ -355,6 +355,8 @@ def _check_parameters(stack: nn.Module) -> None:
     for name, x in parameters.items():
         if is_lazy(x):
             raise Mismatch(f"{name} has no shape yet: run the module once before")
+        if not (x.is_floating_point() or x.is_complex()):
+            raise Mismatch(f"{name} is of {x.dtype}, which has no gradient")
     for what in ("dtype", "device"):
         found = {str(getattr(x, what)) for x in parameters.values()}
         if len(found) > 1:

@@ -389,6 +389,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(m.ComputedWeight(10, 9), nn.LayerNorm(9), nn.Mish()),
         "0 (ComputedWeight) has no parameter `weight`",
     ),
+    "integers": (
+        lambda: m.changed(
+            nn.Sequential(nn.Linear(10, 9, bias=False), nn.Mish()),
+            lambda s: setattr(s[0], "weight", nn.Parameter(torch.ones(9, 10).int(), False)),
+        ),
+        "0.weight is of torch.int32, which has no gradient",
+    ),
     "residual": (
         lambda: nn.Sequential(m.NormedLinear(10, 9), m.Residual(9, 9), nn.Linear(9, 3)),
         "differs from the operations' by",

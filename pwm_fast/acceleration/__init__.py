@@ -188,7 +188,7 @@ class _Walk:
                 self.left.append(_because(found, str(reason)))
             else:
                 self.accelerated.append(found)
-                if next(module.parameters()).is_meta:
+                if next(member.parameters()).is_meta:
                     self.notes.append(f"{found_name(name)} {_TEMPLATE}")
                 return assemble(module, plan)
         before = len(self.accelerated), len(self.left)

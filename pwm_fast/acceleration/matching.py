@@ -64,22 +64,33 @@ def is_candidate(module: nn.Module) -> bool:
 
 
 def member_of(stack: nn.Sequential) -> nn.Sequential:
-    """One member, where a stack on the meta device has the shapes of a whole ensemble.
+    """One member, with parameters, where a stack on the meta device is for those of an ensemble.
 
-    TD-MPC2's target and detached ensembles hold such ones to put their parameters into.
+    TD-MPC2's ensembles hold such ones to put their parameters into. In place of parameters they
+    have plain attributes with tensordict before 0.14, and in its target and detached ensembles the
+    shapes of all members.
 
     Raises:
         Mismatch: it cannot be copied.
     """
     linear = next((m for _, m in _flat(stack, ()) if is_linear(m)), None)
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or is_lazy(weight) or not weight.is_meta or weight.dim() != 3:
+    if not isinstance(weight, Tensor) or is_lazy(weight) or not weight.is_meta:
+        return stack
+    whole, bare = weight.dim() == 3, not any(True for _ in stack.parameters())
+    if not (whole or bare):
         return stack
     member = copied(stack)
     for module in member.modules():
-        for name, x in module._parameters.items():
+        held: dict[str, Any] = {**module._parameters}
+        if bare:  # what is on another device nobody replaces: it is no parameter of a member
+            found = vars(module).items()
+            held |= {name: x for name, x in found if isinstance(x, Tensor) and x.is_meta}
+        for name, x in held.items():
             if x is not None:
-                module._parameters[name] = nn.Parameter(x.detach()[0])
+                vars(module).pop(name, None)
+                one = x.detach()[0] if whole and x.dim() else x.detach()
+                module._parameters[name] = nn.Parameter(one, requires_grad=False)
     return member
 
 
@@ -355,6 +366,8 @@ def _check_parameters(stack: nn.Module) -> None:
     for name, x in parameters.items():
         if is_lazy(x):
             raise Mismatch(f"{name} has no shape yet: run the module once before")
+        if not (x.is_floating_point() or x.is_complex()):
+            raise Mismatch(f"{name} is of {x.dtype}, which has no gradient")
     for what in ("dtype", "device"):
         found = {str(getattr(x, what)) for x in parameters.values()}
         if len(found) > 1:

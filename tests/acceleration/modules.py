@@ -135,25 +135,50 @@ def nested(module: nn.Module, members: Sequence[nn.Module]) -> dict[str, Any]:
     return own
 
 
+def put(module: nn.Module, key: str, x: Tensor) -> None:
+    """In place of a parameter, or of a plain attribute."""
+    if key in module._parameters:
+        module._parameters[key] = x  # type: ignore[assignment]
+    else:
+        setattr(module, key, x)
+
+
 @contextmanager
 def put_into(module: nn.Module, tensors: dict[str, Any]) -> Iterator[None]:
-    before = dict(module._parameters)
+    before = {key: getattr(module, key) for key, x in tensors.items() if not isinstance(x, dict)}
     with ExitStack() as stack:
         for key, x in tensors.items():
             if isinstance(x, dict):
                 stack.enter_context(put_into(module.get_submodule(key), x))
             else:
-                module._parameters[key] = x
+                put(module, key, x)
         try:
             yield
         finally:
-            module._parameters.update(before)
+            for key, x in before.items():
+                put(module, key, x)
+
+
+def without_parameters(module: nn.Module) -> nn.Module:
+    """With plain attributes in their place."""
+    for part in module.modules():
+        for key, p in [*part._parameters.items()]:
+            if p is not None:
+                del part._parameters[key]
+                setattr(part, key, p.detach())
+    return module
 
 
 class TdMpc2Ensemble(nn.Module):
-    """In the manner of TD-MPC2 since 2025; ``whole``: the module has the shapes of all members."""
+    """In the manner of TD-MPC2 since 2025.
 
-    def __init__(self, members: Sequence[nn.Module], *, whole: bool = False) -> None:
+    ``whole``: the module has the shapes of all members. ``bare``: it has plain attributes in place
+    of parameters, as with tensordict before 0.14.
+    """
+
+    def __init__(
+        self, members: Sequence[nn.Module], *, whole: bool = False, bare: bool = False
+    ) -> None:
         super().__init__()
         self.params = Stacked(nested(members[0], members))
         self.module = copy.deepcopy(members[0])
@@ -162,6 +187,8 @@ class TdMpc2Ensemble(nn.Module):
                 path, _, key = name.rpartition(".")
                 self.module.get_submodule(path)._parameters[key] = nn.Parameter(x.detach())
         self.module.to("meta")
+        if bare:
+            without_parameters(self.module)
 
     def one(self, params: dict[str, Any], x: Tensor) -> Tensor:
         with put_into(self.module, params):

@@ -389,6 +389,36 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(m.ComputedWeight(10, 9), nn.LayerNorm(9), nn.Mish()),
         "0 (ComputedWeight) has no parameter `weight`",
     ),
+    "no parameters": (
+        lambda: m.without_parameters(m.mlp(10, [9], 3)),
+        "0 (NormedLinear) has no parameter `weight`",
+    ),
+    "no parameters in one layer": (
+        lambda: m.changed(m.mlp(10, [9], 3), lambda s: m.without_parameters(s[1].to("meta"))),
+        "1 (Linear) has no parameter `weight`",
+    ),
+    "no parameters, for more than weight and bias": (
+        lambda: m.without_parameters(nn.Sequential(m.Gated(10, 9), nn.Linear(9, 3)).to("meta")),
+        "0 (Gated) has parameters besides weight and bias: gate",
+    ),
+    "no parameters, for more than those of all members": (
+        lambda: m.changed(
+            m.TdMpc2Ensemble(q_functions(), whole=True, bare=True).module,
+            lambda s: setattr(s[0], "steps", torch.zeros((), device="meta")),
+        ),
+        "0 (NormedLinear) has parameters besides weight and bias: steps",
+    ),
+    "no parameters, for another forward": (
+        lambda: m.without_parameters(with_first(m.ActThenNorm)().to("meta")),
+        "its forward is not what its parts say",
+    ),
+    "integers": (
+        lambda: m.changed(
+            nn.Sequential(nn.Linear(10, 9, bias=False), nn.Mish()),
+            lambda s: setattr(s[0], "weight", nn.Parameter(torch.ones(9, 10).int(), False)),
+        ),
+        "0.weight is of torch.int32, which has no gradient",
+    ),
     "residual": (
         lambda: nn.Sequential(m.NormedLinear(10, 9), m.Residual(9, 9), nn.Linear(9, 3)),
         "differs from the operations' by",
@@ -656,6 +686,8 @@ def test_functional_ensemble() -> None:
 ENSEMBLES: dict[str, Callable[[list[nn.Sequential]], nn.Module]] = {
     "td-mpc2": m.TdMpc2Ensemble,
     "td-mpc2 target": lambda members: m.TdMpc2Ensemble(members, whole=True),
+    "td-mpc2 bare": lambda members: m.TdMpc2Ensemble(members, bare=True),
+    "td-mpc2 target bare": lambda members: m.TdMpc2Ensemble(members, whole=True, bare=True),
     "functorch": m.FunctorchEnsemble,
     "torch.func": m.FuncEnsemble,
     "torch.func attribute": lambda members: m.FuncEnsemble(members, "attribute"),
@@ -728,10 +760,10 @@ def test_ensembles_are_copied() -> None:
         assert fast(x).abs().min() > 0.0 == twin(x).abs().max()
 
 
-@pytest.mark.parametrize("make", [m.TdMpc2Ensemble, m.FuncEnsemble])
-def test_ensembles_compile(make: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("kind", ["td-mpc2", "td-mpc2 bare", "torch.func"])
+def test_ensembles_compile(kind: str) -> None:
     """Around the whole of them, with dropout."""
-    plain = make(q_functions())
+    plain = ENSEMBLES[kind](q_functions())
     fast, x = accelerated(plain), torch.randn(4, 10)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     assert not torch.equal(compiled(x), compiled(x))
@@ -762,9 +794,10 @@ def test_ensembles_of_other_layers_are_left_to_themselves() -> None:
         pwm_fast.accelerate(module)
 
 
-def test_some_members_of_an_accelerated_ensemble() -> None:
+@pytest.mark.parametrize("bare", [False, True])
+def test_some_members_of_an_accelerated_ensemble(bare: bool) -> None:
     """TD-MPC2 takes two of five values: the stacked parameters go into one operation."""
-    fast = accelerated(m.TdMpc2Ensemble(q_functions())).eval()
+    fast = accelerated(m.TdMpc2Ensemble(q_functions(), bare=bare)).eval()
     x = torch.randn(4, 10)
     layers = fast.module.layers(fast.params)
     y = ops.mlp([x], layers, members=[2, 0])

@@ -301,9 +301,10 @@ class Replay:
 
     def ended(self) -> Tensor:
         """Episodes ``[N]`` of each env that have ended and whose first step is held."""
-        going_on = (self._length > 0) & (
-            self._length < self.rows - self._keep
-        )  # and its first step is held
+        ring = self.rows - self._keep
+        in_block = self._place(self._cursor[:, None])[:, 0] >= ring
+        # And its first step is held, which in the block nothing overwrites.
+        going_on = (self._length > 0) & ((self._length < ring) | in_block)
         return (self._run == 1).sum(1) - going_on.long()
 
     def episodes(self) -> Iterator[Episode]:
@@ -342,8 +343,10 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         """The contents, without the rows that were never written."""
-        used = int((self._run.amax(0) > 0).nonzero().amax()) + 2 if len(self) else 0
-        used = min(used, self.rows)
+        env, row = (self._run > 0).nonzero(as_tuple=True)
+        # Behind a row is the observation after its step, which may be on a block's other side.
+        behind = self._moved(env, row, torch.ones(1, 1, dtype=torch.int64, device=self.device))
+        used = int(torch.cat((row, behind[0])).amax()) + 1 if len(row) else 0
         return {
             "shape": [self.num_envs, self.rows, self.obs_dim, self.action_dim, self.horizon],
             "data": self._data[:, :used].clone(),

@@ -35,6 +35,8 @@ class Recorder:
     transition are computed from its numbers.
     """
 
+    keep = 0  # rows of a block
+
     def __init__(self, replay: Replay, seed: int, done: float, *, terminal: float = 0.5) -> None:
         self.replay, self.random = replay, random.Random(seed)
         self.done_probability, self.terminal = done, terminal
@@ -94,14 +96,26 @@ class Recorder:
                     found.add((n, window[0].episode, window[0].step))
         return found
 
-    def whole(self) -> dict[tuple[int, int], int]:
-        """Steps of the episodes that have ended and are in the ring from their first step on."""
-        found = {}
+    def whole(self) -> dict[Key, int]:
+        """Steps of what is held from its first step to where it ended; a block's end cuts in two.
+
+        By that first step.
+        """
+        found: dict[Key, int] = {}
+        cut: dict[int, Record] = {}
         for n, records in self.held():
+            behind_block, first, begins = cut.get(n), None, True
             for r in records:
-                if not r.acted and r.episode != self.episode[n]:
-                    begun = any(s == Record(r.episode, 0, True) for s in records)
-                    found |= {(n, r.episode): r.step} if begun else {}
+                if begins and r.acted:
+                    goes_on = behind_block == Record(r.episode, r.step, False)
+                    first = r if r.step == 0 or goes_on else None
+                begins = not r.acted
+                going_on = r == Record(self.episode[n], self.step[n], False)
+                full = len(records) == self.keep and r is records[-1] and behind_block is None
+                if begins and first is not None and (full or not going_on):
+                    found[n, first.episode, first.step] = r.step - first.step
+            if records:
+                cut[n] = records[-1]
         return found
 
     def acted_on(self) -> set[Key]:
@@ -214,13 +228,28 @@ def test_episodes_are_those_that_ended_and_are_held_whole(
     found = 0
     for step in range(5 * rows):
         recorder.end_episodes() if step % 4 == 3 else recorder.add()
-        expected = recorder.whole()
-        for episode in replay.episodes():
-            env, number, first = check_episode(episode, recorder)
-            assert first == 0 and len(episode.action) == expected.pop((env, number))
-            found += 1
-        assert not expected
+        found += check_episodes(replay, recorder)
     assert found > 0
+
+
+def check_episodes(replay: Replay, recorder: Recorder) -> int:
+    """All that are held whole and no other, here and after a checkpoint; how many they are."""
+    expected = recorder.whole()
+    episodes = list(replay.episodes())
+    first = {check_episode(e, recorder): len(e.action) for e in episodes}
+    assert first == expected and len(episodes) == len(expected)
+    restored = Replay(
+        replay.num_envs * replay.rows,
+        replay.num_envs,
+        OBS,
+        ACTION,
+        replay.horizon,
+        keep=recorder.keep,
+    )
+    restored.load_state_dict(replay.state_dict())
+    for ours, theirs in zip(restored.episodes(), episodes, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(ours[:4], theirs[:4], strict=True))
+    return len(episodes)
 
 
 def check_episode(episode: Episode, recorder: Recorder) -> Key:
@@ -584,7 +613,7 @@ def test_the_first_rows_are_kept(
     """Five times round the ring: the block stays whole, and no window leads out of it."""
     replay = Replay(num_envs * rows, num_envs, OBS, ACTION, horizon, keep=keep)
     recorder = KeepingRecorder(replay, keep, seed, done)
-    whole: set[Key] = set()
+    whole = 0
     for _ in range(5 * rows):
         recorder.add()
         expected = recorder.windows()
@@ -592,12 +621,8 @@ def test_the_first_rows_are_kept(
         assert len(replay) == len(recorder.acted_on())
         if expected:
             assert set(check(replay.sample(16), recorder)) <= expected
-        for episode in replay.episodes():  # one that the block's end cuts is two
-            env, number, first = check_episode(episode, recorder)
-            steps = {(env, number, first + t) for t in range(len(episode.action))}
-            assert steps <= recorder.acted_on()
-            whole |= steps
-    assert whole
+        whole += check_episodes(replay, recorder)
+    assert whole > 0
     uniform(check(replay.sample(300 * len(expected)), recorder), expected)
     acted = recorder.acted_on()
     drawn = replay.sample_starts(300 * len(acted)).obs
@@ -613,6 +638,7 @@ def test_episodes_before_the_block_are_overwritten_as_ever(lengths: list[int]) -
     load(recorder, lengths)
     recorder.loaded = [len(log) for log in recorder.logs]
     for _ in range(70):
+        check_episodes(replay, recorder)
         expected = recorder.windows()
         assert replay.num_windows() == len(expected)
         assert len(replay) == len(recorder.acted_on())
@@ -637,10 +663,31 @@ def test_episodes_that_end_from_outside_beside_a_block() -> None:
             recorder.end_episodes()
         else:
             recorder.add()
+        check_episodes(replay, recorder)
         expected = recorder.windows()
         assert replay.num_windows() == len(expected)
         if expected:
             assert set(check(replay.sample(16), recorder)) <= expected
+
+
+def test_an_observation_behind_the_block_is_saved() -> None:
+    """Where an episode ends in the row before the block, and nothing was acted on behind it."""
+    replay = Replay(6, 1, OBS, ACTION, 1, keep=3)
+    recorder = KeepingRecorder(replay, 3, 0, done=1.0)
+    load(recorder, [1])
+    recorder.loaded = [len(log) for log in recorder.logs]
+    for _ in range(6):
+        recorder.add()
+        check_episodes(replay, recorder)
+
+
+def test_an_open_episode_of_a_block_longer_than_the_ring_has_not_ended() -> None:
+    replay = Replay(12, 1, OBS, ACTION, 1, keep=9)
+    recorder = KeepingRecorder(replay, 9, 0, done=0.0)
+    for _ in range(8):
+        assert replay.ended().tolist() == [0]
+        recorder.add()
+    assert replay.ended().tolist() == [1], "the block's end"
 
 
 @pytest.mark.parametrize("added", [0, 2, 5, 6, 14, 60])
@@ -765,6 +812,9 @@ def test_the_task_goes_with_what_is_sampled(keep: int) -> None:
         starts = source.sample_starts(500)
         assert starts.task is not None and torch.equal(starts.task, tasks_of_rows(starts.obs))
         assert len(starts.task.unique()) > 2
+        episodes = list(source.episodes())
+        assert all((tasks_of_rows(e.obs) == e.task).all() for e in episodes)
+        assert len({e.task for e in episodes}) > 2
 
 
 def test_one_task_has_no_numbers() -> None:

@@ -66,18 +66,21 @@ JOINT = "joint"  # one policy for all tasks
 
 
 def record(runs: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Write the data; the returns of each task's episodes."""
+    """Write the data; the returns of each task's episodes.
+
+    Raises:
+        ConfigError: a run is not of ``env=dmc``, or of a task that another is of, or has no whole
+            episode; or what is to be written is there.
+        CheckpointError: a run has no checkpoint that can be read.
+    """
+    if out.exists():
+        raise ConfigError(f"--out={out} is there already")
     episodes: dict[str, list[Episode]] = {}
     for run in runs:
-        path = run / "checkpoints" / "latest.pt"
-        config, content = build.load_run(path)
-        options, device = config.env.options, torch.device("cpu")
-        task = f"{options['domain']}-{options['task'].replace('_', '-')}"
-        with closing(build.make_env(config, config.env_count, 0, device)) as env:
-            replay = build.make_replay(config, env, device)
-            steps = env.max_episode_steps
-        replay.load_state_dict(content["replay"])
-        episodes[task] = [e for e in replay.episodes() if len(e.action) == steps]
+        task, found = _seen(run)
+        if task in episodes:
+            raise ConfigError(f"{run} is of {task}, as a run before it is: give one of each task")
+        episodes[task] = found
     widest = [max(e[0][i].shape[1] for e in episodes.values()) for i in (0, 1)]
     chunks, returns = [], {}
     for number, (task, found) in enumerate(episodes.items()):
@@ -94,6 +97,25 @@ def record(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     _write(out / TOGETHER, together, dict(enumerate(episodes)))
     (out / "returns.json").write_text(json.dumps(returns, indent=1) + "\n", "utf-8")
     return returns
+
+
+def _seen(run: Path) -> tuple[str, list[Episode]]:
+    """A run's task, and the whole episodes in its replay."""
+    path = run / "checkpoints" / "latest.pt"
+    config, content = build.load_run(path)
+    options, device = config.env.options, torch.device("cpu")
+    if config.env.name != "dmc":
+        raise ConfigError(f"{run} must be a run of env=dmc, got env={config.env.name}")
+    if content.get("replay") is None:
+        raise ConfigError(f"{path} holds no replay, which a finished run's latest.pt does")
+    with closing(build.make_env(config, config.env_count, 0, device)) as env:
+        replay = build.make_replay(config, env, device)
+        steps = env.max_episode_steps
+    replay.load_state_dict(content["replay"])
+    found = [e for e in replay.episodes() if len(e.action) == steps]
+    if not found:
+        raise ConfigError(f"{path} holds no whole episode of {steps} steps")
+    return f"{options['domain']}-{options['task'].replace('_', '-')}", found
 
 
 def _chunk(episodes: Sequence[Episode], task: int, obs: int, action: int) -> dict[str, Any]:

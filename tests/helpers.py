@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pwm_fast.backends.precision import BY_NAME
 from pwm_fast.backends.select import BACKENDS, Choice
@@ -18,6 +20,19 @@ PARAMETERS = ("weight", "bias", "ln_weight", "ln_bias")
 def choice(backend: str, precision: str = "exact") -> Choice:
     """A backend and a precision, as a call would choose them."""
     return Choice(BACKENDS[backend], BY_NAME[precision])
+
+
+class Operators(TorchDispatchMode):
+    """The names of our operators that run inside, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "pwm_fast":
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def random_layer(

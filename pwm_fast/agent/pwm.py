@@ -138,12 +138,12 @@ class PWM:
 
         Where all read the same ones, bool ``[A]``, which leaves rollouts one operator.
         """
-        widths = set(action_dims.values())
+        widths, num_tasks = set(action_dims.values()), self.config.world_model.num_tasks
         if widths <= {self.action_dim}:
             return None
-        if len(widths) == 1:
+        if len(widths) == 1 and len(action_dims) == num_tasks:
             return torch.arange(self.action_dim, device=self.device) < widths.pop()
-        masks = torch.ones(self.config.world_model.num_tasks, self.action_dim)
+        masks = torch.ones(num_tasks, self.action_dim)
         for number, width in action_dims.items():
             masks[number, width:] = 0.0
         return masks.to(self.device)

@@ -157,7 +157,7 @@ def roll_out(
     if call.unsupported is None and whole and noise.requires_grad:
         call = call._replace(unsupported="a gradient towards noise is asked for")
     choice = select("imagine", backend, call)
-    if choice.is_reference or isinstance(step, str):
+    if choice.is_reference or isinstance(step, str) or noise.shape[0] == 0:
         return _reference(z0, noise, policy, dynamics, task, mask, detach)
     if not whole:
         run = partial(fused_mlp, choice)
@@ -187,8 +187,8 @@ def _in_one_operator(policy: Policy, mask: Tensor | None) -> bool:
     """Whether the operator of whole rollouts covers the kind of policy and of mask."""
     if policy.std is None or policy.order != "act_norm" or policy.task_input:
         return False
-    last = policy.layers[-1]  # its zeros have to stay zeros
-    return mask is None or (mask.dim() == 1 and last.ln_weight is None and last.act == "none")
+    # A LayerNorm at the end would make something of the zeros that the mask leaves.
+    return mask is None or (mask.dim() == 1 and policy.layers[-1].ln_weight is None)
 
 
 def _masked(policy: Policy, mask: Tensor) -> Policy:

@@ -263,7 +263,13 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
             "precision=auto, which is exact on a CPU and fast on a GPU"
         )
     check_tasks(config.alg, env)
-    tasks = tasks_of(env)
+    tasks, action_dims = tasks_of(env), None
+    if tasks is not None:
+        action_dims = tasks.action_dims_by_number
+        if len(set(tasks.action_dims)) == 1:
+            # The model's other tasks do not come up, and with one mask a rollout is one operator.
+            numbers = range(config.alg.world_model.num_tasks)
+            action_dims = dict.fromkeys(numbers, tasks.action_dims[0])
     with _usable(f"alg={config.alg.name} does", "the latent_dim and units of its networks"):
         return PWM(
             *dims(env),
@@ -272,7 +278,7 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
             device=device,
             graphs=None if config.graphs == "auto" else config.graphs == "true",
             precision=config.precision,
-            action_dims=None if tasks is None else tasks.action_dims_by_number,
+            action_dims=action_dims,
         )
 
 

@@ -54,6 +54,7 @@ AGENTS: dict[str, dict[str, Any]] = {
         **OBSERVATIONS,
     },
     "masked": {"kind": "flow", "task_dim": 3, "num_tasks": 2, "action_dims": {0: 1, 1: 2}},
+    "masked alike": {"kind": "flow", "action_dims": {0: 1}},
     "state's deviation": {"kind": "flow", "actor_kind": "tdmpc2", "actor_entropy_coef": 0.1},
     "all normalised": {"kind": "flow", "normalize_obs": True, "detach": False},
     "as published": {

@@ -21,6 +21,7 @@ from tests.agent.agents import (
     make_task,
     make_windows,
 )
+from tests.helpers import Operators
 from tests.models.builders import same
 
 MANY: dict[str, Any] = {"kind": "flow", "task_dim": 3, "num_tasks": 2, "normalize_obs": True}
@@ -123,16 +124,26 @@ def test_tasks_of_one_width_are_masked_as_one() -> None:
     """In one operator, to the same policy, values and actions as row by row."""
     found = []
     for each in (False, True):
-        agent, obs, task = many(action_dims={0: 1, 1: 1}), make_obs(10), make_task(10)
+        agent = many(action_dims={0: 1, 1: 1}, actor_task_input=False)
+        obs, task = make_obs(10), make_task(10)
         assert agent.action_mask is not None and agent.action_mask.dtype == torch.bool
         if each:
             agent.action_mask = agent.action_mask.float().expand(2, ACTION)
         torch.manual_seed(0)
+        with Operators() as operators:
+            agent._imagine(obs, task)
+        assert ("pwm_fast::imagine" in operators.names) != each
         metrics = agent.update_policy(obs, task)
         names = ("actor_loss", "value_loss", "actor_grad_norm")
         found.append([*(metrics[k] for k in names), agent.act(obs, task=task)])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tasks_of_no_known_width_read_all() -> None:
+    agent = many(action_dims={0: 1})
+    action = agent.act(make_obs(10), task=make_task(10))
+    assert (action == 0.0).sum(1).tolist() == [1, 0] * 5
 
 
 def test_without_smaller_tasks_nothing_is_masked() -> None:

@@ -57,12 +57,31 @@ def test_data_are_the_episodes_that_runs_have_seen(runs: list[Path], tmp_path: P
     assert said["reacher-easy"]["best"] == pytest.approx(max(returns))
 
 
+def test_runs_that_give_no_data_are_named(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, short = tmp_path / "other", tmp_path / "short"
+    train(tiny_config(other, epochs=1, esnr__every=0))
+    options = {"env__domain": "cartpole", "env__task": "swingup", "esnr__every": 0}
+    train(tiny_config(short, "dmc", epochs=2, **options))
+    for given, message in (
+        ([runs[0], other], f"{other} must be a run of env=dmc, got env=cartpole"),
+        ([runs[1], short], f"{short / 'checkpoints' / 'latest.pt'} holds no whole episode of 12"),
+        ([runs[0], runs[0]], "cartpole-swingup, as a run before it is: give one of each task"),
+    ):
+        arguments = ["data", *map(str, given), "--out", str(tmp_path / "data")]
+        assert many_tasks.main(arguments) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "data").exists()
+
+
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["data", "--out", str(tmp_path)], "data needs run directories"),
         (["data", str(tmp_path)], "data needs --out=DIR"),
         (["collect", "--out", str(tmp_path)], "collect needs --data=DIR"),
-        (["data", str(tmp_path / "none"), "--out", str(tmp_path)], "none"),
+        (["data", str(tmp_path), "--out", str(tmp_path)], f"--out={tmp_path} is there already"),
+        (["data", str(tmp_path / "none"), "--out", str(tmp_path / "data")], "none"),
     ):
         assert many_tasks.main(arguments) == 2
         assert message in capsys.readouterr().err

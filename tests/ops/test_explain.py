@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pwm_fast
 from pwm_fast import ops
 from pwm_fast.backends import select, triton_support
 from pwm_fast.backends.native import why_missing
-from tests.helpers import random_layer, tensors_of
+from tests.helpers import Operators, random_layer, tensors_of
 
 needs_native = pytest.mark.skipif(
     why_missing() is not None, reason=f"no native kernels: {why_missing()}"
@@ -111,17 +110,6 @@ def test_copies() -> None:
         "inputs[0] concatenated",
         "inputs[1] concatenated",
     }
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "pwm_fast":
-            self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 def imagine_arguments() -> tuple[tuple[Any, ...], dict[str, Any]]:

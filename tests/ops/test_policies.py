@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 import pwm_fast
 from pwm_fast import ops
 from pwm_fast.backends.native import why_missing
-from pwm_fast.ops import Layer, Policy
+from pwm_fast.ops import Activation, Layer, Policy
 from tests.helpers import random_layer, tensors_of, with_tensors
 
 D, A, E, B, H = 8, 3, 2, 5, 4
@@ -104,17 +104,17 @@ def test_a_mask_of_ones(backend: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def ending(dtype: torch.dtype, *, norm: bool) -> Policy:
+def ending(dtype: torch.dtype, act: Activation, *, norm: bool) -> Policy:
     """A policy of PWM's kind whose last layer is more than a Linear."""
-    last = random_layer(9, A, "mish", norm=norm, dtype=dtype)
+    last = random_layer(9, A, act, norm=norm, dtype=dtype)
     return Policy([*net(D, A, dtype)[:1], last], torch.ones(A, dtype=dtype))
 
 
 POLICIES: dict[str, Callable[[torch.dtype], Policy]] = {
     "pwm": pwm,
     "tdmpc2": lambda dtype: Policy(net(D, 2 * A, dtype), None, "norm_act"),
-    "norm at the end": lambda dtype: ending(dtype, norm=True),
-    "mish at the end": lambda dtype: ending(dtype, norm=False),
+    "norm at the end": lambda dtype: ending(dtype, "none", norm=True),
+    "mish at the end": lambda dtype: ending(dtype, "mish", norm=False),
 }
 
 
@@ -202,8 +202,15 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
 def test_nothing_or_one(batch: int, horizon: int) -> None:
     given = arguments()
     given |= {k: given[k][:batch] for k in ("z0", "task", "action_mask")}
-    out = ops.imagine(**given | {"noise": given["noise"][:horizon, :batch]})
-    assert out.z.shape == (horizon + 1, batch, D) and out.reward.shape == (horizon, batch)
+    given["noise"] = given["noise"][:horizon, :batch]
+    one = {k: x.float() for k, x in given.items() if k in ("z0", "noise")}
+    one |= {k: arguments(torch.float32, task=False)[k] for k in ("dynamics", "heads", "task")}
+    one["policy"] = pwm(torch.float32)
+    shared = torch.tensor([True, False, True])
+    for case in (given, one | {"action_mask": None}, one | {"action_mask": shared}):
+        out = ops.imagine(**case)
+        assert out.z.shape == (horizon + 1, batch, D) and out.reward.shape == (horizon, batch)
+        assert out.action.shape == (horizon, batch, A)
 
 
 G = arguments()

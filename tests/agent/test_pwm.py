@@ -73,13 +73,11 @@ def test_act(name: str) -> None:
     z = agent.world_model.encode(x, own)
     e = agent.world_model.task_input(own, z)
     found = agent.act(obs, task=task, deterministic=True)
-    same(found, agent.actor(z, None, e, agent._mask(own, z)), rtol=1e-5, atol=1e-6)
+    same(found, agent.actor(z, None, e, agent._mask(own)), rtol=1e-5, atol=1e-6)
     torch.manual_seed(4)
     action = agent.act(obs, task=task)
     torch.manual_seed(4)
-    same(
-        action, agent.actor(z, torch.randn(7, ACTION), e, agent._mask(own, z)), rtol=1e-5, atol=1e-6
-    )
+    same(action, agent.actor(z, torch.randn(7, ACTION), e, agent._mask(own)), rtol=1e-5, atol=1e-6)
     assert not action.requires_grad
     assert not torch.equal(agent.act(obs, task=task), action)
 

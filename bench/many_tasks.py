@@ -223,7 +223,7 @@ def collect(data: Path, out: Path) -> dict[str, Any]:
             found = _finished(_policy(out, kind, way, which, task))
             if found is None:
                 continue
-            seen = found["evaluation"]
+            seen, best = found["evaluation"], found["best"]["reward"]
             own = seen["tasks"] if task == JOINT else {task: seen}
             policies += [
                 {
@@ -233,6 +233,7 @@ def collect(data: Path, out: Path) -> dict[str, Any]:
                     "task": name,
                     "return": evaluation["reward_mean"],
                     "return_std": evaluation["reward_std"],
+                    "best": None if task == JOINT else best,  # which is of the tasks' mean
                     "env_steps": found["env_steps"],
                     "seconds": round(found["wall_time"]),
                 }
@@ -272,7 +273,7 @@ def table(result: Mapping[str, Any]) -> str:
             for column in columns:
                 wanted = (kind, *column, task)
                 own = [
-                    f"{p['return']:.0f}"
+                    f"{p['return']:.0f}" + ("" if p["best"] is None else f" ({p['best']:.0f})")
                     for p in result["policies"]
                     if (p["kind"], p["way"], p["data"], p["task"]) == wanted
                 ]
@@ -294,7 +295,8 @@ def table(result: Mapping[str, Any]) -> str:
             ),
             "",
             f"Mean returns of 16 episodes (of the joint policy: {16 // len(data)} or one more of a "
-            f"task), one seed. A policy took {seconds[0]} to {seconds[-1]:,} seconds.",
+            "task) and, in brackets, of the best evaluation on the way (8 episodes every 20 "
+            f"epochs); one seed. A policy took {seconds[0]} to {seconds[-1]:,} seconds.",
             f"One thread of {result['machine']['cpu']}, torch {result['software']['torch']}, "
             f"{result['date'][:10]}, commit {commit['id'] or 'unknown'}{dirty}.",
         ]

@@ -105,6 +105,7 @@ def data(tmp_path: Path) -> Path:
 def finished(folder: Path, **found: Any) -> None:
     folder.mkdir(parents=True)
     about = {"status": "finished", "wall_time": 7.4, "env_steps": 12, "updates": 640}
+    about["best"] = {"reward": 400.0}
     (folder / "summary.json").write_text(json.dumps({**about, **found}))
 
 
@@ -145,5 +146,5 @@ def test_the_table_has_what_is_finished(
     said = capsys.readouterr().out
     assert "| flow | together | 640 | 7 | 0.25 | 0.875 |" in said
     assert "| `walker-walk` | 5 | 9 | flow |  |  |  | 101 |  |  |" in said
-    assert "| `walker-walk` | 5 | 9 | mlp |  | 321 |  |  |  |  |" in said
+    assert "| `walker-walk` | 5 | 9 | mlp |  | 321 (400) |  |  |  |  |" in said
     assert many_tasks.table(json.loads((tmp_path / "stored.json").read_text())) in said

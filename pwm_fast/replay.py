@@ -343,10 +343,12 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         """The contents, without the rows that were never written."""
-        env, row = (self._run > 0).nonzero(as_tuple=True)
-        # Behind a row is the observation after its step, which may be on a block's other side.
-        behind = self._moved(env, row, torch.ones(1, 1, dtype=torch.int64, device=self.device))
-        used = int(torch.cat((row, behind[0])).amax()) + 1 if len(row) else 0
+        used = int((self._run.amax(0) > 0).nonzero().amax()) + 2 if len(self) else 0
+        used = min(used, self.rows)
+        # The observation after the step before a block is on the block's other side.
+        before = (self._block - 1) % self.rows
+        acted = self._run[self._env_index, before] > 0
+        used = max(used, int(torch.where(acted, self._following(before) + 1, 0).amax()))
         return {
             "shape": [self.num_envs, self.rows, self.obs_dim, self.action_dim, self.horizon],
             "data": self._data[:, :used].clone(),

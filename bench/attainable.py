@@ -295,12 +295,11 @@ def table(result: Mapping[str, Any]) -> str:
 
 def _measured(case: Mapping[str, Any]) -> str:
     """What a case was measured on."""
-    software, commit = case["software"], case["commit"]
+    software = case["software"]
     seeds = len(case["policies"]["idle"]["reward"])
     return (
         f"means over {seeds} episodes; {case['machine']['cpu']}, MuJoCo {software['mujoco']}, "
-        f"torch {software['torch']}, {case['date'][:10]}, commit {commit['id'] or 'unknown'}"
-        + (" with uncommitted changes." if commit["dirty"] else ".")
+        f"torch {software['torch']}, {environment.made(case)}."
     )
 
 

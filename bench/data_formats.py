@@ -140,11 +140,10 @@ def table(result: Mapping[str, Any]) -> str:
         cells += [f"{case[f'{what}_seconds']:.1f} s" for what in ("describe", "read")]
         cells.append(f"{case['memory_bytes'] / 1e6:.0f} MB")
         lines.append(f"| {' | '.join(cells)} |")
-    software, commit = result["software"], result["commit"]
-    dirty = " with uncommitted changes" if commit["dirty"] else ""
+    software = result["software"]
     lines += ["", f"Episodes of {STEPS} steps; one thread of {result['machine']['cpu']}."]
     lines[-1] += f" torch {software['torch']}, NumPy {software['numpy']}, h5py {result['h5py']},"
-    lines.append(f"{result['date'][:10]}, commit {commit['id'] or 'unknown'}{dirty}.")
+    lines.append(f"{environment.made(result)}.")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "machine": machine(device),
         "software": software(),
     }
+
+
+def made(facts: Mapping[str, Any]) -> str:
+    """The day and the commit of :func:`describe`'s facts, in words."""
+    commit = facts["commit"]
+    state = " with uncommitted changes" if commit["dirty"] else ""
+    return f"{facts['date'][:10]}, commit {commit['id'] or 'unknown'}{state}"
 
 
 def check_gpu(device: torch.device) -> None:

@@ -223,11 +223,9 @@ def tables(result: Mapping[str, Any]) -> str:
             lines[-1].append(f"{by[0]['typical']:.1%}")
             lines[-1].append(f"{by[0]['mean']:.1%} +- {by[0]['mean_error']:.1%}")
             lines[-1] += [f"{x['sizes'][2] / x['sizes'][0]:.3g}" for x in by]
-    software, commit = result["software"], result["commit"]
-    changed = " with uncommitted changes" if commit["dirty"] else ""
     where = (
-        f"{result['machine']['cpu']}, one thread, MuJoCo {software['mujoco']}, "
-        f"{result['date'][:10]}, commit {commit['id'] or 'unknown'}{changed}."
+        f"{result['machine']['cpu']}, one thread, MuJoCo {result['software']['mujoco']}, "
+        f"{environment.made(result)}."
     )
     return "\n\n".join((first, markdown(heads, lines), where))
 

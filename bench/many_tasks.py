@@ -30,11 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from bench import environment, pages, results
 from pwm_fast.config import ConfigError
 from pwm_fast.data import describe, register
 from pwm_fast.data.task_names import write_names
+from pwm_fast.envs.many_tasks import domain_and_task
 from pwm_fast.replay import Episode
 from pwm_fast.run import build
 from pwm_fast.run.checkpoint import CheckpointError
@@ -81,11 +84,11 @@ def record(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         if task in episodes:
             raise ConfigError(f"{run} is of {task}, as a run before it is: give one of each task")
         episodes[task] = found
-    widest = [max(e[0][i].shape[1] for e in episodes.values()) for i in (0, 1)]
     chunks, returns = [], {}
     for number, (task, found) in enumerate(episodes.items()):
-        _write(out / task, _chunk(found, 0, *(found[0][i].shape[1] for i in (0, 1))), {0: task})
-        chunks.append(_chunk(found, number, *widest))
+        chunk = _chunk(found)
+        _write(out / task, chunk, {0: task})
+        chunks.append({**chunk, "task": torch.full_like(chunk["task"], number)})
         own = sorted(float(e.reward.sum()) for e in found)
         returns[task] = {
             "episodes": len(own),
@@ -93,7 +96,12 @@ def record(runs: Sequence[Path], out: Path) -> dict[str, Any]:
             "mean": statistics.fmean(own),
             "best": own[-1],
         }
+    for key in ("obs", "action"):
+        widest = max(chunk[key].shape[-1] for chunk in chunks)
+        for chunk in chunks:
+            chunk[key] = functional.pad(chunk[key], (0, widest - chunk[key].shape[-1]))
     together = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    together["action"][:, 0] = torch.nan
     _write(out / TOGETHER, together, dict(enumerate(episodes)))
     (out / "returns.json").write_text(json.dumps(returns, indent=1) + "\n", "utf-8")
     return returns
@@ -118,21 +126,15 @@ def _seen(run: Path) -> tuple[str, list[Episode]]:
     return f"{options['domain']}-{options['task'].replace('_', '-')}", found
 
 
-def _chunk(episodes: Sequence[Episode], task: int, obs: int, action: int) -> dict[str, Any]:
+def _chunk(episodes: Sequence[Episode]) -> dict[str, Tensor]:
     """Episodes of one length as TD-MPC2 has them: a row's action and reward led to it."""
-    count, steps = len(episodes), len(episodes[0].action)
-    chunk = {
-        "obs": torch.zeros(count, steps + 1, obs),
-        "action": torch.zeros(count, steps + 1, action),
-        "reward": torch.zeros(count, steps + 1),
-        "task": torch.full((count, steps + 1), task, dtype=torch.int32),
+    obs, action, reward = (torch.stack([e[i] for e in episodes]) for i in range(3))
+    return {
+        "obs": obs,
+        "action": functional.pad(action, (0, 0, 1, 0), value=torch.nan),
+        "reward": functional.pad(reward, (1, 0), value=torch.nan),
+        "task": torch.zeros(obs.shape[:2], dtype=torch.int32),
     }
-    for i, episode in enumerate(episodes):
-        chunk["obs"][i, :, : episode.obs.shape[1]] = episode.obs
-        chunk["action"][i, 1:, : episode.action.shape[1]] = episode.action
-        chunk["reward"][i, 1:] = episode.reward
-    chunk["action"][:, 0] = chunk["reward"][:, 0] = torch.nan
-    return chunk
 
 
 def _write(folder: Path, chunk: Mapping[str, Any], names: Mapping[int, str]) -> None:
@@ -172,8 +174,8 @@ def _env(task: str, tasks: Sequence[str]) -> list[str]:
     """What makes the environment of a task, or the one of all; 8 or 12 envs."""
     if task == JOINT:
         return ["env=dmc_tasks", f"env.tasks=[{','.join(tasks)}]"]
-    domain, _, what = task.partition("-")
-    return ["env=dmc", f"env.domain={domain}", f"env.task={what.replace('-', '_')}"]
+    domain, name = domain_and_task(task)
+    return ["env=dmc", f"env.domain={domain}", f"env.task={name}"]
 
 
 def _policies(tasks: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -280,8 +282,6 @@ def table(result: Mapping[str, Any]) -> str:
                 cells.append(own[0] if own else "")
             rows.append(cells)
     seconds = sorted({p["seconds"] for p in result["policies"]})
-    commit = result["commit"]
-    dirty = " with uncommitted changes" if commit["dirty"] else ""
     return "\n".join(
         [
             pages.markdown(
@@ -298,7 +298,7 @@ def table(result: Mapping[str, Any]) -> str:
             "task) and, in brackets, of the best evaluation on the way (8 episodes every 20 "
             f"epochs); one seed. A policy took {seconds[0]} to {seconds[-1]:,} seconds.",
             f"One thread of {result['machine']['cpu']}, torch {result['software']['torch']}, "
-            f"{result['date'][:10]}, commit {commit['id'] or 'unknown'}{dirty}.",
+            f"{environment.made(result)}.",
         ]
     )
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_report, results
+from bench import environment, gpu_report, results
 from bench.pages import PERFORMANCE, README, write
 from bench.providers import GRAPH, LABELS
 from bench.results import Group, Result, Row, Spread, ratio
@@ -62,14 +62,13 @@ def times(s: Spread) -> str:
 
 def machine_line(result: Result) -> str:
     """What it was measured on, in one line."""
-    m, software, commit = (result.facts[key] for key in ("machine", "software", "commit"))
+    m, software = (result.facts[key] for key in ("machine", "software"))
     where = m["gpu"] or f"{m['cpu']}, {m['isa']}"
-    state = " with uncommitted changes" if commit["dirty"] else ""
     cuda = f", CUDA {software['cuda']}" if m["gpu"] and software["cuda"] else ""
     return (
         f"{where}, {m['cores']} cores, {_threads(m['threads'])}; torch {software['torch']}{cuda}, "
         f"triton {software['triton'] or 'none'}, Python {software['python']}; "
-        f"{str(result.facts['date'])[:10]}, commit {commit['id'] or 'unknown'}{state}"
+        f"{environment.made(result.facts)}"
     )
 
 

@@ -215,7 +215,7 @@ def dm_control_tasks(
     """
     if not _is_list(tasks) or not all(isinstance(name, str) for name in tasks):
         raise ValueError(f"env.tasks must be a list of names such as [walker-walk], got {tasks!r}")
-    named = [_domain_and_task(name) for name in tasks]
+    named = [domain_and_task(name) for name in tasks]
 
     def make(k: int, count: int, seed: int) -> VectorEnv:
         try:
@@ -240,8 +240,12 @@ def dm_control_tasks(
     )
 
 
-def _domain_and_task(name: str) -> tuple[str, str]:
-    """Of ``"walker-walk"`` and the like."""
+def domain_and_task(name: str) -> tuple[str, str]:
+    """dm_control's names of what TD-MPC2 calls ``"walker-walk"`` or the like.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
     domain, hyphen, task = name.partition("-")
     if not hyphen:
         raise ValueError(f"env.tasks must name domain and task as in walker-walk, got {name!r}")

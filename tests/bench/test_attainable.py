@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ pytest.importorskip("mujoco.batch", reason="needs pip install 'pwm-fast[train]'"
 
 from bench import attainable
 from bench.attainable import Effort, Hold, Planner, coordinates, follow
-from bench.pages import ENVIRONMENTS, put
+from bench.pages import ENVIRONMENTS
 from pwm_fast.envs import TASKS, MujocoEnv
+from tests.bench.stored import check_page, stored
 
 
 def test_a_plan_s_return_is_what_the_task_pays() -> None:
@@ -88,26 +88,22 @@ def test_what_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "must be one of default, dflex, got 'fast'" in capsys.readouterr().err
 
 
-def stored() -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(attainable.OUT.read_text("utf-8"))
-    return result
-
-
 def test_the_table_in_the_docs_is_the_stored_result() -> None:
-    page = ENVIRONMENTS.read_text("utf-8")
-    assert put(page, "attainable", attainable.table(stored())) == page
+    check_page(ENVIRONMENTS, "attainable", attainable.table(stored(attainable.OUT)))
 
 
 def test_every_robot_and_variant_is_measured() -> None:
     wanted = {
         (name, tuple(v)) for name, t in TASKS.items() for v in attainable.distinct(t.variants)
     }
-    assert {(case["env"], tuple(case["variants"])) for case in stored()["cases"]} == wanted
+    cases = stored(attainable.OUT)["cases"]
+    assert {(case["env"], tuple(case["variants"])) for case in cases} == wanted
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_every_default_robot_can_do_more_than_nothing(name: str) -> None:
-    (case,) = [c for c in stored()["cases"] if c["env"] == name and "default" in c["variants"]]
+    cases = stored(attainable.OUT)["cases"]
+    (case,) = [c for c in cases if c["env"] == name and "default" in c["variants"]]
     best = {p: attainable._mean(x["reward"]) for p, x in case["policies"].items()}
     planned = best.pop("planner")
     assert planned > 1.5 * max(best.values()) if planned > 0 else planned > 0.8 * max(best.values())

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bench import data_formats
-from bench.pages import DATA, put
-
-
-def stored() -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(data_formats.OUT.read_text("utf-8"))
-    return result
+from bench.pages import DATA
+from tests.bench.stored import check_page, stored
 
 
 def test_the_table_in_the_docs_is_the_stored_result() -> None:
-    page = DATA.read_text("utf-8")
-    assert put(page, "data_formats", data_formats.table(stored())) == page
+    check_page(DATA, "data_formats", data_formats.table(stored(data_formats.OUT)))
 
 
 def test_memory_is_bounded() -> None:
     """Of files of a gigabyte and more as of small ones."""
-    cases = stored()["cases"]
+    cases = stored(data_formats.OUT)["cases"]
     sizes = [(c["format"], c["episodes"]) for c in cases]
     assert sizes == [(kind, n) for kind, pair in data_formats.SIZES.items() for n in pair]
     assert max(c["bytes"] for c in cases) > 1e9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ pytest.importorskip("mujoco.batch", reason="needs pip install 'pwm-fast[train]'"
 
 from bench import gradients
 from bench.differentiable import STEP, Physics
-from bench.pages import ENVIRONMENTS, put
+from bench.pages import ENVIRONMENTS
 from pwm_fast.envs import TASKS
+from tests.bench.stored import check_page, stored
 
 
 @pytest.mark.parametrize("name", ["hopper", "ant"])
@@ -46,21 +46,15 @@ def test_what_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "| `cartpole` | 3 | 16 |" in capsys.readouterr().out
 
 
-def stored() -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(gradients.OUT.read_text("utf-8"))
-    return result
-
-
 def test_the_tables_in_the_docs_are_the_stored_result() -> None:
-    page = ENVIRONMENTS.read_text("utf-8")
-    assert put(page, "gradients", gradients.tables(stored())) == page
+    check_page(ENVIRONMENTS, "gradients", gradients.tables(stored(gradients.OUT)))
 
 
 def test_small_steps_meet_few_contacts() -> None:
     """What bench.differentiable says of its step: no gradient is far out, as with a larger one."""
     tails: dict[str, list[float]] = {str(step): [] for step in gradients.STEPS}
     for name in ("hopper", "ant"):
-        for worth in stored()["cases"][name]["worth"]:
+        for worth in stored(gradients.OUT)["cases"][name]["worth"]:
             for step, found in worth["steps"].items():
                 tails[step].append(found["sizes"][2] / found["sizes"][0])
     assert max(tails[str(STEP)]) < 30.0 < max(tails["1e-07"])

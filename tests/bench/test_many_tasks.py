@@ -11,8 +11,10 @@ import torch
 
 from bench import many_tasks
 from bench.many_tasks import ALGS, JOINT, TOGETHER, WAYS
+from bench.pages import PRETRAINING
 from pwm_fast.data import describe
 from pwm_fast.run.start import train
+from tests.bench.stored import check_page, stored
 from tests.envs.suites import dm_control_suite
 from tests.run.conftest import tiny_config
 
@@ -107,6 +109,10 @@ def finished(folder: Path, **found: Any) -> None:
     about = {"status": "finished", "wall_time": 7.4, "env_steps": 12, "updates": 640}
     about["best"] = {"reward": 400.0}
     (folder / "summary.json").write_text(json.dumps({**about, **found}))
+
+
+def test_the_table_in_the_docs_is_the_stored_result() -> None:
+    check_page(PRETRAINING, "many_tasks", many_tasks.table(stored(many_tasks.OUT)))
 
 
 def test_every_policy_begins_with_a_model_that_is_made_before(data: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.helpers import random_layer, tensors_of, with_tensors
 
 D, A, E, B, H = 8, 3, 2, 5, 4
 needs_native = pytest.mark.skipif(why_missing() is not None, reason="no native kernels")
+native = pytest.param("native", marks=needs_native)
 
 
 def net(inputs: int, outputs: int, dtype: torch.dtype) -> list[Layer]:
@@ -86,11 +87,9 @@ def test_masks(backend: str) -> None:
     assert not grad[:, ~mask].any() and grad[0, mask].all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("backend", ["torch", native])
 def test_a_mask_of_ones(backend: str) -> None:
     """What PWM's policy does in one operator, step by step: the same but for rounding."""
-    if backend == "native" and why_missing() is not None:
-        pytest.skip("no native kernels")
     given = arguments(torch.float32, task=False) | {"policy": pwm(torch.float32)}
     for x in (*tensors_of(given["policy"].layers[0]), given["policy"].std):
         x.requires_grad_()
@@ -119,11 +118,9 @@ POLICIES: dict[str, Callable[[torch.dtype], Policy]] = {
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-@pytest.mark.parametrize("backend", ["reference", "torch", "native"])
+@pytest.mark.parametrize("backend", ["reference", "torch", native])
 def test_a_mask_of_all_rows(backend: str, kind: str) -> None:
     """The same as one that says it row by row, forward and in every gradient."""
-    if backend == "native" and why_missing() is not None:
-        pytest.skip("no native kernels")
     dtype = torch.float32 if backend == "native" else torch.float64
     given = arguments(dtype, task=False)
     given["policy"] = policy = POLICIES[kind](dtype)

@@ -112,6 +112,9 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", given)
     said = provenance.command_line()
     assert said == "python3 -c 'from pwm_fast import train; train.main()' 'a b'"
+    script = ["/a/folder/python3", "/home/me/.venv/bin/pwm-fast", "train", "seed=1"]
+    monkeypatch.setattr(sys, "orig_argv", script)
+    assert provenance.command_line() == "pwm-fast train seed=1"
 
 
 def test_resuming_adds_to_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ HOW_IT_RUNS = (
     "checkpoint",
     "eval",
     "wandb",
+    "tensorboard",
     "env.threads",
 )
 # What runs may differ in and still be repetitions of one experiment.

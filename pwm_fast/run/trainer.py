@@ -86,7 +86,7 @@ class Trainer:
         """
         self._logger, self._stop = logger, stop
         self._clock = time.monotonic()
-        if self.config.wandb.gradients and self.config.wandb.mode != "disabled":
+        if logger.takes_gradients:
             for optimizer in self.state.agent.optimizers.values():
                 optimizer.keep_gradients = True
         for text in outlook(self.config):
@@ -388,7 +388,7 @@ class Trainer:
             }
             self.save("best")
             self._logger.summarize({f"best_{k}": v for k, v in self.state.best.items()})
-        if evaluation is not None and self.config.wandb.gradients:
+        if evaluation is not None and self._logger.takes_gradients:
             self._logger.log_gradients(self.state.agent.gradients())
 
     def _tick(self) -> None:

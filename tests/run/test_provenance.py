@@ -56,6 +56,7 @@ def test_the_hash_outlives_the_yaml_file(tmp_path: Path) -> None:
         ({"seed": 5}, True),
         ({"run_dir": "elsewhere"}, True),
         ({"threads": 2, "device": "auto", "eval__every": 1, "wandb__mode": "offline"}, True),
+        ({"tensorboard__enabled": True}, True),
         ({"epochs": 7}, False),
         ({"alg__actor__lr": 1e-3}, False),
         ({"env__max_episode_steps": 20}, False),

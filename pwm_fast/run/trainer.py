@@ -162,7 +162,8 @@ class Trainer:
         evaluation = self._evaluate(self.config.eval.episodes) if self._evaluation_due() else None
 
         row: metrics.Row = {"epoch": self.state.epoch + 1}
-        row.update(metrics.to_numbers({**self.state.progress.means(), **self._esnr()}))
+        found = {**self.state.progress.means(), **self._esnr()}
+        row.update(metrics.to_numbers({**found, **self.state.agent.normalizer_metrics()}))
         row.update(self._skips())
         row.update(rates)
         row["replay_size"] = len(self.state.replay)
@@ -203,6 +204,8 @@ class Trainer:
             self.state.progress.add_step("action_saturation", metrics.saturation(action))
             self.state.agent.observe(obs, reward, task)
             self.state.progress.add_episodes(info["episode"], self.state.tasks)
+            self.state.progress.add_total("train_terminated", terminated.sum())
+            self.state.progress.add_total("train_truncated", (truncated & ~terminated).sum())
             if "diverged" in info:
                 self.state.progress.add_total("diverged", info["diverged"].sum())
 

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: its directory, the terminal; TensorBoard and Weights & Biases if asked."""
+"""Where a run's metrics go: its directory, the terminal, and TensorBoard and wandb when asked."""
 
 from __future__ import annotations
 

@@ -115,9 +115,9 @@ class EventFile:
         folder.mkdir(exist_ok=True)
         number = 1 + max((int(p.suffix[1:]) for p in folder.glob("*.tfevents.*")), default=0)
         self._file = (folder / f"events.out.tfevents.{number:06d}").open("xb")
-        self._records: Any = import_module(
-            "tensorboard.summary.writer.record_writer"
-        ).RecordWriter(self._file)
+        self._records: Any = import_module("tensorboard.summary.writer.record_writer").RecordWriter(
+            self._file
+        )
         self._write(file_version="brain.Event:2")
         if again_from is not None:
             start = self._proto.SessionLog(status=self._proto.SessionLog.START)
@@ -153,7 +153,7 @@ def _step(row: metrics.Row) -> int:
 
 
 def _tag(name: str) -> str:
-    """Where TensorBoard shows a metric: with all losses, or in a group named after its first word."""
+    """Where TensorBoard shows a metric: among the losses, or under its first word."""
     group = "loss" if name.endswith("_loss") else name.partition("/")[0].partition("_")[0]
     return f"{group}/{name}"
 

@@ -64,9 +64,7 @@ def test_no_such_command(launcher: Launcher, tmp_path: Path, given: str, hint: s
     assert outcome.err == f"error: there is no command {given!r}; {hint}\n"
 
 
-def test_it_trains_as_the_module_does(
-    launcher: Launcher, whole_run: Path, tmp_path: Path
-) -> None:
+def test_it_trains_as_the_module_does(launcher: Launcher, whole_run: Path, tmp_path: Path) -> None:
     arguments = tiny_arguments(tmp_path / "run")
     outcome = launcher.run(tmp_path, "train", *arguments, module="pwm_fast")
     assert (outcome.status, outcome.err) == (0, "")

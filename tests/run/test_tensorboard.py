@@ -62,7 +62,9 @@ def test_a_run_and_its_resume(whole_run: Path, tmp_path: Path) -> None:
 
     histograms = [tag for tag in found.Tags()["histograms"] if tag.startswith("gradients/actor.")]
     steps = [event.step for event in found.Histograms(histograms[0])]
-    assert steps == [row["env_steps"] for row in logged if "eval_reward" in row and "wm_loss" in row]
+    assert steps == [
+        row["env_steps"] for row in logged if "eval_reward" in row and "wm_loss" in row
+    ]
     texts = [e.tensor_proto.string_val[0].decode() for e in found.Tensors("config/text_summary")]
     for text, epochs in zip(texts, (4, 6), strict=True):
         assert f"\n    epochs: {epochs}\n" in text and "\n      name: cartpole\n" in text

@@ -77,15 +77,21 @@ def test_rows(finished: Path) -> None:
 
 
 def test_how_episodes_end_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each epoch by itself, also across a stop within it; an end of both kinds is a terminal one."""
+    """Epoch by epoch; an end of both kinds, as all terminal ones are here, is a terminal one."""
     terminal, ends = [], []
-    add = Replay.add
+    add, step = Replay.add, MujocoEnv.step
 
-    def spy(self: Replay, obs: Any, action: Any, reward: Any, end: Any, done: Any, *rest: Any, **o: Any):
-        terminal.append(int(end.sum()))
+    def both(env: MujocoEnv, action: torch.Tensor) -> tuple[Any, ...]:
+        obs, reward, terminated, truncated, info = step(env, action)
+        return obs, reward, terminated, truncated | terminated, info
+
+    def spy(replay: Replay, *transition: Any, **options: Any) -> None:
+        _, _, _, terminated, done, _ = transition
+        terminal.append(int(terminated.sum()))
         ends.append(int(done.sum()))
-        return add(self, obs, action, reward, end, done, *rest, **o)
+        add(replay, *transition, **options)
 
+    monkeypatch.setattr(MujocoEnv, "step", both)
     monkeypatch.setattr(Replay, "add", spy)
     changes = {"epochs": 3, "env__max_episode_steps": 20, "alg__steps_per_epoch": 20}
     train(tiny_config(tmp_path / "run", "hopper", **changes))

@@ -176,6 +176,30 @@ def _sinks(config: TrainConfig, directory: RunDirectory) -> list[Sink]:
     return found
 
 
+class Unheard(RunLogger):
+    """Of a rank but the first, which logs for all."""
+
+    interactive = False
+
+    def __init__(self) -> None:
+        self._sinks = []
+
+    def write(self, row: Row) -> None:
+        """Nothing."""
+
+    def status(self, text: str) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self, *, ok: bool) -> None:
+        """Nothing."""
+
+
 def _progress_bar(epochs: int, done: int, interactive: bool) -> Any:
     from tqdm import tqdm
 

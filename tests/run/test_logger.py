@@ -69,3 +69,4 @@ def test_finite_gradients_go_where_they_are_asked_for(
             log.close(ok=False)
         for sink in sinks:
             assert sink.taken == ([{"w": [1.0, 2.0]}] if sink.gradients else []) + [False]
+    assert not logging.Unheard().takes_gradients, "nothing of a rank but the first"

@@ -100,7 +100,7 @@ def test_its_figures(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pretrain(tiny(tmp_path / "run", data))
     drawn = {path.stem for path in plot_run(tmp_path / "run")}
-    assert drawn == {"held_out", "world_model_losses", "gradient_norms", "summary"}
+    assert drawn == {"held_out", "world_model_losses", "gradient_norms", "speed", "summary"}
 
 
 def test_what_is_held_out_is_not_learned_from(data: Path, tmp_path: Path) -> None:

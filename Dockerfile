@@ -10,13 +10,14 @@ RUN case "$DEVICE" in cpu | cuda) ;; *) echo "DEVICE=$DEVICE is unknown: use cpu
     && apt-get update \
     && apt-get install -y --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
-ENV PATH=/opt/build/bin:$PATH NVCC=/opt/build/nvcc
+ENV PATH=/opt/build/bin:$PATH
 # nvcc for ESNR's kernels in CUDA C++, from PyPI (270 MB); the final stage goes without it.
 RUN python3 -m venv /opt/build \
     && if [ "$DEVICE" = cuda ]; then \
         pip install --no-cache-dir nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
             nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85 \
-        && ln -s "$(python3 -c 'import nvidia.cu13 as m; print(m.__path__[0])')/bin/nvcc" "$NVCC"; fi
+        && ln -s /opt/build/lib/python3.*/site-packages/nvidia/cu13 /usr/local/cuda \
+        && ln -s lib /usr/local/cuda/lib64; fi
 WORKDIR /src
 COPY . .
 RUN if [ "$DEVICE" = cuda ]; then PWM_FAST_CUDA=1; else PWM_FAST_CUDA=0; fi \
@@ -30,7 +31,7 @@ ARG TORCH_INDEX=
 # the driver where it runs.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3-venv libegl1 libgl1-mesa-dri \
+    && apt-get install -y --no-install-recommends python3-venv libegl1 libopengl0 libgl1-mesa-dri \
     && if [ "$DEVICE" = cuda ]; then apt-get install -y --no-install-recommends gcc libc6-dev python3-dev; fi \
     && rm -rf /var/lib/apt/lists/*
 ENV PATH=/opt/venv/bin:$PATH
@@ -42,8 +43,8 @@ RUN if [ "$DEVICE" = cpu ]; then : "${TORCH_INDEX:=https://download.pytorch.org/
 COPY --from=build /wheels /opt/wheels
 RUN pip install --no-cache-dir -c /opt/constraints.txt "$(ls /opt/wheels/*.whl)[$EXTRAS]"
 # HOME and USER also serve `docker run --user`, whose user the image does not know.
-RUN useradd --uid 1000 --home-dir /work --create-home pwm && chmod 1777 /work
-ENV HOME=/work USER=pwm MUJOCO_GL=egl NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics
+RUN useradd --uid 1000 --home-dir /work --no-create-home pwm && install -d -m 1777 /work
+ENV HOME=/work USER=pwm NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics
 USER 1000
 WORKDIR /work
 ENTRYPOINT ["pwm-fast"]

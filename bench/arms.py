@@ -50,6 +50,7 @@ ALL_DRAWN = f"{LEARN}.flow_share=1.0"
 HEUN = (ALL_DRAWN, f"{WM}.integrator=heun", f"{WM}.substeps=2")
 EULER = (ALL_DRAWN, f"{WM}.integrator=euler", f"{WM}.substeps=1")
 WHOLE, CUT4, CUT2, CUT1 = (f"{LEARN}.rollout_steps={n}" for n in ("null", 4, 2, 1))
+SHARE = (*EULER[1:], WHOLE, f"{LEARN}.flow_share=0.25")
 
 CARTPOLE = (
     _tiny("mlp", "MLP (baseline), windows of 16", WHOLE),
@@ -63,8 +64,7 @@ CARTPOLE = (
     _tiny("flow_mixed", "flow, Heun K = 2, learned with Euler K = 1", *HEUN,
           f"{LEARN}.integrator=euler", f"{LEARN}.substeps=1", WHOLE),
     _tiny("flow", "flow, Euler K = 1", *EULER, WHOLE),
-    _tiny("flow_share", "flow, Euler K = 1, a quarter of the flow times drawn", *EULER[1:], WHOLE,
-          f"{LEARN}.flow_share=0.25"),
+    _tiny("flow_share", "flow, Euler K = 1, a quarter of the flow times drawn", *SHARE),
     _tiny("flow_n4", "flow, Euler K = 1, windows of 4", *EULER, CUT4),
     _tiny("flow_n2", "flow, Euler K = 1, windows of 2", *EULER, CUT2),
     _tiny("flow_n1", "flow, Euler K = 1, windows of 1", *EULER, CUT1),
@@ -77,6 +77,11 @@ CARTPOLE = (
     _tiny("shortcut", "shortcut model, K = 1", f"{WM}.kind=shortcut", f"{WM}.substeps=1", WHOLE),
     _tiny("meanflow", "MeanFlow, K = 1", f"{WM}.kind=shortcut", f"{WM}.substeps=1", WHOLE,
           f"{LEARN}.consistency=meanflow"),
+    _tiny("mlp_n1_flow_policy", "MLP, windows of 1, flow policy", CUT1, "actor=flow"),
+    _tiny("flow_share_flow_policy", "flow, a quarter drawn, flow policy", *SHARE, "actor=flow"),
+    _tiny("flow_share_flow_g", "flow, a quarter drawn, gated flow policy", *SHARE, "actor=flow_g"),
+    _tiny("flow_share_meanflow", "flow, a quarter drawn, MeanFlow policy", *SHARE,
+          "actor=meanflow"),
 )  # fmt: skip
 
 

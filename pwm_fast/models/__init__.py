@@ -1,6 +1,6 @@
 """World models, policy and critics, with the parameter names of the published models."""
 
-from pwm_fast.models.actor import Actor, GaussianActor, TDMPC2Actor, make_actor
+from pwm_fast.models.actor import Actor, FlowActor, GaussianActor, TDMPC2Actor, make_actor
 from pwm_fast.models.critic import (
     Critic,
     CriticEnsemble,
@@ -21,6 +21,7 @@ __all__ = [
     "Critic",
     "CriticEnsemble",
     "FlowWorldModel",
+    "FlowActor",
     "GaussianActor",
     "LatentModel",
     "NormedLinear",

@@ -111,7 +111,7 @@ def compare_parameters(config: TrainConfig, against: TrainConfig, spaces: Spaces
         )
     )
     return Parity(
-        config.alg.name, against.alg.name, ours.parameters(), base.parameters(), different
+        config.alg.full_name, against.alg.full_name, ours.parameters(), base.parameters(), different
     )
 
 

@@ -485,6 +485,11 @@ class AlgConfig(Checked):
         )
 
     @property
+    def full_name(self) -> str:
+        """The name, and what tells its policy from others, for run directories and tables."""
+        return self.name + self.actor.suffix
+
+    @property
     def window_steps(self) -> int:
         """Macro steps of the windows that a world-model update learns from."""
         return self.model_learning.rollout_steps or self.horizon

@@ -94,8 +94,8 @@ class Actor(nn.Module, ABC):
 
         Args:
             z: latents.
-            noise: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``, of
-                a flow that of noise 0.
+            noise: standard normal ``[..., A]``; None gives the deterministic action: ``tanh(mu)``,
+                or what a flow makes of noise 0.
             task: embeddings ``[..., E]``, or None.
             mask: ``[..., A]``, bool or floating: 1 for the components that a task has, and 0 for
                 others, which are 0 in the action. None: all of them.

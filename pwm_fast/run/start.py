@@ -144,7 +144,7 @@ def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:
     shown = ", ".join(f"{name} {n:,}" for name, n in counts.items())
     engine = build.physics(config, device)
     return (
-        f"{config.env.name} x {config.env_count}, {config.alg.name} on {device} "
+        f"{config.env.name} x {config.env_count}, {config.alg.full_name} on {device} "
         f"({torch.get_num_threads()} CPU threads), precision {config.precision}, "
         f"seed {config.seed}, {config.epochs} epochs\n"
         + ("" if engine is None else f"{engine.describe(config.env.threads)}\n")

@@ -58,9 +58,7 @@ class _World(NamedTuple):
     notes: list[str]
 
 
-def convert(
-    path: Path, content: Mapping[str, Any], family: str, *, steps: FlowSteps
-) -> Published:
+def convert(path: Path, content: Mapping[str, Any], family: str, *, steps: FlowSteps) -> Published:
     """Make the parts of a file ours; arguments and errors as of ``load_published``."""
     actor = Parts(path, "actor", content["actor"])
     flows = any(str(key).startswith("velocity_net.") for key in content["actor"])

@@ -160,8 +160,13 @@ def test_learning_is_spread_over_the_steps() -> None:
 
 @pytest.mark.parametrize(
     ("form", "integrator", "substeps", "evaluations"),
-    [("ode", "euler", 4, 4), ("ode", "heun", 3, 6), ("gated", "euler", 2, 2), ("meanflow", "euler", 1, 1)],
-)  # fmt: skip
+    [
+        ("ode", "euler", 4, 4),
+        ("ode", "heun", 3, 6),
+        ("gated", "euler", 2, 2),
+        ("meanflow", "euler", 1, 1),
+    ],
+)
 def test_a_flow_policy_counts_every_evaluation(
     form: str, integrator: str, substeps: int, evaluations: int
 ) -> None:

@@ -222,9 +222,7 @@ def test_a_field_that_looks_at_latents_alone_is_a_gaussian_policy(backend: str) 
     own = given["policy"].layers
     mean = [own[0]._replace(weight=own[0].weight[:, A : A + D]), *own[1:]]
     given["policy"] = ops.Policy(mean, given["policy"].std)
-    for x, expected in zip(
-        found[:3], ops.imagine(**given, backend="reference")[:3], strict=True
-    ):
+    for x, expected in zip(found[:3], ops.imagine(**given, backend="reference")[:3], strict=True):
         torch.testing.assert_close(x, expected)
 
 
@@ -394,9 +392,7 @@ def test_plans(form: str) -> None:
     q = ops.ValueEnsemble([net(D + E + A, 1)], "norm_act", on_action=True, reduce="min")
     noise = ops.PlanNoise.draw(B, A, options, q, dtype=torch.float64)
     own = {k: given[k] for k in ("policy", "dynamics", "heads")}
-    found = ops.plan(
-        given["z0"], **own, values=q, options=options, noise=noise, task=given["task"]
-    )
+    found = ops.plan(given["z0"], **own, values=q, options=options, noise=noise, task=given["task"])
     assert noise.policy is not None
     for i in range(2):
         rollout = ops.imagine(**given | {"noise": noise.policy[:, :, i]})
@@ -445,7 +441,10 @@ ERRORS: dict[str, tuple[Change, str]] = {
         lambda p: p._replace(order="norm"),  # type: ignore[arg-type]
         "policy.order must be one of norm_act, act_norm, got 'norm'",
     ),
-    "substeps": (lambda p: p._replace(substeps=0), "policy.substeps must be a positive integer, got 0"),
+    "substeps": (
+        lambda p: p._replace(substeps=0),
+        "policy.substeps must be a positive integer, got 0",
+    ),
     "method": (lambda p: p._replace(method="rk4"), "method must be"),  # type: ignore[arg-type]
     "average": (
         lambda p: policy_of("meanflow")._replace(method="heun"),
@@ -478,5 +477,5 @@ def test_errors(name: str) -> None:
 def test_a_missing_task() -> None:
     given = arguments(policy_of(task=True)) | {"task": None}
     given["dynamics"], given["heads"] = ops.ResidualMLP(net(D + A, D)), ops.Heads(net(D + A, 1))
-    with pytest.raises(ValueError, match="policy.task_input needs task embeddings, got task=None"):
+    with pytest.raises(ValueError, match=r"policy.task_input needs task embeddings, got task=None"):
         ops.imagine(**given)

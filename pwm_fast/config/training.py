@@ -184,6 +184,10 @@ class TrainConfig(Checked):
             ``tf32``, ``bf16`` or ``fast`` (fp16). A run whose ``fast`` updates were skipped as
             non-finite goes on in ``bf16``.
         graphs: replay updates from CUDA graphs: ``auto`` (on a GPU), ``true`` or ``false``.
+        parallel: several processes in one run, each with its part of the envs, the replay and every
+            batch (docs/clusters.md). ``auto``: those that torchrun started together. ``data``:
+            likewise, and one process alone is refused; the runs of a sweep take all places of
+            their ``launch``, one after the other.
         threads: torch's CPU threads; null is SLURM_CPUS_PER_TASK or OMP_NUM_THREADS where they are
             set, else as many of the machine's cores as the agent's GEMMs have work for (one for
             a small agent on a CPU).
@@ -214,6 +218,7 @@ class TrainConfig(Checked):
     device: str = checked("auto", device_name)
     precision: str = checked("auto", one_of("auto", "exact", "tf32", "bf16", "fast"))
     graphs: str = checked("auto", one_of("auto", "true", "false"))
+    parallel: str = checked("auto", one_of("auto", "data"))
     threads: int | None = checked(None, thread_count)
     deterministic: bool = False
     record_host: bool = False

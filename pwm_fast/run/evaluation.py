@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,14 @@ class Evaluation:
         pairs = zip(tasks.names, tasks.numbers, strict=True)
         return {name: tasks.of_env.cpu() == number for name, number in pairs}
 
+    def on_cpu(self) -> Evaluation:
+        """The same without tensors on a GPU, for another process."""
+        tasks = self.tasks
+        if tasks is not None:
+            of_env, mask = tasks.of_env.cpu(), tasks.action_mask.cpu()
+            tasks = replace(tasks, of_env=of_env, action_mask=mask)
+        return replace(self, tasks=tasks)
+
     def summary(self) -> dict[str, Any]:
         """The figures and every single return, for a JSON file."""
         return {
@@ -91,6 +99,29 @@ class Evaluation:
                 for name, episodes in self._by_task().items()
             },
         }
+
+
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of one agent in envs of one kind as one of all their episodes."""
+    first = parts[0]
+    tasks = first.tasks
+    if tasks is not None:
+        of_env, mask = (
+            torch.cat([getattr(part.tasks, name) for part in parts])
+            for name in ("of_env", "action_mask")
+        )
+        tasks = replace(tasks, of_env=of_env, action_mask=mask)
+    held = None
+    if first.held is not None:
+        held = torch.cat([part.held for part in parts if part.held is not None])
+    return Evaluation(
+        torch.cat([part.returns for part in parts]),
+        torch.cat([part.lengths for part in parts]),
+        held,
+        torch.cat([part.diverged for part in parts]),
+        tasks,
+        first.model,
+    )
 
 
 @torch.no_grad()

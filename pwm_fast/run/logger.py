@@ -126,6 +126,36 @@ class RunLogger:
             self._wandb.finish(ok=ok)
 
 
+class Unheard(RunLogger):
+    """Of a rank but the first, which logs for all."""
+
+    interactive = False
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, row: Row) -> None:
+        """Nothing."""
+
+    def status(self, text: str) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def log_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Nothing."""
+
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self, *, ok: bool) -> None:
+        """Nothing."""
+
+
 def _progress_bar(epochs: int, done: int, interactive: bool) -> Any:
     from tqdm import tqdm
 

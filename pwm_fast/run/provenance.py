@@ -30,6 +30,7 @@ HOW_IT_RUNS = (
     "device",
     "precision",
     "graphs",
+    "parallel",
     "threads",
     "deterministic",
     "record_host",

@@ -15,11 +15,12 @@ from pwm_fast.agent import PWM
 from pwm_fast.config import TrainConfig
 from pwm_fast.data.offline import OfflineData
 from pwm_fast.envs import VectorEnv, tasks_of
+from pwm_fast.parallel import ALONE, RankLost, Ranks
 from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint, metrics
 from pwm_fast.run.acting import PolicyNotFinite, acting
 from pwm_fast.run.charts import plot_run
-from pwm_fast.run.evaluation import Evaluation, evaluate
+from pwm_fast.run.evaluation import Evaluation, evaluate, joined
 from pwm_fast.run.interrupt import Interrupt, Interrupted
 from pwm_fast.run.logger import RunLogger
 from pwm_fast.run.open_loop import Held
@@ -48,6 +49,7 @@ class Trainer:
         replay: what it learns from.
         make_eval_env: makes that many envs for an evaluation.
         data: offline data, which :meth:`RunState.use_data` or :meth:`restore` put into the replay.
+        ranks: processes that share the run: ``env`` and ``replay`` are this one's part of it.
     """
 
     KEEPS_REPLAY: ClassVar[bool] = True  # in `latest`
@@ -64,10 +66,12 @@ class Trainer:
         replay: Replay,
         make_eval_env: Callable[[int], VectorEnv],
         data: OfflineData | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.directory = directory
-        self.state = RunState(config, env, agent, replay, data)
+        self.ranks = ranks
+        self.state = RunState(config, env, agent, replay, data, ranks)
         self.make_eval_env = make_eval_env
         self._warned_of_shortage = False
         self._eval_env: VectorEnv | None = None
@@ -82,6 +86,8 @@ class Trainer:
             NothingToLearn: no episode has ``alg.horizon`` steps; a checkpoint was written.
             CheckpointError: a checkpoint could not be written; the last one is untouched.
             OSError: another file could not be written; it names the file.
+            RankLost: another process of the run is gone; the last checkpoint is as it was.
+            Followed: another one raised any of these but the first two, which all raise.
             Exception: what an environment raises; a checkpoint was written.
         """
         self._logger, self._stop = logger, stop
@@ -97,6 +103,7 @@ class Trainer:
                 self._train()
                 result = self._final_evaluation()
             except Interrupted:
+                stop.agree()  # that all end with its status
                 self.save("latest")
                 return self._wrap_up("interrupted")
             except PolicyNotFinite as error:
@@ -162,11 +169,15 @@ class Trainer:
         evaluation = self._evaluate(self.config.eval.episodes) if self._evaluation_due() else None
 
         row: metrics.Row = {"epoch": self.state.epoch + 1}
-        row.update(metrics.to_numbers({**self.state.progress.means(), **self._esnr()}))
+        self.state.progress = self.state.progress.of_all(self.ranks)
+        row.update(metrics.to_numbers(self.state.progress.means()))
+        # ESNR is each rank's own, of a whole batch of its replay; that of one process is one's.
+        row.update(metrics.mean_over(self.ranks, metrics.to_numbers(self._esnr())))
         row.update(self._skips())
         row.update(rates)
-        row["replay_size"] = len(self.state.replay)
-        row["random_share"] = self.state.replay.random_share()
+        row["replay_size"] = sum(self.ranks.gather(len(self.state.replay)))
+        share = {"random_share": self.state.replay.random_share()}
+        row.update(metrics.mean_over(self.ranks, share))
         row["steps_per_second"] = self.config.alg.steps_per_epoch * self.config.env_count / elapsed
         self.state.epoch += 1
         row["env_steps"] = self.state.env_steps
@@ -176,11 +187,12 @@ class Trainer:
         self._log(row, evaluation)
         self._guard()
         if diverged:  # not every environment looks at actions
-            why = self.state.agent.why_not_finite(self.state.obs, self.state.task)
-            if why is not None:
-                raise TrainingDiverged(
-                    f"{PolicyNotFinite(why)}, {self._whereabouts(self.state.epoch)}"
-                )
+            with self.ranks.together(alike=(TrainingDiverged,)):
+                why = self.state.agent.why_not_finite(self.state.obs, self.state.task)
+                if why is not None:
+                    raise TrainingDiverged(
+                        f"{PolicyNotFinite(why)}, {self._whereabouts(self.state.epoch)}"
+                    )
 
     def _collect(self) -> None:
         config = self.config.alg
@@ -207,23 +219,40 @@ class Trainer:
                 self.state.progress.add_total("diverged", info["diverged"].sum())
 
     def _step(self, obs: Tensor, action: Tensor) -> tuple[Any, ...]:
+        found = None
         try:
-            with acting(self.state.agent, obs, self.state.task):
-                return self.state.env.step(action.to(self.state.env.device))
+            with (
+                self.ranks.together(alike=(PolicyNotFinite,)),
+                acting(self.state.agent, obs, self.state.task),
+            ):
+                found = self.state.env.step(action.to(self.state.env.device))
+        except RankLost:
+            raise
         except PolicyNotFinite:
+            if found is not None:  # of another rank: this one's envs have made the step
+                self.state.torn = True
             raise
         except Exception:
             self.state.torn = True
             raise
+        return found
 
     def _ready(self) -> bool:
         """Random actions were taken as long as configured, and replay holds windows."""
         if self.state.epoch + 1 < self.config.alg.random_epochs:
             return False
-        if self.state.replay.num_windows() > 0:
+        there = self.state.replay.num_windows()
+        found = None
+        if there == 0:
+            ended = self.state.ended_so_far() or {}
+            why = getattr(self.state.env, "divergence", None)
+            found = shortage(self.config, self.state.replay, self.state.epoch, **ended, why=why)
+        ranks = self.ranks.gather((there, found))
+        if all(there > 0 for there, _ in ranks):
             return True
-        ended, why = self.state.ended_so_far() or {}, getattr(self.state.env, "divergence", None)
-        found = shortage(self.config, self.state.replay, self.state.epoch, **ended, why=why)
+        # All wait as long as one of them may still get a window.
+        short = [found for there, found in ranks if there == 0]
+        found = None if None in short else short[0]
         last = self.state.epoch + 1 == self.config.epochs and not self.state.bootstrapped
         if found is not None and (found.hopeless or last):
             raise NothingToLearn(f"{found.text}; the state is in {self.directory.latest}")
@@ -238,7 +267,8 @@ class Trainer:
         bootstrap = not self.state.bootstrapped
         updates = self.bootstrap_updates() if bootstrap else config.model_learning.updates
         if bootstrap and updates:
-            there, batch = self.state.replay.num_windows(), config.model_learning.batch_size
+            there = sum(self.ranks.gather(self.state.replay.num_windows()))
+            batch = config.model_learning.batch_size
             few = "" if there >= batch else f"; these are few, a batch has {batch}"
             self._logger.say(f"bootstrap: {updates} world-model updates on {there:,} windows{few}")
         for i in self.state.progress.remaining("model_updates", updates, check):
@@ -249,13 +279,13 @@ class Trainer:
         if bootstrap:
             self._logger.status("")
         for _ in self.state.progress.remaining("policy_updates", config.actor.updates, check):
-            starts = self.state.replay.sample_starts(config.actor.batch_size)
+            starts = self.state.replay.sample_starts(self.ranks.part(config.actor.batch_size))
             self.state.progress.add(self.state.agent.update_policy(*starts))
 
     def _update_model(self, i: int) -> None:
         """The world-model update with number ``i``, counted from 0 in its epoch or bootstrap."""
         learning = self.config.alg.model_learning
-        windows = self.state.replay.sample(learning.batch_size)
+        windows = self.state.replay.sample(self.ranks.part(learning.batch_size))
         if i % max(1, learning.updates) == 0:
             self.state.agent.measure_start_spread(windows)
         self.state.progress.add(self.state.agent.update_world_model(windows))
@@ -343,22 +373,26 @@ class Trainer:
 
     def _evaluate(self, episodes: int) -> Evaluation:
         if self._eval_env is None:
-            self._eval_env = self.make_eval_env(episodes)
+            self._eval_env = self.make_eval_env(self.ranks.part(episodes))
         held = Held(tasks_of(self._eval_env))
         found = self._evaluated(self._eval_env, Purpose.EVALUATION, held)
-        return replace(found, model=metrics.to_numbers(held.metrics(self.state.agent)))
+        model = metrics.to_numbers(held.metrics(self.state.agent))
+        return replace(found, model=metrics.mean_over(self.ranks, model))
 
     def _final_evaluation(self) -> Evaluation | None:
-        with closing(self.make_eval_env(self.config.eval.final_episodes)) as env:
+        with closing(self.make_eval_env(self.ranks.part(self.config.eval.final_episodes))) as env:
             result = self._evaluated(env, Purpose.FINAL_EVALUATION)
         self.save("final")
         return result
 
     def _evaluated(self, env: VectorEnv, purpose: Purpose, held: Held | None = None) -> Evaluation:
-        seed = seeding.stream(self.config.seed, purpose)
+        seed = seeding.stream(self.config.seed, purpose, *self.ranks.numbers)
+        agent, check = self.state.agent, self._stop.check_alone
         try:
-            return evaluate(self.state.agent, env, seed, check=self._stop.check, record=held)
-        except (Interrupted, PolicyNotFinite):
+            with self.ranks.together(alike=(Interrupted, PolicyNotFinite)):
+                found = evaluate(agent, env, seed, check=check, record=held)
+            return joined(self.ranks.gather(found.on_cpu()))
+        except (Interrupted, PolicyNotFinite, RankLost):
             raise
         except Exception:
             self.state.torn = False  # an evaluation leaves the training's own state alone
@@ -399,7 +433,8 @@ class Trainer:
     def _wrap_up(self, status: str, result: Evaluation | None = None) -> dict[str, Any]:
         """Draw the plots and write ``summary.json``."""
         try:
-            plot_run(self.directory.path, run_name(self.config))
+            if self.ranks.first:
+                plot_run(self.directory.path, run_name(self.config))
         except ImportError as error:
             self._logger.say(f"no plots were drawn: {error}")
         self._tick()
@@ -418,7 +453,8 @@ class Trainer:
         if result is not None:
             summary["evaluation"] = result.summary()
             self._logger.summarize({"final_reward": summary["evaluation"]["reward_mean"]})
-        self.directory.write_summary(summary)
+        if self.ranks.first:
+            self.directory.write_summary(summary)
         return summary
 
     def _beside(self) -> dict[str, Any]:
@@ -434,19 +470,25 @@ class Trainer:
             CheckpointError: it could not be written; what was there before is untouched.
         """
         self._tick()
-        self._logger.sync()  # what is logged may be behind a checkpoint, never missing before it
-        self._write(name, keep_previous=name == "latest")
+        content = self._content(name)
+        with self.ranks.together():
+            if self.ranks.first:
+                # What is logged may be behind a checkpoint, never missing before it.
+                self._logger.sync()
+                self._write(name, content, keep_previous=name == "latest")
 
-    def save_start(self, source: Source) -> None:
-        """Make the named checkpoint that the run goes on from the latest of its directory.
+    def saving_start(self, source: Source) -> Callable[[], None]:
+        """What makes the named checkpoint that the run goes on from the latest of its directory.
 
         Else a run that is killed soon would go on from another one, or anew. To be called before
         the metrics file is changed.
         """
         latest = self.directory.latest
-        if self.config.resume != "auto" and not (latest.exists() and latest.samefile(source.path)):
-            keep = source.path.resolve() != checkpoint.previous_of(latest).resolve()
-            self._write("latest", keep_previous=keep)
+        if self.config.resume == "auto" or (latest.exists() and latest.samefile(source.path)):
+            return lambda: None
+        keep = source.path.resolve() != checkpoint.previous_of(latest).resolve()
+        content = self._content("latest")
+        return lambda: self._write("latest", content, keep_previous=keep)
 
     def restore(self, source: Source) -> None:
         """Continue from a checkpoint.
@@ -458,10 +500,11 @@ class Trainer:
         # A best checkpoint that lies in another run's directory is not ours to point to.
         self.state.restore(source, own_best=(self.directory.checkpoints / "best.pt").exists())
 
-    def _write(self, name: str, *, keep_previous: bool) -> None:
-        latest = name == "latest"
-        content = self.state.content(with_replay=latest and self.KEEPS_REPLAY)
+    def _content(self, name: str) -> dict[str, Any]:
+        return self.state.content(with_replay=name == "latest" and self.KEEPS_REPLAY)
+
+    def _write(self, name: str, content: dict[str, Any], *, keep_previous: bool) -> None:
         path = self.directory.checkpoints / f"{name}.pt"
         checkpoint.save(path, content, keep_previous=keep_previous)
-        if latest:
+        if name == "latest":
             self.directory.saved()

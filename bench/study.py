@@ -52,6 +52,7 @@ MODEL = (
     ("R2 of the observation, from them", "model", "obs_r2", 0),
     ("norm of the policy's gradient, median", "policy", "grad_norm", 0),
     ("95th percentile", "policy", "grad_norm", 1),
+    ("deviation of its actions before the tanh, median", "policy", "std", 0),
 )
 ANCHORS = (sac, shac)
 CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_success")
@@ -252,9 +253,17 @@ def _check_arm(study: str, arm: Arm, saved: dict[str, Any], where: str) -> None:
 
 
 def _policy(logged: Sequence[metrics.Row]) -> dict[str, Any] | None:
-    """What a study keeps of a policy's updates: median and 95th percentile of gradient norms."""
-    norms = [r["actor_grad_norm"] for r in logged if r.get("actor_grad_norm") is not None]
-    return {"grad_norm": np.percentile(norms, (50, 95)).tolist()} if norms else None
+    """What a study keeps of a policy's updates: percentiles over epochs."""
+    norms, deviations = (
+        [r[key] for r in logged if r.get(key) is not None]
+        for key in ("actor_grad_norm", "actor_std")
+    )
+    if not (norms and deviations):
+        return None
+    return {
+        "grad_norm": np.percentile(norms, (50, 95)).tolist(),
+        "std": np.percentile(deviations, (50,)).tolist(),
+    }
 
 
 def _model(directory: Path) -> dict[str, Any] | None:

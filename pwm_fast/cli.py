@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pwm_fast import launch, optional
+from pwm_fast import launch, optional, parallel
 from pwm_fast.config import ConfigError, check_choices, open_overrides
 from pwm_fast.envs import EnvironmentFault
 from pwm_fast.memory import OutOfMemory
@@ -130,8 +130,8 @@ def exit_status(command: Callable[[], int]) -> int:
 
 def _reported(error: Exception) -> int:
     """Print what a user can mend, and return 2; raise anything else."""
-    if isinstance(error, Followed):  # another process prints it
-        return 2
+    if isinstance(error, Followed) or (parallel.repeats() and _mendable(error)):
+        return 2  # another process prints it
     text = None if os.environ.get("PWM_FAST_TRACEBACK") else _mendable(error)
     if text is None:
         raise error

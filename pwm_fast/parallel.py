@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # what starts and watches runs imports this, and no torch
+    from torch import Tensor
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A process that died is noticed at once, by its closed connections. This long one that lives may
@@ -122,6 +122,8 @@ class Group(Ranks):
 
     def highest(self, number: int) -> int:
         """See :meth:`Ranks.highest`."""
+        import torch
+
         shared = torch.tensor(number, dtype=torch.int32, device="cpu")
         with _reaching():
             self._distributed.all_reduce(shared, self._distributed.ReduceOp.MAX)
@@ -129,6 +131,8 @@ class Group(Ranks):
 
     def gather_tensors(self, value: Tensor) -> Tensor:
         """See :meth:`Ranks.gather_tensors`."""
+        import torch
+
         own = value.contiguous()
         found = [torch.empty_like(own) for _ in range(self.size)]
         with _reaching():
@@ -137,6 +141,8 @@ class Group(Ranks):
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """See :meth:`Ranks.average_`."""
+        import torch
+
         flat = torch.cat([x.reshape(-1) for x in tensors])
         with _reaching():
             self._distributed.all_reduce(flat)
@@ -178,11 +184,17 @@ class Group(Ranks):
 
 
 ALONE = Ranks()
+_were_joined = False
 
 
 def started_together() -> bool:
     """Whether this process was started as one of several, as torchrun does it."""
     return all(os.environ.get(name) for name in VARIABLES) and os.environ["WORLD_SIZE"] != "1"
+
+
+def repeats() -> bool:
+    """Whether the first process says it, too: before they are joined all err alike."""
+    return started_together() and os.environ["RANK"] != "0" and not _were_joined
 
 
 def local_size() -> int:
@@ -205,6 +217,8 @@ def joined(*, cuda: bool) -> Iterator[Ranks]:
         return
     from torch import distributed
 
+    global _were_joined
+    _were_joined = True
     with _reaching():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
@@ -215,6 +229,8 @@ def joined(*, cuda: bool) -> Iterator[Ranks]:
 
 @contextmanager
 def _reaching() -> Iterator[None]:
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -106,6 +107,27 @@ class RunningMeanStd(nn.Module):
     def scale(self, eps: float = 1e-5, dtype: torch.dtype = torch.float32) -> Tensor:
         """``sqrt(var + eps)``, of the buffers' shape, rounded once to ``dtype``."""
         return (self.var + eps).sqrt().to(dtype)
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, Tensor]:
+        """The statistics in a few scalars, float64 on the device.
+
+        Of scalar items ``mean``, ``std`` and ``count``. Of others ``mean_abs`` (the mean over their
+        entries of the mean's absolute value), ``std_min`` and ``std_max`` (over their entries) and
+        ``count``; entries of groups of which nothing was seen do not count, and without any others
+        the first three are not finite.
+        """
+        std, count = self.var.sqrt(), self.count.sum()
+        if not self.shape:
+            return {"mean": self.mean, "std": std, "count": count}
+        of_groups = (*self.count.shape, *([1] * len(self.shape)))
+        seen = (self.count > 0).view(of_groups).expand_as(std)
+        return {
+            "mean_abs": torch.where(seen, self.mean.abs(), 0.0).sum() / seen.sum(),
+            "std_min": torch.where(seen, std, math.inf).amin(),
+            "std_max": torch.where(seen, std, -math.inf).amax(),
+            "count": count,
+        }
 
     def normalize(
         self,

@@ -117,8 +117,9 @@ class GuardedAdam:
             else g.contiguous()  # as the parameters then are
             for p, g in zip(self.params, grads, strict=True)
         ]
-        if self.ranks.size > 1:  # the loss, too: all ranks skip an update, or none
-            loss = loss.detach().to(given[0].dtype, copy=True)
+        if self.ranks.size > 1:
+            # Not the loss, but 0 or NaN where it is not finite: all ranks skip an update, or none.
+            loss = (loss.detach() * 0.0).to(given[0].dtype)
             self.ranks.average_([*given, loss])
         if kernels is None:
             norm = self._torch_step(loss, given)

@@ -570,6 +570,23 @@ class PWM:
         row = torch.stack([o.skipped_in_a_row for o in self.optimizers.values()]).amax()
         return {"skipped_updates": total, "skipped_in_a_row": row}
 
+    def normalizer_metrics(self) -> Metrics:
+        """``obs_rms_*``, ``reward_rms_*`` and ``return_rms_*``: the running statistics in scalars.
+
+        Of those alone that ``alg.normalize_*`` uses; :meth:`RunningMeanStd.summary` has the names.
+        """
+        used = {
+            "obs_rms": (self.obs_rms, self.config.normalize_obs),
+            "reward_rms": (self.reward_rms, self.config.normalize_rewards),
+            "return_rms": (self.return_rms, self.config.normalize_returns),
+        }
+        return {
+            f"{name}_{key}": value
+            for name, (statistics, is_used) in used.items()
+            if is_used
+            for key, value in statistics.summary().items()
+        }
+
     def fall_back(self) -> str | None:
         """Take a precision with a wider range, if GEMMs ran in fp16; its name, else None.
 

@@ -106,6 +106,21 @@ class WandbConfig(Checked):
 
 
 @dataclass
+class TensorboardConfig(Checked):
+    """Event files for TensorBoard in ``run_dir/tensorboard``, beside the run's own files.
+
+    Attributes:
+        enabled: write them.
+        gradients: write histograms of the gradients at evaluations.
+    """
+
+    PREFIX: ClassVar[str] = "tensorboard."
+
+    enabled: bool = False
+    gradients: bool = False
+
+
+@dataclass
 class DataConfig(Checked):
     """Offline data that the replay holds before the first epoch (``docs/data.md``).
 
@@ -208,6 +223,7 @@ class TrainConfig(Checked):
         eval: evaluation.
         esnr: gradient signal-to-noise ratio.
         wandb: Weights & Biases.
+        tensorboard: TensorBoard.
     """
 
     env: EnvConfig
@@ -231,6 +247,7 @@ class TrainConfig(Checked):
     eval: EvalConfig = field(default_factory=EvalConfig)
     esnr: EsnrConfig = field(default_factory=EsnrConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
 
     def __post_init__(self) -> None:
         self.graphs = self.graphs.lower()  # a YAML true arrives as "True"

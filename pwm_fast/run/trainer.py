@@ -92,7 +92,7 @@ class Trainer:
         """
         self._logger, self._stop = logger, stop
         self._clock = time.monotonic()
-        if self.config.wandb.gradients and self.config.wandb.mode != "disabled":
+        if logger.takes_gradients:
             for optimizer in self.state.agent.optimizers.values():
                 optimizer.keep_gradients = True
         for text in outlook(self.config):
@@ -170,7 +170,8 @@ class Trainer:
 
         row: metrics.Row = {"epoch": self.state.epoch + 1}
         self.state.progress = self.state.progress.of_all(self.ranks)
-        row.update(metrics.to_numbers(self.state.progress.means()))
+        found = {**self.state.progress.means(), **self.state.agent.normalizer_metrics()}
+        row.update(metrics.to_numbers(found))
         # ESNR is each rank's own, of a whole batch of its replay; that of one process is one's.
         row.update(metrics.mean_over(self.ranks, metrics.to_numbers(self._esnr())))
         row.update(self._skips())
@@ -215,6 +216,8 @@ class Trainer:
             self.state.progress.add_step("action_saturation", metrics.saturation(action))
             self.state.agent.observe(obs, reward, task)
             self.state.progress.add_episodes(info["episode"], self.state.tasks)
+            self.state.progress.add_total("train_terminated", terminated.sum())
+            self.state.progress.add_total("train_truncated", (truncated & ~terminated).sum())
             if "diverged" in info:
                 self.state.progress.add_total("diverged", info["diverged"].sum())
 
@@ -422,7 +425,7 @@ class Trainer:
             }
             self.save("best")
             self._logger.summarize({f"best_{k}": v for k, v in self.state.best.items()})
-        if evaluation is not None and self.config.wandb.gradients:
+        if evaluation is not None and self._logger.takes_gradients:
             self._logger.log_gradients(self.state.agent.gradients())
 
     def _tick(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from pwm_fast import launch, optional, parallel
 from pwm_fast.config import ConfigError, check_choices, open_overrides
-from pwm_fast.envs import EnvironmentFault
+from pwm_fast.envs import CannotRender, EnvironmentFault
 from pwm_fast.memory import OutOfMemory
 from pwm_fast.parallel import Followed, RankLost
 from pwm_fast.run.checkpoint import CheckpointError
@@ -23,6 +23,7 @@ USER_ERRORS = (
     ConfigError,
     CheckpointError,
     EnvironmentFault,
+    CannotRender,
     TrainingDiverged,
     OutOfMemory,
     RankLost,

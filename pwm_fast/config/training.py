@@ -47,6 +47,8 @@ class EvalConfig(Checked):
         every: epochs between evaluations; 0 evaluates at the start and the end alone.
         episodes: episodes an evaluation.
         final_episodes: episodes of the evaluation at the end.
+        video_every: of the evaluations so many are between two of which an episode is filmed, into
+            ``run_dir/videos``; the first and the one at the end are among them. 0 films none.
     """
 
     PREFIX: ClassVar[str] = "eval."
@@ -54,6 +56,7 @@ class EvalConfig(Checked):
     every: int = checked(25, not_negative(SIZE))
     episodes: int = checked(12, positive(SIZE))
     final_episodes: int = checked(32, positive(SIZE))
+    video_every: int = checked(0, not_negative(SIZE))
 
 
 @dataclass

@@ -38,15 +38,13 @@ class Interrupt:
     requeue its job, is handed on to it when the context ends well: after the checkpoint.
 
     Args:
-        ranks: that stop together, at the same check, whichever gets the signal. Ctrl-C reaches
-            them twice, from the terminal and from torchrun: there the third SIGINT stops at once.
+        ranks: that stop together, at the same check, whichever gets the signal.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self.signum: int | None = None
         self._ranks = ranks
         self._checks = 0
-        self._sigints = 0
         self._warning: int | None = None
         self._before: dict[int, Any] = {}
         self._terminals: list[int] = []  # descriptors; of one that is gone this cannot be asked
@@ -94,9 +92,8 @@ class Interrupt:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum in WARNINGS:  # also after a SIGTERM: some clusters send both
             self._warning = signum
-        self._sigints += signum == signal.SIGINT
         if self.signum is not None:
-            if signum == signal.SIGINT and (self._ranks.size == 1 or self._sigints > 2):
+            if signum == signal.SIGINT:
                 raise KeyboardInterrupt
             if signum == HANGUP:
                 silence(self._terminals)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,10 @@ class Sink(Protocol):
 
     def log_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
         """Log a histogram of every gradient, all finite, beside the row that was logged last."""
+        ...
+
+    def log_video(self, key: str, path: Path) -> None:
+        """Log the film in a file, beside the row that was logged last."""
         ...
 
     def summarize(self, values: Mapping[str, Any]) -> None:
@@ -146,6 +151,11 @@ class RunLogger:
         for sink in self._sinks:
             if sink.gradients:
                 sink.log_gradients(arrays)
+
+    def log_video(self, key: str, path: Path) -> None:
+        """Log the film in a file, beside the row that was written last."""
+        for sink in self._sinks:
+            sink.log_video(key, path)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Log values of the whole run so far."""

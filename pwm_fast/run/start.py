@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data import offline
 from pwm_fast.data.offline import OfflineData
 from pwm_fast.parallel import Followed, Ranks
-from pwm_fast.run import build, provenance
+from pwm_fast.run import build, provenance, video
 from pwm_fast.run.evaluation import diverged_line
 from pwm_fast.run.interrupt import Interrupt
 from pwm_fast.run.logger import RunLogger, Unheard
@@ -136,6 +137,10 @@ def _begin(config: TrainConfig, kind: type[Trainer], ranks: Ranks, stack: ExitSt
     own = build.part_of(config, ranks)
     build.set_threads(config.threads, own.alg, device)
     build.seed_everything(config.seed)
+    evaluated = config
+    if config.eval.video_every:
+        video.require_packages()
+        evaluated = replace(config, env=video.visible(config.env))
     training, evaluation = (
         seeding.stream(config.seed, purpose, *ranks.numbers)
         for purpose in (Purpose.TRAINING, Purpose.EVALUATION)
@@ -164,7 +169,7 @@ def _begin(config: TrainConfig, kind: type[Trainer], ranks: Ranks, stack: ExitSt
         env,
         agent,
         replay,
-        lambda n: build.make_env(config, n, evaluation, device),
+        lambda n: build.make_env(evaluated, n, evaluation, device),
         data,
         ranks,
     )

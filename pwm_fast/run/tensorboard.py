@@ -62,6 +62,9 @@ class TensorboardRun:
             for name, values in gradients.items():
                 file.histogram(f"gradients/{name}", values, self._step)
 
+    def log_video(self, key: str, path: Path) -> None:
+        """Nothing: TensorBoard shows no MP4."""
+
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Log values of the whole run so far, at the step of the row that was logged last."""
         if self._file is None:  # that row is of another process

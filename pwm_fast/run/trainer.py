@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from pwm_fast.data.offline import OfflineData
 from pwm_fast.envs import VectorEnv, tasks_of
 from pwm_fast.parallel import ALONE, RankLost, Ranks
 from pwm_fast.replay import Replay
-from pwm_fast.run import checkpoint, metrics
+from pwm_fast.run import checkpoint, metrics, video
 from pwm_fast.run.acting import PolicyNotFinite, acting
 from pwm_fast.run.charts import plot_run
 from pwm_fast.run.evaluation import Evaluation, evaluate, joined
@@ -75,6 +76,8 @@ class Trainer:
         self.make_eval_env = make_eval_env
         self._warned_of_shortage = False
         self._eval_env: VectorEnv | None = None
+        self._films = config.eval.video_every > 0 and ranks.first  # until one cannot be made
+        self._filmed: Path | None = None  # and not yet logged
         self._clock = time.monotonic()
 
     def run(self, logger: RunLogger, stop: Interrupt) -> dict[str, Any]:
@@ -151,7 +154,7 @@ class Trainer:
         """Look at the untrained policy, unless an evaluation was made before."""
         if not self.state.latest_eval:
             row: metrics.Row = {"epoch": 0, "env_steps": 0}
-            self._log(row, self._evaluate(self.config.eval.episodes))
+            self._log(row, self._evaluate(0))
 
     # --- one epoch ------------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class Trainer:
                 self.state.bootstrapped = True
         elapsed = max(time.monotonic() - started, 1e-9)
         # Evaluation comes before anything that draws random numbers: it can be interrupted.
-        evaluation = self._evaluate(self.config.eval.episodes) if self._evaluation_due() else None
+        evaluation = self._evaluate(self.state.epoch + 1) if self._evaluation_due() else None
 
         row: metrics.Row = {"epoch": self.state.epoch + 1}
         self.state.progress = self.state.progress.of_all(self.ranks)
@@ -374,32 +377,56 @@ class Trainer:
         every, epoch = self.config.eval.every, self.state.epoch + 1
         return every > 0 and (epoch % every == 0 or epoch == self.config.epochs)
 
-    def _evaluate(self, episodes: int) -> Evaluation:
+    def _evaluate(self, epoch: int) -> Evaluation:
+        config = self.config.eval
         if self._eval_env is None:
-            self._eval_env = self.make_eval_env(self.ranks.part(episodes))
+            self._eval_env = self.make_eval_env(self.ranks.part(config.episodes))
         held = Held(tasks_of(self._eval_env))
-        found = self._evaluated(self._eval_env, Purpose.EVALUATION, held)
+        due = epoch % max(1, config.every * config.video_every) == 0
+        film = f"epoch_{epoch}" if due else None
+        found = self._evaluated(self._eval_env, Purpose.EVALUATION, held, film)
         model = metrics.to_numbers(held.metrics(self.state.agent))
         return replace(found, model=metrics.mean_over(self.ranks, model))
 
     def _final_evaluation(self) -> Evaluation | None:
         with closing(self.make_eval_env(self.ranks.part(self.config.eval.final_episodes))) as env:
-            result = self._evaluated(env, Purpose.FINAL_EVALUATION)
+            result = self._evaluated(env, Purpose.FINAL_EVALUATION, film="final")
+        self._log_film("final_video")
         self.save("final")
         return result
 
-    def _evaluated(self, env: VectorEnv, purpose: Purpose, held: Held | None = None) -> Evaluation:
+    def _evaluated(
+        self, env: VectorEnv, purpose: Purpose, held: Held | None = None, film: str | None = None
+    ) -> Evaluation:
         seed = seeding.stream(self.config.seed, purpose, *self.ranks.numbers)
         agent, check = self.state.agent, self._stop.check_alone
-        try:
-            with self.ranks.together(alike=(Interrupted, PolicyNotFinite)):
-                found = evaluate(agent, env, seed, check=check, record=held)
-            return joined(self.ranks.gather(found.on_cpu()))
-        except (Interrupted, PolicyNotFinite, RankLost):
-            raise
-        except Exception:
-            self.state.torn = False  # an evaluation leaves the training's own state alone
-            raise
+        with ExitStack() as stack:
+            filming = None
+            if self._films and film is not None:
+                path = self.directory.videos / f"{film}.mp4"
+                filming = video.TrainingFilm(env, path, video.TRAINING, self._end_films)
+                stack.enter_context(closing(filming))
+            try:
+                with self.ranks.together(alike=(Interrupted, PolicyNotFinite)):
+                    found = evaluate(agent, env, seed, check=check, record=held, film=filming)
+                found = joined(self.ranks.gather(found.on_cpu()))
+            except (Interrupted, PolicyNotFinite, RankLost):
+                raise
+            except Exception:
+                self.state.torn = False  # an evaluation leaves the training's own state alone
+                raise
+            if filming is not None and filming.finish():
+                self._filmed = path
+        return found
+
+    def _end_films(self, error: Exception) -> None:
+        self._films = False
+        self._logger.say(f"warning: no evaluation is filmed from here on: {error}")
+
+    def _log_film(self, key: str) -> None:
+        if self._filmed is not None:
+            self._logger.log_video(key, self._filmed)
+            self._filmed = None
 
     def _log(self, row: metrics.Row, evaluation: Evaluation | None) -> None:
         """Log a row; the newest evaluation stands in each, so that `reward` is of real episodes."""
@@ -417,6 +444,7 @@ class Trainer:
             ]
             better = not self.state.best or ranks[0] > ranks[1]
         self._logger.write({**row, **self.state.latest_eval, "wall_time": self.state.wall_time})
+        self._log_film("eval_video")
         if better:
             self.state.best = {
                 **found,

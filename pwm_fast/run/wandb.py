@@ -43,7 +43,7 @@ class WandbRun:
         except Exception as error:  # what a broken installation raises can be anything
             needed = f"wandb.mode={mode} needs wandb: pip install 'pwm-fast[wandb]'"
             raise ConfigError(optional.reason(error, "wandb", needed)) from error
-        self._histogram = wandb.Histogram
+        self._histogram, self._video = wandb.Histogram, wandb.Video
         self.gradients = config.wandb.gradients
         try:
             self._run: Any = wandb.init(
@@ -85,6 +85,10 @@ class WandbRun:
             {f"gradients/{name}": self._histogram(g) for name, g in gradients.items()},
             step=self._step,
         )
+
+    def log_video(self, key: str, path: Path) -> None:
+        """Log the film in a file, beside the row that was logged last."""
+        self._run.log({key: self._video(str(path))}, step=self._step)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Put values into the run's summary."""

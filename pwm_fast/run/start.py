@@ -223,7 +223,7 @@ def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:
     engine = build.physics(config, device)
     processes = "" if agent.ranks.size == 1 else f" in each of {agent.ranks.size} processes"
     return (
-        f"{config.env.name} x {config.env_count}, {config.alg.name} on {device} "
+        f"{config.env.name} x {config.env_count}, {config.alg.full_name} on {device} "
         f"({torch.get_num_threads()} CPU threads{processes}), precision {config.precision}, "
         f"seed {config.seed}, {config.epochs} epochs\n"
         + ("" if engine is None else f"{engine.describe(config.env.threads)}\n")

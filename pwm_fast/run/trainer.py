@@ -472,7 +472,7 @@ class Trainer:
         summary: dict[str, Any] = {
             "status": status,
             "env": self.config.env.name,
-            "alg": self.config.alg.name,
+            "alg": self.config.alg.full_name,
             "seed": self.config.seed,
             "epochs": self.state.epoch,
             "env_steps": self.state.env_steps,

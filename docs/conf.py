@@ -165,4 +165,3 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("mermaid", Mermaid)
     app.add_lexer("csv", TextLexer)  # Pygments has none
     return {"parallel_read_safe": True, "parallel_write_safe": True}
-

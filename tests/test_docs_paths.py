@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ["bench", "configs", "csrc", "docs", "findings", "kernels", "pwm_fast", "tests"]
 # Endings of files that pages name without their folder.
 CODE = ["cpp", "cu", "def", "h", "md", "py", "pyi", "sbatch", "toml"]

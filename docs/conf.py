@@ -2,7 +2,7 @@
 
 The pages are Markdown that GitHub shows as it is. What the site needs beyond that is done here:
 a page's list of links is its part of the navigation, links that leave docs/ are pointed elsewhere,
-and pictures in Mermaid's words are drawn by Graphviz, so that no page asks the network for a script.
+and pictures in Mermaid's words are drawn by Graphviz, so that no page needs the network.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The commands that README, CONTRIBUTING and docs show are read as the programs read them.
 
-Nothing is run: configurations are composed and checked, other command lines go through their parser.
-A key, an option or a file of ``configs/`` that got another name is found here.
+Nothing is run: configurations are composed and checked, other command lines go through their
+parser. A key, an option or a file of ``configs/`` that got another name is found here.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def check(name: str, words: list[str]) -> None:
     elif name == "compare":
         compare.parse(words)
     elif name == "plot":
-        with pytest.raises(ConfigError, match="no run|there is no"):  # after the options are read
+        with pytest.raises(ConfigError, match=r"no run|there is no"):  # after the options are read
             plot.run(words)
     elif name == "parity":
         request = parity.parse(words)

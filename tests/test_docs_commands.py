@@ -20,6 +20,7 @@ from pwm_fast import config as configuration
 from pwm_fast.analysis.diagnosis import DiagnoseConfig
 from pwm_fast.config import ConfigError
 from pwm_fast.data import __main__ as data
+from pwm_fast.launch import options
 from pwm_fast.launch.experiment import sweep_arguments
 from pwm_fast.run.evaluation import EvaluateConfig
 from pwm_fast.run.export import ExportConfig
@@ -107,6 +108,9 @@ def _composed(name: str, overrides: tuple[str, ...]) -> None:
         found = compose("config" if name == "train" else name, overrides=list(overrides))
     if SCHEMAS[name] is configuration.hydra_schema:
         configuration.from_hydra(found)
+        if found.get("launch"):  # not of launch=hydra
+            of_slurm = "partition" in found.launch
+            options.read(options.SlurmOptions if of_slurm else options.LocalOptions, found.launch)
     else:
         configuration.typed(found, SCHEMAS[name](), "checkpoint=PATH")
 
@@ -125,10 +129,10 @@ def check(name: str, words: list[str]) -> None:
         for alg, own in zip(request.pair or (), (request.ours, request.theirs), strict=False):
             composed("train", [f"alg={alg}", *request.common, *own])
     elif name == "submit":
-        options, overrides = submit.parser().parse_known_args(words)
+        given, overrides = submit.parser().parse_known_args(words)
         assert not [word for word in overrides if word.startswith("-")]
-        if options.what not in ("status", "script"):
-            check("train", sweep_arguments(options, overrides))
+        if given.what not in ("status", "script"):
+            check("train", sweep_arguments(given, overrides))
     elif name == "data" and words[0] != "export":
         data._parser().parse_args(words)
     else:
@@ -136,9 +140,9 @@ def check(name: str, words: list[str]) -> None:
             name, words = "export", words[1:]
         if name == "import_checkpoint":
             words = import_checkpoint.named(words)
-        options = [word for word in words if word.startswith("-")]
-        assert set(options) <= {"-m", "--cfg", "--config-dir"}, options
-        if "--config-dir" not in options:  # a file of the reader's
+        flags = {word for word in words if word.startswith("-")}
+        assert flags <= {"-m", "--cfg", "--config-dir"}, flags
+        if "--config-dir" not in flags:  # a file of the reader's
             composed(name, [word for word in words if "=" in word])
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from bench.environment import ROOT
 
 README = ROOT / "README.md"
-DATA, ENVIRONMENTS, OPS, PERFORMANCE, PRETRAINING = (
+DATA, ENVIRONMENTS, OPS, PERFORMANCE, PRETRAINING, VIDEOS = (
     ROOT / "docs" / f"{name}.md"
-    for name in ("data", "environments", "ops", "performance", "pretraining")
+    for name in ("data", "environments", "ops", "performance", "pretraining", "videos")
 )
 
 

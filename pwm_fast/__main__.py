@@ -1,8 +1,20 @@
-"""``python -m pwm_fast``: what commands there are."""
+"""``pwm-fast COMMAND ...`` or ``python -m pwm_fast COMMAND ...``; alone they list the commands.
+
+A command is a module of this package: ``pwm-fast train env=ant`` does what ``python -m
+pwm_fast.train env=ant`` does. Exit status: the command's; 2 and one line on stderr where there is
+none of that name.
+"""
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 import sys
+from importlib import import_module
+from typing import Any
+
+import pwm_fast
 
 COMMANDS = {
     "train": "train an agent, many with -m, or go on where a run stopped",
@@ -17,34 +29,79 @@ COMMANDS = {
     "data": "describe, register, verify and export offline data",
     "info": "versions, hardware and backends, for bug reports",
 }
+COMPOSED = ("train", "pretrain", "evaluate", "diagnose", "import_checkpoint")  # by Hydra
+COMPLETION = ("-sc", "--shell-completion")
 
 
 def usage() -> str:
     """The commands, a line each."""
     width = max(map(len, COMMANDS))
-    lines = [f"  python -m pwm_fast.{name:{width}}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         (
-            "Fast flow-matching world models for reinforcement learning. The commands:",
+            "Fast flow-matching world models for reinforcement learning.",
             "",
-            *lines,
+            "pwm-fast COMMAND ..., or python -m pwm_fast.COMMAND ...:",
+            "",
+            *(f"  {name:{width}}  {text}" for name, text in COMMANDS.items()),
             "",
             "Each takes --help. The first one to try:",
-            "  python -m pwm_fast.train",
+            "  pwm-fast train",
         )
     )
 
 
-def main() -> int:
-    """Print the commands; 2 if something else was asked for."""
-    asked = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
-    if not asked:
+def main() -> Any:
+    """Run the command that the command line names, or list them; return the exit status."""
+    given = sys.argv[1:]
+    first = given[0] if given else "--help"
+    if first in ("-h", "--help"):
         print(usage())
         return 0
-    name = asked[0]
-    hint = f"python -m pwm_fast.{name}" if name in COMMANDS else "python -m pwm_fast lists them"
-    print(f"error: commands are modules of their own: {hint}", file=sys.stderr)
+    if first == "--version":
+        print(f"pwm-fast {pwm_fast.__version__}")
+        return 0
+    if first in COMPLETION:
+        return complete(given)
+    name = first.replace("-", "_")
+    if name in COMMANDS:
+        return run(name, given[1:])
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"did you mean {near[0]}?" if near else "pwm-fast without one lists them"
+    print(f"error: there is no command {first!r}; {hint}", file=sys.stderr)
     return 2
+
+
+def run(name: str, arguments: list[str]) -> Any:
+    """Run a command as if its module had been started with these arguments."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as pwm_fast/__init__.py for its modules
+    sys.argv[1:] = arguments
+    # Imported here: a list of commands should not wait for torch.
+    module = "data.__main__" if name == "data" else name
+    return import_module(f"pwm_fast.{module}").main()
+
+
+def complete(arguments: list[str]) -> Any:
+    """Do what Hydra's shell completion asks for.
+
+    Hydra's shell function knows one application with one command line: it hands over the whole
+    line, and never the command. So the command's name is completed here, and Hydra completes the
+    rest as if it were an application of its own. Commands without a configuration have nothing.
+
+    Args:
+        arguments: as in ``-sc install=bash``, which prints that function, and ``-sc query=bash``.
+    """
+    if not arguments[-1].startswith("query="):
+        return run("train", arguments)
+    line = os.environ.get("COMP_LINE", "")
+    of_command = re.match(r"(\s*\S+\s+)(\S+)\s+", line)
+    if of_command is None:  # its name is still being written
+        print("\n".join(COMMANDS))
+        return 0
+    name = of_command[2].replace("-", "_")
+    if name not in COMPOSED:
+        return 0
+    os.environ["COMP_LINE"] = of_command[1] + line[of_command.end() :]
+    return run(name, arguments)
 
 
 if __name__ == "__main__":

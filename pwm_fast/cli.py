@@ -10,10 +10,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pwm_fast import launch, optional
+from pwm_fast import launch, optional, parallel
 from pwm_fast.config import ConfigError, check_choices, open_overrides
-from pwm_fast.envs import EnvironmentFault
+from pwm_fast.envs import CannotRender, EnvironmentFault
 from pwm_fast.memory import OutOfMemory
+from pwm_fast.parallel import Followed, RankLost
 from pwm_fast.run.checkpoint import CheckpointError
 from pwm_fast.run.trainer import TrainingDiverged
 
@@ -22,8 +23,10 @@ USER_ERRORS = (
     ConfigError,
     CheckpointError,
     EnvironmentFault,
+    CannotRender,
     TrainingDiverged,
     OutOfMemory,
+    RankLost,
     OSError,
 )
 NEEDS_TRAIN = "this command needs more packages: pip install 'pwm-fast[train]'"
@@ -128,6 +131,8 @@ def exit_status(command: Callable[[], int]) -> int:
 
 def _reported(error: Exception) -> int:
     """Print what a user can mend, and return 2; raise anything else."""
+    if isinstance(error, Followed) or (parallel.repeats() and _mendable(error)):
+        return 2  # another process prints it
     text = None if os.environ.get("PWM_FAST_TRACEBACK") else _mendable(error)
     if text is None:
         raise error

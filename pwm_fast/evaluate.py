@@ -1,6 +1,7 @@
 """``python -m pwm_fast.evaluate checkpoint=PATH episodes=12``: evaluate a trained policy.
 
-With ``planning=mppi`` a planner acts in its place (:func:`pwm_fast.ops.plan`).
+With ``planning=mppi`` a planner acts in its place (:func:`pwm_fast.ops.plan`); with
+``video=out.mp4`` its episodes are filmed.
 
 Prints a table and writes the same as JSON. Exit status: 0, or 2 and one line on stderr that says
 what is wrong.
@@ -36,6 +37,8 @@ def run(cfg: Any) -> int:
         print(table(result))
         files.write_text(target, text + "\n")
         print(f"\nwritten to {target}")
+    if config.video is not None:
+        print(f"filmed in {result['video']}", file=sys.stderr if target is None else sys.stdout)
     return 0
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+OF_ENVS = ("data", "run", "cursor", "length", "block", "random", "task")  # parts of a saved state
 
 
 class Windows(NamedTuple):
@@ -360,6 +362,35 @@ class Replay:
             "random": None if self._random is None else self._random[:, :used].clone(),
             "task": None if self._task is None else self._task[:, :used].clone(),
         }
+
+    @staticmethod
+    def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The saved states of replays of some envs each as that of one of all, in their order."""
+        used = max(state["data"].shape[1] for state in states)
+
+        def rows(key: str) -> Tensor | None:
+            parts = [state[key] for state in states]
+            if parts[0] is None:
+                return None
+            filled = []
+            for part in parts:
+                if part.dim() > 1:  # [N, used, ...]
+                    missing = part.new_zeros((len(part), used - part.shape[1], *part.shape[2:]))
+                    part = torch.cat((part, missing), 1)
+                filled.append(part)
+            return torch.cat(filled)
+
+        first = states[0]
+        num_envs = sum(state["shape"][0] for state in states)
+        parts = {key: rows(key) for key in OF_ENVS}
+        return {"shape": [num_envs, *first["shape"][1:]], "keep": first["keep"], **parts}
+
+    @staticmethod
+    def part(state: dict[str, Any], envs: slice) -> dict[str, Any]:
+        """Of a saved state that of some envs."""
+        num_envs = len(range(*envs.indices(state["shape"][0])))
+        parts = {key: state[key][envs] for key in OF_ENVS if state.get(key) is not None}
+        return {**state, "shape": [num_envs, *state["shape"][1:]], **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the contents of :meth:`state_dict`.

@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     EXPORT_AGENT = 10  # the global generators while they are recorded
     PLANNING = 11  # a planner's trajectories
     TASK = 12  # envs of each of several tasks
+    RANK = 13  # the global generators of a rank but the first
 
 
 def in_range(seed: int) -> bool:

@@ -23,7 +23,7 @@ BOXES = {
     "leaves": ("published", "data", "envs", "config", "replay"),
     "help": ("cli", "recording", "configs", "files", "hooks", "memory", "optional", "scopes"),
 }
-HIDDEN = {"__main__", "seeding", "help"}  # every part may use them
+HIDDEN = {"__main__", "seeding", "help", "parallel"}  # every part may use them
 
 
 def layers() -> list[list[str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pwm_fast.backends.precision import BY_NAME
 from pwm_fast.backends.select import BACKENDS, Choice
 from pwm_fast.ops import Activation, Layer
+from pwm_fast.parallel import Ranks
 
 PARAMETERS = ("weight", "bias", "ln_weight", "ln_bias")
 
@@ -20,6 +23,42 @@ PARAMETERS = ("weight", "bias", "ln_weight", "ln_bias")
 def choice(backend: str, precision: str = "exact") -> Choice:
     """A backend and a precision, as a call would choose them."""
     return Choice(BACKENDS[backend], BY_NAME[precision])
+
+
+class Pair(Ranks):
+    """Two ranks in one process, in threads that wait for each other; :meth:`run` calls in both."""
+
+    size = 2
+
+    def __init__(self, rank: int, others: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self._said, self._barrier = rank, others, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self._barrier.wait(60)
+        self._said[self.rank] = value
+        self._barrier.wait(60)
+        return list(self._said)
+
+    def gather_first(self, value: Any) -> list[Any]:
+        found = self.gather(value)
+        return found if self.first else []
+
+    def highest(self, number: int) -> int:
+        return max(self.gather(number))
+
+    def gather_tensors(self, value: Tensor) -> Tensor:
+        return torch.stack(self.gather(value.clone()))
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        for x in tensors:
+            x.copy_(self.gather_tensors(x).sum(0) / self.size)
+
+    @classmethod
+    def run(cls, function: Callable[[Ranks], Any]) -> list[Any]:
+        """What a function returns on either rank."""
+        barrier, said = threading.Barrier(2), [None, None]
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(function, [cls(rank, said, barrier) for rank in range(2)]))
 
 
 class Operators(TorchDispatchMode):

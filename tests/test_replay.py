@@ -881,3 +881,29 @@ def test_a_saved_replay_of_other_tasks_is_refused() -> None:
     one = Replay(60, 3, 2, 1, 2)
     with pytest.raises(ValueError, match=r"is of one task, .*num_tasks of this run is 4"):
         several().load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("keep", [0, 8])
+def test_parts_of_a_saved_state_and_their_whole(keep: int) -> None:
+    def filled(num_envs: int, steps: int) -> Replay:
+        replay = Replay(20 * num_envs, num_envs, OBS, ACTION, 3, keep=keep)
+        recorder = Recorder(replay, steps, 0.2)
+        for _ in range(steps):
+            recorder.add()
+        return replay
+
+    replays = [filled(2, 5), filled(1, 30)]  # the first has fewer rows that were written
+    whole = Replay.joined([replay.state_dict() for replay in replays])
+    taken = Replay(60, 3, OBS, ACTION, 3, keep=keep)
+    taken.load_state_dict(whole)
+    assert len(taken) == sum(map(len, replays)) and taken.ended().tolist() == [
+        n for replay in replays for n in replay.ended().tolist()
+    ]
+    for envs, replay in ((slice(0, 2), replays[0]), (slice(2, 3), replays[1])):
+        own = Replay(20 * replay.num_envs, replay.num_envs, OBS, ACTION, 3, keep=keep)
+        own.load_state_dict(Replay.part(whole, envs))
+        ours, theirs = own.state_dict(), replay.state_dict()
+        for key in ("data", "run", "cursor", "length", "block", "random"):
+            assert torch.equal(ours[key], theirs[key]), key
+        draws = [r.sample(9, torch.Generator().manual_seed(0)).obs for r in (own, replay)]
+        assert torch.equal(*draws)

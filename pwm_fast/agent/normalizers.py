@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from pwm_fast.ops.extend import at_least_fp32
+from pwm_fast.parallel import ALONE, Ranks
 
 
 class RunningMeanStd(nn.Module):
@@ -20,11 +22,15 @@ class RunningMeanStd(nn.Module):
         shape: of one item; ``()`` for scalars.
         groups: G, of which each has statistics of its own, as items of several tasks have; None is
             one for all.
+
+    Attributes:
+        ranks: whose batches are merged, too.
     """
 
     mean: Tensor
     var: Tensor
     count: Tensor
+    ranks: Ranks = ALONE
 
     def __init__(self, shape: tuple[int, ...] = (), groups: int | None = None) -> None:
         super().__init__()
@@ -45,12 +51,13 @@ class RunningMeanStd(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, x: Tensor, group: Tensor | None = None) -> None:
+    def update(self, x: Tensor, group: Tensor | None = None, *, same: bool = False) -> None:
         """Merge a batch ``[..., *shape]``; items with a non-finite entry are left out.
 
         Args:
             x: the items.
             group: integers of the leading shape of ``x``, their groups, where there are several.
+            same: all ranks are given this batch.
         """
         rows = x.detach().double().reshape(-1, *self.shape)
         finite = torch.isfinite(rows)
@@ -75,6 +82,8 @@ class RunningMeanStd(nn.Module):
         batch_mean = sums(rows) / n.clamp_min(1.0)
         of_row = batch_mean if group is None else batch_mean[group.reshape(-1)]
         batch_var = sums((rows - of_row).square()) / n.clamp_min(1.0)
+        if self.ranks.size > 1 and not same:
+            n, batch_mean, batch_var = self._of_all_ranks(n, batch_mean, batch_var)
         total = (count + n).clamp_min(1.0)
         delta = batch_mean - mean
         merged = (var * count + batch_var * n + delta.square() * count * n / total) / total
@@ -83,9 +92,42 @@ class RunningMeanStd(nn.Module):
         self.mean.add_(torch.where(seen, delta * n / total, 0.0).view_as(self.mean))
         self.count.add_(n.view_as(self.count))
 
+    def _of_all_ranks(self, n: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts ``[G, 1...]``, means and variances ``[G, *shape]`` of all ranks' batches."""
+        own = (n, mean, var)
+        all_of_them = self.ranks.gather_tensors(torch.cat([x.flatten() for x in own]))
+        parts = all_of_them.split([x.numel() for x in own], dim=-1)
+        ns, means, variances = (p.view(-1, *x.shape) for p, x in zip(parts, own, strict=True))
+        total = ns.sum(0)
+        most = total.clamp_min(1.0)
+        centre = (ns * means).sum(0) / most
+        spread = (ns * (variances + (means - centre).square())).sum(0) / most
+        return total, centre, spread
+
     def scale(self, eps: float = 1e-5, dtype: torch.dtype = torch.float32) -> Tensor:
         """``sqrt(var + eps)``, of the buffers' shape, rounded once to ``dtype``."""
         return (self.var + eps).sqrt().to(dtype)
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, Tensor]:
+        """The statistics in a few scalars, float64 on the device.
+
+        Of scalar items ``mean``, ``std`` and ``count``. Of others ``mean_abs`` (the mean over their
+        entries of the mean's absolute value), ``std_min`` and ``std_max`` (over their entries) and
+        ``count``; entries of groups of which nothing was seen do not count, and without any others
+        the first three are not finite.
+        """
+        std, count = self.var.sqrt(), self.count.sum()
+        if not self.shape:
+            return {"mean": self.mean, "std": std, "count": count}
+        of_groups = (*self.count.shape, *([1] * len(self.shape)))
+        seen = (self.count > 0).view(of_groups).expand_as(std)
+        return {
+            "mean_abs": torch.where(seen, self.mean.abs(), 0.0).sum() / seen.sum(),
+            "std_min": torch.where(seen, std, math.inf).amin(),
+            "std_max": torch.where(seen, std, -math.inf).amax(),
+            "count": count,
+        }
 
     def normalize(
         self,
@@ -127,10 +169,14 @@ class StartSpread(nn.Module):
         steps: H, of the rollouts.
         latent_dim: D.
         decay: of what was seen before, an update.
+
+    Attributes:
+        ranks: whose errors are taken in, too.
     """
 
     mean_square: Tensor
     weight: Tensor
+    ranks: Ranks = ALONE
 
     def __init__(self, steps: int, latent_dim: int, decay: float = 0.9) -> None:
         super().__init__()
@@ -142,6 +188,7 @@ class StartSpread(nn.Module):
     def update(self, error: Tensor) -> None:
         """Take in errors ``[H, B, D]``; all of them are left out if one is not finite."""
         seen = error.to(self.mean_square.dtype).square().mean(1)
+        self.ranks.average_([seen])
         finite = seen.isfinite().all()
         rate = torch.where(finite, 1.0 - self.decay, 0.0).to(seen.dtype)
         self.mean_square.lerp_(torch.where(finite, seen, self.mean_square), rate)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pwm_fast.ops import invalidate
 from pwm_fast.ops.adam import Group, GuardedStep, step_kernels, total_norm
+from pwm_fast.parallel import ALONE, Ranks
 
 
 class _Listed(NamedTuple):
@@ -41,7 +42,12 @@ class GuardedAdam:
         grad_norm: the gradient's total norm is clipped to this.
         slow: some of ``params``, which learn at ``slow_scale`` times the rate.
         slow_scale: see ``slow``.
+
+    Attributes:
+        ranks: whose gradients and losses are averaged before anything else is done with them.
     """
+
+    ranks: Ranks = ALONE
 
     def __init__(
         self,
@@ -111,6 +117,10 @@ class GuardedAdam:
             else g.contiguous()  # as the parameters then are
             for p, g in zip(self.params, grads, strict=True)
         ]
+        if self.ranks.size > 1:
+            # Not the loss, but 0 or NaN where it is not finite: all ranks skip an update, or none.
+            loss = (loss.detach() * 0.0).to(given[0].dtype)
+            self.ranks.average_([*given, loss])
         if kernels is None:
             norm = self._torch_step(loss, given)
         else:

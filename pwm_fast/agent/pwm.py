@@ -20,6 +20,7 @@ from pwm_fast.agent.state import OPTIMIZER_KEYS, check, fits, not_finite
 from pwm_fast.config import ActorConfig, AlgConfig, CriticConfig, ModelLearningConfig
 from pwm_fast.models import make_actor, make_critic, make_world_model
 from pwm_fast.ops import ImaginedRollout, extend
+from pwm_fast.parallel import ALONE, Ranks
 from pwm_fast.replay import Windows
 
 Metrics = dict[str, Tensor]
@@ -59,6 +60,9 @@ class PWM:
         recorder: records the graphs, for a device without them.
         action_dims: components of the action, the first ones, that tasks of these numbers read;
             others read all.
+        ranks: processes that learn together, each from its part of every batch: gradients and
+            running statistics are those of all. All begin with the same weights and make the same
+            updates, which are not replayed from graphs.
     """
 
     def __init__(
@@ -73,7 +77,12 @@ class PWM:
         precision: str = "auto",
         recorder: Recorder | None = None,
         action_dims: Mapping[int, int] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        if graphs and ranks.size > 1:
+            raise ValueError(
+                "graphs=True is for one process: the ranks' all-reduce is not recorded"
+            )
         if precision not in extend.PRECISIONS:
             raise ValueError(
                 f"precision must be one of {', '.join(extend.PRECISIONS)}, got {precision!r}"
@@ -120,7 +129,16 @@ class PWM:
             "critic": _optimizer(self.critic, config.critic),
         }
 
-        if recorder is None and (self.device.type == "cuda" if graphs is None else graphs):
+        self.ranks = ranks
+        for part in (self.obs_rms, self.reward_rms, self.return_rms, self.start_spread):
+            if part is not None:
+                part.ranks = ranks
+        for optimizer in self.optimizers.values():
+            optimizer.ranks = ranks
+
+        if graphs is None:
+            graphs = self.device.type == "cuda" and ranks.size == 1
+        if recorder is None and graphs:
             if self.device.type != "cuda":
                 raise ValueError(f"graphs=True needs a CUDA device, the agent is on {self.device}")
             recorder = CudaGraphs(self.device)
@@ -299,19 +317,21 @@ class PWM:
                     )
         return None
 
-    def observe(self, obs: Tensor, reward: Tensor, task: Tensor | None = None) -> None:
+    def observe(
+        self, obs: Tensor, reward: Tensor, task: Tensor | None = None, *, same: bool = False
+    ) -> None:
         """Update the running statistics with collected ``obs [N, O]`` and ``reward [N]``.
 
         ``task`` is as in :meth:`act`. Where the world model does not learn, those that it has
-        learned with stay.
+        learned with stay. With ``same`` all ranks are given these.
         """
         if self.config.model_learning.updates == 0:
             return
         if self.config.normalize_obs:
             numbers = self.task_numbers((obs.shape[0],), task)
-            self.obs_rms.update(obs.to(self.device), self._group(numbers))
+            self.obs_rms.update(obs.to(self.device), self._group(numbers), same=same)
         if self.config.normalize_rewards:
-            self.reward_rms.update(reward.to(self.device))
+            self.reward_rms.update(reward.to(self.device), same=same)
 
     # --- learning -------------------------------------------------------------------------------
 
@@ -549,6 +569,23 @@ class PWM:
         total = torch.stack([o.skipped for o in self.optimizers.values()]).sum()
         row = torch.stack([o.skipped_in_a_row for o in self.optimizers.values()]).amax()
         return {"skipped_updates": total, "skipped_in_a_row": row}
+
+    def normalizer_metrics(self) -> Metrics:
+        """``obs_rms_*``, ``reward_rms_*`` and ``return_rms_*``: the running statistics in scalars.
+
+        Of those alone that ``alg.normalize_*`` uses; :meth:`RunningMeanStd.summary` has the names.
+        """
+        used = {
+            "obs_rms": (self.obs_rms, self.config.normalize_obs),
+            "reward_rms": (self.reward_rms, self.config.normalize_rewards),
+            "return_rms": (self.return_rms, self.config.normalize_returns),
+        }
+        return {
+            f"{name}_{key}": value
+            for name, (statistics, is_used) in used.items()
+            if is_used
+            for key, value in statistics.summary().items()
+        }
 
     def fall_back(self) -> str | None:
         """Take a precision with a wider range, if GEMMs ran in fp16; its name, else None.

@@ -77,6 +77,7 @@ def draw_all(comparison: Comparison, statistic: str = "iqm") -> list[Picture]:
             _final(comparison),
             _tasks(comparison, statistic),
             _success(comparison, statistic),
+            _episode_length(comparison, statistic),
             _world_model(comparison, statistic),
             _esnr(comparison, statistic),
             _throughput(comparison),
@@ -173,6 +174,23 @@ def _success(comparison: Comparison, statistic: str) -> Picture | None:
         "share of episodes",
         "Share of evaluation episodes in which the goal held through the last second.",
         limits=(-0.02, 1.02),
+    )
+
+
+def _episode_length(comparison: Comparison, statistic: str) -> Picture | None:
+    """None where all episodes last as long: of a task without terminal states there is no more."""
+    key = "eval_episode_length"
+    lengths = [run.series(key).values for run in comparison.environment.runs]
+    if len(np.unique(np.concatenate(lengths))) < 2:
+        return None
+    return _over_steps(
+        comparison,
+        statistic,
+        key,
+        "episode_length",
+        "Episode length",
+        "steps",
+        "Mean length of an evaluation's episodes.",
     )
 
 

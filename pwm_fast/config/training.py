@@ -47,6 +47,8 @@ class EvalConfig(Checked):
         every: epochs between evaluations; 0 evaluates at the start and the end alone.
         episodes: episodes an evaluation.
         final_episodes: episodes of the evaluation at the end.
+        video_every: of the evaluations so many are between two of which an episode is filmed, into
+            ``run_dir/videos``; the first and the one at the end are among them. 0 films none.
     """
 
     PREFIX: ClassVar[str] = "eval."
@@ -54,6 +56,7 @@ class EvalConfig(Checked):
     every: int = checked(25, not_negative(SIZE))
     episodes: int = checked(12, positive(SIZE))
     final_episodes: int = checked(32, positive(SIZE))
+    video_every: int = checked(0, not_negative(SIZE))
 
 
 @dataclass
@@ -102,6 +105,21 @@ class WandbConfig(Checked):
     project: str = "pwm_fast"
     entity: str | None = None
     name: str | None = None
+    gradients: bool = False
+
+
+@dataclass
+class TensorboardConfig(Checked):
+    """Event files for TensorBoard in ``run_dir/tensorboard``, beside the run's own files.
+
+    Attributes:
+        enabled: write them.
+        gradients: write histograms of the gradients at evaluations.
+    """
+
+    PREFIX: ClassVar[str] = "tensorboard."
+
+    enabled: bool = False
     gradients: bool = False
 
 
@@ -184,6 +202,10 @@ class TrainConfig(Checked):
             ``tf32``, ``bf16`` or ``fast`` (fp16). A run whose ``fast`` updates were skipped as
             non-finite goes on in ``bf16``.
         graphs: replay updates from CUDA graphs: ``auto`` (on a GPU), ``true`` or ``false``.
+        parallel: several processes in one run, each with its part of the envs, the replay and every
+            batch (docs/clusters.md). ``auto``: those that torchrun started together. ``data``:
+            likewise, and one process alone is refused; the runs of a sweep take all places of
+            their ``launch``, one after the other.
         threads: torch's CPU threads; null is SLURM_CPUS_PER_TASK or OMP_NUM_THREADS where they are
             set, else as many of the machine's cores as the agent's GEMMs have work for (one for
             a small agent on a CPU).
@@ -204,6 +226,7 @@ class TrainConfig(Checked):
         eval: evaluation.
         esnr: gradient signal-to-noise ratio.
         wandb: Weights & Biases.
+        tensorboard: TensorBoard.
     """
 
     env: EnvConfig
@@ -214,6 +237,7 @@ class TrainConfig(Checked):
     device: str = checked("auto", device_name)
     precision: str = checked("auto", one_of("auto", "exact", "tf32", "bf16", "fast"))
     graphs: str = checked("auto", one_of("auto", "true", "false"))
+    parallel: str = checked("auto", one_of("auto", "data"))
     threads: int | None = checked(None, thread_count)
     deterministic: bool = False
     record_host: bool = False
@@ -226,6 +250,7 @@ class TrainConfig(Checked):
     eval: EvalConfig = field(default_factory=EvalConfig)
     esnr: EsnrConfig = field(default_factory=EsnrConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
 
     def __post_init__(self) -> None:
         self.graphs = self.graphs.lower()  # a YAML true arrives as "True"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pwm_fast.envs._gl import choose as choose_gl
 from pwm_fast.envs.dm_control_adapter import DMControlEnv
 from pwm_fast.envs.engines import ENGINES, Engine, choose, why_unusable
 from pwm_fast.envs.gymnasium_adapter import GymnasiumEnv
@@ -19,12 +20,15 @@ from pwm_fast.envs.protocol import (
     SAME_STEP,
     ActionNotFinite,
     Box,
+    CannotRender,
     EnvironmentFault,
     StateNotSupported,
     Tasks,
     VectorEnv,
+    Viewer,
     task_of,
     tasks_of,
+    viewer_of,
 )
 from pwm_fast.envs.tasks import built_in
 from pwm_fast.envs.tasks.base import Task
@@ -46,6 +50,7 @@ __all__ = [
     "TASKS",
     "ActionNotFinite",
     "Box",
+    "CannotRender",
     "DMControlEnv",
     "Engine",
     "EnvironmentFault",
@@ -59,10 +64,13 @@ __all__ = [
     "Tasks",
     "TorchVectorEnv",
     "VectorEnv",
+    "Viewer",
     "choose",
+    "choose_gl",
     "make",
     "task_of",
     "tasks_of",
+    "viewer_of",
     "why_unusable",
 ]
 

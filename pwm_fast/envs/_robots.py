@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast import memory, seeding
-from pwm_fast.envs import _checks
+from pwm_fast.envs import _checks, _rendering
 from pwm_fast.envs._batch import EnvBatch
 from pwm_fast.envs.tasks.base import Task
 
@@ -105,6 +105,14 @@ class RobotBatch(EnvBatch, ABC):
             field.copy_(saved)
         self._restore_episodes(state)
         self._generator.set_state(random)
+
+    def viewer(self, width: int, height: int) -> _rendering.MujocoViewer:
+        """Pictures of the robots, with a floor and a camera that follows them.
+
+        Raises:
+            CannotRender: there is no OpenGL.
+        """
+        return _rendering.of_robot(self.task, self._qpos, width, height)
 
     @abstractmethod
     def _physics(self) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pwm_fast import optional, seeding
-from pwm_fast.envs import _answers, _checks, _host, _spaces
+from pwm_fast.envs import _answers, _checks, _host, _rendering, _spaces
 from pwm_fast.envs._divergence import PhysicsWatch
 from pwm_fast.envs.protocol import StateNotSupported
 
@@ -128,6 +128,28 @@ class DMControlEnv(_host.HostEnv):
         """Close the envs."""
         for env in self._envs:
             env.close()
+
+    def viewer(self, width: int, height: int) -> _rendering.MujocoViewer:
+        """Pictures by the model's first camera, or from afar where it has none.
+
+        Raises:
+            CannotRender: there is no OpenGL.
+        """
+        import mujoco
+
+        camera = mujoco.MjvCamera()
+        model = self._envs[0].physics.model.ptr
+        if model.ncam:
+            camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
+        else:
+            mujoco.mjv_defaultFreeCamera(model, camera)
+
+        def look(env: int) -> tuple[Any, Any, Any]:
+            physics = self._envs[env].physics
+            return physics.model.ptr, physics.data.ptr, camera
+
+        seconds = self._envs[0].control_timestep() * self.action_repeat
+        return _rendering.MujocoViewer(look, seconds, width, height)
 
     def _reset_envs(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
         obs = np.zeros((self.num_envs, *self.single_observation_space.shape))

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from pwm_fast import memory, optional, seeding
-from pwm_fast.envs import _answers, _checks, _host, _spaces
+from pwm_fast.envs import _answers, _checks, _host, _rendering, _spaces
 from pwm_fast.envs._divergence import DIVERGED
-from pwm_fast.envs.protocol import EnvironmentFault, StateNotSupported
+from pwm_fast.envs.protocol import CannotRender, EnvironmentFault, StateNotSupported
 
 # What Gymnasium's MuJoCo tasks read besides the integration state: it lags that state by a substep.
 _DERIVED = (
@@ -178,6 +178,21 @@ class GymnasiumEnv(_host.HostEnv):
             # A process was killed, or answered its last step with an error.
             self._envs.unwrapped._state = AsyncState.DEFAULT  # else it waits for that answer again
             self._envs.unwrapped.close(terminate=True)
+
+    def viewer(self, width: int, height: int) -> _rendering.OwnViewer:
+        """What ``render()`` of each env gives; ``render_mode`` has to be ``rgb_array``.
+
+        Raises:
+            CannotRender: the envs are in processes of their own, or step in a way of their own.
+        """
+        envs = getattr(self._envs.unwrapped, "envs", None)
+        if envs is None:
+            kind = type(self._envs.unwrapped).__name__
+            raise CannotRender(f"{self.name}: envs of {kind} cannot be rendered one by one")
+        rate = envs[0].metadata.get("render_fps") or _rendering.DEFAULT_RATE
+        return _rendering.OwnViewer(
+            lambda env: envs[env].render(), self.name, 1.0 / rate, width, height
+        )
 
     def _reset_envs(self, mask: np.ndarray, seed: int | None) -> np.ndarray:
         seeds = None if seed is None else self._seeds(seed)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pwm_fast import seeding
 from pwm_fast.envs import _checks
 from pwm_fast.envs.dm_control_adapter import DMControlEnv
-from pwm_fast.envs.protocol import SAME_STEP, Box, Tasks, VectorEnv
+from pwm_fast.envs.protocol import SAME_STEP, Box, Tasks, VectorEnv, Viewer, viewer_of
 from pwm_fast.seeding import Purpose
 
 # Domains that TD-MPC2's names of tasks write in another way.
@@ -167,6 +168,14 @@ class ManyTasks:
         for part, saved in zip(self._parts, state["tasks"], strict=True):
             part.set_state(saved)
 
+    def viewer(self, width: int, height: int) -> Viewer:
+        """Pictures of all tasks; they count as many seconds a step as the first one's.
+
+        Raises:
+            CannotRender: a task shows no pictures.
+        """
+        return _PartViewers([viewer_of(part, width, height) for part in self._parts])
+
     def close(self) -> None:
         """Close the envs of all tasks."""
         for part in self._parts:
@@ -183,6 +192,22 @@ class ManyTasks:
             else:
                 found[rows] = part
         return found
+
+
+class _PartViewers:
+    """The viewers of T tasks as one; env i is of task ``i % T``."""
+
+    def __init__(self, viewers: Sequence[Viewer]) -> None:
+        self._viewers = viewers
+        self.step_seconds = viewers[0].step_seconds
+
+    def frame(self, env: int) -> np.ndarray:
+        row, task = divmod(env, len(self._viewers))
+        return self._viewers[task].frame(row)
+
+    def close(self) -> None:
+        for viewer in self._viewers:
+            viewer.close()
 
 
 def dm_control_tasks(

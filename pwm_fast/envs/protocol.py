@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,10 @@ class EnvironmentFault(RuntimeError):
 
 class ActionNotFinite(ValueError):
     """An environment was given an action with NaN or infinite values; no env was stepped."""
+
+
+class CannotRender(RuntimeError):
+    """There are no pictures of an environment; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,46 @@ def task_of(env: VectorEnv) -> Tensor | None:
     return None if found is None else found.of_env
 
 
+class Viewer(Protocol):
+    """Pictures of the envs of an environment.
+
+    Attributes:
+        step_seconds: seconds of a control step, so that what is filmed plays in real time.
+    """
+
+    step_seconds: float
+
+    def frame(self, env: int) -> np.ndarray:
+        """The state that an env is in now: uint8 ``[height, width, 3]``, red, green and blue.
+
+        Raises:
+            CannotRender: there is no picture.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what it draws with."""
+        ...
+
+
+def viewer_of(env: VectorEnv, width: int, height: int) -> Viewer:
+    """A new viewer of an environment's envs, which lives no longer than the environment.
+
+    Args:
+        env: the environment; nothing that it computes changes.
+        width: of a picture, pixels.
+        height: likewise.
+
+    Raises:
+        CannotRender: the environment shows no pictures, or not here.
+    """
+    make = getattr(env, "viewer", None)
+    if make is None:
+        raise CannotRender(f"{type(env).__name__} shows no pictures: it has no viewer()")
+    found: Viewer = make(width, height)
+    return found
+
+
 @runtime_checkable
 class VectorEnv(Protocol):
     """A batch of N envs with Gymnasium's 5-tuple, torch tensors and same-step autoreset.
@@ -97,6 +142,8 @@ class VectorEnv(Protocol):
     An environment may say in an attribute ``divergence`` why an env diverged first, if one did.
 
     One of several tasks has them in an attribute ``tasks`` (:class:`Tasks`).
+
+    One that can be filmed has a method ``viewer(width, height)`` (:func:`viewer_of`).
 
     Attributes:
         num_envs: N.

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pwm_fast import seeding
-from pwm_fast.envs import _answers, _checks, _factory, _spaces
+from pwm_fast.envs import _answers, _checks, _factory, _rendering, _spaces
 from pwm_fast.envs._batch import EnvBatch
 from pwm_fast.envs._divergence import MAX_VALUE
 from pwm_fast.envs._generators import Generators
-from pwm_fast.envs.protocol import EnvironmentFault, StateNotSupported
+from pwm_fast.envs.protocol import CannotRender, EnvironmentFault, StateNotSupported
 
 FinalObs = Literal["auto", "reset", "extras", "previous"]
 
@@ -247,6 +247,23 @@ class TorchVectorEnv(EnvBatch):
     def set_state(self, state: dict[str, Any]) -> None:
         """Raise StateNotSupported."""
         raise StateNotSupported(f"the state of {self.name} cannot be restored")
+
+    def viewer(self, width: int, height: int) -> _rendering.OwnViewer:
+        """What the environment's ``render()`` gives: one picture, which counts as that of env 0.
+
+        Raises:
+            CannotRender: the environment has no ``render``.
+        """
+        if not callable(getattr(self._envs, "render", None)):
+            raise CannotRender(f"{self.name} shows no pictures: it has no render()")
+        seconds = getattr(self._base, "step_dt", None) or 1.0 / _rendering.DEFAULT_RATE
+        return _rendering.OwnViewer(self._picture, self.name, float(seconds), width, height)
+
+    def _picture(self, env: int) -> Any:
+        if env:
+            raise CannotRender(f"its pictures are not of one env, so there is none of env {env}")
+        with self._generators.inside(), torch.no_grad():
+            return self._envs.render()
 
     def close(self) -> None:
         """Close the environment."""

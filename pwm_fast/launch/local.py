@@ -36,13 +36,21 @@ class LocalSweep:
             given = options.read(options.LocalOptions, self.config.launch)
             loader = self.hydra_context.config_loader
             runs, on_gpu = plan.plan(loader, self.config, job_overrides, initial_job_idx)
-        gpus: list[str] = []
-        if on_gpu:
-            gpus = [str(gpu) for gpu in given.gpus] if given.gpus else resources.visible_gpus()
-        count = given.jobs or len(gpus) or resources.cpus()
-        shares = resources.slots(min(count, len(runs)), gpus)
+            gpus: list[str] = []
+            if on_gpu:
+                gpus = [str(gpu) for gpu in given.gpus] if given.gpus else resources.visible_gpus()
+            count = given.jobs or len(gpus) or resources.cpus()
+            together = runs[0].parallel
+            if together and (count < 2 or 0 < len(gpus) < count):
+                raise ConfigError(
+                    f"parallel=data wants several processes, each with a GPU of its own or all "
+                    f"without: launch.jobs={count} places have {len(gpus)} GPUs"
+                )
+        shares = resources.slots(count if together else min(count, len(runs)), gpus)
         if given.dry_run:
-            print(f"{len(runs)} runs, {len(shares)} at a time; nothing is started:")
+            order = f"in {count} processes, one after another"
+            order = order if together else f"{len(shares)} at a time"
+            print(f"{len(runs)} runs, {order}; nothing is started:")
             print_runs(runs)
             forget(self.config)
             return returns(runs)

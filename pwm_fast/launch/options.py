@@ -17,8 +17,8 @@ def gpu_list(key: str, value: list[Any]) -> None:
 
 def one_gpu_or_none(key: str, value: int) -> None:
     """A number of GPUs that a run uses."""
-    several = "for several runs on a node with several GPUs set launch.runs_per_job"
-    require(value in (0, 1), key, value, f"1 or 0 (a run uses one GPU or none; {several})")
+    several = "for several GPUs set launch.runs_per_job, with parallel=data for one run on them"
+    require(value in (0, 1), key, value, f"1 or 0 (a process uses one GPU or none; {several})")
 
 
 @dataclass
@@ -26,7 +26,8 @@ class LocalOptions(Checked):
     """Runs of a sweep in parallel processes on this machine.
 
     Attributes:
-        jobs: runs at a time; null is one a GPU, or without GPUs as many as there are CPUs.
+        jobs: runs at a time, or with ``parallel=data`` the processes of one run; null is one a
+            GPU, or without GPUs as many as there are CPUs.
         gpus: GPUs to use, as CUDA_VISIBLE_DEVICES names them; null is all visible ones.
         dry_run: print what would be run, and run nothing.
     """
@@ -51,7 +52,8 @@ class SlurmOptions(Checked):
         cpus: CPUs a run.
         mem_gb: memory a run, in GB; null is the cluster's default.
         time: time limit of a job, as Slurm writes it.
-        runs_per_job: runs that share one job, each with a GPU of its own.
+        runs_per_job: runs that share one job, each with a GPU of its own, or with
+            ``parallel=data`` the processes of a job's one run.
         signal_s: seconds before the time limit at which the runs write their checkpoints and the
             job is requeued.
         max_requeues: time limits that a job may reach before it counts as failed.

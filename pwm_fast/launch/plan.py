@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_fast import config as configuration
-from pwm_fast import files
+from pwm_fast import files, parallel
 from pwm_fast.config import ConfigError
 from pwm_fast.launch.sweep import Run, log_path
 from pwm_fast.run.inherit import inherited
@@ -35,6 +35,11 @@ def plan(
     Raises:
         ConfigError: a run's configuration cannot be used, or two runs would write to one directory.
     """
+    if parallel.started_together():
+        raise ConfigError(
+            "a sweep (-m) starts the processes of its runs itself, with parallel=data: leave "
+            "torchrun away"
+        )
     directory = Path(str(config.hydra.sweep.dir))
     labels = _labels(overrides)
     common = [*_sources(config), *_kept(config.hydra.overrides.hydra)]
@@ -61,7 +66,10 @@ def plan(
             )
         owners[path] = label
         log = log_path(directory, index, label)
-        runs.append(Run(index, label, [*common, *_kept(own)], run.run_dir, log))
+        several = run.parallel == "data"
+        runs.append(Run(index, label, [*common, *_kept(own)], run.run_dir, log, several))
+    if len({run.parallel for run in runs}) > 1:
+        raise ConfigError("parallel must be the same in all runs of a sweep; nothing was started")
     return runs, on_gpu
 
 

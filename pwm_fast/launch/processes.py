@@ -5,6 +5,7 @@ Imports nothing heavy: the process that waits for the runs of a Slurm job needs 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -54,6 +55,7 @@ def run(
     slots: Sequence[Mapping[str, str]],
     on_start: Callable[[int, int], None] = lambda index, slot: None,
     on_end: Callable[[int, int], None] = lambda index, status: None,
+    together: float | None = None,
 ) -> Outcome:
     """Run commands, at most one in each slot, in order; a failure does not stop the others.
 
@@ -66,6 +68,9 @@ def run(
         slots: for each place the variables that it adds to the environment.
         on_start: is told the command's index and the slot's.
         on_end: is told the command's index and its exit status.
+        together: none of them is of use without the others: when one fails, those that run get
+            SIGTERM, and SIGKILL where that does not end them within so many seconds. None is each
+            for itself.
     """
     outcome = Outcome([None] * len(commands))
     running: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}  # slot: (index, process)
@@ -78,6 +83,12 @@ def run(
             for _, process in list(running.values()):
                 pass_on(process, signum)
 
+    def end_all() -> None:
+        waiting.clear()
+        for _, process in running.values():
+            process.terminate()
+
+    deadline = math.inf
     before = _install(stop)
     try:
         while running or (waiting and not outcome.signals):
@@ -96,6 +107,13 @@ def run(
                     del running[slot]
                     outcome.statuses[index] = status
                     on_end(index, status)
+                    if status and together is not None and deadline == math.inf:
+                        deadline = time.monotonic() + together
+                        end_all()
+            if time.monotonic() > deadline:
+                deadline = math.inf
+                for _, process in running.values():
+                    process.kill()
     finally:
         for _, process in running.values():  # none but after an error of ours
             pass_on(process, signal.SIGTERM)

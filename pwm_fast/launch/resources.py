@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Sequence
 
 from pwm_fast.config import allotted_threads
@@ -44,6 +45,29 @@ def slots(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:
             share["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         shares.append(share)
     return shares
+
+
+def ranks(shares: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The variables of the processes of one run that takes all shares of :func:`slots`.
+
+    They are those of torchrun. Every process sees all GPUs, and takes the one of its number.
+    """
+    gpus = dict.fromkeys(s["CUDA_VISIBLE_DEVICES"] for s in shares if "CUDA_VISIBLE_DEVICES" in s)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    count = str(len(shares))
+    found = []
+    for rank, share in enumerate(shares):
+        own = {**share, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if gpus:
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        if "SLURM_CPUS_PER_TASK" in share:  # of which a run takes its processes' part
+            own["SLURM_CPUS_PER_TASK"] = str(int(share["SLURM_CPUS_PER_TASK"]) * len(shares))
+        found.append(own)
+    return found
 
 
 def describe(share: dict[str, str]) -> str:

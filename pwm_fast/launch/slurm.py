@@ -57,8 +57,13 @@ class SlurmSweep:
             given = options.read(options.SlurmOptions, self.config.launch)
             loader = self.hydra_context.config_loader
             runs, _ = plan.plan(loader, self.config, job_overrides, initial_job_idx)
-            size = given.runs_per_job
+            size = 1 if runs[0].parallel else given.runs_per_job
             groups = [runs[i : i + size] for i in range(0, len(runs), size)]
+            if runs[0].parallel and given.runs_per_job == 1:
+                raise ConfigError(
+                    "parallel=data wants several processes, as many as launch.runs_per_job: give "
+                    "launch=slurm_4gpu, or launch.runs_per_job=N of a node with N GPUs"
+                )
             directory = Path(str(self.config.hydra.sweep.dir))
             several = "s" if len(groups) > 1 else ""
             if given.dry_run:
@@ -101,10 +106,11 @@ class SlurmSweep:
                 )
         jobs: dict[str, list[int]] = {}
         for same in _by_size(groups):
-            executor = self._executor(len(same[0]), given)
+            places = _places(same[0], given)
+            executor = self._executor(places, given)
             try:
                 with contextlib.redirect_stderr(io.StringIO()):  # what the error below says
-                    submitted = executor.map_array(SlurmJob(), same)
+                    submitted = executor.map_array(SlurmJob(places), same)
             except (FailedJobError, FailedSubmissionError) as error:
                 done = f" (submitted before that: {', '.join(jobs)})" if jobs else ""
                 raise ConfigError(f"sbatch refused the job: {queue.reason(error)}{done}") from error
@@ -117,9 +123,11 @@ class SlurmSweep:
         print("nothing is submitted; these are the jobs:")
         for same in _by_size(groups):
             for group in same:
-                print(f"job of {len(group)} run{'s' if len(group) > 1 else ''}")
+                places = _places(group, given)
+                each = f" in {places} processes" if group[0].parallel else ""
+                print(f"job of {len(group)} run{'s' if len(group) > 1 else ''}{each}")
                 local.print_runs(group)
-            executor = self._executor(len(same[0]), given)
+            executor = self._executor(_places(same[0], given), given)
             if len(same) > 1:
                 executor.parameters["map_count"] = len(same)
             text = executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -127,7 +135,7 @@ class SlurmSweep:
             print("\n".join(f"    {line}" for line in text.splitlines()))
 
     def _executor(self, size: int, given: options.SlurmOptions) -> Any:
-        """Submitit's executor for jobs of ``size`` runs."""
+        """Submitit's executor for jobs of ``size`` places, each of one run or process."""
         from submitit.slurm.slurm import SlurmExecutor
 
         class Executor(SlurmExecutor):
@@ -164,6 +172,11 @@ class SlurmSweep:
         except ValueError as error:
             raise ConfigError(f"hydra.launcher: {str(error).splitlines()[0]}") from error
         return executor
+
+
+def _places(group: Sequence[sweep.Run], given: options.SlurmOptions) -> int:
+    """Shares of a job with those runs: one for each, or all for one that is parallel."""
+    return given.runs_per_job if group[0].parallel else len(group)
 
 
 def _by_size(groups: Sequence[list[sweep.Run]]) -> list[list[list[sweep.Run]]]:

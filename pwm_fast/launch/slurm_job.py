@@ -19,7 +19,14 @@ from pwm_fast.run.interrupt import WARNINGS, hand_on  # submitit has one, SIGUSR
 
 
 class SlurmJob:
-    """Makes runs side by side, each on a GPU of its own; submitit pickles and calls it."""
+    """Makes runs side by side, each on a GPU of its own; submitit pickles and calls it.
+
+    Args:
+        places: shares of the job; one run that is ``parallel`` takes all of them.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places = places
 
     def __call__(self, runs: Sequence[sweep.Run]) -> None:
         """Make the runs; those that a requeued job had finished already are left alone.
@@ -34,8 +41,9 @@ class SlurmJob:
             return
         # Where Slurm names no GPUs, those of the node; one run needs no share and no look for them.
         named = "CUDA_VISIBLE_DEVICES" in os.environ
-        gpus = resources.visible_gpus() if named or len(runs) > 1 else []
-        outcome = sweep.execute(runs, resources.slots(len(runs), gpus))
+        places = self.places if runs[0].parallel else len(runs)
+        gpus = resources.visible_gpus() if named or places > 1 else []
+        outcome = sweep.execute(runs, resources.slots(places, gpus))
         text = sweep.failures(runs, outcome.statuses)
         if not text:
             return

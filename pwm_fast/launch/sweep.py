@@ -19,6 +19,8 @@ from pwm_fast import files
 from pwm_fast.config import ConfigError
 from pwm_fast.launch import processes, resources
 
+GRACE = 30.0  # seconds that the other processes of a run have when one of them is lost
+
 
 @dataclass(frozen=True)
 class Run:
@@ -30,6 +32,7 @@ class Run:
         arguments: of ``python -m pwm_fast.train``.
         run_dir: where the run is written.
         log: absolute path of the file with its output.
+        parallel: it takes all places of its job, with a process in each (``parallel=data``).
     """
 
     index: int
@@ -37,6 +40,7 @@ class Run:
     arguments: list[str]
     run_dir: str
     log: str
+    parallel: bool = False
 
     @property
     def exit_file(self) -> Path:
@@ -98,25 +102,54 @@ def read(directory: Path) -> tuple[list[Run], dict[str, list[int]]]:
 def execute(runs: Sequence[Run], shares: Sequence[dict[str, str]]) -> processes.Outcome:
     """Make runs in processes of their own, one in each share of the machine at a time.
 
-    What happens is printed; output and exit statuses go to the sweep's directory.
+    Runs that are ``parallel`` have a process in every share, and follow one another. What happens
+    is printed; output and exit statuses go to the sweep's directory.
     """
     for run in runs:
         run.exit_file.unlink(missing_ok=True)
 
     def on_start(index: int, slot: int) -> None:
-        run = runs[index]
-        place = resources.describe(shares[slot])
-        print(f"run {run.index} ({run.label}): on {place}; log {shown(run.log)}", flush=True)
+        _say_start(runs[index], resources.describe(shares[slot]))
 
     def on_end(index: int, status: int) -> None:
-        run = runs[index]
-        print(f"run {run.index} ({run.label}): {describe(status)}", flush=True)
-        try:
-            files.write_text(run.exit_file, f"{status}\n")
-        except OSError as error:  # no reason to stop the others
-            print(f"could not record that: {error}", flush=True)
+        _say_end(runs[index], status)
 
-    return processes.run([run.command() for run in runs], shares, on_start, on_end)
+    if not any(run.parallel for run in runs):
+        return processes.run([run.command() for run in runs], shares, on_start, on_end)
+    outcome = processes.Outcome([None] * len(runs))
+    for index, run in enumerate(runs):
+        if not outcome.signals:
+            outcome.statuses[index], signals = _execute_parallel(run, shares)
+            outcome.signals += signals
+    return outcome
+
+
+def _execute_parallel(run: Run, shares: Sequence[dict[str, str]]) -> tuple[int, list[int]]:
+    """Make one run in a process for each share; its exit status, and the signals meanwhile."""
+    failed: list[int] = []  # in the order of time: the others fail for the first one's sake
+
+    def on_end(index: int, status: int) -> None:
+        if status:
+            failed.append(status)
+
+    _say_start(run, f"{len(shares)} processes, each on {resources.describe(shares[0])}")
+    commands, ranks = [run.command()] * len(shares), resources.ranks(shares)
+    outcome = processes.run(commands, ranks, on_end=on_end, together=GRACE)
+    status = failed[0] if failed else 0
+    _say_end(run, status)
+    return status, outcome.signals
+
+
+def _say_start(run: Run, place: str) -> None:
+    print(f"run {run.index} ({run.label}): on {place}; log {shown(run.log)}", flush=True)
+
+
+def _say_end(run: Run, status: int) -> None:
+    print(f"run {run.index} ({run.label}): {describe(status)}", flush=True)
+    try:
+        files.write_text(run.exit_file, f"{status}\n")
+    except OSError as error:  # no reason to stop the others
+        print(f"could not record that: {error}", flush=True)
 
 
 def describe(status: int | None) -> str:

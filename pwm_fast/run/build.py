@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from pwm_fast import config as configuration
-from pwm_fast import memory, seeding
+from pwm_fast import memory, parallel, seeding
 from pwm_fast.agent import PWM
 from pwm_fast.backends import select
 from pwm_fast.config import AlgConfig, ConfigError, EnvConfig, TrainConfig
 from pwm_fast.envs import TASKS, Engine, OfflineEnv, VectorEnv, choose, make, tasks_of
+from pwm_fast.parallel import ALONE, Ranks
 from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint, checkpoint_content
 from pwm_fast.run.checkpoint import CheckpointError
@@ -49,6 +50,60 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+def device_of_rank(name: str, ranks: Ranks) -> torch.device:
+    """The device that ``device=`` names, of several processes each a GPU of its own.
+
+    Raises:
+        ConfigError: as of :func:`select_device`, or there are too few GPUs.
+    """
+    device = select_device(name)
+    if ranks.size == 1 or device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise ConfigError(
+            f"device={name} cannot be shared by the {ranks.size} processes of a run: use "
+            "device=cuda or device=auto, which is one GPU for each"
+        )
+    count = torch.cuda.device_count()
+    if ranks.local_rank >= count:
+        raise ConfigError(
+            f"torchrun started {parallel.local_size()} processes on this machine, of which torch "
+            f"sees {count} CUDA devices: give --nproc-per-node={count}, or device=cpu"
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)  # NCCL's, too
+    return device
+
+
+def part_of(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The configuration that one of several processes makes its part of a run with.
+
+    Raises:
+        ConfigError: their number does not divide it.
+    """
+    if ranks.size == 1:
+        return config
+    alg, counts = config.alg, {}
+    for key, value in (
+        ("num_envs", config.env_count),
+        ("alg.model_learning.batch_size", alg.model_learning.batch_size),
+        ("alg.actor.batch_size", alg.actor.batch_size),
+    ):
+        if value % ranks.size:
+            raise ConfigError(f"{key} must be a multiple of {ranks.size} processes, got {value}")
+        counts[key] = value // ranks.size
+    learning = replace(alg.model_learning, batch_size=counts["alg.model_learning.batch_size"])
+    own = replace(
+        alg,
+        replay_capacity=alg.replay_capacity // config.env_count * counts["num_envs"],
+        model_learning=learning,
+        actor=replace(alg.actor, batch_size=counts["alg.actor.batch_size"]),
+    )
+    # ESNR is measured on whole batches by each, and has no part in what is made of this.
+    esnr = replace(config.esnr, every=0)
+    return replace(config, num_envs=counts["num_envs"], alg=own, esnr=esnr)
+
+
 THREAD_SHARE = 8_000_000  # multiply-adds of a product that are worth another thread
 ROWS_SHARE = 64  # rows of a row program that are
 
@@ -72,6 +127,8 @@ def set_threads(
         alg = None
     if threads is None:
         threads = configuration.allotted_threads()
+        if threads is not None:  # to all of a run's processes on this machine
+            threads = max(1, threads // parallel.local_size())
     if threads is None and alg is not None and not os.environ.get("OMP_NUM_THREADS"):
         most = min(torch.get_num_threads(), configuration.MAX_THREADS)
         threads = min(most, useful_threads(alg))
@@ -91,9 +148,9 @@ def useful_threads(alg: AlgConfig) -> int:
     return max(work // THREAD_SHARE, rows // ROWS_SHARE, 1)
 
 
-def seed_everything(seed: int, purpose: Purpose = Purpose.AGENT) -> None:
+def seed_everything(seed: int, purpose: Purpose = Purpose.AGENT, *numbers: int) -> None:
     """Seed Python's, NumPy's and torch's global generators, each with a stream of its own."""
-    python, numpy, torchs = (seeding.stream(seed, purpose, i) for i in range(3))
+    python, numpy, torchs = (seeding.stream(seed, purpose, *numbers, i) for i in range(3))
     random.seed(python)
     np.random.seed(seeding.words(numpy))
     torch.manual_seed(torchs)
@@ -226,20 +283,22 @@ def of_task(env: EnvConfig, task: str, obs_dim: int, action_dim: int) -> EnvConf
     return replace(env, options={**env.options, **own})
 
 
-def check_evaluations(config: TrainConfig, env: VectorEnv) -> None:
-    """Refuse evaluations with fewer episodes than the environment has tasks.
+def check_evaluations(config: TrainConfig, env: VectorEnv, ranks: Ranks = ALONE) -> None:
+    """Refuse evaluations with fewer episodes than the environment has tasks, on each rank.
 
     Raises:
         ConfigError: naming the key to raise.
     """
     tasks = None if isinstance(env, OfflineEnv) else tasks_of(env)  # where nothing acts
-    count = 1 if tasks is None else len(tasks.names)
+    each = 1 if tasks is None else len(tasks.names)
+    count = each * ranks.size
+    by = "" if ranks.size == 1 else f" in each of {ranks.size} processes"
     for key in ("episodes", "final_episodes"):
         given = getattr(config.eval, key)
         if given < count:
             raise ConfigError(
                 f"eval.{key} must be at least {count}, an episode for each of the environment's "
-                f"tasks, got {given}"
+                f"tasks{by}, got {given}"
             )
 
 
@@ -248,7 +307,9 @@ def dims(env: VectorEnv) -> tuple[int, int]:
     return env.single_observation_space.shape[0], env.single_action_space.shape[0]
 
 
-def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM:
+def make_agent(
+    config: TrainConfig, env: VectorEnv, device: torch.device, ranks: Ranks = ALONE
+) -> PWM:
     """The agent of a run, for the observations and actions of ``env``.
 
     Raises:
@@ -256,6 +317,8 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
     """
     if config.graphs == "true" and device.type != "cuda":
         raise ConfigError(f"graphs=true needs a GPU, device={config.device} is {device} here")
+    if config.graphs == "true" and ranks.size > 1:
+        raise ConfigError(f"graphs=true is for one process, this run has {ranks.size}")
     reason = why_not_precision(config.precision, device)
     if reason is not None:
         raise ConfigError(
@@ -279,6 +342,7 @@ def make_agent(config: TrainConfig, env: VectorEnv, device: torch.device) -> PWM
             graphs=None if config.graphs == "auto" else config.graphs == "true",
             precision=config.precision,
             action_dims=action_dims,
+            ranks=ranks,
         )
 
 

@@ -61,6 +61,14 @@ PANELS = {
         ),
         crown="eval_reward",
     ),
+    "episode_length": Panel(
+        "Length of real episodes",
+        "steps",
+        (
+            Curve("train_episode_length", "training (sampled actions)", "0.6"),
+            Curve("eval_episode_length", "evaluation (mean)"),
+        ),
+    ),
     "world_model_losses": Panel(
         "World-model losses",
         "loss",
@@ -73,6 +81,8 @@ PANELS = {
         ),
         log=True,
     ),
+    "actor_loss": Panel("Loss of the actor", "loss", (Curve("actor_loss", "policy"),)),
+    "value_loss": Panel("Loss of the critics", "loss", (Curve("value_loss", "value"),), log=True),
     "gradient_norms": Panel(
         "Gradient norms before clipping",
         "norm",
@@ -89,6 +99,12 @@ PANELS = {
         (Curve("esnr_db", "ESNR"),),
         level=(0.0, "signal = noise"),
     ),
+    "speed": Panel(
+        "Speed, without evaluations",
+        "environment steps / s",
+        (Curve("steps_per_second", "collecting and learning"),),
+        log=True,  # epochs of random actions alone are many times as fast
+    ),
 }
 
 
@@ -103,6 +119,9 @@ PRETRAINING = {
         ),
     ),
     **{name: PANELS[name] for name in ("world_model_losses", "gradient_norms")},
+    "speed": Panel(
+        "Speed, without evaluations", "updates / s", (Curve("updates_per_second", "learning"),)
+    ),
 }
 
 
@@ -142,13 +161,11 @@ def plot_run(run_dir: Path, title: str = "", directory: Path | None = None) -> l
         figures[name] = figure
     if tasks := metrics.tasks_of(rows):
         figures["task_returns"] = _task_returns(Figure, tasks, rows, title)
-    figure = Figure(figsize=(12.0, 7.6), layout="constrained")
+    columns = len(panels) // 2
+    figure = Figure(figsize=(6.0 * columns, 7.6), layout="constrained")
     figure.suptitle(title, fontsize="x-large")
-    drawn = list(figure.subplots(2, 2).flat)
-    for axes, panel in zip(drawn, panels.values(), strict=False):
+    for axes, panel in zip(figure.subplots(2, columns).flat, panels.values(), strict=True):
         _draw(axes, panel, rows)
-    for axes in drawn[len(panels) :]:
-        axes.remove()
     figures["summary"] = figure
     return [save(figure, directory / f"{name}.png") for name, figure in figures.items()]
 

@@ -33,7 +33,8 @@ KEYS = {
 }
 # Also, if the checkpoint is new enough: "data", what the replay was filled with at the start;
 # "precision", which replaced the configured one after an overflow, else None; "ended", numbers of
-# training episodes in the completed epochs; "imported", what published checkpoint it was made of.
+# training episodes in the completed epochs; "imported", what published checkpoint it was made of;
+# "ranks", env and rng of each of several processes (then "env" is None, and "rng" the first one's).
 
 
 class CheckpointError(RuntimeError):

@@ -143,6 +143,8 @@ def _progress(value: Any) -> bool:
         and sums.keys() == counts.keys()
         and all(isinstance(k, str) and _scalar(v) for k, v in sums.items())
         and all(_scalar(v) or _count(v) for v in counts.values())
+        and isinstance(value.get("totals", []), list)
+        and all(isinstance(k, str) for k in value.get("totals", []))
     )
 
 
@@ -200,6 +202,19 @@ def _ended(value: Any) -> bool:
     )
 
 
+def _ranks(value: Any) -> bool:
+    if value is None:
+        return True
+    envs, rngs = (value.get("env"), value.get("rng")) if isinstance(value, dict) else (None, None)
+    return (
+        isinstance(envs, list)
+        and isinstance(rngs, list)
+        and len(envs) == len(rngs) > 1
+        and all(state is None or isinstance(state, dict) for state in envs)
+        and all(map(_rng, rngs))
+    )
+
+
 RULES: dict[str, Rule] = {
     "config": (_config, "the configuration of a run, in plain containers"),
     "epoch": (_count, "a number of epochs, 0 or more"),
@@ -221,6 +236,7 @@ RULES: dict[str, Rule] = {
         lambda v: v is None or (isinstance(v, str) and v in select.PRECISIONS),
         f"one of {', '.join(select.PRECISIONS)}, or None",
     ),
+    "ranks": (_ranks, "env and rng of the ranks of a run in several processes, or None"),
     "seeding": (lambda v: v is None or _count(v), "a version of how seeds are derived, or None"),
 }
 

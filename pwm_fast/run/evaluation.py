@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pwm_fast import ops, seeding
+from pwm_fast import files, ops, seeding
 from pwm_fast.agent import PWM, Planner
 from pwm_fast.config import MISSING, Checked, PlanningConfig
-from pwm_fast.config.checks import SIZE, checked, positive, seed_range, thread_count
+from pwm_fast.config.checks import (
+    SIZE,
+    checked,
+    not_empty,
+    positive,
+    positive_or_null,
+    require,
+    seed_range,
+    thread_count,
+)
 from pwm_fast.envs import Tasks, VectorEnv, task_of, tasks_of
-from pwm_fast.run import build, checkpoint
+from pwm_fast.run import build, checkpoint, video
 from pwm_fast.run.acting import PolicyNotFinite, acting, policy_of
 from pwm_fast.run.open_loop import Held
+from pwm_fast.run.video import Film, Filming, TrainingFilm
 from pwm_fast.seeding import Purpose
 
 LOOK_EVERY = 32  # steps between looks at a GPU whether all episodes are over
@@ -67,6 +77,14 @@ class Evaluation:
         pairs = zip(tasks.names, tasks.numbers, strict=True)
         return {name: tasks.of_env.cpu() == number for name, number in pairs}
 
+    def on_cpu(self) -> Evaluation:
+        """The same without tensors on a GPU, for another process."""
+        tasks = self.tasks
+        if tasks is not None:
+            of_env, mask = tasks.of_env.cpu(), tasks.action_mask.cpu()
+            tasks = replace(tasks, of_env=of_env, action_mask=mask)
+        return replace(self, tasks=tasks)
+
     def summary(self) -> dict[str, Any]:
         """The figures and every single return, for a JSON file."""
         return {
@@ -93,6 +111,29 @@ class Evaluation:
         }
 
 
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of one agent in envs of one kind as one of all their episodes."""
+    first = parts[0]
+    tasks = first.tasks
+    if tasks is not None:
+        of_env, mask = (
+            torch.cat([getattr(part.tasks, name) for part in parts])
+            for name in ("of_env", "action_mask")
+        )
+        tasks = replace(tasks, of_env=of_env, action_mask=mask)
+    held = None
+    if first.held is not None:
+        held = torch.cat([part.held for part in parts if part.held is not None])
+    return Evaluation(
+        torch.cat([part.returns for part in parts]),
+        torch.cat([part.lengths for part in parts]),
+        held,
+        torch.cat([part.diverged for part in parts]),
+        tasks,
+        first.model,
+    )
+
+
 @torch.no_grad()
 def evaluate(
     agent: PWM,
@@ -103,6 +144,7 @@ def evaluate(
     planner: Planner | None = None,
     check: Callable[[], None] = lambda: None,
     record: Held | None = None,
+    film: Film | TrainingFilm | None = None,
 ) -> Evaluation:
     """Run the first episode of every env of ``env`` to its end.
 
@@ -114,6 +156,7 @@ def evaluate(
         planner: acts in place of the policy; of ``agent``.
         check: called before every step; it may raise to stop.
         record: takes the steps of the episodes.
+        film: is shown the envs before every step.
 
     Raises:
         PolicyNotFinite: an action of a running episode is not finite.
@@ -132,6 +175,8 @@ def evaluate(
     look_every = 1 if env.device.type == "cpu" else LOOK_EVERY
     for i in range(1, env.max_episode_steps + 1):
         check()
+        if film is not None:
+            film.add(running)
         if planner is None:
             action = agent.act(obs, task=task, deterministic=deterministic).to(env.device)
         else:
@@ -165,6 +210,13 @@ def evaluate(
     return Evaluation(returns.cpu(), lengths.cpu(), goal, diverged.cpu(), tasks_of(env))
 
 
+def picture_size(key: str, value: list[int]) -> None:
+    """Width and height of a picture that can be encoded."""
+    ok = len(value) == 2 and all(16 <= n <= video.MOST_PIXELS and n % 2 == 0 for n in value)
+    expected = f"[width, height], both even and in [16, {video.MOST_PIXELS}]"
+    require(ok, key, list(value), expected)
+
+
 @dataclass
 class EvaluateConfig(Checked):
     """One evaluation.
@@ -177,6 +229,12 @@ class EvaluateConfig(Checked):
         threads: torch's CPU threads; null leaves its own choice (or SLURM_CPUS_PER_TASK's).
         json: where the JSON goes; null is ``<checkpoint>.evaluation.json`` beside the checkpoint,
             ``-`` is stdout (then the table goes to stderr).
+        video: a film of the evaluated episodes themselves, ending in ``.mp4`` or ``.gif``; null for
+            none.
+        video_episodes: how many of them, the first ones, side by side.
+        video_size: ``[width, height]`` of one of them, in pixels.
+        video_seconds: of each, simulated ones; null is to the end.
+        video_fps: the most pictures a second; null is 60 for ``.mp4`` and 25 for ``.gif``.
         planning: a planner that acts in place of the policy.
     """
 
@@ -186,7 +244,28 @@ class EvaluateConfig(Checked):
     device: str = "auto"
     threads: int | None = checked(None, thread_count)
     json: str | None = None
+    video: str | None = checked(None, not_empty("a path or null"))
+    video_episodes: int = checked(1, positive(SIZE))
+    video_size: list[int] = checked([640, 480], picture_size)
+    video_seconds: float | None = checked(None, positive_or_null())
+    video_fps: float | None = checked(None, positive_or_null())
     planning: PlanningConfig = field(default_factory=PlanningConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.video is None:
+            expected = "a path where other keys of the film are given"
+            require(self.filming == Filming(), "video", None, expected)
+            return
+        most = self.episodes
+        ok = self.video_episodes <= most
+        require(ok, "video_episodes", self.video_episodes, f"at most episodes={most}")
+
+    @property
+    def filming(self) -> Filming:
+        """What of the episodes is filmed, if anything."""
+        width, height = self.video_size
+        return Filming(self.video_episodes, (width, height), self.video_seconds, self.video_fps)
 
 
 def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
@@ -195,19 +274,33 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the configuration cannot be used.
         CheckpointError: the checkpoint cannot be read or does not fit this program.
+        CannotRender: a film was asked for, and the environment shows no pictures, or not here.
+        OSError: the film cannot be written.
     """
     path = checkpoint.named(config.checkpoint)
+    target = None if config.video is None else files.user_path(config.video)
+    if target is not None:
+        video.check(target, config.filming)
     device = build.select_device(config.device)
     run, content = build.load_run(path)
+    if target is not None:
+        run = replace(run, env=video.visible(run.env))
     planning = config.planning
     # A planner's many rows are work for all threads, however small the agent is.
     build.set_threads(config.threads, run.alg if planning.kind == "none" else None, device)
     engine = build.physics(run, device)
     seed = seeding.stream(config.seed, Purpose.EVALUATE)
-    with closing(build.make_env(run, config.episodes, seed, device)) as env:
+    with ExitStack() as stack:
+        env = stack.enter_context(closing(build.make_env(run, config.episodes, seed, device)))
         agent = build.restore_agent(path, run, content, env, device)
+        film = None
+        if target is not None:
+            film = stack.enter_context(closing(Film(env, target, config.filming)))
         with policy_of(path):
-            result = evaluate(agent, env, seed, planner=_planner(config, agent, env))
+            planner = _planner(config, agent, env)
+            result = evaluate(agent, env, seed, planner=planner, film=film)
+        if film is not None:
+            film.finish()
     return {
         "checkpoint": str(path),
         "env": run.env.name,
@@ -219,6 +312,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
         "seed": config.seed,
         "physics": None if engine is None else engine.name,
         "planning": None if planning.kind == "none" else asdict(planning),
+        "video": None if target is None else str(target),
         **result.summary(),
     }
 

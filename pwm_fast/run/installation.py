@@ -22,6 +22,7 @@ PACKAGES = (
     "hydra-core",
     "omegaconf",
     "wandb",
+    "tensorboard",
     "matplotlib",
 )
 VARIABLES = (

@@ -14,10 +14,13 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from pwm_fast.parallel import ALONE, Ranks
+
 # What Slurm sends some time before it ends a job, as `sbatch --signal=USR1@120` asks it to.
 WARNINGS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
 HANGUP = getattr(signal, "SIGHUP", None)
+AGREE_EVERY = 4  # checks of a rank between those at which all of them hear of a signal
 
 
 class Interrupted(Exception):
@@ -33,18 +36,38 @@ class Interrupt:
 
     A warning (SIGUSR1, SIGUSR2) that a library had taken before, as submitit takes SIGUSR2 to
     requeue its job, is handed on to it when the context ends well: after the checkpoint.
+
+    Args:
+        ranks: that stop together, at the same check, whichever gets the signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
         self.signum: int | None = None
+        self._ranks = ranks
+        self._checks = 0
         self._warning: int | None = None
         self._before: dict[int, Any] = {}
         self._terminals: list[int] = []  # descriptors; of one that is gone this cannot be asked
 
     def check(self) -> None:
-        """Raise :class:`Interrupted` if a signal has come."""
+        """Raise :class:`Interrupted` if a signal has come: on all ranks, at the same check."""
+        self._checks += 1
+        if self._ranks.size == 1:
+            self.check_alone()
+        elif self._checks % AGREE_EVERY == 0 and self.agree():
+            raise Interrupted
+
+    def check_alone(self) -> None:
+        """Raise :class:`Interrupted` if a signal has come to this process."""
         if self.signum is not None:
             raise Interrupted
+
+    def agree(self) -> bool:
+        """Whether a signal has come to any rank, of which all hear; all of them call this."""
+        found = self._ranks.highest(self.signum or 0)
+        if found and self.signum is None:
+            self.signum = found
+        return found != 0
 
     @property
     def exit_status(self) -> int:

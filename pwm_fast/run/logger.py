@@ -1,4 +1,4 @@
-"""Where a run's metrics go: the run directory, the terminal, and Weights & Biases when asked."""
+"""Where a run's metrics go: its directory, the terminal, and TensorBoard and wandb when asked."""
 
 from __future__ import annotations
 
@@ -7,22 +7,56 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pwm_fast.config import TrainConfig
 from pwm_fast.run.interrupt import silence
 from pwm_fast.run.metrics import MetricsFile, Row
 from pwm_fast.run.rundir import RunDirectory
+from pwm_fast.run.tensorboard import TensorboardRun
 from pwm_fast.run.wandb import WandbRun
 
 SILENCE = 30.0  # seconds without a line, outside a terminal
 BAR = {"reward": "reward", "wm_loss": "wm", "actor_loss": "actor", "value_loss": "value"}
 
 
+class Sink(Protocol):
+    """Where metrics go besides the run's own files.
+
+    Attributes:
+        gradients: it takes histograms of gradients.
+    """
+
+    gradients: bool
+
+    def log(self, row: Row) -> None:
+        """Log an epoch's row."""
+        ...
+
+    def log_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Log a histogram of every gradient, all finite, beside the row that was logged last."""
+        ...
+
+    def log_video(self, key: str, path: Path) -> None:
+        """Log the film in a file, beside the row that was logged last."""
+        ...
+
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Log values of the whole run so far."""
+        ...
+
+    def finish(self, *, ok: bool) -> None:
+        """End; ``ok`` if the run came to its end."""
+        ...
+
+
 class RunLogger:
-    """Writes rows to ``metrics.jsonl``, a progress bar and wandb.
+    """Writes rows to ``metrics.jsonl``, a progress bar, TensorBoard and wandb.
 
     The bar shows on a terminal only; elsewhere a line is printed for every evaluation, and about
     every half a minute between them.
@@ -34,7 +68,8 @@ class RunLogger:
         prepare: called when nothing can be refused any more, before the metrics file is changed.
 
     Raises:
-        ConfigError: wandb was asked for and cannot start; the metrics file is as it was.
+        ConfigError: TensorBoard or wandb was asked for and cannot start; the metrics file is as it
+            was.
         OSError: the metrics file cannot be written.
     """
 
@@ -46,8 +81,7 @@ class RunLogger:
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
-        disabled = config.wandb.mode == "disabled"
-        self._wandb = None if disabled else WandbRun(config, directory)
+        self._sinks = _sinks(config, directory)
         prepare()
         self._file = MetricsFile(directory.metrics, last_epoch)
         self.interactive = sys.stderr.isatty()
@@ -58,8 +92,8 @@ class RunLogger:
     def write(self, row: Row) -> None:
         """Log one epoch."""
         self._file.write(row)
-        if self._wandb is not None:
-            self._wandb.log(row)
+        for sink in self._sinks:
+            sink.log(row)
         if self.interactive:
             shown = {label: f"{row[k]:.3g}" for k, label in BAR.items() if row.get(k) is not None}
             with self._to_terminal():
@@ -102,28 +136,78 @@ class RunLogger:
                 raise
             silence(lost)
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether histograms of gradients go anywhere."""
+        return any(sink.gradients for sink in self._sinks)
+
     def log_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Log histograms of gradients to wandb, beside the row that was written last."""
-        if self._wandb is not None:
-            self._wandb.log_gradients(gradients)
+        """Log histograms of the finite gradients, beside the row that was written last."""
+        arrays = {
+            name: g.detach().float().cpu().numpy()
+            for name, g in gradients.items()
+            if bool(torch.isfinite(g).all())
+        }
+        for sink in self._sinks:
+            if sink.gradients:
+                sink.log_gradients(arrays)
+
+    def log_video(self, key: str, path: Path) -> None:
+        """Log the film in a file, beside the row that was written last."""
+        for sink in self._sinks:
+            sink.log_video(key, path)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
-        """Put values into wandb's summary."""
-        if self._wandb is not None:
-            self._wandb.summarize(values)
+        """Log values of the whole run so far."""
+        for sink in self._sinks:
+            sink.summarize(values)
 
     def sync(self) -> None:
         """Make what was logged so far durable."""
         self._file.sync()
 
     def close(self, *, ok: bool) -> None:
-        """End the bar, the file and the wandb run."""
+        """End the bar, the file and what else was logged to."""
         with self._to_terminal():
             self._bar.close()
         with suppress(OSError):  # everything was written, or its failure is on its way already
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(ok=ok)
+        for sink in self._sinks:
+            sink.finish(ok=ok)
+
+
+def _sinks(config: TrainConfig, directory: RunDirectory) -> list[Sink]:
+    """What the configuration asks for; TensorBoard first, which is refused before it writes."""
+    found: list[Sink] = []
+    if config.tensorboard.enabled:
+        found.append(TensorboardRun(config, directory))
+    if config.wandb.mode != "disabled":
+        found.append(WandbRun(config, directory))
+    return found
+
+
+class Unheard(RunLogger):
+    """Of a rank but the first, which logs for all."""
+
+    interactive = False
+
+    def __init__(self) -> None:
+        self._sinks = []
+
+    def write(self, row: Row) -> None:
+        """Nothing."""
+
+    def status(self, text: str) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self, *, ok: bool) -> None:
+        """Nothing."""
 
 
 def _progress_bar(epochs: int, done: int, interactive: bool) -> Any:

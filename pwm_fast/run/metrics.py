@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 from torch import Tensor
 
 from pwm_fast import files
+from pwm_fast.parallel import Ranks
 
 Row = dict[str, Any]
 SATURATED = 0.98  # of an action in [-1, 1]: there tanh has 4 % of its slope, and less beyond
@@ -157,6 +158,18 @@ def rank(diverged: object, reward: object) -> tuple[float, float]:
 def to_numbers(metrics: Mapping[str, Tensor | float | int | None]) -> Row:
     """Metrics as plain numbers: the one place where a log step waits for the device."""
     return {k: v.detach().cpu().item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+
+
+def mean_over(ranks: Ranks, row: Row) -> Row:
+    """The means of numbers over the ranks that have them; NaN where none has a finite one."""
+    if ranks.size == 1:
+        return row
+    rows = ranks.gather(row)
+    means = {}
+    for key in dict.fromkeys(key for each in rows for key in each):
+        values = [each[key] for each in rows if is_number(each.get(key))]
+        means[key] = sum(values) / len(values) if values else math.nan
+    return means
 
 
 def finite(value: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pwm_fast.envs import Tasks
+from pwm_fast.parallel import Ranks
 
 
 class EpochProgress:
@@ -18,6 +19,7 @@ class EpochProgress:
         self._done: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor | int] = {}  # of updates on the host, of episodes not
+        self._totals: set[str] = set()  # of which the sum is logged, not the mean
 
     def remaining(self, kind: str, total: int, check: Callable[[], None]) -> Iterator[int]:
         """Numbers of the steps of a kind still to do, each counted as done when the next is drawn.
@@ -73,6 +75,7 @@ class EpochProgress:
         """Add to a metric that is a sum over the epoch."""
         self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._counts[name] = 1
+        self._totals.add(name)
 
     def ended(self) -> dict[str, int]:
         """Training episodes that ended, and those of them that diverged; waits for the device."""
@@ -90,11 +93,41 @@ class EpochProgress:
         else:
             self._sums[name], self._counts[name] = value, count
 
+    def of_all(self, ranks: Ranks) -> EpochProgress:
+        """The epoch so far of all ranks, each of which has done the same steps; on the CPU."""
+        if ranks.size == 1:
+            return self
+        whole = EpochProgress()
+        whole._done, whole._totals = dict(self._done), set(self._totals)
+        for sums, counts in ranks.gather((_on_cpu(self._sums), _on_cpu(self._counts))):
+            for name, value in sums.items():
+                known = name in whole._sums
+                whole._sums[name] = whole._sums[name] + value if known else value
+                if not (known and name in whole._totals):
+                    whole._counts[name] = whole._counts.get(name, 0) + counts[name]
+        return whole
+
+    def without_sums(self) -> EpochProgress:
+        """The same steps done, and nothing counted."""
+        bare = EpochProgress()
+        bare._done = dict(self._done)
+        return bare
+
     def state_dict(self) -> dict[str, Any]:
         """Everything, for a checkpoint."""
-        return {"done": dict(self._done), "sums": dict(self._sums), "counts": dict(self._counts)}
+        return {
+            "done": dict(self._done),
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+            "totals": sorted(self._totals),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self._done = dict(state["done"])
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._totals = set(state.get("totals", ()))  # older versions had one process, and no need
+
+
+def _on_cpu(values: Mapping[str, Tensor | int]) -> dict[str, Tensor | int]:
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}

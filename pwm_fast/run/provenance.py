@@ -30,6 +30,7 @@ HOW_IT_RUNS = (
     "device",
     "precision",
     "graphs",
+    "parallel",
     "threads",
     "deterministic",
     "record_host",
@@ -39,6 +40,7 @@ HOW_IT_RUNS = (
     "checkpoint",
     "eval",
     "wandb",
+    "tensorboard",
     "env.threads",
 )
 # What runs may differ in and still be repetitions of one experiment.
@@ -128,8 +130,11 @@ def describe(config: TrainConfig, device: torch.device) -> Record:
 
 
 def command_line() -> str:
-    """The command that started this process, as a shell reads it; without Python's folder."""
-    return shlex.join([Path(word).name for word in sys.orig_argv[:1]] + sys.orig_argv[1:])
+    """The command that started this process, as a shell reads it; without its program's folder."""
+    words = sys.orig_argv
+    if len(words) > 1 and Path(words[1]).name == "pwm-fast":
+        words = words[1:]  # a script, before which the system puts Python
+    return shlex.join([Path(word).name for word in words[:1]] + words[1:])
 
 
 def _overrides() -> str | None:

@@ -47,9 +47,10 @@ class RunDirectory:
     """Creates a run's directory and locks it for this process, as a context.
 
     Layout: ``config.yaml``, ``provenance.json``, ``metrics.jsonl``, ``summary.json``,
-    ``checkpoints/``, ``plots/``, and ``no_checkpoint_yet.txt`` from a run's start to its first
-    ``latest`` checkpoint. Nothing in it that is the result of work is replaced by an earlier or
-    another state unless the user names what to go on from; then it is kept under a second name.
+    ``checkpoints/``, ``plots/``, ``videos/`` where evaluations are filmed, and
+    ``no_checkpoint_yet.txt`` from a run's start to its first ``latest`` checkpoint. Nothing in it
+    that is the result of work is replaced by an earlier or another state unless the user names what
+    to go on from; then it is kept under a second name.
 
     Args:
         path: the directory; made with its parents on entry, and removed on an error before
@@ -62,6 +63,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path = files.user_path(path)
         self.checkpoints = path / "checkpoints"
+        self.videos = path / "videos"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
         self.provenance = path / "provenance.json"

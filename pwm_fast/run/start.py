@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pwm_fast import config as configuration
-from pwm_fast import seeding
+from pwm_fast import parallel, seeding
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data import offline
 from pwm_fast.data.offline import OfflineData
-from pwm_fast.run import build, provenance
+from pwm_fast.parallel import Followed, Ranks
+from pwm_fast.run import build, provenance, video
 from pwm_fast.run.evaluation import diverged_line
 from pwm_fast.run.interrupt import Interrupt
-from pwm_fast.run.logger import RunLogger
+from pwm_fast.run.logger import RunLogger, Unheard
 from pwm_fast.run.rundir import RunDirectory, Source
-from pwm_fast.run.trainer import Trainer
+from pwm_fast.run.supply import NothingToLearn
+from pwm_fast.run.trainer import Trainer, TrainingDiverged
 from pwm_fast.run.warm_start import warm_start
 from pwm_fast.seeding import Purpose
 
@@ -40,73 +43,148 @@ def train(config: TrainConfig, kind: type[Trainer] = Trainer) -> tuple[dict[str,
         CheckpointError: a checkpoint cannot be read, does not fit, or cannot be written.
         TrainingDiverged: too many updates in a row were not finite.
         OSError: a file cannot be written.
+        RankLost: another process of the run is gone.
+        Followed: another process of the run raised one of these, and reports it.
     """
     if kind is Trainer and config.data.holdout:
         raise ConfigError(
             f"data.holdout={config.data.holdout} is for python -m pwm_fast.pretrain; here it is 0"
         )
-    config = RunDirectory(Path(config.run_dir)).as_begun(config)
-    device = build.select_device(config.device)
-    build.set_threads(config.threads, config.alg, device)
-    build.seed_everything(config.seed)
-    training, evaluation = (
-        seeding.stream(config.seed, purpose) for purpose in (Purpose.TRAINING, Purpose.EVALUATION)
-    )
-    with (
-        build.deterministic(config.deterministic),
-        closing(build.make_env(config, config.env_count, training, device)) as env,
-    ):
-        build.check_evaluations(config, env)
-        build.require_memory(config, env, device)
-        agent = build.make_agent(config, env, device)
-        replay = build.make_replay(config, env, device)
-        with RunDirectory(Path(config.run_dir)) as directory, Interrupt() as stop:
-            # Everything that can fail for the user's sake fails before a file is written.
-            source = directory.source(config)
-            finished = directory.finished(config, source)
-            if finished is not None:
+    together = parallel.started_together()
+    if config.parallel == "data" and not together:
+        raise ConfigError(
+            "parallel=data is for several processes: start them with torchrun "
+            "--nproc-per-node=N -m pwm_fast.train, or as a sweep (-m)"
+        )
+    if kind is not Trainer and together:
+        raise ConfigError("python -m pwm_fast.pretrain is one process, torchrun started several")
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    with parallel.joined(cuda=cuda) as ranks, ExitStack() as stack:
+        with ranks.together():
+            begun = _begin(config, kind, ranks, stack)
+        config, directory, trainer, source = begun[:4]
+        if trainer is None:
+            assert begun.finished is not None
+            if ranks.first:
                 print(
                     f"{config.run_dir} holds this run, finished after {config.epochs} epochs: "
                     "nothing to do. More epochs=, another seed= or another run_dir= starts work."
                 )
-                print_summary(finished)
-                return finished, 0
-            configuration.check_trainable(config, begins=source is None)
-            data = offline.load(config, env)
-            trainer = kind(
-                config,
-                directory,
-                env,
-                agent,
-                replay,
-                lambda n: build.make_env(config, n, evaluation, device),
-                data,
-            )
-            record = provenance.describe(config, device)
-            record["data"] = None if data is None else data.record()
-            record["init"] = None
-            if source is not None:
-                trainer.restore(source)
-            else:
-                if config.init is not None:
-                    record["init"] = warm_start(agent, config)
-                trainer.state.use_data()
-            kept: list[str] = []
+                print_summary(begun.finished)
+            return begun.finished, 0
+        save_start = None if source is None else trainer.saving_start(source)
+        kept: list[str] = []
 
-            def prepare() -> None:
-                kept.extend(directory.keep(config, source))
-                if source is not None:
-                    trainer.save_start(source)
+        def prepare() -> None:
+            kept.extend(directory.keep(config, source))
+            if save_start is not None:
+                save_start()
 
-            last_epoch = None if source is None else trainer.state.epoch
-            logger = RunLogger(config, directory, last_epoch, prepare)
-            directory.begin(config, record, source)
-            said = [describe(config, agent, device), *_beginning(config, data, source), *kept]
-            for text in said:
-                logger.say(text)
-            summary = trainer.run(logger, stop)
+        logger: RunLogger = Unheard()
+        with ranks.together():
+            if ranks.first:
+                last_epoch = None if source is None else trainer.state.epoch
+                logger = RunLogger(config, directory, last_epoch, prepare)
+                directory.begin(config, begun.record, source)
+        for text in (*begun.said, *kept):
+            logger.say(text)
+        try:
+            summary = trainer.run(logger, begun.stop)
+        except (TrainingDiverged, NothingToLearn) as error:
+            if ranks.first:
+                raise
+            raise Followed("rank 0 says why") from error  # all ranks raise these
+        if ranks.first:
             print_summary(summary)
-            return summary, stop.exit_status
+        return summary, begun.stop.exit_status
+
+
+class _Begun(NamedTuple):
+    """What a rank makes of its part of a run before anything is written.
+
+    Attributes:
+        config: of the run.
+        directory: of the run.
+        trainer: of the run; None where it is finished.
+        source: the checkpoint that it goes on from.
+        stop: its signals.
+        record: for ``provenance.json``.
+        said: what it begins with, for people.
+        finished: the summary of a run that needs nothing more.
+    """
+
+    config: TrainConfig
+    directory: RunDirectory
+    trainer: Trainer | None
+    source: Source | None
+    stop: Interrupt
+    record: dict[str, Any]
+    said: Sequence[str]
+    finished: dict[str, Any] | None = None
+
+
+def _begin(config: TrainConfig, kind: type[Trainer], ranks: Ranks, stack: ExitStack) -> _Begun:
+    """Everything that can fail for the user's sake, which fails before a file is written.
+
+    Args:
+        config: of the run.
+        kind: what an epoch of it does.
+        ranks: processes that share it. Nothing here waits for another one.
+        stack: takes what is to be closed at the run's end.
+    """
+    config = RunDirectory(Path(config.run_dir)).as_begun(config)
+    device = build.device_of_rank(config.device, ranks)
+    own = build.part_of(config, ranks)
+    build.set_threads(config.threads, own.alg, device)
+    build.seed_everything(config.seed)
+    evaluated = config
+    if config.eval.video_every:
+        video.require_packages()
+        evaluated = replace(config, env=video.visible(config.env))
+    training, evaluation = (
+        seeding.stream(config.seed, purpose, *ranks.numbers)
+        for purpose in (Purpose.TRAINING, Purpose.EVALUATION)
+    )
+    stack.enter_context(build.deterministic(config.deterministic))
+    env = stack.enter_context(closing(build.make_env(own, own.env_count, training, device)))
+    build.check_evaluations(config, env, ranks)
+    build.require_memory(own, env, device)
+    agent = build.make_agent(config, env, device, ranks)
+    if not ranks.first:  # the same weights, but other noise and batches
+        build.seed_everything(config.seed, Purpose.RANK, *ranks.numbers)
+    replay = build.make_replay(own, env, device)
+    directory = RunDirectory(Path(config.run_dir))
+    if ranks.first:
+        stack.enter_context(directory)
+    stop = stack.enter_context(Interrupt(ranks))
+    source = directory.source(config)
+    finished = directory.finished(config, source)
+    if finished is not None:
+        return _Begun(config, directory, None, source, stop, {}, (), finished)
+    configuration.check_trainable(config, begins=source is None)
+    data = offline.load(config, env)
+    trainer = kind(
+        config,
+        directory,
+        env,
+        agent,
+        replay,
+        lambda n: build.make_env(evaluated, n, evaluation, device),
+        data,
+        ranks,
+    )
+    record = provenance.describe(config, device)
+    record["data"] = None if data is None else data.record()
+    record["init"] = None
+    record["processes"] = ranks.size
+    if source is not None:
+        trainer.restore(source)
+    else:
+        if config.init is not None:
+            record["init"] = warm_start(agent, config)
+        trainer.state.use_data()
+    said = [describe(config, agent, device), *_beginning(config, data, source)]
+    return _Begun(config, directory, trainer, source, stop, record, said)
 
 
 def _beginning(
@@ -143,9 +221,10 @@ def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:
     counts = agent.world_model.num_parameters()
     shown = ", ".join(f"{name} {n:,}" for name, n in counts.items())
     engine = build.physics(config, device)
+    processes = "" if agent.ranks.size == 1 else f" in each of {agent.ranks.size} processes"
     return (
         f"{config.env.name} x {config.env_count}, {config.alg.name} on {device} "
-        f"({torch.get_num_threads()} CPU threads), precision {config.precision}, "
+        f"({torch.get_num_threads()} CPU threads{processes}), precision {config.precision}, "
         f"seed {config.seed}, {config.epochs} epochs\n"
         + ("" if engine is None else f"{engine.describe(config.env.threads)}\n")
         + f"world-model parameters: {shown}\n"

@@ -16,8 +16,9 @@ from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data import DataError
 from pwm_fast.data.offline import OfflineData
 from pwm_fast.envs import OfflineEnv, StateNotSupported, VectorEnv, tasks_of
+from pwm_fast.parallel import ALONE, Ranks
 from pwm_fast.replay import Episode, Replay
-from pwm_fast.run import checkpoint, checkpoint_content
+from pwm_fast.run import build, checkpoint, checkpoint_content
 from pwm_fast.run.checkpoint import CheckpointError
 from pwm_fast.run.collection import renew_random_actions
 from pwm_fast.run.progress import EpochProgress
@@ -40,6 +41,7 @@ class RunState:
         agent: learns.
         replay: what it learns from.
         data: offline data, which :meth:`use_data` or :meth:`restore` put into the replay.
+        ranks: processes that share the run: ``env`` and ``replay`` are this one's part.
 
     Attributes:
         epoch: epochs completed.
@@ -66,8 +68,10 @@ class RunState:
         agent: PWM,
         replay: Replay,
         data: OfflineData | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.env = env
         self.agent = agent
         self.replay = replay
@@ -89,7 +93,7 @@ class RunState:
         self.task = None if self.tasks is None else self.tasks.of_env
         # An environment that acts says by itself whether its episodes end in terminal states.
         self._nothing_ends = isinstance(env, OfflineEnv) and not env.can_terminate
-        self._held_action = torch.zeros(config.env_count, agent.action_dim, device=agent.device)
+        self._held_action = torch.zeros(env.num_envs, agent.action_dim, device=agent.device)
 
     @property
     def env_steps(self) -> int:
@@ -110,11 +114,23 @@ class RunState:
         return self._held_action * self.tasks.action_mask.to(self._held_action.device)
 
     def content(self, *, with_replay: bool) -> dict[str, Any]:
-        """What a checkpoint holds, as :func:`pwm_fast.run.checkpoint.save` writes it."""
+        """What a checkpoint holds, as :func:`pwm_fast.run.checkpoint.save` writes it.
+
+        All ranks call this; what the first one returns is the whole run's.
+        """
         try:
             env_state = None if self.torn else self.env.get_state()
         except StateNotSupported:
             env_state = None
+        own: dict[str, Any] = {
+            "env": env_state,
+            "rng": checkpoint.rng_state(),
+            "replay": self.replay.state_dict() if with_replay else None,
+            "obs": self.obs,
+            "held_action": self._held_action,
+        }
+        progress = self.progress.of_all(self.ranks).state_dict()
+        whole = own if self.ranks.size == 1 else self._of_all(own)
         return {
             "config": configuration.to_dict(self.config),
             "epoch": self.epoch,
@@ -122,17 +138,31 @@ class RunState:
             "wall_time": self.wall_time,
             "best": self.best,
             "latest_eval": self.latest_eval,
-            "progress": self.progress.state_dict(),
+            "progress": progress,
             "agent": self.agent.state_dict(),
-            "obs": self.obs,
-            "held_action": self._held_action,
-            "env": env_state,
-            "rng": checkpoint.rng_state(),
-            "replay": self.replay.state_dict() if with_replay else None,
+            **whole,
             "data": self._data_record(),
             "ended": self.ended,
             "precision": self.fallen_back,
             "seeding": seeding.VERSION,
+        }
+
+    def _of_all(self, own: dict[str, Any]) -> dict[str, Any]:
+        """On rank 0, the parts of all ranks' envs as those of one process that has them all.
+
+        The states of simulators stay apart: they go on where there are as many ranks.
+        """
+        parts = self.ranks.gather_first(_on_cpu(own))
+        if not parts:
+            return own
+        replays = [part["replay"] for part in parts]
+        return {
+            "env": None,
+            "rng": parts[0]["rng"],
+            "replay": None if replays[0] is None else Replay.joined(replays),
+            "obs": torch.cat([part["obs"] for part in parts]),
+            "held_action": torch.cat([part["held_action"] for part in parts]),
+            "ranks": {key: [part[key] for part in parts] for key in ("env", "rng")},
         }
 
     def use_data(self, *, seen: bool = False) -> None:
@@ -177,8 +207,9 @@ class RunState:
                 continue
             if not seen:
                 task = torch.full((len(episode.reward),), episode.task, device="cpu")
-                self.agent.observe(episode.obs[:-1], episode.reward, task)
-            yield episode
+                self.agent.observe(episode.obs[:-1], episode.reward, task, same=True)
+            if i % self.ranks.size == self.ranks.rank:
+                yield episode
 
     def restore(self, source: Source, *, own_best: bool) -> None:
         """Continue from a checkpoint.
@@ -217,25 +248,35 @@ class RunState:
         try:
             self.agent.load_state_dict(content["agent"])
             part = "replay"
+            envs = self._own_envs(content)
             if content["replay"] is not None:
-                self.replay.load_state_dict(content["replay"])
+                self.replay.load_state_dict(Replay.part(content["replay"], envs))
             part = "env"
-            if content["env"] is None:
+            env_state = self._own(content, "env")
+            if env_state is None:
                 self._begin_anew(content)
             else:
                 own = self.env.get_state()
-                self.env.set_state(content["env"])
-                _refuse_unlike(content["env"], own, "env")
-                _refuse_unlike(content["obs"], self.obs.cpu(), "obs")
-                self.obs = content["obs"].to(self.env.device)
+                self.env.set_state(env_state)
+                _refuse_unlike(env_state, own, "env")
+                _refuse_unlike(content["obs"][envs], self.obs.cpu(), "obs")
+                self.obs = content["obs"][envs].to(self.env.device)
             part = "progress"
             self.progress.load_state_dict(content["progress"])
+            if not self.ranks.first:  # what all have counted is the first one's from here on
+                self.progress = self.progress.without_sums()
             part = "held_action"
-            _refuse_unlike(content["held_action"], self._held_action.cpu(), "held_action")
-            self._held_action = content["held_action"].to(self.agent.device)
+            held = content["held_action"][envs]
+            _refuse_unlike(held, self._held_action.cpu(), "held_action")
+            self._held_action = held.to(self.agent.device)
             part = "rng"
-            _refuse_unlike(content["rng"], checkpoint.rng_state(), "rng")
-            checkpoint.set_rng_state(content["rng"])
+            rng = self._own(content, "rng")
+            if rng is None:
+                epoch = content["epoch"]
+                build.seed_everything(self.config.seed, Purpose.RANK, *self.ranks.numbers, epoch)
+            else:
+                _refuse_unlike(rng, checkpoint.rng_state(), "rng")
+                checkpoint.set_rng_state(rng)
         except KeyError as error:
             raise CheckpointError(
                 f"{path} does not fit this run: its {part} lacks {error}"
@@ -247,6 +288,22 @@ class RunState:
                 f"{path} does not fit this run: {reason} (in its {part})"
                 + (f"; {'; '.join(changed[:6])}" if changed else "")
             ) from error
+
+    def _own_envs(self, content: dict[str, Any]) -> slice:
+        """Which of a checkpoint's envs are this rank's."""
+        if self.ranks.size == 1:
+            return slice(None)
+        each = len(content["obs"]) // self.ranks.size
+        return slice(self.ranks.rank * each, (self.ranks.rank + 1) * each)
+
+    def _own(self, content: dict[str, Any], part: str) -> Any:
+        """A part that each rank has one of; None where there is none for this one."""
+        saved = content.get("ranks")
+        if saved is not None and len(saved[part]) == self.ranks.size:
+            return saved[part][self.ranks.rank]
+        if self.ranks.size == 1 or (part == "rng" and self.ranks.first):
+            return content[part]
+        return None
 
     def _random_left(self, content: dict[str, Any]) -> int:
         """Random actions that each env takes after a checkpoint."""
@@ -262,7 +319,7 @@ class RunState:
         """
         self.replay.end_episodes()
         done = content["progress"]["done"].get("steps", 0)
-        place = (content["epoch"], done)
+        place = (content["epoch"], done, *self.ranks.numbers)
         seed = seeding.stream(self.config.seed, Purpose.RESUMED, *place)
         self.obs, _ = self.env.reset(seed=seed)
 
@@ -282,6 +339,15 @@ def _refuse_unlike(saved: Any, own: Any, name: str) -> None:
     """Raise ValueError where a saved state is of another kind than this run's."""
     for problem in checkpoint_content.unlike(saved, own, name):
         raise ValueError(problem)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested containers with their tensors on the CPU, for another process."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {k: _on_cpu(v) for k, v in value.items()}
+    return [_on_cpu(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _manifest_of(record: dict[str, Any] | None) -> str | None:

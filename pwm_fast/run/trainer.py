@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -15,11 +16,12 @@ from pwm_fast.agent import PWM
 from pwm_fast.config import TrainConfig
 from pwm_fast.data.offline import OfflineData
 from pwm_fast.envs import VectorEnv, tasks_of
+from pwm_fast.parallel import ALONE, RankLost, Ranks
 from pwm_fast.replay import Replay
-from pwm_fast.run import checkpoint, metrics
+from pwm_fast.run import checkpoint, metrics, video
 from pwm_fast.run.acting import PolicyNotFinite, acting
 from pwm_fast.run.charts import plot_run
-from pwm_fast.run.evaluation import Evaluation, evaluate
+from pwm_fast.run.evaluation import Evaluation, evaluate, joined
 from pwm_fast.run.interrupt import Interrupt, Interrupted
 from pwm_fast.run.logger import RunLogger
 from pwm_fast.run.open_loop import Held
@@ -48,6 +50,7 @@ class Trainer:
         replay: what it learns from.
         make_eval_env: makes that many envs for an evaluation.
         data: offline data, which :meth:`RunState.use_data` or :meth:`restore` put into the replay.
+        ranks: processes that share the run: ``env`` and ``replay`` are this one's part of it.
     """
 
     KEEPS_REPLAY: ClassVar[bool] = True  # in `latest`
@@ -64,13 +67,17 @@ class Trainer:
         replay: Replay,
         make_eval_env: Callable[[int], VectorEnv],
         data: OfflineData | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.directory = directory
-        self.state = RunState(config, env, agent, replay, data)
+        self.ranks = ranks
+        self.state = RunState(config, env, agent, replay, data, ranks)
         self.make_eval_env = make_eval_env
         self._warned_of_shortage = False
         self._eval_env: VectorEnv | None = None
+        self._films = config.eval.video_every > 0 and ranks.first  # until one cannot be made
+        self._filmed: Path | None = None  # and not yet logged
         self._clock = time.monotonic()
 
     def run(self, logger: RunLogger, stop: Interrupt) -> dict[str, Any]:
@@ -82,11 +89,13 @@ class Trainer:
             NothingToLearn: no episode has ``alg.horizon`` steps; a checkpoint was written.
             CheckpointError: a checkpoint could not be written; the last one is untouched.
             OSError: another file could not be written; it names the file.
+            RankLost: another process of the run is gone; the last checkpoint is as it was.
+            Followed: another one raised any of these but the first two, which all raise.
             Exception: what an environment raises; a checkpoint was written.
         """
         self._logger, self._stop = logger, stop
         self._clock = time.monotonic()
-        if self.config.wandb.gradients and self.config.wandb.mode != "disabled":
+        if logger.takes_gradients:
             for optimizer in self.state.agent.optimizers.values():
                 optimizer.keep_gradients = True
         for text in outlook(self.config):
@@ -97,6 +106,7 @@ class Trainer:
                 self._train()
                 result = self._final_evaluation()
             except Interrupted:
+                stop.agree()  # that all end with its status
                 self.save("latest")
                 return self._wrap_up("interrupted")
             except PolicyNotFinite as error:
@@ -144,7 +154,7 @@ class Trainer:
         """Look at the untrained policy, unless an evaluation was made before."""
         if not self.state.latest_eval:
             row: metrics.Row = {"epoch": 0, "env_steps": 0}
-            self._log(row, self._evaluate(self.config.eval.episodes))
+            self._log(row, self._evaluate(0))
 
     # --- one epoch ------------------------------------------------------------------------------
 
@@ -159,14 +169,19 @@ class Trainer:
                 self.state.bootstrapped = True
         elapsed = max(time.monotonic() - started, 1e-9)
         # Evaluation comes before anything that draws random numbers: it can be interrupted.
-        evaluation = self._evaluate(self.config.eval.episodes) if self._evaluation_due() else None
+        evaluation = self._evaluate(self.state.epoch + 1) if self._evaluation_due() else None
 
         row: metrics.Row = {"epoch": self.state.epoch + 1}
-        row.update(metrics.to_numbers({**self.state.progress.means(), **self._esnr()}))
+        self.state.progress = self.state.progress.of_all(self.ranks)
+        found = {**self.state.progress.means(), **self.state.agent.normalizer_metrics()}
+        row.update(metrics.to_numbers(found))
+        # ESNR is each rank's own, of a whole batch of its replay; that of one process is one's.
+        row.update(metrics.mean_over(self.ranks, metrics.to_numbers(self._esnr())))
         row.update(self._skips())
         row.update(rates)
-        row["replay_size"] = len(self.state.replay)
-        row["random_share"] = self.state.replay.random_share()
+        row["replay_size"] = sum(self.ranks.gather(len(self.state.replay)))
+        share = {"random_share": self.state.replay.random_share()}
+        row.update(metrics.mean_over(self.ranks, share))
         row["steps_per_second"] = self.config.alg.steps_per_epoch * self.config.env_count / elapsed
         self.state.epoch += 1
         row["env_steps"] = self.state.env_steps
@@ -176,11 +191,12 @@ class Trainer:
         self._log(row, evaluation)
         self._guard()
         if diverged:  # not every environment looks at actions
-            why = self.state.agent.why_not_finite(self.state.obs, self.state.task)
-            if why is not None:
-                raise TrainingDiverged(
-                    f"{PolicyNotFinite(why)}, {self._whereabouts(self.state.epoch)}"
-                )
+            with self.ranks.together(alike=(TrainingDiverged,)):
+                why = self.state.agent.why_not_finite(self.state.obs, self.state.task)
+                if why is not None:
+                    raise TrainingDiverged(
+                        f"{PolicyNotFinite(why)}, {self._whereabouts(self.state.epoch)}"
+                    )
 
     def _collect(self) -> None:
         config = self.config.alg
@@ -203,27 +219,46 @@ class Trainer:
             self.state.progress.add_step("action_saturation", metrics.saturation(action))
             self.state.agent.observe(obs, reward, task)
             self.state.progress.add_episodes(info["episode"], self.state.tasks)
+            self.state.progress.add_total("train_terminated", terminated.sum())
+            self.state.progress.add_total("train_truncated", (truncated & ~terminated).sum())
             if "diverged" in info:
                 self.state.progress.add_total("diverged", info["diverged"].sum())
 
     def _step(self, obs: Tensor, action: Tensor) -> tuple[Any, ...]:
+        found = None
         try:
-            with acting(self.state.agent, obs, self.state.task):
-                return self.state.env.step(action.to(self.state.env.device))
+            with (
+                self.ranks.together(alike=(PolicyNotFinite,)),
+                acting(self.state.agent, obs, self.state.task),
+            ):
+                found = self.state.env.step(action.to(self.state.env.device))
+        except RankLost:
+            raise
         except PolicyNotFinite:
+            if found is not None:  # of another rank: this one's envs have made the step
+                self.state.torn = True
             raise
         except Exception:
             self.state.torn = True
             raise
+        return found
 
     def _ready(self) -> bool:
         """Random actions were taken as long as configured, and replay holds windows."""
         if self.state.epoch + 1 < self.config.alg.random_epochs:
             return False
-        if self.state.replay.num_windows() > 0:
+        there = self.state.replay.num_windows()
+        found = None
+        if there == 0:
+            ended = self.state.ended_so_far() or {}
+            why = getattr(self.state.env, "divergence", None)
+            found = shortage(self.config, self.state.replay, self.state.epoch, **ended, why=why)
+        ranks = self.ranks.gather((there, found))
+        if all(there > 0 for there, _ in ranks):
             return True
-        ended, why = self.state.ended_so_far() or {}, getattr(self.state.env, "divergence", None)
-        found = shortage(self.config, self.state.replay, self.state.epoch, **ended, why=why)
+        # All wait as long as one of them may still get a window.
+        short = [found for there, found in ranks if there == 0]
+        found = None if None in short else short[0]
         last = self.state.epoch + 1 == self.config.epochs and not self.state.bootstrapped
         if found is not None and (found.hopeless or last):
             raise NothingToLearn(f"{found.text}; the state is in {self.directory.latest}")
@@ -238,7 +273,8 @@ class Trainer:
         bootstrap = not self.state.bootstrapped
         updates = self.bootstrap_updates() if bootstrap else config.model_learning.updates
         if bootstrap and updates:
-            there, batch = self.state.replay.num_windows(), config.model_learning.batch_size
+            there = sum(self.ranks.gather(self.state.replay.num_windows()))
+            batch = config.model_learning.batch_size
             few = "" if there >= batch else f"; these are few, a batch has {batch}"
             self._logger.say(f"bootstrap: {updates} world-model updates on {there:,} windows{few}")
         for i in self.state.progress.remaining("model_updates", updates, check):
@@ -249,13 +285,13 @@ class Trainer:
         if bootstrap:
             self._logger.status("")
         for _ in self.state.progress.remaining("policy_updates", config.actor.updates, check):
-            starts = self.state.replay.sample_starts(config.actor.batch_size)
+            starts = self.state.replay.sample_starts(self.ranks.part(config.actor.batch_size))
             self.state.progress.add(self.state.agent.update_policy(*starts))
 
     def _update_model(self, i: int) -> None:
         """The world-model update with number ``i``, counted from 0 in its epoch or bootstrap."""
         learning = self.config.alg.model_learning
-        windows = self.state.replay.sample(learning.batch_size)
+        windows = self.state.replay.sample(self.ranks.part(learning.batch_size))
         if i % max(1, learning.updates) == 0:
             self.state.agent.measure_start_spread(windows)
         self.state.progress.add(self.state.agent.update_world_model(windows))
@@ -341,28 +377,56 @@ class Trainer:
         every, epoch = self.config.eval.every, self.state.epoch + 1
         return every > 0 and (epoch % every == 0 or epoch == self.config.epochs)
 
-    def _evaluate(self, episodes: int) -> Evaluation:
+    def _evaluate(self, epoch: int) -> Evaluation:
+        config = self.config.eval
         if self._eval_env is None:
-            self._eval_env = self.make_eval_env(episodes)
+            self._eval_env = self.make_eval_env(self.ranks.part(config.episodes))
         held = Held(tasks_of(self._eval_env))
-        found = self._evaluated(self._eval_env, Purpose.EVALUATION, held)
-        return replace(found, model=metrics.to_numbers(held.metrics(self.state.agent)))
+        due = epoch % max(1, config.every * config.video_every) == 0
+        film = f"epoch_{epoch}" if due else None
+        found = self._evaluated(self._eval_env, Purpose.EVALUATION, held, film)
+        model = metrics.to_numbers(held.metrics(self.state.agent))
+        return replace(found, model=metrics.mean_over(self.ranks, model))
 
     def _final_evaluation(self) -> Evaluation | None:
-        with closing(self.make_eval_env(self.config.eval.final_episodes)) as env:
-            result = self._evaluated(env, Purpose.FINAL_EVALUATION)
+        with closing(self.make_eval_env(self.ranks.part(self.config.eval.final_episodes))) as env:
+            result = self._evaluated(env, Purpose.FINAL_EVALUATION, film="final")
+        self._log_film("final_video")
         self.save("final")
         return result
 
-    def _evaluated(self, env: VectorEnv, purpose: Purpose, held: Held | None = None) -> Evaluation:
-        seed = seeding.stream(self.config.seed, purpose)
-        try:
-            return evaluate(self.state.agent, env, seed, check=self._stop.check, record=held)
-        except (Interrupted, PolicyNotFinite):
-            raise
-        except Exception:
-            self.state.torn = False  # an evaluation leaves the training's own state alone
-            raise
+    def _evaluated(
+        self, env: VectorEnv, purpose: Purpose, held: Held | None = None, film: str | None = None
+    ) -> Evaluation:
+        seed = seeding.stream(self.config.seed, purpose, *self.ranks.numbers)
+        agent, check = self.state.agent, self._stop.check_alone
+        with ExitStack() as stack:
+            filming = None
+            if self._films and film is not None:
+                path = self.directory.videos / f"{film}.mp4"
+                filming = video.TrainingFilm(env, path, video.TRAINING, self._end_films)
+                stack.enter_context(closing(filming))
+            try:
+                with self.ranks.together(alike=(Interrupted, PolicyNotFinite)):
+                    found = evaluate(agent, env, seed, check=check, record=held, film=filming)
+                found = joined(self.ranks.gather(found.on_cpu()))
+            except (Interrupted, PolicyNotFinite, RankLost):
+                raise
+            except Exception:
+                self.state.torn = False  # an evaluation leaves the training's own state alone
+                raise
+            if filming is not None and filming.finish():
+                self._filmed = path
+        return found
+
+    def _end_films(self, error: Exception) -> None:
+        self._films = False
+        self._logger.say(f"warning: no evaluation is filmed from here on: {error}")
+
+    def _log_film(self, key: str) -> None:
+        if self._filmed is not None:
+            self._logger.log_video(key, self._filmed)
+            self._filmed = None
 
     def _log(self, row: metrics.Row, evaluation: Evaluation | None) -> None:
         """Log a row; the newest evaluation stands in each, so that `reward` is of real episodes."""
@@ -380,6 +444,7 @@ class Trainer:
             ]
             better = not self.state.best or ranks[0] > ranks[1]
         self._logger.write({**row, **self.state.latest_eval, "wall_time": self.state.wall_time})
+        self._log_film("eval_video")
         if better:
             self.state.best = {
                 **found,
@@ -388,7 +453,7 @@ class Trainer:
             }
             self.save("best")
             self._logger.summarize({f"best_{k}": v for k, v in self.state.best.items()})
-        if evaluation is not None and self.config.wandb.gradients:
+        if evaluation is not None and self._logger.takes_gradients:
             self._logger.log_gradients(self.state.agent.gradients())
 
     def _tick(self) -> None:
@@ -399,7 +464,8 @@ class Trainer:
     def _wrap_up(self, status: str, result: Evaluation | None = None) -> dict[str, Any]:
         """Draw the plots and write ``summary.json``."""
         try:
-            plot_run(self.directory.path, run_name(self.config))
+            if self.ranks.first:
+                plot_run(self.directory.path, run_name(self.config))
         except ImportError as error:
             self._logger.say(f"no plots were drawn: {error}")
         self._tick()
@@ -418,7 +484,8 @@ class Trainer:
         if result is not None:
             summary["evaluation"] = result.summary()
             self._logger.summarize({"final_reward": summary["evaluation"]["reward_mean"]})
-        self.directory.write_summary(summary)
+        if self.ranks.first:
+            self.directory.write_summary(summary)
         return summary
 
     def _beside(self) -> dict[str, Any]:
@@ -434,19 +501,25 @@ class Trainer:
             CheckpointError: it could not be written; what was there before is untouched.
         """
         self._tick()
-        self._logger.sync()  # what is logged may be behind a checkpoint, never missing before it
-        self._write(name, keep_previous=name == "latest")
+        content = self._content(name)
+        with self.ranks.together():
+            if self.ranks.first:
+                # What is logged may be behind a checkpoint, never missing before it.
+                self._logger.sync()
+                self._write(name, content, keep_previous=name == "latest")
 
-    def save_start(self, source: Source) -> None:
-        """Make the named checkpoint that the run goes on from the latest of its directory.
+    def saving_start(self, source: Source) -> Callable[[], None]:
+        """What makes the named checkpoint that the run goes on from the latest of its directory.
 
         Else a run that is killed soon would go on from another one, or anew. To be called before
         the metrics file is changed.
         """
         latest = self.directory.latest
-        if self.config.resume != "auto" and not (latest.exists() and latest.samefile(source.path)):
-            keep = source.path.resolve() != checkpoint.previous_of(latest).resolve()
-            self._write("latest", keep_previous=keep)
+        if self.config.resume == "auto" or (latest.exists() and latest.samefile(source.path)):
+            return lambda: None
+        keep = source.path.resolve() != checkpoint.previous_of(latest).resolve()
+        content = self._content("latest")
+        return lambda: self._write("latest", content, keep_previous=keep)
 
     def restore(self, source: Source) -> None:
         """Continue from a checkpoint.
@@ -458,10 +531,11 @@ class Trainer:
         # A best checkpoint that lies in another run's directory is not ours to point to.
         self.state.restore(source, own_best=(self.directory.checkpoints / "best.pt").exists())
 
-    def _write(self, name: str, *, keep_previous: bool) -> None:
-        latest = name == "latest"
-        content = self.state.content(with_replay=latest and self.KEEPS_REPLAY)
+    def _content(self, name: str) -> dict[str, Any]:
+        return self.state.content(with_replay=name == "latest" and self.KEEPS_REPLAY)
+
+    def _write(self, name: str, content: dict[str, Any], *, keep_previous: bool) -> None:
         path = self.directory.checkpoints / f"{name}.pt"
         checkpoint.save(path, content, keep_previous=keep_previous)
-        if latest:
+        if name == "latest":
             self.directory.saved()

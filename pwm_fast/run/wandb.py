@@ -9,8 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pwm_fast import config as configuration
 from pwm_fast import files, optional
@@ -44,7 +43,8 @@ class WandbRun:
         except Exception as error:  # what a broken installation raises can be anything
             needed = f"wandb.mode={mode} needs wandb: pip install 'pwm-fast[wandb]'"
             raise ConfigError(optional.reason(error, "wandb", needed)) from error
-        self._histogram = wandb.Histogram
+        self._histogram, self._video = wandb.Histogram, wandb.Video
+        self.gradients = config.wandb.gradients
         try:
             self._run: Any = wandb.init(
                 project=config.wandb.project,
@@ -79,16 +79,16 @@ class WandbRun:
             raise files.naming(self._counter, error) from error
         self._run.log({k: v for k, v in row.items() if v is not None}, step=self._step)
 
-    def log_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Log a histogram of every gradient that is finite, beside the row that was logged last."""
+    def log_gradients(self, gradients: Mapping[str, np.ndarray]) -> None:
+        """Log a histogram of every gradient, beside the row that was logged last."""
         self._run.log(
-            {
-                f"gradients/{name}": self._histogram(g.detach().float().cpu().numpy())
-                for name, g in gradients.items()
-                if bool(torch.isfinite(g).all())
-            },
+            {f"gradients/{name}": self._histogram(g) for name, g in gradients.items()},
             step=self._step,
         )
+
+    def log_video(self, key: str, path: Path) -> None:
+        """Log the film in a file, beside the row that was logged last."""
+        self._run.log({key: self._video(str(path))}, step=self._step)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Put values into the run's summary."""

@@ -18,6 +18,7 @@ from pwm_fast.config import (
     WorldModelConfig,
 )
 from pwm_fast.models import GaussianActor
+from pwm_fast.parallel import ALONE, Ranks
 from pwm_fast.replay import Windows
 from tests.models.builders import randomize_
 
@@ -111,6 +112,7 @@ def make_agent(
     graphs: bool | None = None,
     precision: str = "auto",
     action_dims: dict[int, int] | None = None,
+    ranks: Ranks = ALONE,
     **changes: Any,
 ) -> PWM:
     """An agent whose every parameter is random: fresh heads are zero and would hide errors."""
@@ -125,6 +127,7 @@ def make_agent(
         precision=precision,
         recorder=recorder,
         action_dims=action_dims,
+        ranks=ranks,
     )
     for module in (agent.world_model, agent.actor, agent.critic):
         randomize_(module)

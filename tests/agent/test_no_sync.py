@@ -102,6 +102,7 @@ def learn_without_waiting(name: str, device: str) -> None:
         agent.update_policy(obs, task)
         agent.actor_esnr(obs, 2, task=task)
         agent.skipped_updates()
+        agent.normalizer_metrics()
     assert mode.operators > 1000
     assert int(agent.skipped_updates()["skipped_updates"]) == 1
 

@@ -45,6 +45,23 @@ def test_each_group_has_its_own(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_summary() -> None:
+    """Over what was seen: groups without items, whose mean is 0 and variance 1, do not count."""
+    scalars, rows, groups = RunningMeanStd(), RunningMeanStd((3,)), RunningMeanStd((3,), 4)
+    assert {k: float(v) for k, v in scalars.summary().items()} == {"mean": 0, "std": 1, "count": 0}
+    assert not any(groups.summary()[k].isfinite() for k in ("mean_abs", "std_min", "std_max"))
+    x = torch.tensor([[1.0, -30.0, 5.0], [3.0, 30.0, 5.0], [5.0, -90.0, 5.0], [3.0, 30.0, 5.0]])
+    scalars.update(x[:, 0])
+    assert scalars.summary()["std"].item() == pytest.approx(2.0**0.5)
+    rows.update(x)
+    deviation = x.double().numpy().std(0)
+    expected = {"mean_abs": (3 + 15 + 5) / 3, "std_min": 0.0, "std_max": deviation[1], "count": 4}
+    assert {k: float(v) for k, v in rows.summary().items()} == pytest.approx(expected)
+    groups.update(x, torch.tensor([0, 0, 2, 2]))
+    expected = {"mean_abs": (2 + 0 + 5 + 4 + 30 + 5) / 6, "std_min": 0.0, "std_max": 60, "count": 4}
+    assert {k: float(v) for k, v in groups.summary().items()} == pytest.approx(expected)
+
+
 def test_before_the_first_update() -> None:
     """Mean 0 and variance 1, which one batch replaces rather than averages with."""
     rms = RunningMeanStd((2,))

@@ -207,6 +207,20 @@ def test_diagnoses_are_read_where_they_are(tmp_path: Path) -> None:
     assert diagnosed(loaded(run)) == []
 
 
+def test_the_length_of_episodes_is_drawn_where_it_differs(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    logged = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for length, there in ((None, False), (lambda _: 240.0, False), (lambda e: 20.0 + e, True)):
+        for row in logged:
+            if length is not None and "eval_reward" in row:
+                row["eval_episode_length"] = length(row["epoch"])
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+        (environment,), _ = arrange([loaded(path)])
+        drawn = figures._episode_length(measure(environment, resamples=50), "iqm")
+        assert (drawn is not None) == there
+    assert drawn is not None and drawn.name == "episode_length"
+
+
 def test_what_runs_logged_of_their_models_is_drawn(tmp_path: Path) -> None:
     """With a model that is worse than the mean; runs without the figures have no such picture."""
     path = write_run(tmp_path / "run")

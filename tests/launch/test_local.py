@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -68,6 +69,60 @@ def test_a_failing_run(launcher: Launcher, tmp_path: Path, quick: dict[str, str]
 
 
 @pytest.mark.slow
+def test_one_run_in_two_processes(
+    launcher: Launcher, tmp_path: Path, quick: dict[str, str]
+) -> None:
+    given = arguments("parallel=data", "launch.jobs=2")
+    outcome = launcher.run(tmp_path, "-m", *given, "seed=0,1", env=quick)
+    assert outcome.status == 0, outcome
+    assert outcome.out.splitlines() == [
+        line
+        for i in range(2)
+        for line in (
+            f"run {i} (seed={i}): on 2 processes, each on no GPU, 1 CPU thread; "
+            f"log sweep/{i}_seed={i}.log",
+            f"run {i} (seed={i}): finished",
+        )
+    ]
+    for i in range(2):
+        log = (tmp_path / "sweep" / f"{i}_seed={i}.log").read_text()
+        assert "in each of 2 processes" in log and log.count("final evaluation") == 1
+        assert len(rows(tmp_path / f"run_{i}")) == 7
+    dry = launcher.run(tmp_path, "-m", *given, "seed=5", "launch.dry_run=true", env=quick)
+    assert "1 runs, in 2 processes, one after another; nothing is started" in dry.out
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_and_a_signal(
+    launcher: Launcher, tmp_path: Path, quick: dict[str, str]
+) -> None:
+    given = arguments("parallel=data", "launch.jobs=2", "epochs=1000", "eval.every=0", "seed=0")
+    command = launcher.start(tmp_path, "-m", *given, env=quick)
+    log = tmp_path / "run_0" / "metrics.jsonl"
+    wait_until(lambda: len(metrics.read(log)) > 3, "rows")
+    (rank,) = [p for p in children(command.pid) if b"RANK=1" in environment(p)]
+    os.kill(rank, signal.SIGKILL)
+    outcome = command.wait()
+    assert outcome.status == 128 + signal.SIGKILL, outcome
+    assert "killed by SIGKILL; the same command goes on from the latest checkpoint" in outcome.err
+    before = len(metrics.read(log))
+    command = launcher.start(tmp_path, "-m", *given, env=quick)
+    wait_until(lambda: len(metrics.read(log)) > before + 3, "more rows")
+    command.kill(signal.SIGTERM)
+    outcome = command.wait()
+    assert outcome.status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM, with a checkpoint" in outcome.out, outcome
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def environment(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_continued(
     signum: signal.Signals, launcher: Launcher, tmp_path: Path, quick: dict[str, str]
@@ -105,6 +160,14 @@ WRONG = {
         "the runs seed=0 and seed=1 have the same run_dir=x; name in it what differs",
     ),
     "one GPU for all": (["seed=0,1", "device=cuda:1"], "device=cuda:1 cannot be shared"),
+    "one process": (
+        ["seed=0", "parallel=data", "launch.jobs=1"],
+        "parallel=data wants several processes, each with a GPU of its own or all without: ",
+    ),
+    "some in parallel": (
+        ["parallel=auto,data", "run_dir=${parallel}"],
+        "parallel must be the same",
+    ),
     "jobs": (["seed=0,1", "launch.jobs=0"], "launch.jobs must be at least 1, got 0"),
     "launch": (["seed=0,1", "launch=moon"], "Could not find 'launch/moon'; Available options"),
 }

@@ -188,3 +188,18 @@ def test_imports_nothing_heavy() -> None:
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n", time.monotonic() - started
+
+
+@pytest.mark.parametrize("polite", [True, False])
+def test_together_the_others_end_when_one_fails(polite: bool, tmp_path: Path) -> None:
+    waits = WAITS if polite else "trap '' TERM; echo ready; while :; do sleep 0.05; done"
+    fails = "until grep -q ready $OTHER; do sleep 0.05; done; exit 3"
+    commands = [shell(waits, tmp_path / "0"), shell(fails, tmp_path / "1")]
+    slots = [{}, {"OTHER": str(tmp_path / "0")}]
+    ended: list[int] = []
+    before = time.monotonic()
+    outcome = processes.run(
+        commands, slots, on_end=lambda i, status: ended.append(status), together=1.0
+    )
+    assert outcome.statuses == [143 if polite else -signal.SIGKILL, 3] and outcome.signals == []
+    assert ended[0] == 3 and (polite or time.monotonic() - before > 1.0)

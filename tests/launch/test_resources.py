@@ -60,3 +60,19 @@ def test_threads_that_the_user_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert resources.slots(2, [])[0]["OMP_NUM_THREADS"] == "3"
     assert resources.slots(8, [])[0]["OMP_NUM_THREADS"] == "2"
+
+
+def test_processes_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "9")
+    shares = resources.ranks(resources.slots(4, ["3", "5", "6", "7"]))
+    assert [(s["RANK"], s["LOCAL_RANK"]) for s in shares] == [(str(i), str(i)) for i in range(4)]
+    for name, value in {
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "4",
+        "CUDA_VISIBLE_DEVICES": "3,5,6,7",  # each takes the one of its LOCAL_RANK
+        "OMP_NUM_THREADS": "2",
+        "SLURM_CPUS_PER_TASK": "8",  # of which each takes a fourth
+    }.items():
+        assert {share[name] for share in shares} == {value}, name
+    assert len({share["MASTER_PORT"] for share in shares}) == 1
+    assert "CUDA_VISIBLE_DEVICES" not in resources.ranks(resources.slots(2, []))[0]

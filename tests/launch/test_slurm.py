@@ -189,6 +189,24 @@ def test_time_limit_of_a_job_with_several_runs(site: Site, whole: Path) -> None:
     assert status.status == 0 and status.out.count(f"finished, epoch {EPOCHS}") == 2, status
 
 
+def test_one_run_in_the_processes_of_a_job(site: Site) -> None:
+    """Two processes share a run, whose job is requeued in the middle."""
+    command = site.sweep("launch=slurm_4gpu", "launch.runs_per_job=2", "parallel=data", "seed=0")
+    (job,) = site.jobs()
+    site.wait_for_rows("run_0")
+    site.cluster.ask("scontrol", "requeue", job)
+    outcome = site.end(command)
+    assert outcome.status == 0, (outcome, site.outputs())
+    assert site.cluster.show(job)["Restarts"] == "1"
+    log = site.path / "sweep" / "0_seed=0.log"
+    assert "in each of 2 processes" in log.read_text()
+    assert_continued(log, 0)
+    arguments = run_arguments(Path("whole"), "parallel=data", "launch.jobs=2", "seed=0")
+    whole = site.launcher.run(site.path, "-m", *arguments, env=site.variables)
+    assert whole.status == 0, whole
+    assert rows(site.path / "run_0") == rows(site.path / "whole")
+
+
 def test_cancelled_and_submitted_again(site: Site, whole: Path) -> None:
     command = site.sweep("launch=slurm", "seed=0")
     (job,) = site.jobs()

@@ -94,7 +94,7 @@ def test_an_interrupt_at_any_time(at: int, tmp_path: Path, monkeypatch: pytest.M
         if next(calls) == at:
             raise Interrupted
 
-    monkeypatch.setattr(Interrupt, "check", check)
+    monkeypatch.setattr(Interrupt, "check_alone", check)
     summary, _ = start.train(config(tmp_path))
     assert summary["status"] == "interrupted"
     assert Counted.made == Counted.closed > 0

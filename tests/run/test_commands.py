@@ -60,9 +60,13 @@ def test_a_run_from_the_shell(tmp_path: Path) -> None:
     plots = list((tmp_path / "here" / "plots").iterdir())
     assert {p.name for p in plots} == {
         "learning_curve.png",
+        "episode_length.png",
         "world_model_losses.png",
+        "actor_loss.png",
+        "value_loss.png",
         "gradient_norms.png",
         "esnr.png",
+        "speed.png",
         "summary.png",
     }
     assert all(p.read_bytes().startswith(PNG) for p in plots)

@@ -288,7 +288,7 @@ def test_a_checkpoint_without_replay_gets_the_data_again(
     monkeypatch.setattr(
         trainer.PWM,
         "observe",
-        lambda self, o, *rest: (observed.append(len(o)), observe(self, o, *rest)),
+        lambda self, o, *rest, **kw: (observed.append(len(o)), observe(self, o, *rest, **kw)),
     )
     train(config(tmp_path / "one", data, epochs=1))
     assert observed[:COUNT] == [T] * COUNT

@@ -28,7 +28,17 @@ from tests.run.conftest import VOLATILE, clean_environment, command, rows
 
 OLD = Path(__file__).parents[1] / "data" / "old_runs"
 # Logged since then.
-NEW = {"action_saturation", "random_share", "eval_latent_error", "eval_reward_r2"}
+NEW = {
+    "action_saturation",
+    "random_share",
+    "eval_latent_error",
+    "eval_reward_r2",
+    "train_terminated",
+    "train_truncated",
+    "return_rms_mean",
+    "return_rms_std",
+    "return_rms_count",
+}
 # Measured with kernels of plain x86-64, with the reference and as it is now: 1e-6 at most.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 # What the shipped configurations had then.

@@ -16,6 +16,7 @@ from pwm_fast import config as configuration
 from pwm_fast.config import ConfigError, TrainConfig
 from pwm_fast.data import register
 from pwm_fast.data.offline import Place
+from pwm_fast.parallel import ALONE
 from pwm_fast.replay import Episode
 from pwm_fast.run import checkpoint, pretraining
 from pwm_fast.run.charts import plot_run
@@ -99,7 +100,7 @@ def test_its_figures(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pretrain(tiny(tmp_path / "run", data))
     drawn = {path.stem for path in plot_run(tmp_path / "run")}
-    assert drawn == {"held_out", "world_model_losses", "gradient_norms", "summary"}
+    assert drawn == {"held_out", "world_model_losses", "gradient_norms", "speed", "summary"}
 
 
 def test_what_is_held_out_is_not_learned_from(data: Path, tmp_path: Path) -> None:
@@ -134,6 +135,7 @@ def test_every_task_s_share_is_held_out(order: str, episodes: int, share: float,
 
     own = Fitted(Episode(blank, blank, blank[0], blank[0].bool(), int(n)) for n in found)
     state: Any = SimpleNamespace(
+        ranks=ALONE,
         config=SimpleNamespace(data=configuration.DataConfig("data", holdout=share)),
         _nothing_ends=True,
     )

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from pwm_fast.parallel import Ranks
 from pwm_fast.run.interrupt import Interrupted
 from pwm_fast.run.progress import EpochProgress
+from tests.helpers import Pair
 
 
 def test_goes_on_where_it_was_stopped() -> None:
@@ -73,3 +75,28 @@ def test_totals_are_sums_also_across_a_stop() -> None:
     restored.load_state_dict(progress.state_dict())
     restored.add_total("diverged", torch.tensor(3))
     assert restored.means()["diverged"] == 5
+
+
+def test_the_epoch_of_two_ranks() -> None:
+    def on(ranks: Ranks) -> EpochProgress:
+        progress = EpochProgress()
+        for i in progress.remaining("updates", 2, lambda: None):
+            progress.add({"loss": torch.tensor(float(i + ranks.rank))})
+            progress.add_total("diverged", torch.tensor(1 + ranks.rank))
+        if ranks.rank == 1:  # where one episode ended, and on the other rank none
+            mask, values = torch.tensor([True]), torch.tensor([3.0])
+            progress.add_episodes({"mask": mask, "return": values, "length": values})
+        else:
+            mask, values = torch.tensor([False]), torch.tensor([9.0])
+            progress.add_episodes({"mask": mask, "return": values, "length": values})
+        restored = EpochProgress()
+        restored.load_state_dict(progress.state_dict())
+        return restored.of_all(ranks)
+
+    for whole in Pair.run(on):
+        means = whole.means()
+        assert (means["loss"], means["diverged"], means["train_reward"]) == (1.0, 6, 3.0)
+        assert whole.ended() == {"episodes": 1, "diverged": 6}
+        assert list(whole.remaining("updates", 3, lambda: None)) == [2]
+        bare = whole.without_sums()
+        assert bare.means() == {} and list(bare.remaining("updates", 3, lambda: None)) == []

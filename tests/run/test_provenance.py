@@ -56,6 +56,7 @@ def test_the_hash_outlives_the_yaml_file(tmp_path: Path) -> None:
         ({"seed": 5}, True),
         ({"run_dir": "elsewhere"}, True),
         ({"threads": 2, "device": "auto", "eval__every": 1, "wandb__mode": "offline"}, True),
+        ({"tensorboard__enabled": True}, True),
         ({"epochs": 7}, False),
         ({"alg__actor__lr": 1e-3}, False),
         ({"env__max_episode_steps": 20}, False),
@@ -112,6 +113,9 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "orig_argv", given)
     said = provenance.command_line()
     assert said == "python3 -c 'from pwm_fast import train; train.main()' 'a b'"
+    script = ["/a/folder/python3", "/home/me/.venv/bin/pwm-fast", "train", "seed=1"]
+    monkeypatch.setattr(sys, "orig_argv", script)
+    assert provenance.command_line() == "pwm-fast train seed=1"
 
 
 def test_resuming_adds_to_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

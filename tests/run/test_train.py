@@ -15,6 +15,7 @@ import torch
 from pwm_fast.agent import PWM
 from pwm_fast.config import ConfigError
 from pwm_fast.envs import MujocoEnv, StateNotSupported
+from pwm_fast.replay import Replay
 from pwm_fast.run import checkpoint, metrics
 from pwm_fast.run.build import make_agent, make_env
 from pwm_fast.run.checkpoint import CheckpointError
@@ -38,6 +39,8 @@ EVERY_ROW = {
     "replay_size",
     "random_share",
     "action_saturation",
+    "train_terminated",
+    "train_truncated",
     "skipped_updates",
 }
 LEARNING_ROW = EVERY_ROW | {
@@ -71,6 +74,47 @@ def test_rows(finished: Path) -> None:
         assert all(row[name] is not None for name in LEARNING_ROW)
     assert [row["epoch"] for row in logged if "esnr" in row and "esnr_db" in row] == [2, 4, 6]
     assert [row["epoch"] for row in logged if "eval_reward" in row] == [0, 2, 4, 6]
+
+
+def test_how_episodes_end_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epoch by epoch; an end of both kinds, as all terminal ones are here, is a terminal one."""
+    terminal, ends = [], []
+    add, step = Replay.add, MujocoEnv.step
+
+    def both(env: MujocoEnv, action: torch.Tensor) -> tuple[Any, ...]:
+        obs, reward, terminated, truncated, info = step(env, action)
+        return obs, reward, terminated, truncated | terminated, info
+
+    def spy(replay: Replay, *transition: Any, **options: Any) -> None:
+        _, _, _, terminated, done, _ = transition
+        terminal.append(int(terminated.sum()))
+        ends.append(int(done.sum()))
+        add(replay, *transition, **options)
+
+    monkeypatch.setattr(MujocoEnv, "step", both)
+    monkeypatch.setattr(Replay, "add", spy)
+    changes = {"epochs": 3, "env__max_episode_steps": 20, "alg__steps_per_epoch": 20}
+    train(tiny_config(tmp_path / "run", "hopper", **changes))
+    logged = rows(tmp_path / "run")[1:]
+    for epoch, row in enumerate(logged):
+        own = slice(20 * epoch, 20 * epoch + 20)
+        assert row["train_terminated"] == sum(terminal[own])
+        assert row["train_truncated"] == sum(ends[own]) - sum(terminal[own])
+    assert sum(terminal) > 0 and sum(ends) > sum(terminal), "both kinds"
+
+
+def test_normalisers_are_logged_where_they_are_used(tmp_path: Path) -> None:
+    start = {"epochs": 3, "alg__world_model__num_bins": 1}
+    on = {"alg__normalize_obs": True, "alg__normalize_rewards": True}
+    train(tiny_config(tmp_path / "on", **start, **on))
+    agent = checkpoint.load(tmp_path / "on" / "checkpoints" / "final.pt")["agent"]
+    first, last = (rows(tmp_path / "on")[k] for k in (1, -1))
+    assert [row["obs_rms_count"] for row in (first, last)] == [16, 48]
+    assert last["obs_rms_std_max"] == agent["obs_rms"]["var"].max().sqrt().item()
+    assert last["reward_rms_mean"] == agent["rew_rms"]["mean"].item()
+    assert last["return_rms_std"] == agent["ret_rms"]["var"].sqrt().item()
+    train(tiny_config(tmp_path / "off", **start, alg__normalize_returns=False))
+    assert not [key for key in rows(tmp_path / "off")[-1] if "_rms_" in key]
 
 
 def test_reward_is_of_real_episodes(finished: Path) -> None:

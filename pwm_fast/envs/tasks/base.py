@@ -100,6 +100,14 @@ class Task(ABC):
         Raises:
             FileNotFoundError: there is no such asset.
         """
+        return self.spec().compile()
+
+    def spec(self) -> Any:
+        """The robot of this variant as a new ``mujoco.MjSpec``, which may be added to.
+
+        Raises:
+            FileNotFoundError: there is no such asset.
+        """
         import mujoco
 
         spec = mujoco.MjSpec.from_string(self.mjcf())
@@ -113,7 +121,7 @@ class Task(ABC):
             if joint.type in (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE):
                 joint.damping[0] += change.damping  # of a polynomial, the linear term
                 joint.armature *= change.armature
-        return spec.compile()
+        return spec
 
     @abstractmethod
     def observation(self, qpos: Tensor, qvel: Tensor, last_action: Tensor) -> Tensor:

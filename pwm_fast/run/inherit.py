@@ -79,7 +79,9 @@ def _chosen(overrides: Sequence[str]) -> set[str]:
     folder = Path(str(resources.files("pwm_fast.configs"))) / "actor"
     names = [text.partition("=")[2] for text in overrides if text.startswith("actor=")]
     files = [folder / f"{name}.yaml" for name in names]
-    return {f"alg.actor.{key}" for file in files for key in configuration.read_yaml(file)}
+    shipped = [file for file in files if file.is_file()]  # of the user's own all keys are taken
+    own = {"alg.actor"} if len(shipped) < len(files) else set()
+    return own | {f"alg.actor.{key}" for file in shipped for key in configuration.read_yaml(file)}
 
 
 def _alg(run: TrainConfig, config: TrainConfig, given: set[str]) -> AlgConfig:

@@ -462,7 +462,11 @@ class Trainer:
         self._clock = now
 
     def _wrap_up(self, status: str, result: Evaluation | None = None) -> dict[str, Any]:
-        """Draw the plots and write ``summary.json``."""
+        """Draw the plots and write ``summary.json``; the other ranks wait for that."""
+        with self.ranks.together():
+            return self._wrapped_up(status, result)
+
+    def _wrapped_up(self, status: str, result: Evaluation | None) -> dict[str, Any]:
         try:
             if self.ranks.first:
                 plot_run(self.directory.path, run_name(self.config))

@@ -79,7 +79,14 @@ PAGES = {
 WHOLE = {"contributing": ROOT / "CONTRIBUTING.md", "changelog": ROOT / "CHANGELOG.md"}
 
 #: Pages whose lists of links are the navigation below them.
-GROUPS = {"index", "guides/index", "results_index", "reference/index", "internals"}
+GROUPS = {
+    "index",
+    "guides/index",
+    "results_index",
+    "reference/index",
+    "internals",
+    "zh-TW/index",
+}
 
 _LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")
 _ITEM = re.compile(r"^- \[[^\]]*\]\(([^)#]+)\.(?:md|rst)\)", re.MULTILINE)

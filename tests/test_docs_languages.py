@@ -97,5 +97,34 @@ def test_each_page_links_its_other_language_below_the_title(english: Path) -> No
         assert blocks(page, page.read_text("utf-8"))[1] == ("paragraph", [(OTHER[page], "")])
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("`launch.jobs` |", "`launch.job` |"),  # a key in a table
+        ("`launch.wait=false`", "`launch.wait`"),  # a key in a sentence
+        ("| `launch.signal_s` | 120 |", "| `launch.signal_s` | 60 |"),
+        ("| `launch.max_jobs` | 256 | 同時進行的工作數 |\n", ""),
+        ("--tasks ant,hopper", "--tasks ant"),  # a command
+        ("gpu_type: h100", "gpu_type: a100"),
+        ("# @package _global_\n", ""),
+        ("### 批次指令稿", "## 批次指令稿"),
+        ("\n- `--wait` ", " `--wait` "),
+        ("[見下文](#一次執行用多張-gpu)", "[見下文](#批次指令稿)"),
+        ("[English](../clusters.md)", "[English](../data.md)"),
+    ],
+)
+def test_a_difference_is_found(old: str, new: str) -> None:
+    text = (CHINESE / "clusters.md").read_text("utf-8")
+    assert text.count(old) == 1
+    assert differences(DOCS / "clusters.md", text.replace(old, new))
+
+
+def test_comments_and_words_may_differ() -> None:
+    text = (CHINESE / "clusters.md").read_text("utf-8")
+    for old, new in (("# 沒有 GPU，用 gloo", "# no GPU: gloo"), ("在登入節點上", "在那裡")):
+        assert old in text
+        assert not differences(DOCS / "clusters.md", text.replace(old, new))
+
+
 def test_every_chinese_page_is_compared() -> None:
     assert {*CHINESE.glob("*.md")} == {*PAIRS.values(), CHINESE / "index.md"}

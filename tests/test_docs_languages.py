@@ -48,7 +48,7 @@ def named(page: Path, text: str) -> list[object]:
 
 
 def blocks(page: Path, text: str) -> list[tuple[object, ...]]:
-    """What a page names, as (kind, part, part...) for each heading, paragraph, list, table, fence."""
+    """What each heading, paragraph, list, table and fence names, as (kind, part, part...)."""
     found: list[tuple[object, ...]] = []
     start = 0
     for fence in [*FENCE.finditer(text), None]:

@@ -77,7 +77,9 @@ def test_every_page_is_in_one_list_of_the_navigation(conf: ModuleType) -> None:
     listed: list[Path] = []
     for group in conf.GROUPS:
         page = DOCS / f"{group}.md"
-        listed += [(page.parent / item).resolve() for item in conf._ITEM.findall(page.read_text("utf-8"))]
+        listed += [
+            (page.parent / item).resolve() for item in conf._ITEM.findall(page.read_text("utf-8"))
+        ]
     pages = [p.with_suffix("") for p in DOCS.rglob("*") if p.suffix in (".md", ".rst")]
     twice = {path for path in listed if listed.count(path) > 1}
     assert {DOCS / "index", *listed} == set(pages)

@@ -79,7 +79,14 @@ PAGES = {
 WHOLE = {"contributing": ROOT / "CONTRIBUTING.md", "changelog": ROOT / "CHANGELOG.md"}
 
 #: Pages whose lists of links are the navigation below them.
-GROUPS = {"index", "guides/index", "results_index", "reference/index", "internals"}
+GROUPS = {
+    "index",
+    "guides/index",
+    "results_index",
+    "reference/index",
+    "internals",
+    "zh-TW/index",
+}
 
 _LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")
 _ITEM = re.compile(r"^- \[[^\]]*\]\(([^)#]+)\.(?:md|rst)\)", re.MULTILINE)
@@ -131,6 +138,12 @@ def skip(app: Sphinx, what: str, name: str, found: object, skipped: bool, option
     return skipped or type(found).__name__ == "_tuplegetter"
 
 
+def localize(app: Sphinx, name: str, template: str, context: dict[str, Any], page: object) -> None:
+    """Tell browsers which pages are in Chinese: the forms of its characters depend on that."""
+    if name.startswith("zh-TW/"):
+        context["language"] = "zh-TW"
+
+
 class Mermaid(Directive):
     """A flowchart of ``A --> B`` lines: drawn where Graphviz is installed, else shown as words."""
 
@@ -162,6 +175,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Sphinx's entry."""
     app.connect("source-read", read)
     app.connect("autodoc-skip-member", skip)
+    app.connect("html-page-context", localize)
     app.add_directive("mermaid", Mermaid)
     app.add_lexer("csv", TextLexer)  # Pygments has none
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -23,10 +23,10 @@ NAME = re.compile(r"`((?:pwm_fast|bench|tests)\.[\w.]+)")
 TARGET = re.compile(r"(?:^|`)make ([a-z][a-z-]*)(?=`|$| +[A-Z#])", re.MULTILINE)
 
 
-def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+def anchors(page: Path) -> list[str]:
+    """The anchors that GitHub makes of a page's headings, in their order."""
     headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
-    return {"#" + re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings}
+    return ["#" + re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings]
 
 
 def missing_links(page: Path, text: str) -> list[str]:

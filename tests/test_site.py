@@ -77,8 +77,17 @@ def test_every_page_is_in_one_list_of_the_navigation(conf: ModuleType) -> None:
     listed: list[Path] = []
     for group in conf.GROUPS:
         page = DOCS / f"{group}.md"
-        listed += [(page.parent / item).resolve() for item in conf._ITEM.findall(page.read_text())]
+        listed += [
+            (page.parent / item).resolve() for item in conf._ITEM.findall(page.read_text("utf-8"))
+        ]
     pages = [p.with_suffix("") for p in DOCS.rglob("*") if p.suffix in (".md", ".rst")]
     twice = {path for path in listed if listed.count(path) > 1}
     assert {DOCS / "index", *listed} == set(pages)
     assert twice == {DOCS / "guides" / "quickstart"}  # in the header, too
+
+
+def test_the_chinese_pages_name_their_language(conf: ModuleType) -> None:
+    for page, language in (("zh-TW/clusters", "zh-TW"), ("clusters", "en")):
+        context = {"language": "en"}
+        conf.localize(None, page, "page.html", context, None)
+        assert context == {"language": language}

@@ -22,7 +22,7 @@ OLDEST_PIP := 22
 # What setup.py looks at too (DRIVER_FILES).
 DRIVER_FILES := /proc/driver/nvidia/version /dev/nvidiactl /dev/nvhost-gpu /dev/dxg
 
-.PHONY: help setup train test test-quick bench gpu gpu-kit lint clean FORCE
+.PHONY: help setup train test test-quick bench gpu gpu-kit lint docs clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +80,12 @@ lint: setup ## check style, types and the direction of imports
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	PYTHONPATH=. .venv/bin/lint-imports --no-cache
+
+docs: setup ## build the documentation's site into build/docs; a warning is an error
+	@$(RUN) sphinx --version >/dev/null 2>&1 || { \
+		echo 'error: Sphinx is not installed: .venv/bin/python -m pip install -c constraints.txt -e ".[docs]"' >&2; \
+		exit 1; }
+	$(RUN) sphinx -q -W --keep-going -b html docs build/docs $(ARGS)
 
 clean: ## remove .venv, builds and caches; runs stay
 	rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache

@@ -50,6 +50,7 @@ ALL_DRAWN = f"{LEARN}.flow_share=1.0"
 HEUN = (ALL_DRAWN, f"{WM}.integrator=heun", f"{WM}.substeps=2")
 EULER = (ALL_DRAWN, f"{WM}.integrator=euler", f"{WM}.substeps=1")
 WHOLE, CUT4, CUT2, CUT1 = (f"{LEARN}.rollout_steps={n}" for n in ("null", 4, 2, 1))
+SHARE = (*EULER[1:], WHOLE, f"{LEARN}.flow_share=0.25")
 
 CARTPOLE = (
     _tiny("mlp", "MLP (baseline), windows of 16", WHOLE),
@@ -63,8 +64,7 @@ CARTPOLE = (
     _tiny("flow_mixed", "flow, Heun K = 2, learned with Euler K = 1", *HEUN,
           f"{LEARN}.integrator=euler", f"{LEARN}.substeps=1", WHOLE),
     _tiny("flow", "flow, Euler K = 1", *EULER, WHOLE),
-    _tiny("flow_share", "flow, Euler K = 1, a quarter of the flow times drawn", *EULER[1:], WHOLE,
-          f"{LEARN}.flow_share=0.25"),
+    _tiny("flow_share", "flow, Euler K = 1, a quarter of the flow times drawn", *SHARE),
     _tiny("flow_n4", "flow, Euler K = 1, windows of 4", *EULER, CUT4),
     _tiny("flow_n2", "flow, Euler K = 1, windows of 2", *EULER, CUT2),
     _tiny("flow_n1", "flow, Euler K = 1, windows of 1", *EULER, CUT1),
@@ -78,6 +78,17 @@ CARTPOLE = (
     _tiny("meanflow", "MeanFlow, K = 1", f"{WM}.kind=shortcut", f"{WM}.substeps=1", WHOLE,
           f"{LEARN}.consistency=meanflow"),
 )  # fmt: skip
+
+# The shipped baseline and flow (mlp_n1 and flow_share above), and policies in their models. Names
+# apart from CARTPOLE's: bench.frontier measured no policies.
+POLICIES = (
+    _tiny("mlp_gaussian", "MLP, Gaussian policy", CUT1),
+    _tiny("mlp_flow", "MLP, flow policy", CUT1, "actor=flow"),
+    _tiny("flow_gaussian", "flow, Gaussian policy", *SHARE),
+    _tiny("flow_flow", "flow, flow policy", *SHARE, "actor=flow"),
+    _tiny("flow_flow_g", "flow, gated flow policy", *SHARE, "actor=flow_g"),
+    _tiny("flow_meanflow", "flow, MeanFlow policy", *SHARE, "actor=meanflow"),
+)
 
 
 def _of_observations(windows: str, suffix: str, cut: str) -> tuple[Arm, ...]:
@@ -132,12 +143,12 @@ def _dm_control(domain: str, task: str) -> Study:
     return Study(overrides, OBSERVATIONS, steps=steps, action_repeat=2)
 
 
+HANGING = ("env=cartpole", "device=cpu", "threads=1")
+UPRIGHT = "held upright for the last second"
+
 STUDIES = {
-    "cartpole": Study(
-        ("env=cartpole", "device=cpu", "threads=1"),
-        CARTPOLE,
-        "held upright for the last second",
-    ),
+    "cartpole": Study(HANGING, CARTPOLE, UPRIGHT),
+    "cartpole-policies": Study(HANGING, POLICIES, UPRIGHT, steps=(102_400, 204_800, 307_200)),
     "hopper": _robot("env=hopper"),
     "ant": _robot("env=ant", "env.num_envs=64"),
     "cheetah-run": _dm_control("cheetah", "run"),

@@ -39,7 +39,7 @@ from pwm_fast.run import metrics, provenance
 RESULTS = environment.ROOT / "docs" / "results.md"
 FIGURES = environment.ROOT / "docs" / "figures"
 REFERENCES = environment.ROOT / "bench" / "references"
-# What the tables have of diagnoses: heading, which diagnosis, key, and which of its steps.
+# What the tables have of diagnoses and logs: heading, which of them, key, and which of its steps.
 MODEL = (
     ("latent error / displacement, step 1", "model", "latent_per_displacement", 0),
     ("/ spread, step 16", "model", "latent_per_spread", -1),
@@ -50,6 +50,9 @@ MODEL = (
     ("of a linear regression there", "model_on_random", "linear_r2", -1),
     ("effective dimensions of latents", "model", "dimensions", 0),
     ("R2 of the observation, from them", "model", "obs_r2", 0),
+    ("norm of the policy's gradient, median", "policy", "grad_norm", 0),
+    ("95th percentile", "policy", "grad_norm", 1),
+    ("deviation of its actions before the tanh, median", "policy", "std", 0),
 )
 ANCHORS = (sac, shac)
 CURVE = ("epoch", "env_steps", "wall_time", "eval_reward", "eval_success")
@@ -203,7 +206,8 @@ def _finished(study: str, out: Path, configs: dict[str, Any]) -> list[dict[str, 
             saved = configuration.read_yaml(directory / "config.yaml")["alg"]
             _check_arm(study, arm, saved, str(directory))
             configs[arm.name] = saved
-            rows = [r for r in metrics.read(directory / "metrics.jsonl") if "eval_reward" in r]
+            logged = metrics.read(directory / "metrics.jsonl")
+            rows = [r for r in logged if "eval_reward" in r]
             keys = ("env", "alg", "seed", "epochs", "env_steps", "wall_time")
             evaluation = dict(summary["evaluation"])
             history = provenance.read(directory / "provenance.json")
@@ -215,6 +219,7 @@ def _finished(study: str, out: Path, configs: dict[str, Any]) -> list[dict[str, 
                     "commits": sorted({c[:12] for r in history if (c := r["git"]["commit"])}),
                     "on": _ran_on(history[-1]),
                     "evaluation": evaluation,
+                    "policy": _policy(logged),
                     "model": _model(directory / DIAGNOSIS),
                     "model_on_random": _model(directory / ON_RANDOM),
                     "curve": {k: [row.get(k) for row in rows] for k in CURVE},
@@ -245,6 +250,20 @@ def _check_arm(study: str, arm: Arm, saved: dict[str, Any], where: str) -> None:
     now = configuration.compose(*STUDIES[study].overrides, *arm.overrides).alg
     if replace(ran, name=now.name) != now:
         raise ValueError(f"{where} is of another configuration than the arm {arm.name} has now")
+
+
+def _policy(logged: Sequence[metrics.Row]) -> dict[str, Any] | None:
+    """What a study keeps of a policy's updates: percentiles over epochs."""
+    norms, deviations = (
+        [r[key] for r in logged if r.get(key) is not None]
+        for key in ("actor_grad_norm", "actor_std")
+    )
+    if not (norms and deviations):
+        return None
+    return {
+        "grad_norm": np.percentile(norms, (50, 95)).tolist(),
+        "std": np.percentile(deviations, (50,)).tolist(),
+    }
 
 
 def _model(directory: Path) -> dict[str, Any] | None:

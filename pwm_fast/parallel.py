@@ -22,6 +22,9 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 PATIENCE = timedelta(minutes=30)
 
 
+LOST = "another process of this run is gone, or cannot be reached"
+
+
 class RankLost(RuntimeError):
     """Another process of the run is gone, so that this one cannot go on."""
 
@@ -193,8 +196,8 @@ def started_together() -> bool:
 
 
 def repeats() -> bool:
-    """Whether the first process says it, too: before they are joined all err alike."""
-    return started_together() and os.environ["RANK"] != "0" and not _were_joined
+    """Whether another process here says it, too: before they are joined all err alike."""
+    return started_together() and os.environ["LOCAL_RANK"] != "0" and not _were_joined
 
 
 def local_size() -> int:
@@ -237,6 +240,4 @@ def _reaching() -> Iterator[None]:
         raise
     except RuntimeError as error:  # of gloo; NCCL's and the store's are subclasses
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RankLost(
-            f"another process of this run is gone, or cannot be reached ({lines[0]})"
-        ) from error
+        raise RankLost(f"{LOST} ({lines[0].partition('. ')[0]})") from error

@@ -2,9 +2,9 @@
 
 Prints the parameters of two agents per component and what they compute. ``alg`` alone is held
 against its own baseline (the name without ``_flow``); no ``alg`` checks every shipped pair.
-``against.KEY=VALUE`` changes the second agent as ``alg.KEY=VALUE`` does the first, every other key
-is one of training and holds for both. ``--suggest`` prints the hidden width that meets the
-baseline best.
+``against.KEY=VALUE`` changes the second agent as ``alg.KEY=VALUE`` does the first, ``actor=NAME``
+and ``against.actor=NAME`` choose their policies, every other key is one of training and holds for
+both. ``--suggest`` prints the hidden width that meets the baseline best.
 
 Exit status: 0; 1 beyond 2 %, or where encoder or reward head are not the baseline's; 2 and one line
 on stderr says what is wrong.
@@ -35,8 +35,10 @@ def parse(arguments: list[str]) -> Request:
             raise ConfigError(f"{argument!r} is neither key=value nor --suggest; see --help")
         if key in ("alg", "against"):
             values[key] = value
-        elif key.startswith("alg."):
+        elif key == "actor" or key.startswith("alg."):
             ours.append(argument)
+        elif key == "against.actor":
+            theirs.append(f"actor={value}")
         elif key.startswith("against."):
             theirs.append(f"alg.{argument.removeprefix('against.')}")
         else:

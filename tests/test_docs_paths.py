@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ["bench", "configs", "csrc", "docs", "findings", "kernels", "pwm_fast", "tests"]
 # Endings of files that pages name without their folder.
 CODE = ["cpp", "cu", "def", "h", "md", "py", "pyi", "sbatch", "toml"]
@@ -25,10 +25,10 @@ NAME = re.compile(r"`((?:pwm_fast|bench|tests)\.[\w.]+)")
 TARGET = re.compile(r"(?:^|`)make ([a-z][a-z-]*)(?=`|$| +[A-Z#])", re.MULTILINE)
 
 
-def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+def anchors(page: Path) -> list[str]:
+    """The anchors that GitHub makes of a page's headings, in their order."""
     headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
-    return {"#" + re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings}
+    return ["#" + re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings]
 
 
 def missing_links(page: Path, text: str) -> list[str]:
@@ -138,3 +138,19 @@ def test_ratios_in_the_readme_s_text_stand_in_its_table() -> None:
     quoted = re.findall(r"\d+\.\d+x", before)
     assert quoted
     assert set(quoted) <= set(re.findall(r"\d+\.\d+x", table))
+
+
+def words_of(message: str) -> str:
+    """The longest part of an error message that does not depend on what went wrong."""
+    return max(re.split(r"\S*[\d=.']\S*", message), key=len).strip()
+
+
+def test_messages_of_the_troubleshooting_guide_are_the_code_s() -> None:
+    files = [*(ROOT / "pwm_fast").rglob("*.py"), ROOT / "setup.py", ROOT / "Makefile"]
+    source = " ".join(file.read_text("utf-8") for file in files)
+    source = re.sub(r"[\"']\s*\\?\s+f?[\"']", "", source)  # literals that go on in the next line
+    rows = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text("utf-8").splitlines()
+    symptoms = [row.split(" | ")[0] for row in rows if row.startswith("| ") and " | " in row]
+    messages = [m for symptom in symptoms for m in re.findall("`([^`]+)`", symptom) if " " in m]
+    assert len(messages) > 30
+    assert [m for m in messages if words_of(m) not in source] == []

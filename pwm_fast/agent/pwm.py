@@ -690,8 +690,8 @@ class PWM:
 
     @torch.no_grad()
     def _std(self, z: Tensor, task: Tensor | None) -> Tensor:
-        """The policy's mean standard deviation in latents ``[B, D]``."""
-        return self.actor.std(z, self.world_model.task_input(task, z)).mean()
+        """How much the policy's actions vary in latents ``[B, D]``, before the tanh."""
+        return self.actor.spread(z, self.world_model.task_input(task, z))
 
     def _acted(self, z: Tensor, task: Tensor | None, noise: Tensor | None = None) -> Tensor:
         """The policy's actions ``[B, A]`` in latents ``[B, D]``; deterministic without noise."""

@@ -303,7 +303,7 @@ def _measure(subject: Subject, config: DiagnoseConfig) -> dict[str, Any]:
         "checkpoint": str(subject.path),
         "env": run.env.name,
         "task": config.task,
-        "alg": run.alg.name,
+        "alg": run.alg.full_name,
         "kind": run.alg.world_model.kind,
         "training_seed": run.seed,
         "epoch": subject.epoch,
@@ -488,7 +488,7 @@ def _refuse_other_envs(subjects: list[Subject]) -> None:
 
 def _labels(subjects: list[Subject]) -> list[str]:
     """Names for tables and legends, all different."""
-    labels = [f"{s.run.alg.name} seed {s.run.seed} epoch {s.epoch}" for s in subjects]
+    labels = [f"{s.run.alg.full_name} seed {s.run.seed} epoch {s.epoch}" for s in subjects]
     if len({s.run.env.name for s in subjects}) > 1:
         labels = [f"{s.run.env.name} {label}" for s, label in zip(subjects, labels, strict=True)]
     if len(set(labels)) < len(labels):

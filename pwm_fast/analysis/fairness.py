@@ -111,7 +111,7 @@ def compare_parameters(config: TrainConfig, against: TrainConfig, spaces: Spaces
         )
     )
     return Parity(
-        config.alg.name, against.alg.name, ours.parameters(), base.parameters(), different
+        config.alg.full_name, against.alg.full_name, ours.parameters(), base.parameters(), different
     )
 
 
@@ -167,24 +167,26 @@ def spaces_of(config: TrainConfig) -> Spaces:
 
 def parameter_table(parity: Parity) -> str:
     """One line a component: the baseline's parameters, ours, and the difference in percent."""
-    lines = [f"{'parameters':18}{parity.against:>18}{parity.alg:>18}{'difference':>14}"]
+    one, two = (max(18, len(name) + 2) for name in (parity.against, parity.alg))
+    lines = [f"{'parameters':18}{parity.against:>{one}}{parity.alg:>{two}}{'difference':>14}"]
     for name, label in _components(parity):
         base, ours = _of(parity.base, name), _of(parity.counts, name)
         difference = f"{percent(ours, base):+.2f} %" if base and ours else "-"
         if base == ours:
             difference = "0" if name in SUMS or name not in parity.different else "other layers"
-        rule = "-" * 68 + "\n" if name in SUMS else ""
-        lines.append(f"{rule}{label:18}{base:>18,}{ours:>18,}{difference:>14}")
+        rule = "-" * (32 + one + two) + "\n" if name in SUMS else ""
+        lines.append(f"{rule}{label:18}{base:>{one},}{ours:>{two},}{difference:>14}")
     return "\n".join(lines)
 
 
 def flops_table(base: Costs, ours: Costs, names: tuple[str, str]) -> str:
     """One line a piece of work: the baseline's FLOPs, ours, and how many times as many ours are."""
-    lines = [f"{'FLOPs':36}{names[0]:>18}{names[1]:>18}{'ratio':>8}"]
+    one, two = (max(18, len(name) + 2) for name in names)
+    lines = [f"{'FLOPs':36}{names[0]:>{one}}{names[1]:>{two}}{'ratio':>8}"]
 
     def line(label: str, first: float, second: float) -> None:
         ratio = f"{second / first:.2f}" if first else "-"
-        lines.append(f"{label:36}{_si(first):>18}{_si(second):>18}{ratio:>8}")
+        lines.append(f"{label:36}{_si(first):>{one}}{_si(second):>{two}}{ratio:>8}")
 
     def both(label: str, first: Flops, second: Flops) -> None:
         line(f"{label}, fwd", first.forward, second.forward)

@@ -17,7 +17,7 @@ from pwm_fast.run.provenance import NOT_OF_THE_EXPERIMENT, flat, within
 # ESNR draws random numbers, but changes nothing that is learnt.
 IGNORED = (*NOT_OF_THE_EXPERIMENT, "esnr")
 ENVIRONMENT = ("env.name", "env.max_episode_steps", "env.options")
-ALGS = Path(__file__).parent.parent / "configs" / "alg"
+CONFIGS = Path(__file__).parent.parent / "configs"
 LONGEST = 34  # characters of a label that fits beside a figure
 MOST = 7  # groups that colours tell apart
 LISTED = 48  # characters of a list that names of environments and files hold
@@ -46,8 +46,8 @@ class Group:
 
     @property
     def alg(self) -> str:
-        """Name of its algorithm's configuration."""
-        return str(self.config["alg.name"])
+        """Name of its algorithm's configuration, with that of its policy."""
+        return self.runs[0].alg
 
     @property
     def unfinished(self) -> list[Run]:
@@ -200,16 +200,18 @@ def _label(environment: Environment) -> None:
 
 def _changed(group: Group) -> set[str]:
     """Keys of the algorithm with other values than its shipped configuration has."""
-    shipped = _shipped(group.alg)
+    shipped = _shipped(group.config["alg.name"], group.config["alg.actor.suffix"])
     return {k for k, v in group.config.items() if k in shipped and shipped[k] != v}
 
 
 @lru_cache
-def _shipped(alg: str) -> dict[str, Any]:
-    """An algorithm's configuration with dotted keys; empty if none of that name is shipped."""
-    if not (ALGS / f"{alg}.yaml").is_file():
+def _shipped(alg: str, suffix: str) -> dict[str, Any]:
+    """An algorithm's and policy's configuration with dotted keys; empty if it is not shipped."""
+    chosen = {"alg": alg, "actor": suffix.removeprefix("_actor_") or "gaussian"}
+    if not all((CONFIGS / group / f"{name}.yaml").is_file() for group, name in chosen.items()):
         return {}
-    values = configuration.to_dict(configuration.compose(f"alg={alg}"))
+    overrides = (f"{group}={name}" for group, name in chosen.items())
+    values = configuration.to_dict(configuration.compose(*overrides))
     return {k: v for k, v in flat(values).items() if within(k, ("alg",))}
 
 

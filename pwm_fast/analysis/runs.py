@@ -72,8 +72,8 @@ class Run:
 
     @property
     def alg(self) -> str:
-        """Name of its configuration."""
-        return str(self.config["alg.name"])
+        """Name of its configuration, with that of its policy."""
+        return f"{self.config['alg.name']}{self.config['alg.actor.suffix']}"
 
     @property
     def status(self) -> str:

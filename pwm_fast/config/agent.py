@@ -238,16 +238,28 @@ class ActorConfig(Checked):
 
     Attributes:
         kind: ``pwm`` (a standard deviation that is learned and the same in all states; layers are
-            Linear, Mish, LayerNorm) or ``tdmpc2`` (one that the network gives for each state;
-            layers are Linear, LayerNorm, Mish).
+            Linear, Mish, LayerNorm), ``tdmpc2`` (one that the network gives for each state;
+            layers are Linear, LayerNorm, Mish) or ``flow`` (a velocity network that leads noise to
+            actions: docs/flow_policy.md).
+        suffix: what stands behind ``alg.name`` in run directories and tables, so that they tell
+            policies apart; a file of ``configs/actor`` sets it.
         task_input: the network also sees the task's embedding; null is where there are several
             tasks.
         units: hidden widths.
-        init_logstd: log standard deviation at the start; of the kind ``pwm``.
+        init_logstd: log standard deviation at the start; of the kinds ``pwm`` and ``flow`` (there
+            of the noise that the flow starts from).
         min_logstd: its lower bound.
         max_logstd: its upper bound; of the kind ``tdmpc2``.
+        form: what the network of a ``flow`` gives: ``ode`` (the velocity), ``gated`` (a candidate
+            and the gate that lets it in: Flow-G) or ``meanflow`` (the average velocity over a step
+            of a size that it is told): :class:`pwm_fast.ops.FlowPolicy`.
+        integrator: ``euler`` or ``heun``, of a ``flow``; ``meanflow`` has Euler steps alone.
+        substeps: K, integrator steps from noise to action, of a ``flow``.
+        order: layers of a ``flow``: ``norm_act`` (Linear, LayerNorm, Mish) or ``act_norm`` (Linear,
+            Mish, LayerNorm), which takes longer: each evaluation is then an operation of its own.
         input_gain: factor on the first layer's initial weights. Encoded latents vary by about 0.1
             around 1/8: at a gain of 1 small networks start, and long stay, in Mish's linear range.
+            Of a ``flow`` it is on the latents' weights alone.
         init: initial weights and biases: ``orthogonal`` (gain 1, biases 0) or ``torch`` (as
             ``torch.nn.Linear`` draws both, PWM's; its weights are 0.58 times as large).
         updates: updates an epoch, each on freshly imagined rollouts.
@@ -259,17 +271,23 @@ class ActorConfig(Checked):
         entropy_coef: imagined rewards are higher by this times ``-log pi(a|z)``, of the actions
             that were drawn (SAC, arXiv 1801.01290; through a model: SAPO, arXiv 2412.12089), so the
             critics' values are higher, too, and ``imagined_return``. In the units of imagined
-            rewards, before ``alg.value_scale``. 0 is none.
+            rewards, before ``alg.value_scale``. 0 is none, as it must be for a ``flow``, of which
+            pi is not known.
     """
 
     PREFIX: ClassVar[str] = "alg.actor."
 
-    kind: str = checked("pwm", one_of("pwm", "tdmpc2"))
+    kind: str = checked("pwm", one_of("pwm", "tdmpc2", "flow"))
+    suffix: str = ""
     task_input: bool | None = None
     units: list[int] = checked([400, 200, 100], widths)
     init_logstd: float = checked(-1.0, finite, limit(LOGSTD))
     min_logstd: float = checked(-1.427, finite, limit(LOGSTD))
     max_logstd: float = checked(2.0, finite, limit(LOGSTD))
+    form: str = checked("ode", one_of("ode", "gated", "meanflow"))
+    integrator: str = checked("euler", one_of("euler", "heun"))
+    substeps: int = checked(4, positive(1024))
+    order: str = checked("norm_act", one_of("norm_act", "act_norm"))
     input_gain: float = checked(1.0, positive(SIZE), finite)
     init: str = checked("orthogonal", one_of("orthogonal", "torch"))
     updates: int = checked(1, not_negative())
@@ -279,6 +297,23 @@ class ActorConfig(Checked):
     grad_norm: float = checked(1.0, positive())
     detach: bool = True
     entropy_coef: float = checked(0.0, not_negative(), finite)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind != "flow":
+            return
+        require(
+            self.entropy_coef == 0.0,
+            f"{self.PREFIX}entropy_coef",
+            self.entropy_coef,
+            "0 for a flow policy (kind=flow), the density of whose actions is not known",
+        )
+        require(
+            self.form != "meanflow" or self.integrator == "euler",
+            f"{self.PREFIX}integrator",
+            self.integrator,
+            "euler for form=meanflow, whose network gives average velocities",
+        )
 
 
 @dataclass
@@ -448,6 +483,11 @@ class AlgConfig(Checked):
             "substeps=1) without projection, which paths start from (flow_start=rollout "
             "start_grad=rollout)",
         )
+
+    @property
+    def full_name(self) -> str:
+        """The name, and what tells its policy from others, for run directories and tables."""
+        return self.name + self.actor.suffix
 
     @property
     def window_steps(self) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from pwm_fast import files
 from pwm_fast.config import ConfigError
 from pwm_fast.launch import processes, resources
+from pwm_fast.parallel import LOST
 
 GRACE = 30.0  # seconds that the other processes of a run have when one of them is lost
 
@@ -109,7 +110,7 @@ def execute(runs: Sequence[Run], shares: Sequence[dict[str, str]]) -> processes.
         run.exit_file.unlink(missing_ok=True)
 
     def on_start(index: int, slot: int) -> None:
-        _say_start(runs[index], resources.describe(shares[slot]))
+        _say_start(runs[index], f"on {resources.describe(shares[slot])}")
 
     def on_end(index: int, status: int) -> None:
         _say_end(runs[index], status)
@@ -132,7 +133,8 @@ def _execute_parallel(run: Run, shares: Sequence[dict[str, str]]) -> tuple[int, 
         if status:
             failed.append(status)
 
-    _say_start(run, f"{len(shares)} processes, each on {resources.describe(shares[0])}")
+    places = "; ".join(dict.fromkeys(map(resources.describe, shares)))
+    _say_start(run, f"in {len(shares)} processes, on {places}")
     commands, ranks = [run.command()] * len(shares), resources.ranks(shares)
     outcome = processes.run(commands, ranks, on_end=on_end, together=GRACE)
     status = failed[0] if failed else 0
@@ -141,7 +143,7 @@ def _execute_parallel(run: Run, shares: Sequence[dict[str, str]]) -> tuple[int, 
 
 
 def _say_start(run: Run, place: str) -> None:
-    print(f"run {run.index} ({run.label}): on {place}; log {shown(run.log)}", flush=True)
+    print(f"run {run.index} ({run.label}): {place}; log {shown(run.log)}", flush=True)
 
 
 def _say_end(run: Run, status: int) -> None:
@@ -207,12 +209,13 @@ def failures(
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that is not empty."""
+    """The last line of a log that is not empty, and not about another process's end."""
     try:
         text = log.read_text("utf-8", errors="replace")
     except OSError:
         return ""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    lines = [line.strip() for line in reversed(text.splitlines()) if line.strip()]
+    return next((line for line in lines if LOST not in line), lines[0] if lines else "")
 
 
 def shown(path: str) -> str:

@@ -1,6 +1,6 @@
 """World models, policy and critics, with the parameter names of the published models."""
 
-from pwm_fast.models.actor import Actor, GaussianActor, TDMPC2Actor, make_actor
+from pwm_fast.models.actor import Actor, FlowActor, GaussianActor, TDMPC2Actor, make_actor
 from pwm_fast.models.critic import (
     Critic,
     CriticEnsemble,
@@ -20,6 +20,7 @@ __all__ = [
     "Actor",
     "Critic",
     "CriticEnsemble",
+    "FlowActor",
     "FlowWorldModel",
     "GaussianActor",
     "LatentModel",

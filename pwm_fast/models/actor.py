@@ -1,10 +1,11 @@
-"""Gaussian policies: PWM's, and TD-MPC2's, whose standard deviation depends on the state."""
+"""Policies: PWM's Gaussian, TD-MPC2's, whose deviation depends on the state, and flows."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +18,23 @@ from pwm_fast.models.layers import (
     Skipped,
     act_norm_layers,
     act_norm_mlp,
+    init_orthogonal_,
     init_world_model_,
     mlp,
     run_act_norm,
+    taken_apart,
     task_width,
 )
 from pwm_fast.ops.extend import act, moments
 
 INITS = ("orthogonal", "torch")
 
+#: A gate's biases at the start, as in SAC Flow's code: it is open, ``sigmoid(5) = 0.993``.
+OPEN = 5.0
+
 
 class Actor(nn.Module, ABC):
-    """A policy ``a = tanh(mu(z) + std(z) * noise)`` of one network.
+    """A policy ``a = tanh(mu(z) + std(z) * noise)`` of one network, or a :class:`FlowActor`.
 
     ``task`` is the task's embedding ``[..., E]`` for a network of ``[z, task]``; one of ``z`` alone
     does not look at it.
@@ -57,7 +63,7 @@ class Actor(nn.Module, ABC):
         """The network as the operations take it; raises as :meth:`policy`."""
 
     @abstractmethod
-    def _policy(self, layers: Sequence[ops.Layer]) -> ops.Policy:
+    def _policy(self, layers: Sequence[ops.Layer]) -> ops.Policy | ops.FlowPolicy:
         """The policy with those layers for its network."""
 
     @abstractmethod
@@ -66,7 +72,7 @@ class Actor(nn.Module, ABC):
     ) -> Tensor:
         """The network's outputs; it knows its layers and their order itself."""
 
-    def policy(self) -> ops.Policy:
+    def policy(self) -> ops.Policy | ops.FlowPolicy:
         """The parameters as the operations take them.
 
         Raises:
@@ -88,7 +94,8 @@ class Actor(nn.Module, ABC):
 
         Args:
             z: latents.
-            noise: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``.
+            noise: standard normal ``[..., A]``; None gives the deterministic action: ``tanh(mu)``,
+                or what a flow makes of noise 0.
             task: embeddings ``[..., E]``, or None.
             mask: ``[..., A]``, bool or floating: 1 for the components that a task has, and 0 for
                 others, which are 0 in the action. None: all of them.
@@ -97,6 +104,15 @@ class Actor(nn.Module, ABC):
             ValueError: the network takes embeddings, and there are none.
         """
         return act(self._policy(()), z, noise, task, mask, self._run)
+
+    def spread(self, z: Tensor, task: Tensor | None = None) -> Tensor:
+        """How much actions vary before the tanh: the mean standard deviation, a scalar.
+
+        Args:
+            z: latents ``[..., D]``.
+            task: embeddings ``[..., E]``, or None.
+        """
+        return self.std(z, task).mean()
 
     def entropy(
         self,
@@ -237,6 +253,121 @@ class TDMPC2Actor(Actor):
         return found
 
 
+class FlowActor(Actor):
+    """A flow that leads noise to actions: :class:`pwm_fast.ops.FlowPolicy`.
+
+    The noise's standard deviation is learned, and the same in all states, as PWM's of actions.
+
+    Args:
+        latent_dim: D.
+        action_dim: A.
+        units: hidden widths of the velocity network.
+        form: ``"ode"``, ``"gated"`` or ``"meanflow"``.
+        substeps: K.
+        integrator: ``"euler"`` or ``"heun"``.
+        order: of its layers, ``"norm_act"`` (Linear, LayerNorm, Mish; then a flow without gate is
+            one operation) or ``"act_norm"`` (Linear, Mish, LayerNorm, as PWM's policies).
+        init_logstd: log standard deviation of the noise at the start.
+        min_logstd: its lower bound.
+        input_gain: factor on the initial weights of latents and embeddings in the first layer.
+        init: as of :class:`GaussianActor`. A gate's weights are 0 and its biases :data:`OPEN`.
+        task_dim: E of a network of ``[z, task]``; 0 for one of ``z`` alone.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        units: Sequence[int] = (400, 200, 100),
+        form: ops.Form = "ode",
+        substeps: int = 4,
+        integrator: ops.Method = "euler",
+        order: ops.Order = "norm_act",
+        init_logstd: float = -1.0,
+        min_logstd: float = -1.427,
+        input_gain: float = 1.0,
+        init: str = "orthogonal",
+        task_dim: int = 0,
+    ) -> None:
+        super().__init__(action_dim, task_dim)
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        inputs = action_dim + latent_dim + 1 + task_dim + (form == "meanflow")
+        outputs = 2 * action_dim if form == "gated" else action_dim
+        gain = 1.0 if init == "orthogonal" else None
+        self.velocity_net: nn.Sequential
+        if order == "act_norm":
+            self.velocity_net = act_norm_mlp(inputs, units, outputs, gain)
+        else:
+            self.velocity_net = mlp(inputs, units, outputs)
+            if gain is not None:
+                init_orthogonal_(self.velocity_net, gain)
+        self.init_logstd = nn.Parameter(torch.full((action_dim,), float(init_logstd)))
+        self.min_logstd = min_logstd
+        self.form, self.substeps, self.integrator, self.order = form, substeps, integrator, order
+        first, last = self.velocity_net[0], self.velocity_net[-1]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        tau = action_dim + latent_dim
+        with torch.no_grad():
+            first.weight[:, action_dim:tau] *= input_gain
+            first.weight[:, tau + 1 : tau + 1 + task_dim] *= input_gain
+            if form == "gated":
+                last.weight[action_dim:] = 0.0
+                last.bias[action_dim:] = OPEN
+
+    def std(self, z: Tensor | None = None, task: Tensor | None = None) -> Tensor:
+        """Standard deviations ``[A]`` of the noise that the flow starts from."""
+        return self.init_logstd.clamp_min(self.min_logstd).exp()
+
+    @torch.no_grad()
+    def spread(self, z: Tensor, task: Tensor | None = None) -> Tensor:
+        """How much actions vary before the tanh, by two draws in each of the latents.
+
+        The root of a mean variance over components and latents, a scalar; see :class:`Actor`.
+        """
+        policy = self._policy(())
+        shape = *z.shape[:-1], self.action_dim
+        one, other = (
+            policy.transport(
+                self.std() * torch.randn(shape, device=z.device, dtype=z.dtype),
+                z, task, None, self._run,
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        return (0.5 * (one - other).square().mean()).sqrt()
+
+    def entropy(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Not known of a flow.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("the density of a flow policy's actions is not computed")
+
+    def _layers(self) -> Sequence[ops.Layer]:
+        return taken_apart(self.velocity_net, self.order, root=True)
+
+    def _policy(self, layers: Sequence[ops.Layer]) -> ops.FlowPolicy:
+        return ops.FlowPolicy(
+            layers,
+            self.std(),
+            self.form,
+            self.substeps,
+            self.integrator,
+            self.order,
+            self.task_dim > 0,
+        )
+
+    def _run(
+        self, inputs: Sequence[Tensor], layers: Sequence[ops.Layer], order: ops.Order
+    ) -> Tensor:
+        if order == "act_norm":
+            return run_act_norm(self.velocity_net, *inputs)
+        found = self.velocity_net(*inputs)
+        assert isinstance(found, Tensor)
+        return found
+
+
 def make_actor(latent_dim: int, action_dim: int, config: AlgConfig) -> Actor:
     """The policy of the kind that ``config.actor.kind`` names.
 
@@ -248,6 +379,21 @@ def make_actor(latent_dim: int, action_dim: int, config: AlgConfig) -> Actor:
     if own.kind == "tdmpc2":
         return TDMPC2Actor(
             latent_dim, action_dim, own.units, own.min_logstd, own.max_logstd, task_dim
+        )
+    if own.kind == "flow":
+        return FlowActor(
+            latent_dim,
+            action_dim,
+            own.units,
+            own.form,  # type: ignore[arg-type]
+            own.substeps,
+            own.integrator,  # type: ignore[arg-type]
+            own.order,  # type: ignore[arg-type]
+            own.init_logstd,
+            own.min_logstd,
+            own.input_gain,
+            own.init,
+            task_dim,
         )
     return GaussianActor(
         latent_dim,

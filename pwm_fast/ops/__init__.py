@@ -12,6 +12,7 @@ from pwm_fast.fused.weight_cache import invalidate
 from pwm_fast.ops.dynamics import Dynamics, LatentMap, LatentMLP, ResidualMLP
 from pwm_fast.ops.esnr import EsnrAccumulator, RunningEsnr, esnr
 from pwm_fast.ops.flow import Flow, flow_interpolate, flow_step, integrate, velocity_field
+from pwm_fast.ops.flow_policy import FlowPolicy, Form
 from pwm_fast.ops.imagine import imagine
 from pwm_fast.ops.mlp import linear_act_norm, linear_norm_act, mlp
 from pwm_fast.ops.norm_act import layer_norm_act
@@ -42,6 +43,8 @@ __all__ = [
     "Dynamics",
     "EsnrAccumulator",
     "Flow",
+    "FlowPolicy",
+    "Form",
     "Heads",
     "ImaginedRollout",
     "LatentMLP",

@@ -172,7 +172,7 @@ def integrate(
     _checks.floating("z", z)
     _checks.positive_int("substeps", substeps)
     _checks.method(method)
-    return _march(velocity, at_least_fp32(z), substeps, method, z.dtype).to(z.dtype)
+    return march(velocity, at_least_fp32(z), substeps, method, z.dtype).to(z.dtype)
 
 
 def velocity_field(
@@ -308,7 +308,7 @@ def _check_field(z: Tensor, a: Tensor, net: Sequence[Layer], task: Tensor | None
         raise ValueError(f"net has output width {outputs}, but the latent z has {z.shape[-1]}")
 
 
-def _march(
+def march(
     velocity: VelocityFn, state: Tensor, substeps: int, method: Method, dtype: torch.dtype
 ) -> Tensor:
     """The state in its own dtype, float32 at least; the velocity sees it in ``dtype``."""
@@ -346,4 +346,4 @@ def _reference_step(
             (state, a, column) if task is None else (state, a, column, task), net, "norm_act"
         )
 
-    return _march(velocity, at_least_fp32(z), substeps, method, inputs).to(z.dtype)
+    return march(velocity, at_least_fp32(z), substeps, method, inputs).to(z.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pwm_fast.backends.base import Kernels
 from pwm_fast.backends.dtypes import at_least_fp32, common_dtype, fp32_dtype
-from pwm_fast.backends.select import declare, for_part, select
+from pwm_fast.backends.select import Choice, declare, for_part, select
 from pwm_fast.backends.specs import decode_layers, encode_layers, split_params
 from pwm_fast.fused import algebra
 from pwm_fast.fused.imagine import imagine_backward, imagine_forward
@@ -20,6 +20,7 @@ from pwm_fast.fused.saved import saved_buffers
 from pwm_fast.ops import _checks
 from pwm_fast.ops.coverage import layer_tensors, unsupported, without_width
 from pwm_fast.ops.dynamics import Dynamics
+from pwm_fast.ops.flow_policy import FlowPolicy, fused_transport, start_of
 from pwm_fast.ops.mlp import RunNet, fused_mlp, mlp, reference_mlp
 from pwm_fast.ops.operator import Operator
 from pwm_fast.ops.rollout import (
@@ -34,6 +35,9 @@ from pwm_fast.ops.types import ORDERS, Heads, ImaginedRollout, Layer, Policy
 from pwm_fast.ops.weights import flat, pack, specs_of
 
 declare("imagine", "gemm")
+
+# Moves noise ``[B, A]`` at latents ``[B, D]`` with embeddings to where a policy's flow ends.
+Transport = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class _Imagine(Operator):
@@ -66,7 +70,7 @@ _imagine = _Imagine()
 
 def imagine(
     z0: Tensor,
-    policy: Policy,
+    policy: Policy | FlowPolicy,
     dynamics: Dynamics,
     heads: Heads,
     *,
@@ -85,11 +89,14 @@ def imagine(
 
     One operator runs all steps of a policy with one standard deviation for all states, layers in
     the order ``act_norm``, no task input, and no mask or one for all rows. Of any other each
-    network is an operator of its own at each step (:func:`pwm_fast.explain` tells which).
+    network is an operator of its own at each step (:func:`pwm_fast.explain` tells which). Of a flow
+    policy without mask and gate in the order ``norm_act`` that is its whole flow, else each
+    evaluation.
 
     Args:
         z0: start latents ``[B, D]``.
-        policy: the Gaussian policy.
+        policy: the Gaussian policy, or a :class:`FlowPolicy`, for which ``tanh(x_1)`` stands in
+            place of the formula's action.
         dynamics: :class:`Flow`, :class:`Shortcut`, :class:`LatentMLP`, :class:`ResidualMLP` or
             others (:class:`Dynamics`).
         heads: reward, termination and value heads.
@@ -136,7 +143,7 @@ def imagine(
 
 def roll_out(
     z0: Tensor,
-    policy: Policy,
+    policy: Policy | FlowPolicy,
     dynamics: Dynamics,
     noise: Tensor,
     detach: bool,
@@ -159,9 +166,10 @@ def roll_out(
     choice = select("imagine", backend, call)
     if choice.is_reference or isinstance(step, str) or noise.shape[0] == 0:
         return _reference(z0, noise, policy, dynamics, task, mask, detach)
-    if not whole:
+    if isinstance(policy, FlowPolicy) or not whole:
         run = partial(fused_mlp, choice)
-        return _reference(z0, noise, policy, dynamics, task, mask, detach, run)
+        transport = _fused_transport(choice, policy, mask)
+        return _reference(z0, noise, policy, dynamics, task, mask, detach, run, transport)
     if mask is not None:
         policy, noise = _masked(policy, mask), noise.masked_fill(~mask, 0.0)
     rows = noise.shape[:-1].numel()
@@ -183,8 +191,23 @@ def roll_out(
     )
 
 
-def _in_one_operator(policy: Policy, mask: Tensor | None) -> bool:
+def _fused_transport(
+    choice: Choice, policy: Policy | FlowPolicy, mask: Tensor | None
+) -> Transport | None:
+    """A policy's whole flow in one operator; None where it has none, or each evaluation is one."""
+    if not isinstance(policy, FlowPolicy) or mask is not None or not algebra.in_force().hoist:
+        return None
+    step = policy.fused()
+    if isinstance(step, str):
+        return None
+
+    return partial(fused_transport, choice, step)
+
+
+def _in_one_operator(policy: Policy | FlowPolicy, mask: Tensor | None) -> bool:
     """Whether the operator of whole rollouts covers the kind of policy and of mask."""
+    if isinstance(policy, FlowPolicy):
+        return False
     if policy.std is None or policy.order != "act_norm" or policy.task_input:
         return False
     # A LayerNorm at the end would make something of the zeros that the mask leaves.
@@ -199,7 +222,7 @@ def _masked(policy: Policy, mask: Tensor) -> Policy:
     return policy._replace(layers=[*layers, last])
 
 
-def _tensors(policy: Policy) -> list[Tensor]:
+def _tensors(policy: Policy | FlowPolicy) -> list[Tensor]:
     own = layer_tensors(policy.layers)
     return own if policy.std is None else [policy.std, *own]
 
@@ -207,17 +230,18 @@ def _tensors(policy: Policy) -> list[Tensor]:
 def _reference(
     z: Tensor,
     noise: Tensor,
-    policy: Policy,
+    policy: Policy | FlowPolicy,
     dynamics: Dynamics,
     task: Tensor | None,
     mask: Tensor | None,
     detach: bool,
     run: RunNet = reference_mlp,
+    transport: Transport | None = None,
 ) -> tuple[Tensor, Tensor]:
     latents, actions, state = [z], [], at_least_fp32(z)
     for eps in noise.unbind(0):
         seen = latents[-1]
-        a = act(policy, seen.detach() if detach else seen, eps, task, mask, run)
+        a = act(policy, seen.detach() if detach else seen, eps, task, mask, run, transport)
         state = dynamics.step(state, a, task, z.dtype, run)
         actions.append(a)
         latents.append(state.to(z.dtype))
@@ -225,26 +249,36 @@ def _reference(
 
 
 def act(
-    policy: Policy,
+    policy: Policy | FlowPolicy,
     z: Tensor,
     eps: Tensor | None,
     task: Tensor | None,
     mask: Tensor | None,
     run: RunNet,
+    transport: Transport | None = None,
 ) -> Tensor:
     """Actions ``[..., A]`` of a policy.
 
     Args:
         policy: the policy.
         z: latents ``[..., D]``.
-        eps: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``.
+        eps: standard normal ``[..., A]``; None gives the deterministic action ``tanh(mu)``, of a
+            flow policy that of noise 0.
         task: embeddings ``[..., E]``, or None.
         mask: what actions are multiplied by, or None.
         run: evaluates the network, ``run(inputs, layers, order)``.
+        transport: integrates a flow policy's network; None is step by step, with ``run``.
 
     Raises:
         ValueError: the policy takes embeddings, and there are none.
     """
+    if isinstance(policy, FlowPolicy):
+        x = start_of(policy, z, eps)
+        if transport is not None:
+            x = transport(x, z, task if policy.task_input else None)
+        else:
+            x = policy.transport(x, z, task, mask, run)
+        return torch.tanh(at_least_fp32(x)).to(common_dtype(z, policy.std, eps))
     y = run(policy.inputs(z, task), policy.layers, policy.order)
     mu, std = y, policy.std
     if std is None:
@@ -312,9 +346,11 @@ def _over_steps(head: Callable[..., Tensor], axis: int, *inputs: Tensor) -> Tens
 
 
 def check_policy(
-    policy: Policy, z0: Tensor, width: int, task: Tensor | None, source: str = "noise"
+    policy: Policy | FlowPolicy, z0: Tensor, width: int, task: Tensor | None, source: str = "noise"
 ) -> None:
     """Raise ValueError where a policy does not fit ``z0 [B, D]`` and the action width."""
+    if isinstance(policy, FlowPolicy):
+        return policy.check(z0, width, task, source)
     _checks.one_of("policy.order", policy.order, ORDERS)
     if policy.std is not None:
         _checks.floating("policy.std", policy.std)

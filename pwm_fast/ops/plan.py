@@ -14,6 +14,7 @@ from pwm_fast.backends.dtypes import at_least_fp32, fp32_dtype, full_precision
 from pwm_fast.backends.select import for_part
 from pwm_fast.ops import _checks
 from pwm_fast.ops.dynamics import Dynamics
+from pwm_fast.ops.flow_policy import FlowPolicy
 from pwm_fast.ops.imagine import (
     act,
     check_policy,
@@ -231,7 +232,7 @@ class Plan(NamedTuple):
 @torch.no_grad()
 def plan(
     z0: Tensor,
-    policy: Policy | None,
+    policy: Policy | FlowPolicy | None,
     dynamics: Dynamics,
     heads: Heads,
     *,
@@ -362,7 +363,7 @@ def trajectory_values(
     heads: Heads,
     *,
     values: ValueEnsemble | None = None,
-    policy: Policy | None = None,
+    policy: Policy | FlowPolicy | None = None,
     gamma: float | Tensor = 0.99,
     task: Tensor | None = None,
     action_mask: Tensor | None = None,
@@ -431,7 +432,7 @@ class _Scores(NamedTuple):
     task: Tensor | None
     mask: Tensor | None
     gamma: float | Tensor
-    policy: Policy | None
+    policy: Policy | FlowPolicy | None
     dynamics: Dynamics
     heads: Heads
     values: ValueEnsemble | None
@@ -614,7 +615,7 @@ def _check_noise(
 
 def _check(
     z0: Tensor,
-    policy: Policy | None,
+    policy: Policy | FlowPolicy | None,
     dynamics: Dynamics,
     heads: Heads,
     values: ValueEnsemble | None,
@@ -677,7 +678,11 @@ def _check(
 
 
 def _check_values(
-    values: ValueEnsemble, z0: Tensor, width: int, policy: Policy | None, task: Tensor | None
+    values: ValueEnsemble,
+    z0: Tensor,
+    width: int,
+    policy: Policy | FlowPolicy | None,
+    task: Tensor | None,
 ) -> None:
     _checks.one_of("values.order", values.order, ORDERS)
     _checks.one_of("values.reduce", values.reduce, REDUCTIONS)

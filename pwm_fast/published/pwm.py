@@ -14,16 +14,30 @@ from pwm_fast.published.networks import Parts, keep
 from pwm_fast.published.reading import PublishedError, Statistics, numbers
 from pwm_fast.published.result import PRESETS, Published, State, preset
 
-FLOW_POLICY = (
-    "is the velocity field of a flow policy (its actor_config has ActorFlowODE): such policies do "
-    "not exist here, a Gaussian actor (ActorStochasticMLP) is needed"
-)
+# What Flow-MBPO-PWM's flow policies keep the log deviation of their noise above.
+FLOW_MIN_LOGSTD = -10.0
 # Which Adam of theirs has which of our settings, and the networks that it learns, in its order.
 OPTIMIZERS = {"world_model": "model_learning", "actor": "actor", "critic": "critic"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LEARNED = ("_encoder.", "_dynamics.", "_velocity.", "_reward.")
 
 Columns = dict[str, list[int]]
+
+
+class FlowSteps(NamedTuple):
+    """How flows are integrated, which no file holds.
+
+    Attributes:
+        substeps: K of the dynamics.
+        integrator: ``heun`` or ``euler``.
+        policy_substeps: K of a flow policy.
+        policy_integrator: ``heun`` or ``euler``.
+    """
+
+    substeps: int = 2
+    integrator: str = "heun"
+    policy_substeps: int = 2
+    policy_integrator: str = "heun"
 
 
 class _World(NamedTuple):
@@ -44,15 +58,12 @@ class _World(NamedTuple):
     notes: list[str]
 
 
-def convert(
-    path: Path, content: Mapping[str, Any], family: str, *, substeps: int, integrator: str
-) -> Published:
+def convert(path: Path, content: Mapping[str, Any], family: str, *, steps: FlowSteps) -> Published:
     """Make the parts of a file ours; arguments and errors as of ``load_published``."""
     actor = Parts(path, "actor", content["actor"])
-    if any(str(key).startswith("velocity_net.") for key in content["actor"]):
-        actor.done({"velocity_net.": FLOW_POLICY})
-    action_dim = len(actor.take("logstd", -1))
-    policy = actor.act_norm("mu_net")
+    flows = any(str(key).startswith("velocity_net.") for key in content["actor"])
+    action_dim = len(actor.take("init_logstd" if flows else "logstd", -1))
+    policy = actor.act_norm("velocity_net" if flows else "mu_net")
     actor.done()
     critic = Parts(path, "critic", content["critic"])
     members, value = critic.ensemble()
@@ -60,11 +71,15 @@ def convert(
     world = _world_model(path, content["world_model"], action_dim)
     notes = world.notes
     latent = world.values["latent_dim"]
-    for part, net, rows in ((actor, policy, action_dim), (critic, value, 1)):
-        if (net.columns, net.rows) != (latent, rows) or net.normed:
+    for part, net, rows, more in (
+        (actor, policy, action_dim, action_dim + 1 if flows else 0),
+        (critic, value, 1, 0),
+    ):
+        if (net.columns, net.rows) != (latent + more, rows) or net.normed:
+            beside = f" and {action_dim} actions and a flow time" if more else ""
             raise part.error(
                 f"it takes {net.columns} numbers and gives {net.rows}, in place of the latent's "
-                f"{latent} and {rows}"
+                f"{latent}{beside} and {rows}"
             )
     several = world.values["task_dim"] > 0
     if several:
@@ -90,16 +105,37 @@ def convert(
         statistics["rew_rms"] = None
         notes.append("rew_rms: left out, for rewards of bins are not normalised here")
     if world.values["kind"] == "flow":
-        world.values.update(substeps=substeps, integrator=integrator)
+        world.values.update(substeps=steps.substeps, integrator=steps.integrator)
         notes.append(
-            f"the file does not say how its flow is integrated: {integrator}, K={substeps} as "
-            "given; published are heun with K=2 and 4, and euler with K=8"
+            f"the file does not say how its flow is integrated: {steps.integrator}, "
+            f"K={steps.substeps} as given; published are heun with K=2 and 4, and euler with K=8"
+        )
+    own: dict[str, Any] = {"units": policy.units, "task_input": False if several else None}
+    moved: Columns = {}
+    if flows:
+        moved["velocity_net.0.weight"] = [
+            *range(latent, latent + action_dim),
+            *range(latent),
+            latent + action_dim,
+        ]
+        own |= {
+            "kind": "flow",
+            "order": "act_norm",
+            "substeps": steps.policy_substeps,
+            "integrator": steps.policy_integrator,
+            "min_logstd": FLOW_MIN_LOGSTD,
+        }
+        notes.append(
+            "a flow policy (ActorFlowODE), its columns reordered from [z, x, tau] to [x, z, tau]. "
+            f"The file does not say how it is integrated: {steps.policy_integrator}, "
+            f"K={steps.policy_substeps} as given; published is heun with K=2. Nor does it say "
+            "whether it was an ActorFlowODEStochastic: actions without noise are the same"
         )
     alg = replace(
         base,
         name=family,
         world_model=replace(base.world_model, **world.values),
-        actor=replace(base.actor, units=policy.units, task_input=False if several else None),
+        actor=replace(base.actor, **own),
         critic=replace(
             base.critic,
             units=value.units,
@@ -119,14 +155,14 @@ def convert(
         action_dim,
         None,
         world.state,
-        actor.taken,
+        _ordered(actor.taken, moved),
         critic.taken,
         statistics["obs_rms"],
         statistics["rew_rms"],
         statistics["ret_rms"],
         notes=notes,
     )
-    _take_optimizers(found, content, world.columns)
+    _take_optimizers(found, content, {**world.columns, **moved})
     return found
 
 

@@ -80,6 +80,9 @@ class Published:
         if model.kind == "flow":
             transition += f", {model.head} head, {model.integrator} K={model.substeps}"
         tasks = f"{model.num_tasks}, embeddings of {model.task_dim}" if model.task_dim else "1"
+        policy = f"kind {alg.actor.kind}, {alg.actor.units}"
+        if alg.actor.kind == "flow":
+            policy += f", {alg.actor.integrator} K={alg.actor.substeps}"
         of = {"pwm": "state values", "tdmpc2": "Q functions"}[alg.critic.kind]
         lines = {
             "file": f"{self.path}, a checkpoint of {self.title}",
@@ -88,7 +91,7 @@ class Published:
             "dynamics": transition,
             "reward": f"{model.reward_units}, "
             + ("scalar" if model.num_bins == 1 else f"{model.num_bins} bins"),
-            "policy": f"kind {alg.actor.kind}, {alg.actor.units}",
+            "policy": policy,
             "critics": f"{alg.critic.members} {of}, {alg.critic.units}",
         }
         text = [f"{name:13} {value}" for name, value in lines.items()]

@@ -125,7 +125,13 @@ def _world_model(found: Published, numbers: Sequence[int], obs_dim: int, action_
 
 def _actor(found: Published, action_dim: int) -> State:
     """The rows of actions that are left: of means, and after them of log standard deviations."""
-    outputs = (0,) if found.alg.actor.kind == "pwm" else (0, found.action_dim)
+    if found.alg.actor.kind == "flow" and action_dim < found.action_dim:
+        raise PublishedError(
+            f"the flow policy of {found.path} has {found.action_dim} actions, the environment has "
+            f"{action_dim}: the others' noise moves these, so they cannot be left out; policy=new "
+            "leaves out the policy"
+        )
+    outputs = (0, found.action_dim) if found.alg.actor.kind == "tdmpc2" else (0,)
     rows = [start + i for start in outputs for i in range(action_dim)]
     last = list(found.actor)[-2:]  # weight and bias of the last layer
     cut = (*last, "logstd")

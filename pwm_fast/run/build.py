@@ -92,6 +92,12 @@ def part_of(config: TrainConfig, ranks: Ranks) -> TrainConfig:
         if value % ranks.size:
             raise ConfigError(f"{key} must be a multiple of {ranks.size} processes, got {value}")
         counts[key] = value // ranks.size
+    tasks = len(task_numbers(config.env))
+    if counts["num_envs"] < tasks:
+        raise ConfigError(
+            f"num_envs must be at least {tasks * ranks.size}, an env of each of {tasks} tasks in "
+            f"each of {ranks.size} processes, got {config.env_count}"
+        )
     learning = replace(alg.model_learning, batch_size=counts["alg.model_learning.batch_size"])
     own = replace(
         alg,

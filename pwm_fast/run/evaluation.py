@@ -304,7 +304,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> dict[str, Any]:
     return {
         "checkpoint": str(path),
         "env": run.env.name,
-        "alg": run.alg.name,
+        "alg": run.alg.full_name,
         "training_seed": run.seed,
         "imported": content.get("imported"),
         "epoch": content["epoch"],

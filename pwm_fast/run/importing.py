@@ -42,6 +42,8 @@ class ImportConfig(Checked):
         critics: likewise. Q functions of TD-MPC2 are not trained here, new critics are.
         substeps: K of a flow.
         integrator: ``heun`` or ``euler``, of a flow.
+        policy_substeps: K of a flow policy.
+        policy_integrator: ``heun`` or ``euler``, of a flow policy.
     """
 
     checkpoint: str = MISSING
@@ -52,6 +54,8 @@ class ImportConfig(Checked):
     critics: str = checked("file", one_of("file", "new"))
     substeps: int = checked(2, positive(1024))
     integrator: str = checked("heun", one_of("heun", "euler"))
+    policy_substeps: int = checked(2, positive(1024))
+    policy_integrator: str = checked("heun", one_of("heun", "euler"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +75,13 @@ def look(config: ImportConfig) -> Published:
         ConfigError: it cannot be converted, or a key has no such value.
     """
     path = checkpoint.named(config.checkpoint)
-    return published.load_published(path, substeps=config.substeps, integrator=config.integrator)
+    return published.load_published(
+        path,
+        substeps=config.substeps,
+        integrator=config.integrator,
+        policy_substeps=config.policy_substeps,
+        policy_integrator=config.policy_integrator,
+    )
 
 
 def import_checkpoint(config: ImportConfig, found: Published) -> tuple[Path, Published]:
@@ -151,6 +161,10 @@ def _fitted(config: ImportConfig, found: Published, env: VectorEnv) -> Published
     """
     name, tasks = config.env.get("name"), tasks_of(env)
     obs_dim, action_dim = build.dims(env)
+    new = published.preset("pwm")
+    if config.policy == "new":
+        notes = [*found.notes, "the policy is new, of PWM's widths"]
+        found = replace(found, alg=replace(found.alg, actor=new.actor), actor={}, notes=notes)
     numbers = _numbers(config, found, tasks)
     if numbers is not None:
         found = published.of_tasks(found, numbers, obs_dim, action_dim)
@@ -174,10 +188,7 @@ def _fitted(config: ImportConfig, found: Published, env: VectorEnv) -> Published
     alg = found.alg
     if found.family == "tdmpc2":  # published: by the episode's length
         alg = replace(alg, gamma=published.discount(env.max_episode_steps))
-    notes, new = list(found.notes), published.preset("pwm")
-    if config.policy == "new":
-        alg = replace(alg, actor=new.actor)
-        notes.append("the policy is new, of PWM's widths")
+    notes = list(found.notes)
     if config.critics == "new":
         alg = replace(alg, critic=new.critic)
         notes.append("the critics are new, of PWM's widths")

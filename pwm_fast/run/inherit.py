@@ -38,7 +38,7 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
                 f"task={config.task} is one of the tasks of a checkpoint's model: give init=PATH"
             )
         return config
-    given = {text.partition("=")[0].lstrip("+~") for text in overrides}
+    given = {text.partition("=")[0].lstrip("+~") for text in overrides} | _chosen(overrides)
     path = files.user_path(config.init)
     if "alg" not in given and not path.is_file():
         raise ConfigError(
@@ -64,7 +64,7 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         found = replace(found, env=_with_given(env, found.env, given))
     if "run_dir" not in given:
         place = found.task or found.env.name
-        own = RUN_DIR.format(place=place, alg=found.alg.name, seed=found.seed)
+        own = RUN_DIR.format(place=place, alg=found.alg.full_name, seed=found.seed)
         found = replace(found, run_dir=own)
     return found
 
@@ -72,6 +72,16 @@ def inherited(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
 def learned_policy(saved: Mapping[str, Any]) -> bool:
     """Whether the policy in a checkpoint of that configuration has learned anything."""
     return bool(saved["env"]["name"] != OFFLINE)
+
+
+def _chosen(overrides: Sequence[str]) -> set[str]:
+    """Keys that a file of ``configs/actor`` sets, as ``actor=flow`` on the command line chooses."""
+    folder = Path(str(resources.files("pwm_fast.configs"))) / "actor"
+    names = [text.partition("=")[2] for text in overrides if text.startswith("actor=")]
+    files = [folder / f"{name}.yaml" for name in names]
+    shipped = [file for file in files if file.is_file()]  # of the user's own all keys are taken
+    own = {"alg.actor"} if len(shipped) < len(files) else set()
+    return own | {f"alg.actor.{key}" for file in shipped for key in configuration.read_yaml(file)}
 
 
 def _alg(run: TrainConfig, config: TrainConfig, given: set[str]) -> AlgConfig:

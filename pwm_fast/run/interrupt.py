@@ -65,8 +65,8 @@ class Interrupt:
     def agree(self) -> bool:
         """Whether a signal has come to any rank, of which all hear; all of them call this."""
         found = self._ranks.highest(self.signum or 0)
-        if found and self.signum is None:
-            self.signum = found
+        if found:
+            self.signum = found  # one status for all
         return found != 0
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -72,6 +73,8 @@ def train(config: TrainConfig, kind: type[Trainer] = Trainer) -> tuple[dict[str,
                 )
                 print_summary(begun.finished)
             return begun.finished, 0
+        with ranks.together():
+            _refuse_other_weights(trainer, ranks)
         save_start = None if source is None else trainer.saving_start(source)
         kept: list[str] = []
 
@@ -86,17 +89,40 @@ def train(config: TrainConfig, kind: type[Trainer] = Trainer) -> tuple[dict[str,
                 last_epoch = None if source is None else trainer.state.epoch
                 logger = RunLogger(config, directory, last_epoch, prepare)
                 directory.begin(config, begun.record, source)
+        save_start = None  # it holds a copy of the replay
         for text in (*begun.said, *kept):
             logger.say(text)
         try:
             summary = trainer.run(logger, begun.stop)
-        except (TrainingDiverged, NothingToLearn) as error:
+        except (TrainingDiverged, NothingToLearn) as error:  # all ranks raise these
+            ranks.highest(0)
             if ranks.first:
                 raise
-            raise Followed("rank 0 says why") from error  # all ranks raise these
+            raise Followed("rank 0 says why") from error
+        ranks.highest(0)  # the first one has ended its log: who started us may end it with the rest
         if ranks.first:
             print_summary(summary)
         return summary, begun.stop.exit_status
+
+
+def _refuse_other_weights(trainer: Trainer, ranks: Ranks) -> None:
+    """Averaged gradients are of no use to networks that differ.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if ranks.size == 1:
+        return
+    digest = hashlib.sha256()
+    for values in trainer.state.agent.state_dict().values():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    if len(set(ranks.gather(digest.hexdigest()))) > 1:
+        raise ConfigError(
+            f"the {ranks.size} processes of this run begin with different networks: give all of "
+            "them the same code, packages and files"
+        )
 
 
 class _Begun(NamedTuple):
@@ -138,7 +164,7 @@ def _begin(config: TrainConfig, kind: type[Trainer], ranks: Ranks, stack: ExitSt
     build.set_threads(config.threads, own.alg, device)
     build.seed_everything(config.seed)
     evaluated = config
-    if config.eval.video_every:
+    if config.eval.video_every and ranks.first:  # which alone films
         video.require_packages()
         evaluated = replace(config, env=video.visible(config.env))
     training, evaluation = (
@@ -149,6 +175,8 @@ def _begin(config: TrainConfig, kind: type[Trainer], ranks: Ranks, stack: ExitSt
     env = stack.enter_context(closing(build.make_env(own, own.env_count, training, device)))
     build.check_evaluations(config, env, ranks)
     build.require_memory(own, env, device)
+    if ranks.size > 1:  # an environment may have drawn from the generators, on each rank others
+        build.seed_everything(config.seed)
     agent = build.make_agent(config, env, device, ranks)
     if not ranks.first:  # the same weights, but other noise and batches
         build.seed_everything(config.seed, Purpose.RANK, *ranks.numbers)
@@ -223,7 +251,7 @@ def describe(config: TrainConfig, agent: Any, device: torch.device) -> str:
     engine = build.physics(config, device)
     processes = "" if agent.ranks.size == 1 else f" in each of {agent.ranks.size} processes"
     return (
-        f"{config.env.name} x {config.env_count}, {config.alg.name} on {device} "
+        f"{config.env.name} x {config.env_count}, {config.alg.full_name} on {device} "
         f"({torch.get_num_threads()} CPU threads{processes}), precision {config.precision}, "
         f"seed {config.seed}, {config.epochs} epochs\n"
         + ("" if engine is None else f"{engine.describe(config.env.threads)}\n")

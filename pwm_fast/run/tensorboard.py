@@ -116,7 +116,8 @@ class EventFile:
         self._summary: Any = import_module("torch.utils.tensorboard.summary")
         self._proto: Any = import_module("tensorboard.compat.proto.event_pb2")
         folder.mkdir(exist_ok=True)
-        number = 1 + max((int(p.suffix[1:]) for p in folder.glob("*.tfevents.*")), default=0)
+        ours = [p.suffix[1:] for p in folder.glob("events.out.tfevents.*")]
+        number = 1 + max((int(suffix) for suffix in ours if suffix.isdecimal()), default=0)
         self._file = (folder / f"events.out.tfevents.{number:06d}").open("xb")
         self._records: Any = import_module("tensorboard.summary.writer.record_writer").RecordWriter(
             self._file

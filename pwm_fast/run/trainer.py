@@ -462,7 +462,11 @@ class Trainer:
         self._clock = now
 
     def _wrap_up(self, status: str, result: Evaluation | None = None) -> dict[str, Any]:
-        """Draw the plots and write ``summary.json``."""
+        """Draw the plots and write ``summary.json``; the other ranks wait for that."""
+        with self.ranks.together():
+            return self._wrapped_up(status, result)
+
+    def _wrapped_up(self, status: str, result: Evaluation | None) -> dict[str, Any]:
         try:
             if self.ranks.first:
                 plot_run(self.directory.path, run_name(self.config))
@@ -472,7 +476,7 @@ class Trainer:
         summary: dict[str, Any] = {
             "status": status,
             "env": self.config.env.name,
-            "alg": self.config.alg.name,
+            "alg": self.config.alg.full_name,
             "seed": self.config.seed,
             "epochs": self.state.epoch,
             "env_steps": self.state.env_steps,

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib import import_module
@@ -229,9 +229,10 @@ class TrainingFilm:
 
     def close(self) -> None:
         """See :meth:`Film.close`."""
-        if self._film is not None:
-            self._film.close()
-            self._film = None
+        film, self._film = self._film, None
+        if film is not None:
+            with suppress(Exception):  # what could not be written is written again by closing
+                film.close()
 
     def _try(self, call: Callable[..., None], *args: Any) -> bool:
         try:
@@ -282,8 +283,9 @@ class _Encoder:
         self._container.close()
 
     def close(self) -> None:
-        """Release the encoder."""
-        self._container.close()
+        """Release the encoder, whatever was written."""
+        with suppress(Exception):
+            self._container.close()
 
     def _indexed(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Indices ``[height, width]`` and the palette: alpha, red, green and blue ``[256, 4]``.

@@ -101,7 +101,7 @@ class WandbRun:
 
 def run_name(config: TrainConfig) -> str:
     """Name of a run for people: ``wandb.name``, else environment, algorithm and seed."""
-    return config.wandb.name or f"{config.env.name}-{config.alg.name}-seed{config.seed}"
+    return config.wandb.name or f"{config.env.name}-{config.alg.full_name}-seed{config.seed}"
 
 
 def _last_step(counter: Path, log: Path) -> int:

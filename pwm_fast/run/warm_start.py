@@ -23,6 +23,8 @@ MEANING = (
 SHAPES = (
     "alg.world_model",
     "alg.actor.kind",
+    "alg.actor.form",
+    "alg.actor.order",
     "alg.actor.task_input",
     "alg.actor.units",
     "alg.critic.kind",

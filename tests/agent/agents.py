@@ -57,6 +57,17 @@ AGENTS: dict[str, dict[str, Any]] = {
     "masked": {"kind": "flow", "task_dim": 3, "num_tasks": 2, "action_dims": {0: 1, 1: 2}},
     "masked alike": {"kind": "flow", "action_dims": {0: 1}},
     "state's deviation": {"kind": "flow", "actor_kind": "tdmpc2", "actor_entropy_coef": 0.1},
+    "flow policy": {"kind": "flow", "actor_kind": "flow", "detach": False},
+    "gated policy": {"kind": "mlp", "actor_kind": "flow", "form": "gated", "actor_substeps": 2},
+    "MeanFlow policy, masked": {
+        "kind": "flow",
+        "actor_kind": "flow",
+        "form": "meanflow",
+        "actor_substeps": 1,
+        "task_dim": 3,
+        "num_tasks": 2,
+        "action_dims": {0: 1, 1: 2},
+    },
     "all normalised": {"kind": "flow", "normalize_obs": True, "detach": False},
     "as published": {
         "kind": "mlp",

@@ -156,3 +156,31 @@ def test_learning_is_spread_over_the_steps() -> None:
     epoch += 2 * (costs.actor_update.total + costs.critic_updates.total)
     assert costs.learning_per_step == pytest.approx(epoch / 20)
     assert costs.per_step == pytest.approx(epoch / 20 + costs.act.total)
+
+
+@pytest.mark.parametrize(
+    ("form", "integrator", "substeps", "evaluations"),
+    [
+        ("ode", "euler", 4, 4),
+        ("ode", "heun", 3, 6),
+        ("gated", "euler", 2, 2),
+        ("meanflow", "euler", 1, 1),
+    ],
+)
+def test_a_flow_policy_counts_every_evaluation(
+    form: str, integrator: str, substeps: int, evaluations: int
+) -> None:
+    own = ActorConfig(
+        kind="flow", form=form, integrator=integrator, substeps=substeps, units=[13], batch_size=8
+    )
+    flow = dataclasses.replace(config(), actor=own)
+    inputs, outputs = A + D + 1 + (form == "meanflow"), 2 * A if form == "gated" else A
+    counts = Networks.build(flow, Spaces(O, A, False)).parameters()
+    assert counts["actor"] == dense(inputs, 13, outputs) + norms(13) + A
+    ours, gaussian = (count_flops(c, Spaces(O, A, False), 2) for c in (flow, config()))
+    policy = 2 * 13 * (inputs + outputs) * evaluations
+    more = policy - 2 * 13 * (D + A)
+    assert ours.act.forward - gaussian.act.forward == more
+    assert ours.actor_update.forward - gaussian.actor_update.forward == 8 * H * more
+    assert ours.world_model_update == gaussian.world_model_update
+    assert ours.macro_step == gaussian.macro_step

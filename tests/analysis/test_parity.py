@@ -132,6 +132,19 @@ def test_table_of_a_pair(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("ant")
+def test_policies_of_a_pair(ant: None, capsys: pytest.CaptureFixture) -> None:
+    """Each side has its own; long names push the columns apart."""
+    request = parity.parse(
+        ["alg=pwm_tiny", "against=pwm_tiny", "actor=flow_g", "against.actor=meanflow"]
+    )
+    assert request.ours == ("actor=flow_g",) and request.theirs == ("actor=meanflow",)
+    assert fairness.check_pair(request, ("pwm_tiny", "pwm_tiny")) == 0
+    out = capsys.readouterr().out
+    for table in ("parameters", "FLOPs"):
+        (head,) = (x for x in out.splitlines() if x.startswith(table))
+        assert head.split()[1:3] == ["pwm_tiny_actor_meanflow", "pwm_tiny_actor_flow_g"]
+
+
 def test_status_of_an_unfair_pair(capsys: pytest.CaptureFixture) -> None:
     assert parity.run(["alg=pwm_5M_flow", "alg.world_model.units=[600,600]"]) == 1
     assert "not fair: world model differs by +12." in capsys.readouterr().out

@@ -97,6 +97,8 @@ def finished_run(directory: Path, reward: float, status: str = "finished") -> No
     rows = [{"epoch": e, "env_steps": 1024 * e, "wall_time": 1.5 * e} for e in (0, 1, 2)]
     for row in (rows[0], rows[2]):
         row |= {"eval_reward": reward - 10.0 + row["epoch"], "eval_success": 0.25}
+    for row in rows[1:]:
+        row |= {"actor_grad_norm": 0.5 * row["epoch"], "actor_std": 0.25}
     (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert len(metrics.read(directory / "metrics.jsonl")) == 3
 
@@ -118,9 +120,9 @@ def test_what_is_collected(tmp_path: Path) -> None:
     assert result["runs"][1]["model"]["reward_r2"] == [0.99, 0.9]
     assert str(tmp_path) not in json.dumps(result)
     (line,) = [x for x in study.table(result).splitlines() if x.startswith("| MLP, windows of 1 |")]
-    assert (
-        "| 3 | -600 (-700 to -500) | 50%, 50%, 50% | 0.25 | 0.05 | 0.9 | 0.4 | 0.9 | 0.4 |" in line
-    )
+    known = "0.25 | 0.05 | 0.9 | 0.4 | 0.9 | 0.4 | 0.75 | 0.97 | 0.25 |"
+    assert f"| 3 | -600 (-700 to -500) | 50%, 50%, 50% | {known}" in line
+    assert result["runs"][0]["policy"] == {"grad_norm": [0.75, 0.975], "std": [0.25]}
     study.draw(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert "alg.model_learning.rollout_steps=1" in study.commands(result)

@@ -13,6 +13,7 @@ from pwm_fast import ops
 from pwm_fast.backends import select
 from tests.helpers import random_layer
 from tests.kernels.harness import DEVICES, gpu, on_devices
+from tests.ops import test_flow_policy as flow_policy
 from tests.ops.contract import ROLLOUTS, Case, check, check_precision
 from tests.ops.test_backends import FUSED, NATIVE
 from tests.ops.test_contract import expanded, strided, transposed
@@ -155,3 +156,22 @@ def test_what_it_refuses_of_a_call() -> None:
         ops.simnorm(torch.randn(2, 8).double())
     with pytest.raises(ValueError, match="9000 features do not fit"):
         ops.layer_norm_act(torch.randn(1, 9000), torch.ones(9000), torch.ones(9000))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("form", "action"), [("ode", 1), ("meanflow", 3), ("gated", 3)])
+def test_flow_policies(form: str, action: int, device: str) -> None:
+    """A policy's flow against plain PyTorch: a state that is narrower than any tile."""
+    torch.manual_seed(0)
+    policy = flow_policy.policy_of(form, action=action, substeps=2)
+    draw = flow_policy.arguments(policy, 3, 2)
+    plain = flow_policy.cast(draw, torch.float64)
+    expected = flow_policy.results(plain, flow_policy.slow_rollout(plain, True), noise=False)
+    given = flow_policy.cast(draw, torch.float32)
+    moved = {id(x): x.detach().to(device).requires_grad_() for x in flow_policy.leaves(given)}
+    given = flow_policy.replaced(given, moved)
+    given["noise"] = given["noise"].detach()
+    with select.precision("exact"):
+        ours = flow_policy.results(given, ops.imagine(**given)[:3], noise=False)
+    for x, y in zip(ours, expected, strict=True):
+        torch.testing.assert_close(x.double().cpu(), y, rtol=1e-4, atol=1e-4)

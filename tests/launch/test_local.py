@@ -79,7 +79,7 @@ def test_one_run_in_two_processes(
         line
         for i in range(2)
         for line in (
-            f"run {i} (seed={i}): on 2 processes, each on no GPU, 1 CPU thread; "
+            f"run {i} (seed={i}): in 2 processes, on no GPU, 1 CPU thread; "
             f"log sweep/{i}_seed={i}.log",
             f"run {i} (seed={i}): finished",
         )

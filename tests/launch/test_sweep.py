@@ -9,6 +9,7 @@ import pytest
 
 from pwm_fast.config import ConfigError
 from pwm_fast.launch import sweep
+from pwm_fast.parallel import LOST
 
 
 def runs(directory: Path, count: int, first: int = 0) -> list[sweep.Run]:
@@ -96,3 +97,24 @@ def test_execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object
     out = capsys.readouterr().out  # type: ignore[attr-defined]
     assert f"run 1 (seed=1): on no GPU, 1 CPU thread; log {two[1].log}" in out
     assert "run 1 (seed=1): failed with exit status 1" in out
+
+
+def test_the_last_line_is_not_of_another_process_s_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(f"error: out of memory\nerror: {LOST} (closed by peer)\n\n")
+    assert sweep.last_line(log) == "error: out of memory"
+    log.write_text(f"error: {LOST} (closed by peer)\n")
+    assert LOST in sweep.last_line(log)
+
+
+def test_a_parallel_run_says_all_its_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = sweep.Run(0, "seed=0", [], "run", sweep.log_path(tmp_path, 0, "s"), parallel=True)
+    monkeypatch.setattr(
+        sweep.processes, "run", lambda commands, *_, **__: sweep.processes.Outcome([0, 0])
+    )
+    shares = [{"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("3", "5")]
+    assert sweep.execute([run], shares).statuses == [0]
+    said = capsys.readouterr().out
+    assert "in 2 processes, on GPU 3, 2 CPU threads; GPU 5, 2 CPU threads; log" in said

@@ -144,6 +144,21 @@ class FlowActor(nn.Module):
         super().__init__()
         self.velocity_net = Actor(latent + action + 1, action, units).mu_net[:-1]
         self.init_logstd = nn.Parameter(torch.full((action,), -1.0))
+        randomize(self)
+
+    def forward(self, z: Tensor, eps: Tensor, substeps: int, integrator: str) -> Tensor:
+        """The flow's end, whose tanh is the action."""
+        x, dt = eps * self.init_logstd.clamp(min=-10.0).exp(), 1.0 / substeps
+
+        def velocity(x: Tensor, tau: float) -> Tensor:
+            return self.velocity_net(torch.cat([z, x, torch.full_like(x[:, :1], tau)], -1))
+
+        for k in range(substeps):
+            slope = velocity(x, k * dt)
+            if integrator == "heun":
+                slope = (slope + velocity(x + dt * slope, (k + 1) * dt)) / 2
+            x = x + dt * slope
+        return x
 
 
 class Critic(nn.Module):
@@ -287,6 +302,7 @@ def pwm_file(
     *,
     policy: Sequence[int] = (9, 8, 7),
     values: Sequence[int] = (9, 6),
+    flow_policy: bool = False,
     package: str = "pwm",
     normalised: Sequence[str] = ("rew_rms", "ret_rms"),
     **world: Any,
@@ -295,7 +311,7 @@ def pwm_file(
     torch.manual_seed(0)
     made = PWMFile(
         World(obs, action, latent, units, encoder_units, bins, **world),
-        Actor(latent, action, policy),
+        (FlowActor if flow_policy else Actor)(latent, action, policy),
         Ensemble([Critic(latent, values) for _ in range(3)]),
         package=package,
         normalised=normalised,

@@ -106,6 +106,37 @@ def test_pwm_of_one_task(tmp_path: Path) -> None:
         assert all(v.dtype == F64 for v in ours.values())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("substeps", "integrator"), [(2, "heun"), (3, "euler")])
+def test_flow_policies(substeps: int, integrator: str, tmp_path: Path) -> None:
+    """Drawn and deterministic actions, also where the noise is below its least deviation."""
+    file = pwm_file(flow_policy=True, bins=21, flow=True, package="flow_mbpo_pwm")
+    actor: Any = file.actor
+    actor.init_logstd[0] = -11.0
+    found = load_published(
+        file.save(tmp_path / "x.pt"), policy_substeps=substeps, policy_integrator=integrator
+    )
+    alg, z, eps = found.alg, normal(ROWS, 16), normal(ROWS, 3)
+    assert (alg.actor.kind, alg.actor.form, alg.actor.units) == ("flow", "ode", [9, 8, 7])
+    assert (alg.world_model.substeps, alg.world_model.integrator) == (2, "heun")
+    assert any("[z, x, tau] to [x, z, tau]" in note for note in found.notes)
+    assert f"kind flow, [9, 8, 7], {integrator} K={substeps}" in found.describe()
+    ours, theirs = actor_of(found), double(actor)
+    for noise in (eps, 1e4 * eps):
+        same(ours(z, noise), theirs(z, noise, substeps, integrator).tanh())
+    same(ours(z), theirs(z, torch.zeros_like(eps), substeps, integrator).tanh())
+    compare_worlds(found, file.world, None, k=2, heun=True)
+
+
+def test_flow_policies_of_several_tasks(tmp_path: Path) -> None:
+    file = pwm_file(flow_policy=True, bins=21, task_dim=WIDTH, tasks=TASKS)
+    found = load_published(file.save(tmp_path / "x.pt"))
+    kept = of_tasks(found, [1], found.obs_dim, found.action_dim)
+    assert all(torch.equal(kept.actor[k], v) for k, v in found.actor.items())
+    with pytest.raises(PublishedError, match=r"has 3 actions, the environment has 2.*policy=new"):
+        of_tasks(found, [1], found.obs_dim, 2)
+
+
 def test_statistics_that_the_file_lacks(tmp_path: Path) -> None:
     found = load_published(pwm_file(normalised=()).save(tmp_path / "x.pt"))
     assert (found.obs_rms, found.rew_rms, found.ret_rms) == (None, None, None)
@@ -370,10 +401,10 @@ def test_names_of_tasks(tmp_path: Path) -> None:
 # --- optimisers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("flow", [False, True])  # of both: world model and policy
 def test_moments_by_name(flow: bool, tmp_path: Path) -> None:
     """Those of columns that were reordered or dropped, too."""
-    file = flow_file(flow=flow, tasks=TASKS, task_dim=WIDTH)
+    file = flow_file(flow=flow, flow_policy=flow, tasks=TASKS, task_dim=WIDTH)
     found = load_published(file.save(tmp_path / "x.pt"))
     assert found.alg.model_learning.betas == [0.9, 0.999]
     assert found.alg.actor.betas == [0.7, 0.95]
@@ -387,6 +418,8 @@ def test_moments_by_name(flow: bool, tmp_path: Path) -> None:
                 theirs = state[p][key]
                 if name == "_reward.0.weight" and flow:
                     theirs = torch.cat([theirs[:, :16], theirs[:, 19:], theirs[:, 16:19]], 1)
+                if name == "velocity_net.0.weight":
+                    theirs = torch.cat([theirs[:, 16:19], theirs[:, :16], theirs[:, 19:]], 1)
                 assert torch.equal(found.optimizers[part][name][key], theirs), name
             assert float(found.optimizers[part][name]["step"]) == 3.0
     assert "_task_emb.weight" not in found.optimizers["world_model"]

@@ -119,8 +119,12 @@ def without(state: dict[str, Any], start: str) -> dict[str, Any]:
     ("entries", "said"),
     [
         (
-            lambda f: {"actor": FlowActor(16, 3, [8]).state_dict()},
-            "velocity_net.* is the velocity field of a flow policy",
+            lambda f: {"actor": without(FlowActor(16, 3, [8]).state_dict(), "init_logstd")},
+            "init_logstd is missing",
+        ),
+        (
+            lambda f: {"actor": FlowActor(12, 3, [8]).state_dict()},
+            "it takes 16 numbers and gives 3, in place of the latent's 16 and 3 actions and a flow",
         ),
         (
             lambda f: {"world_model": {**f.world.state_dict(), "_ensemble.0.w": torch.ones(1)}},

@@ -70,11 +70,18 @@ def imported(source: Path, out: Path | None, **changes: Any) -> Path:
 KINDS: dict[str, dict[str, Any]] = {
     "pwm": {"normalised": ("obs_rms", "rew_rms", "ret_rms")},
     "flow": {"bins": 21, "flow": True, "task_dim": 96, "package": "flow_mbpo_pwm"},
+    "flow policy": {
+        "bins": 21,
+        "flow": True,
+        "flow_policy": True,
+        "task_dim": 96,
+        "package": "flow_mbpo_pwm",
+    },
     "baseline": {"bins": 21, "package": "flow_mbpo_pwm", "normalised": ("ret_rms",)},
 }
 
 
-@pytest.mark.parametrize("kind", ["pwm", "flow"])
+@pytest.mark.parametrize("kind", ["pwm", "flow policy"])
 def test_what_to_run_next_runs(
     kind: str, launcher: Launcher, tmp_path: Path, no_plots: None
 ) -> None:
@@ -130,7 +137,8 @@ def test_the_agent_is_the_published_one(kind: str, tmp_path: Path) -> None:
         seen = ((obs - rms.mean) / (rms.var + 1e-5).sqrt()).clip(-5.0, 5.0)
     with torch.no_grad():
         z = file.world.encode(seen)
-        expected = file.actor(z).tanh()
+        noise = (torch.zeros(6, ACTION), 2, "heun") if kind == "flow policy" else ()
+        expected = file.actor(z, *noise).tanh()
         torch.testing.assert_close(agent.act(obs, deterministic=True), expected)
         torch.testing.assert_close(agent.critic.minimum(z), file.critic(z)[..., 0].amin(0))
         torch.testing.assert_close(

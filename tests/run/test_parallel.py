@@ -224,6 +224,51 @@ def test_threads_of_a_slurm_job_are_shared_out(monkeypatch: pytest.MonkeyPatch) 
     assert torch.get_num_threads() == 1
 
 
+def test_all_begin_with_the_same_networks(
+    start: Callable[..., list[Command]], tmp_path: Path
+) -> None:
+    """Whatever an environment does to the generators; and where they do not, nothing begins."""
+    draws = (
+        "import torch\n"
+        "from pwm_fast.run import build\n"
+        "made = build.make_env\n"
+        "def make_env(*given):\n"
+        "    torch.manual_seed(5)\n"
+        "    return made(*given)\n"
+        "build.make_env = make_env\n"
+    )
+    outcomes = ends(start(hooks=("", draws)))
+    assert [o.status for o in outcomes] == [0, 0], outcomes
+    other = (
+        "import torch\n"
+        "from pwm_fast.run import build\n"
+        "made = build.make_agent\n"
+        "def make_agent(*given):\n"
+        "    agent = made(*given)\n"
+        "    with torch.no_grad():\n"
+        "        agent.actor.logstd += 1e-6\n"
+        "    return agent\n"
+        "build.make_agent = make_agent\n"
+    )
+    first, second = ends(start(run="other", hooks=("", other)))
+    assert (first.status, second.status) == (2, 2)
+    assert "the 2 processes of this run begin with different networks" in first.err
+    assert second.err == "" and not (tmp_path / "other").exists()
+
+
+def test_others_wait_for_what_the_first_still_writes(
+    start: Callable[..., list[Command]], tmp_path: Path
+) -> None:
+    """Who started them may end the first one, too, once another has ended with a status."""
+    slow = "import time\nfrom pwm_fast.run import trainer\ntrainer.plot_run = lambda *_: time.sleep(3)\n"
+    commands = start(*LONG, hooks=(slow, ""))
+    wait_for_change(tmp_path / "run" / "metrics.jsonl")
+    commands[0].kill(signal.SIGTERM)
+    assert commands[1].wait().status == 128 + signal.SIGTERM
+    assert "interrupted" in (tmp_path / "run" / "summary.json").read_text()
+    assert commands[0].wait().status == 128 + signal.SIGTERM
+
+
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     """The command of the documentation, and a sweep under it."""

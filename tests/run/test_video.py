@@ -327,8 +327,22 @@ class Broken(Painter):
         return super().frame(env)
 
 
+class Full(video._Encoder):
+    """Cannot be written, and so not be closed either."""
+
+    def add(self, picture: np.ndarray) -> None:
+        self._container.close()
+        self._container = self
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        if self._container is self:
+            self._container = object()  # which has no close
+        super().close()
+
+
 @needs_av
-@pytest.mark.parametrize("where", ["viewer", "frame", "finish"])
+@pytest.mark.parametrize("where", ["viewer", "frame", "encoder", "finish"])
 def test_a_film_in_training_may_fail(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +351,8 @@ def test_a_film_in_training_may_fail(
         monkeypatch.setattr(Filmed, "viewer", None)
     if where == "frame":
         monkeypatch.setattr(sys.modules[__name__], "Painter", Broken)
+    if where == "encoder":
+        monkeypatch.setattr(video, "_Encoder", Full)
     path = tmp_path / "videos" / "a.mp4"
     film = TrainingFilm(cast(VectorEnv, env), path, Filming(size=SIZE), errors.append)
     with closing(film):

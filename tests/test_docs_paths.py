@@ -13,6 +13,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FOLDERS = ["bench", "configs", "csrc", "docs", "findings", "kernels", "pwm_fast", "tests"]
 # Endings of files that pages name without their folder.
 CODE = ["cpp", "cu", "def", "h", "md", "py", "pyi", "sbatch", "toml"]
+# Modules that pages have a reader install first.
+OTHERS = ["build"]
 
 # Not behind a slash or a dot, as in URLs and links; not before a placeholder's "<" or "*".
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*(?![\w./<*{{-])")
@@ -53,6 +55,8 @@ def missing_paths(text: str) -> list[str]:
 
 def runs(module: str) -> bool:
     """Whether ``python -m module`` finds something to run."""
+    if module in OTHERS:
+        return True
     if module.partition(".")[0] not in FOLDERS:
         return importlib.util.find_spec(module) is not None
     path = ROOT / module.replace(".", "/")

@@ -16,7 +16,10 @@ from pwm_fast.envs.protocol import CannotRender
 
 VARIABLE = "MUJOCO_GL"  # MuJoCo's, Gymnasium's and dm_control's
 OFF_SCREEN = ("egl", "osmesa")  # that need no screen on Linux, in the order they are tried
-INSTALL = "apt-get install libegl1 libgl1-mesa-dri (or libosmesa6), or a GPU's driver with EGL"
+# PyOpenGL's EGL takes glGetError from libOpenGL.
+INSTALL = (
+    "apt-get install libegl1 libopengl0 libgl1-mesa-dri (or libosmesa6), or a GPU's driver with EGL"
+)
 PROBE_SECONDS = 60.0
 _PROBE = """\
 import mujoco

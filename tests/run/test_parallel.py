@@ -260,7 +260,11 @@ def test_others_wait_for_what_the_first_still_writes(
     start: Callable[..., list[Command]], tmp_path: Path
 ) -> None:
     """Who started them may end the first one, too, once another has ended with a status."""
-    slow = "import time\nfrom pwm_fast.run import trainer\ntrainer.plot_run = lambda *_: time.sleep(3)\n"
+    slow = (
+        "import time\n"
+        "from pwm_fast.run import trainer\n"
+        "trainer.plot_run = lambda *_: time.sleep(3)\n"
+    )
     commands = start(*LONG, hooks=(slow, ""))
     wait_for_change(tmp_path / "run" / "metrics.jsonl")
     commands[0].kill(signal.SIGTERM)

@@ -168,7 +168,7 @@ def test_every_public_operation_has_a_benchmark() -> None:
         if callable(getattr(ops, name)) and not isinstance(getattr(ops, name), type)
     }
     types = {"Dynamics", "Activation", "Consistency", "Method", "Order", "Start", "StartGrad"}
-    types |= {"Reduction"}
+    types |= {"Form", "Reduction"}
     controls = {"algebra", "invalidate"}  # say how to compute, and compute nothing
     assert public - types - controls == set(operations.OPERATIONS) | set(operations.ELSEWHERE)
 

@@ -63,7 +63,10 @@ class Ranks:
         return count // self.size + (self.rank < count % self.size)
 
     def gather(self, value: Any) -> list[Any]:
-        """Of every rank its ``value``, which can be pickled, in the order of the ranks."""
+        """Of every rank its ``value``, which can be pickled, in the order of the ranks.
+
+        Tensors in its dicts, lists and tuples come from other processes on the CPU.
+        """
         return [value]
 
     def gather_first(self, value: Any) -> list[Any]:
@@ -113,14 +116,14 @@ class Group(Ranks):
         """See :meth:`Ranks.gather`."""
         found: list[Any] = [None] * self.size
         with _reaching():
-            self._distributed.all_gather_object(found, value)
+            self._distributed.all_gather_object(found, _on_cpu(value))
         return found
 
     def gather_first(self, value: Any) -> list[Any]:
         """See :meth:`Ranks.gather_first`."""
         found: list[Any] = [None] * self.size if self.first else []
         with _reaching():
-            self._distributed.gather_object(value, found if self.first else None)
+            self._distributed.gather_object(_on_cpu(value), found if self.first else None)
         return found
 
     def highest(self, number: int) -> int:
@@ -228,6 +231,17 @@ def joined(*, cuda: bool) -> Iterator[Ranks]:
         yield Group(int(os.environ["LOCAL_RANK"]))
     finally:
         distributed.destroy_process_group()
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested containers with their tensors on the CPU: another process has other GPUs."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {k: _on_cpu(v) for k, v in value.items()}
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
-from pwm_fast.config import allotted_threads
+from pwm_fast.config import ConfigError, allotted_threads
 from pwm_fast.run.installation import usable_cpus
 
 
@@ -53,9 +55,7 @@ def ranks(shares: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     They are those of torchrun. Every process sees all GPUs, and takes the one of its number.
     """
     gpus = dict.fromkeys(s["CUDA_VISIBLE_DEVICES"] for s in shares if "CUDA_VISIBLE_DEVICES" in s)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(_free_port())
     count = str(len(shares))
     found = []
     for rank, share in enumerate(shares):
@@ -68,6 +68,18 @@ def ranks(shares: Sequence[dict[str, str]]) -> list[dict[str, str]]:
             own["SLURM_CPUS_PER_TASK"] = str(int(share["SLURM_CPUS_PER_TASK"]) * len(shares))
         found.append(own)
     return found
+
+
+def _free_port() -> int:
+    """A port on which the first process can listen.
+
+    Not one that the system picks: until that process listens, it may hand the same one out again.
+    """
+    for port in random.SystemRandom().sample(range(20000, 30000), 100):
+        with socket.socket() as trial, suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError("no port from 20000 to 29999 was free for the processes of a run")
 
 
 def describe(share: dict[str, str]) -> str:

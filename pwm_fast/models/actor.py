@@ -170,9 +170,7 @@ class GaussianActor(Actor):
         task_dim: int = 0,
     ) -> None:
         super().__init__(action_dim, task_dim)
-        if init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-        gain = 1.0 if init == "orthogonal" else None
+        gain = _gain(init)
         self.mu_net = act_norm_mlp(latent_dim + task_dim, units, action_dim, gain, input_gain)
         self.logstd = nn.Parameter(torch.full((action_dim,), float(init_logstd)))
         self.min_logstd = min_logstd
@@ -290,11 +288,9 @@ class FlowActor(Actor):
         task_dim: int = 0,
     ) -> None:
         super().__init__(action_dim, task_dim)
-        if init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
         inputs = action_dim + latent_dim + 1 + task_dim + (form == "meanflow")
         outputs = 2 * action_dim if form == "gated" else action_dim
-        gain = 1.0 if init == "orthogonal" else None
+        gain = _gain(init)
         self.velocity_net: nn.Sequential
         if order == "act_norm":
             self.velocity_net = act_norm_mlp(inputs, units, outputs, gain)
@@ -366,6 +362,17 @@ class FlowActor(Actor):
         found = self.velocity_net(*inputs)
         assert isinstance(found, Tensor)
         return found
+
+
+def _gain(init: str) -> float | None:
+    """Of orthogonal weights; None for those that ``torch.nn.Linear`` draws.
+
+    Raises:
+        ValueError: there are no such weights.
+    """
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    return 1.0 if init == "orthogonal" else None
 
 
 def make_actor(latent_dim: int, action_dim: int, config: AlgConfig) -> Actor:

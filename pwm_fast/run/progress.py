@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -94,12 +94,12 @@ class EpochProgress:
             self._sums[name], self._counts[name] = value, count
 
     def of_all(self, ranks: Ranks) -> EpochProgress:
-        """The epoch so far of all ranks, each of which has done the same steps; on the CPU."""
+        """The epoch so far of all ranks, each of which has done the same steps."""
         if ranks.size == 1:
             return self
         whole = EpochProgress()
         whole._done, whole._totals = dict(self._done), set(self._totals)
-        for sums, counts in ranks.gather((_on_cpu(self._sums), _on_cpu(self._counts))):
+        for sums, counts in ranks.gather((self._sums, self._counts)):
             for name, value in sums.items():
                 known = name in whole._sums
                 whole._sums[name] = whole._sums[name] + value if known else value
@@ -127,7 +127,3 @@ class EpochProgress:
         self._done = dict(state["done"])
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
         self._totals = set(state.get("totals", ()))  # older versions had one process, and no need
-
-
-def _on_cpu(values: Mapping[str, Tensor | int]) -> dict[str, Tensor | int]:
-    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}

@@ -152,7 +152,7 @@ class RunState:
 
         The states of simulators stay apart: they go on where there are as many ranks.
         """
-        parts = self.ranks.gather_first(_on_cpu(own))
+        parts = self.ranks.gather_first(own)
         if not parts:
             return own
         replays = [part["replay"] for part in parts]
@@ -339,15 +339,6 @@ def _refuse_unlike(saved: Any, own: Any, name: str) -> None:
     """Raise ValueError where a saved state is of another kind than this run's."""
     for problem in checkpoint_content.unlike(saved, own, name):
         raise ValueError(problem)
-
-
-def _on_cpu(value: Any) -> Any:
-    """Nested containers with their tensors on the CPU, for another process."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {k: _on_cpu(v) for k, v in value.items()}
-    return [_on_cpu(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _manifest_of(record: dict[str, Any] | None) -> str | None:

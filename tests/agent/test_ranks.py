@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from pwm_fast.agent import pwm
 from pwm_fast.agent.normalizers import RunningMeanStd
 from pwm_fast.agent.optim import GuardedAdam
+from pwm_fast.launch import resources
 from pwm_fast.parallel import ALONE, Group, Ranks
 from tests.agent import rank_worker
 from tests.agent.agents import make_agent
@@ -25,25 +25,15 @@ from tests.run.conftest import ROOT, clean_environment
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes on gloo come to."""
     file = tmp_path_factory.mktemp("ranks") / "two.pt"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.agent.rank_worker", str(file)],
             cwd=ROOT,
-            env={
-                **clean_environment(),
-                **shared,
-                "MASTER_ADDR": "127.0.0.1",
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-            },
+            env={**clean_environment(), **variables},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in ("0", "1")
+        for variables in resources.ranks([{}, {}])
     ]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors

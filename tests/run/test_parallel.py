@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from pwm_fast.config import ConfigError
+from pwm_fast.launch import resources
 from pwm_fast.run import build, checkpoint
 from pwm_fast.run.start import train
 from tests.run.conftest import (
@@ -31,25 +31,15 @@ SECONDS = 60.0  # within which a run ends that lost a process
 LONG = ("epochs=2000", "eval.every=0", "esnr.every=0", "checkpoint.every=1")
 
 
-def variables(rank: int, size: int, port: str) -> dict[str, str]:
-    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_PORT": port}
-    return {**shared, "MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-
-
 @pytest.fixture
 def start(launcher: Launcher, tmp_path: Path) -> Callable[..., list[Command]]:
     """Starts a run of two processes, in ``tmp_path / "run"`` unless another is given."""
 
     def started(*arguments: str, run: str = "run", hooks: tuple[str, str] = ("", "")):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         given = tiny_arguments(tmp_path / run, *arguments)
         return [
-            launcher.start(
-                tmp_path / f"rank_{rank}", *given, env=variables(rank, 2, port), hook=hooks[rank]
-            )
-            for rank in range(2)
+            launcher.start(tmp_path / f"rank_{rank}", *given, env=variables, hook=hooks[rank])
+            for rank, variables in enumerate(resources.ranks([{}, {}]))
         ]
 
     return started
@@ -206,7 +196,7 @@ def test_policy_that_cannot_act_ends_both(
 def test_refused_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="parallel=data is for several processes"):
         train(tiny_config(tmp_path / "run", parallel="data"))
-    for name, value in variables(0, 2, "1").items():
+    for name, value in resources.ranks([{}, {}])[0].items():
         monkeypatch.setenv(name, value)
     from pwm_fast.run.pretraining import Pretrainer
 
@@ -216,7 +206,7 @@ def test_refused_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_of_a_slurm_job_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in variables(0, 2, "1").items():
+    for name, value in resources.ranks([{}, {}])[0].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
     torch.set_num_threads(2)
